@@ -1,0 +1,23 @@
+"""Streamed reading and writing of safetensors folders: the only room that touches weight files."""
+
+from sspcompile.checkpoint.fingerprint import fingerprint
+from sspcompile.checkpoint.locate import embedded_model, locate
+from sspcompile.checkpoint.manifest import Manifest, check_manifest, write_manifest
+from sspcompile.checkpoint.publish import staged
+from sspcompile.checkpoint.source import Checkpoint, TensorInfo
+from sspcompile.checkpoint.writer import OutputTensor, copy_companions, write_checkpoint
+
+__all__ = [
+    "Checkpoint",
+    "Manifest",
+    "OutputTensor",
+    "TensorInfo",
+    "check_manifest",
+    "copy_companions",
+    "embedded_model",
+    "fingerprint",
+    "locate",
+    "staged",
+    "write_checkpoint",
+    "write_manifest",
+]

@@ -1,0 +1,36 @@
+"""The identity of a checkpoint: what a toolkit or a mask belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from sspcompile.checkpoint.source import Checkpoint
+
+# Small checkpoints are hashed whole; of large ones the first block of every tensor, so that 140 GB take a second.
+# The manifest of an artifact, not this identity, is what proves every byte.
+WHOLE_BELOW_BYTES = 256 << 20
+BLOCK_BYTES = 4096
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """sha256 over configuration, tokenizer, tensor table and tensor contents (see the constants); hex digits.
+
+    The name of the folder, the grouping into shards and the file times do not enter.
+    """
+    digest = hashlib.sha256()
+    digest.update(json.dumps(checkpoint.config, sort_keys=True).encode())
+    tokenizer = checkpoint.path / "tokenizer.json"
+    if tokenizer.is_file():
+        digest.update(tokenizer.read_bytes())
+    if not checkpoint.has_weights:
+        return digest.hexdigest()
+    whole = sum(info.nbytes for info in checkpoint.tensors.values()) <= WHOLE_BELOW_BYTES
+    for name, info in sorted(checkpoint.tensors.items()):
+        digest.update(json.dumps([name, info.dtype, list(info.shape)]).encode())
+        if whole:
+            for chunk in checkpoint.chunks(name):
+                digest.update(chunk)
+        elif info.nbytes:
+            digest.update(next(checkpoint.chunks(name, BLOCK_BYTES)))
+    return digest.hexdigest()

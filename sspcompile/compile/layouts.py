@@ -1,0 +1,130 @@
+"""Which regular shape a budget buys: the same in every layer, or one per layer.
+
+In a layer, a shape is a pair (groups, heads per group). The heads of a shape are fixed once: groups are ranked by the
+merit of all their heads, heads by merit within their group. A smaller pair therefore keeps a subset of what a larger
+one keeps, and a budget walks down one staircase of pairs: masks are nested in the budget.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sspcompile.compile.mask import Layout
+from sspcompile.errors import BudgetError
+
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A mask bool [layers, heads] and the shape (groups, heads per group) of every layer."""
+
+    kept: np.ndarray
+    shapes: tuple[Shape, ...]
+
+    @property
+    def ratio(self) -> float:
+        return float(self.kept.mean())
+
+
+def choose(merit: np.ndarray, kv_heads: int, keep: float, layout: Layout) -> Choice:
+    """The largest mask of a layout within `keep` (kept heads / all heads, a hard upper bound).
+
+    `merit` is [layers, heads]. Raises BudgetError, naming the smallest feasible ratio, when even one head per layer
+    is more than the budget.
+    """
+    layers, heads = merit.shape
+    budget = int(np.floor(keep * layers * heads + 1e-9))
+    if budget < layers:
+        raise BudgetError(
+            f"--keep {keep:g} allows {budget} heads, but each of the {layers} layers needs at least one.",
+            hint=f"The nearest feasible value is --keep {np.ceil(1e6 / heads) / 1e6:g}.",
+        )
+    grouped = merit.reshape(layers, kv_heads, heads // kv_heads)
+    steps = _uniform_steps(grouped) if layout == "uniform" else _per_layer_steps(grouped)
+    shapes = next(shapes for shapes, size in steps if size <= budget)
+    kept = np.zeros_like(grouped, dtype=bool)
+    for layer, shape in enumerate(shapes):
+        kept[layer] = _mask_of(grouped[layer], shape)
+    return Choice(kept.reshape(layers, heads), shapes)
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Place of each value when sorted from high to low along the last axis; ties go to the lower index."""
+    order = np.argsort(-values, axis=-1, kind="stable")
+    return np.argsort(order, axis=-1, kind="stable")
+
+
+def _mask_of(merit: np.ndarray, shape: Shape) -> np.ndarray:
+    """Bool [groups, heads per group] of one layer: the best groups, and in them the best heads."""
+    groups, per_group = shape
+    return (_ranks(merit.sum(-1)) < groups)[:, None] & (_ranks(merit) < per_group)
+
+
+def _values(merit: np.ndarray) -> np.ndarray:
+    """Merit kept by every shape of one layer, [groups, heads per group], index 0 standing for a count of 1."""
+    by_group = merit[np.argsort(-merit.sum(-1), kind="stable")]
+    ordered = -np.sort(-by_group, axis=-1)
+    return ordered.cumsum(1).cumsum(0)
+
+
+def _staircase(values: np.ndarray) -> list[Shape]:
+    """The monotone path of shapes from all heads down to (1, 1) under which the kept merit is largest.
+
+    A shape serves every budget from its own size up to the size of the next one, so the path maximises the sum over
+    shapes of value * (size of the next larger shape - own size), by dynamic programming over the lattice.
+    """
+    groups, per_group = values.shape
+    best = np.full((groups, per_group), -np.inf)
+    came: dict[Shape, Shape] = {}
+    best[-1, -1] = 0.0
+    for g in range(groups, 0, -1):
+        for r in range(per_group, 0, -1):
+            for larger in ((g + 1, r), (g, r + 1)):
+                if larger[0] > groups or larger[1] > per_group:
+                    continue
+                gain = values[g - 1, r - 1] * (larger[0] * larger[1] - g * r)
+                total = best[larger[0] - 1, larger[1] - 1] + gain
+                if total > best[g - 1, r - 1]:
+                    best[g - 1, r - 1] = total
+                    came[g, r] = larger
+    path = [(1, 1)]
+    while path[-1] in came:
+        path.append(came[path[-1]])
+    return path[::-1]
+
+
+def _uniform_steps(merit: np.ndarray) -> list[tuple[tuple[Shape, ...], int]]:
+    layers = merit.shape[0]
+    values = sum(_values(layer) for layer in merit)
+    return [((shape,) * layers, layers * shape[0] * shape[1]) for shape in _staircase(np.asarray(values))]
+
+
+def _per_layer_steps(merit: np.ndarray) -> list[tuple[tuple[Shape, ...], int]]:
+    """Walk every layer down its own staircase; each step is taken where it costs the least merit per head."""
+    layers = merit.shape[0]
+    values = [_values(layer) for layer in merit]
+    paths = [_staircase(value) for value in values]
+    at = [0] * layers
+
+    def price(layer: int) -> float:
+        """Merit lost per head by the cheapest run of steps from here: a dear step may open the way to cheap ones."""
+        here = paths[layer][at[layer]]
+        start, size = values[layer][here[0] - 1, here[1] - 1], here[0] * here[1]
+        return min(
+            (start - values[layer][g - 1, r - 1]) / (size - g * r) for g, r in paths[layer][at[layer] + 1 :]
+        )
+
+    prices = [price(layer) if len(paths[layer]) > 1 else np.inf for layer in range(layers)]
+    sizes = [g * r for g, r in (path[0] for path in paths)]
+    steps = [(tuple(path[0] for path in paths), sum(sizes))]
+    while min(prices) < np.inf:
+        layer = int(np.argmin(prices))
+        at[layer] += 1
+        g, r = paths[layer][at[layer]]
+        sizes[layer] = g * r
+        prices[layer] = price(layer) if at[layer] + 1 < len(paths[layer]) else np.inf
+        steps.append((tuple(path[i] for path, i in zip(paths, at, strict=True)), sum(sizes)))
+    return steps

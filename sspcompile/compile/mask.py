@@ -1,0 +1,111 @@
+"""HeadMask: which query heads stay, why, and under which budget. Saved as mask.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from sspcompile.errors import ArtifactError
+
+SCHEMA_VERSION = 1
+Layout = Literal["uniform", "per-layer"]
+
+
+@dataclass(frozen=True)
+class HeadMask:
+    """The kept query heads of every layer, with what they were chosen by.
+
+    `kept[layer]` is ascending. In a layer every key/value group that keeps a head keeps the same number of them, so
+    that kept heads / kept groups is a whole number. `scores` is [layers][heads] in the criterion's own unit;
+    `whitelist` lists [layer, head] pairs that were kept before any score. `scenario` holds the name, the mixture over
+    domains, its breadth in [0, 1] and the unknown share. `model` is the fingerprint of the dense checkpoint.
+    """
+
+    model: str
+    layers: int
+    heads: int
+    kv_heads: int
+    kept: tuple[tuple[int, ...], ...]
+    layout: Layout
+    keep_requested: float
+    keep_achieved: float
+    scores: tuple[tuple[float, ...], ...]
+    whitelist: tuple[tuple[int, int], ...]
+    criterion: str
+    scenario: Mapping[str, Any]
+
+    @property
+    def group_size(self) -> int:
+        return self.heads // self.kv_heads
+
+    def as_array(self) -> np.ndarray:
+        """Bool [layers, heads], true where the head stays."""
+        array = np.zeros((self.layers, self.heads), dtype=bool)
+        for layer, kept in enumerate(self.kept):
+            array[layer, list(kept)] = True
+        return array
+
+    def kept_groups(self, layer: int) -> tuple[int, ...]:
+        """Ascending key/value heads of a layer that keep at least one of their query heads."""
+        return tuple(sorted({head // self.group_size for head in self.kept[layer]}))
+
+
+def kept_of(array: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    """Bool [layers, heads] -> per layer the ascending kept heads."""
+    return tuple(tuple(int(head) for head in np.flatnonzero(row)) for row in array)
+
+
+def dump_mask(mask: HeadMask) -> str:
+    """mask.json as text: one line per layer, so that a person can read it and a diff can show it."""
+    value = {"schema_version": SCHEMA_VERSION, **asdict(mask)}
+    lines = []
+    for key, item in value.items():
+        if key in ("kept", "scores"):
+            rows = ",\n    ".join(json.dumps(row) for row in item)
+            lines.append(f'  "{key}": [\n    {rows}\n  ]')
+        else:
+            lines.append(f"  {json.dumps(key)}: {json.dumps(item)}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def load_mask(path: Path) -> HeadMask:
+    """Open a mask.json. Raises ArtifactError when it is unreadable, of another schema or contradicts itself."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+        if value.pop("schema_version") != SCHEMA_VERSION:
+            raise ArtifactError(f"{path} is of another schema version.", hint=f"This version reads {SCHEMA_VERSION}.")
+        value["kept"] = tuple(tuple(row) for row in value["kept"])
+        value["scores"] = tuple(tuple(row) for row in value["scores"])
+        value["whitelist"] = tuple((layer, head) for layer, head in value["whitelist"])
+        mask = HeadMask(**value)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"There is no mask {path}.", hint="Run `sspcompile build` first.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{path} is no mask.json.", hint="Run `sspcompile build` again.") from error
+    check_mask(mask, source=str(path))
+    return mask
+
+
+def check_mask(mask: HeadMask, *, source: str = "The mask") -> None:
+    """Raise ArtifactError unless indices are in range, ascending, and regular within every layer."""
+
+    def refuse(problem: str) -> ArtifactError:
+        return ArtifactError(f"{source}: {problem}.", hint="Compile the mask again with `sspcompile build`.")
+
+    if len(mask.kept) != mask.layers or mask.heads % mask.kv_heads:
+        raise refuse(f"{len(mask.kept)} rows for {mask.layers} layers of {mask.heads} heads ({mask.kv_heads} kv)")
+    for layer, kept in enumerate(mask.kept):
+        if not kept:
+            raise refuse(f"layer {layer} keeps no head; at least one is needed")
+        if list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= mask.heads:
+            raise refuse(f"layer {layer} lists heads that are out of range, double or unsorted")
+        groups = [head // mask.group_size for head in kept]
+        if len({groups.count(group) for group in groups}) != 1:
+            raise refuse(f"layer {layer} keeps different numbers of heads in its key/value groups")
+    if mask.layout == "uniform" and len({(len(k), len(mask.kept_groups(i))) for i, k in enumerate(mask.kept)}) != 1:
+        raise refuse("a uniform mask must keep the same numbers in every layer")

@@ -1,0 +1,86 @@
+"""Every error that a user can meet: one line that says what is wrong, what is accepted, what to type next.
+
+The hierarchy is closed: a class here fixes the exit code, and the command line prints `message` and `hint` and
+nothing else. Anything that is not an `SspError` is a fault of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+EXIT_FAILURE = 1
+EXIT_BAD_INPUT = 2
+EXIT_GATE = 3
+EXIT_INTERRUPTED = 130
+
+
+class SspError(Exception):
+    """Base of the hierarchy. `hint` is the next thing to type or to change, in the user's own terms."""
+
+    exit_code = EXIT_FAILURE
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}" if self.hint else self.message
+
+
+class RunError(SspError):
+    """Something failed that neither the input nor a gate explains (a full disk, a reload process that died)."""
+
+
+class InputError(SspError):
+    """The input cannot be used as it is; nothing was written."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class RecipeError(InputError):
+    """A recipe has errors; `problems` lists all of them, each with its place in the file."""
+
+    def __init__(self, source: str, problems: list[str]) -> None:
+        count = "1 error" if len(problems) == 1 else f"{len(problems)} errors"
+        super().__init__(
+            f"{source} has {count}: " + "; ".join(problems) + ".",
+            hint="Run `sspcompile recipe show NAME` for a complete example.",
+        )
+        self.problems = problems
+
+
+class ScenarioError(InputError):
+    """A scenario (sentence or prompt file) is empty, binary or otherwise unreadable."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint folder is missing something, or its files contradict each other."""
+
+
+class UnsupportedModelError(InputError):
+    """The architecture cannot be cut exactly; the message gives the reason."""
+
+
+class ToolkitError(InputError):
+    """A toolkit is of another model, another schema version, or lacks what is asked of it."""
+
+
+class ArtifactError(InputError):
+    """No such artifact, or its files contradict its manifest."""
+
+
+class OutputExistsError(InputError):
+    """The output folder exists and `--overwrite` was not given."""
+
+
+class GateError(SspError):
+    """A promise was checked and does not hold; nothing was published."""
+
+    exit_code = EXIT_GATE
+
+
+class ParityError(GateError):
+    """What was written does not equal the masked model."""
+
+
+class BudgetError(GateError):
+    """The budget lies below the floors; the message names the nearest feasible keep ratio."""

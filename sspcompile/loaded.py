@@ -1,0 +1,106 @@
+"""The dense model in memory, and the two places in each decoder layer that everything else looks at.
+
+`residual`: the residual stream after attention is added and before the MLP, which is exactly the positional input
+of `post_attention_layernorm`. `head output`: the input of `o_proj`, where the heads still stand side by side; it is
+the only place where closing a head is a multiplication by zero.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sspcompile.errors import CheckpointError
+from sspcompile.families import Geometry, geometry_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A dense decoder ready to run: evaluation mode, no gradients, sdpa attention."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    geometry: Geometry
+    path: Path
+    fingerprint: str
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        return self.model.model.layers
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+
+def load(path: Path, *, fingerprint: str, device: str = "cpu", trust_remote_code: bool = False) -> LoadedModel:
+    """Load model and tokenizer from a folder, in the dtype of the checkpoint.
+
+    Raises CheckpointError when the tokenizer is missing, and whatever `geometry_of` raises.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    geometry = geometry_of(json.loads((path / "config.json").read_text("utf-8")))
+    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise CheckpointError(f"{path} has no tokenizer.", hint="Copy tokenizer.json beside config.json.")
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype="auto", attn_implementation="sdpa", trust_remote_code=trust_remote_code
+    )
+    model.requires_grad_(False).eval().to(device)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return LoadedModel(model=model, tokenizer=tokenizer, geometry=geometry, path=path, fingerprint=fingerprint)
+
+
+def o_proj(layer: nn.Module) -> nn.Linear:
+    """The output projection of one decoder layer; its input is [batch, tokens, heads * head_dim]."""
+    return layer.self_attn.o_proj
+
+
+def residual_norm(layer: nn.Module) -> nn.Module:
+    """The module whose positional input is the residual stream after attention, [batch, tokens, hidden]."""
+    return layer.post_attention_layernorm
+
+
+@contextlib.contextmanager
+def head_gates(loaded: LoadedModel, gates: Tensor) -> Iterator[None]:
+    """Multiply every head's output by its gate, at the input of o_proj, for the duration of the context.
+
+    `gates` is [layers, heads], or [layers, batch, heads] for one gate per sequence. With zeros and ones this is the
+    masked model, the oracle that every sliced or exported file is compared with. Gradients flow into `gates`.
+    """
+    g = loaded.geometry
+    if gates.shape[0] != g.layers or gates.shape[-1] != g.heads or gates.dim() not in (2, 3):
+        raise ValueError(f"gates {tuple(gates.shape)} for {g.layers} layers of {g.heads} heads")
+
+    def hook_for(gate: Tensor) -> Callable[..., tuple[Tensor, ...]]:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+            x = args[0]
+            batch, tokens, _ = x.shape
+            per_head = x.view(batch, tokens, g.heads, g.head_dim)
+            scale = gate.to(x.dtype)
+            scale = scale.view(1, 1, g.heads, 1) if gate.dim() == 1 else scale.view(batch, 1, g.heads, 1)
+            return ((per_head * scale).view_as(x), *args[1:])
+
+        return hook
+
+    handles = [
+        o_proj(layer).register_forward_pre_hook(hook_for(gates[index]))
+        for index, layer in enumerate(loaded.layers)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,40 @@
+"""One call from plan to a Hugging Face folder on disk (inside a staged folder; publication is the caller's)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from sspcompile.checkpoint import Checkpoint, copy_companions, write_checkpoint
+from sspcompile.checkpoint.writer import DEFAULT_SHARD_BYTES
+from sspcompile.slicing.configuration import MODELING_FILE, sliced_config
+from sspcompile.slicing.cut import cut_tensors
+from sspcompile.slicing.plan import SlicePlan
+
+
+def write_model(
+    checkpoint: Checkpoint,
+    plan: SlicePlan,
+    folder: Path,
+    *,
+    replaced: Mapping[str, np.ndarray] | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write weights, config.json, tokenizer files and, for a per-layer cut, the class that loads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(
+        folder,
+        cut_tensors(checkpoint, plan, replaced=replaced),
+        max_shard_bytes=max_shard_bytes,
+        progress=progress,
+    )
+    config = sliced_config(checkpoint.config, plan)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    copy_companions(checkpoint.path, folder)
+    if plan.custom_code:
+        shutil.copyfile(Path(__file__).with_name(MODELING_FILE), folder / MODELING_FILE)
