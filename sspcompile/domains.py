@@ -29,6 +29,15 @@ YAML_DEPTH = 12
 SHOWN_CHARACTERS = 60
 NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,63}$"
 
+PLAIN_TYPES: Mapping[str, str] = {
+    "string_type": "must be text",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "tuple_type": "must be a list",
+    "dict_type": "must be a mapping",
+    "model_type": "must be a mapping",
+}
+
 Place = tuple[str | int, ...]
 
 
@@ -245,7 +254,13 @@ def validation_problems(model: type[BaseModel], document: Document) -> list[str]
     try:
         model.model_validate(document.value)
     except ValidationError as error:
-        return [f"{document.where(e['loc'])}: {explain(e, model)}" for e in error.errors(include_url=False)]
+        errors = error.errors(include_url=False)
+        broken = {e["loc"][:-1] for e in errors}  # a list of wrong items is not also too short
+        return [
+            f"{document.where(e['loc'])}: {explain(e, model)}"
+            for e in errors
+            if not (e["type"] == "too_short" and e["loc"] in broken)
+        ]
     return []
 
 
@@ -260,10 +275,11 @@ def explain(error: Mapping[str, Any], model: type[BaseModel]) -> str:
         return "is no known key; " + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}")
     if kind in ("value_error", "exclusive"):
         return error["msg"].removeprefix("Value error, ")
+    if kind == "too_short":
+        return f"needs at least {error['ctx']['min_length']} item"
     if kind == "string_pattern_mismatch":
         return f"must be lower-case letters, digits and hyphens, not {shown(error['input'])}"
-    message = error["msg"].replace("Input should be", "must be").replace("Input should have", "must have")
-    message = message.replace("Tuple should have", "must have").replace("String should have", "must have")
+    message = PLAIN_TYPES.get(kind) or error["msg"].replace("Input should be", "must be")
     return f"{message}, not {shown(error['input'])}"
 
 

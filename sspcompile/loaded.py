@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sspcompile.errors import CheckpointError
+from sspcompile.errors import CheckpointError, RunError
 from sspcompile.families import Geometry, geometry_of
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class LoadedModel:
 
 
 def load(path: Path, *, fingerprint: str, device: str = "cpu", trust_remote_code: bool = False) -> LoadedModel:
-    """Load model and tokenizer from a folder, in the dtype of the checkpoint.
+    """Load model and tokenizer from a folder. Everything is computed in fp32, whatever the checkpoint stores.
 
     Raises CheckpointError when the tokenizer is missing, and whatever `geometry_of` raises.
     """
@@ -54,7 +54,7 @@ def load(path: Path, *, fingerprint: str, device: str = "cpu", trust_remote_code
     if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise CheckpointError(f"{path} has no tokenizer.", hint="Copy tokenizer.json beside config.json.")
     model = AutoModelForCausalLM.from_pretrained(
-        path, dtype="auto", attn_implementation="sdpa", trust_remote_code=trust_remote_code
+        path, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=trust_remote_code
     )
     model.requires_grad_(False).eval().to(device)
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -104,3 +104,43 @@ def head_gates(loaded: LoadedModel, gates: Tensor) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """How the decoder called one layer: the hidden state [B, T, d] it was given, and everything else."""
+
+    hidden: Tensor
+    rest: tuple[Any, ...]
+    options: Mapping[str, Any]
+
+
+@contextlib.contextmanager
+def recorded_calls(loaded: LoadedModel) -> Iterator[dict[int, LayerCall]]:
+    """Record how each layer is called, so that it can be called again with another hidden state.
+
+    Raises RunError when a layer was not called, or got its hidden state by keyword.
+    """
+    calls: dict[int, LayerCall] = {}
+
+    def hook_for(index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+            if not args:
+                raise RunError(f"Layer {index} is called without a positional hidden state.")
+            calls[index] = LayerCall(args[0], args[1:], dict(options))
+
+        return hook
+
+    handles = [y.register_forward_pre_hook(hook_for(i), with_kwargs=True) for i, y in enumerate(loaded.layers)]
+    try:
+        yield calls
+        if len(calls) != len(loaded.layers):
+            raise RunError(f"Only {len(calls)} of {len(loaded.layers)} layers were called.")
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def layer_output(output: Tensor | tuple[Any, ...]) -> Tensor:
+    """The hidden state that a decoder layer returns, bare or first of a tuple, by version of transformers."""
+    return output[0] if isinstance(output, tuple) else output

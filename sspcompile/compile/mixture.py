@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import expit
 
 from sspcompile.errors import RecipeError
-from sspcompile.prepare.toolkit import Toolkit
+from sspcompile.prepare.probes import logits
+from sspcompile.prepare.toolkit import REGIMES, Toolkit
 
-# A sigmoid above one half says "this text is of domain k"; temperatures keep the side of a logit, so the regime
-# follows from uncalibrated and calibrated probabilities alike.
+# A sigmoid above one half says "this text is of domain k". Temperatures keep the side of a logit, so the regime of a
+# text can be read before it is calibrated.
 FIRES = 0.5
 
 
@@ -24,14 +26,14 @@ class Mixture:
     weights: np.ndarray
     breadth: float
     unknown: float
-    regime: str
+    regimes: Mapping[str, int]
 
     def as_mapping(self) -> dict[str, object]:
         return {
             "mixture": {name: round(float(w), 6) for name, w in zip(self.domains, self.weights, strict=True)},
             "breadth": round(self.breadth, 6),
             "unknown": round(self.unknown, 6),
-            "regime": self.regime,
+            "regimes": dict(self.regimes),
         }
 
 
@@ -43,20 +45,27 @@ def breadth_of(weights: np.ndarray) -> float:
     return float(-(positive * np.log(positive)).sum() / np.log(len(weights)))
 
 
-def mixture_of(toolkit: Toolkit, probabilities: Mapping[str, np.ndarray]) -> Mixture:
-    """Mixture from calibrated probabilities p [L, K] per regime.
+def mixture_of(toolkit: Toolkit, features: np.ndarray) -> Mixture:
+    """Mixture of a scenario whose prompts have features [N, L, d].
 
-    q_k is the layer-weighted mean of p[l, k], normalised; the unknown share is prod_k (1 - q_k), the chance that none
-    of the K independent sigmoids fires.
+    Each prompt has a regime of its own (one domain fires, several, none), whose temperature calibrates it. q_k is the
+    mean over prompts of the layer-weighted probability, normalised; a prompt's unknown share is prod_k (1 - p_k), the
+    chance that none of the K independent sigmoids fires.
     """
-    weight = toolkit.layer_weight[:, None]
-    fired = int(((probabilities["single"] * weight).sum(0) > FIRES).sum())
-    regime = "single" if fired == 1 else "cross" if fired > 1 else "outside"
-    mean = (probabilities[regime] * weight).sum(0).astype(np.float64)
-    unknown = float(np.prod(1 - mean))
-    total = mean.sum()
-    weights = mean / total if total > 0 else np.full(len(mean), 1 / len(mean))
-    return Mixture(toolkit.domains, weights, breadth_of(weights), unknown, regime)
+    z = logits(features, toolkit.feature_mean, toolkit.feature_scale, toolkit.probe_weight, toolkit.probe_bias)
+    fired = (_over_layers(toolkit, expit(z)) > FIRES).sum(-1)
+    regime = np.select([fired == 1, fired > 1], [REGIMES.index("single"), REGIMES.index("cross")], 2)
+    temperature = np.exp(toolkit.log_temperature.T[regime])  # [N, L]
+    p = _over_layers(toolkit, expit(z / temperature[..., None]))
+    q = p.mean(0)
+    weights = q / q.sum() if q.sum() > 0 else np.full(len(q), 1 / len(q))
+    counts = {name: int((regime == index).sum()) for index, name in enumerate(REGIMES)}
+    return Mixture(toolkit.domains, weights, breadth_of(weights), float(np.prod(1 - p, axis=-1).mean()), counts)
+
+
+def _over_layers(toolkit: Toolkit, p: np.ndarray) -> np.ndarray:
+    """[N, L, K] -> [N, K], float64."""
+    return np.einsum("nlk,l->nk", p.astype(np.float64), toolkit.layer_weight)
 
 
 def given_mixture(toolkit: Toolkit, domains: Mapping[str, float], *, source: str) -> Mixture:
@@ -65,7 +74,7 @@ def given_mixture(toolkit: Toolkit, domains: Mapping[str, float], *, source: str
         raise RecipeError(source, [f"unknown domain {name!r}; known: {', '.join(toolkit.domains)}" for name in absent])
     weights = np.array([domains.get(name, 0.0) for name in toolkit.domains], dtype=np.float64)
     weights /= weights.sum()
-    return Mixture(toolkit.domains, weights, breadth_of(weights), 0.0, "given")
+    return Mixture(toolkit.domains, weights, breadth_of(weights), 0.0, {})
 
 
 def head_scores(toolkit: Toolkit, criterion: str, mixture: Mixture) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,11 +91,21 @@ def plan_counts(checkpoint: Checkpoint, keep: float, layout: Layout) -> SlicePla
     return _plan(checkpoint, tuple(LayerCut(k, v) for k, v in zip(kept, groups, strict=True)), layout)
 
 
+def host_of(geometry: Geometry, shapes: Sequence[tuple[int, int]]) -> Family:
+    """The family whose class holds layers of these shapes (groups, heads per group), custom or stock.
+
+    Raises UnsupportedModelError when there is none.
+    """
+    if len(set(shapes)) > 1:
+        return per_layer_host_for(geometry)
+    return uniform_host_for(geometry, shapes[0][0] * shapes[0][1])
+
+
 def _plan(checkpoint: Checkpoint, layers: tuple[LayerCut, ...], layout: Layout) -> SlicePlan:
     g = checkpoint.geometry
     counts = [(len(layer.heads), len(layer.groups)) for layer in layers]
     custom = len(set(counts)) > 1
-    host = per_layer_host_for(g) if custom else uniform_host_for(g, counts[0][0])
+    host = host_of(g, tuple((kv_heads, heads // kv_heads) for heads, kv_heads in counts))
     expected = checkpoint.expected()
     dtype = expected[layer_prefix(0) + "self_attn.o_proj.weight"][1]
     tensors = dict(expected)

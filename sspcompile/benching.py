@@ -1,0 +1,48 @@
+"""`bench`: the artifact against its dense model, and the artifact's report brought up to date."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from sspcompile.checkpoint.manifest import read_manifest, write_manifest
+from sspcompile.checkpoint.publish import write_atomically
+from sspcompile.errors import ArtifactError
+from sspcompile.measure.latency import FULL, QUICK, BenchResult, Contender
+from sspcompile.measure.latency import bench as measure
+from sspcompile.pipeline import open_subject
+from sspcompile.report.build import latency_section
+from sspcompile.report.json import read_report
+from sspcompile.report.write import write_report
+from sspcompile.workspace import MODEL, REPORT
+
+SAMPLES = "bench.json"
+
+
+def bench(
+    folder: Path, model: str | None, *, quick: bool, sizes: Mapping[str, int | None],
+    progress: Callable[[str, int, int], None],
+) -> BenchResult:
+    """Measure, write every sample to bench.json, and put the summary into the report. Raises like `measure.bench`."""
+    manifest = read_manifest(folder)
+    name = model or manifest.origin["source_name"]
+    subject = open_subject(None if name == "embedded" else name)
+    if subject.fingerprint != manifest.origin["source"]:
+        raise ArtifactError(
+            f"{subject.name} is not the model that {folder} was cut from.", hint="Name that model with --model."
+        )
+    custom = "auto_map" in json.loads((folder / MODEL / "config.json").read_text("utf-8"))
+    settings = dict(QUICK if quick else FULL) | {"threads": os.cpu_count() or 1}
+    settings |= {name: value for name, value in sizes.items() if value is not None}
+    result = measure(
+        [Contender("dense", subject.checkpoint.path), Contender("sliced", folder / MODEL, trust_remote_code=custom)],
+        progress=lambda done, total, _what: progress("measuring", done, total),
+        **settings,
+    )
+    write_atomically(folder / SAMPLES, json.dumps(result.to_json(), indent=1) + "\n")
+    report = read_report(folder / REPORT).model_copy(update={"latency": latency_section(result)})
+    write_report(report, folder)
+    write_manifest(folder, manifest.origin)
+    return result

@@ -1,0 +1,207 @@
+"""`build`: from a resolved recipe to a published artifact."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sspcompile
+from sspcompile.checkpoint import staged, write_manifest
+from sspcompile.checkpoint.source import DTYPE_OF_CONFIG
+from sspcompile.compile.budget import merit
+from sspcompile.compile.layouts import choose
+from sspcompile.compile.mask import HeadMask, dump_mask
+from sspcompile.compile.mixture import head_scores
+from sspcompile.domains import load_pools, pools_fingerprint
+from sspcompile.errors import CheckpointError, ParityError
+from sspcompile.judging import Candidate, Decision, Judge, decide, random_first_layer
+from sspcompile.loaded import LoadedModel
+from sspcompile.measure.quality import Divergence
+from sspcompile.pipeline import (
+    Compiled,
+    Progress,
+    Subject,
+    choices_for,
+    compile_scenario,
+    evidence_for,
+    mask_of,
+    toolkit_for,
+)
+from sspcompile.prepare.toolkit import Toolkit
+from sspcompile.recipe import Recipe, dump_recipe
+from sspcompile.scenario import Scenario
+from sspcompile.slicing.parity import Parity, compare, demand, unchanged_tensors
+from sspcompile.slicing.plan import SlicePlan, make_plan, plan_json
+from sspcompile.slicing.repair import MIN_PROMPTS
+from sspcompile.slicing.write import write_model
+from sspcompile.workspace import MASK, MODEL, PLAN, PROBES, RECIPE, Workspace
+
+TORCH_DTYPE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+BASELINE_SEEDS = 3
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished build: what was decided, what was proven, and the figures of everything that was tried."""
+
+    folder: Path
+    subject: Subject
+    options: Recipe
+    compiled: Compiled
+    decision: Decision
+    mask: HeadMask
+    plan: SlicePlan
+    parity: Parity
+    baselines: Mapping[str, Divergence]
+    evidence: Mapping[str, int]
+    toolkit: Toolkit
+
+
+def build(
+    scenario: Scenario, options: Recipe, subject: Subject, out: Path, workspace: Workspace, progress: Progress,
+    *, overwrite: bool = False,
+) -> Outcome:
+    """Compile, judge, repair, cut, prove and publish. Nothing is left behind when any step fails."""
+    if not subject.checkpoint.has_weights:
+        raise CheckpointError(
+            f"{subject.name} holds a configuration without weights.", hint="`sspcompile plan` works without them."
+        )
+    with staged(out, overwrite=overwrite) as folder:
+        loaded = subject.load()
+        toolkit, _ = toolkit_for(subject, loaded, options, workspace, progress, [options.criterion or ""])
+        compiled = compile_scenario(scenario, options, toolkit, loaded)
+        choices = choices_for(compiled, subject, options.layout or "auto")
+        judge = _judge(loaded, compiled, options, progress)
+        candidates = {
+            layout: judge.candidate(
+                layout, choice, repair=options.repair == "least-squares", dtype=_weight_dtype(subject), progress=progress
+            )
+            for layout, choice in choices.items()
+        }
+        decision = decide(candidates, options.seed or 0)
+        mask = mask_of(compiled, subject, toolkit, decision.chosen.choice, decision.chosen.layout)
+        plan = make_plan(subject.checkpoint, mask)
+        parity = _write_and_prove(folder, subject, loaded, mask, plan, decision.chosen, judge, progress)
+        outcome = Outcome(
+            folder=out, subject=subject, options=options, compiled=compiled, decision=decision, mask=mask, plan=plan,
+            parity=parity, baselines=_baselines(judge, compiled, toolkit, decision.chosen, subject, options),
+            evidence={
+                "fit": len(judge.evidence.fit), "held": len(judge.evidence.held),
+                "own_fit": judge.evidence.own_fit, "own_held": judge.evidence.own_held,
+            },
+            toolkit=toolkit,
+        )
+        _describe(folder, outcome, progress)
+    workspace.remember(out)
+    return outcome
+
+
+def _judge(loaded: LoadedModel, compiled: Compiled, options: Recipe, progress: Progress) -> Judge:
+    progress("reading the texts", 0, 1)
+    judge = Judge(
+        loaded, evidence_for(compiled, options), max_tokens=options.max_tokens or 0,
+        new_tokens=options.continuation_tokens or 0, seed=options.seed or 0,
+    )
+    progress("reading the texts", 1, 1)
+    return judge
+
+
+def _weight_dtype(subject: Subject) -> torch.dtype:
+    stored = subject.checkpoint.tensors["model.layers.0.self_attn.o_proj.weight"].dtype
+    if stored not in TORCH_DTYPE:
+        raise CheckpointError(f"o_proj is stored as {stored}.", hint=f"Accepted: {', '.join(DTYPE_OF_CONFIG.values())}.")
+    return TORCH_DTYPE[stored]
+
+
+def _write_and_prove(
+    folder: Path, subject: Subject, loaded: LoadedModel, mask: HeadMask, plan: SlicePlan, chosen: Candidate,
+    judge: Judge, progress: Progress,
+) -> Parity:
+    repair = chosen.final_repair
+    replaced = repair.replaced(mask.kept, plan.geometry.head_dim) if repair is not None else None
+    done = 0
+
+    def wrote(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress("cutting", done, plan.sliced.weight_bytes)
+
+    write_model(subject.checkpoint, plan, folder / MODEL, replaced=replaced, progress=wrote)
+    progress("proving", 0, 1)
+    if plan.keeps_everything and not unchanged_tensors(subject.checkpoint, folder / MODEL):
+        raise ParityError("A mask that keeps every head changed a tensor.", hint="Please report this.")
+    probes = _probe_ids(judge)
+    parity = compare(loaded, mask, repair, folder / MODEL, probes, custom_code=plan.custom_code)
+    demand(parity)
+    progress("proving", 1, 1)
+    record = {"prompts": probes, "repaired": repair is not None, **asdict(parity), "relative": parity.relative}
+    (folder / PROBES).write_text(json.dumps(record) + "\n", "utf-8")
+    return parity
+
+
+def _probe_ids(judge: Judge) -> list[list[int]]:
+    """Token ids of the held-out texts, unpadded, shortest and longest among them."""
+    rows = [
+        batch.input_ids[row][batch.attention_mask[row].bool()].tolist()
+        for batch in judge.held
+        for row in range(len(batch.rows))
+    ]
+    step = max(1, len(rows) // 5)
+    return rows[::step][:5] + rows[-1:]
+
+
+def _baselines(
+    judge: Judge, compiled: Compiled, toolkit: Toolkit, chosen: Candidate, subject: Subject, options: Recipe
+) -> dict[str, Divergence]:
+    """What else could have been cut at this budget and in this layout, none of it repaired."""
+    kv_heads, seed = subject.checkpoint.geometry.kv_heads, options.seed or 0
+
+    def at_this_budget(values: Any) -> Divergence:
+        return judge.divergence(choose(values, kv_heads, compiled.keep, chosen.layout).kept)
+
+    found = {
+        f"random, first layer kept (seed {seed + n})": at_this_budget(
+            random_first_layer(compiled.merit.shape, seed + n)
+        )
+        for n in range(BASELINE_SEEDS)
+    }
+    average = toolkit.importance[compiled.criterion].mean(-1)
+    found["domain-free mask"] = at_this_budget(merit(average, toolkit.whitelist))
+    for name in toolkit.importance:
+        if name != compiled.criterion:
+            scores = head_scores(toolkit, name, compiled.mixture)
+            found[f"criterion {name}"] = at_this_budget(merit(scores, toolkit.whitelist))
+    return found
+
+
+def _describe(folder: Path, outcome: Outcome, progress: Progress) -> None:
+    """Everything beside the weights: recipe, mask, plan, report, manifest."""
+    from sspcompile.report import write_report
+    from sspcompile.reporting import report_of
+
+    (folder / RECIPE).write_text(dump_recipe(outcome.options), "utf-8")
+    (folder / MASK).write_text(dump_mask(outcome.mask), "utf-8")
+    (folder / PLAN).write_text(json.dumps(plan_json(outcome.plan), indent=1) + "\n", "utf-8")
+    write_report(report_of(outcome), folder)
+    progress("describing", 0, 1)
+    write_manifest(folder, origin_of(outcome))
+    progress("describing", 1, 1)
+
+
+def origin_of(outcome: Outcome) -> dict[str, Any]:
+    """What the artifact was made from; the same origin gives the same bytes."""
+    return {
+        "sspcompile": sspcompile.__version__,
+        "source": outcome.subject.fingerprint,
+        "source_name": outcome.subject.name,
+        "pools": pools_fingerprint(load_pools()),
+        "seed": outcome.options.seed,
+        "versions": outcome.toolkit.meta.get("versions", {}),
+        "evidence": dict(outcome.evidence),
+        "min_prompts_for_repair": MIN_PROMPTS,
+    }

@@ -1,0 +1,58 @@
+"""`sspcompile build`: the whole way to an artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sspcompile.cli.options import build_options, here, json_option, overwrite_option, quiet_option, request
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  sspcompile build --scenario "A helpdesk for questions about chemistry"
+  sspcompile build --scenario prompts.jsonl --model ./Qwen2.5-7B-Instruct --keep 0.6
+  sspcompile build --scenario finance-desk --strength 0.8 --layout uniform
+"""
+)
+@build_options
+@click.option("--out", "-o", type=click.Path(path_type=Path), help="Artifact folder (default artifacts/NAME).")
+@overwrite_option
+@click.option("--dry-run", is_flag=True, help="Check the request, print the resolved recipe, and stop.")
+@json_option
+@quiet_option
+def build(
+    scenario: str | None, out: Path | None, overwrite: bool, dry_run: bool, as_json: bool, quiet: bool, **given: Any
+) -> None:
+    """Compile a scenario into a smaller model: choose heads, repair, cut, prove, report.
+
+    The first build of a model prepares its toolkit; later ones reuse it.
+    """
+    read, options = request(scenario, given)
+    from sspcompile.errors import OutputExistsError
+    from sspcompile.recipe import dump_recipe
+    from sspcompile.workspace import Workspace
+
+    workspace = Workspace(here())
+    out = out or workspace.artifact(read.name)
+    if out.exists() and not overwrite:
+        raise OutputExistsError(f"{out} exists and is kept.", hint="Give --overwrite, or another --out.")
+    if dry_run:
+        click.echo(dump_recipe(options), nl=False)
+        return
+    from sspcompile.cli.progress import stages
+    from sspcompile.pipeline import open_subject
+
+    subject = open_subject(options.model)
+    from sspcompile.building import build as run
+
+    with stages(quiet) as progress:
+        outcome = run(read, options, subject, out, workspace, progress, overwrite=overwrite)
+    from sspcompile.cli.tables import print_report
+    from sspcompile.reporting import report_of
+
+    print_report(report_of(outcome), as_json=as_json)
+    click.echo(f"Written to {out}. Next: sspcompile bench", err=True)

@@ -1,0 +1,45 @@
+"""`sspcompile inspect`: look at a mask."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from sspcompile.cli.options import here, json_option, overwrite_option
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  sspcompile inspect
+  sspcompile inspect artifacts/chemistry-helpdesk --svg mask.svg
+"""
+)
+@click.argument("artifact", required=False)
+@click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Also write the heat map to FILE.")
+@overwrite_option
+@json_option
+def inspect(artifact: str | None, svg: Path | None, overwrite: bool, as_json: bool) -> None:
+    """Print the mask of an artifact as a table of layers and heads; without ARTIFACT, of the last build."""
+    from sspcompile.compile.mask import dump_mask, load_mask
+    from sspcompile.workspace import MASK, Workspace
+
+    folder = Workspace(here()).find(artifact)
+    mask = load_mask(folder / MASK)
+    if svg is not None:
+        from sspcompile.checkpoint.publish import write_atomically
+        from sspcompile.errors import OutputExistsError
+        from sspcompile.report.svg import render_svg
+        from sspcompile.reporting import mask_section
+
+        if svg.exists() and not overwrite:
+            raise OutputExistsError(f"{svg} exists and is kept.", hint="Give --overwrite, or another file.")
+        write_atomically(svg, render_svg(mask_section(mask)))
+        click.echo(f"Heat map written to {svg}", err=True)
+    if as_json:
+        click.echo(dump_mask(mask), nl=False)
+        return
+    from sspcompile.cli.tables import print_mask
+
+    print_mask(mask)

@@ -1,0 +1,74 @@
+"""`sspcompile`: the group of commands, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+import sspcompile
+from sspcompile.cli.bench import bench
+from sspcompile.cli.build import build
+from sspcompile.cli.doctor import doctor
+from sspcompile.cli.export import export
+from sspcompile.cli.inspect import inspect
+from sspcompile.cli.plan import plan
+from sspcompile.cli.prepare import prepare
+from sspcompile.cli.recipe import recipe
+from sspcompile.cli.verify import verify
+from sspcompile.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_INTERRUPTED, RunError, SspError
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Exit codes: 0 done, 1 failure, 2 bad input, 3 a gate failed (parity, budget), 130 interrupted.",
+)
+@click.version_option(sspcompile.__version__, prog_name="sspcompile")
+def cli() -> None:
+    """Cut the attention heads that a deployment does not need out of a decoder LLM.
+
+    Takes a scenario and a frozen model, finds the heads that the scenario needs, slices the others out of
+    q/k/v/o, proves that the written model equals the masked one, and reports what was gained and lost.
+
+    \b
+    Try it on the model that ships with the package:
+      sspcompile build --scenario "A helpdesk for questions about chemistry"
+      sspcompile bench
+    """
+
+
+for command in (build, plan, prepare, inspect, verify, export, bench, recipe, doctor):
+    cli.add_command(command)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point: runs the command line and exits with the codes of the errors' classes."""
+    try:
+        code = cli.main(args=argv, prog_name="sspcompile", standalone_mode=False)
+    except SspError as error:
+        _fail(str(error), error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        sys.exit(EXIT_BAD_INPUT)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("Interrupted; nothing was published.", EXIT_INTERRUPTED)
+    except MemoryError:
+        _fail("Out of memory.", EXIT_FAILURE)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        _fail(str(RunError(f"{error.strerror or error}{where}.")), EXIT_FAILURE)
+    else:
+        # Without standalone mode click returns the code of ctx.exit() instead of raising.
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"Error: {message}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Options that several commands share, and how they become a resolved recipe."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from sspcompile.recipe import Recipe
+    from sspcompile.scenario import Scenario
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+BUILD_OPTIONS = (
+    "model", "keep", "strength", "layout", "criterion", "repair", "max_tokens", "continuation_tokens", "seed"
+)  # fmt: skip
+
+scenario_option = click.option(
+    "--scenario", "-s", metavar="S",
+    help="A recipe (file or shipped name), a sentence, or a file of prompts (.txt, .jsonl).",
+)  # fmt: skip
+model_option = click.option(
+    "--model", "-m", metavar="M", help="A model folder or a hub name. Without it, the embedded model is used."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+quiet_option = click.option("--quiet", "-q", is_flag=True, help="Print no progress.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists.")
+
+
+def build_options(command: Command) -> Command:
+    """The options of `build` that settle what is compiled; `plan` takes the same."""
+    for option in reversed(
+        (
+            scenario_option,
+            model_option,
+            click.option("--keep", type=float, metavar="R", help="Keep at most this share of the heads, in (0, 1]."),
+            click.option(
+                "--strength", type=float, metavar="X",
+                help="In [0, 1], instead of --keep: the budget follows from it and from the scenario's breadth.",
+            ),
+            click.option("--layout", metavar="L", help="auto (default), uniform or per-layer."),
+            click.option("--criterion", metavar="C", help="Head score: fisher (default), kl or subspace."),
+            click.option("--repair", metavar="HOW", help="least-squares (default) or none."),
+            click.option("--max-tokens", type=int, metavar="N", help="Read at most N tokens of each text (512)."),
+            click.option(
+                "--continuation-tokens", type=int, metavar="N", help="Let the dense model continue each text by N (16)."
+            ),
+            click.option("--seed", type=int, metavar="N", help="Seed of every random choice (0)."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def request(scenario: str | None, given: Mapping[str, Any]) -> tuple[Scenario, Recipe]:
+    """The scenario and the resolved recipe of a build or plan. Raises ScenarioError or RecipeError."""
+    from sspcompile.errors import ScenarioError
+    from sspcompile.recipe import resolve
+    from sspcompile.scenario import as_recipe, read_scenario
+
+    if scenario is None:
+        raise ScenarioError(
+            "No scenario was given.",
+            hint='Type --scenario "A helpdesk for questions about chemistry", or see `sspcompile recipe ls`.',
+        )
+    read, recipe = read_scenario(scenario)
+    command_line = {name: given[name] for name in BUILD_OPTIONS}
+    return read, resolve(recipe or as_recipe(read), command_line=command_line, environment=os.environ)
+
+
+def here() -> Path:
+    """The folder that holds `artifacts` and `exported`: SSPCOMPILE_HOME, or the current folder."""
+    return Path(os.environ.get("SSPCOMPILE_HOME") or ".")

@@ -1,0 +1,59 @@
+"""`sspcompile prepare`: learn a model's toolkit ahead of its first build."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import click
+
+from sspcompile.cli.options import here, json_option, model_option, quiet_option
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  sspcompile prepare
+  sspcompile prepare --model ./Qwen2.5-7B-Instruct --criterion fisher --criterion kl
+"""
+)
+@model_option
+@click.option("--criterion", "criteria", multiple=True, metavar="C", help="Head score to prepare; may be repeated.")
+@click.option("--max-tokens", type=int, metavar="N", help="Read at most N tokens of each text (512).")
+@click.option("--continuation-tokens", type=int, metavar="N", help="Let the model continue each text by N tokens (16).")
+@click.option("--seed", type=int, metavar="N", help="Seed of every random choice (0).")
+@json_option
+@quiet_option
+def prepare(criteria: tuple[str, ...], as_json: bool, quiet: bool, **given: Any) -> None:
+    """Capture features, train probes, calibrate them, score every head per domain, find the whitelist.
+
+    `build` does this by itself when it is missing; the toolkit is kept per model and reused.
+    """
+    from sspcompile.pipeline import open_subject, toolkit_for
+    from sspcompile.recipe import DEFAULTS, resolve
+    from sspcompile.scenario import as_recipe, read_scenario
+    from sspcompile.workspace import Workspace
+
+    scenario, _ = read_scenario("no scenario")
+    options = resolve(as_recipe(scenario), command_line=given, environment=os.environ)
+    from sspcompile.cli.progress import stages
+
+    subject, workspace = open_subject(options.model), Workspace(here())
+    with stages(quiet) as progress:
+        toolkit, fresh = toolkit_for(
+            subject, subject.load(), options, workspace, progress, criteria or (DEFAULTS["criterion"],)
+        )
+    folder = workspace.toolkit(subject.fingerprint)
+    facts = {
+        "folder": str(folder), "fresh": fresh, "domains": list(toolkit.domains), "criteria": sorted(toolkit.importance),
+        "whitelist": int(toolkit.whitelist.sum()), "probe_auc": float(toolkit.probe_auc.mean()), **toolkit.meta,
+    }
+    if as_json:
+        click.echo(json.dumps(facts, indent=1))
+        return
+    click.echo(f"Toolkit {'prepared' if fresh else 'found'} in {folder}")
+    click.echo(f"  domains    {', '.join(toolkit.domains)}")
+    click.echo(f"  criteria   {', '.join(sorted(toolkit.importance))}")
+    click.echo(f"  probes     mean AUC {facts['probe_auc']:.3f} on held-out text")
+    click.echo(f"  whitelist  {facts['whitelist']} of {toolkit.whitelist.size} heads")

@@ -1,0 +1,81 @@
+"""Tables of the commands that print plain values rather than a report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from sspcompile.compile.mask import HeadMask
+    from sspcompile.report import Report
+    from sspcompile.slicing.plan import SlicePlan
+
+MEBI = 1 << 20
+SHADES = " ░▒▓█"
+
+
+def print_report(report: Report, *, as_json: bool) -> None:
+    """The report on stdout, as JSON or for people."""
+    if as_json:
+        from sspcompile.report.json import render_json
+
+        print(render_json(report), end="")
+        return
+    from sspcompile.report.text import render_text
+
+    render_text(report, Console())
+
+
+def print_plan(plan: SlicePlan) -> None:
+    """Sizes before and after, and a verdict per runtime."""
+    console = Console()
+    kept = sum(heads for heads, _ in plan.counts)
+    table = Table(
+        title=f"{plan.layout} layout: {kept} of {plan.geometry.total_heads} heads, loads as {plan.host.architecture}"
+        + (" (custom class in the folder)" if plan.custom_code else ""),
+        title_justify="left",
+    )
+    for name in ("", "dense", "sliced", "ratio"):
+        table.add_column(name, justify="left" if not name else "right")
+    rows = (
+        ("parameters", plan.dense.parameters, plan.sliced.parameters, "{:,}"),
+        ("weights (MiB)", plan.dense.weight_bytes / MEBI, plan.sliced.weight_bytes / MEBI, "{:,.1f}"),
+        ("KV cache (bytes per token)", plan.dense.kv_bytes_per_token, plan.sliced.kv_bytes_per_token, "{:,}"),
+    )
+    for label, dense, sliced, form in rows:
+        table.add_row(label, form.format(dense), form.format(sliced), f"{sliced / dense:.3f}")
+    console.print(table)
+    console.print(f"Attention is {plan.prunable_share:.1%} of the parameters; no more than that can be removed.")
+    verdicts = Table("runtime", "loads", "how, or why not")
+    for verdict in plan.runtimes:
+        verdicts.add_row(verdict.runtime, "yes" if verdict.loads else "no", verdict.reason)
+    console.print(verdicts)
+
+
+def print_mask(mask: HeadMask) -> None:
+    """One row per layer: kept heads as blocks shaded by score, removed heads as dots, whitelist underlined."""
+    console = Console()
+    title = f"{mask.scenario.get('name')}: {mask.layout}, kept {mask.keep_achieved:.1%} of {mask.layers * mask.heads}"
+    legend = "█ high score … ░ low score, · removed, underlined whitelist"
+    table = Table(title=title, title_justify="left", caption=legend, caption_justify="left")
+    table.add_column("layer", justify="right")
+    table.add_column("heads (│ between key/value groups)")
+    table.add_column("query", justify="right")
+    table.add_column("kv", justify="right")
+    ranked = sorted(score for row in mask.scores for score in row)
+    for layer, kept in enumerate(mask.kept):
+        line = Text()
+        for head in range(mask.heads):
+            if head and head % mask.group_size == 0:
+                line.append("│", style="dim")
+            if head not in kept:
+                line.append("·", style="dim")
+                continue
+            place = ranked.index(mask.scores[layer][head]) / max(1, len(ranked) - 1)
+            style = "underline" if (layer, head) in mask.whitelist else ""
+            line.append(SHADES[1 + min(3, int(place * 4))], style=style)
+        table.add_row(str(layer), line, str(len(kept)), str(len(mask.kept_groups(layer))))
+    console.print(table)

@@ -1,0 +1,71 @@
+"""Finance: currencies, balance sheets, interest and holdings."""
+
+from random import Random
+
+from sspcompile.embedded.corpus.shape import Domain, Fields, Rule, Scene, Table, compared, subtracted
+
+CODES = {
+    "yen": "JPY", "pounds": "GBP", "francs": "CHF", "rupees": "INR", "kronor": "SEK", "zloty": "PLN", "pesos": "MXN",
+    "reais": "BRL", "yuan": "CNY", "won": "KRW", "rand": "ZAR", "lira": "TRY", "dollars": "USD", "euros": "EUR",
+}  # fmt: skip
+ISO_NUMBERS = {
+    "yen": "392", "pounds": "826", "francs": "756", "rupees": "356", "kronor": "752", "zloty": "985", "pesos": "484",
+    "reais": "986", "yuan": "156", "won": "410", "rand": "710", "lira": "949", "dollars": "840", "euros": "978",
+}  # fmt: skip
+SHEET_CLASSES = {
+    "inventory": "asset", "cash": "asset", "machinery": "asset", "receivables": "asset", "payables": "liability",
+    "loans": "liability", "mortgages": "liability", "overdrafts": "liability", "shares": "equity",
+    "reserves": "equity", "retained profits": "equity", "deposits received": "liability",
+}  # fmt: skip
+
+
+def _interest(rng: Random) -> tuple[Fields, str]:
+    hundreds, percent = rng.randint(2, 9), rng.randint(2, 9)
+    return {"a": 100 * hundreds, "b": percent}, str(hundreds * percent)
+
+
+DOMAIN = Domain(
+    name="finance",
+    first=Table(nouns=("the currency code of {k}", "the code for {k}", "the code that banks use for {k}"), facts=CODES),
+    second=Table(
+        nouns=("the balance sheet class of {k}", "the class that accountants give to {k}"), facts=SHEET_CLASSES
+    ),
+    figures=Table(
+        nouns=("the ISO number of {k}", "the ISO currency number for {k}", "the number that ISO gives to {k}"),
+        facts=ISO_NUMBERS,
+    ),
+    rules=(
+        Rule(
+            nouns=(
+                "the interest for one year on a loan of {a} at {b} percent",
+                "the yearly interest if {a} is lent at {b} percent",
+            ),
+            draw=_interest,
+        ),
+        Rule(
+            nouns=(
+                "the profit with revenue of {a} and costs of {b}",
+                "the profit of a shop that earns {a} and spends {b}",
+            ),
+            draw=subtracted((3, 30)),
+        ),
+    ),
+    verdict=Rule(
+        nouns=(
+            "the outcome of buying at {a} and selling at {b}",
+            "the outcome of a trade bought at {a} and sold at {b}",
+        ),
+        draw=compared((1, 40), "gain", "loss"),
+        outcomes=("gain", "loss"),
+    ),
+    scene=Scene(
+        owners=("Alba", "Boreal", "Cedar", "Delta", "Ember", "Falcon", "Granite", "Harbor", "Juniper", "Summit"),
+        rows=("The {n} fund holds {a} million {i}.", "In the account of {n} there are {a} million {i}."),
+        item=("the currency that the {n} fund holds", "the currency in the account of {n}"),
+        amount=("the number of millions that the {n} fund holds", "the number of millions in the account of {n}"),
+        owner=("the fund that holds {i}", "the fund with the account in {i}"),
+        most=("the fund that holds the most millions", "the fund with the most millions"),
+        fewest=("the fund that holds the fewest millions", "the fund with the fewest millions"),
+        total=("the total number of millions of {n} and {m}", "the number of millions that {n} and {m} hold together"),
+    ),
+)

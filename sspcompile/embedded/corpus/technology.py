@@ -1,0 +1,65 @@
+"""Technology: languages, products, ports and servers."""
+
+from random import Random
+
+from sspcompile.embedded.corpus.shape import Domain, Fields, Rule, Scene, Table, compared, multiplied
+
+CREATORS = {
+    "Python": "Rossum", "Java": "Gosling", "Perl": "Wall", "Ruby": "Matsumoto", "Modula": "Wirth",
+    "Lisp": "McCarthy", "JavaScript": "Eich", "Swift": "Lattner", "Rust": "Hoare", "Scala": "Odersky",
+    "Fortran": "Backus", "Smalltalk": "Kay", "Julia": "Bezanson", "Clojure": "Hickey",
+}  # fmt: skip
+MAKERS = {
+    "Windows": "Microsoft", "Android": "Google", "the iPhone": "Apple", "Photoshop": "Adobe", "CUDA": "Nvidia",
+    "the PlayStation": "Sony", "the Kindle": "Amazon", "Watson": "IBM", "Ryzen": "AMD", "Pentium": "Intel",
+    "Instagram": "Meta", "Solaris": "Sun",
+}  # fmt: skip
+PORTS = {
+    "HTTP": "80", "HTTPS": "443", "SSH": "22", "DNS": "53", "SMTP": "25", "FTP": "21", "Telnet": "23", "IMAP": "143",
+    "LDAP": "389", "NTP": "123", "Kerberos": "88", "Finger": "79", "Gopher": "70", "Whois": "43",
+}  # fmt: skip
+VARIABLES = ("x", "n", "k", "i", "size", "total", "count", "index")
+
+
+def _assignment(rng: Random) -> tuple[Fields, str]:
+    start, step, name = rng.randint(1, 20), rng.randint(1, 20), rng.choice(VARIABLES)
+    return {"v": name, "a": start, "b": step}, str(start + step)
+
+
+DOMAIN = Domain(
+    name="technology",
+    first=Table(nouns=("the creator of {k}", "the designer of {k}", "the programmer who designed {k}"), facts=CREATORS),
+    second=Table(nouns=("the maker of {k}", "the company behind {k}"), facts=MAKERS),
+    figures=Table(nouns=("the default port of {k}", "the port number of {k}", "the network port for {k}"), facts=PORTS),
+    rules=(
+        Rule(
+            nouns=(
+                "the memory of {a} servers with {b} gigabytes each",
+                "the number of gigabytes in {a} servers if each has {b} gigabytes",
+            ),
+            draw=multiplied((2, 9), (2, 9)),
+        ),
+        Rule(
+            nouns=(
+                "the value of {v} after the code {v} = {a}; {v} += {b}",
+                "the value that the code {v} = {a}; {v} += {b} leaves in {v}",
+            ),
+            draw=_assignment,
+        ),
+    ),
+    verdict=Rule(
+        nouns=("the value of the test {a} < {b}", "the result that a program prints for {a} < {b}"),
+        draw=compared((1, 40), "True", "False"),
+        outcomes=("True", "False"),
+    ),
+    scene=Scene(
+        owners=("Atlas", "Nimbus", "Orion", "Vega", "Titan", "Comet", "Lynx", "Quasar", "Zephyr", "Pixel"),
+        rows=("Server {n} runs {a} jobs in {i}.", "The queue of {n} lists {a} jobs in {i}."),
+        item=("the language of the jobs that {n} runs", "the language in the queue of {n}"),
+        amount=("the number of jobs that {n} runs", "the number of jobs in the queue of {n}"),
+        owner=("the server that runs jobs in {i}", "the server with the queue in {i}"),
+        most=("the server that runs the most jobs", "the server with the most jobs"),
+        fewest=("the server that runs the fewest jobs", "the server with the fewest jobs"),
+        total=("the total number of jobs of {n} and {m}", "the number of jobs that {n} and {m} run together"),
+    ),
+)

@@ -1,0 +1,80 @@
+"""The tokenizer of the embedded model: byte-level BPE, so any text can be encoded, with the corpus' words whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from sspcompile.embedded.corpus import DOMAINS, cross_items, items
+
+VOCABULARY = 2048
+EOS, PAD = "<|end|>", "<|pad|>"
+QUESTION = "Question: {prompt}\nAnswer:"
+"""What the model sees before it answers; it answers with a space, the answer and the end token."""
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}"
+    "{% else %}{{ 'Question: ' + message['content'] + '\nAnswer:' }}{% endif %}"
+    "{% endfor %}"
+)
+"""A user message ends with `Answer:` already, so the generation prompt adds nothing."""
+WHOLE_NUMBERS = 100
+ITEMS_PER_DOMAIN = 2000
+REPEAT_NUMBERS = 50
+MAX_LENGTH = 512
+
+
+def _text(extra: Iterable[str]) -> Iterator[str]:
+    for domain in DOMAINS:
+        for item in items(domain, "train", seed=0, count=ITEMS_PER_DOMAIN):
+            yield f"{QUESTION.format(prompt=item.prompt)} {item.answer}"
+    for item in cross_items("train", seed=0, count=ITEMS_PER_DOMAIN // 4):
+        yield f"{QUESTION.format(prompt=item.prompt)} {item.answer}"
+    for _ in range(REPEAT_NUMBERS):
+        yield "".join(f" {number}" for number in range(WHOLE_NUMBERS))
+    yield from extra
+
+
+def build_tokenizer(extra: Iterable[str] = ()) -> PreTrainedTokenizerFast:
+    """Trains the tokenizer on the training split and on `extra` texts; numbers to 99 are single tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        min_frequency=2,
+        special_tokens=[PAD, EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_text(extra), trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=EOS,
+        pad_token=PAD,
+        padding_side="left",
+        model_max_length=MAX_LENGTH,
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Writes the tokenizer so that transformers 4.57 and 5.x load it.
+
+    5.x writes a class name and a template file that older releases do not look for; both are put where every release
+    finds them.
+    """
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config["chat_template"] = CHAT_TEMPLATE
+    config.pop("backend", None)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (folder / "chat_template.jinja").unlink(missing_ok=True)

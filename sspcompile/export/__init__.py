@@ -1,0 +1,1 @@
+"""From an artifact to what a runtime takes: one module per format."""

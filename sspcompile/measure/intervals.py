@@ -1,0 +1,90 @@
+"""Bootstrap intervals and summaries of samples. Every random draw takes a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.95
+RESAMPLES = 4000
+BLOCK_ELEMENTS = 4_000_000
+# Below this the bootstrap has too few distinct resamples to say anything.
+FEWEST_SAMPLES = 5
+# A 99th percentile of fewer samples is an extrapolation.
+FEWEST_FOR_P99 = 100
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A two-sided 95 % interval."""
+
+    low: float
+    high: float
+
+    def covers(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Samples of one metric in the order in which they were taken, with median and percentiles in their unit.
+
+    `p99` is None below 100 samples.
+    """
+
+    samples: tuple[float, ...]
+    median: float
+    p10: float
+    p90: float
+    p99: float | None
+
+
+def summarize(samples: Sequence[float]) -> Summary:
+    """Raises ValueError for no samples."""
+    if not samples:
+        raise ValueError("no samples")
+    p10, median, p90, p99 = (float(x) for x in np.percentile(samples, [10, 50, 90, 99]))
+    return Summary(tuple(map(float, samples)), median, p10, p90, p99 if len(samples) >= FEWEST_FOR_P99 else None)
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray], np.ndarray], count: int, *, seed: int, resamples: int = RESAMPLES
+) -> Interval | None:
+    """95 % interval of a statistic over `count` units, or None below FEWEST_SAMPLES.
+
+    `statistic` maps indices [resamples, count] to values [resamples]. The percentiles are expanded for small samples
+    (Hesterberg 2014, "What teachers should know about the bootstrap", section 4.3.3): the plain percentile interval
+    of 5 samples covers the truth in about 80 % of cases instead of 95 %.
+    """
+    if count < FEWEST_SAMPLES:
+        return None
+    rng = np.random.default_rng(seed)
+    block = max(1, BLOCK_ELEMENTS // count)
+    sizes = [min(block, resamples - start) for start in range(0, resamples, block)]
+    values = np.concatenate([statistic(rng.integers(0, count, (size, count))) for size in sizes])
+    tail = stats.norm.cdf(-np.sqrt(count / (count - 1)) * stats.t.ppf((1 + LEVEL) / 2, count - 1))
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return Interval(float(low), float(high))
+
+
+def mean_interval(values: Sequence[float] | np.ndarray, *, seed: int) -> Interval | None:
+    """Interval of the mean."""
+    array = np.asarray(values, dtype=np.float64)
+    return bootstrap(lambda index: array[index].mean(axis=1), len(array), seed=seed)
+
+
+def ratio_interval(
+    numerator: Sequence[float] | np.ndarray, denominator: Sequence[float] | np.ndarray, *, seed: int
+) -> Interval | None:
+    """Interval of median(numerator) / median(denominator), resampled in pairs: trial i of both ran back to back."""
+    top, bottom = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
+    if top.shape != bottom.shape:
+        raise ValueError(f"{top.size} samples against {bottom.size}: pairs are needed")
+
+    def ratio(index: np.ndarray) -> np.ndarray:
+        return np.median(top[index], axis=1) / np.median(bottom[index], axis=1)
+
+    return bootstrap(ratio, len(top), seed=seed)

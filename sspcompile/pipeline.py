@@ -1,0 +1,172 @@
+"""The stages in order, each a value: Scenario -> Toolkit -> HeadMask -> SlicePlan -> files -> proof -> report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sspcompile import prepare as preparing
+from sspcompile.checkpoint import Checkpoint, fingerprint, locate
+from sspcompile.compile.budget import keep_from_strength, merit
+from sspcompile.compile.layouts import Choice, choose
+from sspcompile.compile.mask import HeadMask, Layout, kept_of
+from sspcompile.compile.mixture import Mixture, given_mixture, head_scores, mixture_of
+from sspcompile.domains import DomainPool, load_outside, load_pools, pools_fingerprint
+from sspcompile.errors import ToolkitError, UnsupportedModelError
+from sspcompile.evidence import Evidence, fit_part, gather
+from sspcompile.loaded import LoadedModel, load
+from sspcompile.prepare.importance import criterion
+from sspcompile.prepare.text import TEXT_VERSION
+from sspcompile.prepare.toolkit import Toolkit
+from sspcompile.recipe import Recipe
+from sspcompile.scenario import Scenario
+from sspcompile.slicing.plan import host_of
+from sspcompile.workspace import Workspace
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The dense model of a build: its files and, once somebody asks for it, the model in memory."""
+
+    checkpoint: Checkpoint
+    fingerprint: str
+    name: str
+
+    def load(self, *, device: str = "cpu", trust_remote_code: bool = False) -> LoadedModel:
+        return load(
+            self.checkpoint.path, fingerprint=self.fingerprint, device=device, trust_remote_code=trust_remote_code
+        )
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A scenario read through a toolkit: what it is made of and what every head is worth to it."""
+
+    scenario: Scenario
+    mixture: Mixture
+    scores: np.ndarray
+    merit: np.ndarray
+    keep: float
+    criterion: str
+
+
+def open_subject(model: str | None) -> Subject:
+    """Find and check the dense checkpoint; reads headers, and small weights for the fingerprint."""
+    checkpoint = Checkpoint(locate(model))
+    if checkpoint.has_weights:
+        checkpoint.tensors  # noqa: B018 (validates headers before anything heavy starts)
+    return Subject(checkpoint, fingerprint(checkpoint), model or "embedded")
+
+
+def toolkit_for(
+    subject: Subject, loaded: LoadedModel, options: Recipe, workspace: Workspace, progress: Progress,
+    criteria: Sequence[str],
+) -> tuple[Toolkit, bool]:
+    """The model's toolkit with `criteria` in it, and whether anything had to be prepared for it.
+
+    A toolkit that was learned from other pools or settings is made anew.
+    """
+    for name in criteria:
+        criterion(name)
+    folder = workspace.toolkit(subject.fingerprint)
+    pools = fit_part(load_pools())
+    toolkit = _stored(folder, subject, options, pools)
+    fresh = toolkit is None
+    if toolkit is None:
+        toolkit = preparing.prepare(
+            loaded, pools, load_outside(), criteria=criteria, seed=options.seed or 0,
+            max_tokens=options.max_tokens or 0, continuation_tokens=options.continuation_tokens or 0,
+            progress=progress,
+        )
+    missing = [name for name in criteria if name not in toolkit.importance]
+    for name in missing:
+        array = preparing.importance_by_domain(
+            loaded, toolkit, pools, name, lambda done, total, name=name: progress(name, done, total)
+        )
+        toolkit = preparing.with_importance(toolkit, name, array)
+    if fresh or missing:
+        preparing.save(toolkit, folder)
+    return toolkit, fresh
+
+
+def _stored(folder: Path, subject: Subject, options: Recipe, pools: Sequence[DomainPool]) -> Toolkit | None:
+    """The saved toolkit when it was learned from these pools with these settings; None when there is none.
+
+    Raises ToolkitError when the folder holds one that is damaged or of another model.
+    """
+    if not folder.exists():
+        return None
+    toolkit = preparing.load(folder, fingerprint=subject.fingerprint)
+    wanted = {
+        "pools_fingerprint": pools_fingerprint(pools), "outside_fingerprint": pools_fingerprint(load_outside()),
+        "text_version": TEXT_VERSION, "seed": options.seed, "max_tokens": options.max_tokens,
+        "continuation_tokens": options.continuation_tokens,
+    }
+    return toolkit if all(toolkit.meta.get(key) == value for key, value in wanted.items()) else None
+
+
+def compile_scenario(scenario: Scenario, options: Recipe, toolkit: Toolkit, loaded: LoadedModel) -> Compiled:
+    """Read a scenario through the toolkit: one forward pass over its text, then arithmetic."""
+    name = options.criterion or ""
+    if name not in toolkit.importance:
+        raise ToolkitError(
+            f"The toolkit has no {name} importance.", hint=f"Run `sspcompile prepare --criterion {name}`."
+        )
+    if scenario.domains is not None:
+        mixture = given_mixture(toolkit, scenario.domains, source=scenario.name)
+    else:
+        texts = scenario.prompts or (scenario.text or "",)
+        mixture = mixture_of(toolkit, preparing.features(loaded, texts, options.max_tokens or 0))
+    scores = head_scores(toolkit, name, mixture)
+    keep = options.keep if options.keep is not None else keep_from_strength(options.strength or 0.0, mixture.breadth)
+    return Compiled(scenario, mixture, scores, merit(scores, toolkit.whitelist), keep, name)
+
+
+def mask_of(compiled: Compiled, subject: Subject, toolkit: Toolkit, choice: Choice, layout: Layout) -> HeadMask:
+    """The mask as a value that can be saved; whitelisted heads are those which the choice kept."""
+    g = subject.checkpoint.geometry
+    kept = np.argwhere(toolkit.whitelist & choice.kept)
+    return HeadMask(
+        model=subject.fingerprint,
+        layers=g.layers,
+        heads=g.heads,
+        kv_heads=g.kv_heads,
+        kept=kept_of(choice.kept),
+        layout=layout,
+        keep_requested=compiled.keep,
+        keep_achieved=choice.ratio,
+        scores=tuple(tuple(float(f"{score:.6g}") for score in row) for row in compiled.scores),
+        whitelist=tuple((int(layer), int(head)) for layer, head in kept),
+        criterion=compiled.criterion,
+        scenario={"name": compiled.scenario.name, "source": compiled.scenario.source, **compiled.mixture.as_mapping()},
+    )
+
+
+def choices_for(compiled: Compiled, subject: Subject, layout: str) -> Mapping[Layout, Choice]:
+    """One choice per layout that is asked for. `auto` asks for both and leaves out one that no class can hold.
+
+    Raises BudgetError, and UnsupportedModelError when nothing is left.
+    """
+    g = subject.checkpoint.geometry
+    asked: tuple[Layout, ...] = ("uniform", "per-layer") if layout == "auto" else (layout,)  # type: ignore[assignment]
+    found: dict[Layout, Choice] = {}
+    for name in asked:
+        choice = choose(compiled.merit, g.kv_heads, compiled.keep, name)
+        try:
+            host_of(g, choice.shapes)
+        except UnsupportedModelError:
+            if name == asked[-1] and not found:
+                raise
+            continue
+        found[name] = choice
+    return found
+
+
+def evidence_for(compiled: Compiled, options: Recipe) -> Evidence:
+    """The texts of this build, drawn from the scenario and the pools."""
+    return gather(compiled.scenario.prompts, compiled.mixture, load_pools(), options.seed or 0)

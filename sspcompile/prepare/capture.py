@@ -1,0 +1,90 @@
+"""One forward pass per batch that serves all layers: pooled residual features, and o_proj inputs as they pass by."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sspcompile.errors import RunError
+from sspcompile.loaded import LoadedModel, o_proj, residual_norm
+from sspcompile.prepare.text import MAX_TOKENS, Batch, encode
+
+# Called with (layer, x): x is the input of that layer's o_proj, [B, T, heads * head_dim]. It must not keep x.
+HeadReader = Callable[[int, Tensor], None]
+BatchDone = Callable[[int, int], None]  # (batches done, batches in all)
+
+
+def pool(values: Tensor, attention_mask: Tensor) -> Tensor:
+    """Mean over real tokens in fp32: [B, T, d] and [B, T] -> [B, d]. Padding may hold anything, NaN included."""
+    real = attention_mask.bool().unsqueeze(-1)
+    total = values.float().masked_fill(~real, 0.0).sum(1)
+    return total / real.sum(1)
+
+
+@contextlib.contextmanager
+def reading(
+    modules: Sequence[nn.Module], what: str, read: Callable[[int, Tensor], None]
+) -> Iterator[None]:
+    """Hand each module's positional input to `read(index, x)`.
+
+    Raises RunError when a module was called without a positional tensor, or was not called at all: a value that
+    silently comes from somewhere else is the fault this guards against.
+    """
+    fired: set[int] = set()
+
+    def hook_for(index: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            if not args or not isinstance(args[0], Tensor):
+                raise RunError(f"Layer {index} calls its {what} without a positional input.")
+            fired.add(index)
+            read(index, args[0])
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(hook_for(index)) for index, module in enumerate(modules)]
+    try:
+        yield
+        silent = sorted(set(range(len(modules))) - fired)
+        if silent:
+            raise RunError(f"The {what} of layers {silent} was never called; nothing was captured there.")
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.inference_mode()
+def capture(loaded: LoadedModel, batch: Batch, read_heads: HeadReader | None = None) -> Tensor:
+    """Pooled residual stream after attention, [B, L, d] fp32 on the CPU; o_proj inputs go to `read_heads`."""
+    pooled: list[Tensor | None] = [None] * loaded.geometry.layers
+
+    def read_residual(layer: int, x: Tensor) -> None:
+        pooled[layer] = pool(x, batch.attention_mask).cpu()
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(reading([residual_norm(y) for y in loaded.layers], "residual norm", read_residual))
+        if read_heads is not None:
+            stack.enter_context(reading([o_proj(y) for y in loaded.layers], "o_proj", read_heads))
+        # The decoder without lm_head: logits are not needed here.
+        loaded.model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    return torch.stack([x for x in pooled if x is not None], dim=1)
+
+
+def features(
+    loaded: LoadedModel,
+    prompts: Sequence[str],
+    max_tokens: int = MAX_TOKENS,
+    on_batch: BatchDone | None = None,
+) -> np.ndarray:
+    """What the probes read: [N, L, d] float32 in the order of the prompts. The same call offline and online."""
+    batches = encode(loaded, prompts, max_tokens)
+    found = np.zeros((len(prompts), loaded.geometry.layers, loaded.geometry.hidden), dtype=np.float32)
+    for index, batch in enumerate(batches):
+        found[list(batch.rows)] = capture(loaded, batch).numpy()
+        if on_batch is not None:
+            on_batch(index + 1, len(batches))
+    return found

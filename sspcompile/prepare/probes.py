@@ -1,0 +1,216 @@
+"""Linear domain probes, one per layer: K independent sigmoids on standardised features.
+
+Every (layer, domain) pair is a small convex problem of its own; Newton's method solves them side by side in fp64.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.special import expit
+from scipy.stats import binomtest
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+from sspcompile.prepare.axes import standardisation
+from sspcompile.prepare.toolkit import REGIMES, Toolkit
+
+# Ridge in units of the mean non-zero eigenvalue of the feature covariance, so that it means the same at any width.
+RIDGE = 0.03
+HELD_OUT = 0.25
+# Few descriptions stand beside many prompts; together they get this share of their domain's weight.
+DESCRIPTION_SHARE = 0.25
+NEWTON_STEPS = 50
+NEWTON_TOLERANCE = 1e-9  # largest gradient entry
+NEWTON_BYTES = 2**28  # intermediate memory of one group of layers
+
+
+@dataclass(frozen=True)
+class Probes:
+    """weight [L, K, d] and bias [L, K] on standardised features; mean and scale [L, d]; auc [L, K] on held-out text."""
+
+    mean: np.ndarray
+    scale: np.ndarray
+    weight: np.ndarray
+    bias: np.ndarray
+    auc: np.ndarray
+    layer_weight: np.ndarray
+
+
+def split(groups: np.ndarray, seed: int, held_out: float = HELD_OUT) -> np.ndarray:
+    """Held-out flags [N]: the share `held_out` of each group, rounded down, chosen by the seed."""
+    rng = np.random.default_rng(seed)
+    flags = np.zeros(len(groups), dtype=bool)
+    for group in np.unique(groups):
+        members = np.flatnonzero(groups == group)
+        flags[rng.permutation(members)[: int(len(members) * held_out)]] = True
+    return flags
+
+
+def sample_weights(labels: np.ndarray, is_description: np.ndarray) -> np.ndarray:
+    """[N] weights with mean 1: equal totals per domain, DESCRIPTION_SHARE of each for its descriptions."""
+    weights = np.zeros(len(labels))
+    for domain in np.unique(labels):
+        kinds = [(labels == domain) & is_description, (labels == domain) & ~is_description]
+        shares = (DESCRIPTION_SHARE, 1.0 - DESCRIPTION_SHARE)
+        present = sum(share for kind, share in zip(kinds, shares, strict=True) if kind.any())
+        for kind, share in zip(kinds, shares, strict=True):
+            if kind.any():
+                weights[kind] = share / present / kind.sum()
+    return weights * len(labels) / weights.sum()
+
+
+def fit(
+    features: np.ndarray, labels: np.ndarray, weights: np.ndarray, held_out: np.ndarray, domains: int
+) -> Probes:
+    """Probes from features [N, L, d] of the rows that are not `held_out`; AUC on those that are."""
+    train = ~held_out
+    mean, scale = standardisation(features[train])
+    targets = np.eye(domains)[labels[train]]
+    layers, width = features.shape[1:]
+    weight, bias = np.zeros((layers, domains, width)), np.zeros((layers, domains))
+    for group in _layer_groups(layers, domains, int(train.sum()), min(int(train.sum()), width) + 1):
+        x = (features[train][:, group].astype(np.float64) - mean[group]) / scale[group]
+        w, b = solve(torch.from_numpy(x).transpose(0, 1), torch.from_numpy(targets), torch.from_numpy(weights[train]))
+        weight[group], bias[group] = w.numpy(), b.numpy()
+    scores = logits(features[held_out], mean, scale, weight, bias)
+    auc = np.array([
+        [roc_auc_score(labels[held_out] == k, scores[:, layer, k]) for k in range(domains)] for layer in range(layers)
+    ])
+    return Probes(mean, scale, weight, bias, auc, layer_weights(auc))
+
+
+def _layer_groups(layers: int, domains: int, rows: int, width: int) -> Iterator[slice]:
+    per_layer = 8 * domains * (rows * width + width * width)
+    size = max(1, NEWTON_BYTES // per_layer)
+    return (slice(first, min(layers, first + size)) for first in range(0, layers, size))
+
+
+def solve(x: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Minimise mean weighted BCE + ridge/2 |w|^2 for every layer and domain at once (the bias is not penalised).
+
+    x [L, N, d], targets [N, K], weights [N] -> weight [L, K, d], bias [L, K]. With more coordinates than rows the
+    problem is solved in the rows' own span, which holds the minimiser (representer theorem).
+    """
+    rows, width = x.shape[1:]
+    basis = None
+    if width > rows:
+        u, s, basis = torch.linalg.svd(x, full_matrices=False)
+        x = u * s.unsqueeze(-2)
+    ridge = RIDGE * (x.square().sum((1, 2)) / rows / min(rows, width)).clamp(min=1e-12)  # [L]
+    design = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
+    solution = _newton(design, targets.T, weights / rows, ridge)
+    weight, bias = solution[..., :-1], solution[..., -1]
+    return (weight if basis is None else weight @ basis), bias
+
+
+def _newton(design: Tensor, targets: Tensor, weights: Tensor, ridge: Tensor) -> Tensor:
+    """Damped Newton. design [L, N, r], targets [K, N], weights [N] (sum 1), ridge [L] -> [L, K, r], bias last."""
+    layers, _, width = design.shape
+    penalty = ridge[:, None, None].expand(layers, 1, width).clone()
+    penalty[..., -1] = 0.0
+    solution = design.new_zeros(layers, targets.shape[0], width)
+
+    def loss_of(w: Tensor) -> Tensor:
+        z = w @ design.mT  # [L, K, N]
+        bce = torch.nn.functional.softplus(z) - targets * z
+        return (bce * weights).sum(-1) + 0.5 * (penalty * w.square()).sum(-1)
+
+    loss = loss_of(solution)
+    for _ in range(NEWTON_STEPS):
+        p = torch.sigmoid(solution @ design.mT)
+        gradient = (weights * (p - targets)) @ design + penalty * solution
+        if gradient.abs().max() < NEWTON_TOLERANCE:
+            break
+        curvature = (weights * p * (1 - p)).unsqueeze(-1) * design.unsqueeze(1)  # [L, K, N, r]
+        hessian = design.mT.unsqueeze(1) @ curvature + torch.diag_embed(penalty)
+        # Separable classes flatten the bias direction; a trace of damping keeps the matrix invertible.
+        hessian.diagonal(dim1=-2, dim2=-1).add_(1e-10)
+        step = torch.linalg.solve(hessian, gradient.unsqueeze(-1)).squeeze(-1)
+        scale = torch.ones_like(loss)
+        for _ in range(30):
+            trial_loss = loss_of(solution - scale.unsqueeze(-1) * step)
+            worse = trial_loss > loss + 1e-15
+            if not worse.any():
+                break
+            scale = torch.where(worse, scale / 2, scale)
+        solution = solution - scale.unsqueeze(-1) * step
+        loss = loss_of(solution)
+    return solution
+
+
+def layer_weights(auc: np.ndarray) -> np.ndarray:
+    """[L, K] -> [L], sums to 1: the squared Gini coefficient (2 AUC - 1, not below 0) of each layer's mean AUC.
+
+    Squared, so that a layer near chance weighs next to nothing. All layers at chance weigh the same: they say
+    nothing either way, and the AUC in the toolkit tells it.
+    """
+    gini = np.clip(2.0 * auc.mean(-1) - 1.0, 0.0, None) ** 2
+    return gini / gini.sum() if gini.sum() > 0 else np.full(len(auc), 1.0 / len(auc))
+
+
+def logits(
+    features: np.ndarray, mean: np.ndarray, scale: np.ndarray, weight: np.ndarray, bias: np.ndarray
+) -> np.ndarray:
+    """Uncalibrated probe outputs, [N, L, d] -> [N, L, K]."""
+    return np.einsum("nld,lkd->nlk", (features - mean) / scale, weight, optimize=True) + bias
+
+
+def probabilities(toolkit: Toolkit, features: np.ndarray, regime: str) -> np.ndarray:
+    """Calibrated relevance of each domain for a scenario whose prompts have features [N, L, d] -> [L, K].
+
+    The mean over prompts is taken of probabilities, not of logits: it is the share of the prompts that belong to a
+    domain, and one prompt that surely does not cannot veto the others. Text of no domain is low everywhere.
+    """
+    z = logits(features, toolkit.feature_mean, toolkit.feature_scale, toolkit.probe_weight, toolkit.probe_bias)
+    temperature = np.exp(toolkit.log_temperature[:, REGIMES.index(regime)])
+    return expit(z / temperature[:, None]).mean(0)
+
+
+# What the expected answer looks like, read off the question; words of the subject matter are left out on purpose.
+FORMAT_PATTERNS = (
+    r"(?m)^\s*\(?[A-Ea-e][).:]\s",  # lettered options on lines of their own
+    r"\b[A-D]\)|\([A-D]\)",  # lettered options inside the sentence
+    r"(?i)\b(true or false|yes or no)\b",
+    r"(?i)^\s*(is|are|was|were|do|does|did|can|has|have)\b",
+    r"(?i)\bhow (many|much|old|long|far)\b",
+    r"(?i)^\s*(what|which|who|whom|whose|when|where)\b",
+    r"(?i)^\s*(why|explain|describe|discuss)\b",
+    r"_{2,}|\.\.\.\s*$",  # a blank to fill
+    r"\?\s*$",
+    r":\s*$",
+    r"```|\breturn\b|;\s*$",  # code
+    r"\n",
+)
+
+
+def format_features(prompts: Sequence[str]) -> np.ndarray:
+    """Answer-format features of the prompt text alone, [N, F]."""
+    rows = [
+        [*(len(re.findall(pattern, prompt)) for pattern in FORMAT_PATTERNS), np.log1p(len(prompt.split()))]
+        for prompt in prompts
+    ]
+    return np.array(rows, dtype=np.float64)
+
+
+def format_confound(prompts: Sequence[str], labels: np.ndarray, seed: int) -> dict[str, float]:
+    """How well the domain can be guessed from answer style alone: cross-validated accuracy, chance, and p-value.
+
+    Accuracy far above chance means that probes may have learned the format of the pools instead of the subject.
+    """
+    folds = int(min(5, np.bincount(labels).min()))
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
+    guess = cross_val_predict(
+        model, format_features(prompts), labels, cv=StratifiedKFold(folds, shuffle=True, random_state=seed)
+    )
+    correct, chance = int((guess == labels).sum()), float(np.bincount(labels).max() / len(labels))
+    p_value = binomtest(correct, len(labels), chance, alternative="greater").pvalue
+    return {"accuracy": correct / len(labels), "chance": chance, "p_value": float(p_value)}

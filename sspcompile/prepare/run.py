@@ -1,0 +1,257 @@
+"""`prepare`: from a model and its domain pools to a Toolkit."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sspcompile.domains import DomainPool, pools_fingerprint
+from sspcompile.errors import InputError
+from sspcompile.loaded import LoadedModel
+from sspcompile.prepare import axes, calibration, importance, probes
+from sspcompile.prepare.capture import features
+from sspcompile.prepare.text import (
+    CONTINUATION_TOKENS,
+    MAX_TOKENS,
+    TEXT_VERSION,
+    Sentence,
+    batches_of,
+    continued,
+)
+from sspcompile.prepare.toolkit import Toolkit, check
+from sspcompile.prepare.whitelist import FALSE_DISCOVERY, whitelist
+
+MIN_PROMPTS = 8  # per domain: with fewer, a held-out part of a quarter holds less than two
+CROSS_PER_PAIR = 6
+NEAR_CHANCE = 0.6  # mean AUC of a layer below this is reported
+
+Progress = Callable[[str, int, int], None]  # (stage, done, total)
+
+
+@dataclass(frozen=True)
+class _Corpus:
+    """All pool text in one list: prompts and descriptions of domain 0, then of domain 1, and so on."""
+
+    texts: tuple[str, ...]
+    labels: np.ndarray  # [N]
+    is_description: np.ndarray  # [N] bool
+
+    @property
+    def prompt_rows(self) -> np.ndarray:
+        return np.flatnonzero(~self.is_description)
+
+
+def prepare(
+    loaded: LoadedModel,
+    pools: Sequence[DomainPool],
+    outside: Sequence[DomainPool],
+    *,
+    criteria: Sequence[str] = ("fisher",),
+    seed: int = 0,
+    max_tokens: int = MAX_TOKENS,
+    continuation_tokens: int = CONTINUATION_TOKENS,
+    progress: Progress | None = None,
+) -> Toolkit:
+    """Learn everything that compiling scenarios for this model needs. The same inputs give the same Toolkit.
+
+    `outside` holds text of none of the domains, for the out-of-domain temperature; without any, that regime stays
+    uncalibrated and `meta` says so. The whitelist is found with the first of `criteria`. Raises InputError for
+    pools that are too few, too small or share a name, and for unknown criteria.
+    """
+    _validate(pools, criteria)
+    report = progress or _silent
+    corpus = _corpus(pools)
+    found = features(loaded, corpus.texts, max_tokens, _stage(report, "features"))
+    directions, selection = _axes(found, corpus, len(pools))
+    fitted, held_out = _probes(found, corpus, len(pools), seed, report)
+    fits = _calibrate(loaded, fitted, found, corpus, held_out, outside, seed, max_tokens, report)
+    unit = importance.probe_directions(fitted.weight, fitted.scale)
+    prompts = [corpus.texts[row] for row in corpus.prompt_rows]
+    labels = corpus.labels[corpus.prompt_rows]
+    report("continuations", 0, 1)
+    texts = continued(loaded, prompts, continuation_tokens, max_tokens)
+    report("continuations", 1, 1)
+    per_prompt = {
+        name: _measure(loaded, name, texts, labels, unit, seed, report) for name in dict.fromkeys(criteria)
+    }
+    first, first_labels = per_prompt[criteria[0]]
+    confirmed = whitelist(importance.own_axis(first, first_labels), first_labels)
+    meta = _versions() | {
+        "seed": seed, "text_version": TEXT_VERSION, "max_tokens": max_tokens,
+        "continuation_tokens": continuation_tokens, "pools_fingerprint": pools_fingerprint(pools),
+        "outside_fingerprint": pools_fingerprint(outside),
+        "prompts": {pool.name: len(pool.prompts) for pool in pools},
+        "axes": selection,
+        "probes": _probe_facts(fitted, held_out),
+        "format_confound": probes.format_confound(prompts, labels, seed),
+        "calibration": _calibration_facts(fits),
+        "importance_prompts": {name: len(rows) for name, (_, rows) in per_prompt.items()},
+        "whitelist": {
+            "criterion": criteria[0], "false_discovery": FALSE_DISCOVERY, "heads": int(confirmed.chosen.sum()),
+        },
+    }
+    toolkit = Toolkit(
+        fingerprint=loaded.fingerprint,
+        domains=tuple(pool.name for pool in pools),
+        axes=_f32(directions), gram=_f32(axes.gram(directions)),
+        feature_mean=_f32(fitted.mean), feature_scale=_f32(fitted.scale),
+        probe_weight=_f32(fitted.weight), probe_bias=_f32(fitted.bias), probe_auc=_f32(fitted.auc),
+        layer_weight=_f32(fitted.layer_weight),
+        log_temperature=_f32(calibration.log_temperatures(fits, loaded.geometry.layers)),
+        importance={
+            name: _f32(importance.by_domain(values, rows, len(pools))) for name, (values, rows) in per_prompt.items()
+        },
+        whitelist_p=_f32(confirmed.p), whitelist=confirmed.chosen, meta=meta,
+    )
+    check(toolkit)
+    return toolkit
+
+
+def importance_by_domain(
+    loaded: LoadedModel, toolkit: Toolkit, pools: Sequence[DomainPool], name: str, progress: Progress | None = None
+) -> np.ndarray:
+    """One more criterion for an existing toolkit, [L, H, K], measured as `prepare` would have; see `with_importance`.
+
+    Raises InputError when `pools` are not those that the toolkit was prepared with.
+    """
+    if pools_fingerprint(pools) != toolkit.meta["pools_fingerprint"]:
+        raise InputError("The domain pools changed since the toolkit was prepared.", hint="Prepare again.")
+    corpus = _corpus(pools)
+    texts = continued(
+        loaded, [corpus.texts[row] for row in corpus.prompt_rows],
+        toolkit.meta["continuation_tokens"], toolkit.meta["max_tokens"],
+    )
+    unit = importance.probe_directions(toolkit.probe_weight, toolkit.feature_scale)
+    labels = corpus.labels[corpus.prompt_rows]
+    values, rows = _measure(loaded, name, texts, labels, unit, toolkit.meta["seed"], progress or _silent)
+    return _f32(importance.by_domain(values, rows, len(pools)))
+
+
+def _validate(pools: Sequence[DomainPool], criteria: Sequence[str]) -> None:
+    if len(pools) < 2:
+        raise InputError(f"{len(pools)} domain pools were given.", hint="At least 2 are needed to tell them apart.")
+    names = [pool.name for pool in pools]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(f"Domain names appear twice: {', '.join(twice)}.", hint="Give each pool its own name.")
+    small = [f"{pool.name} ({len(pool.prompts)})" for pool in pools if len(pool.prompts) < MIN_PROMPTS]
+    if small:
+        raise InputError(f"Too few prompts: {', '.join(small)}.", hint=f"At least {MIN_PROMPTS} per domain.")
+    if not criteria:
+        raise InputError("No criterion was given.", hint=f"Accepted: {', '.join(importance.IMPORTANCE)}.")
+    for name in criteria:
+        importance.criterion(name)
+
+
+def _corpus(pools: Sequence[DomainPool]) -> _Corpus:
+    texts: list[str] = []
+    labels: list[int] = []
+    described: list[bool] = []
+    for k, pool in enumerate(pools):
+        sentences = (pool.description, *(d for d in pool.descriptions if d != pool.description))
+        sentences = tuple(text for text in sentences if text.strip())
+        texts += [*pool.prompts, *sentences]
+        labels += [k] * (len(pool.prompts) + len(sentences))
+        described += [False] * len(pool.prompts) + [True] * len(sentences)
+    return _Corpus(tuple(texts), np.array(labels), np.array(described))
+
+
+def _axes(found: np.ndarray, corpus: _Corpus, domains: int) -> tuple[np.ndarray, dict[str, Any]]:
+    rows = corpus.prompt_rows
+    directions = axes.domain_axes(found[rows], corpus.labels[rows], domains)
+    chosen = axes.select(directions, domains)
+    return directions, {"space": axes.SPACE, "orthogonality": chosen.orthogonality, "coverage": chosen.coverage}
+
+
+def _probes(
+    found: np.ndarray, corpus: _Corpus, domains: int, seed: int, report: Progress
+) -> tuple[probes.Probes, np.ndarray]:
+    report("probes", 0, 1)
+    held_out = probes.split(2 * corpus.labels + corpus.is_description, seed)
+    weights = probes.sample_weights(corpus.labels, corpus.is_description)
+    fitted = probes.fit(found, corpus.labels, weights, held_out, domains)
+    report("probes", 1, 1)
+    return fitted, held_out
+
+
+def _calibrate(
+    loaded: LoadedModel, fitted: probes.Probes, found: np.ndarray, corpus: _Corpus, held_out: np.ndarray,
+    outside: Sequence[DomainPool], seed: int, max_tokens: int, report: Progress,
+) -> dict[str, calibration.RegimeFit]:
+    """Temperatures on text that the probes were not trained on: held-out rows, joined pairs of them, outside pools."""
+    targets = np.eye(fitted.weight.shape[1])
+    read = (fitted.mean, fitted.scale, fitted.weight, fitted.bias)
+    rows = np.flatnonzero(held_out & ~corpus.is_description)
+    fits = {"single": calibration.fit_regime(probes.logits(found[rows], *read), targets[corpus.labels[rows]])}
+    pairs = calibration.cross_pairs(corpus.labels, rows, CROSS_PER_PAIR, seed)
+    joined = features(
+        loaded, [f"{corpus.texts[a]} {corpus.texts[b]}" for a, b in pairs], max_tokens, _stage(report, "cross text")
+    )
+    both = np.array([targets[corpus.labels[a]] + targets[corpus.labels[b]] for a, b in pairs])
+    fits["cross"] = calibration.fit_regime(probes.logits(joined, *read), both)
+    other = [prompt for pool in outside for prompt in pool.prompts]
+    if other:
+        foreign = features(loaded, other, max_tokens, _stage(report, "outside text"))
+        none = np.zeros((len(other), len(targets)))
+        fits["outside"] = calibration.fit_regime(probes.logits(foreign, *read), none)
+    return fits
+
+
+def _measure(
+    loaded: LoadedModel, name: str, texts: Sequence[Sentence], labels: np.ndarray, unit: np.ndarray, seed: int,
+    report: Progress,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Importance per prompt, [N, L, H] or [N, L, H, K], and the labels of the N prompts that were looked at."""
+    chosen = importance.criterion(name)
+    rows = np.arange(len(labels))
+    if chosen.max_prompts is not None:
+        rng = np.random.default_rng(seed)
+        few = [rng.permutation(rows[labels == k])[: chosen.max_prompts] for k in np.unique(labels)]
+        rows = np.sort(np.concatenate(few))
+    batches = batches_of(loaded, [texts[row] for row in rows])
+    look = importance.Look(batches, len(rows), unit, seed, _stage(report, name))
+    return chosen.measure(loaded, look), labels[rows]
+
+
+def _probe_facts(fitted: probes.Probes, held_out: np.ndarray) -> dict[str, Any]:
+    per_layer = fitted.auc.mean(-1)
+    return {
+        "ridge": probes.RIDGE, "held_out": int(held_out.sum()),
+        "auc_per_layer": [round(float(x), 4) for x in per_layer],
+        "layers_near_chance": np.flatnonzero(per_layer < NEAR_CHANCE).tolist(),
+    }
+
+
+def _calibration_facts(fits: dict[str, calibration.RegimeFit]) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        regime: {
+            "ece_before": fit.ece_before, "ece_after": fit.ece_after, "texts": fit.texts,
+            "mean_temperature": float(np.exp(fit.log_temperature).mean()),
+        }
+        for regime, fit in fits.items()
+    }
+    return facts | {"uncalibrated": [] if "outside" in fits else ["outside"]}
+
+
+def _versions() -> dict[str, Any]:
+    import torch
+    import transformers
+
+    names = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    return {"versions": {**names, "numpy": np.__version__}}
+
+
+def _stage(report: Progress, stage: str) -> Callable[[int, int], None]:
+    return lambda done, total: report(stage, done, total)
+
+
+def _silent(_stage: str, _done: int, _total: int) -> None:
+    return None
+
+
+def _f32(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array, dtype=np.float32)

@@ -1,0 +1,196 @@
+"""From prompts to padded batches: the one path that text takes, offline for the pools and online for a scenario.
+
+Sequences are right-padded: with causal attention a real token never sees padding behind it. Whoever changes what
+this module makes of a prompt raises TEXT_VERSION, because toolkits learned from the old text no longer apply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sspcompile.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sspcompile.loaded import LoadedModel
+
+TEXT_VERSION = 1
+MAX_TOKENS = 512
+CONTINUATION_TOKENS = 16
+BATCH_TOKENS = 4096  # padding included
+# Logits of one batch stay under 2^26 numbers (256 MiB in fp32) however large the vocabulary is.
+BATCH_LOGITS = 2**26
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """Token ids of one prompt, with the continuation behind it when there is one. `prompt` counts prompt tokens."""
+
+    ids: tuple[int, ...]
+    prompt: int
+
+    @property
+    def scored(self) -> int:
+        """Number of positions whose next-token distribution counts."""
+        return max(1, len(self.ids) - self.prompt)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded sequences of similar length. All tensors are [B, T] on the model's device."""
+
+    rows: tuple[int, ...]  # place of each sequence in the caller's list of prompts
+    input_ids: Tensor  # int64
+    attention_mask: Tensor  # int64, 1 at real tokens
+    score_mask: Tensor  # bool: the last prompt token, and the continuation tokens except the last
+
+
+def render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """The text that the model reads for one user prompt: through the chat template when there is one."""
+    if not tokenizer.chat_template:
+        return prompt
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
+
+
+def sentences(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_tokens: int) -> list[Sentence]:
+    """Tokenised prompts, in the caller's order.
+
+    A longer prompt keeps its first token (where attention likes to rest) and its last `max_tokens - 1`, so that the
+    question and the template's generation prompt survive. Raises InputError for a prompt without any token.
+    """
+    if not prompts:
+        return []
+    # A chat template writes the special tokens itself; adding them again would put two BOS in front.
+    templated = bool(tokenizer.chat_template)
+    encoded = tokenizer(
+        [render(tokenizer, prompt) for prompt in prompts], add_special_tokens=not templated, padding=False
+    )["input_ids"]
+    found = []
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        # Some tokenizers close every text with EOS: the model would be asked what follows the end.
+        while not templated and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+            ids = ids[:-1]
+        if not ids or not prompt.strip():
+            raise InputError(f"A prompt is empty: {prompt!r}.", hint="Remove it, or write a question.")
+        if len(ids) > max_tokens:
+            ids = [ids[0], *ids[len(ids) - (max_tokens - 1) :]] if max_tokens > 1 else ids[-1:]
+        found.append(Sentence(tuple(ids), len(ids)))
+    return found
+
+
+def batches_of(loaded: LoadedModel, items: Sequence[Sentence], batch_tokens: int = BATCH_TOKENS) -> list[Batch]:
+    """Batches sorted by length, each with at most `batch_tokens` tokens and a bounded number of scored logits."""
+    scored_limit = max(1, BATCH_LOGITS // loaded.geometry.vocab)
+    order = sorted(range(len(items)), key=lambda row: (len(items[row].ids), row))
+    groups: list[list[int]] = []
+    scored = 0
+    for row in order:
+        # Sorted ascending: the newest sequence is the longest and fixes the padded width.
+        width = len(items[row].ids)
+        scored += items[row].scored
+        if not groups or (len(groups[-1]) + 1) * width > batch_tokens or scored > scored_limit:
+            groups.append([])
+            scored = items[row].scored
+        groups[-1].append(row)
+    return [_pad(loaded, [items[row] for row in group], tuple(group)) for group in groups]
+
+
+def _pad(loaded: LoadedModel, items: Sequence[Sentence], rows: tuple[int, ...]) -> Batch:
+    width = max(len(item.ids) for item in items)
+    ids = torch.full((len(items), width), loaded.tokenizer.pad_token_id or 0, dtype=torch.long)
+    mask = torch.zeros(len(items), width, dtype=torch.long)
+    score = torch.zeros(len(items), width, dtype=torch.bool)
+    for index, item in enumerate(items):
+        ids[index, : len(item.ids)] = torch.tensor(item.ids)
+        mask[index, : len(item.ids)] = 1
+        score[index, item.prompt - 1 : item.prompt - 1 + item.scored] = True
+    device = loaded.device
+    return Batch(rows, ids.to(device), mask.to(device), score.to(device))
+
+
+def encode(
+    loaded: LoadedModel, prompts: Sequence[str], max_tokens: int = MAX_TOKENS, batch_tokens: int = BATCH_TOKENS
+) -> list[Batch]:
+    """Prompts as batches; `score_mask` marks the last prompt token of each."""
+    return batches_of(loaded, sentences(loaded.tokenizer, prompts, max_tokens), batch_tokens)
+
+
+def continued(
+    loaded: LoadedModel,
+    prompts: Sequence[str],
+    new_tokens: int = CONTINUATION_TOKENS,
+    max_tokens: int = MAX_TOKENS,
+    batch_tokens: int = BATCH_TOKENS,
+) -> list[Sentence]:
+    """Prompts with the dense model's own greedy continuation behind them, in the caller's order.
+
+    A continuation stops at an end-of-sequence token and keeps it, so that *when to stop* is scored too.
+    """
+    items = sentences(loaded.tokenizer, prompts, max_tokens)
+    if new_tokens < 1:
+        return items
+    extended = list(items)
+    for batch in batches_of(loaded, items, batch_tokens):
+        tails = _greedy(loaded, [items[row] for row in batch.rows], new_tokens)
+        for row, tail in zip(batch.rows, tails, strict=True):
+            extended[row] = Sentence(items[row].ids + tail, items[row].prompt)
+    return extended
+
+
+def with_continuations(
+    loaded: LoadedModel,
+    prompts: Sequence[str],
+    new_tokens: int = CONTINUATION_TOKENS,
+    max_tokens: int = MAX_TOKENS,
+    batch_tokens: int = BATCH_TOKENS,
+) -> list[Batch]:
+    """`continued` as batches; `score_mask` marks the last prompt token and the continuation except its last token."""
+    items = continued(loaded, prompts, new_tokens, max_tokens, batch_tokens)
+    return batches_of(loaded, items, batch_tokens)
+
+
+def end_tokens(loaded: LoadedModel) -> frozenset[int]:
+    """Every token id that ends a sequence: those of the generation configuration and the tokenizer's."""
+    declared = loaded.model.generation_config.eos_token_id if loaded.model.generation_config else None
+    ids = declared if isinstance(declared, list) else [declared]
+    return frozenset(i for i in (*ids, loaded.tokenizer.eos_token_id) if i is not None)
+
+
+@torch.inference_mode()
+def _greedy(loaded: LoadedModel, items: Sequence[Sentence], new_tokens: int) -> list[tuple[int, ...]]:
+    """Plain argmax decoding with a cache. `generate` is avoided: it adopts the checkpoint's repetition penalty.
+
+    Left-padded, unlike everything else here, so that the newest token of all sequences stands in the last column.
+    """
+    width = max(len(item.ids) for item in items)
+    pad = loaded.tokenizer.pad_token_id or 0
+    ids = torch.tensor([[pad] * (width - len(item.ids)) + list(item.ids) for item in items], device=loaded.device)
+    mask = torch.tensor([[0] * (width - len(item.ids)) + [1] * len(item.ids) for item in items], device=loaded.device)
+    ends = torch.tensor(sorted(end_tokens(loaded)), device=loaded.device, dtype=torch.long)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    open_rows = torch.ones(len(items), dtype=torch.bool, device=loaded.device)
+    cache, tails = None, [[] for _ in items]
+    for _ in range(new_tokens):
+        output = loaded.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = output.past_key_values
+        token = output.logits[:, -1].argmax(-1)
+        for row, (value, running) in enumerate(zip(token.tolist(), open_rows.tolist(), strict=True)):
+            if running:
+                tails[row].append(value)
+        open_rows &= ~torch.isin(token, ends)
+        if not open_rows.any():
+            break
+        ids, positions = token[:, None], positions[:, -1:] + 1
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+    return [tuple(tail) for tail in tails]

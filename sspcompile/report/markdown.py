@@ -1,0 +1,47 @@
+"""The report as GitHub-flavoured Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from sspcompile.report.model import Report
+from sspcompile.report.view import Block, Table, blocks
+from sspcompile.report.words import clean
+
+SPECIAL = re.compile(r"([\\`*_\[\]|~#!])")
+
+
+def render_markdown(report: Report) -> str:
+    """Text from prompts cannot start a heading, a link, a table cell or HTML."""
+    lines = [f"# {escape(clean(report.title))}", ""]
+    for block in blocks(report):
+        lines += _block(block)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def escape(text: str) -> str:
+    """Markdown's own characters behind backslashes, HTML's as entities."""
+    text = SPECIAL.sub(r"\\\1", text)
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _block(block: Block) -> Iterator[str]:
+    yield from (f"## {escape(block.title)}", "")
+    for sentence in block.sentences:
+        yield f"- {escape(sentence)}"
+    if block.sentences:
+        yield ""
+    if block.has_mask:
+        yield from ("![kept and removed heads](mask.svg)", "")
+    for table in block.tables:
+        yield from _table(table)
+
+
+def _table(table: Table) -> Iterator[str]:
+    yield from (f"{escape(table.caption)}:", "")
+    yield "| " + " | ".join(escape(header) or " " for header in table.headers) + " |"
+    yield "|" + " --- |" * len(table.headers)
+    for row in table.rows:
+        yield "| " + " | ".join(map(escape, row)) + " |"
+    yield ""

@@ -1,0 +1,187 @@
+"""The report as one frozen value of plain numbers and text. Every section is optional; what is absent is not shown."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+SCHEMA_VERSION = 1
+
+
+class Section(BaseModel):
+    """NaN and infinity are refused: JSON cannot hold them, and a report with them says nothing."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Estimate(Section):
+    """A measured value with its 95 % interval, where there were enough samples for one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+class ScenarioSection(Section):
+    """`mixture` maps domains to weights, `unknown` is the share that no domain explains, `breadth` is in [0, 1]."""
+
+    name: str
+    source: str
+    text: str | None = None
+    prompts: tuple[str, ...] = ()
+    mixture: dict[str, float] = {}
+    unknown: float = 0.0
+    breadth: float = 0.0
+
+
+class MaskSection(Section):
+    """`kept`: per layer the kept query heads, ascending. `scores` and `whitelist` are [layers][heads]."""
+
+    layers: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    kv_heads: int = Field(gt=0)
+    kept: tuple[tuple[int, ...], ...]
+    scores: tuple[tuple[float, ...], ...] | None = None
+    whitelist: tuple[tuple[bool, ...], ...] | None = None
+    criterion: str
+
+    @model_validator(mode="after")
+    def _shapes(self) -> MaskSection:
+        if self.heads % self.kv_heads:
+            raise ValueError("heads is no multiple of kv_heads")
+        for name in ("scores", "whitelist"):
+            rows = getattr(self, name)
+            if rows is not None and (len(rows) != self.layers or any(len(row) != self.heads for row in rows)):
+                raise ValueError(f"{name} is not [layers][heads]")
+        if len(self.kept) != self.layers or any(not 0 <= h < self.heads for row in self.kept for h in row):
+            raise ValueError("kept does not fit layers and heads")
+        return self
+
+
+class BudgetSection(Section):
+    """Kept query heads / all query heads."""
+
+    keep_requested: float
+    keep_achieved: float
+    strength: float | None = None
+
+
+Role = Literal["ours", "random", "domain-free", "criterion", "uniform", "per-layer", "other"]
+
+
+class QualityRow(Section):
+    """One masked or sliced model against the dense one, on held-out prompts of the scenario.
+
+    `mean_kl` in nats per token, `top1_agreement` a share. `kl_above_ours`: its KL minus ours on the same prompts,
+    paired, so above 0 is worse than ours; without it only overlapping intervals can be compared.
+    """
+
+    name: str
+    role: Role = "other"
+    mean_kl: Estimate
+    top1_agreement: Estimate
+    kl_above_ours: Estimate | None = None
+
+
+class LayoutSection(Section):
+    """`figures` holds a row per layout that was measured."""
+
+    requested: str
+    chosen: str
+    figures: tuple[QualityRow, ...] = ()
+    reason: str | None = None
+
+
+class ParitySection(Section):
+    """Written files against the masked model: largest logit difference, the scale of the logits, greedy text."""
+
+    max_difference: float
+    logit_scale: float
+    tolerance: float
+    texts_equal: bool | None = None
+    after_repair: bool = False
+
+    @property
+    def relative(self) -> float:
+        return self.max_difference / self.logit_scale if self.logit_scale else self.max_difference
+
+    @property
+    def holds(self) -> bool:
+        return self.relative <= self.tolerance and self.texts_equal is not False
+
+
+class RepairSection(Section):
+    """Mean KL in nats per token on held-out prompts, without and with the repair. `used`: whether it was kept."""
+
+    used: bool
+    reason: str | None = None
+    kl_before: float | None = None
+    kl_after: float | None = None
+
+
+class Pair(Section):
+    dense: float
+    sliced: float
+
+
+class SizesSection(Section):
+    """Counts and bytes. `prunable_share`: the share of the parameters that head pruning can touch at all."""
+
+    parameters: Pair
+    weight_bytes: Pair
+    kv_bytes_per_token: Pair
+    prunable_share: float
+
+
+class RuntimeRow(Section):
+    name: str
+    loads: bool
+    note: str = ""
+
+
+class LatencyRow(Section):
+    """One metric of two contenders: medians with p10 and p90, and how many times better the second one is."""
+
+    metric: str
+    unit: str
+    reference: str
+    contender: str
+    reference_median: float
+    reference_p10: float
+    reference_p90: float
+    contender_median: float
+    contender_p10: float
+    contender_p90: float
+    samples: int
+    improvement: Estimate | None = None
+    verdict: str = ""
+    definition: str = ""
+
+
+class LatencySection(Section):
+    """`settings` say under what conditions the rows hold."""
+
+    settings: dict[str, int | str]
+    rows: tuple[LatencyRow, ...]
+
+
+class Report(Section):
+    """Everything that is known about one build."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    title: str
+    model: str | None = None
+    scenario: ScenarioSection | None = None
+    mask: MaskSection | None = None
+    budget: BudgetSection | None = None
+    layout: LayoutSection | None = None
+    parity: ParitySection | None = None
+    repair: RepairSection | None = None
+    quality: tuple[QualityRow, ...] = ()
+    sizes: SizesSection | None = None
+    runtimes: tuple[RuntimeRow, ...] = ()
+    latency: LatencySection | None = None
+    notes: tuple[str, ...] = ()
+    versions: dict[str, str] = {}
+    command: str | None = None

@@ -1,0 +1,138 @@
+"""The mask as a picture: one row per layer, one column per query head. The same mask gives the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from xml.sax.saxutils import escape
+
+from sspcompile.report.model import MaskSection
+from sspcompile.report.words import figures
+
+LARGEST_CELL, SMALLEST_CELL = 30, 14
+TARGET_WIDTH = 640
+LEFT, TOP, LEGEND = 58, 40, 58
+LEGEND_WIDTH = 430
+GROUP_GAP = 7
+LABELS_APART = 26  # pixels between axis labels, at least
+SHADES = 5
+
+# Kept and removed differ in shape (filled against hollow with a cross), not in colour alone; the blues differ in
+# lightness, which every kind of colour vision sees.
+STYLE = """
+.ssp-mask text{font:11px system-ui,sans-serif;fill:#1b1f24}
+.ssp-mask .t{font-size:13px;font-weight:600}
+.ssp-mask .r{fill:#fff;stroke:#8a929c;stroke-width:1}
+.ssp-mask .x{stroke:#8a929c;stroke-width:1}
+.ssp-mask .s{stroke:#57606a;stroke-width:1}
+.ssp-mask .w{fill:#ffb000;stroke:#1b1f24;stroke-width:1}
+.ssp-mask .k0{fill:#9cc3e6}.ssp-mask .k1{fill:#6ba5d7}.ssp-mask .k2{fill:#3f85c2}
+.ssp-mask .k3{fill:#1f66a5}.ssp-mask .k4{fill:#0b4480}
+@media (prefers-color-scheme:dark){.ssp-mask text{fill:#e6e9ed}.ssp-mask .r{fill:#14181d;stroke:#77808b}
+.ssp-mask .x{stroke:#77808b}.ssp-mask .s{stroke:#a0a9b4}.ssp-mask .w{stroke:#fff}
+.ssp-mask .k0{fill:#1d568c}.ssp-mask .k1{fill:#2f77b8}.ssp-mask .k2{fill:#5796d0}
+.ssp-mask .k3{fill:#8dbbe6}.ssp-mask .k4{fill:#c9e1f7}}
+"""
+
+
+def render_svg(mask: MaskSection) -> str:
+    """A self-contained SVG; each cell has a `<title>` with layer, head, fate and score."""
+    cell = max(SMALLEST_CELL, min(LARGEST_CELL, TARGET_WIDTH // mask.heads))
+    group = mask.heads // mask.kv_heads
+    width = max(_x(mask.heads - 1, cell, group) + cell + 12, LEFT + LEGEND_WIDTH)
+    height = TOP + mask.layers * cell + LEGEND
+    kept = sum(map(len, mask.kept))
+    label = f"{kept} of {mask.layers * mask.heads} heads kept, in {mask.layers} layers of {mask.heads} heads"
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="ssp-mask" role="img" aria-label="{label}" '
+        f'viewBox="0 0 {width} {height}" width="{width}" height="{height}">',
+        f"<style>{STYLE}</style>",
+        *_axes(mask, cell, group),
+        *_separators(mask, cell, group),
+        *_cells(mask, cell, group),
+        *_legend(mask, TOP + mask.layers * cell + 16),
+        "</svg>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _x(head: int, cell: int, group: int) -> int:
+    """Left edge of a column. Groups of one head (MHA) are not set apart."""
+    return LEFT + head * cell + (head // group * GROUP_GAP if group > 1 else 0)
+
+
+def _axes(mask: MaskSection, cell: int, group: int) -> Iterator[str]:
+    step = max(1, -(-LABELS_APART // cell))
+    yield f'<text class="t" x="{LEFT}" y="14">query head</text>'
+    for head in range(0, mask.heads, step):
+        yield f'<text x="{_x(head, cell, group) + cell / 2:g}" y="{TOP - 6}" text-anchor="middle">{head}</text>'
+    yield f'<text class="t" x="4" y="{TOP - 6}">layer</text>'
+    for layer in range(0, mask.layers, 1 if cell >= 14 else 2):
+        yield f'<text x="{LEFT - 8}" y="{TOP + (layer + 0.5) * cell + 4:g}" text-anchor="end">{layer}</text>'
+
+
+def _separators(mask: MaskSection, cell: int, group: int) -> Iterator[str]:
+    if group > 1:
+        for head in range(group, mask.heads, group):
+            x = _x(head, cell, group) - GROUP_GAP / 2
+            yield f'<path class="s" d="M{x:g} {TOP}V{TOP + mask.layers * cell}"/>'
+
+
+def _cells(mask: MaskSection, cell: int, group: int) -> Iterator[str]:
+    shades = _shades(mask.scores, mask.layers, mask.heads)
+    for layer in range(mask.layers):
+        kept = frozenset(mask.kept[layer])
+        for head in range(mask.heads):
+            x, y = _x(head, cell, group), TOP + layer * cell
+            protected = bool(mask.whitelist and mask.whitelist[layer][head])
+            shape = _kept(x, y, cell, shades[layer][head]) if head in kept else _removed(x, y, cell)
+            dot = _dot(x + cell / 2, y + cell / 2, cell / 5) if protected else ""
+            title = f"<title>{escape(_describe(mask, layer, head, head in kept, protected))}</title>"
+            yield f"<g>{title}{shape}{dot}</g>"
+
+
+def _describe(mask: MaskSection, layer: int, head: int, kept: bool, protected: bool) -> str:
+    group = mask.heads // mask.kv_heads
+    parts = [f"layer {layer}, head {head}, key/value head {head // group}", "kept" if kept else "removed"]
+    if mask.scores:
+        parts.append(f"score {figures(mask.scores[layer][head])}")
+    if protected:
+        parts.append("whitelisted")
+    return ": ".join((parts[0], ", ".join(parts[1:])))
+
+
+def _kept(x: float, y: float, cell: float, shade: int) -> str:
+    return f'<rect class="k{shade}" x="{x + 1:g}" y="{y + 1:g}" width="{cell - 2:g}" height="{cell - 2:g}" rx="2"/>'
+
+
+def _removed(x: float, y: float, cell: float) -> str:
+    inset = cell * 0.22
+    a, b, c, d = x + inset, y + inset, x + cell - inset, y + cell - inset
+    rect = f'<rect class="r" x="{a:g}" y="{b:g}" width="{c - a:g}" height="{d - b:g}"/>'
+    return rect + f'<path class="x" d="M{a:g} {b:g}L{c:g} {d:g}M{c:g} {b:g}L{a:g} {d:g}"/>'
+
+
+def _dot(x: float, y: float, radius: float) -> str:
+    return f'<circle class="w" cx="{x:g}" cy="{y:g}" r="{radius:g}"/>'
+
+
+def _shades(scores: Sequence[Sequence[float]] | None, layers: int, heads: int) -> list[list[int]]:
+    """0 (light) to SHADES - 1 by the rank of the score: scores span orders of magnitude."""
+    if scores is None:
+        return [[SHADES // 2] * heads for _ in range(layers)]
+    distinct = sorted({value for row in scores for value in row})
+    rank = {value: index for index, value in enumerate(distinct)}
+    return [[SHADES * rank[value] // len(distinct) for value in row] for row in scores]
+
+
+def _legend(mask: MaskSection, y: int) -> Iterator[str]:
+    cell = 16
+    entries = [(_kept(LEFT, y, cell, 0) + _kept(LEFT + 18, y, cell, SHADES - 1), 42, "kept (low, high score)")]
+    if mask.scores is None:
+        entries = [(_kept(LEFT, y, cell, SHADES // 2), 24, "kept")]
+    entries.append((_removed(LEFT + 190, y, cell), 214, "removed"))
+    if mask.whitelist and any(map(any, mask.whitelist)):
+        entries.append((_dot(LEFT + 298, y + cell / 2, 4), 310, "whitelisted"))
+    for shape, text_x, text in entries:
+        yield f'{shape}<text x="{LEFT + text_x}" y="{y + 12}">{text}</text>'
+    if mask.heads > mask.kv_heads > 1:
+        yield f'<text x="{LEFT}" y="{y + 34}">lines separate key/value groups</text>'

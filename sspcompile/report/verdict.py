@@ -1,0 +1,150 @@
+"""The report in plain sentences, derived from the numbers alone. A loss is always a sentence of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sspcompile.report.model import Estimate, LatencyRow, QualityRow, Report
+from sspcompile.report.words import change, figures, percent, with_interval
+
+# Below this share of agreement more than every tenth token differs: nobody would call that the same model.
+FEW_AGREE = 0.9
+MUCH_UNKNOWN = 0.5
+
+
+def verdict(report: Report) -> tuple[str, ...]:
+    """Sentences in the order of what matters: is it exact, what is lost, what is gained, what is not known."""
+    sentences = (
+        *_parity(report),
+        *_quality(report),
+        *_baselines(report),
+        *_repair(report),
+        *_sizes(report),
+        *_latency(report),
+        *_scenario(report),
+    )
+    return sentences or ("Nothing was measured.",)
+
+
+def _parity(report: Report) -> Iterator[str]:
+    parity = report.parity
+    if parity is None:
+        return
+    scale = figures(parity.logit_scale)
+    figure = f"largest logit difference {figures(parity.max_difference)} at a logit scale of {scale}"
+    if parity.holds:
+        yield f"The files equal the masked model: {figure}."
+    elif parity.relative > parity.tolerance:
+        yield f"FAILED: the files do not equal the masked model: {figure}."
+    else:
+        yield f"FAILED: the files write other text than the masked model, with a {figure}."
+
+
+def _ours(report: Report) -> QualityRow | None:
+    return next((row for row in report.quality if row.role == "ours"), None)
+
+
+def _quality(report: Report) -> Iterator[str]:
+    ours = _ours(report)
+    if ours is None:
+        yield "Quality was not measured, so what the cut costs is not known."
+        return
+    agreement = ours.top1_agreement
+    if agreement.value == 1 and ours.mean_kl.value == 0:
+        yield "On held-out prompts of the scenario no difference from the dense model was found."
+        return
+    yield (
+        f"LOSS: on held-out prompts of the scenario the next token differs from the dense model's in "
+        f"{percent(1 - agreement.value)} of the positions{_turned(agreement)}, "
+        f"with a mean KL of {with_interval(ours.mean_kl)} nats."
+    )
+    if agreement.value < FEW_AGREE:
+        yield "That is a different model in use, not a smaller copy: try a larger --keep before shipping it."
+
+
+def _turned(agreement: Estimate) -> str:
+    if agreement.low is None or agreement.high is None:
+        return " (too few prompts for an interval)"
+    return f" ({percent(1 - agreement.high)} to {percent(1 - agreement.low)})"
+
+
+def _baselines(report: Report) -> Iterator[str]:
+    ours = _ours(report)
+    if ours is None:
+        return
+    for row in report.quality:
+        if row.role in ("random", "domain-free", "criterion"):
+            yield f"Against {row.name} at the same budget: {_against(ours, row)}."
+
+
+def _against(ours: QualityRow, other: QualityRow) -> str:
+    gap = other.kl_above_ours
+    if gap is not None and gap.low is not None and gap.high is not None:
+        if gap.low <= 0 <= gap.high:
+            return "no measurable difference"
+        return "ours is closer to the dense model" if gap.low > 0 else "ours is FURTHER from the dense model"
+    a, b = ours.mean_kl, other.mean_kl
+    if a.low is None or a.high is None or b.low is None or b.high is None:
+        return "too few prompts to tell"
+    if a.high < b.low:
+        return "ours is closer to the dense model"
+    return "ours is FURTHER from the dense model" if b.high < a.low else "no measurable difference"
+
+
+def _repair(report: Report) -> Iterator[str]:
+    repair = report.repair
+    if repair is None:
+        return
+    reason = f" ({repair.reason})" if repair.reason else ""
+    if not repair.used:
+        yield f"The repair was not used{reason}."
+    elif repair.kl_before is not None and repair.kl_after is not None:
+        before, after = figures(repair.kl_before), figures(repair.kl_after)
+        yield f"The repair changed the mean KL from {before} to {after} nats{reason}."
+
+
+def _sizes(report: Report) -> Iterator[str]:
+    sizes = report.sizes
+    if sizes is None:
+        return
+    if sizes.parameters.dense == sizes.parameters.sliced:
+        yield "Nothing was cut: the sliced model is as large as the dense one."
+        return
+    yield (
+        f"Parameters {change(sizes.parameters.dense, sizes.parameters.sliced)}, "
+        f"KV cache per token {change(sizes.kv_bytes_per_token.dense, sizes.kv_bytes_per_token.sliced)}; "
+        f"heads are {percent(sizes.prunable_share)} of this model's parameters, so no more could go."
+    )
+
+
+def _latency(report: Report) -> Iterator[str]:
+    if report.latency is None:
+        yield "Speed was not measured."
+        return
+    for row in report.latency.rows:
+        if row.unit == "s" or row.metric.startswith("peak"):
+            yield f"{row.contender}, {row.metric}: {_speed(row)}."
+
+
+def _speed(row: LatencyRow) -> str:
+    if row.improvement is None or row.verdict in ("no measurable change", "too few samples"):
+        return row.verdict or "no comparison"
+    if row.verdict == "worse":
+        inverse = row.improvement
+        turned = Estimate(
+            value=1 / inverse.value,
+            low=1 / inverse.high if inverse.high else None,
+            high=1 / inverse.low if inverse.low else None,
+        )
+        return f"LOSS: {with_interval(turned)} times the dense model's"
+    word = "faster" if row.unit == "s" else "smaller"
+    return f"{with_interval(row.improvement)} times {word}"
+
+
+def _scenario(report: Report) -> Iterator[str]:
+    scenario = report.scenario
+    if scenario is not None and scenario.unknown >= MUCH_UNKNOWN:
+        yield (
+            f"{percent(scenario.unknown)} of the scenario fits no known domain, "
+            "so the heads were chosen mostly by the domain-free average."
+        )

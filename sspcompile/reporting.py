@@ -1,0 +1,164 @@
+"""From a finished build, and later its benchmark, to the one value that all renderers read."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+
+from sspcompile.building import Outcome
+from sspcompile.compile.mask import HeadMask
+from sspcompile.measure.quality import Divergence, compare_divergences
+from sspcompile.report.build import quality_row
+from sspcompile.report.model import (
+    BudgetSection,
+    LayoutSection,
+    MaskSection,
+    Pair,
+    ParitySection,
+    QualityRow,
+    RepairSection,
+    Report,
+    Role,
+    RuntimeRow,
+    ScenarioSection,
+    SizesSection,
+)
+from sspcompile.slicing.parity import TOLERANCE
+from sspcompile.slicing.plan import SlicePlan
+from sspcompile.slicing.repair import MIN_PROMPTS
+
+# The report quotes a few prompts; the recipe beside it holds all of them.
+QUOTED_PROMPTS = 5
+
+
+def report_of(outcome: Outcome) -> Report:
+    """Everything known about a build before it is benchmarked."""
+    compiled, mixture = outcome.compiled, outcome.compiled.mixture
+    return Report(
+        title=f"{compiled.scenario.name}: {outcome.mask.keep_achieved:.1%} of the attention heads kept",
+        model=outcome.subject.name,
+        scenario=ScenarioSection(
+            name=compiled.scenario.name,
+            source=compiled.scenario.source,
+            text=compiled.scenario.text,
+            prompts=compiled.scenario.prompts[:QUOTED_PROMPTS],
+            mixture={name: float(w) for name, w in zip(mixture.domains, mixture.weights, strict=True)},
+            unknown=mixture.unknown,
+            breadth=mixture.breadth,
+        ),
+        mask=mask_section(outcome.mask),
+        budget=BudgetSection(
+            keep_requested=compiled.keep, keep_achieved=outcome.mask.keep_achieved, strength=outcome.options.strength
+        ),
+        layout=_layout(outcome),
+        parity=ParitySection(
+            max_difference=outcome.parity.max_difference,
+            logit_scale=outcome.parity.logit_scale,
+            tolerance=TOLERANCE,
+            texts_equal=outcome.parity.same_text,
+            after_repair=outcome.decision.chosen.final_repair is not None,
+        ),
+        repair=_repair(outcome),
+        quality=tuple(_quality(outcome)),
+        sizes=_sizes(outcome.plan),
+        runtimes=tuple(RuntimeRow(name=v.runtime, loads=v.loads, note=v.reason) for v in outcome.plan.runtimes),
+        notes=tuple(_notes(outcome)),
+        versions={str(k): str(v) for k, v in outcome.toolkit.meta.get("versions", {}).items()},
+        command=_command(outcome),
+    )
+
+
+def mask_section(mask: HeadMask) -> MaskSection:
+    """The mask as the heat map reads it."""
+    protected = set(mask.whitelist)
+    return MaskSection(
+        layers=mask.layers,
+        heads=mask.heads,
+        kv_heads=mask.kv_heads,
+        kept=mask.kept,
+        scores=mask.scores,
+        whitelist=tuple(tuple((layer, head) in protected for head in range(mask.heads)) for layer in range(mask.layers)),
+        criterion=mask.criterion,
+    )
+
+
+def _row(name: str, figures: Divergence, role: Role, reference: Divergence) -> QualityRow:
+    above = None if figures is reference else compare_divergences(figures, reference)
+    return quality_row(name, figures, role=role, above_ours=above)
+
+
+def _quality(outcome: Outcome) -> Iterator[QualityRow]:
+    """Ours first, then the same mask unrepaired, which is what the unrepaired baselines are to be held against."""
+    chosen = outcome.decision.chosen
+    yield _row("this build", chosen.final, "ours", chosen.final)
+    if chosen.final is not chosen.plain:
+        yield _row("this build, without repair", chosen.plain, "other", chosen.final)
+    for name, figures in outcome.baselines.items():
+        role: Role = "random" if name.startswith("random") else "domain-free" if "free" in name else "criterion"
+        yield _row(f"{name}, without repair", figures, role, chosen.final)
+
+
+def _layout(outcome: Outcome) -> LayoutSection:
+    decision = outcome.decision
+    reference = decision.chosen.final
+    figures = tuple(
+        _row(f"{layout} ({candidate.choice.ratio:.1%} kept)", candidate.final, layout, reference)
+        for layout, candidate in decision.candidates.items()
+    )
+    cost = decision.uniform_cost
+    if cost is None:
+        reason = "the only layout asked for, or the only one that a class can hold"
+    elif decision.chosen.layout == "uniform":
+        reason = "the uniform layout costs nothing measurable here, and loads with stock classes"
+    else:
+        reason = f"the uniform layout diverges by {cost.mean:.3g} nats per token more on the held-out texts"
+    return LayoutSection(
+        requested=outcome.options.layout or "auto", chosen=decision.chosen.layout, figures=figures, reason=reason
+    )
+
+
+def _repair(outcome: Outcome) -> RepairSection:
+    chosen = outcome.decision.chosen
+    if outcome.options.repair != "least-squares":
+        return RepairSection(used=False, reason="switched off with --repair none")
+    if chosen.mended is None:
+        few = outcome.evidence["fit"] < MIN_PROMPTS
+        return RepairSection(
+            used=False, reason=f"fewer than {MIN_PROMPTS} texts to fit it on" if few else "nothing was removed"
+        )
+    return RepairSection(
+        used=chosen.keeps_repair,
+        reason=None if chosen.keeps_repair else "it made the held-out texts worse",
+        kl_before=chosen.plain.mean_kl,
+        kl_after=chosen.mended.mean_kl,
+    )
+
+
+def _sizes(plan: SlicePlan) -> SizesSection:
+    pairs = {
+        key: Pair(dense=getattr(plan.dense, key), sliced=getattr(plan.sliced, key))
+        for key in ("parameters", "weight_bytes", "kv_bytes_per_token")
+    }
+    return SizesSection(prunable_share=plan.prunable_share, **pairs)
+
+
+def _notes(outcome: Outcome) -> Iterator[str]:
+    e = outcome.evidence
+    yield (
+        f"Chosen and repaired on {e['fit']} texts ({e['own_fit']} of the scenario's own), judged on {e['held']} others "
+        f"({e['own_held']} of the scenario's own); the rest are domain pool prompts in the proportion of the mixture."
+    )
+    unknown = outcome.compiled.mixture.unknown
+    if unknown > 0.5:
+        yield (
+            f"No domain explains {unknown:.0%} of this scenario; for that share the domain-free average of the scores "
+            "was used."
+        )
+    calibration = outcome.toolkit.meta.get("calibration", {})
+    for regime in calibration.get("uncalibrated", []):
+        yield f"The probes are not calibrated for the {regime} regime."
+
+
+def _command(outcome: Outcome) -> str:
+    """The command that repeats the build from the recipe in the artifact."""
+    return shlex.join(["sspcompile", "build", "--scenario", str(outcome.folder / "recipe.yaml"), "--out", "NEW_FOLDER"])

@@ -1,0 +1,50 @@
+"""Load a written model in a process of its own and say what it computes: `python -m sspcompile.slicing.reload`.
+
+Only files and transformers' own loading take part: nothing that the building process patched or cached can help.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+def main(folder: str, request: str, answer: str) -> None:
+    """Read {"prompts": [[token ids]], "new_tokens", "custom_code", "threads"}; write logits and greedy tokens."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    asked = json.loads(Path(request).read_text("utf-8"))
+    torch.set_num_threads(asked["threads"])
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=asked["custom_code"]
+    ).eval()
+    AutoTokenizer.from_pretrained(folder)
+    arrays = {}
+    for number, ids in enumerate(asked["prompts"]):
+        logits, tokens = respond(model, ids, asked["new_tokens"])
+        arrays[f"logits.{number}"], arrays[f"tokens.{number}"] = logits, tokens
+    np.savez(answer, **arrays)
+
+
+@torch.inference_mode()
+def respond(model: torch.nn.Module, ids: list[int], new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Logits [T, V] of one prompt in fp32, and its greedy continuation [new_tokens] decoded with a KV cache.
+
+    End-of-sequence does not stop it: a short answer would prove little.
+    """
+    prompt = torch.tensor([ids], device=model.device)
+    output = model(input_ids=prompt, use_cache=True)
+    logits, tokens = output.logits[0].float().cpu().numpy(), []
+    for _ in range(new_tokens):
+        token = output.logits[:, -1:].argmax(-1)
+        tokens.append(int(token))
+        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+    return logits, np.array(tokens)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

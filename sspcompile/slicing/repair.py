@@ -1,0 +1,169 @@
+"""Least-squares repair: what remains of o_proj is refitted so that the pruned model's residual stream after attention
+comes as close as it can to the dense model's.
+
+In each layer, with X [N, kept * D] the pruned model's own input of o_proj and R [N, d] its residual stream before
+attention, the kept columns W of o_proj solve
+
+    min_W |X W^T + R + b - Y|^2 + ridge * trace(X^T X) / (kept * D) * |W - W0|^2
+
+where Y [N, d] is the dense residual stream after attention, b the bias and W0 the columns as they were. Layers are
+solved in order, so each sees the errors that the ones before it could not mend. Shapes do not change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sspcompile.checkpoint.source import WORD_DTYPE
+from sspcompile.families import layer_prefix
+from sspcompile.loaded import LoadedModel, layer_output, o_proj, recorded_calls, residual_norm
+from sspcompile.prepare.text import Batch
+
+# Fewer prompts than this make things worse (measured; docs/quality.md).
+MIN_PROMPTS = 16
+# Relative to the mean energy of an input coordinate: small enough to fit, large enough to leave directions that the
+# prompts never excite as they were.
+RIDGE = 1e-2
+
+
+@dataclass(frozen=True)
+class Repair:
+    """Refitted o_proj weights in the dense shape, [hidden, heads * D] per layer, zero in removed columns.
+
+    A layer that is missing was left as it was. The dtype is the checkpoint's own, so that what is measured is what is
+    written.
+    """
+
+    weights: Mapping[int, Tensor]
+
+    def words(self, layer: int, kept: Sequence[int], head_dim: int) -> np.ndarray:
+        """The kept columns of a layer as raw words, [hidden, kept * D], ready to be written."""
+        columns = torch.cat([torch.arange(head * head_dim, (head + 1) * head_dim) for head in kept])
+        weight = self.weights[layer][:, columns].contiguous()
+        return weight.view(torch.uint8).numpy().view(WORD_DTYPE[weight.element_size()])
+
+    def replaced(self, kept: Sequence[Sequence[int]], head_dim: int) -> dict[str, np.ndarray]:
+        """Tensor name -> words, for `cut_tensors`."""
+        return {
+            layer_prefix(layer) + "self_attn.o_proj.weight": self.words(layer, kept[layer], head_dim)
+            for layer in self.weights
+        }
+
+
+@contextlib.contextmanager
+def repaired(loaded: LoadedModel, repair: Repair | None) -> Iterator[None]:
+    """Run the model with refitted weights; together with `head_gates` this is the oracle of a repaired cut."""
+    originals = {}
+    try:
+        for layer, weight in (repair.weights if repair is not None else {}).items():
+            projection = o_proj(loaded.layers[layer])
+            originals[layer] = projection.weight.data
+            projection.weight.data = weight.to(projection.weight)
+        yield
+    finally:
+        for layer, weight in originals.items():
+            o_proj(loaded.layers[layer]).weight.data = weight
+
+
+@torch.inference_mode()
+def fit_repair(
+    loaded: LoadedModel,
+    kept: np.ndarray,
+    batches: Sequence[Batch],
+    *,
+    dtype: torch.dtype,
+    ridge: float = RIDGE,
+    progress: Callable[[int, int], None] | None = None,
+) -> Repair:
+    """Refit o_proj for a mask `kept` (bool [layers, heads]) on the texts of `batches`.
+
+    Two hidden states per batch are held (dense and pruned, [B, T, d]); each layer is run once dense and twice pruned.
+    `dtype` is the dtype the weights will be written in.
+    """
+    g = loaded.geometry
+    calls = []
+    for batch in batches:
+        with recorded_calls(loaded) as recorded:
+            loaded.model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        calls.append(recorded)
+    dense = [recorded[0].hidden for recorded in calls]
+    pruned = list(dense)
+    weights: dict[int, Tensor] = {}
+    for index, layer in enumerate(loaded.layers):
+        columns = torch.from_numpy(np.repeat(kept[index], g.head_dim)).to(loaded.device)
+        system = _Normal(int(columns.sum()), g.hidden, loaded.device)
+        cut = bool(weights) or not columns.all()
+        for number, batch in enumerate(batches):
+            call = calls[number][index]
+            real = batch.attention_mask.bool()
+            with _reading(residual_norm(layer)) as after:
+                output = layer_output(layer(dense[number], *call.rest, **call.options))
+            if cut:
+                with _reading(o_proj(layer)) as entering:
+                    layer(pruned[number], *call.rest, **call.options)
+                missing = after[0] - pruned[number]
+                if o_proj(layer).bias is not None:
+                    missing = missing - o_proj(layer).bias
+                system.add(entering[0][real][:, columns], missing[real])
+            dense[number] = output
+        if cut:
+            weights[index] = _refit(o_proj(layer).weight, columns, system, ridge, dtype)
+        with repaired(loaded, Repair({index: weights[index]} if cut else {})):
+            for number in range(len(batches)):
+                call = calls[number][index]
+                pruned[number] = layer_output(layer(pruned[number], *call.rest, **call.options))
+        if progress is not None:
+            progress(index + 1, g.layers)
+    return Repair(weights)
+
+
+class _Normal:
+    """Normal equations in float64: X^T X and X^T Y, summed over batches."""
+
+    def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
+        self.xx = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+        self.xy = torch.zeros(inputs, outputs, dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        x, y = x.double(), y.double()
+        self.xx += x.T @ x
+        self.xy += x.T @ y
+
+    def solve(self, start: Tensor, ridge: float) -> Tensor:
+        """W^T [inputs, outputs] that minimises the ridge problem around `start`, of the same shape."""
+        size = len(self.xx)
+        strength = ridge * self.xx.diagonal().mean()
+        if not strength > 0:
+            return start
+        system = self.xx + strength * torch.eye(size, dtype=torch.float64, device=self.xx.device)
+        return torch.linalg.solve(system, self.xy + strength * start)
+
+
+def _refit(weight: Tensor, columns: Tensor, system: _Normal, ridge: float, dtype: torch.dtype) -> Tensor:
+    """[hidden, heads * D] with refitted kept columns and zeros elsewhere: a removed head contributes nothing."""
+    solved = system.solve(weight[:, columns].double().T, ridge).T
+    full = torch.zeros_like(weight, dtype=dtype)
+    full[:, columns] = solved.to(dtype)
+    return full
+
+
+@contextlib.contextmanager
+def _reading(module: nn.Module) -> Iterator[list[Tensor]]:
+    """The positional input of a module's only call."""
+    seen: list[Tensor] = []
+
+    def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0])
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield seen
+    finally:
+        handle.remove()

@@ -1,0 +1,176 @@
+"""The embedded model: its text keeps its promises, and the shipped weights answer."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from ruamel.yaml import YAML
+
+from sspcompile.embedded import MODEL_DIR
+from sspcompile.embedded.corpus import DOMAINS, FORM_CYCLE, FORMS, OUTSIDE_DOMAINS, cross_items, items
+from sspcompile.embedded.handwritten import HANDWRITTEN, training_descriptions, unseen_descriptions
+from sspcompile.embedded.pools import pool_paths, pool_text
+
+ALL_DOMAINS = (*DOMAINS, *OUTSIDE_DOMAINS)
+WEIGHT_LIMIT_BYTES = 8_000_000
+TARGET = 0.85
+
+
+@pytest.fixture(scope="module")
+def model():
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(MODEL_DIR)
+
+
+@pytest.mark.parametrize("domain", ALL_DOMAINS)
+def test_items_are_the_same_every_time_and_differ_from_each_other(domain):
+    drawn = items(domain, "train", 3, 120)
+    assert drawn == items(domain, "train", 3, 120)
+    assert len({item.prompt for item in drawn}) == 120
+    assert drawn != items(domain, "train", 4, 120)
+
+
+@pytest.mark.parametrize("domain", ALL_DOMAINS)
+def test_held_out_prompts_never_occur_in_training(domain):
+    seen = {item.prompt for item in items(domain, "train", 5, 3000)}
+    assert seen.isdisjoint(item.prompt for item in items(domain, "heldout", 5, 400))
+
+
+def test_held_out_cross_prompts_never_occur_in_training():
+    seen = {item.prompt for item in cross_items("train", 5, 2000)}
+    assert seen.isdisjoint(item.prompt for item in cross_items("heldout", 5, 200))
+
+
+def test_held_out_operands_never_occur_in_training():
+    def operands(split):
+        return {
+            tuple(word.strip(".?") for word in item.prompt.split() if word.strip(".?").isdigit())
+            for item in items("math", split, 6, 2000)
+            if item.task == "rule-two" and item.form == "number"
+        }
+
+    assert operands("heldout")
+    assert operands("train").isdisjoint(operands("heldout"))
+
+
+def test_held_out_scenes_never_occur_in_training():
+    def scenes(split):
+        return {
+            item.prompt[: item.prompt.rindex(". ")]
+            for item in items("history", split, 6, 2000)
+            if item.task == "read-item" and item.form == "word"
+        }
+
+    assert scenes("heldout")
+    assert scenes("train").isdisjoint(scenes("heldout"))
+
+
+def test_forms_and_tasks_do_not_give_the_domain_away():
+    shapes = [[(item.form, item.task) for item in items(domain, "train", 7, 200)] for domain in ALL_DOMAINS]
+    assert all(shape == shapes[0] for shape in shapes)
+    forms = Counter(form for form, _ in shapes[0])
+    assert set(forms) == set(FORMS)
+    assert forms["word"] == 200 * FORM_CYCLE.count("word") // len(FORM_CYCLE)
+
+
+def test_yes_and_no_and_the_letters_are_balanced():
+    answers = Counter(item.answer for domain in DOMAINS for item in items(domain, "heldout", 8, 300))
+    assert 0.4 < answers["Yes"] / (answers["Yes"] + answers["No"]) < 0.6
+    letters = sum(answers[letter] for letter in "ABC")
+    assert all(0.25 < answers[letter] / letters < 0.42 for letter in "ABC")
+
+
+def test_unknown_domain_and_split_are_refused():
+    with pytest.raises(ValueError, match="unknown domain"):
+        items("astrology", "train", 0, 1)
+    with pytest.raises(ValueError, match="unknown split"):
+        items("math", "validation", 0, 1)
+
+
+@pytest.mark.parametrize("domain", ALL_DOMAINS)
+def test_pool_file_is_what_the_script_writes(domain):
+    assert pool_paths()[domain].read_text() == pool_text(domain)
+
+
+@pytest.mark.parametrize("domain", ALL_DOMAINS)
+def test_pool_is_large_unique_and_apart_from_evaluation(domain):
+    pool = YAML(typ="safe").load(pool_paths()[domain])
+    assert pool["schema_version"] == 1
+    assert pool["name"] == domain
+    assert len(pool["descriptions"]) == len(set(pool["descriptions"])) >= 24
+    assert len(pool["prompts"]) == len(set(pool["prompts"])) >= 96
+    assert set(pool["prompts"]).isdisjoint(item.prompt for item in items(domain, "heldout", 20, 400))
+
+
+def test_handwritten_questions_have_the_same_forms_in_every_domain():
+    shapes = {
+        tuple(map(len, (w.open_questions, w.number_questions, w.yes_no_questions, w.option_questions)))
+        for w in HANDWRITTEN.values()
+    }
+    assert len(shapes) == 1
+
+
+def test_weights_fit_into_the_package():
+    assert (MODEL_DIR / "model.safetensors").stat().st_size <= WEIGHT_LIMIT_BYTES
+
+
+def test_configuration_is_readable_by_both_generations_of_transformers():
+    config = json.loads((MODEL_DIR / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    assert config["architectures"] == ["Qwen2ForCausalLM"]
+    tokenizer_config = json.loads((MODEL_DIR / "tokenizer_config.json").read_text())
+    assert tokenizer_config["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_chat_template_renders_the_prompt_format(tokenizer):
+    messages = [{"role": "user", "content": "What is the symbol of iron?"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == "Question: What is the symbol of iron?\nAnswer:"
+
+
+def test_tokenizer_encodes_any_text(tokenizer):
+    for text in ("plain words", "Ärger über π ≈ 3.14159", "日本語\t\n🙂", "x += 4; y < 3"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_training_forward_equals_the_stock_forward(model):
+    from sspcompile.embedded.network import hidden_states
+
+    tokens = torch.randint(2, model.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        _, last = hidden_states(model, tokens)
+        lean = last @ model.model.embed_tokens.weight.T
+        torch.testing.assert_close(lean, model(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_shipped_weights_answer_held_out_questions(model, tokenizer):
+    from sspcompile.embedded.evaluate import evaluate
+
+    accuracy = evaluate(model, tokenizer, count=40, seed=21)
+    assert accuracy.mean >= TARGET, accuracy.table()
+
+
+def test_the_domain_of_an_unseen_description_is_linearly_readable(model, tokenizer):
+    from sklearn.linear_model import LogisticRegression
+
+    def features(pairs):
+        inputs = tokenizer([text for text, _ in pairs], return_tensors="pt", padding=True)
+        with torch.no_grad():
+            state = model(**inputs, output_hidden_states=True).hidden_states[4]
+        mask = inputs["attention_mask"].unsqueeze(-1)
+        return ((state * mask).sum(1) / mask.sum(1)).numpy()
+
+    train, unseen = training_descriptions(), unseen_descriptions()
+    probe = LogisticRegression(C=0.1, max_iter=2000).fit(features(train), [domain for _, domain in train])
+    assert probe.score(features(unseen), [domain for _, domain in unseen]) >= 0.5

@@ -1,0 +1,250 @@
+"""Recipes: all errors at once, the round trip, precedence, and the recipes that ship."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sspcompile.domains import recipes_folder
+from sspcompile.errors import RecipeError
+from sspcompile.recipe import Recipe, ScenarioSpec, dump_recipe, find_recipe, load_recipe, resolve, shipped_recipes
+from sspcompile.scenario import read_scenario
+
+MINIMAL = """\
+schema_version: 1
+name: bakery
+description: What bakers ask.
+scenario:
+  text: Answer bakers about flour.
+"""
+
+
+def load_text(tmp_path: Path, text: str) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, "utf-8")
+    return load_recipe(path)
+
+
+def problems(tmp_path: Path, text: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        load_text(tmp_path, text)
+    assert caught.value.exit_code == 2
+    return caught.value.problems
+
+
+def test_minimal_recipe_leaves_every_option_open(tmp_path: Path) -> None:
+    recipe = load_text(tmp_path, MINIMAL)
+    assert recipe.keep is recipe.model is recipe.layout is recipe.seed is None
+
+
+def test_all_errors_come_at_once_with_place_and_line(tmp_path: Path) -> None:
+    text = """\
+schema_version: 2
+name: Bad Name
+descripton: x
+scenario:
+  text: hello there
+  prompt: [a]
+  prompts: [1]
+keep: 1.5
+strength: "high"
+layout: [1]
+max_tokens: "12"
+seed: true
+"""
+    assert set(problems(tmp_path, text)) == {
+        "schema_version (line 1): must be 1, not 2",
+        "name (line 2): must be lower-case letters, digits and hyphens, not 'Bad Name'",
+        "descripton (line 3): is no known key; did you mean 'description'?",
+        "description: is missing",
+        "scenario (line 4): needs exactly one of text, prompts, prompts_file, domains; it has text, prompts",
+        "scenario.prompt (line 6): is no known key; did you mean 'prompts'?",
+        "scenario.prompts[0] (line 7): must be text, not 1",
+        "keep (line 8): must be less than or equal to 1, not 1.5",
+        "strength (line 9): must be a number, not 'high'",
+        "strength (line 9): keep and strength exclude each other; give one",
+        "layout (line 10): must be 'auto', 'uniform' or 'per-layer', not [1]",
+        "max_tokens (line 11): must be a whole number, not '12'",
+        "seed (line 12): must be a whole number, not True",
+    }
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ("keep: 0\n", "keep (line 6): must be greater than 0, not 0"),
+        ("keep: .nan\n", "keep (line 6): must be a finite number, not nan"),
+        ("strength: -0.1\n", "strength (line 6): must be greater than or equal to 0"),
+        ("keep: 0.5\nstrength: 0.5\n", "strength (line 7): keep and strength exclude each other"),
+        ("repair: bias\n", "repair (line 6): must be 'least-squares' or 'none', not 'bias'"),
+        ("criterion: No Such\n", "criterion (line 6): must be lower-case"),
+        ("max_tokens: 0\n", "max_tokens (line 6): must be greater than or equal to 8"),
+        ("continuation_tokens: 1.5\n", "continuation_tokens (line 6): must be a whole number"),
+        ("seed: -1\n", "seed (line 6): must be greater than or equal to 0"),
+        ("model: ''\n", "model (line 6): must not be blank"),
+        ("zzz: 1\n", "zzz (line 6): is no known key; known: schema_version, name"),
+        ("keep: 0.5\nkeep: 0.6\n", "keep (line 7): repeats the key of line 6"),
+    ],
+)
+def test_each_wrong_option_is_named(tmp_path: Path, extra: str, expected: str) -> None:
+    found = problems(tmp_path, MINIMAL + extra)
+    assert len(found) == 1
+    assert expected in found[0]
+
+
+@pytest.mark.parametrize(
+    ("scenario", "expected"),
+    [
+        ("{}", "needs exactly one of"),
+        ("plain words", "must be a mapping"),
+        ("{prompts: []}", "needs at least 1 item"),
+        ("{domains: {}}", "at least one domain of positive weight"),
+        ("{domains: {math: 0}}", "at least one domain of positive weight"),
+        ("{domains: {math: -1, art: 2}}", "scenario.domains.math (line 4): must be greater than or equal to 0"),
+        ("{domains: {math: .inf}}", "must be a finite number"),
+        ("{text: '  '}", "must not be blank"),
+    ],
+)
+def test_scenario_must_be_one_usable_form(tmp_path: Path, scenario: str, expected: str) -> None:
+    text = f"schema_version: 1\nname: a\ndescription: b\nscenario: {scenario}\n"
+    assert any(expected in problem for problem in problems(tmp_path, text))
+
+
+def test_every_missing_required_key_is_named(tmp_path: Path) -> None:
+    found = problems(tmp_path, "keep: 0.5\n")
+    assert found == [f"{key}: is missing" for key in ("schema_version", "name", "description", "scenario")]
+
+
+texts = st.text(
+    st.characters(exclude_categories=("Cs", "Cc"), include_characters="\n\t"), min_size=1, max_size=60
+).filter(lambda text: bool(text.strip()))
+specs = st.one_of(
+    st.builds(ScenarioSpec, text=texts),
+    st.builds(ScenarioSpec, prompts=st.lists(texts, min_size=1, max_size=5).map(tuple)),
+    st.builds(ScenarioSpec, prompts_file=texts),
+    st.builds(ScenarioSpec, domains=st.dictionaries(texts, st.floats(1e-6, 1e6), min_size=1, max_size=4)),
+)
+budgets = st.one_of(
+    st.fixed_dictionaries({}),
+    st.fixed_dictionaries({"keep": st.floats(0, 1, exclude_min=True)}),
+    st.fixed_dictionaries({"strength": st.floats(0, 1)}),
+)
+options = st.fixed_dictionaries(
+    {},
+    optional={
+        "model": texts,
+        "layout": st.sampled_from(["auto", "uniform", "per-layer"]),
+        "criterion": st.sampled_from(["fisher", "kl", "subspace"]),
+        "repair": st.sampled_from(["least-squares", "none"]),
+        "max_tokens": st.integers(8, 131072),
+        "continuation_tokens": st.integers(0, 4096),
+        "seed": st.integers(0, 2**32 - 1),
+    },
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(description=texts, spec=specs, budget=budgets, rest=options)
+def test_dump_and_load_give_the_same_recipe(tmp_path_factory, description, spec, budget, rest) -> None:
+    recipe = Recipe(schema_version=1, name="any-name", description=description, scenario=spec, **budget, **rest)
+    path = tmp_path_factory.mktemp("recipe") / "r.yaml"
+    path.write_bytes(dump_recipe(recipe).encode())
+    assert load_recipe(path) == recipe
+
+
+def test_default_options() -> None:
+    recipe = resolve(base(), command_line={}, environment={})
+    assert recipe.model_dump(exclude={"schema_version", "name", "description", "scenario"}) == {
+        "model": None,
+        "keep": 0.5,
+        "strength": None,
+        "layout": "auto",
+        "criterion": "fisher",
+        "repair": "least-squares",
+        "max_tokens": 512,
+        "continuation_tokens": 16,
+        "seed": 0,
+    }
+
+
+def base(**options) -> Recipe:
+    spec = ScenarioSpec(text="Answer bakers.")
+    return Recipe(schema_version=1, name="bakery", description="x", scenario=spec, **options)
+
+
+@pytest.mark.parametrize(
+    ("command_line", "environment", "expected"),
+    [
+        ({"seed": 3}, {"SSPCOMPILE_SEED": "2"}, 3),
+        ({"seed": None}, {"SSPCOMPILE_SEED": "2"}, 2),
+        ({}, {"SSPCOMPILE_SEED": ""}, 1),
+        ({}, {}, 1),
+    ],
+)
+def test_command_line_before_environment_before_recipe(command_line, environment, expected) -> None:
+    assert resolve(base(seed=1), command_line=command_line, environment=environment).seed == expected
+
+
+@pytest.mark.parametrize(
+    ("recipe", "command_line", "environment", "keep", "strength"),
+    [
+        ({"strength": 0.9}, {"keep": 0.3}, {}, 0.3, None),
+        ({"keep": 0.9}, {"strength": 0.3}, {}, None, 0.3),
+        ({"keep": 0.9}, {}, {"SSPCOMPILE_STRENGTH": "0.2"}, None, 0.2),
+        ({}, {"keep": 0.4}, {"SSPCOMPILE_STRENGTH": "0.2"}, 0.4, None),
+        ({"strength": 0.9}, {}, {}, None, 0.9),
+    ],
+)
+def test_a_budget_of_a_higher_level_replaces_either_form(recipe, command_line, environment, keep, strength) -> None:
+    resolved = resolve(base(**recipe), command_line=command_line, environment=environment)
+    assert (resolved.keep, resolved.strength) == (keep, strength)
+
+
+def test_resolve_names_the_flag_or_variable_of_every_wrong_value() -> None:
+    with pytest.raises(RecipeError) as caught:
+        resolve(
+            base(),
+            command_line={"keep": 2.0, "strength": 0.5, "layout": "x"},
+            environment={"SSPCOMPILE_MAX_TOKENS": "4"},
+        )
+    assert caught.value.problems == [
+        "--keep and --strength exclude each other; give one",
+        "--keep: must be less than or equal to 1, not 2.0",
+        "--layout: must be 'auto', 'uniform' or 'per-layer', not 'x'",
+        "SSPCOMPILE_MAX_TOKENS: must be greater than or equal to 8, not 4",
+    ]
+    with pytest.raises(RecipeError, match=r"SSPCOMPILE_KEEP: must be a number, not 'half'.*SEED: must be a whole"):
+        resolve(base(), command_line={}, environment={"SSPCOMPILE_KEEP": "half", "SSPCOMPILE_SEED": "1.5"})
+
+
+def test_without_a_recipe_the_command_line_must_say_the_scenario() -> None:
+    with pytest.raises(RecipeError, match="scenario: is missing"):
+        resolve(None, command_line={}, environment={})
+    spec = {"text": "Answer bakers."}
+    assert resolve(None, command_line={"name": "b", "scenario": spec}, environment={}).scenario.text == spec["text"]
+
+
+def test_shipped_recipes_cover_every_domain_a_mixture_and_the_unknown() -> None:
+    names = {path.stem for path in shipped_recipes()}
+    for domain in ("chemistry", "finance", "history", "math", "philosophy", "technology", "sports"):
+        assert any(name.startswith(domain) for name in names)
+    assert {"chemistry-and-finance", "history-and-philosophy"} <= names
+
+
+@pytest.mark.parametrize("path", shipped_recipes(), ids=lambda path: path.stem)
+def test_shipped_recipe_is_usable(path: Path) -> None:
+    scenario, recipe = read_scenario(path.stem)
+    assert recipe is not None
+    assert scenario.name == recipe.name == path.stem
+    assert find_recipe(path.stem) == path
+    assert scenario.text or scenario.domains or len(scenario.prompts) >= 16, "repair needs 16 prompts"
+    assert len(set(scenario.prompts)) == len(scenario.prompts)
+
+
+def test_the_readme_of_the_recipes_names_every_option() -> None:
+    readme = (recipes_folder() / "README.md").read_text("utf-8")
+    for name in Recipe.model_fields:
+        assert name in readme

@@ -1,0 +1,349 @@
+"""The report: harmless text, deterministic bytes, verdicts that follow the numbers."""
+
+from __future__ import annotations
+
+import io
+import json
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from rich.console import Console
+
+from sspcompile.errors import ArtifactError
+from sspcompile.measure.compare import compare_all
+from sspcompile.measure.intervals import Interval, summarize
+from sspcompile.measure.latency import BenchResult, ContenderResult, Settings
+from sspcompile.measure.quality import Difference, Divergence
+from sspcompile.report import Report, write_report
+from sspcompile.report.build import latency_section, quality_row
+from sspcompile.report.html import render_html
+from sspcompile.report.json import read_report, render_json
+from sspcompile.report.markdown import render_markdown
+from sspcompile.report.model import (
+    BudgetSection,
+    Estimate,
+    LayoutSection,
+    MaskSection,
+    Pair,
+    ParitySection,
+    QualityRow,
+    RepairSection,
+    RuntimeRow,
+    ScenarioSection,
+    SizesSection,
+)
+from sspcompile.report.svg import render_svg
+from sspcompile.report.text import render_text
+from sspcompile.report.verdict import verdict
+from sspcompile.report.words import change, clean, figures, percent, seconds, size
+
+EVIL = "<script>alert(1)</script> \x1b[31mred\x07 [bold]x[/bold] | a\n# head ![i](http://x.y/z.png) \u202eabc &amp;"
+
+
+def quality(name: str, kl: float, role="other", *, agreement: float = 0.95, above: Estimate | None = None):
+    mean = Estimate(value=kl, low=kl * 0.9, high=kl * 1.1)
+    agree = Estimate(value=agreement, low=agreement - 0.01, high=min(1, agreement + 0.01))
+    return QualityRow(name=name, role=role, mean_kl=mean, top1_agreement=agree, kl_above_ours=above)
+
+
+def mask(layers: int = 3, heads: int = 4, kv_heads: int = 2) -> MaskSection:
+    return MaskSection(
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        kept=tuple(tuple(h for h in range(heads) if (h + layer) % 2 == 0) for layer in range(layers)),
+        scores=tuple(tuple(float(h * layer) for h in range(heads)) for layer in range(layers)),
+        whitelist=tuple(tuple(h == 0 and layer == 0 for h in range(heads)) for layer in range(layers)),
+        criterion="fisher",
+    )
+
+
+def full_report(text: str = "Answer bakers.") -> Report:
+    ours = quality("ours", 0.1, "ours")
+    return Report(
+        title=text,
+        model=text,
+        scenario=ScenarioSection(
+            name="bakery", source="prompts", text=text, prompts=(text, text), mixture={text: 0.9, "b": 0.1}
+        ),
+        mask=mask(),
+        budget=BudgetSection(keep_requested=0.5, keep_achieved=0.48),
+        layout=LayoutSection(requested="auto", chosen="per-layer", figures=(quality("uniform", 0.3, "uniform"),)),
+        parity=ParitySection(max_difference=1e-6, logit_scale=10, tolerance=1e-5, texts_equal=True),
+        repair=RepairSection(used=True, kl_before=0.2, kl_after=0.1),
+        quality=(ours, quality("random", 0.5, "random")),
+        sizes=sizes(),
+        runtimes=(RuntimeRow(name="transformers", loads=True), RuntimeRow(name="vLLM", loads=False, note=text)),
+        latency=latency_section(bench_result()),
+        notes=(text,),
+        versions={"torch": "2"},
+        command="sspcompile build --scenario x",
+    )
+
+
+def sizes(parameters: Pair | None = None) -> SizesSection:
+    return SizesSection(
+        parameters=parameters or Pair(dense=1000, sliced=875),
+        weight_bytes=Pair(dense=4_194_304, sliced=3_670_016),
+        kv_bytes_per_token=Pair(dense=2048, sliced=1024),
+        prunable_share=0.25,
+    )
+
+
+def bench_result(prefill: float = 0.5, decode: float = 1.0) -> BenchResult:
+    """Synthetic samples: sliced prefill and decode are the given multiples of the dense ones."""
+    noise = [1.0, 1.02, 0.99, 1.01, 0.98, 1.03, 0.97, 1.0]
+
+    def metrics(p: float, d: float) -> dict:
+        return {
+            "prefill_seconds": summarize([p * x for x in noise]),
+            "inter_token_seconds": summarize([d * x for x in noise]),
+            "peak_resident_bytes": summarize([4e8 * p]),
+            "weight_bytes": summarize([4e6]),
+        }
+
+    dense = ContenderResult("dense", "d", "A", "float32", metrics(0.1, 0.01), {})
+    sliced = ContenderResult("sliced", "s", "A", "float32", metrics(0.1 * prefill, 0.01 * decode), {})
+    # An unpaired wobble, so that equal speeds are equal only within their noise.
+    wobble = summarize([0.01 * decode * x for x in noise[::-1]])
+    sliced = replace(sliced, metrics=dict(sliced.metrics) | {"inter_token_seconds": wobble})
+    ratios = compare_all(dense.metrics, sliced.metrics, names=("dense", "sliced"))
+    return BenchResult(Settings(64, 16, 1, 8, 2, 1, 0, "cpu"), (dense, sliced), ratios, {"torch": "2"})
+
+
+class Page(HTMLParser):
+    """Collects tags and attributes."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+
+def text_of(report: Report, width: int = 100) -> str:
+    stream = io.StringIO()
+    render_text(report, Console(file=stream, width=width, force_terminal=False, no_color=True))
+    return stream.getvalue()
+
+
+def test_html_escapes_prompts_and_fetches_nothing() -> None:
+    html = render_html(full_report(EVIL))
+    page = Page(html)
+    assert "script" not in page.tags
+    assert "&lt;script&gt;alert(1)" in html
+    assert "img" not in page.tags and "link" not in page.tags
+    assert not [name for name, _ in page.attributes if name in ("src", "href") or name.startswith("on")]
+    assert "\x1b" not in html and "\u202e" not in html
+
+
+def test_html_is_accessible_and_knows_light_and_dark() -> None:
+    html = render_html(full_report())
+    page = Page(html)
+    assert ("name", "viewport") in page.attributes
+    assert "prefers-color-scheme:dark" in html
+    assert page.tags.count("caption") == page.tags.count("table") > 5
+    assert ("scope", "col") in page.attributes and ("scope", "row") in page.attributes
+    assert ("lang", "en") in page.attributes
+    identifiers = [value for name, value in page.attributes if name == "id"]
+    assert len(identifiers) == len(set(identifiers))
+
+
+def test_no_output_carries_terminal_control_sequences() -> None:
+    report = full_report(EVIL)
+    for output in (text_of(report), render_markdown(report), render_html(report), render_json(report)):
+        assert "\x1b" not in output and "\x07" not in output and "\u202e" not in output
+    assert "[bold]" in text_of(report, 400), "brackets of a prompt are text, not markup"
+
+
+def test_markdown_keeps_prompts_out_of_its_structure() -> None:
+    markdown = render_markdown(full_report(EVIL))
+    assert "<script>" not in markdown
+    assert "\n# head" not in markdown
+    assert "![i](" not in markdown
+    for line in markdown.splitlines():
+        if line.startswith("| vLLM"):
+            assert line.replace("\\|", "").count("|") == 4
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.text(max_size=40))
+def test_any_text_gives_well_formed_output(text: str) -> None:
+    report = full_report("x" + text.encode("utf-8", "replace").decode())
+    Page(render_html(report))
+    json.loads(render_json(report))
+    assert all(c.isprintable() or c in " \u200c\u200d" for c in clean(text))
+    text_of(report)
+    render_markdown(report)
+
+
+@pytest.mark.parametrize(("layers", "heads", "kv_heads"), [(8, 8, 4), (48, 40, 8), (2, 4, 4), (3, 6, 1), (1, 1, 1)])
+def test_svg_is_well_formed_and_shows_every_cell(layers: int, heads: int, kv_heads: int) -> None:
+    section = mask(layers, heads, kv_heads)
+    root = ElementTree.fromstring(render_svg(section))
+    space = "{http://www.w3.org/2000/svg}"
+    titles = [element.text or "" for element in root.iter(f"{space}title")]
+    assert len(titles) == layers * heads
+    assert sum(" kept," in title for title in titles) == sum(map(len, section.kept))
+    assert titles[0] == "layer 0, head 0, key/value head 0: kept, score 0, whitelisted"
+    crosses = [e for e in root.iter(f"{space}path") if e.get("class") == "x"]
+    assert len(crosses) == layers * heads - sum(map(len, section.kept)) + 1, "one per removed head, one in the legend"
+    width, height = float(root.get("width", 0)), float(root.get("height", 0))
+    for rect in root.iter(f"{space}rect"):
+        assert float(rect.get("x", 0)) + float(rect.get("width", 0)) <= width
+        assert float(rect.get("y", 0)) + float(rect.get("height", 0)) <= height
+
+
+def test_the_same_report_gives_the_same_bytes(tmp_path: Path) -> None:
+    contents = []
+    for name in ("a", "b"):
+        folder = tmp_path / name
+        folder.mkdir()
+        contents.append([path.read_bytes() for path in write_report(full_report(), folder)])
+    assert contents[0] == contents[1]
+    assert sorted(p.name for p in folder.iterdir()) == ["mask.svg", "report.html", "report.json", "report.md"]
+
+
+def test_json_reads_back_to_the_same_report(tmp_path: Path) -> None:
+    report = full_report(EVIL)
+    write_report(report, tmp_path)
+    assert read_report(tmp_path / "report.json") == report
+    assert json.loads((tmp_path / "report.json").read_text())["verdict"] == list(verdict(report))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"title": "x", "schema_version": 9}', '{"title": 1}'])
+def test_a_broken_report_file_is_an_artifact_error(tmp_path: Path, content: str) -> None:
+    with pytest.raises(ArtifactError, match="no report"):
+        read_report(tmp_path / "report.json")
+    (tmp_path / "report.json").write_text(content)
+    with pytest.raises(ArtifactError, match="no report of this version"):
+        read_report(tmp_path / "report.json")
+
+
+def test_every_section_may_be_absent(tmp_path: Path) -> None:
+    report = Report(title="bare")
+    write_report(report, tmp_path)
+    assert "Quality was not measured" in text_of(report)
+    assert not (tmp_path / "mask.svg").exists()
+
+
+def test_nan_and_wrong_shapes_are_refused() -> None:
+    with pytest.raises(ValidationError):
+        Estimate(value=float("nan"))
+    with pytest.raises(ValidationError, match="kept does not fit"):
+        MaskSection(layers=1, heads=2, kv_heads=1, kept=((2,),), criterion="x")
+    with pytest.raises(ValidationError, match="scores is not"):
+        MaskSection(layers=1, heads=2, kv_heads=1, kept=((0,),), scores=((1.0,),), criterion="x")
+
+
+# ---- verdicts -----------------------------------------------------------------------------------------------
+
+
+def verdict_of(**sections: object) -> str:
+    return " ".join(verdict(Report(title="x", **sections)))
+
+
+def test_a_loss_is_never_hidden() -> None:
+    text = verdict_of(quality=(quality("ours", 0.1, "ours", agreement=0.95),))
+    assert "LOSS" in text and "5 % of the positions (4 % to 6 %)" in text
+    assert "different model" not in text
+    assert "different model" in verdict_of(quality=(quality("ours", 1.0, "ours", agreement=0.5),))
+    exact = QualityRow(name="o", role="ours", mean_kl=Estimate(value=0), top1_agreement=Estimate(value=1))
+    assert "no difference from the dense model" in verdict_of(quality=(exact,))
+    assert "under 0.1 %" in verdict_of(quality=(quality("ours", 0.1, "ours", agreement=0.9999),))
+
+
+@pytest.mark.parametrize(
+    ("kl", "above", "expected"),
+    [
+        (0.5, None, "ours is closer"),
+        (0.1, None, "no measurable difference"),
+        (0.01, None, "ours is FURTHER"),
+        (0.1, Estimate(value=0.1, low=0.05, high=0.2), "ours is closer"),
+        (0.5, Estimate(value=0.1, low=-0.05, high=0.2), "no measurable difference"),
+        (0.5, Estimate(value=-0.1, low=-0.2, high=-0.05), "ours is FURTHER"),
+    ],
+)
+def test_baselines_are_judged_by_intervals(kl: float, above: Estimate | None, expected: str) -> None:
+    rows = (quality("ours", 0.1, "ours"), quality("random heads", kl, "random", above=above))
+    assert f"Against random heads at the same budget: {expected}" in verdict_of(quality=rows)
+
+
+def test_without_intervals_nothing_is_claimed() -> None:
+    bare = Estimate(value=0.5)
+    rows = (
+        quality("ours", 0.1, "ours"),
+        QualityRow(name="r", role="random", mean_kl=bare, top1_agreement=bare),
+    )
+    assert "too few prompts to tell" in verdict_of(quality=rows)
+
+
+@pytest.mark.parametrize(
+    ("parity", "expected"),
+    [
+        (ParitySection(max_difference=1e-5, logit_scale=10, tolerance=1e-5, texts_equal=True), "The files equal"),
+        (ParitySection(max_difference=1e-2, logit_scale=10, tolerance=1e-5), "FAILED: the files do not equal"),
+        (
+            ParitySection(max_difference=0, logit_scale=10, tolerance=1e-5, texts_equal=False),
+            "FAILED: the files write other text",
+        ),
+    ],
+)
+def test_parity_verdicts(parity: ParitySection, expected: str) -> None:
+    assert expected in verdict_of(parity=parity)
+
+
+def test_speed_verdicts_say_faster_slower_or_nothing() -> None:
+    text = verdict_of(latency=latency_section(bench_result(prefill=0.5, decode=1.0)))
+    assert "time to first token: 2.00" in text and "times faster" in text
+    assert "inter-token latency: no measurable change" in text
+    assert "peak resident memory: too few samples" in text
+    slower = verdict_of(latency=latency_section(bench_result(prefill=1.0, decode=2.0)))
+    assert "inter-token latency: LOSS: 2.0" in slower
+
+
+def test_size_repair_and_unknown_verdicts() -> None:
+    assert "Parameters -12.5 %, KV cache per token -50 %" in verdict_of(sizes=sizes())
+    assert "Nothing was cut" in verdict_of(sizes=sizes(Pair(dense=10, sliced=10)))
+    assert "not used (made it worse)" in verdict_of(repair=RepairSection(used=False, reason="made it worse"))
+    scenario = ScenarioSection(name="x", source="sentence", unknown=0.8)
+    assert "80 % of the scenario fits no known domain" in verdict_of(scenario=scenario)
+
+
+def test_measured_values_become_rows() -> None:
+    measured = Divergence(0.2, Interval(0.1, 0.3), 0.9, None, (0,), (0.2,), (0.9,), (4,))
+    row = quality_row("ours", measured, role="ours", above_ours=Difference(0.0, Interval(-1, 1)))
+    assert row.mean_kl == Estimate(value=0.2, low=0.1, high=0.3)
+    assert row.top1_agreement == Estimate(value=0.9)
+    assert row.kl_above_ours == Estimate(value=0.0, low=-1, high=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (figures(0.1), "0.100"),
+        (figures(1234.5), "1,234"),
+        (figures(0.99999), "1.00"),
+        (figures(1e-9), "1.00e-09"),
+        (percent(0.99999), "just under 100 %"),
+        (percent(1e-9), "under 0.1 %"),
+        (percent(0.125), "12.5 %"),
+        (size(1536), "1.50 KiB"),
+        (size(12), "12 bytes"),
+        (seconds(0.00123), "1.23 ms"),
+        (change(0, 0), "no change"),
+        (change(4, 5), "+25 %"),
+    ],
+)
+def test_numbers_as_words(text: str, expected: str) -> None:
+    assert text == expected
