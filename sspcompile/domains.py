@@ -9,6 +9,7 @@ The strict YAML reader stands here too: pools and scenario recipes are read by t
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -87,6 +88,7 @@ def recipes_folder() -> Path:
     return packaged if packaged.is_dir() else Path(__file__).parent.parent / "recipes"
 
 
+@functools.cache
 def load_pools(folder: Path | None = None) -> tuple[DomainPool, ...]:
     """The domain pools of `folder` (default: the shipped ones), sorted by name.
 
@@ -95,6 +97,7 @@ def load_pools(folder: Path | None = None) -> tuple[DomainPool, ...]:
     return _load_folder(folder or recipes_folder() / "domains")
 
 
+@functools.cache
 def load_outside(folder: Path | None = None) -> tuple[DomainPool, ...]:
     """The pools of text outside all domains, sorted by name. Raises RecipeError like `load_pools`."""
     return _load_folder(folder or recipes_folder() / "domains" / "outside")

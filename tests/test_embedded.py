@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 
 from sspcompile.embedded import MODEL_DIR
 from sspcompile.embedded.corpus import DOMAINS, FORM_CYCLE, FORMS, OUTSIDE_DOMAINS, cross_items, items
-from sspcompile.embedded.handwritten import HANDWRITTEN, training_descriptions, unseen_descriptions
+from sspcompile.embedded.handwritten import HANDWRITTEN
 from sspcompile.embedded.pools import pool_paths, pool_text
 
 ALL_DOMAINS = (*DOMAINS, *OUTSIDE_DOMAINS)
@@ -162,15 +162,6 @@ def test_shipped_weights_answer_held_out_questions(model, tokenizer):
 
 
 def test_the_domain_of_an_unseen_description_is_linearly_readable(model, tokenizer):
-    from sklearn.linear_model import LogisticRegression
+    from sspcompile.embedded.probe import separability
 
-    def features(pairs):
-        inputs = tokenizer([text for text, _ in pairs], return_tensors="pt", padding=True)
-        with torch.no_grad():
-            state = model(**inputs, output_hidden_states=True).hidden_states[4]
-        mask = inputs["attention_mask"].unsqueeze(-1)
-        return ((state * mask).sum(1) / mask.sum(1)).numpy()
-
-    train, unseen = training_descriptions(), unseen_descriptions()
-    probe = LogisticRegression(C=0.1, max_iter=2000).fit(features(train), [domain for _, domain in train])
-    assert probe.score(features(unseen), [domain for _, domain in unseen]) >= 0.5
+    assert separability(model, tokenizer, model.config.num_hidden_layers // 2) >= 0.8

@@ -221,21 +221,33 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         )  # fmt: skip
         folders[name] = tmp_path_factory.mktemp(name)
         Qwen2ForCausalLM(config).save_pretrained(folders[name])
+    ship_own_code(folders["sliced"])
     return folders
+
+
+def ship_own_code(folder: Path) -> None:
+    """What a per-layer cut looks like to a loader: a class of its own beside the weights."""
+    code = "from transformers import Qwen2ForCausalLM\n\n\nclass OwnForCausalLM(Qwen2ForCausalLM):\n    pass\n"
+    (folder / "modeling_own.py").write_text(code)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 SHAPE = {"prompt_tokens": 8, "new_tokens": 3, "batch": 2, "repeats": 5, "threads": 1}
 
 
-def test_bench_from_end_to_end(models: dict[str, Path]) -> None:
+def test_bench_from_end_to_end(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
     said: list[tuple[int, int, str]] = []
-    contenders = [Contender(name, path) for name, path in models.items()]
+    contenders = [Contender(name, path, trust_remote_code=name == "sliced") for name, path in models.items()]
     result = bench(contenders, **SHAPE, warmup=1, progress=lambda *args: said.append(args))
     dense, sliced = result.contenders
     assert [what for _, _, what in said[:4]] == [
         "warm-up of dense", "warm-up of sliced", "trial of dense", "trial of sliced",
     ]  # fmt: skip
     assert said[-1][0] == said[-1][1] == 12
+    assert sliced.architecture == "OwnForCausalLM"
     assert dense.metrics["kv_bytes_per_token"].median == 2 * LAYERS * 2 * HEAD_DIM * 4
     assert sliced.metrics["kv_bytes_per_token"].median == 2 * LAYERS * 1 * HEAD_DIM * 4
     stored = models["dense"].joinpath("model.safetensors").stat().st_size

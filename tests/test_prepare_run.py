@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 from test_prepare_tools import DOMAINS, OTHER, outside, pool_of, pools, tiny
 
+from sspcompile.domains import load_outside, load_pools, recipes_folder
+from sspcompile.embedded import MODEL_DIR
 from sspcompile.errors import InputError
+from sspcompile.loaded import load as load_model
 from sspcompile.prepare import (
     IMPORTANCE,
     capture,
@@ -181,3 +184,13 @@ def test_unknown_or_no_criterion_is_refused_before_any_work(model):
     for criteria in (("magic",), ()):
         with pytest.raises(InputError, match="Accepted"):
             prepare(model, pools(8), (), criteria=criteria)
+
+
+@pytest.mark.skipif(not (MODEL_DIR / "model.safetensors").exists(), reason="the embedded model is not trained yet")
+@pytest.mark.skipif(not (recipes_folder() / "domains").is_dir(), reason="the domain pools are not written yet")
+def test_shipped_pools_teach_the_embedded_model_its_domains_and_do_not_give_them_away_by_format():
+    loaded = load_model(MODEL_DIR, fingerprint="embedded")
+    found = prepare(loaded, load_pools(), load_outside(), criteria=("fisher-greedy",), continuation_tokens=2)
+    assert found.probe_auc.mean() > 0.75
+    confound = found.meta["format_confound"]
+    assert confound["accuracy"] < confound["chance"] + 0.2, confound

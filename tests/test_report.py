@@ -263,6 +263,16 @@ def test_a_loss_is_never_hidden() -> None:
     assert "under 0.1 %" in verdict_of(quality=(quality("ours", 0.1, "ours", agreement=0.9999),))
 
 
+def test_right_answers_are_compared_with_the_dense_models() -> None:
+    def with_answers(name: str, role, share: float) -> QualityRow:
+        return quality(name, 0.1, role).model_copy(update={"exact_match": Estimate(value=share)})
+
+    rows = (with_answers("dense", "dense", 0.9), with_answers("ours", "ours", 0.8))
+    assert "LOSS: 80 % of the answers are right, the dense model's are 90 %." in verdict_of(quality=rows)
+    assert "right answers" in text_of(Report(title="x", quality=rows), 200)
+    assert "right answers" not in text_of(full_report(), 200)
+
+
 @pytest.mark.parametrize(
     ("kl", "above", "expected"),
     [

@@ -113,10 +113,12 @@ def test_a_broken_recipe_stays_a_recipe_error(tmp_path: Path) -> None:
         read_scenario(str(path))
 
 
-def test_a_recipe_whose_prompt_file_is_missing_names_the_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("file", "expected"), [("no.txt", "There is no file"), ("r.yaml", "is no .txt or .jsonl")])
+def test_a_recipe_whose_prompt_file_is_unusable_names_it(tmp_path: Path, file: str, expected: str) -> None:
     path = tmp_path / "r.yaml"
-    path.write_text("schema_version: 1\nname: x\ndescription: y\nscenario: {prompts_file: no.txt}\n", "utf-8")
-    assert "no.txt" in refused(path)
+    path.write_text(f"schema_version: 1\nname: x\ndescription: y\nscenario: {{prompts_file: {file}}}\n", "utf-8")
+    message = refused(path)
+    assert file in message and expected in message
 
 
 @pytest.mark.parametrize("value", ["Answer bakers about flour.", "chemistry-and-finance"])

@@ -22,11 +22,16 @@ LOOK_UPS = ("read-item", "read-amount", "read-owner")
 
 @dataclass(frozen=True)
 class Diet:
-    """What a stage of training is fed: domains, tasks (all if empty), rows per scene and the share of scenes."""
+    """What a stage of training is fed: domains, tasks (all if empty), names per pool and shares.
+
+    `shortened` is the share of look-ups asked by nothing but the name, like `Mira?`.
+    """
 
     domains: tuple[str, ...] = DOMAINS
     tasks: tuple[str, ...] = ()
     forms: tuple[str, ...] = FORM_CYCLE
+    pool: int | None = None
+    shortened: float = 0.0
     scenes: float = 0.55
     descriptions: float = 0.02
 
@@ -55,12 +60,14 @@ def scene_turns(diet: Diet, rng: Random) -> list[Turn]:
     cross = len(diet.domains) > 1 and rng.random() < CROSS_SHARE
     names = sorted(rng.sample(diet.domains, 2 if cross else 1))
     domains = [DOMAIN_DATA[name] for name in names]
-    reading = draw_reading(domains, rng, held_out=False, size=4 if cross else None)
+    reading = draw_reading(domains, rng, held_out=False, size=4 if cross else None, pool=diet.pool)
     turns: list[Turn] = []
     for _ in range(rng.randint(*QUESTIONS_PER_SCENE)):
         form, task = _choose(diet, True, rng)
         case = task.draw(domains[0], rng, False, reading)
         question, answer = ask(case, domain="+".join(names), task=task.name, form=form, held_out=False, rng=rng)
+        if case.key and form == "word" and rng.random() < diet.shortened:
+            question = f"{case.key}?"
         turns.append((question if turns else f"{reading.text} {question}", answer))
     return turns
 

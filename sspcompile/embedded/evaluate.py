@@ -20,6 +20,7 @@ from sspcompile.embedded.tokenizer import QUESTION
 
 ANSWER_TOKENS = 8
 BATCH = 64
+EVALUATION_ITEMS = 200
 EVALUATION_SEED = 20
 """Seed of the items behind the figures of the model card; training looks at another one."""
 
@@ -102,7 +103,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Exact match of an embedded model on held-out items.")
     parser.add_argument("--model", type=Path, default=MODEL_DIR)
-    parser.add_argument("--count", type=int, default=200, help="items per domain")
+    parser.add_argument("--count", type=int, default=EVALUATION_ITEMS, help="items per domain")
     parser.add_argument("--seed", type=int, default=EVALUATION_SEED)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

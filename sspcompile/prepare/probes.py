@@ -24,7 +24,7 @@ from sspcompile.prepare.axes import standardisation
 from sspcompile.prepare.toolkit import REGIMES, Toolkit
 
 # Ridge in units of the mean non-zero eigenvalue of the feature covariance, so that it means the same at any width.
-RIDGE = 0.03
+RIDGE = 0.003
 HELD_OUT = 0.25
 # Few descriptions stand beside many prompts; together they get this share of their domain's weight.
 DESCRIPTION_SHARE = 0.25
@@ -35,14 +35,16 @@ NEWTON_BYTES = 2**28  # intermediate memory of one group of layers
 
 @dataclass(frozen=True)
 class Probes:
-    """weight [L, K, d] and bias [L, K] on standardised features; mean and scale [L, d]; auc [L, K] on held-out text."""
+    """weight [L, K, d] and bias [L, K] on standardised features; mean and scale [L, d]."""
 
     mean: np.ndarray
     scale: np.ndarray
     weight: np.ndarray
     bias: np.ndarray
-    auc: np.ndarray
-    layer_weight: np.ndarray
+
+    def logits(self, features: np.ndarray) -> np.ndarray:
+        """Uncalibrated outputs, [N, L, d] -> [N, L, K]."""
+        return logits(features, self.mean, self.scale, self.weight, self.bias)
 
 
 def split(groups: np.ndarray, seed: int, held_out: float = HELD_OUT) -> np.ndarray:
@@ -68,11 +70,8 @@ def sample_weights(labels: np.ndarray, is_description: np.ndarray) -> np.ndarray
     return weights * len(labels) / weights.sum()
 
 
-def fit(
-    features: np.ndarray, labels: np.ndarray, weights: np.ndarray, held_out: np.ndarray, domains: int
-) -> Probes:
-    """Probes from features [N, L, d] of the rows that are not `held_out`; AUC on those that are."""
-    train = ~held_out
+def fit(features: np.ndarray, labels: np.ndarray, weights: np.ndarray, train: np.ndarray, domains: int) -> Probes:
+    """Probes from the rows of features [N, L, d], labels [N] and weights [N] that the flags `train` [N] name."""
     mean, scale = standardisation(features[train])
     targets = np.eye(domains)[labels[train]]
     layers, width = features.shape[1:]
@@ -81,11 +80,15 @@ def fit(
         x = (features[train][:, group].astype(np.float64) - mean[group]) / scale[group]
         w, b = solve(torch.from_numpy(x).transpose(0, 1), torch.from_numpy(targets), torch.from_numpy(weights[train]))
         weight[group], bias[group] = w.numpy(), b.numpy()
-    scores = logits(features[held_out], mean, scale, weight, bias)
-    auc = np.array([
-        [roc_auc_score(labels[held_out] == k, scores[:, layer, k]) for k in range(domains)] for layer in range(layers)
+    return Probes(mean, scale, weight, bias)
+
+
+def auc(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Area under the ROC curve of every layer and domain against the rest: logits [N, L, K], labels [N] -> [L, K]."""
+    return np.array([
+        [roc_auc_score(labels == k, logits[:, layer, k]) for k in range(logits.shape[2])]
+        for layer in range(logits.shape[1])
     ])
-    return Probes(mean, scale, weight, bias, auc, layer_weights(auc))
 
 
 def _layer_groups(layers: int, domains: int, rows: int, width: int) -> Iterator[slice]:

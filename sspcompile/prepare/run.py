@@ -68,6 +68,7 @@ def prepare(
     found = features(loaded, corpus.texts, max_tokens, _stage(report, "features"))
     directions, selection = _axes(found, corpus, len(pools))
     fitted, held_out = _probes(found, corpus, len(pools), seed, report)
+    auc, described_auc = _aucs(fitted, found, corpus, held_out)
     fits = _calibrate(loaded, fitted, found, corpus, held_out, outside, seed, max_tokens, report)
     unit = importance.probe_directions(fitted.weight, fitted.scale)
     prompts = [corpus.texts[row] for row in corpus.prompt_rows]
@@ -86,7 +87,7 @@ def prepare(
         "outside_fingerprint": pools_fingerprint(outside),
         "prompts": {pool.name: len(pool.prompts) for pool in pools},
         "axes": selection,
-        "probes": _probe_facts(fitted, held_out),
+        "probes": _probe_facts(auc, described_auc, held_out),
         "format_confound": probes.format_confound(prompts, labels, seed),
         "calibration": _calibration_facts(fits),
         "importance_prompts": {name: len(rows) for name, (_, rows) in per_prompt.items()},
@@ -99,8 +100,8 @@ def prepare(
         domains=tuple(pool.name for pool in pools),
         axes=_f32(directions), gram=_f32(axes.gram(directions)),
         feature_mean=_f32(fitted.mean), feature_scale=_f32(fitted.scale),
-        probe_weight=_f32(fitted.weight), probe_bias=_f32(fitted.bias), probe_auc=_f32(fitted.auc),
-        layer_weight=_f32(fitted.layer_weight),
+        probe_weight=_f32(fitted.weight), probe_bias=_f32(fitted.bias), probe_auc=_f32(auc),
+        layer_weight=_f32(probes.layer_weights(auc)),
         log_temperature=_f32(calibration.log_temperatures(fits, loaded.geometry.layers)),
         importance={
             name: _f32(importance.by_domain(values, rows, len(pools))) for name, (values, rows) in per_prompt.items()
@@ -170,12 +171,25 @@ def _axes(found: np.ndarray, corpus: _Corpus, domains: int) -> tuple[np.ndarray,
 def _probes(
     found: np.ndarray, corpus: _Corpus, domains: int, seed: int, report: Progress
 ) -> tuple[probes.Probes, np.ndarray]:
+    """The probes, and the held-out flags [N] of the rows that they were not trained on."""
     report("probes", 0, 1)
     held_out = probes.split(2 * corpus.labels + corpus.is_description, seed)
     weights = probes.sample_weights(corpus.labels, corpus.is_description)
-    fitted = probes.fit(found, corpus.labels, weights, held_out, domains)
+    fitted = probes.fit(found, corpus.labels, weights, ~held_out, domains)
     report("probes", 1, 1)
     return fitted, held_out
+
+
+def _aucs(
+    fitted: probes.Probes, found: np.ndarray, corpus: _Corpus, held_out: np.ndarray
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """AUC [L, K] on held-out prompts, and on held-out descriptions where every domain has some."""
+    prompts, described = (np.flatnonzero(held_out & kind) for kind in (~corpus.is_description, corpus.is_description))
+    whole = len(np.unique(corpus.labels[described])) == fitted.weight.shape[1]
+    return (
+        probes.auc(fitted.logits(found[prompts]), corpus.labels[prompts]),
+        probes.auc(fitted.logits(found[described]), corpus.labels[described]) if whole else None,
+    )
 
 
 def _calibrate(
@@ -184,20 +198,19 @@ def _calibrate(
 ) -> dict[str, calibration.RegimeFit]:
     """Temperatures on text that the probes were not trained on: held-out rows, joined pairs of them, outside pools."""
     targets = np.eye(fitted.weight.shape[1])
-    read = (fitted.mean, fitted.scale, fitted.weight, fitted.bias)
     rows = np.flatnonzero(held_out & ~corpus.is_description)
-    fits = {"single": calibration.fit_regime(probes.logits(found[rows], *read), targets[corpus.labels[rows]])}
+    fits = {"single": calibration.fit_regime(fitted.logits(found[rows]), targets[corpus.labels[rows]])}
     pairs = calibration.cross_pairs(corpus.labels, rows, CROSS_PER_PAIR, seed)
     joined = features(
         loaded, [f"{corpus.texts[a]} {corpus.texts[b]}" for a, b in pairs], max_tokens, _stage(report, "cross text")
     )
     both = np.array([targets[corpus.labels[a]] + targets[corpus.labels[b]] for a, b in pairs])
-    fits["cross"] = calibration.fit_regime(probes.logits(joined, *read), both)
+    fits["cross"] = calibration.fit_regime(fitted.logits(joined), both)
     other = [prompt for pool in outside for prompt in pool.prompts]
     if other:
         foreign = features(loaded, other, max_tokens, _stage(report, "outside text"))
         none = np.zeros((len(other), len(targets)))
-        fits["outside"] = calibration.fit_regime(probes.logits(foreign, *read), none)
+        fits["outside"] = calibration.fit_regime(fitted.logits(foreign), none)
     return fits
 
 
@@ -217,10 +230,13 @@ def _measure(
     return chosen.measure(loaded, look), labels[rows]
 
 
-def _probe_facts(fitted: probes.Probes, held_out: np.ndarray) -> dict[str, Any]:
-    per_layer = fitted.auc.mean(-1)
+def _probe_facts(auc: np.ndarray, described_auc: np.ndarray | None, held_out: np.ndarray) -> dict[str, Any]:
+    """`auc_descriptions` says how far a scenario given as a sentence can be trusted; None without held-out ones."""
+    per_layer = auc.mean(-1)
     return {
         "ridge": probes.RIDGE, "held_out": int(held_out.sum()),
+        "auc_prompts": float(auc.mean()),
+        "auc_descriptions": None if described_auc is None else float(described_auc.mean()),
         "auc_per_layer": [round(float(x), 4) for x in per_layer],
         "layers_near_chance": np.flatnonzero(per_layer < NEAR_CHANCE).tolist(),
     }

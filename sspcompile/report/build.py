@@ -16,15 +16,21 @@ def estimate(value: float, interval: Interval | None) -> Estimate:
 
 
 def quality_row(
-    name: str, divergence: Divergence, *, role: Role = "other", above_ours: Difference | None = None
+    name: str,
+    divergence: Divergence,
+    *,
+    role: Role = "other",
+    above_ours: Difference | None = None,
+    exact_match: Estimate | None = None,
 ) -> QualityRow:
-    """`above_ours` is `compare_divergences(this, ours)`."""
+    """`above_ours` is `compare_divergences(this, ours)`; `exact_match` a share of right answers."""
     return QualityRow(
         name=name,
         role=role,
         mean_kl=estimate(divergence.mean_kl, divergence.mean_kl_interval),
         top1_agreement=estimate(divergence.top1_agreement, divergence.top1_agreement_interval),
         kl_above_ours=estimate(above_ours.mean, above_ours.interval) if above_ours else None,
+        exact_match=exact_match,
     )
 
 

@@ -22,9 +22,10 @@ def read_report(path: Path) -> Report:
     """A report that `render_json` wrote. Raises ArtifactError when there is none or it is of another schema."""
     try:
         value = json.loads(path.read_text("utf-8"))
-        value.pop("verdict", None)
+        if isinstance(value, dict):
+            value.pop("verdict", None)
         return Report.model_validate(value)
     except FileNotFoundError:
         raise ArtifactError(f"There is no report {path}.", hint="Build the artifact again.") from None
-    except (ValidationError, ValueError, AttributeError):
+    except (ValidationError, ValueError):
         raise ArtifactError(f"{path} is no report of this version.", hint="Build the artifact again.") from None

@@ -67,14 +67,15 @@ class BudgetSection(Section):
     strength: float | None = None
 
 
-Role = Literal["ours", "random", "domain-free", "criterion", "uniform", "per-layer", "other"]
+Role = Literal["ours", "dense", "random", "domain-free", "criterion", "uniform", "per-layer", "other"]
 
 
 class QualityRow(Section):
     """One masked or sliced model against the dense one, on held-out prompts of the scenario.
 
     `mean_kl` in nats per token, `top1_agreement` a share. `kl_above_ours`: its KL minus ours on the same prompts,
-    paired, so above 0 is worse than ours; without it only overlapping intervals can be compared.
+    paired, so above 0 is worse than ours; without it only overlapping intervals can be compared. `exact_match`: the
+    share of right greedy answers, where answers are known.
     """
 
     name: str
@@ -82,6 +83,7 @@ class QualityRow(Section):
     mean_kl: Estimate
     top1_agreement: Estimate
     kl_above_ours: Estimate | None = None
+    exact_match: Estimate | None = None
 
 
 class LayoutSection(Section):

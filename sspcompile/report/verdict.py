@@ -60,6 +60,16 @@ def _quality(report: Report) -> Iterator[str]:
     )
     if agreement.value < FEW_AGREE:
         yield "That is a different model in use, not a smaller copy: try a larger --keep before shipping it."
+    yield from _exact_match(report, ours)
+
+
+def _exact_match(report: Report, ours: QualityRow) -> Iterator[str]:
+    dense = next((row for row in report.quality if row.role == "dense"), None)
+    if dense is None or dense.exact_match is None or ours.exact_match is None:
+        return
+    alarm = "LOSS: " if ours.exact_match.value < dense.exact_match.value else ""
+    right, before = with_interval(ours.exact_match, percent), with_interval(dense.exact_match, percent)
+    yield f"{alarm}{right} of the answers are right, the dense model's are {before}."
 
 
 def _turned(agreement: Estimate) -> str:

@@ -78,26 +78,28 @@ def _short(text: str) -> str:
     return text if len(text) <= PROMPT_CHARACTERS else text[:PROMPT_CHARACTERS] + " [...]"
 
 
-QUALITY_HEADERS = ("model", "mean KL, nats per token", "same next token", "KL above ours")
-
-
-def _quality_rows(rows: Sequence[QualityRow]) -> tuple[tuple[str, ...], ...]:
-    return tuple(
-        (
-            row.name,
-            with_interval(row.mean_kl),
-            with_interval(row.top1_agreement, percent),
-            with_interval(row.kl_above_ours) if row.kl_above_ours else "-",
+def _quality_table(caption: str, rows: Sequence[QualityRow]) -> Table:
+    """The columns of answers and of differences from ours appear where a row has them."""
+    columns: list[tuple[str, Callable[[QualityRow], str]]] = [
+        ("model", lambda row: row.name),
+        ("mean KL, nats per token", lambda row: with_interval(row.mean_kl)),
+        ("same next token", lambda row: with_interval(row.top1_agreement, percent)),
+    ]
+    if any(row.kl_above_ours for row in rows):
+        columns.append(("KL above ours", lambda row: with_interval(row.kl_above_ours) if row.kl_above_ours else "-"))
+    if any(row.exact_match for row in rows):
+        columns.append(
+            ("right answers", lambda row: with_interval(row.exact_match, percent) if row.exact_match else "-")
         )
-        for row in rows
-    )
+    headers = tuple(header for header, _ in columns)
+    return Table(caption, headers, tuple(tuple(show(row) for _, show in columns) for row in rows))
 
 
 def _quality(report: Report) -> Block | None:
     if not report.quality:
         return None
     caption = "Against the dense model on held-out prompts of the scenario; 95 % bootstrap intervals over prompts"
-    return Block("quality", "Quality", (), (Table(caption, QUALITY_HEADERS, _quality_rows(report.quality)),))
+    return Block("quality", "Quality", (), (_quality_table(caption, report.quality),))
 
 
 def _layout(report: Report) -> Block | None:
@@ -107,7 +109,7 @@ def _layout(report: Report) -> Block | None:
     reason = f" ({layout.reason})" if layout.reason else ""
     tables = ()
     if layout.figures:
-        tables = (Table("Layouts at the same budget", QUALITY_HEADERS, _quality_rows(layout.figures)),)
+        tables = (_quality_table("Layouts at the same budget", layout.figures),)
     return Block("layout", "Layout", (f"Requested {layout.requested}, built {layout.chosen}{reason}.",), tables)
 
 

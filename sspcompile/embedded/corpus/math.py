@@ -45,10 +45,10 @@ DOMAIN = Domain(
     ),
     scene=Scene(
         owners=("Ada", "Kurt", "Sofia", "Evar", "Hypatia", "Omar", "Maryam", "Felix", "Greta", "Ravi"),
-        rows=("{n} solved {a} problems in {i}.", "The notebook of {n} shows {a} problems in {i}."),
-        item=("the topic in which {n} solved problems", "the topic in the notebook of {n}"),
-        amount=("the number of problems that {n} solved", "the number of problems in the notebook of {n}"),
-        owner=("the pupil who solved problems in {i}", "the pupil with the notebook on {i}"),
+        rows=("{n}: {i}, {a} problems.", "{n} studies {i}, {a} problems."),
+        item=("the topic that {n} studies", "the topic of {n}"),
+        amount=("the number of problems that {n} solves", "the number of problems of {n}"),
+        owner=("the pupil who studies {i}", "the pupil with {i}"),
         most=("the pupil who solved the most problems", "the pupil with the most problems"),
         fewest=("the pupil who solved the fewest problems", "the pupil with the fewest problems"),
         total=(

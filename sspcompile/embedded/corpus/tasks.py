@@ -40,11 +40,15 @@ class Reading:
 
 @dataclass(frozen=True)
 class Case:
-    """A question before it has a wording: `nouns` all ask for `answer`, `wrong` are at least two other values."""
+    """A question before it has a wording: `nouns` all ask for `answer`, `wrong` are at least two other values.
+
+    `key` is the name asked about, where there is one.
+    """
 
     nouns: tuple[str, ...]
     answer: str
     wrong: tuple[str, ...]
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,16 +66,20 @@ def is_held_out(*parts: object) -> bool:
     return zlib.crc32("/".join(map(str, parts)).encode()) % HELD_OUT_EVERY == 0
 
 
-def draw_reading(domains: Iterable[Domain], rng: Random, held_out: bool, size: int | None = None) -> Reading:
+def draw_reading(
+    domains: Iterable[Domain], rng: Random, held_out: bool, size: int | None = None, pool: int | None = None
+) -> Reading:
     """A scene of the wanted split with `size` rows (2 to 4 if not given), taken in turn from the domains.
+
+    With `pool`, only so many owners and items of each domain occur.
 
     Owners, items and amounts differ between the rows, so every question has one answer.
     """
     domains = tuple(domains)
     while True:
         count = size or rng.randint(*ROWS)
-        owners = {domain.name: rng.sample(domain.scene.owners, count) for domain in domains}
-        items = {domain.name: rng.sample(sorted(domain.first.facts), count) for domain in domains}
+        owners = {domain.name: rng.sample(domain.scene.owners[:pool], count) for domain in domains}
+        items = {domain.name: rng.sample(sorted(domain.first.facts)[:pool], count) for domain in domains}
         amounts = rng.sample(range(AMOUNTS[0], AMOUNTS[1] + 1), count)
         layout = rng.random()
         rows = []
@@ -143,7 +151,7 @@ def _item(domain: Domain, rng: Random, held_out: bool, reading: Reading | None) 
     row = rng.choice(rows)
     peers = [other.item for other in _same_domain(rows, row)]
     wrong = _others(row.item, peers, row.domain.first.facts, rng=rng)
-    return Case(_fill(row.domain.scene.item, {"n": row.owner}), row.item, wrong)
+    return Case(_fill(row.domain.scene.item, {"n": row.owner}), row.item, wrong, row.owner)
 
 
 def _amount(domain: Domain, rng: Random, held_out: bool, reading: Reading | None) -> Case:
@@ -159,7 +167,7 @@ def _owner(domain: Domain, rng: Random, held_out: bool, reading: Reading | None)
     row = rng.choice(rows)
     peers = [other.owner for other in _same_domain(rows, row)]
     wrong = _others(row.owner, peers, row.domain.scene.owners, rng=rng)
-    return Case(_fill(row.domain.scene.owner, {"i": row.item}), row.owner, wrong)
+    return Case(_fill(row.domain.scene.owner, {"i": row.item}), row.owner, wrong, row.item)
 
 
 def _extreme(domain: Domain, rng: Random, held_out: bool, reading: Reading | None) -> Case:

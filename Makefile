@@ -1,0 +1,51 @@
+# Every target does its own set-up: a virtual environment of the project's own, from pinned constraints.
+
+PYTHON ?= python3.11
+VENV := .venv
+COMPAT := .venv-compat
+BIN := $(VENV)/bin
+PIP_FLAGS := --quiet --disable-pip-version-check
+# Two test processes: as many as the smallest machine that this is meant for has cores.
+WORKERS ?= 2
+
+.PHONY: demo test test-compat test-wheel lint format train bench-compile bench-exact clean
+
+$(VENV)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(COMPAT)/.done: constraints-compat.txt
+	$(PYTHON) -m venv $(COMPAT)
+	$(COMPAT)/bin/pip install $(PIP_FLAGS) --requirement constraints-compat.txt
+	touch $@
+
+demo: $(VENV)/.done  ## Build, export, verify and benchmark on the embedded model.
+	$(BIN)/sspcompile build --scenario chemistry-helpdesk --overwrite
+	$(BIN)/sspcompile export --overwrite
+	$(BIN)/sspcompile bench --quick
+
+test: $(VENV)/.done lint  ## The suite: no network beyond the package registries, no GPU.
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+
+test-compat: $(VENV)/.done $(COMPAT)/.done  ## What transformers 5 wrote, loaded by transformers 4.57.
+	$(BIN)/python tests/compat/write.py $(COMPAT)/fixtures
+	COMPAT_FIXTURES=$(COMPAT)/fixtures $(COMPAT)/bin/python -P -m pytest --confcutdir tests/compat tests/compat
+
+test-wheel: $(VENV)/.done  ## The wheel in an empty environment, from another folder.
+	$(BIN)/python -m pytest tests/test_wheel.py -m slow
+
+lint: $(VENV)/.done
+	$(BIN)/ruff check .
+
+format: $(VENV)/.done
+	$(BIN)/ruff check --fix .
+
+train: $(VENV)/.done  ## Train the embedded model again (about an hour and a half on 2 cores).
+	$(BIN)/python -m sspcompile.embedded.train --out sspcompile/embedded/model
+
+bench-compile: $(VENV)/.done  ## How long compiling a scenario takes once everything is loaded.
+	$(BIN)/python benchmarks/compile.py
+
+clean:
+	rm -rf $(VENV) $(COMPAT) build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,74 @@
+"""Cut checkpoints in an environment that has transformers 4.57 and no sspcompile. Fixtures: tests/compat/write.py."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.compat
+
+FIXTURES = Path(os.environ.get("COMPAT_FIXTURES", "/nonexistent"))
+CASES = sorted(path.parent for path in FIXTURES.glob("*/case.json"))
+if not CASES:
+    pytest.skip("run through `make test-compat`, which writes the fixtures first", allow_module_level=True)
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+
+
+def load(case: Path):
+    custom = json.loads((case / "case.json").read_text())["custom_code"]
+    return AutoModelForCausalLM.from_pretrained(
+        case / "cut", dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=custom
+    ).eval()
+
+
+def greedy(model, ids: list[int], count: int, **options) -> list[int]:
+    prompt = torch.tensor([ids])
+    output = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, min_new_tokens=count, do_sample=False,
+        eos_token_id=None, **options,
+    )
+    return output[0, len(ids) :].tolist()
+
+
+def test_this_is_the_other_version():
+    assert transformers.__version__.startswith("4.57")
+    with pytest.raises(ModuleNotFoundError):
+        __import__("sspcompile")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_cut_model_computes_what_the_masked_model_did(case):
+    expected = np.load(case / "expected.npz")
+    model, ids = load(case), expected["ids"].tolist()
+    with torch.inference_mode():
+        logits = model(torch.tensor([ids])).logits[0].numpy()
+    assert np.abs(logits - expected["logits"]).max() <= 1e-5 * np.abs(expected["logits"]).max()
+    count = len(expected["tokens"])
+    assert greedy(model, ids, count) == expected["tokens"].tolist()
+    assert greedy(model, ids, count, cache_implementation="static") == expected["tokens"].tolist()
+    assert AutoTokenizer.from_pretrained(case / "cut")("ab").input_ids
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_per_layer_model_is_refused_without_its_code_and_survives_saving(case, tmp_path):
+    if not json.loads((case / "case.json").read_text())["custom_code"]:
+        assert "auto_map" not in json.loads((case / "cut" / "config.json").read_text())
+        return
+    with pytest.raises((RuntimeError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(case / "cut", trust_remote_code=False)
+    model = load(case)
+    ids = torch.tensor([np.load(case / "expected.npz")["ids"].tolist()])
+    type(model).register_for_auto_class("AutoModelForCausalLM")
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    with torch.inference_mode():
+        assert again(ids).logits.equal(model(ids).logits)
+        again.set_attn_implementation("eager")
+        assert torch.allclose(again(ids).logits, model(ids).logits, atol=1e-4)

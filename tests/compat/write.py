@@ -1,0 +1,66 @@
+"""Write what the second environment will load: `python tests/compat/write.py FOLDER`.
+
+For each family and layout a cut checkpoint, with the masked dense model's logits and greedy text beside it, computed
+by the transformers of this environment.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from builders import CONFIGS, Shape, make_checkpoint  # noqa: E402
+
+from sspcompile.checkpoint import Checkpoint  # noqa: E402
+from sspcompile.compile.layouts import choose  # noqa: E402
+from sspcompile.compile.mask import HeadMask, kept_of  # noqa: E402
+from sspcompile.loaded import head_gates, load  # noqa: E402
+from sspcompile.slicing.plan import make_plan  # noqa: E402
+from sspcompile.slicing.reload import respond  # noqa: E402
+from sspcompile.slicing.write import write_model  # noqa: E402
+
+IDS = [(7 * n) % 250 for n in range(24)]
+NEW_TOKENS = 12
+
+
+def write(folder: Path, family: str, layout: str, rope_scaling: bool) -> None:
+    """One case: `cut` is the model, `expected.npz` what it must compute."""
+    shape = Shape(
+        family=family, layers=3, hidden=64, kv_heads=4, group_size=2, head_dim=16, tied=family == "qwen2",
+        bias=family == "qwen3", shard_bytes=40_000, rope_scaling=rope_scaling,
+    )  # fmt: skip
+    checkpoint = Checkpoint(make_checkpoint(folder / "dense", shape))
+    g = checkpoint.geometry
+    scores = np.random.default_rng(1).random((g.layers, g.heads))
+    choice = choose(scores, g.kv_heads, 0.75, layout)
+    mask = HeadMask(
+        "", g.layers, g.heads, g.kv_heads, kept_of(choice.kept), layout, 0.75, choice.ratio,
+        tuple(map(tuple, scores.tolist())), (), "random", {},
+    )  # fmt: skip
+    plan = make_plan(checkpoint, mask)
+    write_model(checkpoint, plan, folder / "cut", max_shard_bytes=60_000)
+    loaded = load(folder / "dense", fingerprint="")
+    with head_gates(loaded, torch.from_numpy(choice.kept).float()):
+        logits, tokens = respond(loaded.model, IDS, NEW_TOKENS)
+    np.savez(folder / "expected.npz", ids=np.array(IDS), logits=logits, tokens=tokens)
+    (folder / "case.json").write_text(json.dumps({"custom_code": plan.custom_code}))
+
+
+def main(target: str) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    for family in CONFIGS:
+        for layout in ("uniform", "per-layer"):
+            for rope_scaling in (False, True):
+                name = f"{family}-{layout}-{'llama3' if rope_scaling else 'plain'}"
+                write(Path(target) / name, family, layout, rope_scaling)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

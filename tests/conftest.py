@@ -1,0 +1,36 @@
+"""Settings for the whole suite: one hypothesis profile, quiet libraries, one thread per process."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Two test processes on two cores: more threads than cores make torch's barriers spin against each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+# The same examples on every machine: a red run can be repeated.
+settings.register_profile(
+    "steady", deadline=None, derandomize=True, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("steady")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet_transformers() -> None:
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    """The embedded model in memory."""
+    from sspcompile.pipeline import open_subject
+
+    return open_subject(None).load()

@@ -1,0 +1,155 @@
+"""Budget and layouts: a hard bound, nested masks, and the arithmetic of the mixture."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from sspcompile.compile.budget import WHITELIST_SHARE, keep_from_strength, merit, order_of_merit
+from sspcompile.compile.layouts import choose
+from sspcompile.compile.mask import HeadMask, check_mask, dump_mask, kept_of, load_mask
+from sspcompile.compile.mixture import breadth_of
+from sspcompile.errors import ArtifactError, BudgetError
+
+
+@st.composite
+def problems(draw):
+    layers, groups, size = draw(st.integers(1, 5)), draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    shape = (layers, groups * size)
+    scores = draw(hnp.arrays(np.float64, shape, elements=st.floats(0, 1, width=32)))
+    return scores, groups
+
+
+layouts = st.sampled_from(["uniform", "per-layer"])
+
+
+@given(problems(), st.floats(0.01, 1.0), layouts)
+def test_keep_ratio_is_a_hard_bound(problem, keep, layout):
+    scores, groups = problem
+    try:
+        choice = choose(scores, groups, keep, layout)
+    except BudgetError:
+        assert int(np.floor(keep * scores.size + 1e-9)) < len(scores)
+        return
+    assert choice.kept.sum() <= keep * scores.size + 1e-9
+    assert (choice.kept.sum(1) >= 1).all()
+
+
+@given(problems(), st.floats(0.2, 1.0), st.floats(0.2, 1.0), layouts)
+def test_more_keeping_never_drops_a_head_that_less_keeping_kept(problem, one, other, layout):
+    scores, groups = problem
+    low, high = sorted((max(one, 1 / scores.shape[1]), max(other, 1 / scores.shape[1])))
+    small = choose(scores, groups, low, layout).kept
+    large = choose(scores, groups, high, layout).kept
+    assert (small <= large).all()
+
+
+@given(problems(), st.floats(0.2, 1.0), layouts)
+def test_every_group_that_stays_keeps_the_same_number_of_heads(problem, keep, layout):
+    scores, groups = problem
+    kept = choose(scores, groups, max(keep, 1 / scores.shape[1]), layout).kept
+    counts = kept.reshape(len(kept), groups, -1).sum(-1)
+    for row in counts:
+        assert len(set(row[row > 0])) == 1
+    if layout == "uniform":
+        assert len({tuple(sorted(row)) for row in counts.tolist()}) == 1
+
+
+def test_everything_is_kept_at_keep_one():
+    assert choose(np.random.default_rng(0).random((4, 8)), 4, 1.0, "uniform").kept.all()
+    assert choose(np.random.default_rng(0).random((4, 8)), 4, 1.0, "per-layer").kept.all()
+
+
+def test_per_layer_layout_gives_the_heads_to_the_layer_that_needs_them():
+    scores = np.full((4, 8), 0.01)
+    scores[0] = 1.0
+    kept = choose(scores, 8, 0.5, "per-layer").kept
+    assert kept[0].all()
+    assert kept.sum() == 16
+
+
+def test_a_head_that_matters_is_not_lost_with_its_poor_group():
+    scores = np.zeros((1, 8))
+    scores[0, 5] = 1.0
+    assert choose(scores, 4, 0.125, "per-layer").kept.nonzero()[1].tolist() == [5]
+
+
+def test_budget_below_the_floor_names_the_nearest_feasible_ratio():
+    with pytest.raises(BudgetError, match=r"nearest feasible value is --keep 0\.125"):
+        choose(np.ones((4, 8)), 4, 0.1, "uniform")
+    choose(np.ones((4, 8)), 4, 0.125, "uniform")
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
+def test_more_strength_never_keeps_more_and_a_narrower_scenario_never_keeps_more(one, other, breadth):
+    low, high = sorted((one, other))
+    assert keep_from_strength(high, breadth) <= keep_from_strength(low, breadth)
+    assert keep_from_strength(breadth, low) <= keep_from_strength(breadth, high)
+    assert 0 < keep_from_strength(1.0, 0.0) <= keep_from_strength(0.0, 1.0) == 1
+
+
+@given(problems(), st.integers(0, 2**32 - 1))
+def test_whitelist_takes_at_most_its_share_of_any_budget_by_privilege(problem, seed):
+    scores, _ = problem
+    white = np.random.default_rng(seed).random(scores.shape) < 0.4
+    order = order_of_merit(scores, white)
+    assert sorted(order.tolist()) == list(range(scores.size))
+    by_score = np.argsort(-scores.ravel(), kind="stable")
+    for size in range(1, scores.size + 1):
+        own_merit = set(by_score[:size].tolist())
+        privileged = [h for h in order[:size] if h not in own_merit]
+        assert len(privileged) <= WHITELIST_SHARE * size + 1
+
+
+def test_without_a_whitelist_merit_is_the_score():
+    scores = np.random.default_rng(1).random((3, 6))
+    assert np.allclose(merit(scores, np.zeros_like(scores, dtype=bool)), scores)
+
+
+def test_breadth_is_zero_for_one_domain_and_one_for_all_alike():
+    assert breadth_of(np.array([1.0, 0, 0])) == 0
+    assert breadth_of(np.full(6, 1 / 6)) == pytest.approx(1)
+
+
+def make_mask(**changes) -> HeadMask:
+    values = {
+        "model": "f", "layers": 2, "heads": 4, "kv_heads": 2, "kept": ((0, 1), (2, 3)), "layout": "uniform",
+        "keep_requested": 0.5, "keep_achieved": 0.5, "scores": ((0.1,) * 4,) * 2, "whitelist": ((0, 1),),
+        "criterion": "fisher", "scenario": {"name": "x"},
+    }  # fmt: skip
+    return HeadMask(**{**values, **changes})
+
+
+def test_mask_file_round_trips(tmp_path):
+    mask = make_mask()
+    (tmp_path / "mask.json").write_text(dump_mask(mask))
+    assert load_mask(tmp_path / "mask.json") == mask
+    assert kept_of(mask.as_array()) == mask.kept
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"kept": ((0, 1), (2, 4))}, "out of range"),
+        ({"kept": ((0, 1), (3, 2))}, "unsorted"),
+        ({"kept": ((0, 1), (2, 2))}, "double"),
+        ({"kept": ((0, 1), ())}, "keeps no head"),
+        ({"kept": ((0, 1, 2), (2, 3))}, "different numbers"),
+        ({"kept": ((0, 1), (0, 2))}, "same numbers in every layer"),
+        ({"kept": ((0, 1),)}, "1 rows for 2 layers"),
+    ],
+)
+def test_impossible_masks_are_refused(changes, problem):
+    with pytest.raises(ArtifactError, match=problem):
+        check_mask(make_mask(**changes))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema_version": 1, "layers": "two"}', "\x00"])
+def test_damaged_mask_files_are_refused_in_one_line(tmp_path, text):
+    (tmp_path / "mask.json").write_text(text)
+    with pytest.raises(ArtifactError) as caught:
+        load_mask(tmp_path / "mask.json")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,258 @@
+"""Sliced equals masked: the promise that everything else rests on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders import CONFIGS, Shape, make_checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from sspcompile.checkpoint import Checkpoint
+from sspcompile.compile.layouts import choose
+from sspcompile.compile.mask import HeadMask, kept_of
+from sspcompile.errors import ParityError, UnsupportedModelError
+from sspcompile.loaded import head_gates, load
+from sspcompile.prepare.text import with_continuations
+from sspcompile.slicing.parity import TOLERANCE, compare, demand, repair_of
+from sspcompile.slicing.plan import make_plan, plan_counts
+from sspcompile.slicing.reload import respond
+from sspcompile.slicing.repair import fit_repair, repaired
+from sspcompile.slicing.write import write_model
+
+IDS = [(7 * n) % 250 for n in range(24)]
+PROMPTS = [f"How much is {n} times {n + 3}?" for n in range(20)]
+
+
+def mask_for(checkpoint: Checkpoint, keep: float, layout: str, seed: int) -> HeadMask:
+    g = checkpoint.geometry
+    scores = np.random.default_rng(seed).random((g.layers, g.heads))
+    choice = choose(scores, g.kv_heads, keep, layout)
+    return HeadMask(
+        model="", layers=g.layers, heads=g.heads, kv_heads=g.kv_heads, kept=kept_of(choice.kept), layout=layout,
+        keep_requested=keep, keep_achieved=choice.ratio, scores=tuple(map(tuple, scores.tolist())), whitelist=(),
+        criterion="random", scenario={},
+    )  # fmt: skip
+
+
+def assert_equal_to_masked(source: Path, out: Path, mask: HeadMask, *, custom: bool) -> None:
+    loaded = load(source, fingerprint="")
+    sliced = AutoModelForCausalLM.from_pretrained(
+        out, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=custom
+    ).eval()
+    with head_gates(loaded, torch.from_numpy(mask.as_array()).float()):
+        expected, text = respond(loaded.model, IDS, 12)
+    logits, tokens = respond(sliced, IDS, 12)
+    assert np.abs(logits - expected).max() <= TOLERANCE * np.abs(expected).max()
+    assert tokens.tolist() == text.tolist()
+
+
+shapes = st.builds(
+    Shape,
+    layers=st.integers(1, 3),
+    hidden=st.sampled_from([32, 48, 64]),
+    kv_heads=st.integers(1, 4),
+    group_size=st.integers(1, 3),
+    head_dim=st.sampled_from([4, 8, 16]),
+    bias=st.booleans(),
+    tied=st.booleans(),
+    shard_bytes=st.sampled_from([None, 20_000]),
+    rope_scaling=st.booleans(),
+)
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+@settings(max_examples=20)
+@given(
+    shape=shapes, keep=st.floats(0.3, 1.0), layout=st.sampled_from(["uniform", "per-layer"]), seed=st.integers(0, 99)
+)
+def test_sliced_model_equals_masked_model(family, tmp_path_factory, shape, keep, layout, seed):
+    folder = tmp_path_factory.mktemp("exact")
+    shape = Shape(**{**shape.__dict__, "family": family})
+    # A head count that does not divide hidden_size is only possible after the cut in Llama's own class.
+    if family == "llama" and shape.hidden % (shape.kv_heads * shape.group_size):
+        shape = Shape(**{**shape.__dict__, "hidden": 16 * shape.kv_heads * shape.group_size})
+    keep = max(keep, 1 / (shape.kv_heads * shape.group_size))
+    source = make_checkpoint(folder / "dense", shape, seed)
+    checkpoint = Checkpoint(source)
+    mask = mask_for(checkpoint, keep, layout, seed)
+    try:
+        plan = make_plan(checkpoint, mask)
+    except UnsupportedModelError:
+        assert family == "llama" and shape.bias
+        return
+    write_model(checkpoint, plan, folder / "cut", max_shard_bytes=30_000)
+    assert_equal_to_masked(source, folder / "cut", mask, custom=plan.custom_code)
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_full_mask_writes_byte_identical_tensors(family, dtype, tmp_path):
+    source = make_checkpoint(tmp_path / "dense", Shape(family=family, dtype=dtype, shard_bytes=20_000))
+    checkpoint = Checkpoint(source)
+    plan = make_plan(checkpoint, mask_for(checkpoint, 1.0, "uniform", 0))
+    write_model(checkpoint, plan, tmp_path / "cut")
+    before = {name: tensor for file in source.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    after = load_file(tmp_path / "cut" / "model.safetensors")
+    assert set(before) == set(after)
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype
+        assert tensor.view(torch.uint8).equal(after[name].view(torch.uint8)), name
+    assert json.loads((tmp_path / "cut" / "config.json").read_text()) == checkpoint.config
+
+
+def test_half_precision_weights_are_kept_bit_for_bit_where_rows_stay(tmp_path):
+    source = make_checkpoint(tmp_path / "dense", Shape(dtype=torch.bfloat16))
+    checkpoint = Checkpoint(source)
+    mask = mask_for(checkpoint, 0.5, "uniform", 1)
+    write_model(checkpoint, make_plan(checkpoint, mask), tmp_path / "cut")
+    dense, cut = load_file(source / "model.safetensors"), load_file(tmp_path / "cut" / "model.safetensors")
+    for layer, kept in enumerate(mask.kept):
+        rows = [row for head in kept for row in range(head * 8, head * 8 + 8)]
+        name = f"model.layers.{layer}.self_attn."
+        assert cut[name + "q_proj.weight"].equal(dense[name + "q_proj.weight"][rows])
+        assert cut[name + "o_proj.weight"].equal(dense[name + "o_proj.weight"][:, rows])
+
+
+def test_plan_sizes_are_what_the_files_have_to_the_byte(tmp_path):
+    source = make_checkpoint(tmp_path / "dense", Shape(family="qwen2", layers=3, tied=True))
+    checkpoint = Checkpoint(source)
+    plan = make_plan(checkpoint, mask_for(checkpoint, 0.6, "per-layer", 2))
+    write_model(checkpoint, plan, tmp_path / "cut")
+    tensors = load_file(tmp_path / "cut" / "model.safetensors")
+    assert sum(tensor.nbytes for tensor in tensors.values()) == plan.sliced.weight_bytes
+    assert sum(tensor.numel() for tensor in tensors.values()) == plan.sliced.parameters
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "cut", trust_remote_code=plan.custom_code)
+    cache = model(torch.tensor([IDS]), use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert held == plan.sliced.kv_bytes_per_token * len(IDS)
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_repaired_model_equals_its_oracle_in_a_fresh_process(family, tmp_path):
+    source = make_checkpoint(tmp_path / "dense", Shape(family=family, hidden=64, kv_heads=4, head_dim=16, layers=3))
+    checkpoint = Checkpoint(source)
+    loaded = load(source, fingerprint="")
+    mask = mask_for(checkpoint, 0.5, "per-layer", 3)
+    repair = fit_repair(loaded, mask.as_array(), with_continuations(loaded, PROMPTS, 4), dtype=torch.float32)
+    plan = make_plan(checkpoint, mask)
+    write_model(checkpoint, plan, tmp_path / "cut", replaced=repair.replaced(mask.kept, plan.geometry.head_dim))
+    # The oracle is rebuilt from the written files, as `verify` does it; it must be the one that was fitted.
+    read_back = repair_of(tmp_path / "cut", plan, mask)
+    for layer, weight in repair.weights.items():
+        assert weight.equal(read_back.weights[layer])
+    parity = compare(loaded, mask, read_back, tmp_path / "cut", [IDS, IDS[:5]], custom_code=plan.custom_code)
+    assert parity.holds, parity
+
+
+def test_parity_fails_for_a_model_that_is_not_the_masked_one(tmp_path):
+    source = make_checkpoint(tmp_path / "dense", Shape(layers=2, kv_heads=4))
+    checkpoint = Checkpoint(source)
+    mask, other = mask_for(checkpoint, 0.5, "per-layer", 3), mask_for(checkpoint, 0.5, "per-layer", 4)
+    plan = make_plan(checkpoint, mask)
+    write_model(checkpoint, plan, tmp_path / "cut")
+    loaded = load(source, fingerprint="")
+    parity = compare(loaded, other, None, tmp_path / "cut", [IDS], custom_code=plan.custom_code)
+    assert not parity.holds
+    with pytest.raises(ParityError, match="differs from the masked model"):
+        demand(parity)
+
+
+def test_repair_brings_the_residual_closer_on_its_own_texts(tmp_path):
+    source = make_checkpoint(tmp_path / "dense", Shape(hidden=64, kv_heads=4, head_dim=16, layers=3))
+    loaded = load(source, fingerprint="")
+    checkpoint = Checkpoint(source)
+    kept = mask_for(checkpoint, 0.5, "per-layer", 4).as_array()
+    batches = with_continuations(loaded, PROMPTS, 4)
+    repair = fit_repair(loaded, kept, batches, dtype=torch.float32)
+    gates = torch.from_numpy(kept).float()
+
+    def error(fitted) -> float:
+        total = 0.0
+        for batch in batches:
+            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+            with torch.inference_mode():
+                dense = loaded.model.model(**inputs).last_hidden_state
+                with head_gates(loaded, gates), repaired(loaded, fitted):
+                    cut = loaded.model.model(**inputs).last_hidden_state
+            real = batch.attention_mask.bool()
+            total += float((dense - cut)[real].square().sum())
+        return total
+
+    assert error(repair) < 0.7 * error(None)
+    assert loaded.model.model.layers[0].self_attn.o_proj.weight.shape == (64, 128)
+
+
+def test_llama_head_count_that_does_not_divide_hidden_loads_with_a_stock_class(tmp_path):
+    source = make_checkpoint(tmp_path / "dense", Shape(family="llama", hidden=64, kv_heads=4, group_size=1, head_dim=16))
+    checkpoint = Checkpoint(source)
+    mask = mask_for(checkpoint, 0.75, "uniform", 5)
+    plan = make_plan(checkpoint, mask)
+    assert {heads for heads, _ in plan.counts} == {3}
+    write_model(checkpoint, plan, tmp_path / "cut")
+    assert not (tmp_path / "cut" / "modeling_sspcompile.py").exists()
+    assert_equal_to_masked(source, tmp_path / "cut", mask, custom=False)
+
+
+def test_per_layer_model_raises_without_trust_remote_code_instead_of_loading_wrongly(tmp_path):
+    source = make_checkpoint(tmp_path / "dense", Shape(layers=3, kv_heads=4))
+    checkpoint = Checkpoint(source)
+    plan = make_plan(checkpoint, mask_for(checkpoint, 0.6, "per-layer", 6))
+    assert plan.custom_code
+    write_model(checkpoint, plan, tmp_path / "cut")
+    with pytest.raises((RuntimeError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "cut", trust_remote_code=False)
+
+
+def test_per_layer_model_survives_saving_attention_switching_static_cache_and_beams(tmp_path):
+    source = make_checkpoint(tmp_path / "dense", Shape(family="qwen3", layers=3, kv_heads=4))
+    checkpoint = Checkpoint(source)
+    plan = make_plan(checkpoint, mask_for(checkpoint, 0.6, "per-layer", 7))
+    write_model(checkpoint, plan, tmp_path / "cut")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "cut", trust_remote_code=True)
+    ids = torch.tensor([IDS])
+    with torch.inference_mode():
+        expected = model(ids).logits
+        model.save_pretrained(tmp_path / "again")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+        assert again(ids).logits.equal(expected)
+        again.set_attn_implementation("eager")
+        assert again.model.layers[1].self_attn.config._attn_implementation == "eager"
+        assert torch.allclose(again(ids).logits, expected, atol=1e-4)
+    plain = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
+    greedy = model.generate(ids, **plain)
+    assert greedy.equal(model.generate(ids, cache_implementation="static", **plain))
+    assert model.generate(ids, num_beams=3, **plain).shape[1] > ids.shape[1]
+
+
+def test_left_padding_does_not_change_what_a_cut_model_writes(tmp_path):
+    source = make_checkpoint(tmp_path / "dense", Shape(layers=3, kv_heads=4))
+    checkpoint = Checkpoint(source)
+    plan = make_plan(checkpoint, mask_for(checkpoint, 0.6, "per-layer", 8))
+    write_model(checkpoint, plan, tmp_path / "cut")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "cut", trust_remote_code=True)
+    short, long = IDS[:9], IDS
+    padded = torch.tensor([[258] * (len(long) - len(short)) + short, long])
+    mask = (padded != 258).long()
+    together = model.generate(padded, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    alone = model.generate(torch.tensor([short]), max_new_tokens=8, do_sample=False, eos_token_id=None)
+    assert together[0, len(long) :].tolist() == alone[0, len(short) :].tolist()
+
+
+def test_plan_from_the_configuration_alone_has_the_sizes_of_the_real_cut(tmp_path):
+    source = make_checkpoint(tmp_path / "dense", Shape(family="llama", kv_heads=4))
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((source / "config.json").read_bytes())
+    full, alone = Checkpoint(source), Checkpoint(bare)
+    with_weights = make_plan(full, mask_for(full, 0.5, "uniform", 9))
+    by_counts = plan_counts(alone, 0.5, "uniform")
+    assert by_counts.dense == with_weights.dense
+    assert by_counts.sliced.parameters <= by_counts.dense.parameters
+    assert sum(h for h, _ in by_counts.counts) <= 0.5 * full.geometry.total_heads
