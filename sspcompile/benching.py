@@ -7,15 +7,14 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from sspcompile.checkpoint.manifest import read_manifest, write_manifest
+from sspcompile.checkpoint.manifest import check_manifest, write_manifest
 from sspcompile.checkpoint.publish import write_atomically
-from sspcompile.errors import ArtifactError
 from sspcompile.measure.latency import FULL, QUICK, BenchResult, Contender
 from sspcompile.measure.latency import bench as measure
-from sspcompile.pipeline import open_subject
 from sspcompile.report.build import latency_section
 from sspcompile.report.json import read_report
 from sspcompile.report.write import write_report
+from sspcompile.verifying import dense_of
 from sspcompile.workspace import MODEL, REPORT
 
 SAMPLES = "bench.json"
@@ -26,13 +25,9 @@ def bench(
     progress: Callable[[str, int, int], None],
 ) -> BenchResult:
     """Measure, write every sample to bench.json, and put the summary into the report. Raises like `measure.bench`."""
-    manifest = read_manifest(folder)
-    name = model or manifest.origin["source_name"]
-    subject = open_subject(None if name == "embedded" else name)
-    if subject.fingerprint != manifest.origin["source"]:
-        raise ArtifactError(
-            f"{subject.name} is not the model that {folder} was cut from.", hint="Name that model with --model."
-        )
+    # The manifest is written anew at the end: without this check a damaged file would be blessed there.
+    manifest = check_manifest(folder)
+    subject = dense_of(folder, manifest, model)
     custom = "auto_map" in json.loads((folder / MODEL / "config.json").read_text("utf-8"))
     settings = dict(QUICK if quick else FULL) | {"threads": os.cpu_count() or 1}
     settings |= {name: value for name, value in sizes.items() if value is not None}

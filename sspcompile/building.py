@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import sspcompile
 from sspcompile.checkpoint import staged, write_manifest
-from sspcompile.checkpoint.source import DTYPE_OF_CONFIG
 from sspcompile.compile.budget import merit
 from sspcompile.compile.layouts import choose
 from sspcompile.compile.mask import HeadMask, dump_mask
@@ -21,7 +21,7 @@ from sspcompile.domains import load_pools, pools_fingerprint
 from sspcompile.errors import CheckpointError, ParityError
 from sspcompile.judging import Candidate, Decision, Judge, decide, random_first_layer
 from sspcompile.loaded import LoadedModel
-from sspcompile.measure.quality import Divergence
+from sspcompile.measure.quality import Divergence, average
 from sspcompile.pipeline import (
     Compiled,
     Progress,
@@ -76,20 +76,14 @@ def build(
         toolkit, _ = toolkit_for(subject, loaded, options, workspace, progress, [options.criterion or ""])
         compiled = compile_scenario(scenario, options, toolkit, loaded)
         choices = choices_for(compiled, subject, options.layout or "auto")
-        judge = _judge(loaded, compiled, options, progress)
-        candidates = {
-            layout: judge.candidate(
-                layout, choice, repair=options.repair == "least-squares", dtype=_weight_dtype(subject), progress=progress
-            )
-            for layout, choice in choices.items()
-        }
-        decision = decide(candidates, options.seed or 0)
+        judge = _judge(loaded, subject, compiled, options, progress)
+        decision = decide({layout: judge.candidate(layout, choice) for layout, choice in choices.items()})
         mask = mask_of(compiled, subject, toolkit, decision.chosen.choice, decision.chosen.layout)
         plan = make_plan(subject.checkpoint, mask)
         parity = _write_and_prove(folder, subject, loaded, mask, plan, decision.chosen, judge, progress)
         outcome = Outcome(
             folder=out, subject=subject, options=options, compiled=compiled, decision=decision, mask=mask, plan=plan,
-            parity=parity, baselines=_baselines(judge, compiled, toolkit, decision.chosen, subject, options),
+            parity=parity, baselines=_baselines(judge, compiled, toolkit, decision.chosen, subject),
             evidence={
                 "fit": len(judge.evidence.fit), "held": len(judge.evidence.held),
                 "own_fit": judge.evidence.own_fit, "own_held": judge.evidence.own_held,
@@ -101,20 +95,20 @@ def build(
     return outcome
 
 
-def _judge(loaded: LoadedModel, compiled: Compiled, options: Recipe, progress: Progress) -> Judge:
-    progress("reading the texts", 0, 1)
-    judge = Judge(
+def _judge(
+    loaded: LoadedModel, subject: Subject, compiled: Compiled, options: Recipe, progress: Progress
+) -> Judge:
+    return Judge(
         loaded, evidence_for(compiled, options), max_tokens=options.max_tokens or 0,
         new_tokens=options.continuation_tokens or 0, seed=options.seed or 0,
+        repair=options.repair == "least-squares", dtype=_weight_dtype(subject), progress=progress,
     )
-    progress("reading the texts", 1, 1)
-    return judge
 
 
 def _weight_dtype(subject: Subject) -> torch.dtype:
     stored = subject.checkpoint.tensors["model.layers.0.self_attn.o_proj.weight"].dtype
     if stored not in TORCH_DTYPE:
-        raise CheckpointError(f"o_proj is stored as {stored}.", hint=f"Accepted: {', '.join(DTYPE_OF_CONFIG.values())}.")
+        raise CheckpointError(f"o_proj is stored as {stored}.", hint=f"Accepted: {', '.join(TORCH_DTYPE)}.")
     return TORCH_DTYPE[stored]
 
 
@@ -139,7 +133,7 @@ def _write_and_prove(
     parity = compare(loaded, mask, repair, folder / MODEL, probes, custom_code=plan.custom_code)
     demand(parity)
     progress("proving", 1, 1)
-    record = {"prompts": probes, "repaired": repair is not None, **asdict(parity), "relative": parity.relative}
+    record = {"probes": probes, "repaired": repair is not None, **asdict(parity), "relative": parity.relative}
     (folder / PROBES).write_text(json.dumps(record) + "\n", "utf-8")
     return parity
 
@@ -156,26 +150,26 @@ def _probe_ids(judge: Judge) -> list[list[int]]:
 
 
 def _baselines(
-    judge: Judge, compiled: Compiled, toolkit: Toolkit, chosen: Candidate, subject: Subject, options: Recipe
+    judge: Judge, compiled: Compiled, toolkit: Toolkit, chosen: Candidate, subject: Subject
 ) -> dict[str, Divergence]:
-    """What else could have been cut at this budget and in this layout, none of it repaired."""
-    kv_heads, seed = subject.checkpoint.geometry.kv_heads, options.seed or 0
+    """What else could have been cut at this budget and in this layout, with the same repair."""
+    kv_heads = subject.checkpoint.geometry.kv_heads
 
-    def at_this_budget(values: Any) -> Divergence:
-        return judge.divergence(choose(values, kv_heads, compiled.keep, chosen.layout).kept)
+    def at_this_budget(name: str, values: np.ndarray) -> Divergence:
+        choice = choose(values, kv_heads, compiled.keep, chosen.layout)
+        return judge.candidate(chosen.layout, choice, name=name).final
 
-    found = {
-        f"random, first layer kept (seed {seed + n})": at_this_budget(
-            random_first_layer(compiled.merit.shape, seed + n)
-        )
+    random = [
+        at_this_budget(f"random {n}", random_first_layer(compiled.merit.shape, judge.seed + n))
         for n in range(BASELINE_SEEDS)
-    }
-    average = toolkit.importance[compiled.criterion].mean(-1)
-    found["domain-free mask"] = at_this_budget(merit(average, toolkit.whitelist))
+    ]
+    found = {f"random, first layer kept ({BASELINE_SEEDS} draws)": average(random, seed=judge.seed)}
+    free = toolkit.importance[compiled.criterion].mean(-1)
+    found["domain-free mask"] = at_this_budget("domain-free", merit(free, toolkit.whitelist))
     for name in toolkit.importance:
         if name != compiled.criterion:
             scores = head_scores(toolkit, name, compiled.mixture)
-            found[f"criterion {name}"] = at_this_budget(merit(scores, toolkit.whitelist))
+            found[f"criterion {name}"] = at_this_budget(name, merit(scores, toolkit.whitelist))
     return found
 
 
@@ -198,7 +192,7 @@ def origin_of(outcome: Outcome) -> dict[str, Any]:
     return {
         "sspcompile": sspcompile.__version__,
         "source": outcome.subject.fingerprint,
-        "source_name": outcome.subject.name,
+        "source_name": outcome.subject.place,
         "pools": pools_fingerprint(load_pools()),
         "seed": outcome.options.seed,
         "versions": outcome.toolkit.meta.get("versions", {}),

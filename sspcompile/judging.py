@@ -45,12 +45,22 @@ class Candidate:
 
 
 class Judge:
-    """Holds the texts as batches and the dense model's logits at the scored held-out positions."""
+    """Holds the texts as batches and the dense model's logits at the scored held-out positions.
 
-    def __init__(self, loaded: LoadedModel, evidence: Evidence, *, max_tokens: int, new_tokens: int, seed: int) -> None:
+    `repair` asks for a least-squares repair of every candidate (with too few texts there is none); `dtype` is the one
+    in which repaired weights will be written.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, evidence: Evidence, *, max_tokens: int, new_tokens: int, seed: int, repair: bool,
+        dtype: torch.dtype, progress: Progress,
+    ) -> None:
         self.loaded = loaded
         self.evidence = evidence
         self.seed = seed
+        self.repairs = repair and len(evidence.fit) >= MIN_PROMPTS
+        self.dtype = dtype
+        self.progress = progress
         self.fit = with_continuations(loaded, evidence.fit, new_tokens, max_tokens)
         self.held = with_continuations(loaded, evidence.held, new_tokens, max_tokens)
         self._dense = [_logits(loaded, batch) for batch in self.held]
@@ -65,16 +75,14 @@ class Judge:
                 collected.add(dense, _logits(self.loaded, batch), owner)
         return collected.result(seed=self.seed)
 
-    def candidate(
-        self, layout: Layout, choice: Choice, *, repair: bool, dtype: torch.dtype, progress: Progress
-    ) -> Candidate:
-        """Judge one choice; `repair` fits o_proj first, when the texts are enough and something was cut."""
+    def candidate(self, layout: Layout, choice: Choice, *, name: str | None = None) -> Candidate:
+        """Judge one choice, and once more with a repair when repairs are on and something was cut."""
         plain = self.divergence(choice.kept)
-        if not repair or len(self.evidence.fit) < MIN_PROMPTS or choice.kept.all():
+        if not self.repairs or choice.kept.all():
             return Candidate(layout, choice, plain, None, None)
         fitted = fit_repair(
-            self.loaded, choice.kept, self.fit, dtype=dtype,
-            progress=lambda done, total: progress(f"repair ({layout})", done, total),
+            self.loaded, choice.kept, self.fit, dtype=self.dtype,
+            progress=lambda done, total: self.progress(f"repair ({name or layout})", done, total),
         )
         return Candidate(layout, choice, plain, fitted, self.divergence(choice.kept, fitted))
 
@@ -97,12 +105,12 @@ class Decision:
     uniform_cost: Difference | None
 
 
-def decide(candidates: Mapping[Layout, Candidate], seed: int) -> Decision:
+def decide(candidates: Mapping[Layout, Candidate]) -> Decision:
     """Uniform where it costs nothing measurable on the held-out texts, per-layer otherwise."""
     if len(candidates) == 1:
         return Decision(next(iter(candidates.values())), candidates, None)
     uniform, per_layer = candidates["uniform"], candidates["per-layer"]
-    cost = compare_divergences(uniform.final, per_layer.final, seed=seed)
+    cost = compare_divergences(uniform.final, per_layer.final)
     dearer = cost.mean > 0 and (cost.measurable or cost.interval is None)
     return Decision(per_layer if dearer else uniform, candidates, cost)
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from sspcompile import prepare as preparing
 from sspcompile.checkpoint import Checkpoint, fingerprint, locate
+from sspcompile.checkpoint.locate import EMBEDDED
 from sspcompile.compile.budget import keep_from_strength, merit
 from sspcompile.compile.layouts import Choice, choose
 from sspcompile.compile.mask import HeadMask, Layout, kept_of
@@ -37,6 +38,12 @@ class Subject:
     fingerprint: str
     name: str
 
+    @property
+    def place(self) -> str:
+        """Where to find it again from any folder: a hub name, `embedded`, or an absolute path."""
+        typed = Path(self.name).expanduser()
+        return str(typed.absolute()) if typed.is_dir() and self.name != EMBEDDED else self.name
+
     def load(self, *, device: str = "cpu", trust_remote_code: bool = False) -> LoadedModel:
         return load(
             self.checkpoint.path, fingerprint=self.fingerprint, device=device, trust_remote_code=trust_remote_code
@@ -60,7 +67,7 @@ def open_subject(model: str | None) -> Subject:
     checkpoint = Checkpoint(locate(model))
     if checkpoint.has_weights:
         checkpoint.tensors  # noqa: B018 (validates headers before anything heavy starts)
-    return Subject(checkpoint, fingerprint(checkpoint), model or "embedded")
+    return Subject(checkpoint, fingerprint(checkpoint), model or EMBEDDED)
 
 
 def toolkit_for(

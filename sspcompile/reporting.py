@@ -26,9 +26,7 @@ from sspcompile.report.model import (
 from sspcompile.slicing.parity import TOLERANCE
 from sspcompile.slicing.plan import SlicePlan
 from sspcompile.slicing.repair import MIN_PROMPTS
-
-# The report quotes a few prompts; the recipe beside it holds all of them.
-QUOTED_PROMPTS = 5
+from sspcompile.workspace import RECIPE
 
 
 def report_of(outcome: Outcome) -> Report:
@@ -41,7 +39,7 @@ def report_of(outcome: Outcome) -> Report:
             name=compiled.scenario.name,
             source=compiled.scenario.source,
             text=compiled.scenario.text,
-            prompts=compiled.scenario.prompts[:QUOTED_PROMPTS],
+            prompts=compiled.scenario.prompts,
             mixture={name: float(w) for name, w in zip(mixture.domains, mixture.weights, strict=True)},
             unknown=mixture.unknown,
             breadth=mixture.breadth,
@@ -64,20 +62,22 @@ def report_of(outcome: Outcome) -> Report:
         runtimes=tuple(RuntimeRow(name=v.runtime, loads=v.loads, note=v.reason) for v in outcome.plan.runtimes),
         notes=tuple(_notes(outcome)),
         versions={str(k): str(v) for k, v in outcome.toolkit.meta.get("versions", {}).items()},
-        command=_command(outcome),
+        command=_command(),
     )
 
 
 def mask_section(mask: HeadMask) -> MaskSection:
     """The mask as the heat map reads it."""
-    protected = set(mask.whitelist)
+    protected = mask.as_array() & False
+    for layer, head in mask.whitelist:
+        protected[layer, head] = True
     return MaskSection(
         layers=mask.layers,
         heads=mask.heads,
         kv_heads=mask.kv_heads,
         kept=mask.kept,
         scores=mask.scores,
-        whitelist=tuple(tuple((layer, head) in protected for head in range(mask.heads)) for layer in range(mask.layers)),
+        whitelist=tuple(map(tuple, protected.tolist())),
         criterion=mask.criterion,
     )
 
@@ -88,14 +88,14 @@ def _row(name: str, figures: Divergence, role: Role, reference: Divergence) -> Q
 
 
 def _quality(outcome: Outcome) -> Iterator[QualityRow]:
-    """Ours first, then the same mask unrepaired, which is what the unrepaired baselines are to be held against."""
+    """Ours first; the baselines have the same budget, layout and repair."""
     chosen = outcome.decision.chosen
     yield _row("this build", chosen.final, "ours", chosen.final)
     if chosen.final is not chosen.plain:
         yield _row("this build, without repair", chosen.plain, "other", chosen.final)
     for name, figures in outcome.baselines.items():
         role: Role = "random" if name.startswith("random") else "domain-free" if "free" in name else "criterion"
-        yield _row(f"{name}, without repair", figures, role, chosen.final)
+        yield _row(name, figures, role, chosen.final)
 
 
 def _layout(outcome: Outcome) -> LayoutSection:
@@ -159,6 +159,6 @@ def _notes(outcome: Outcome) -> Iterator[str]:
         yield f"The probes are not calibrated for the {regime} regime."
 
 
-def _command(outcome: Outcome) -> str:
-    """The command that repeats the build from the recipe in the artifact."""
-    return shlex.join(["sspcompile", "build", "--scenario", str(outcome.folder / "recipe.yaml"), "--out", "NEW_FOLDER"])
+def _command() -> str:
+    """The command that repeats the build from the recipe in the artifact, typed there: equal builds, equal reports."""
+    return shlex.join(["sspcompile", "build", "--scenario", RECIPE, "--out", "NEW_FOLDER"])

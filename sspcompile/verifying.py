@@ -9,10 +9,23 @@ from pathlib import Path
 from sspcompile.checkpoint import Manifest, check_manifest
 from sspcompile.compile.mask import load_mask
 from sspcompile.errors import ArtifactError
-from sspcompile.pipeline import open_subject
+from sspcompile.pipeline import Subject, open_subject
 from sspcompile.slicing.parity import Parity, compare, demand, repair_of
 from sspcompile.slicing.plan import make_plan
 from sspcompile.workspace import MASK, MODEL, PROBES
+
+
+def dense_of(folder: Path, manifest: Manifest, model: str | None) -> Subject:
+    """The dense model that an artifact was cut from: at `model`, or where the build found it. Raises ArtifactError."""
+    source, place = (manifest.origin.get(key) for key in ("source", "source_name"))
+    if not isinstance(source, str) or not isinstance(place, str):
+        raise ArtifactError(f"The manifest of {folder} names no source.", hint="Run `sspcompile build` again.")
+    subject = open_subject(model or place)
+    if subject.fingerprint != source:
+        raise ArtifactError(
+            f"{subject.name} is not the model that {folder} was cut from.", hint="Name that model with --model."
+        )
+    return subject
 
 
 def verify(folder: Path, model: str | None, progress: Callable[[str, int, int], None]) -> tuple[Manifest, Parity]:
@@ -23,19 +36,14 @@ def verify(folder: Path, model: str | None, progress: Callable[[str, int, int], 
     progress("checksums", 0, 1)
     manifest = check_manifest(folder)
     progress("checksums", 1, 1)
-    name = model or manifest.origin["source_name"]
-    subject = open_subject(None if name == "embedded" else name)
-    if subject.fingerprint != manifest.origin["source"]:
-        raise ArtifactError(
-            f"{subject.name} is not the model that {folder} was cut from.", hint="Name that model with --model."
-        )
+    subject = dense_of(folder, manifest, model)
     mask = load_mask(folder / MASK)
     plan = make_plan(subject.checkpoint, mask)
-    probes = json.loads((folder / PROBES).read_text("utf-8"))
-    repair = repair_of(folder / MODEL, plan, mask) if probes["repaired"] else None
+    record = json.loads((folder / PROBES).read_text("utf-8"))
+    repair = repair_of(folder / MODEL, plan, mask) if record["repaired"] else None
     progress("proving", 0, 1)
     parity = compare(
-        subject.load(), mask, repair, folder / MODEL, probes["prompts"], custom_code=plan.custom_code
+        subject.load(), mask, repair, folder / MODEL, record["probes"], custom_code=plan.custom_code
     )
     demand(parity)
     progress("proving", 1, 1)

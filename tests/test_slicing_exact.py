@@ -190,7 +190,8 @@ def test_repair_brings_the_residual_closer_on_its_own_texts(tmp_path):
 
 
 def test_llama_head_count_that_does_not_divide_hidden_loads_with_a_stock_class(tmp_path):
-    source = make_checkpoint(tmp_path / "dense", Shape(family="llama", hidden=64, kv_heads=4, group_size=1, head_dim=16))
+    shape = Shape(family="llama", hidden=64, kv_heads=4, group_size=1, head_dim=16)
+    source = make_checkpoint(tmp_path / "dense", shape)
     checkpoint = Checkpoint(source)
     mask = mask_for(checkpoint, 0.75, "uniform", 5)
     plan = make_plan(checkpoint, mask)

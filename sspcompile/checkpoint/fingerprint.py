@@ -11,6 +11,8 @@ from sspcompile.checkpoint.source import Checkpoint
 # The manifest of an artifact, not this identity, is what proves every byte.
 WHOLE_BELOW_BYTES = 256 << 20
 BLOCK_BYTES = 4096
+# Whatever decides how text becomes token ids; chat templates do not.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
@@ -20,9 +22,10 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     """
     digest = hashlib.sha256()
     digest.update(json.dumps(checkpoint.config, sort_keys=True).encode())
-    tokenizer = checkpoint.path / "tokenizer.json"
-    if tokenizer.is_file():
-        digest.update(tokenizer.read_bytes())
+    for name in TOKENIZER_FILES:
+        if (checkpoint.path / name).is_file():
+            content = (checkpoint.path / name).read_bytes()
+            digest.update(f"{name} {len(content)}\n".encode() + content)
     if not checkpoint.has_weights:
         return digest.hexdigest()
     whole = sum(info.nbytes for info in checkpoint.tensors.values()) <= WHOLE_BELOW_BYTES

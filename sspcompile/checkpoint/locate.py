@@ -10,6 +10,9 @@ from sspcompile.errors import CheckpointError
 # What a build reads; leaves out .bin, .pt, .gguf and whatever else a repository carries beside safetensors.
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.tiktoken", "merges.txt", "vocab.txt", "LICENSE*"]
 
+# What artifacts call the model that ships with the package; a folder of that name is `./embedded`.
+EMBEDDED = "embedded"
+
 
 def embedded_model() -> Path:
     """Folder of the small six-domain model that ships with the package."""
@@ -19,11 +22,11 @@ def embedded_model() -> Path:
 
 
 def locate(model: str | None) -> Path:
-    """A folder with a config.json: the embedded model for None, a local folder, or a snapshot of a hub repository.
+    """A folder with a config.json: the embedded model for None or its name, a local folder, or a hub snapshot.
 
     Hub and cache behaviour is huggingface_hub's own (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE). Raises CheckpointError.
     """
-    if model is None:
+    if model in (None, EMBEDDED):
         return embedded_model()
     folder = Path(model).expanduser()
     if folder.is_dir():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sspcompile.checkpoint.source import read_header
-from sspcompile.errors import ArtifactError, CheckpointError
+from sspcompile.errors import ArtifactError, InputError
 
 SCHEMA_VERSION = 1
 NAME = "manifest.json"
@@ -55,23 +55,27 @@ def read_manifest(folder: Path) -> Manifest:
             raise ArtifactError(
                 f"{path} has schema version {value['schema_version']}.", hint=f"This version reads {SCHEMA_VERSION}."
             )
-        return Manifest(files=dict(value["files"]), origin=dict(value["origin"]))
+        files = {str(name): dict(entry) for name, entry in value["files"].items()}
+        return Manifest(files=files, origin=dict(value["origin"]))
     except FileNotFoundError as error:
         raise ArtifactError(f"{folder} is no artifact: it has no {NAME}.", hint="Run `sspcompile build`.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{path} is damaged.", hint="Run `sspcompile build` again.") from error
 
 
 def check_manifest(folder: Path) -> Manifest:
-    """Compare every file with the manifest. Raises ArtifactError naming the first file that differs."""
+    """Compare every file with the manifest. Raises ArtifactError naming the first file that differs.
+
+    Files that the manifest does not name are no concern of it: an artifact may be given a note or a benchmark.
+    """
     manifest = read_manifest(folder)
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p != folder / NAME}
     if missing := set(manifest.files) - present:
         raise ArtifactError(f"{folder} lacks {min(missing)}.", hint="Run `sspcompile build` again.")
     for name, entry in manifest.files.items():
         try:
-            same = _describe(folder / name) == dict(entry)
-        except CheckpointError:
+            same = _describe(folder / name) == entry
+        except InputError:  # a header that can no longer be read
             same = False
         if not same:
             raise ArtifactError(

@@ -88,6 +88,9 @@ def _remove_leftovers(out: Path) -> None:
                 shutil.rmtree(partial, ignore_errors=True)
             finally:
                 os.close(lock)
+    if out.exists():  # then nobody needs what it replaced; without it, that is the user's only copy
+        for replaced in out.parent.glob(f"{REPLACED_PREFIX}{glob.escape(out.name)}-????????"):
+            shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _remove_empty(folders: list[Path]) -> None:

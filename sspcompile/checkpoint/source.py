@@ -8,6 +8,7 @@ turn a truncated file into a bus error.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ WORD_DTYPE = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 DTYPE_OF_CONFIG = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 # The format's own limit: the reference implementation refuses longer headers.
 MAX_HEADER_BYTES = 100_000_000
+SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
 
@@ -48,7 +50,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.word_bytes
+        return math.prod(self.shape) * self.word_bytes
 
 
 class Checkpoint:
@@ -68,7 +70,9 @@ class Checkpoint:
 
     @property
     def has_weights(self) -> bool:
-        return (self.path / "model.safetensors").is_file() or (self.path / INDEX_NAME).is_file()
+        """Whether the folder holds weights, readable or not; `tensors` says what is wrong with them."""
+        files = (self.path / SINGLE_NAME, self.path / INDEX_NAME)
+        return any(file.is_file() for file in files) or _has_pickles(self.path)
 
     def expected(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Name -> (shape, dtype) of every tensor: from the headers, or from the configuration without weights."""
@@ -85,7 +89,7 @@ class Checkpoint:
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows start..stop of the first axis as raw words, [stop - start, ...]."""
         info = self.tensors[name]
-        row = int(np.prod(info.shape[1:], dtype=np.int64))
+        row = math.prod(info.shape[1:])
         return self._words(info, start * row, (stop - start) * row).reshape(stop - start, *info.shape[1:])
 
     def chunks(self, name: str, chunk_bytes: int = 1 << 24) -> Iterator[bytes]:
@@ -118,15 +122,22 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path.parent} has no {path.name}.", hint="--model takes a Hugging Face model folder."
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}.", hint="Download it again.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object.", hint="Download it again.")
     return value
 
 
+def _has_pickles(folder: Path) -> bool:
+    return any(folder.glob("pytorch_model*.bin"))
+
+
 def _weight_files(folder: Path) -> dict[str, set[str] | None]:
     """File name -> the tensor names that the index promises in it (None without an index)."""
+    # With both, transformers reads the single file; so do we, or the model cut would not be the model measured.
+    if (folder / SINGLE_NAME).is_file():
+        return {SINGLE_NAME: None}
     if (folder / INDEX_NAME).is_file():
         weight_map = _read_json(folder / INDEX_NAME).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -141,15 +152,13 @@ def _weight_files(folder: Path) -> dict[str, set[str] | None]:
             if names is not None:
                 names.add(tensor)
         return promised
-    if (folder / "model.safetensors").is_file():
-        return {"model.safetensors": None}
-    if any(folder.glob("*.bin")):
+    if _has_pickles(folder):
         raise CheckpointError(
             f"{folder} holds pickled .bin weights, which are never opened.",
             hint="Save it as safetensors first: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...).",
         )
     raise CheckpointError(
-        f"{folder} holds no weights.", hint=f"Expected model.safetensors, or {INDEX_NAME} with its shards."
+        f"{folder} holds no weights.", hint=f"Expected {SINGLE_NAME}, or {INDEX_NAME} with its shards."
     )
 
 
@@ -161,7 +170,9 @@ def _tensor_table(folder: Path) -> dict[str, TensorInfo]:
             raise CheckpointError(f"{folder} lacks the shard {file}.", hint="Download the missing shard.")
         found = read_header(path)
         if promised is not None and (absent := promised - set(found)):
-            raise CheckpointError(f"{file} lacks {min(absent)}, which {INDEX_NAME} promises.", hint="Download it again.")
+            raise CheckpointError(
+                f"{file} lacks {min(absent)}, which {INDEX_NAME} promises.", hint="Download it again."
+            )
         if double := set(found) & set(table):
             raise CheckpointError(f"{min(double)} stands in two shards.", hint="Download the checkpoint again.")
         table |= found
@@ -180,7 +191,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise CheckpointError(f"{path.name} is no safetensors file, or is truncated.", hint="Download it again.")
         try:
             header = json.loads(stream.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path.name} has an unreadable header.", hint="Download it again.") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path.name} has an unreadable header.", hint="Download it again.")
@@ -199,7 +210,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                     f"{path.name} stores {name} as {dtype}.", hint=f"Accepted: {', '.join(WORD_BYTES)}."
                 )
             info = TensorInfo(path, dtype, shape, start + begin)
-            if begin != end or stop - begin != info.nbytes or any(n < 0 for n in shape):
+            if any(type(n) is not int or n < 0 for n in (*shape, begin, stop)):
+                raise TypeError(name)
+            if begin != end or stop - begin != info.nbytes:
                 raise CheckpointError(f"{path.name} has wrong offsets at {name}.", hint="Download it again.")
             table[name], end = info, stop
     except (KeyError, TypeError, ValueError) as error:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from sspcompile.checkpoint.source import INDEX_NAME, WORD_BYTES
+from sspcompile.checkpoint.source import INDEX_NAME, SINGLE_NAME, WORD_BYTES
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 # transformers refuses a file whose metadata names no framework.
@@ -32,7 +31,7 @@ class OutputTensor:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * WORD_BYTES[self.dtype]
+        return math.prod(self.shape) * WORD_BYTES[self.dtype]
 
 
 def write_checkpoint(
@@ -48,7 +47,7 @@ def write_checkpoint(
     """
     shards = _split(tensors, max_shard_bytes)
     if len(shards) == 1:
-        _write_file(folder / "model.safetensors", shards[0], progress)
+        _write_file(folder / SINGLE_NAME, shards[0], progress)
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):

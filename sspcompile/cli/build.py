@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from sspcompile.cli.options import build_options, here, json_option, overwrite_option, quiet_option, request
+from sspcompile.cli.options import (
+    build_options,
+    here,
+    json_option,
+    overwrite_option,
+    quiet_option,
+    refuse_hopeless,
+    request,
+)
 
 
 @click.command(
@@ -21,7 +30,7 @@ Examples:
 @build_options
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Artifact folder (default artifacts/NAME).")
 @overwrite_option
-@click.option("--dry-run", is_flag=True, help="Check the request, print the resolved recipe, and stop.")
+@click.option("--dry-run", is_flag=True, help="Check request and model, print the resolved recipe, and stop.")
 @json_option
 @quiet_option
 def build(
@@ -32,22 +41,23 @@ def build(
     The first build of a model prepares its toolkit; later ones reuse it.
     """
     read, options = request(scenario, given)
-    from sspcompile.errors import OutputExistsError
+    from sspcompile.checkpoint.publish import refuse_existing
     from sspcompile.recipe import dump_recipe
     from sspcompile.workspace import Workspace
 
     workspace = Workspace(here())
     out = out or workspace.artifact(read.name)
-    if out.exists() and not overwrite:
-        raise OutputExistsError(f"{out} exists and is kept.", hint="Give --overwrite, or another --out.")
-    if dry_run:
-        click.echo(dump_recipe(options), nl=False)
-        return
-    from sspcompile.cli.progress import stages
+    refuse_existing(out, overwrite=overwrite)
     from sspcompile.pipeline import open_subject
 
     subject = open_subject(options.model)
+    refuse_hopeless(subject, options)
+    if dry_run:
+        as_data = json.dumps(options.model_dump(mode="json", exclude_none=True), indent=1) + "\n"
+        click.echo(as_data if as_json else dump_recipe(options), nl=False)
+        return
     from sspcompile.building import build as run
+    from sspcompile.cli.progress import stages
 
     with stages(quiet) as progress:
         outcome = run(read, options, subject, out, workspace, progress, overwrite=overwrite)

@@ -20,7 +20,7 @@ Examples:
 """
 )
 @click.argument("artifact", required=False)
-@click.option("--format", "form", default="hf", show_default=True, metavar="F", help="hf: a Hugging Face folder.")
+@click.option("--format", "form", default="hf", show_default=True, metavar="F", help="Form: hf, a model folder.")
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Output folder (default exported/NAME-FORMAT).")
 @overwrite_option
 @json_option

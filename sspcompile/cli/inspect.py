@@ -29,10 +29,12 @@ def inspect(artifact: str | None, svg: Path | None, overwrite: bool, as_json: bo
     mask = load_mask(folder / MASK)
     if svg is not None:
         from sspcompile.checkpoint.publish import write_atomically
-        from sspcompile.errors import OutputExistsError
+        from sspcompile.errors import InputError, OutputExistsError
         from sspcompile.report.svg import render_svg
         from sspcompile.reporting import mask_section
 
+        if svg.is_dir() or not svg.parent.is_dir():
+            raise InputError(f"{svg} is no file in an existing folder.", hint="Give --svg another file.")
         if svg.exists() and not overwrite:
             raise OutputExistsError(f"{svg} exists and is kept.", hint="Give --overwrite, or another file.")
         write_atomically(svg, render_svg(mask_section(mask)))

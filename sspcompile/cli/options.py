@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from sspcompile.pipeline import Subject
     from sspcompile.recipe import Recipe
     from sspcompile.scenario import Scenario
 
@@ -23,7 +24,7 @@ scenario_option = click.option(
     help="A recipe (file or shipped name), a sentence, or a file of prompts (.txt, .jsonl).",
 )  # fmt: skip
 model_option = click.option(
-    "--model", "-m", metavar="M", help="A model folder or a hub name. Without it, the embedded model is used."
+    "--model", "-m", metavar="M", help="A model folder or a hub name; the embedded model by default."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="Print no progress.")
@@ -41,12 +42,13 @@ def build_options(command: Command) -> Command:
                 "--strength", type=float, metavar="X",
                 help="In [0, 1], instead of --keep: the budget follows from it and from the scenario's breadth.",
             ),
-            click.option("--layout", metavar="L", help="auto (default), uniform or per-layer."),
+            click.option("--layout", metavar="L", help="Layout: auto (default), uniform or per-layer."),
             click.option("--criterion", metavar="C", help="Head score: fisher (default), kl or subspace."),
-            click.option("--repair", metavar="HOW", help="least-squares (default) or none."),
+            click.option("--repair", metavar="HOW", help="Repair of o_proj: least-squares (default) or none."),
             click.option("--max-tokens", type=int, metavar="N", help="Read at most N tokens of each text (512)."),
             click.option(
-                "--continuation-tokens", type=int, metavar="N", help="Let the dense model continue each text by N (16)."
+                "--continuation-tokens", type=int, metavar="N",
+                help="Let the dense model continue each text by N tokens (16).",
             ),
             click.option("--seed", type=int, metavar="N", help="Seed of every random choice (0)."),
         )
@@ -69,6 +71,20 @@ def request(scenario: str | None, given: Mapping[str, Any]) -> tuple[Scenario, R
     read, recipe = read_scenario(scenario)
     command_line = {name: given[name] for name in BUILD_OPTIONS}
     return read, resolve(recipe or as_recipe(read), command_line=command_line, environment=os.environ)
+
+
+def refuse_hopeless(subject: Subject, options: Recipe) -> None:
+    """Refuse before any heavy work what would be refused after it. Raises InputError or BudgetError."""
+    import numpy as np
+
+    from sspcompile.compile.layouts import choose
+    from sspcompile.prepare.importance import criterion
+
+    criterion(options.criterion or "")
+    if options.keep is not None:
+        g = subject.checkpoint.geometry
+        # Whether a budget is feasible follows from the counts alone, whatever the scores are.
+        choose(np.ones((g.layers, g.heads)), g.kv_heads, options.keep, "per-layer")
 
 
 def here() -> Path:

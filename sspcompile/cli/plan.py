@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sspcompile.cli.options import build_options, here, json_option, quiet_option, request
+from sspcompile.cli.options import build_options, here, json_option, quiet_option, refuse_hopeless, request
 
 if TYPE_CHECKING:
     from sspcompile.pipeline import Subject
@@ -30,12 +30,14 @@ def plan(scenario: str | None, as_json: bool, quiet: bool, **given: Any) -> None
     """Show parameters, bytes, KV bytes per token and which runtimes will load the result.
 
     Without a scenario, or for a folder that holds no weights, sizes follow from the head counts alone: which heads
-    stay is then left open.
+    stay is then left open. With --layout auto both layouts are shown, because `build` measures before it chooses;
+    --json then has the uniform one at the top and both under "layouts".
     """
     read, options = request(scenario or "no scenario", given)
     from sspcompile.pipeline import open_subject
 
     subject = open_subject(options.model)
+    refuse_hopeless(subject, options)
     if scenario is None or not subject.checkpoint.has_weights:
         plans = _by_counts(subject, options)
     else:
@@ -44,7 +46,7 @@ def plan(scenario: str | None, as_json: bool, quiet: bool, **given: Any) -> None
         from sspcompile.slicing.plan import plan_json
 
         shown = [plan_json(one) for one in plans]
-        click.echo(json.dumps(shown[0] if len(shown) == 1 else {"layouts": shown}, indent=1))
+        click.echo(json.dumps({**shown[0], "layouts": shown}, indent=1))
         return
     from sspcompile.cli.tables import print_plan
 

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
 
+from sspcompile.cli.options import json_option
 
-@click.group()
+
+@click.group(epilog="\b\nExamples:\n  sspcompile recipe ls\n  sspcompile recipe show finance-desk > mine.yaml")
 def recipe() -> None:
     """List, show and validate scenario recipes."""
 
 
-@recipe.command("ls")
-def ls() -> None:
+@recipe.command("ls", epilog="\b\nExample:\n  sspcompile recipe ls")
+@json_option
+def ls(as_json: bool) -> None:
     """List the recipes that ship with the package."""
     from sspcompile.recipe import load_recipe, shipped_recipes
 
-    for path in shipped_recipes():
-        click.echo(f"{path.stem:28} {load_recipe(path).description}")
+    descriptions = {path.stem: load_recipe(path).description for path in shipped_recipes()}
+    if as_json:
+        click.echo(json.dumps(descriptions, indent=1))
+        return
+    for name, description in descriptions.items():
+        click.echo(f"{name:28} {description}")
 
 
-@recipe.command()
+@recipe.command(epilog="\b\nExample:\n  sspcompile recipe show finance-desk > mine.yaml")
 @click.argument("name")
 def show(name: str) -> None:
     """Print a shipped recipe; a good start for one of your own."""
@@ -35,7 +43,7 @@ def show(name: str) -> None:
     click.echo(path.read_text("utf-8"), nl=False)
 
 
-@recipe.command()
+@recipe.command(epilog="\b\nExample:\n  sspcompile recipe validate mine.yaml")
 @click.argument("file", type=click.Path(path_type=Path))
 def validate(file: Path) -> None:
     """Check a recipe file; all its errors are named at once."""

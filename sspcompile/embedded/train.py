@@ -30,13 +30,13 @@ from sspcompile.embedded.network import HIDDEN, build_model, hidden_states
 from sspcompile.embedded.store import save_model
 from sspcompile.embedded.tokenizer import build_tokenizer
 
-STEPS = 7000
+STEPS = 4200
 BATCH = 32
 BUCKET_BATCHES = 16
 MUON_RATE, MUON_MOMENTUM, MUON_DECAY = 0.02, 0.95, 0.01
 ADAM_RATE, ADAM_BETAS = 3e-3, (0.9, 0.95)
 WARM_UP_STEPS = 50
-DECAY_SHARE = 0.4
+DECAY_SHARE = 0.5
 """The last share of the steps, in which both learning rates fall to zero."""
 LOOKBACK = (1, 2, 3, 4, 5)
 LOOKBACK_LAYER = 2
@@ -66,8 +66,8 @@ _FIRST = Diet(
     ("chemistry",), ("read-item", "read-owner"), ("word",), pool=6, shortened=1.0, scenes=1.0, descriptions=0.0
 )
 LADDER: tuple[Stage, ...] = (
-    Stage(_FIRST, 0.25),
-    Stage(replace(_FIRST, tasks=LOOK_UPS, forms=("word", "number"), pool=8, shortened=0.5), 0.3),
+    Stage(_FIRST, 0.12),
+    Stage(replace(_FIRST, tasks=LOOK_UPS, forms=("word", "number"), pool=8, shortened=0.5), 0.25),
     Stage(replace(_FIRST, domains=DOMAINS, tasks=LOOK_UPS, forms=("word", "number"), pool=None, shortened=0.2), 0.3),
     Stage(Diet(), 0.0),
 )

@@ -7,7 +7,8 @@ positions of one prompt are not independent.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -116,6 +117,24 @@ def _compare(dense: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         raise RunError("The logits hold NaN or infinite values.", hint="Load the model in float32 and try again.")
     kl = (p.exp() * (p - q)).sum(-1).clamp_min(0)
     return kl, dense.argmax(-1) == other.to(dense.device).argmax(-1)
+
+
+def average(divergences: Sequence[Divergence], *, seed: int = 0) -> Divergence:
+    """The mean of several models on the same prompts, prompt by prompt. Raises ValueError for different prompts."""
+    first = divergences[0]
+    if any(other.prompts != first.prompts for other in divergences):
+        raise ValueError("the models were measured on different prompts")
+    kl = np.mean([d.kl_per_prompt for d in divergences], axis=0).tolist()
+    agree = np.mean([d.agreement_per_prompt for d in divergences], axis=0).tolist()
+    return replace(
+        first,
+        mean_kl=float(np.mean(kl)),
+        mean_kl_interval=mean_interval(kl, seed=seed),
+        top1_agreement=float(np.mean(agree)),
+        top1_agreement_interval=mean_interval(agree, seed=seed),
+        kl_per_prompt=tuple(kl),
+        agreement_per_prompt=tuple(agree),
+    )
 
 
 def compare_divergences(first: Divergence, second: Divergence, *, seed: int = 0) -> Difference:

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sspcompile.errors import RunError
-from sspcompile.loaded import LoadedModel, head_gates, o_proj
+from sspcompile.loaded import LayerCall, LoadedModel, head_gates, layer_output, o_proj, recorded_calls
 from sspcompile.prepare.text import Batch
 
 TARGETS = ("normal", "sampled", "greedy")
@@ -100,35 +98,6 @@ def fisher(
     return found
 
 
-@dataclass(frozen=True)
-class _LayerCall:
-    """How the decoder called one layer: the hidden state [B, T, d] it was given, and everything by keyword."""
-
-    hidden: Tensor
-    rest: tuple[Any, ...]
-    options: Mapping[str, Any]
-
-
-@contextlib.contextmanager
-def _recorded_calls(layers: Sequence[nn.Module]) -> Iterator[dict[int, _LayerCall]]:
-    calls: dict[int, _LayerCall] = {}
-
-    def hook_for(index: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-            if not args:
-                raise RunError(f"Layer {index} is called without a positional hidden state.")
-            calls[index] = _LayerCall(args[0], args[1:], dict(options))
-
-        return hook
-
-    handles = [y.register_forward_pre_hook(hook_for(i), with_kwargs=True) for i, y in enumerate(layers)]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @contextlib.contextmanager
 def _closed_head(loaded: LoadedModel, layer: int, head: int) -> Iterator[None]:
     size = loaded.geometry.head_dim
@@ -145,12 +114,11 @@ def _closed_head(loaded: LoadedModel, layer: int, head: int) -> Iterator[None]:
         handle.remove()
 
 
-def _resume(loaded: LoadedModel, calls: Mapping[int, _LayerCall], first: int) -> Tensor:
+def _resume(loaded: LoadedModel, calls: Mapping[int, LayerCall], first: int) -> Tensor:
     """The decoder's normalised output, recomputed from the recorded input of layer `first` on."""
     hidden = calls[first].hidden
     for index in range(first, len(loaded.layers)):
-        output = loaded.layers[index](hidden, *calls[index].rest, **calls[index].options)
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = layer_output(loaded.layers[index](hidden, *calls[index].rest, **calls[index].options))
     return loaded.model.model.norm(hidden)
 
 
@@ -166,10 +134,8 @@ def leave_one_out(
     found = np.zeros((prompts, g.layers, g.heads))
     done, total = 0, len(batches) * g.total_heads
     for batch in batches:
-        with _recorded_calls(loaded.layers) as calls:
+        with recorded_calls(loaded) as calls:
             hidden = _decoder(loaded, batch)
-        if len(calls) != g.layers:
-            raise RunError(f"Only {len(calls)} of {g.layers} layers were called.")
         dense = torch.log_softmax(scored_logits(loaded, hidden, batch.score_mask), dim=-1)
         for layer in range(g.layers):
             for head in range(g.heads):

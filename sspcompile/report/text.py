@@ -14,10 +14,19 @@ from sspcompile.report.words import clean
 ALARMS = ("LOSS", "FAILED", "FURTHER")
 
 
-def render_text(report: Report, console: Console) -> None:
-    """Print the report. Everything goes through Text objects, so that brackets in prompts are no markup."""
+# What a build shows by itself; the rest is in the files, or printed with --verbose.
+SUMMARY = ("verdict", "quality", "sizes", "latency")
+
+
+def render_text(report: Report, console: Console, *, summary: bool = False) -> None:
+    """Print the report, or the blocks of its summary.
+
+    Everything goes through Text objects, so that brackets in prompts are no markup.
+    """
     console.print(Text(clean(report.title), style="bold"))
     for block in blocks(report):
+        if summary and block.key not in SUMMARY:
+            continue
         console.print()
         console.print(Text(block.title, style="bold"))
         for sentence in block.sentences:

@@ -16,15 +16,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from builders import CONFIGS, Shape, make_checkpoint  # noqa: E402
+from builders import CONFIGS, Shape, make_checkpoint
 
-from sspcompile.checkpoint import Checkpoint  # noqa: E402
-from sspcompile.compile.layouts import choose  # noqa: E402
-from sspcompile.compile.mask import HeadMask, kept_of  # noqa: E402
-from sspcompile.loaded import head_gates, load  # noqa: E402
-from sspcompile.slicing.plan import make_plan  # noqa: E402
-from sspcompile.slicing.reload import respond  # noqa: E402
-from sspcompile.slicing.write import write_model  # noqa: E402
+from sspcompile.checkpoint import Checkpoint
+from sspcompile.compile.layouts import choose
+from sspcompile.compile.mask import HeadMask, kept_of
+from sspcompile.loaded import head_gates, load
+from sspcompile.slicing.plan import make_plan
+from sspcompile.slicing.reload import respond
+from sspcompile.slicing.write import write_model
 
 IDS = [(7 * n) % 250 for n in range(24)]
 NEW_TOKENS = 12

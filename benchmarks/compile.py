@@ -1,0 +1,79 @@
+"""How long compiling takes once model and toolkit are loaded, against one forward pass over the scenario's text.
+
+    python benchmarks/compile.py [--scenario chemistry-helpdesk] [--repeats 30]
+
+Prints one table: medians with p10 and p90 over the repeats, and the ratio to the forward pass.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from sspcompile import prepare
+from sspcompile.compile.layouts import choose
+from sspcompile.pipeline import compile_scenario, open_subject, toolkit_for
+from sspcompile.prepare.capture import capture
+from sspcompile.prepare.text import encode
+from sspcompile.recipe import resolve
+from sspcompile.scenario import as_recipe, read_scenario
+from sspcompile.workspace import Workspace
+
+
+def milliseconds(run: Callable[[], object], repeats: int) -> np.ndarray:
+    """Wall time of each run, after three that do not count."""
+    samples = []
+    for number in range(repeats + 3):
+        start = time.perf_counter()
+        run()
+        if number >= 3:
+            samples.append(1000 * (time.perf_counter() - start))
+    return np.array(samples)
+
+
+@click.command()
+@click.option("--scenario", default="chemistry-helpdesk", show_default=True)
+@click.option("--model", default=None, help="A model folder; the embedded model by default.")
+@click.option("--repeats", default=30, show_default=True)
+def main(scenario: str, model: str | None, repeats: int) -> None:
+    """Time the online stage."""
+    read, recipe = read_scenario(scenario)
+    options = resolve(recipe or as_recipe(read), command_line={"model": model}, environment=os.environ)
+    subject = open_subject(options.model)
+    loaded = subject.load()
+    workspace = Workspace(Path())
+    toolkit, _ = toolkit_for(subject, loaded, options, workspace, lambda *_: None, [options.criterion])
+    texts = read.prompts or (read.text or "",)
+    batches = encode(loaded, texts, options.max_tokens)
+    g = subject.checkpoint.geometry
+
+    def whole() -> None:
+        compiled = compile_scenario(read, options, toolkit, loaded)
+        for layout in ("uniform", "per-layer"):
+            choose(compiled.merit, g.kv_heads, 0.5, layout)
+
+    timed = {
+        "forward pass over the scenario's text": milliseconds(lambda: [capture(loaded, b) for b in batches], repeats),
+        "features (tokenise, forward, pool)": milliseconds(
+            lambda: prepare.features(loaded, texts, options.max_tokens), repeats
+        ),
+        "compile (features, mixture, scores, both layouts)": milliseconds(whole, repeats),
+    }
+    base = np.median(timed["forward pass over the scenario's text"])
+    title = f"{scenario}: {len(texts)} texts, {repeats} repeats"
+    table = Table("stage", "median ms", "p10", "p90", "ratio", title=title)
+    for name, samples in timed.items():
+        p10, median, p90 = np.percentile(samples, [10, 50, 90])
+        table.add_row(name, f"{median:.1f}", f"{p10:.1f}", f"{p90:.1f}", f"{median / base:.2f}")
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()
