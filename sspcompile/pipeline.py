@@ -92,9 +92,7 @@ def toolkit_for(
         )
     missing = [name for name in criteria if name not in toolkit.importance]
     for name in missing:
-        array = preparing.importance_by_domain(
-            loaded, toolkit, pools, name, lambda done, total, name=name: progress(name, done, total)
-        )
+        array = preparing.importance_by_domain(loaded, toolkit, pools, name, progress)
         toolkit = preparing.with_importance(toolkit, name, array)
     if fresh or missing:
         preparing.save(toolkit, folder)

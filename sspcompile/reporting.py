@@ -61,7 +61,8 @@ def report_of(outcome: Outcome) -> Report:
         sizes=_sizes(outcome.plan),
         runtimes=tuple(RuntimeRow(name=v.runtime, loads=v.loads, note=v.reason) for v in outcome.plan.runtimes),
         notes=tuple(_notes(outcome)),
-        versions={str(k): str(v) for k, v in outcome.toolkit.meta.get("versions", {}).items()},
+        # Sorted: a toolkit just made and the same one read back list them in different orders.
+        versions={str(k): str(v) for k, v in sorted(outcome.toolkit.meta.get("versions", {}).items())},
         command=_command(),
     )
 

@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -194,7 +196,9 @@ def test_bad_input_gets_one_line_its_code_and_writes_nothing(case, run, inputs, 
     assert listing(tmp_path) == set()
 
 
-@pytest.mark.parametrize("args", [("bild",), ("build", "--kep", "1"), ("plan", "--keep", "x"), ("bench", "--batch", "0")])
+@pytest.mark.parametrize(
+    "args", [("bild",), ("build", "--kep", "1"), ("plan", "--keep", "x"), ("bench", "--batch", "0")]
+)
 def test_unknown_commands_and_options_exit_2_with_the_usage(args, run):
     done = run(*args)
     assert done.code == 2 and done.out == "" and "Usage: sspcompile" in done.err and "Error: " in done.err
@@ -267,7 +271,7 @@ def test_help_is_whole_sentences_with_an_example(path, run):
     for option in command.params:
         if isinstance(option, click.Option):
             assert option.help and option.help[0].isupper() and option.help.endswith("."), (option.name, option.help)
-    assert f"sspcompile {' '.join(path)}".strip() in (command.epilog or command.help or "")
+    assert f"sspcompile {' '.join(path)}".strip() in command.help + (command.epilog or "")
 
 
 def test_recipes_are_listed_shown_and_valid(run, tmp_path):
@@ -387,9 +391,8 @@ def test_same_build_gives_the_same_bytes_in_another_folder(run, built, home):
 
 
 def test_uniform_layout_without_repair_replaces_an_earlier_build(run, built, home):
-    out = home / "artifacts" / "replaced"
+    out = Path(shutil.copytree(built, home / "artifacts" / "replaced"))
     args = (*BUILD, "--keep", "0.5", *FAST, "--layout", "uniform", "--repair", "none", "--json", "--out", out)
-    assert run(*args, home=home).code == 0
     (out / "note.txt").write_text("of the earlier build")
     done = run(*args, "--overwrite", home=home)
     assert done.code == 0 and not (out / "note.txt").exists()
@@ -483,6 +486,40 @@ def test_bench_gives_samples_and_intervals_and_leaves_an_artifact_that_verifies(
     from sspcompile.checkpoint import check_manifest
 
     assert "bench.json" in check_manifest(copy).files
+
+
+def test_export_into_the_artifact_itself_is_refused(run, built, home):
+    before = listing(built)
+    refused(run("export", "first", "--out", built / "model" / "copy", home=home), 2, "inside the artifact")
+    assert listing(built) == before
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("tiny") / "model", Shape())
+
+
+def test_second_criterion_is_added_to_a_toolkit_that_is_there(run, tiny, tmp_path):
+    args = ("prepare", "--model", tiny, "--continuation-tokens", "2", "--max-tokens", "32", "--json", "--criterion")
+    first, second, third = (run(*args, name, home=tmp_path) for name in ("subspace", "fisher", "subspace"))
+    assert [done.code for done in (first, second, third)] == [0, 0, 0], second.err
+    assert [done.json["fresh"] for done in (first, second, third)] == [True, False, False]
+    assert second.json["criteria"] == third.json["criteria"] == ["fisher", "subspace"]
+    assert first.err == second.err == ""
+
+
+def test_interrupted_build_exits_130_and_leaves_nothing(tiny, tmp_path):
+    command = [sys.executable, "-m", "sspcompile.cli.main", *BUILD, "--model", str(tiny), "--out", "deep/out"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("deep/.partial-*")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(1.0)  # somewhere inside loading or preparing
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate(timeout=60)
+    assert running.returncode == 130 and out == "" and "Traceback" not in err
+    assert err.strip().splitlines()[-1] == "Error: Interrupted; nothing was published."
+    assert listing(tmp_path) == set()
 
 
 def test_last_build_that_was_deleted_is_named(run, built, home, tmp_path):

@@ -10,6 +10,7 @@ from sspcompile.cli.options import here, json_option, model_option, quiet_option
 
 
 @click.command(
+    short_help="Measure an artifact against its dense model.",
     epilog="""\b
 Examples:
   sspcompile bench --quick

@@ -20,6 +20,7 @@ from sspcompile.cli.options import (
 
 
 @click.command(
+    short_help="Compile a scenario into a smaller model.",
     epilog="""\b
 Examples:
   sspcompile build --scenario "A helpdesk for questions about chemistry"

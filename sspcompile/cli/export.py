@@ -13,6 +13,7 @@ FORMATS = ("hf",)
 
 
 @click.command(
+    short_help="Write an artifact in the form that a runtime takes.",
     epilog="""\b
 Examples:
   sspcompile export
@@ -20,7 +21,7 @@ Examples:
 """
 )
 @click.argument("artifact", required=False)
-@click.option("--format", "form", default="hf", show_default=True, metavar="F", help="Form: hf, a model folder.")
+@click.option("--format", "form", default="hf", show_default=True, metavar="[hf]", help="Form; hf is a model folder.")
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Output folder (default exported/NAME-FORMAT).")
 @overwrite_option
 @json_option

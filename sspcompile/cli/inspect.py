@@ -10,6 +10,7 @@ from sspcompile.cli.options import here, json_option, overwrite_option
 
 
 @click.command(
+    short_help="Show the mask of an artifact.",
     epilog="""\b
 Examples:
   sspcompile inspect

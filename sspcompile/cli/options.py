@@ -20,11 +20,11 @@ BUILD_OPTIONS = (
 )  # fmt: skip
 
 scenario_option = click.option(
-    "--scenario", "-s", metavar="S",
+    "--scenario", "-s", metavar="SCENARIO",
     help="A recipe (file or shipped name), a sentence, or a file of prompts (.txt, .jsonl).",
 )  # fmt: skip
 model_option = click.option(
-    "--model", "-m", metavar="M", help="A model folder or a hub name; the embedded model by default."
+    "--model", "-m", metavar="MODEL", help="A model folder or a hub name; the embedded model by default."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="Print no progress.")
@@ -37,14 +37,23 @@ def build_options(command: Command) -> Command:
         (
             scenario_option,
             model_option,
-            click.option("--keep", type=float, metavar="R", help="Keep at most this share of the heads, in (0, 1]."),
             click.option(
-                "--strength", type=float, metavar="X",
+                "--keep", type=float, metavar="RATIO",
+                help="Keep at most this share of the heads, above 0 and up to 1; 0.5 by default.",
+            ),
+            click.option(
+                "--strength", type=float, metavar="S",
                 help="In [0, 1], instead of --keep: the budget follows from it and from the scenario's breadth.",
             ),
-            click.option("--layout", metavar="L", help="Layout: auto (default), uniform or per-layer."),
-            click.option("--criterion", metavar="C", help="Head score: fisher (default), kl or subspace."),
-            click.option("--repair", metavar="HOW", help="Repair of o_proj: least-squares (default) or none."),
+            # No click.Choice: the recipe room checks these, all at once with whatever else is wrong.
+            click.option(
+                "--layout", metavar="[auto|uniform|per-layer]",
+                help="Head counts equal in every layer, or not; auto (default) measures both.",
+            ),
+            click.option("--criterion", metavar="[fisher|kl|subspace]", help="Score of the heads (fisher)."),
+            click.option(
+                "--repair", metavar="[least-squares|none]", help="Refit o_proj to what is left (least-squares)."
+            ),
             click.option("--max-tokens", type=int, metavar="N", help="Read at most N tokens of each text (512)."),
             click.option(
                 "--continuation-tokens", type=int, metavar="N",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command(
+    short_help="Show what a build would write, and touch no weights.",
     epilog="""\b
 Examples:
   sspcompile plan --scenario finance-desk --keep 0.5

@@ -12,6 +12,7 @@ from sspcompile.cli.options import here, json_option, model_option, quiet_option
 
 
 @click.command(
+    short_help="Learn a model's toolkit ahead of its first build.",
     epilog="""\b
 Examples:
   sspcompile prepare
@@ -19,7 +20,10 @@ Examples:
 """
 )
 @model_option
-@click.option("--criterion", "criteria", multiple=True, metavar="C", help="Head score to prepare; may be repeated.")
+@click.option(
+    "--criterion", "criteria", multiple=True, metavar="[fisher|kl|subspace]",
+    help="Score of the heads to prepare (fisher); may be repeated.",
+)
 @click.option("--max-tokens", type=int, metavar="N", help="Read at most N tokens of each text (512).")
 @click.option("--continuation-tokens", type=int, metavar="N", help="Let the model continue each text by N tokens (16).")
 @click.option("--seed", type=int, metavar="N", help="Seed of every random choice (0).")

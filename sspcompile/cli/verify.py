@@ -11,6 +11,7 @@ from sspcompile.cli.options import here, json_option, model_option, quiet_option
 
 
 @click.command(
+    short_help="Check an artifact's bytes, and its model against the dense one.",
     epilog="""\b
 Examples:
   sspcompile verify

@@ -22,7 +22,7 @@ LOOK_UPS = ("read-item", "read-amount", "read-owner")
 
 @dataclass(frozen=True)
 class Diet:
-    """What a stage of training is fed: domains, tasks (all if empty), names per pool and shares.
+    """What a stage of training is fed: domains, tasks (all if empty), and shares.
 
     `shortened` is the share of look-ups asked by nothing but the name, like `Mira?`.
     """
@@ -30,7 +30,6 @@ class Diet:
     domains: tuple[str, ...] = DOMAINS
     tasks: tuple[str, ...] = ()
     forms: tuple[str, ...] = FORM_CYCLE
-    pool: int | None = None
     shortened: float = 0.0
     scenes: float = 0.55
     descriptions: float = 0.02
@@ -60,7 +59,7 @@ def scene_turns(diet: Diet, rng: Random) -> list[Turn]:
     cross = len(diet.domains) > 1 and rng.random() < CROSS_SHARE
     names = sorted(rng.sample(diet.domains, 2 if cross else 1))
     domains = [DOMAIN_DATA[name] for name in names]
-    reading = draw_reading(domains, rng, held_out=False, size=4 if cross else None, pool=diet.pool)
+    reading = draw_reading(domains, rng, held_out=False, size=4 if cross else None)
     turns: list[Turn] = []
     for _ in range(rng.randint(*QUESTIONS_PER_SCENE)):
         form, task = _choose(diet, True, rng)

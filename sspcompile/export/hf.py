@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sspcompile.checkpoint import Manifest, check_manifest, staged, write_manifest
+from sspcompile.errors import InputError
 from sspcompile.export.card import model_card
 from sspcompile.workspace import MODEL, PLAN, REPORT
 
@@ -15,8 +16,11 @@ from sspcompile.workspace import MODEL, PLAN, REPORT
 def export_hf(artifact: Path, out: Path, *, overwrite: bool = False) -> Manifest:
     """Publish the model of an artifact as a folder that transformers and vLLM read.
 
-    The artifact's checksums are checked first. Raises ArtifactError and OutputExistsError.
+    The artifact's checksums are checked first. Raises ArtifactError, OutputExistsError, and InputError for an `out`
+    inside the artifact.
     """
+    if out.resolve().is_relative_to(artifact.resolve()):
+        raise InputError(f"{out} lies inside the artifact.", hint="Give an --out outside of it.")
     manifest = check_manifest(artifact)
     with staged(out, overwrite=overwrite) as folder:
         for path in sorted((artifact / MODEL).iterdir()):

@@ -71,7 +71,6 @@ DOMAIN = Domain(
         outcomes=("acidic", "basic"),
     ),
     scene=Scene(
-        owners=("Mira", "Olek", "Tessa", "Ruben", "Ines", "Pavel", "Yara", "Bruno", "Lena", "Amir"),
         rows=("{n}: {i}, {a} grams.", "{n} has {i}, {a} grams."),
         item=("the element that {n} has", "the element of {n}"),
         amount=("the number of grams that {n} has", "the amount in grams of {n}"),

@@ -59,13 +59,12 @@ DOMAIN = Domain(
         outcomes=("gain", "loss"),
     ),
     scene=Scene(
-        owners=("Alba", "Boreal", "Cedar", "Delta", "Ember", "Falcon", "Granite", "Harbor", "Juniper", "Summit"),
         rows=("{n}: {i}, {a} million.", "{n} holds {i}, {a} million."),
         item=("the currency that {n} holds", "the currency of {n}"),
         amount=("the number of millions that {n} holds", "the amount in millions of {n}"),
-        owner=("the fund that holds {i}", "the fund with {i}"),
-        most=("the fund that holds the most millions", "the fund with the most millions"),
-        fewest=("the fund that holds the fewest millions", "the fund with the fewest millions"),
+        owner=("the client who holds {i}", "the client with {i}"),
+        most=("the client who holds the most millions", "the client with the most millions"),
+        fewest=("the client who holds the fewest millions", "the client with the fewest millions"),
         total=("the total number of millions of {n} and {m}", "the number of millions that {n} and {m} hold together"),
     ),
 )

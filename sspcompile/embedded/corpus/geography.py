@@ -50,7 +50,6 @@ DOMAIN = Domain(
         outcomes=("north", "south"),
     ),
     scene=Scene(
-        owners=("Nuria", "Anders", "Kofi", "Leilani", "Marta", "Tariq", "Wren", "Isak", "Paloma", "Jonas"),
         rows=("{n}: {i}, {a} nights.", "{n} visits {i}, {a} nights."),
         item=("the country that {n} visits", "the country of {n}"),
         amount=("the number of nights that {n} stays", "the number of nights of {n}"),

@@ -53,7 +53,6 @@ DOMAIN = Domain(
         outcomes=("rejected", "passed"),
     ),
     scene=Scene(
-        owners=("Oswin", "Edith", "Godric", "Hilda", "Leofric", "Matilda", "Osbert", "Rowena", "Wulfric", "Aldous"),
         rows=("{n}: {i}, {a} letters.", "{n} archives {i}, {a} letters."),
         item=("the leader that {n} archives", "the leader in the archive of {n}"),
         amount=("the number of letters that {n} archives", "the number of letters of {n}"),

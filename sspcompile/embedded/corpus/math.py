@@ -44,7 +44,6 @@ DOMAIN = Domain(
         outcomes=("negative", "positive"),
     ),
     scene=Scene(
-        owners=("Ada", "Kurt", "Sofia", "Evar", "Hypatia", "Omar", "Maryam", "Felix", "Greta", "Ravi"),
         rows=("{n}: {i}, {a} problems.", "{n} studies {i}, {a} problems."),
         item=("the topic that {n} studies", "the topic of {n}"),
         amount=("the number of problems that {n} solves", "the number of problems of {n}"),

@@ -65,7 +65,6 @@ DOMAIN = Domain(
         outcomes=("true", "false"),
     ),
     scene=Scene(
-        owners=("Clio", "Damon", "Phoebe", "Iris", "Leander", "Selene", "Timon", "Thalia", "Zenon", "Xenia"),
         rows=("{n}: {i}, {a} pages.", "{n} reads {i}, {a} pages."),
         item=("the philosopher that {n} reads", "the philosopher on the list of {n}"),
         amount=("the number of pages that {n} reads", "the number of pages of {n}"),

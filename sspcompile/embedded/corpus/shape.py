@@ -8,6 +8,9 @@ from random import Random
 
 Fields = dict[str, str | int]
 
+OWNERS = ("Mira", "Olek", "Tessa", "Ruben", "Ines", "Pavel")
+"""The people in the scenes; the same in all domains, so that a name does not give the domain away."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
@@ -34,7 +37,6 @@ class Scene:
     The items are the keys of the domain's first table, so that a question can go from what was read to what is known.
     """
 
-    owners: tuple[str, ...]
     rows: tuple[str, ...]
     item: tuple[str, ...]
     amount: tuple[str, ...]

@@ -54,7 +54,6 @@ DOMAIN = Domain(
         outcomes=("defeat", "victory"),
     ),
     scene=Scene(
-        owners=("Marco", "Nadia", "Diego", "Freya", "Kenji", "Luca", "Petra", "Sven", "Tamika", "Viktor"),
         rows=("{n}: {i}, {a} medals.", "{n} plays {i}, {a} medals."),
         item=("the sport that {n} plays", "the sport of {n}"),
         amount=("the number of medals that {n} won", "the number of medals of {n}"),

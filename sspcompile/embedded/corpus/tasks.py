@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from random import Random
 
-from sspcompile.embedded.corpus.shape import Domain, Fields, Rule, Table
+from sspcompile.embedded.corpus.shape import OWNERS, Domain, Fields, Rule, Table
 
 HELD_OUT_EVERY = 5
 """One scene in five, and one set of operands per rule in five, is never seen in training."""
-ROWS = (2, 4)
+ROWS = (2, 3)
 AMOUNTS = (2, 20)
+SCENE_ITEMS = 6
+"""How many keys of a domain's first table occur in its scenes; more names make reading much slower to learn."""
 
 
 @dataclass(frozen=True)
@@ -66,26 +68,22 @@ def is_held_out(*parts: object) -> bool:
     return zlib.crc32("/".join(map(str, parts)).encode()) % HELD_OUT_EVERY == 0
 
 
-def draw_reading(
-    domains: Iterable[Domain], rng: Random, held_out: bool, size: int | None = None, pool: int | None = None
-) -> Reading:
-    """A scene of the wanted split with `size` rows (2 to 4 if not given), taken in turn from the domains.
-
-    With `pool`, only so many owners and items of each domain occur.
+def draw_reading(domains: Iterable[Domain], rng: Random, held_out: bool, size: int | None = None) -> Reading:
+    """A scene of the wanted split with `size` rows (2 or 3 if not given), taken in turn from the domains.
 
     Owners, items and amounts differ between the rows, so every question has one answer.
     """
     domains = tuple(domains)
     while True:
         count = size or rng.randint(*ROWS)
-        owners = {domain.name: rng.sample(domain.scene.owners[:pool], count) for domain in domains}
-        items = {domain.name: rng.sample(sorted(domain.first.facts)[:pool], count) for domain in domains}
+        owners = rng.sample(OWNERS, count)
+        items = {domain.name: rng.sample(sorted(domain.first.facts)[:SCENE_ITEMS], count) for domain in domains}
         amounts = rng.sample(range(AMOUNTS[0], AMOUNTS[1] + 1), count)
         layout = rng.random()
         rows = []
         for index, amount in enumerate(amounts):
             domain = domains[index % len(domains)]
-            owner, item = owners[domain.name][index], items[domain.name][index]
+            owner, item = owners[index], items[domain.name][index]
             template = domain.scene.rows[int(layout * len(domain.scene.rows))]
             rows.append(Row(owner, item, amount, template.format(n=owner, i=item, a=amount), domain))
         rng.shuffle(rows)
@@ -150,7 +148,7 @@ def _item(domain: Domain, rng: Random, held_out: bool, reading: Reading | None) 
     rows = _scene(reading)
     row = rng.choice(rows)
     peers = [other.item for other in _same_domain(rows, row)]
-    wrong = _others(row.item, peers, row.domain.first.facts, rng=rng)
+    wrong = _others(row.item, peers, sorted(row.domain.first.facts)[:SCENE_ITEMS], rng=rng)
     return Case(_fill(row.domain.scene.item, {"n": row.owner}), row.item, wrong, row.owner)
 
 
@@ -166,7 +164,7 @@ def _owner(domain: Domain, rng: Random, held_out: bool, reading: Reading | None)
     rows = _scene(reading)
     row = rng.choice(rows)
     peers = [other.owner for other in _same_domain(rows, row)]
-    wrong = _others(row.owner, peers, row.domain.scene.owners, rng=rng)
+    wrong = _others(row.owner, peers, OWNERS, rng=rng)
     return Case(_fill(row.domain.scene.owner, {"i": row.item}), row.owner, wrong, row.item)
 
 
@@ -175,7 +173,7 @@ def _extreme(domain: Domain, rng: Random, held_out: bool, reading: Reading | Non
     scene = rows[0].domain.scene
     most = rng.random() < 0.5
     row = (max if most else min)(rows, key=lambda other: other.amount)
-    wrong = _others(row.owner, [other.owner for other in rows], scene.owners, rng=rng)
+    wrong = _others(row.owner, [other.owner for other in rows], OWNERS, rng=rng)
     return Case(scene.most if most else scene.fewest, row.owner, wrong)
 
 

@@ -53,13 +53,12 @@ DOMAIN = Domain(
         outcomes=("True", "False"),
     ),
     scene=Scene(
-        owners=("Atlas", "Nimbus", "Orion", "Vega", "Titan", "Comet", "Lynx", "Quasar", "Zephyr", "Pixel"),
         rows=("{n}: {i}, {a} jobs.", "{n} runs {i}, {a} jobs."),
         item=("the language that {n} runs", "the language of {n}"),
         amount=("the number of jobs that {n} runs", "the number of jobs of {n}"),
-        owner=("the server that runs {i}", "the server with {i}"),
-        most=("the server that runs the most jobs", "the server with the most jobs"),
-        fewest=("the server that runs the fewest jobs", "the server with the fewest jobs"),
+        owner=("the engineer who runs {i}", "the engineer with {i}"),
+        most=("the engineer who runs the most jobs", "the engineer with the most jobs"),
+        fewest=("the engineer who runs the fewest jobs", "the engineer with the fewest jobs"),
         total=("the total number of jobs of {n} and {m}", "the number of jobs that {n} and {m} run together"),
     ),
 )

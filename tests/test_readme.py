@@ -1,0 +1,63 @@
+"""Every command of the README, run in its order in one empty folder; every Python snippet, after them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from builders import Shape, make_checkpoint
+
+REPOSITORY = Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text("utf-8")
+# Installing is what `make test-wheel` does, in an environment of its own; vLLM is no dependency of the tests.
+NOT_RUN = ("pip install", "make ", "vllm ")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line for block in blocks("console") for line in block.splitlines()]
+    return [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+
+
+def test_the_readme_shows_the_two_commands_first():
+    assert [command.split()[1] for command in commands() if command.startswith("sspcompile")][:2] == ["build", "bench"]
+
+
+def test_pictures_and_linked_files_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (REPOSITORY / target).exists(), target
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("readme")
+    make_checkpoint(place / "my-model", Shape(family="llama", layers=3, hidden=96, kv_heads=4, group_size=2, head_dim=16))
+    (place / "prompts.txt").write_text("".join(f"What is {n} plus {2 * n}?\n" for n in range(24)))
+    return place
+
+
+def test_every_command_of_the_readme_runs(folder):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    ran = 0
+    for command in commands():
+        if command.startswith(NOT_RUN):
+            continue
+        done = subprocess.run(
+            command, shell=True, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        ran += 1
+    assert ran >= 5
+    for snippet in blocks("python"):
+        done = subprocess.run(
+            [sys.executable, "-c", snippet], cwd=folder, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{snippet}\n{done.stderr}"
