@@ -14,7 +14,7 @@ from sspcompile.measure.latency import bench as measure
 from sspcompile.report.build import latency_section
 from sspcompile.report.json import read_report
 from sspcompile.report.write import write_report
-from sspcompile.verifying import dense_of
+from sspcompile.verifying import dense_of, ships_code
 from sspcompile.workspace import MODEL, REPORT
 
 SAMPLES = "bench.json"
@@ -28,7 +28,7 @@ def bench(
     # The manifest is written anew at the end: without this check a damaged file would be blessed there.
     manifest = check_manifest(folder)
     subject = dense_of(folder, manifest, model)
-    custom = "auto_map" in json.loads((folder / MODEL / "config.json").read_text("utf-8"))
+    custom = ships_code(folder / MODEL)
     settings = dict(QUICK if quick else FULL) | {"threads": os.cpu_count() or 1}
     settings |= {name: value for name, value in sizes.items() if value is not None}
     result = measure(

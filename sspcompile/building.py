@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,12 @@ from sspcompile.compile.mask import HeadMask, dump_mask
 from sspcompile.compile.mixture import head_scores
 from sspcompile.domains import load_pools, pools_fingerprint
 from sspcompile.errors import CheckpointError, ParityError
-from sspcompile.judging import Candidate, Decision, Judge, decide, random_first_layer
+from sspcompile.judging import Candidate, Judge, decide, random_first_layer
 from sspcompile.loaded import LoadedModel
 from sspcompile.measure.quality import Divergence, average
+from sspcompile.outcome import Outcome
 from sspcompile.pipeline import (
+    STANDARD_CRITERIA,
     Compiled,
     Progress,
     Subject,
@@ -34,6 +35,8 @@ from sspcompile.pipeline import (
 )
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.recipe import Recipe, dump_recipe
+from sspcompile.report import write_report
+from sspcompile.reporting import report_of
 from sspcompile.scenario import Scenario
 from sspcompile.slicing.parity import Parity, compare, demand, unchanged_tensors
 from sspcompile.slicing.plan import SlicePlan, make_plan, plan_json
@@ -43,23 +46,6 @@ from sspcompile.workspace import MASK, MODEL, PLAN, PROBES, RECIPE, Workspace
 
 TORCH_DTYPE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 BASELINE_SEEDS = 3
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A finished build: what was decided, what was proven, and the figures of everything that was tried."""
-
-    folder: Path
-    subject: Subject
-    options: Recipe
-    compiled: Compiled
-    decision: Decision
-    mask: HeadMask
-    plan: SlicePlan
-    parity: Parity
-    baselines: Mapping[str, Divergence]
-    evidence: Mapping[str, int]
-    toolkit: Toolkit
 
 
 def build(
@@ -163,10 +149,10 @@ def _baselines(
         at_this_budget(f"random {n}", random_first_layer(compiled.merit.shape, judge.seed + n))
         for n in range(BASELINE_SEEDS)
     ]
-    found = {f"random, first layer kept ({BASELINE_SEEDS} draws)": average(random, seed=judge.seed)}
+    found = {f"random, first layer kept ({BASELINE_SEEDS}x)": average(random, seed=judge.seed)}
     free = toolkit.importance[compiled.criterion].mean(-1)
     found["domain-free mask"] = at_this_budget("domain-free", merit(free, toolkit.whitelist))
-    for name in toolkit.importance:
+    for name in STANDARD_CRITERIA:
         if name != compiled.criterion:
             scores = head_scores(toolkit, name, compiled.mixture)
             found[f"criterion {name}"] = at_this_budget(name, merit(scores, toolkit.whitelist))
@@ -175,9 +161,6 @@ def _baselines(
 
 def _describe(folder: Path, outcome: Outcome, progress: Progress) -> None:
     """Everything beside the weights: recipe, mask, plan, report, manifest."""
-    from sspcompile.report import write_report
-    from sspcompile.reporting import report_of
-
     (folder / RECIPE).write_text(dump_recipe(outcome.options), "utf-8")
     (folder / MASK).write_text(dump_mask(outcome.mask), "utf-8")
     (folder / PLAN).write_text(json.dumps(plan_json(outcome.plan), indent=1) + "\n", "utf-8")

@@ -37,13 +37,15 @@ class InputError(SspError):
 
 
 class RecipeError(InputError):
-    """A recipe has errors; `problems` lists all of them, each with its place in the file."""
+    """A recipe or the options of a build have errors; `problems` lists all of them, each with its place."""
 
-    def __init__(self, source: str, problems: list[str]) -> None:
+    EXAMPLE = "Run `sspcompile recipe show NAME` for a complete example."
+
+    def __init__(self, source: str, problems: list[str], *, hint: str = EXAMPLE) -> None:
         count = "1 error" if len(problems) == 1 else f"{len(problems)} errors"
         super().__init__(
             f"{source} has {count}: " + "; ".join(problems) + ".",
-            hint="Run `sspcompile recipe show NAME` for a complete example.",
+            hint=hint,
         )
         self.problems = problems
 

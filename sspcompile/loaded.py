@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+# What transformers raises for a configuration or tokenizer that it cannot make sense of.
+LOADING_ERRORS = (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError, RuntimeError)
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A dense decoder ready to run: evaluation mode, no gradients, sdpa attention."""
@@ -46,21 +50,41 @@ class LoadedModel:
 def load(path: Path, *, fingerprint: str, device: str = "cpu", trust_remote_code: bool = False) -> LoadedModel:
     """Load model and tokenizer from a folder. Everything is computed in fp32, whatever the checkpoint stores.
 
-    Raises CheckpointError when the tokenizer is missing, and whatever `geometry_of` raises.
+    Raises CheckpointError when tokenizer, configuration or weights are unusable, and whatever `geometry_of` raises.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     geometry = geometry_of(json.loads((path / "config.json").read_text("utf-8")))
     if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise CheckpointError(f"{path} has no tokenizer.", hint="Copy tokenizer.json beside config.json.")
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=trust_remote_code
-    )
+    try:
+        if (path / "tokenizer.json").exists():  # the tokenizers library throws a bare Exception at broken JSON
+            json.loads((path / "tokenizer.json").read_text("utf-8"))
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+        )
+    except LOADING_ERRORS as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"transformers cannot load {path}: {reason}", hint="Check its files.") from error
+    _check_loaded(model, tokenizer, geometry, path)
     model.requires_grad_(False).eval().to(device)
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return LoadedModel(model=model, tokenizer=tokenizer, geometry=geometry, path=path, fingerprint=fingerprint)
+
+
+def _check_loaded(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, geometry: Geometry, path: Path
+) -> None:
+    if len(tokenizer) > geometry.vocab:
+        raise CheckpointError(
+            f"{path} has a tokenizer of {len(tokenizer)} tokens for a model of {geometry.vocab}.",
+            hint="Use the tokenizer that the model was trained with.",
+        )
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise CheckpointError(f"{path} has infinite or undefined numbers in {name}.", hint="Download it again.")
 
 
 def o_proj(layer: nn.Module) -> nn.Linear:

@@ -22,12 +22,16 @@ from sspcompile.loaded import LoadedModel, load
 from sspcompile.prepare.importance import criterion
 from sspcompile.prepare.text import TEXT_VERSION
 from sspcompile.prepare.toolkit import Toolkit
-from sspcompile.recipe import Recipe
+from sspcompile.recipe import DEFAULTS, Recipe
 from sspcompile.scenario import Scenario
 from sspcompile.slicing.plan import host_of
 from sspcompile.workspace import Workspace
 
 Progress = Callable[[str, int, int], None]
+
+# Always measured, so that no figure depends on what was prepared before: the first finds the whitelist, and every
+# report shows both.
+STANDARD_CRITERIA = ("fisher", "subspace")
 
 
 @dataclass(frozen=True)
@@ -74,13 +78,14 @@ def toolkit_for(
     subject: Subject, loaded: LoadedModel, options: Recipe, workspace: Workspace, progress: Progress,
     criteria: Sequence[str],
 ) -> tuple[Toolkit, bool]:
-    """The model's toolkit with `criteria` in it, and whether anything had to be prepared for it.
+    """The model's toolkit with STANDARD_CRITERIA and `criteria` in it, and whether it was prepared just now.
 
-    A toolkit that was learned from other pools or settings is made anew.
+    A toolkit that was learned from other pools is made anew.
     """
     for name in criteria:
         criterion(name)
-    folder = workspace.toolkit(subject.fingerprint)
+    criteria = tuple(dict.fromkeys((*STANDARD_CRITERIA, *criteria)))
+    folder = workspace.toolkit(subject.fingerprint + _settings_suffix(options))
     pools = fit_part(load_pools())
     toolkit = _stored(folder, subject, options, pools)
     fresh = toolkit is None
@@ -97,6 +102,12 @@ def toolkit_for(
     if fresh or missing:
         preparing.save(toolkit, folder)
     return toolkit, fresh
+
+
+def _settings_suffix(options: Recipe) -> str:
+    """Toolkits learned with other than the default settings have folders of their own; none displaces another."""
+    settings = {name: getattr(options, name) for name in ("max_tokens", "continuation_tokens", "seed")}
+    return "".join(f"-{name[:3]}{value}" for name, value in settings.items() if value != DEFAULTS[name])
 
 
 def _stored(folder: Path, subject: Subject, options: Recipe, pools: Sequence[DomainPool]) -> Toolkit | None:

@@ -39,6 +39,7 @@ DEFAULTS: Mapping[str, Any] = {
     "seed": 0,
 }
 DEFAULT_KEEP = 0.5
+OPTIONS_HINT = "See `sspcompile build --help`; --keep lies in (0, 1], --strength in [0, 1]."
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -200,7 +201,7 @@ def _checked(merged: Mapping[str, Any], labels: Mapping[str, str], problems: lis
             place = dotted((head, *e["loc"][1:]))
             problems.append(f"{place}: {explain(e, Recipe)}")
     if problems:
-        raise RecipeError("The build request", problems)
+        raise RecipeError("The build request", problems, hint=OPTIONS_HINT)
     return resolved
 
 
@@ -221,5 +222,5 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
             kind = "a whole number" if number is int else "a number"
             problems.append(f"{variable}: must be {kind}, not {shown(text)}")
     if problems:
-        raise RecipeError("The environment", problems)
+        raise RecipeError("The environment", problems, hint=OPTIONS_HINT)
     return options

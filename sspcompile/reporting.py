@@ -5,9 +5,9 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 
-from sspcompile.building import Outcome
 from sspcompile.compile.mask import HeadMask
 from sspcompile.measure.quality import Divergence, compare_divergences
+from sspcompile.outcome import Outcome
 from sspcompile.report.build import quality_row
 from sspcompile.report.model import (
     BudgetSection,

@@ -10,6 +10,8 @@ from sspcompile.checkpoint import Manifest, check_manifest
 from sspcompile.compile.mask import load_mask
 from sspcompile.errors import ArtifactError
 from sspcompile.pipeline import Subject, open_subject
+from sspcompile.slicing import modeling_sspcompile
+from sspcompile.slicing.configuration import MODELING_FILE
 from sspcompile.slicing.parity import Parity, compare, demand, repair_of
 from sspcompile.slicing.plan import make_plan
 from sspcompile.workspace import MASK, MODEL, PROBES
@@ -28,6 +30,23 @@ def dense_of(folder: Path, manifest: Manifest, model: str | None) -> Subject:
     return subject
 
 
+def ships_code(model: Path) -> bool:
+    """Whether a model folder needs code that it ships. Only our own code is ever run from an artifact.
+
+    Raises ArtifactError for any other.
+    """
+    config = json.loads((model / "config.json").read_text("utf-8"))
+    if "auto_map" not in config:
+        return False
+    ours = Path(modeling_sspcompile.__file__).read_bytes()
+    if not (model / MODELING_FILE).is_file() or (model / MODELING_FILE).read_bytes() != ours:
+        raise ArtifactError(
+            f"{model / MODELING_FILE} is not the file that this version of sspcompile ships; it is not run.",
+            hint="Build the artifact again.",
+        )
+    return True
+
+
 def verify(folder: Path, model: str | None, progress: Callable[[str, int, int], None]) -> tuple[Manifest, Parity]:
     """Check an artifact. Raises ArtifactError (a file or the source changed) or ParityError.
 
@@ -37,13 +56,14 @@ def verify(folder: Path, model: str | None, progress: Callable[[str, int, int], 
     manifest = check_manifest(folder)
     progress("checksums", 1, 1)
     subject = dense_of(folder, manifest, model)
+    custom = ships_code(folder / MODEL)
     mask = load_mask(folder / MASK)
     plan = make_plan(subject.checkpoint, mask)
     record = json.loads((folder / PROBES).read_text("utf-8"))
     repair = repair_of(folder / MODEL, plan, mask) if record["repaired"] else None
     progress("proving", 0, 1)
     parity = compare(
-        subject.load(), mask, repair, folder / MODEL, record["probes"], custom_code=plan.custom_code
+        subject.load(), mask, repair, folder / MODEL, record["probes"], custom_code=custom
     )
     demand(parity)
     progress("proving", 1, 1)

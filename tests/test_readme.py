@@ -39,7 +39,8 @@ def test_pictures_and_linked_files_exist():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("readme")
-    make_checkpoint(place / "my-model", Shape(family="llama", layers=3, hidden=96, kv_heads=4, group_size=2, head_dim=16))
+    shape = Shape(family="llama", layers=3, hidden=96, kv_heads=4, group_size=2, head_dim=16)
+    make_checkpoint(place / "my-model", shape)
     (place / "prompts.txt").write_text("".join(f"What is {n} plus {2 * n}?\n" for n in range(24)))
     return place
 
@@ -51,7 +52,8 @@ def test_every_command_of_the_readme_runs(folder):
         if command.startswith(NOT_RUN):
             continue
         done = subprocess.run(
-            command, shell=True, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+            command, shell=True, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True,
+            check=False,
         )
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         ran += 1

@@ -49,5 +49,5 @@ def bench(
     from sspcompile.report import Report
     from sspcompile.report.build import latency_section
 
-    print_report(Report(title=f"{folder.name}: dense against sliced", latency=latency_section(result)), as_json=False)
+    print_report(Report(title=f"{folder.name}: dense against sliced", latency=latency_section(result)), summary=True)
     click.echo(f"Report: {folder / 'report.html'}", err=True)

@@ -33,9 +33,11 @@ Examples:
 @overwrite_option
 @click.option("--dry-run", is_flag=True, help="Check request and model, print the resolved recipe, and stop.")
 @json_option
+@click.option("--verbose", "-v", is_flag=True, help="Print the whole report instead of its summary.")
 @quiet_option
 def build(
-    scenario: str | None, out: Path | None, overwrite: bool, dry_run: bool, as_json: bool, quiet: bool, **given: Any
+    scenario: str | None, out: Path | None, overwrite: bool, dry_run: bool, as_json: bool, verbose: bool, quiet: bool,
+    **given: Any,
 ) -> None:
     """Compile a scenario into a smaller model: choose heads, repair, cut, prove, report.
 
@@ -65,5 +67,5 @@ def build(
     from sspcompile.cli.tables import print_report
     from sspcompile.reporting import report_of
 
-    print_report(report_of(outcome), as_json=as_json)
-    click.echo(f"Written to {out}. Next: sspcompile bench", err=True)
+    print_report(report_of(outcome), as_json=as_json, summary=not verbose)
+    click.echo(f"Written to {out}; the whole report is {out / 'report.html'}. Next: sspcompile bench", err=True)

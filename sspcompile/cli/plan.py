@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from sspcompile.slicing.plan import SlicePlan
 
 
+# Head counts need no scenario, but options are resolved together with one.
+UNNAMED = "a model without a scenario"
+
+
 @click.command(
     short_help="Show what a build would write, and touch no weights.",
     epilog="""\b
@@ -34,7 +38,7 @@ def plan(scenario: str | None, as_json: bool, quiet: bool, **given: Any) -> None
     stay is then left open. With --layout auto both layouts are shown, because `build` measures before it chooses;
     --json then has the uniform one at the top and both under "layouts".
     """
-    read, options = request(scenario or "no scenario", given)
+    read, options = request(scenario or UNNAMED, given)
     from sspcompile.pipeline import open_subject
 
     subject = open_subject(options.model)

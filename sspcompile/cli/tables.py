@@ -17,7 +17,7 @@ MEBI = 1 << 20
 SHADES = " ░▒▓█"
 
 
-def print_report(report: Report, *, as_json: bool) -> None:
+def print_report(report: Report, *, as_json: bool = False, summary: bool = False) -> None:
     """The report on stdout, as JSON or for people."""
     if as_json:
         from sspcompile.report.json import render_json
@@ -26,7 +26,7 @@ def print_report(report: Report, *, as_json: bool) -> None:
         return
     from sspcompile.report.text import render_text
 
-    render_text(report, Console())
+    render_text(report, Console(), summary=summary)
 
 
 def print_plan(plan: SlicePlan) -> None:
