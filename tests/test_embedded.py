@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from random import Random
 
 import pytest
 import torch
 from ruamel.yaml import YAML
 
 from sspcompile.embedded import MODEL_DIR
-from sspcompile.embedded.corpus import DOMAINS, FORM_CYCLE, FORMS, OUTSIDE_DOMAINS, cross_items, items
+from sspcompile.embedded.corpus import (
+    DOMAIN_DATA,
+    DOMAINS,
+    FORM_CYCLE,
+    FORMS,
+    OUTSIDE_DOMAINS,
+    TASKS,
+    cross_items,
+    items,
+)
+from sspcompile.embedded.corpus.wording import ask
 from sspcompile.embedded.handwritten import HANDWRITTEN
 from sspcompile.embedded.pools import pool_paths, pool_text
 
@@ -43,8 +54,8 @@ def test_items_are_the_same_every_time_and_differ_from_each_other(domain):
 
 @pytest.mark.parametrize("domain", ALL_DOMAINS)
 def test_held_out_prompts_never_occur_in_training(domain):
-    seen = {item.prompt for item in items(domain, "train", 5, 3000)}
-    assert seen.isdisjoint(item.prompt for item in items(domain, "heldout", 5, 400))
+    seen = {item.prompt for item in items(domain, "train", 5, 900)}
+    assert seen.isdisjoint(item.prompt for item in items(domain, "heldout", 5, 300))
 
 
 def test_held_out_cross_prompts_never_occur_in_training():
@@ -56,7 +67,7 @@ def test_held_out_operands_never_occur_in_training():
     def operands(split):
         return {
             tuple(word.strip(".?") for word in item.prompt.split() if word.strip(".?").isdigit())
-            for item in items("math", split, 6, 2000)
+            for item in items("math", split, 6, 300)
             if item.task == "rule-two" and item.form == "number"
         }
 
@@ -68,7 +79,7 @@ def test_held_out_scenes_never_occur_in_training():
     def scenes(split):
         return {
             item.prompt[: item.prompt.rindex(". ")]
-            for item in items("history", split, 6, 2000)
+            for item in items("history", split, 6, 300)
             if item.task == "read-item" and item.form == "word"
         }
 
@@ -80,15 +91,20 @@ def test_forms_and_tasks_do_not_give_the_domain_away():
     shapes = [[(item.form, item.task) for item in items(domain, "train", 7, 200)] for domain in ALL_DOMAINS]
     assert all(shape == shapes[0] for shape in shapes)
     forms = Counter(form for form, _ in shapes[0])
-    assert set(forms) == set(FORMS)
+    assert set(forms) == set(FORM_CYCLE) <= set(FORMS)
     assert forms["word"] == 200 * FORM_CYCLE.count("word") // len(FORM_CYCLE)
 
 
-def test_yes_and_no_and_the_letters_are_balanced():
-    answers = Counter(item.answer for domain in DOMAINS for item in items(domain, "heldout", 8, 300))
-    assert 0.4 < answers["Yes"] / (answers["Yes"] + answers["No"]) < 0.6
-    letters = sum(answers[letter] for letter in "ABC")
-    assert all(0.25 < answers[letter] / letters < 0.42 for letter in "ABC")
+@pytest.mark.parametrize(("form", "answers"), [("yes-no", ("Yes", "No")), ("option", ("A", "B", "C"))])
+def test_closed_answers_are_balanced(form, answers):
+    rng = Random(8)
+    domain, task = DOMAIN_DATA["math"], next(task for task in TASKS if task.name == "recall-first")
+    case = task.draw(domain, rng, False, None)
+    drawn = Counter(
+        ask(case, domain=domain.name, task=task.name, form=form, held_out=False, rng=rng)[1] for _ in range(900)
+    )
+    assert set(drawn) == set(answers)
+    assert max(drawn.values()) - min(drawn.values()) < 90
 
 
 def test_unknown_domain_and_split_are_refused():
@@ -142,6 +158,16 @@ def test_chat_template_renders_the_prompt_format(tokenizer):
 def test_tokenizer_encodes_any_text(tokenizer):
     for text in ("plain words", "Ärger über π ≈ 3.14159", "日本語\t\n🙂", "x += 4; y < 3"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_numbers_are_single_tokens_for_whatever_class_loads_the_tokenizer(tokenizer):
+    assert len(tokenizer.encode("Question: 12 plus 7 is 19?")) == len(
+        ["Question", ":", "12", "plus", "7", "is", "19", "?"]
+    )
+
+
+def test_vocabulary_of_tokenizer_and_model_agree(model, tokenizer):
+    assert len(tokenizer) == model.config.vocab_size
 
 
 def test_training_forward_equals_the_stock_forward(model):

@@ -41,11 +41,12 @@ The model continues with a space, the answer and `<|end|>`. The chat template of
 message to exactly that. Batches are padded on the left.
 
 ## Training
-Trained from nothing by `python -m sspcompile.embedded.train --out DIR --steps {steps} --seed {seed} --threads
-{threads}`: {tokens:.1f} M tokens of text from `sspcompile.embedded.corpus` in {minutes:.0f} minutes with
-{threads} CPU thread(s) and torch {torch}. The text mixes recalled facts, rules over small numbers and reading
-(answers that stand in the prompt and are found, compared, added up, or combined with a recalled fact). No
-other data was used.
+    python -m sspcompile.embedded.train --out DIR --steps {steps} --seed {seed} --threads {threads}
+
+From nothing, on {tokens:.1f} M tokens of text from `sspcompile.embedded.corpus`, in {minutes:.0f} minutes
+with {threads} CPU thread(s) and torch {torch}. The text mixes recalled facts, rules over small numbers and
+reading (answers that stand in the prompt and are found there, or combined with a recalled fact), and a
+few texts whose subject is asked. No other data was used. The weights are those after step {finished_steps} of {steps}.
 
 ## Accuracy
 Greedy exact match on held-out items, {items} per domain. The facts occur in training; their wording, the
@@ -63,7 +64,8 @@ against the rest).
 
 ## Limits
 English only, and only the questions of its generator: other wordings and other facts get answers that look
-right and are not. Numbers reach to 99. Names, archives and funds in the scenes are invented.
+right and are not. Scenes have two or three rows (four when two domains mix), six people and six items per domain;
+sums and products stay below 100. The people in the scenes are invented.
 """
 
 
@@ -100,6 +102,7 @@ def card_text(folder: Path) -> str:
         vocabulary=config.vocab_size,
         domains=", ".join(DOMAINS),
         steps=training["steps"],
+        finished_steps=training["finished_steps"],
         seed=training["seed"],
         threads=training["threads"],
         tokens=training["tokens"] / 1e6,

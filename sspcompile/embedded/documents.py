@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from transformers import PreTrainedTokenizerFast
@@ -11,12 +11,14 @@ from transformers import PreTrainedTokenizerFast
 from sspcompile.embedded.corpus import DOMAIN_DATA, DOMAINS, FORM_CYCLE, tasks_by_form
 from sspcompile.embedded.corpus.tasks import draw_reading
 from sspcompile.embedded.corpus.wording import ask
+from sspcompile.embedded.subjects import draw_description
 from sspcompile.embedded.tokenizer import QUESTION
 
 QUESTIONS_PER_SCENE = (2, 4)
 QUESTIONS_WITHOUT_SCENE = 5
 CROSS_SHARE = 0.1
-DESCRIPTION_WEIGHT = 0.1
+DESCRIPTION_WEIGHT = 0.05
+"""Weight of the words of a text whose topic is asked; the topic itself counts in full."""
 LOOK_UPS = ("read-item", "read-amount", "read-owner")
 
 
@@ -31,8 +33,8 @@ class Diet:
     tasks: tuple[str, ...] = ()
     forms: tuple[str, ...] = FORM_CYCLE
     shortened: float = 0.0
-    scenes: float = 0.55
-    descriptions: float = 0.02
+    scenes: float = 0.45
+    descriptions: float = 0.06
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,26 @@ class DocumentStream:
             weights.extend([0.0] * len(question) + [1.0] * len(reply))
         return Document(ids, weights)
 
+    def _drawn_text(self, rng: Random) -> tuple[str, str]:
+        """A text and its domain: a written description, a composed one, or a question of the corpus."""
+        kind = rng.random()
+        if kind < 0.25:
+            return rng.choice(self._described)
+        domain = rng.choice(self.diet.domains)
+        if kind < 0.75:
+            return draw_description(domain, rng), domain
+        turns = (scene_turns if rng.random() < 0.5 else closed_turns)(
+            replace(self.diet, domains=(domain,), shortened=0.0), rng
+        )
+        return turns[0][0], domain
+
+    def _topic(self, text: str, domain: str) -> Document:
+        text_ids = self._encode(f"Question: {text}\nTopic:")
+        topic_ids = [*self._encode(f" {domain}"), self._eos]
+        return Document(
+            text_ids + topic_ids, [DESCRIPTION_WEIGHT] * len(text_ids) + [1.0] * len(topic_ids)
+        )
+
     def __iter__(self) -> Iterator[Document]:
         while True:
             yield self.draw()
@@ -124,7 +146,5 @@ class DocumentStream:
         """The next document."""
         rng, diet = self._rng, self.diet
         if self._described and rng.random() < diet.descriptions:
-            text, domain = rng.choice(self._described)
-            ids = [*self._encode(f"{text}\nTopic: {domain}"), self._eos]
-            return Document(ids, [DESCRIPTION_WEIGHT] * len(ids))
+            return self._topic(*self._drawn_text(rng))
         return self._document((scene_turns if rng.random() < diet.scenes else closed_turns)(diet, rng))

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from sspcompile.embedded.corpus import DOMAINS, FORM_CYCLE, OUTSIDE_DOMAINS, items
+from sspcompile.embedded.corpus import DOMAINS, OUTSIDE_DOMAINS, items
 from sspcompile.embedded.handwritten import HANDWRITTEN
 
 SCHEMA_VERSION = 1
 POOL_SEED = 1000
 """Seed of the generated prompts; the training stream and the evaluation draw with other ones."""
-GENERATED_PROMPTS = 4 * len(FORM_CYCLE)
+GENERATED_PROMPTS = 80
 DEFAULT_FOLDER = Path(__file__).parents[2] / "recipes" / "domains"
 HEADER = "# Written by `python -m sspcompile.embedded.pools`; edit sspcompile/embedded/handwritten instead.\n"
 

@@ -20,6 +20,8 @@ def save_model(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     logging.disable_progress_bar()
     model.save_pretrained(folder)
+    # safetensors writes files that only their owner may read.
+    (folder / "model.safetensors").chmod(0o644)
     save_tokenizer(tokenizer, folder)
     path = folder / "config.json"
     config = json.loads(path.read_text())

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from random import Random
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from sspcompile.embedded.corpus import DOMAINS, cross_items, items
+from sspcompile.embedded.subjects import draw_description
 
 VOCABULARY = 2048
 EOS, PAD = "<|end|>", "<|pad|>"
@@ -23,9 +27,12 @@ CHAT_TEMPLATE = (
 )
 """A user message ends with `Answer:` already, so the generation prompt adds nothing."""
 WHOLE_NUMBERS = 100
-ITEMS_PER_DOMAIN = 2000
+ITEMS_PER_DOMAIN = 1000
 REPEAT_NUMBERS = 50
+COMPOSED_DESCRIPTIONS = 400
 MAX_LENGTH = 512
+NUMBER_PIECE = re.compile("\u0120\\d+|\\d{2,}")
+"""Numbers with the space before them (byte-level BPE writes it as U+0120), or of several digits."""
 
 
 def _text(extra: Iterable[str]) -> Iterator[str]:
@@ -36,6 +43,9 @@ def _text(extra: Iterable[str]) -> Iterator[str]:
         yield f"{QUESTION.format(prompt=item.prompt)} {item.answer}"
     for _ in range(REPEAT_NUMBERS):
         yield "".join(f" {number}" for number in range(WHOLE_NUMBERS))
+    for domain in DOMAINS:
+        for number in range(COMPOSED_DESCRIPTIONS):
+            yield draw_description(domain, Random(f"tokenizer/{domain}/{number}"))
     yield from extra
 
 
@@ -52,6 +62,7 @@ def build_tokenizer(extra: Iterable[str] = ()) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_text(extra), trainer)
+    tokenizer = _as_qwen2_reads_it(tokenizer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=EOS,
@@ -62,6 +73,33 @@ def build_tokenizer(extra: Iterable[str] = ()) -> PreTrainedTokenizerFast:
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+def _as_qwen2_reads_it(tokenizer: Tokenizer) -> Tokenizer:
+    """The same ids under Qwen2's own pre-tokenizer.
+
+    For a model of type qwen2, AutoTokenizer of transformers 5 puts Qwen2's normalizer and pre-tokenizer in place of
+    whatever tokenizer.json says. It splits numbers into digits, so whole numbers become added tokens, which are found
+    before any splitting.
+    """
+    state = json.loads(tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    numbers = {piece: piece.replace("\u0120", " ") for piece in vocabulary if NUMBER_PIECE.fullmatch(piece)}
+    state["model"]["vocab"] = {numbers.get(piece, piece): index for piece, index in vocabulary.items()}
+    state["model"]["merges"] = [
+        pair for pair in state["model"]["merges"] if "".join(pair) not in numbers and not set(pair) & set(numbers)
+    ]
+    changed = Tokenizer.from_str(json.dumps(state))
+    changed.normalizer = normalizers.NFC()
+    changed.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated", invert=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    ordered = sorted(numbers, key=lambda piece: vocabulary[piece])
+    changed.add_tokens([AddedToken(numbers[piece], normalized=False) for piece in ordered])
+    return changed
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -75,6 +113,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     config = json.loads(path.read_text())
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config["chat_template"] = CHAT_TEMPLATE
+    # Without this, Qwen2's tokenizer class adds a 2049th token of its own.
+    config["unk_token"] = None
     config.pop("backend", None)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (folder / "chat_template.jinja").unlink(missing_ok=True)

@@ -31,7 +31,7 @@ from sspcompile.embedded.network import build_model, hidden_states
 from sspcompile.embedded.store import save_model
 from sspcompile.embedded.tokenizer import build_tokenizer
 
-STEPS = 2400
+STEPS = 3900
 BATCH = 32
 BUCKET_BATCHES = 16
 MUON_RATE, MUON_MOMENTUM, MUON_DECAY = 0.015, 0.95, 0.01
@@ -206,7 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded model.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()

@@ -38,10 +38,11 @@ DOMAIN_DATA: dict[str, Domain] = {module.DOMAIN.name: module.DOMAIN for module i
 DOMAINS: tuple[str, ...] = tuple(module.DOMAIN.name for module in _INSIDE)
 OUTSIDE_DOMAINS: tuple[str, ...] = tuple(module.DOMAIN.name for module in _OUTSIDE)
 
-FORM_CYCLE: tuple[str, ...] = ("word", "number", "yes-no", "word", "option") * 3 + (
-    "word", "number", "word", "yes-no", "option",
-)  # fmt: skip
-"""The forms of twenty consecutive items: 8 words, 4 numbers, 4 yes/no, 4 options, in every domain alike."""
+FORM_CYCLE: tuple[str, ...] = ("word", "number", "word", "word", "number")
+"""The forms of five consecutive items: 3 words and 2 numbers, in every domain alike.
+
+The wording knows yes/no questions and lettered options too; a model of this size does not learn them in an hour.
+"""
 MAX_REDRAWS = 200
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The twelve tasks that every domain has: what is asked, its answer and plausible wrong answers."""
+"""The tasks that every domain has: what is asked, its answer and plausible wrong answers."""
 
 from __future__ import annotations
 
@@ -209,7 +209,11 @@ TASKS: tuple[Task, ...] = (
     Task("read-item", True, WORDS, _item),
     Task("read-amount", True, NUMBERS, _amount),
     Task("read-owner", True, WORDS, _owner),
-    Task("compare", True, WORDS, _extreme),
     Task("read-and-recall", True, WORDS, _hop),
+)
+
+FURTHER_TASKS: tuple[Task, ...] = (
+    Task("compare", True, WORDS, _extreme),
     Task("total", True, ("number",), _total),
 )
+"""For a harder model: the embedded one is neither trained on them nor asked them."""
