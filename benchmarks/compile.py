@@ -19,7 +19,7 @@ from rich.table import Table
 
 from sspcompile import prepare
 from sspcompile.compile.layouts import choose
-from sspcompile.pipeline import compile_scenario, open_subject, toolkit_for
+from sspcompile.pipeline.compiling import compile_scenario, open_subject, toolkit_for
 from sspcompile.prepare.capture import capture
 from sspcompile.prepare.text import encode
 from sspcompile.recipe import resolve

@@ -28,10 +28,10 @@ from sspcompile.compile.mixture import given_mixture, head_scores
 from sspcompile.domains import load_pools
 from sspcompile.embedded.corpus import DOMAINS, items
 from sspcompile.embedded.evaluate import score
-from sspcompile.evidence import gather
-from sspcompile.judging import Judge, random_first_layer
 from sspcompile.loaded import LoadedModel, head_gates
-from sspcompile.pipeline import open_subject, toolkit_for
+from sspcompile.pipeline.compiling import open_subject, toolkit_for
+from sspcompile.pipeline.evidence import gather
+from sspcompile.pipeline.judging import Judge, random_first_layer
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.recipe import resolve
 from sspcompile.scenario import as_recipe, read_scenario

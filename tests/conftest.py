@@ -31,6 +31,6 @@ def _quiet_transformers() -> None:
 @pytest.fixture(scope="session")
 def embedded():
     """The embedded model in memory."""
-    from sspcompile.pipeline import open_subject
+    from sspcompile.pipeline.compiling import open_subject
 
     return open_subject(None).load()

@@ -35,8 +35,8 @@ def bench(
     Each contender runs in a process of its own, in alternation, with equal threads; every sample is kept. Without
     ARTIFACT, the last build is measured.
     """
-    from sspcompile.benching import bench as run
     from sspcompile.cli.progress import stages
+    from sspcompile.pipeline.benching import bench as run
     from sspcompile.workspace import Workspace
 
     folder = Workspace(here()).find(artifact)

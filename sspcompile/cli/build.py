@@ -51,7 +51,7 @@ def build(
     workspace = Workspace(here())
     out = out or workspace.artifact(read.name)
     refuse_existing(out, overwrite=overwrite)
-    from sspcompile.pipeline import open_subject
+    from sspcompile.pipeline.compiling import open_subject
 
     subject = open_subject(options.model)
     refuse_hopeless(subject, options)
@@ -59,13 +59,13 @@ def build(
         as_data = json.dumps(options.model_dump(mode="json", exclude_none=True), indent=1) + "\n"
         click.echo(as_data if as_json else dump_recipe(options), nl=False)
         return
-    from sspcompile.building import build as run
     from sspcompile.cli.progress import stages
+    from sspcompile.pipeline.building import build as run
 
     with stages(quiet) as progress:
         outcome = run(read, options, subject, out, workspace, progress, overwrite=overwrite)
     from sspcompile.cli.tables import print_report
-    from sspcompile.reporting import report_of
+    from sspcompile.pipeline.reporting import report_of
 
     print_report(report_of(outcome), as_json=as_json, summary=not verbose)
     click.echo(f"Written to {out}; the whole report is {out / 'report.html'}. Next: sspcompile bench", err=True)

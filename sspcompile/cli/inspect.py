@@ -31,8 +31,8 @@ def inspect(artifact: str | None, svg: Path | None, overwrite: bool, as_json: bo
     if svg is not None:
         from sspcompile.checkpoint.publish import write_atomically
         from sspcompile.errors import InputError, OutputExistsError
+        from sspcompile.pipeline.reporting import mask_section
         from sspcompile.report.svg import render_svg
-        from sspcompile.reporting import mask_section
 
         if svg.is_dir() or not svg.parent.is_dir():
             raise InputError(f"{svg} is no file in an existing folder.", hint="Give --svg another file.")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from sspcompile.pipeline import Subject
+    from sspcompile.pipeline.compiling import Subject
     from sspcompile.recipe import Recipe
     from sspcompile.scenario import Scenario
 

@@ -10,7 +10,7 @@ import click
 from sspcompile.cli.options import build_options, here, json_option, quiet_option, refuse_hopeless, request
 
 if TYPE_CHECKING:
-    from sspcompile.pipeline import Subject
+    from sspcompile.pipeline.compiling import Subject
     from sspcompile.recipe import Recipe
     from sspcompile.scenario import Scenario
     from sspcompile.slicing.plan import SlicePlan
@@ -39,7 +39,7 @@ def plan(scenario: str | None, as_json: bool, quiet: bool, **given: Any) -> None
     --json then has the uniform one at the top and both under "layouts".
     """
     read, options = request(scenario or UNNAMED, given)
-    from sspcompile.pipeline import open_subject
+    from sspcompile.pipeline.compiling import open_subject
 
     subject = open_subject(options.model)
     refuse_hopeless(subject, options)
@@ -73,7 +73,7 @@ def _by_counts(subject: Subject, options: Recipe) -> list[SlicePlan]:
 
 def _by_scenario(read: Scenario, subject: Subject, options: Recipe, quiet: bool) -> list[SlicePlan]:
     from sspcompile.cli.progress import stages
-    from sspcompile.pipeline import choices_for, compile_scenario, mask_of, toolkit_for
+    from sspcompile.pipeline.compiling import choices_for, compile_scenario, mask_of, toolkit_for
     from sspcompile.slicing.plan import make_plan
     from sspcompile.workspace import Workspace
 

@@ -34,7 +34,7 @@ def prepare(criteria: tuple[str, ...], as_json: bool, quiet: bool, **given: Any)
 
     `build` does this by itself when it is missing; the toolkit is kept per model and reused.
     """
-    from sspcompile.pipeline import open_subject, toolkit_for
+    from sspcompile.pipeline.compiling import open_subject, toolkit_for
     from sspcompile.recipe import DEFAULTS, resolve
     from sspcompile.scenario import as_recipe, read_scenario
     from sspcompile.workspace import Workspace

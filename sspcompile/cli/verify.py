@@ -28,7 +28,7 @@ def verify(artifact: str | None, model: str | None, as_json: bool, quiet: bool) 
     The dense model is looked for where the build found it; --model names another place.
     """
     from sspcompile.cli.progress import stages
-    from sspcompile.verifying import verify as run
+    from sspcompile.pipeline.verifying import verify as run
     from sspcompile.workspace import Workspace
 
     folder = Workspace(here()).find(artifact)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from sspcompile.compile.layouts import Choice
 from sspcompile.compile.mask import Layout
-from sspcompile.evidence import Evidence
 from sspcompile.loaded import LoadedModel, head_gates
 from sspcompile.measure.quality import Difference, Divergence, DivergenceAccumulator, compare_divergences
+from sspcompile.pipeline.evidence import Evidence
 from sspcompile.prepare.text import Batch, with_continuations
 from sspcompile.slicing.repair import MIN_PROMPTS, Repair, fit_repair, repaired
 

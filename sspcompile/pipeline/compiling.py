@@ -17,8 +17,8 @@ from sspcompile.compile.mask import HeadMask, Layout, kept_of
 from sspcompile.compile.mixture import Mixture, given_mixture, head_scores, mixture_of
 from sspcompile.domains import DomainPool, load_outside, load_pools, pools_fingerprint
 from sspcompile.errors import ToolkitError, UnsupportedModelError
-from sspcompile.evidence import Evidence, fit_part, gather
 from sspcompile.loaded import LoadedModel, load
+from sspcompile.pipeline.evidence import Evidence, fit_part, gather
 from sspcompile.prepare.importance import criterion
 from sspcompile.prepare.text import TEXT_VERSION
 from sspcompile.prepare.toolkit import Toolkit

@@ -9,7 +9,7 @@ from pathlib import Path
 from sspcompile.checkpoint import Manifest, check_manifest
 from sspcompile.compile.mask import load_mask
 from sspcompile.errors import ArtifactError
-from sspcompile.pipeline import Subject, open_subject
+from sspcompile.pipeline.compiling import Subject, open_subject
 from sspcompile.slicing import modeling_sspcompile
 from sspcompile.slicing.configuration import MODELING_FILE
 from sspcompile.slicing.parity import Parity, compare, demand, repair_of

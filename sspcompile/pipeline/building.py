@@ -18,11 +18,9 @@ from sspcompile.compile.mask import HeadMask, dump_mask
 from sspcompile.compile.mixture import head_scores
 from sspcompile.domains import load_pools, pools_fingerprint
 from sspcompile.errors import CheckpointError, ParityError
-from sspcompile.judging import Candidate, Judge, decide, random_first_layer
 from sspcompile.loaded import LoadedModel
 from sspcompile.measure.quality import Divergence, average
-from sspcompile.outcome import Outcome
-from sspcompile.pipeline import (
+from sspcompile.pipeline.compiling import (
     STANDARD_CRITERIA,
     Compiled,
     Progress,
@@ -33,10 +31,12 @@ from sspcompile.pipeline import (
     mask_of,
     toolkit_for,
 )
+from sspcompile.pipeline.judging import Candidate, Judge, decide, random_first_layer
+from sspcompile.pipeline.outcome import Outcome
+from sspcompile.pipeline.reporting import report_of
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.recipe import Recipe, dump_recipe
 from sspcompile.report import write_report
-from sspcompile.reporting import report_of
 from sspcompile.scenario import Scenario
 from sspcompile.slicing.parity import Parity, compare, demand, unchanged_tensors
 from sspcompile.slicing.plan import SlicePlan, make_plan, plan_json

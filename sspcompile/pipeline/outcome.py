@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sspcompile.compile.mask import HeadMask
-from sspcompile.judging import Decision
 from sspcompile.measure.quality import Divergence
-from sspcompile.pipeline import Compiled, Subject
+from sspcompile.pipeline.compiling import Compiled, Subject
+from sspcompile.pipeline.judging import Decision
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.recipe import Recipe
 from sspcompile.slicing.parity import Parity

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from sspcompile.compile.mask import HeadMask
 from sspcompile.measure.quality import Divergence, compare_divergences
-from sspcompile.outcome import Outcome
+from sspcompile.pipeline.outcome import Outcome
 from sspcompile.report.build import quality_row
 from sspcompile.report.model import (
     BudgetSection,
