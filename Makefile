@@ -8,7 +8,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 # Two test processes: as many as the smallest machine that this is meant for has cores.
 WORKERS ?= 2
 
-.PHONY: demo test test-compat test-wheel lint format train bench-compile bench-exact clean
+.PHONY: demo test test-compat test-wheel test-shapes lint format train bench-compile bench-criteria clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,14 +35,22 @@ test-compat: $(VENV)/.done $(COMPAT)/.done  ## What transformers 5 wrote, loaded
 test-wheel: $(VENV)/.done  ## The wheel in an empty environment, from another folder.
 	$(BIN)/python -m pytest tests/test_wheel.py -m slow
 
+test-shapes: $(VENV)/.done  ## Whole builds with the attention shapes of the paper's four models.
+	$(BIN)/python -m pytest tests/test_paper_shapes.py -m slow
+
 lint: $(VENV)/.done
 	$(BIN)/ruff check .
 
 format: $(VENV)/.done
 	$(BIN)/ruff check --fix .
 
-train: $(VENV)/.done  ## Train the embedded model again (about an hour and a half on 2 cores).
+train: $(VENV)/.done  ## Train the embedded model again, and write its card and the domain pools.
 	$(BIN)/python -m sspcompile.embedded.train --out sspcompile/embedded/model
+	$(BIN)/python -m sspcompile.embedded.card
+	$(BIN)/python -m sspcompile.embedded.pools
+
+bench-criteria: $(VENV)/.done  ## Which head score measures best on the embedded model.
+	$(BIN)/python benchmarks/criteria.py
 
 bench-compile: $(VENV)/.done  ## How long compiling a scenario takes once everything is loaded.
 	$(BIN)/python benchmarks/compile.py
