@@ -16,6 +16,9 @@ from sspcompile.domains import DomainPool
 
 FIT_PROMPTS = 96
 HELD_PROMPTS = 32
+# Of the scenario's own prompts no more than this are used; more would cost time and change little.
+OWN_FIT_PROMPTS = 256
+OWN_HELD_PROMPTS = 96
 # Every fourth text is held out, in pools and in the user's own prompts alike.
 HOLD_EVERY = 4
 
@@ -44,6 +47,7 @@ def fit_part(pools: Sequence[DomainPool]) -> tuple[DomainPool, ...]:
 def gather(prompts: Sequence[str], mixture: Mixture, pools: Sequence[DomainPool], seed: int) -> Evidence:
     """Evidence for a scenario with these prompts of its own (none for a sentence or a given mixture)."""
     own_fit, own_held = split(tuple(dict.fromkeys(prompts)))
+    own_fit, own_held = _thinned(own_fit, OWN_FIT_PROMPTS), _thinned(own_held, OWN_HELD_PROMPTS)
     own = set(prompts)
     weights = (1 - mixture.unknown) * mixture.weights + mixture.unknown / len(mixture.weights)
     rng = np.random.default_rng(seed)
@@ -61,6 +65,13 @@ def gather(prompts: Sequence[str], mixture: Mixture, pools: Sequence[DomainPool]
         own_fit=len(own_fit),
         own_held=len(own_held),
     )
+
+
+def _thinned(texts: tuple[str, ...], limit: int) -> tuple[str, ...]:
+    """At most `limit` of the texts, evenly spaced."""
+    if len(texts) <= limit:
+        return texts
+    return tuple(texts[index * len(texts) // limit] for index in range(limit))
 
 
 def _shares(weights: np.ndarray, count: int) -> list[int]:

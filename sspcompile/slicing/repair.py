@@ -88,12 +88,13 @@ def fit_repair(
     `dtype` is the dtype the weights will be written in.
     """
     g = loaded.geometry
-    calls = []
+    calls, dense = [], []
     for batch in batches:
         with recorded_calls(loaded) as recorded:
             loaded.model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        calls.append(recorded)
-    dense = [recorded[0].hidden for recorded in calls]
+        # Only the first layer's hidden state is kept: all of them would be a whole forward pass in memory per batch.
+        dense.append(recorded[0].hidden)
+        calls.append([(recorded[index].rest, recorded[index].options) for index in range(g.layers)])
     pruned = list(dense)
     weights: dict[int, Tensor] = {}
     for index, layer in enumerate(loaded.layers):
@@ -101,13 +102,13 @@ def fit_repair(
         system = _Normal(int(columns.sum()), g.hidden, loaded.device)
         cut = bool(weights) or not columns.all()
         for number, batch in enumerate(batches):
-            call = calls[number][index]
+            rest, options = calls[number][index]
             real = batch.attention_mask.bool()
             with _reading(residual_norm(layer)) as after:
-                output = layer_output(layer(dense[number], *call.rest, **call.options))
+                output = layer_output(layer(dense[number], *rest, **options))
             if cut:
                 with _reading(o_proj(layer)) as entering:
-                    layer(pruned[number], *call.rest, **call.options)
+                    layer(pruned[number], *rest, **options)
                 missing = after[0] - pruned[number]
                 if o_proj(layer).bias is not None:
                     missing = missing - o_proj(layer).bias
@@ -117,8 +118,8 @@ def fit_repair(
             weights[index] = _refit(o_proj(layer).weight, columns, system, ridge, dtype)
         with repaired(loaded, Repair({index: weights[index]} if cut else {})):
             for number in range(len(batches)):
-                call = calls[number][index]
-                pruned[number] = layer_output(layer(pruned[number], *call.rest, **call.options))
+                rest, options = calls[number][index]
+                pruned[number] = layer_output(layer(pruned[number], *rest, **options))
         if progress is not None:
             progress(index + 1, g.layers)
     return Repair(weights)
