@@ -58,9 +58,9 @@ Items whose scene mixes two domains: {cross:.3f}.
 
 Exact match when the attention of one layer is removed ({layer_items} items per domain): {layer_table}.
 
-A linear probe on mean-pooled states after layer {probe_layer}, fitted on descriptions of deployments that
-were part of training, tells the domain of descriptions that were not: AUC {auc:.3f} (mean over domains, one
-against the rest).
+A linear probe on mean-pooled states after layer {probe_layer}, fitted on descriptions of deployments of the kinds
+that were part of training, tells the domain of descriptions that were not: AUC {auc:.3f} (mean over domains,
+one against the rest). Sentences about a domain in words that its texts never use are beyond the model.
 
 ## Limits
 English only, and only the questions of its generator: other wordings and other facts get answers that look

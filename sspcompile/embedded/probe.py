@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from random import Random
 
 import numpy as np
 import torch
@@ -10,9 +11,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sspcompile.embedded.corpus import DOMAINS
 from sspcompile.embedded.handwritten import training_descriptions, unseen_descriptions
+from sspcompile.embedded.subjects import draw_description
 
 INVERSE_REGULARISATION = 0.1
+COMPOSED_PER_DOMAIN = 150
 
 
 @torch.no_grad()
@@ -27,8 +31,14 @@ def pooled_states(
 
 
 def separability(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layer: int) -> float:
-    """AUC of a logistic probe on descriptions not seen in training, mean of one domain against the rest."""
+    """AUC of a logistic probe on descriptions not seen in training, mean of one domain against the rest.
+
+    It is fitted on descriptions of the kinds that were: written ones, and composed ones for their wider vocabulary.
+    """
     train, unseen = training_descriptions(), unseen_descriptions()
+    for domain in DOMAINS:
+        rng = Random(f"probe/{domain}")
+        train += [(draw_description(domain, rng), domain) for _ in range(COMPOSED_PER_DOMAIN)]
     probe = LogisticRegression(C=INVERSE_REGULARISATION, max_iter=5000)
     probe.fit(pooled_states(model, tokenizer, [text for text, _ in train], layer), [domain for _, domain in train])
     chances = probe.predict_proba(pooled_states(model, tokenizer, [text for text, _ in unseen], layer))

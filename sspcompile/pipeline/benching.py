@@ -20,6 +20,14 @@ from sspcompile.workspace import MODEL, REPORT
 SAMPLES = "bench.json"
 
 
+def _defaults(settings: Mapping[str, int], positions: int | None) -> dict[str, int]:
+    """The default sizes, with a prompt that a model of so few positions can hold; the report states what was used."""
+    chosen = dict(settings) | {"threads": os.cpu_count() or 1}
+    if positions is not None:
+        chosen["prompt_tokens"] = max(1, min(chosen["prompt_tokens"], positions - chosen["new_tokens"]))
+    return chosen
+
+
 def bench(
     folder: Path, model: str | None, *, quick: bool, sizes: Mapping[str, int | None],
     progress: Callable[[str, int, int], None],
@@ -29,7 +37,7 @@ def bench(
     manifest = check_manifest(folder)
     subject = dense_of(folder, manifest, model)
     custom = ships_code(folder / MODEL)
-    settings = dict(QUICK if quick else FULL) | {"threads": os.cpu_count() or 1}
+    settings = _defaults(QUICK if quick else FULL, subject.checkpoint.config.get("max_position_embeddings"))
     settings |= {name: value for name, value in sizes.items() if value is not None}
     result = measure(
         [Contender("dense", subject.checkpoint.path), Contender("sliced", folder / MODEL, trust_remote_code=custom)],
