@@ -46,8 +46,8 @@ def bench(
         click.echo(json.dumps(result.to_json(), indent=1))
         return
     from sspcompile.cli.tables import print_report
-    from sspcompile.report import Report
-    from sspcompile.report.build import latency_section
+    from sspcompile.report.json import read_report
+    from sspcompile.workspace import REPORT
 
-    print_report(Report(title=f"{folder.name}: dense against sliced", latency=latency_section(result)), summary=True)
+    print_report(read_report(folder / REPORT), only=("verdict", "latency"))
     click.echo(f"Report: {folder / 'report.html'}", err=True)

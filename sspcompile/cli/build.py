@@ -18,6 +18,9 @@ from sspcompile.cli.options import (
     request,
 )
 
+# What a build prints by itself; the whole report is in the files, or printed with --verbose.
+SUMMARY = ("verdict", "quality", "sizes")
+
 
 @click.command(
     short_help="Compile a scenario into a smaller model.",
@@ -67,5 +70,5 @@ def build(
     from sspcompile.cli.tables import print_report
     from sspcompile.pipeline.reporting import report_of
 
-    print_report(report_of(outcome), as_json=as_json, summary=not verbose)
+    print_report(report_of(outcome), as_json=as_json, only=None if verbose else SUMMARY)
     click.echo(f"Written to {out}; the whole report is {out / 'report.html'}. Next: sspcompile bench", err=True)

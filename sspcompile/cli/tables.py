@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -17,7 +18,7 @@ MEBI = 1 << 20
 SHADES = " ░▒▓█"
 
 
-def print_report(report: Report, *, as_json: bool = False, summary: bool = False) -> None:
+def print_report(report: Report, *, as_json: bool = False, only: Collection[str] | None = None) -> None:
     """The report on stdout, as JSON or for people."""
     if as_json:
         from sspcompile.report.json import render_json
@@ -26,7 +27,7 @@ def print_report(report: Report, *, as_json: bool = False, summary: bool = False
         return
     from sspcompile.report.text import render_text
 
-    render_text(report, Console(), summary=summary)
+    render_text(report, Console(), only=only)
 
 
 def print_plan(plan: SlicePlan) -> None:

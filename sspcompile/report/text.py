@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table as RichTable
@@ -14,18 +16,14 @@ from sspcompile.report.words import clean
 ALARMS = ("LOSS", "FAILED", "FURTHER")
 
 
-# What a build shows by itself; the rest is in the files, or printed with --verbose.
-SUMMARY = ("verdict", "quality", "sizes", "latency")
-
-
-def render_text(report: Report, console: Console, *, summary: bool = False) -> None:
-    """Print the report, or the blocks of its summary.
+def render_text(report: Report, console: Console, *, only: Collection[str] | None = None) -> None:
+    """Print the report, or only the blocks with these keys.
 
     Everything goes through Text objects, so that brackets in prompts are no markup.
     """
     console.print(Text(clean(report.title), style="bold"))
     for block in blocks(report):
-        if summary and block.key not in SUMMARY:
+        if only is not None and block.key not in only:
             continue
         console.print()
         console.print(Text(block.title, style="bold"))
