@@ -1,0 +1,77 @@
+"""What `load` refuses, and what it never runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from builders import Shape, make_checkpoint
+from safetensors.torch import load_file, save_file
+
+from sspcompile.errors import ArtifactError, CheckpointError
+from sspcompile.loaded import head_gates, load
+from sspcompile.pipeline.verifying import ships_code
+from sspcompile.slicing import modeling_sspcompile
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_checkpoint(tmp_path / "model", Shape())
+
+
+def refused(folder, match: str) -> None:
+    with pytest.raises(CheckpointError, match=match) as caught:
+        load(folder, fingerprint="")
+    assert "\n" not in str(caught.value)
+
+
+def test_broken_tokenizer_is_refused_in_one_line(folder):
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "model"')
+    refused(folder, "cannot load")
+
+
+def test_tokenizer_with_more_tokens_than_the_model_is_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 259}))
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = tensors[name][:259].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(folder, "tokenizer of 260 tokens for a model of 259")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_with_the_tensor(folder, bad):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = bad
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(folder, r"model\.layers\.1\.mlp\.up_proj\.weight")
+
+
+def test_rotary_positions_that_nobody_knows_are_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "mystery", "rope_theta": 10000.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    refused(folder, "cannot load")
+
+
+def test_gates_of_another_shape_are_refused(folder):
+    loaded = load(folder, fingerprint="")
+    with pytest.raises(ValueError, match="gates"), head_gates(loaded, torch.ones(2, 3)):
+        pass
+
+
+def test_code_that_is_not_ours_is_never_run_from_an_artifact(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"auto_map": {"AutoModelForCausalLM": "modeling_sspcompile.X"}}))
+    with pytest.raises(ArtifactError, match="not run"):
+        ships_code(tmp_path)
+    ours = Path(modeling_sspcompile.__file__).read_bytes()
+    (tmp_path / "modeling_sspcompile.py").write_bytes(ours)
+    assert ships_code(tmp_path)
+    (tmp_path / "modeling_sspcompile.py").write_bytes(ours + b"\nimport os\n")
+    with pytest.raises(ArtifactError, match="not run"):
+        ships_code(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert not ships_code(tmp_path)
