@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import click
@@ -54,7 +55,8 @@ def main(argv: list[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        _fail("Interrupted; nothing was published.", EXIT_INTERRUPTED)
+        click.echo("Error: Interrupted; nothing was published.", err=True)
+        _exit_interrupted(in_process=argv is not None)
     except MemoryError:
         _fail("Out of memory.", EXIT_FAILURE)
     except OSError as error:
@@ -63,6 +65,19 @@ def main(argv: list[str] | None = None) -> None:
     else:
         # Without standalone mode click returns the code of ctx.exit() instead of raising.
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _exit_interrupted(*, in_process: bool) -> None:
+    """Leave with 130. Everything was cleaned up on the way here.
+
+    Once transformers has loaded a model, something in the process answers the interpreter's ordinary end with SIGINT
+    again, and the shell would see a signal instead of the code; so the program itself ends without that stage.
+    """
+    if in_process:
+        sys.exit(EXIT_INTERRUPTED)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_INTERRUPTED)
 
 
 def _fail(message: str, code: int) -> None:
