@@ -21,7 +21,7 @@ from sspcompile.loaded import LoadedModel, head_gates
 
 CLOSED_SHARE = 1 / 8
 MASKS_PER_UNIT = 4
-FEWEST_MASKS, MOST_MASKS = 64, 1024
+FEWEST_MASKS, MOST_MASKS = 32, 1024
 RIDGES = np.logspace(-3, 2, 11)
 
 

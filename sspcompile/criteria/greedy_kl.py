@@ -1,15 +1,14 @@
 """Greedy backward elimination by divergence from the dense model: interactions between heads count.
 
-Each step closes the unit whose closing raises KL(dense || closed) least, given those already closed. Evaluated in full
-this takes total^2 / 2 measurements. Two bounds keep it affordable:
+Each step closes the unit whose closing raises KL(dense || closed) least, given those already closed. Measuring all
+candidates in every step would take total^2 / 2 measurements. Accelerated greedy (Minoux, Accelerated greedy algorithms
+for maximizing submodular set functions, 1978) needs far fewer: closing more usually makes closing dearer, so a
+candidate's last measured cost is a lower bound. Candidates are measured anew from the lowest bound on, until the best
+new cost is not above the next bound; at least FRESH per step, because units may also cover for one another, and at most
+WINDOW, which bounds the whole.
 
-* Accelerated greedy (Minoux, Accelerated greedy algorithms for maximizing submodular set functions, 1978): as more is
-  closed, closing a unit usually becomes dearer, so its last measured cost is taken for a lower bound. Candidates are
-  measured anew from the cheapest on, until the best new cost is not above the next old one. Because units may also
-  cover for one another, at least FRESH are measured in every step; and at most WINDOW.
-* Models with more than STEPS units close several per step.
-
-With no more than FRESH units this is exact backward elimination. Greedy head removal with the divergence as the cost is
+Models with more than STEPS units close several per step. With no more than FRESH units this is exact backward
+elimination; so it is up to WINDOW units where closing never becomes cheaper. Removing heads greedily by divergence is
 this project's; leave-one-out ablation is Michel et al., arXiv 1905.10650, section 3, and its greedy use section 4.
 """
 
@@ -65,20 +64,20 @@ def eliminate(
     """
     block = -(-total // steps)
     base = 0.0
-    rise = np.array([cost(unit) for unit in range(total)])
-    measured = dict(enumerate(rise.tolist()))  # the rises that hold for what is closed now
+    bound = np.array([cost(unit) for unit in range(total)])
+    measured = dict(enumerate(bound.tolist()))  # the rises that hold for what is closed now
     order: list[int] = []
     costs: list[float] = []
     alive = list(range(total))
     while alive:
-        for place, unit in enumerate(sorted(alive, key=lambda u: (rise[u], u))):
+        for place, unit in enumerate(sorted(alive, key=lambda u: (bound[u], u))):
             best = sorted(measured.values())[:block]
-            settled = place >= max(fresh, block) and best[-1] <= rise[unit]
+            settled = place >= max(fresh, block) and best[-1] <= bound[unit]
             if settled or place >= max(window, 2 * block):
                 break
             if unit not in measured:
                 measured[unit] = cost(unit) - base
-        rise[list(measured)] = list(measured.values())
+        bound[list(measured)] = list(measured.values())
         chosen = sorted(measured, key=lambda u: (measured[u], u))[:block]
         for unit in chosen:
             # Chosen together, but closed one by one, so that each has its own rise.

@@ -89,7 +89,7 @@ _O_PROJ = "summed over a head's columns of o_proj"
 
 
 def _bonsai_passes(units: int) -> Passes:
-    return Passes(1 + min(1024, max(64, 4 * units)))
+    return Passes(1 + min(1024, max(32, 4 * units)))
 
 
 def _greedy_kl_passes(units: int) -> Passes:
@@ -220,7 +220,7 @@ _ALL = (
         "ridge regression of the divergence of random sub-models on the heads that they close",
         "Kolawole et al., arXiv 2402.05406, section 3",
         "an eighth of the heads closed at a time, without a prior, in one round; divergence instead of perplexity",
-        "4 forward passes per head of the model, at least 64 and at most 1024",
+        "4 forward passes per head of the model, at least 32 and at most 1024",
         "bonsai.bonsai", per_prompt=_bonsai_passes, max_prompts=16,
     ),
     Criterion(
