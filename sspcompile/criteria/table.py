@@ -81,7 +81,7 @@ def criterion(name: str) -> Criterion:
     return CRITERIA[name]
 
 
-# Of the modules that are named; they import torch, this one does not. A test compares the two.
+# The methods' own constants, repeated because their modules import torch; a test holds the two together.
 _FISHER_DRAWS, _FISHER_ROUNDS = 4, 4
 _MICHEL = "Michel et al., arXiv 1905.10650"
 _SUBSPACE = "SubspacePath Pruner, ICML 2026, head importance"
