@@ -92,6 +92,11 @@ def o_proj(layer: nn.Module) -> nn.Linear:
     return layer.self_attn.o_proj
 
 
+def input_norm(layer: nn.Module) -> nn.Module:
+    """The module whose positional input is the residual stream before attention, [batch, tokens, hidden]."""
+    return layer.input_layernorm
+
+
 def residual_norm(layer: nn.Module) -> nn.Module:
     """The module whose positional input is the residual stream after attention, [batch, tokens, hidden]."""
     return layer.post_attention_layernorm
