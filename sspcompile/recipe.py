@@ -82,7 +82,7 @@ class Recipe(BaseModel):
     strength: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
     layout: Literal["auto", "uniform", "per-layer"] | None = None
     criterion: str | None = Field(default=None, pattern=NAME_PATTERN)
-    repair: Literal["least-squares", "none"] | None = None
+    repair: Literal["least-squares", "flap-bias", "none"] | None = None
     max_tokens: int | None = Field(default=None, ge=8, le=131072)
     continuation_tokens: int | None = Field(default=None, ge=0, le=4096)
     seed: int | None = Field(default=None, ge=0, lt=2**32)

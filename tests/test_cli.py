@@ -174,6 +174,8 @@ BAD = {
     "unknown criterion": ((*BUILD, "--criterion", "taste"), 2, ("criterion 'taste'", "fisher")),
     "unknown criterion in prepare": (("prepare", "--criterion", "taste"), 2, ("criterion 'taste'", "fisher")),
     "unknown repair": ((*BUILD, "--repair", "glue"), 2, ("--repair", "least-squares")),
+    "repair without a place": ((*BUILD, "--repair", "flap-bias"), 2, ("no bias", "--repair least-squares")),
+    "repair without a place in plan": (("plan", "--repair", "flap-bias"), 2, ("no bias",)),
     "negative seed": ((*BUILD, "--seed", "-1"), 2, ("--seed",)),
     "several options": ((*BUILD, "--keep", "3", "--layout", "x", "--seed", "-1"), 2, ("3 errors",)),
     "budget below the floors": ((*BUILD, "--keep", "0.01"), 3, ("at least one", "nearest feasible value is --keep")),
@@ -507,6 +509,14 @@ def test_second_criterion_is_added_to_a_toolkit_that_is_there(run, tiny, tmp_pat
     assert [done.json["fresh"] for done in (first, second, third)] == [True, False, False]
     assert second.json["criteria"] == third.json["criteria"] == ["fisher", "subspace"]
     assert first.err == second.err == ""
+
+
+def test_flap_bias_goes_the_whole_way_where_o_proj_has_a_bias(run, tmp_path):
+    model = make_checkpoint(tmp_path / "model", Shape(family="qwen3", bias=True))
+    fast = ("--model", model, "--continuation-tokens", "2", "--max-tokens", "32", "--keep", "0.5")
+    done = run(*BUILD, *fast, "--repair", "flap-bias", "--out", "out", "--json", home=tmp_path)
+    assert done.code == 0 and done.json["parity"]["texts_equal"] is True, done.err
+    assert run("verify", "out", home=tmp_path).code == 0
 
 
 def test_interrupted_build_exits_130_and_leaves_nothing(tiny, tmp_path):

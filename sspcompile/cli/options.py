@@ -52,7 +52,8 @@ def build_options(command: Command) -> Command:
             ),
             click.option("--criterion", metavar="[fisher|kl|subspace]", help="Score of the heads (fisher)."),
             click.option(
-                "--repair", metavar="[least-squares|none]", help="Refit o_proj to what is left (least-squares)."
+                "--repair", metavar="[least-squares|flap-bias|none]",
+                help="Refit o_proj to what is left (least-squares), or add FLAP's bias where o_proj has one.",
             ),
             click.option("--max-tokens", type=int, metavar="N", help="Read at most N tokens of each text (512)."),
             click.option(
@@ -88,8 +89,11 @@ def refuse_hopeless(subject: Subject, options: Recipe) -> None:
 
     from sspcompile.compile.layouts import choose
     from sspcompile.prepare.importance import criterion
+    from sspcompile.slicing.repair import demand_bias
 
     criterion(options.criterion or "")
+    if options.repair == "flap-bias":
+        demand_bias(subject.checkpoint.geometry)
     if options.keep is not None:
         g = subject.checkpoint.geometry
         # Whether a budget is feasible follows from the counts alone, whatever the scores are.

@@ -40,7 +40,7 @@ from sspcompile.report import write_report
 from sspcompile.scenario import Scenario
 from sspcompile.slicing.parity import Parity, compare, demand, unchanged_tensors
 from sspcompile.slicing.plan import SlicePlan, make_plan, plan_json
-from sspcompile.slicing.repair import MIN_PROMPTS
+from sspcompile.slicing.repair import MIN_PROMPTS, demand_bias
 from sspcompile.slicing.write import write_model
 from sspcompile.workspace import MASK, MODEL, PLAN, PROBES, RECIPE, Workspace
 
@@ -57,6 +57,8 @@ def build(
         raise CheckpointError(
             f"{subject.name} holds a configuration without weights.", hint="`sspcompile plan` works without them."
         )
+    if options.repair == "flap-bias":
+        demand_bias(subject.checkpoint.geometry)
     with staged(out, overwrite=overwrite) as folder:
         loaded = subject.load()
         toolkit, _ = toolkit_for(subject, loaded, options, workspace, progress, [options.criterion or ""])
@@ -70,11 +72,7 @@ def build(
         outcome = Outcome(
             folder=out, subject=subject, options=options, compiled=compiled, decision=decision, mask=mask, plan=plan,
             parity=parity, baselines=_baselines(judge, compiled, toolkit, decision.chosen, subject),
-            evidence={
-                "fit": len(judge.evidence.fit), "held": len(judge.evidence.held),
-                "own_fit": judge.evidence.own_fit, "own_held": judge.evidence.own_held,
-            },
-            toolkit=toolkit,
+            evidence=judge.evidence.counts(), toolkit=toolkit,
         )
         _describe(folder, outcome, progress)
     workspace.remember(out)
@@ -87,7 +85,7 @@ def _judge(
     return Judge(
         loaded, evidence_for(compiled, options), max_tokens=options.max_tokens or 0,
         new_tokens=options.continuation_tokens or 0, seed=options.seed or 0,
-        repair=options.repair == "least-squares", dtype=_weight_dtype(subject), progress=progress,
+        repair=options.repair or "none", dtype=_weight_dtype(subject), progress=progress,
     )
 
 
@@ -143,7 +141,7 @@ def _baselines(
 
     def at_this_budget(name: str, values: np.ndarray) -> Divergence:
         choice = choose(values, kv_heads, compiled.keep, chosen.layout)
-        return judge.candidate(chosen.layout, choice, name=name).final
+        return judge.candidate(chosen.layout, choice, name=name).final.judge
 
     random = [
         at_this_budget(f"random {n}", random_first_layer(compiled.merit.shape, judge.seed + n))
