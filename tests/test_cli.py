@@ -174,6 +174,11 @@ BAD = {
     "unknown criterion": ((*BUILD, "--criterion", "taste"), 2, ("criterion 'taste'", "fisher")),
     "unknown criterion in prepare": (("prepare", "--criterion", "taste"), 2, ("criterion 'taste'", "fisher")),
     "unknown repair": ((*BUILD, "--repair", "glue"), 2, ("--repair", "least-squares")),
+    "unknown part": ((*BUILD, "--without", "luck"), 2, (r"--without\[0\]", "'mixing'")),
+    "unknown source of importance": ((*BUILD, "--importance-from", "stars"), 2, ("--importance-from", "'prompts'")),
+    "importance from no prompts": (
+        (*BUILD, "--importance-from", "prompts"), 2, ("has none of its own", "--importance-from domains")
+    ),
     "repair without a place": ((*BUILD, "--repair", "flap-bias"), 2, ("no bias", "--repair least-squares")),
     "repair without a place in plan": (("plan", "--repair", "flap-bias"), 2, ("no bias",)),
     "negative seed": ((*BUILD, "--seed", "-1"), 2, ("--seed",)),

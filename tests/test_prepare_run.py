@@ -144,8 +144,9 @@ def test_every_criterion_in_one_run_and_one_added_later(model, toolkit):
     assert (whole.importance["subspace"] <= 1).all() and (whole.importance["subspace-probe"] <= 1).all()
     fewer = prepare(model, pools(10), outside(), continuation_tokens=2)
     for name in ("kl", "subspace"):
-        added = with_importance(fewer, name, importance_by_domain(model, fewer, pools(10), name))
+        added = with_importance(fewer, name, *importance_by_domain(model, fewer, pools(10), name))
         np.testing.assert_allclose(added.importance[name], whole.importance[name], rtol=1e-4, atol=1e-7)
+        np.testing.assert_allclose(added.spread[name], whole.spread[name], rtol=1e-3, atol=1e-5)
     with pytest.raises(InputError, match="changed"):
         importance_by_domain(model, fewer, pools(11), "kl")
 

@@ -57,7 +57,7 @@ def build(
     from sspcompile.pipeline.compiling import open_subject
 
     subject = open_subject(options.model)
-    refuse_hopeless(subject, options)
+    refuse_hopeless(read, subject, options)
     if dry_run:
         as_data = json.dumps(options.model_dump(mode="json", exclude_none=True), indent=1) + "\n"
         click.echo(as_data if as_json else dump_recipe(options), nl=False)

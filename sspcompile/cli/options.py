@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 BUILD_OPTIONS = (
-    "model", "keep", "strength", "layout", "criterion", "repair", "max_tokens", "continuation_tokens", "seed"
+    "model", "keep", "strength", "layout", "criterion", "importance_from", "repair", "without", "max_tokens",
+    "continuation_tokens", "seed",
 )  # fmt: skip
 
 scenario_option = click.option(
@@ -52,8 +53,16 @@ def build_options(command: Command) -> Command:
             ),
             click.option("--criterion", metavar="[fisher|kl|subspace]", help="Score of the heads (fisher)."),
             click.option(
+                "--importance-from", metavar="[domains|prompts|auto]",
+                help="Score heads by the domains' cached importance, on the scenario's own prompts, or by both (auto).",
+            ),
+            click.option(
                 "--repair", metavar="[least-squares|flap-bias|none]",
                 help="Refit o_proj to what is left (least-squares), or add FLAP's bias where o_proj has one.",
+            ),
+            click.option(
+                "--without", multiple=True, metavar="[whitelist|mixing|scenario|calibration]",
+                help="Switch a part of the method off, to see what it is worth; may be repeated.",
             ),
             click.option("--max-tokens", type=int, metavar="N", help="Read at most N tokens of each text (512)."),
             click.option(
@@ -79,19 +88,22 @@ def request(scenario: str | None, given: Mapping[str, Any]) -> tuple[Scenario, R
             hint='Type --scenario "A helpdesk for questions about chemistry", or see `sspcompile recipe ls`.',
         )
     read, recipe = read_scenario(scenario)
-    command_line = {name: given[name] for name in BUILD_OPTIONS}
+    # click gives an empty tuple for a repeatable option that was not typed.
+    command_line = {name: None if given[name] == () else given[name] for name in BUILD_OPTIONS}
     return read, resolve(recipe or as_recipe(read), command_line=command_line, environment=os.environ)
 
 
-def refuse_hopeless(subject: Subject, options: Recipe) -> None:
+def refuse_hopeless(scenario: Scenario, subject: Subject, options: Recipe) -> None:
     """Refuse before any heavy work what would be refused after it. Raises InputError or BudgetError."""
     import numpy as np
 
     from sspcompile.compile.layouts import choose
+    from sspcompile.pipeline.scoring import demand_prompts
     from sspcompile.prepare.importance import criterion
     from sspcompile.slicing.repair import demand_bias
 
     criterion(options.criterion or "")
+    demand_prompts(scenario, options)
     if options.repair == "flap-bias":
         demand_bias(subject.checkpoint.geometry)
     if options.keep is not None:

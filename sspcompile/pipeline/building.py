@@ -15,7 +15,6 @@ from sspcompile.checkpoint import staged, write_manifest
 from sspcompile.compile.budget import merit
 from sspcompile.compile.layouts import choose
 from sspcompile.compile.mask import HeadMask, dump_mask
-from sspcompile.compile.mixture import head_scores
 from sspcompile.domains import load_pools, pools_fingerprint
 from sspcompile.errors import CheckpointError, ParityError
 from sspcompile.loaded import LoadedModel
@@ -34,6 +33,7 @@ from sspcompile.pipeline.compiling import (
 from sspcompile.pipeline.judging import Candidate, Judge, decide, random_first_layer
 from sspcompile.pipeline.outcome import Outcome
 from sspcompile.pipeline.reporting import report_of
+from sspcompile.pipeline.scoring import score_heads
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.recipe import Recipe, dump_recipe
 from sspcompile.report import write_report
@@ -62,16 +62,16 @@ def build(
     with staged(out, overwrite=overwrite) as folder:
         loaded = subject.load()
         toolkit, _ = toolkit_for(subject, loaded, options, workspace, progress, [options.criterion or ""])
-        compiled = compile_scenario(scenario, options, toolkit, loaded)
+        compiled = compile_scenario(scenario, options, toolkit, loaded, progress)
         choices = choices_for(compiled, subject, options.layout or "auto")
         judge = _judge(loaded, subject, compiled, options, progress)
         decision = decide({layout: judge.candidate(layout, choice) for layout, choice in choices.items()})
-        mask = mask_of(compiled, subject, toolkit, decision.chosen.choice, decision.chosen.layout)
+        mask = mask_of(compiled, subject, decision.chosen.choice, decision.chosen.layout)
         plan = make_plan(subject.checkpoint, mask)
         parity = _write_and_prove(folder, subject, loaded, mask, plan, decision.chosen, judge, progress)
         outcome = Outcome(
             folder=out, subject=subject, options=options, compiled=compiled, decision=decision, mask=mask, plan=plan,
-            parity=parity, baselines=_baselines(judge, compiled, toolkit, decision.chosen, subject),
+            parity=parity, baselines=_baselines(judge, compiled, options, toolkit, decision.chosen),
             evidence=judge.evidence.counts(), toolkit=toolkit,
         )
         _describe(folder, outcome, progress)
@@ -134,10 +134,10 @@ def _probe_ids(judge: Judge) -> list[list[int]]:
 
 
 def _baselines(
-    judge: Judge, compiled: Compiled, toolkit: Toolkit, chosen: Candidate, subject: Subject
+    judge: Judge, compiled: Compiled, options: Recipe, toolkit: Toolkit, chosen: Candidate
 ) -> dict[str, Divergence]:
-    """What else could have been cut at this budget and in this layout, with the same repair."""
-    kv_heads = subject.checkpoint.geometry.kv_heads
+    """What else could have been cut at this budget and in this layout, from the same texts and with the same repair."""
+    kv_heads = judge.loaded.geometry.kv_heads
 
     def at_this_budget(name: str, values: np.ndarray) -> Divergence:
         choice = choose(values, kv_heads, compiled.keep, chosen.layout)
@@ -149,11 +149,11 @@ def _baselines(
     ]
     found = {f"random, first layer kept ({BASELINE_SEEDS}x)": average(random, seed=judge.seed)}
     free = toolkit.importance[compiled.criterion].mean(-1)
-    found["domain-free mask"] = at_this_budget("domain-free", merit(free, toolkit.whitelist))
+    found["domain-free mask"] = at_this_budget("domain-free", merit(free, compiled.whitelist))
     for name in STANDARD_CRITERIA:
         if name != compiled.criterion:
-            scores = head_scores(toolkit, name, compiled.mixture)
-            found[f"criterion {name}"] = at_this_budget(name, merit(scores, toolkit.whitelist))
+            scores = score_heads(compiled.scenario, compiled.used, options, toolkit, judge.loaded, name)
+            found[f"criterion {name}"] = at_this_budget(name, merit(scores.values, compiled.whitelist))
     return found
 
 

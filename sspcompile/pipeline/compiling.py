@@ -14,11 +14,12 @@ from sspcompile.checkpoint.locate import EMBEDDED
 from sspcompile.compile.budget import keep_from_strength, merit
 from sspcompile.compile.layouts import Choice, choose
 from sspcompile.compile.mask import HeadMask, Layout, kept_of
-from sspcompile.compile.mixture import Mixture, given_mixture, head_scores, mixture_of
+from sspcompile.compile.mixture import Mixture, ablated, given_mixture, mixture_of
 from sspcompile.domains import DomainPool, load_outside, load_pools, pools_fingerprint
 from sspcompile.errors import ToolkitError, UnsupportedModelError
 from sspcompile.loaded import LoadedModel, load
 from sspcompile.pipeline.evidence import Evidence, fit_part, gather
+from sspcompile.pipeline.scoring import HeadScores, score_heads
 from sspcompile.prepare.importance import criterion
 from sspcompile.prepare.text import TEXT_VERSION
 from sspcompile.prepare.toolkit import Toolkit
@@ -56,14 +57,21 @@ class Subject:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A scenario read through a toolkit: what it is made of and what every head is worth to it."""
+    """A scenario read through a toolkit: what it is made of and what every head is worth to it.
+
+    `mixture` is what was measured; `used` is what scored the heads, and differs only where a part of the method is
+    switched off (`without`). `merit` is [layers, heads], `whitelist` bool [layers, heads].
+    """
 
     scenario: Scenario
     mixture: Mixture
-    scores: np.ndarray
+    used: Mixture
+    scores: HeadScores
+    whitelist: np.ndarray
     merit: np.ndarray
     keep: float
     criterion: str
+    without: tuple[str, ...]
 
 
 def open_subject(model: str | None) -> Subject:
@@ -97,8 +105,8 @@ def toolkit_for(
         )
     missing = [name for name in criteria if name not in toolkit.importance]
     for name in missing:
-        array = preparing.importance_by_domain(loaded, toolkit, pools, name, progress)
-        toolkit = preparing.with_importance(toolkit, name, array)
+        mean, spread = preparing.importance_by_domain(loaded, toolkit, pools, name, progress)
+        toolkit = preparing.with_importance(toolkit, name, mean, spread)
     if fresh or missing:
         preparing.save(toolkit, folder)
     return toolkit, fresh
@@ -115,7 +123,7 @@ def _stored(folder: Path, subject: Subject, options: Recipe, pools: Sequence[Dom
 
     Raises ToolkitError when the folder holds one that is damaged or of another model.
     """
-    if not folder.exists():
+    if not folder.exists() or preparing.is_outdated(folder):
         return None
     toolkit = preparing.load(folder, fingerprint=subject.fingerprint)
     wanted = {
@@ -126,27 +134,42 @@ def _stored(folder: Path, subject: Subject, options: Recipe, pools: Sequence[Dom
     return toolkit if all(toolkit.meta.get(key) == value for key, value in wanted.items()) else None
 
 
-def compile_scenario(scenario: Scenario, options: Recipe, toolkit: Toolkit, loaded: LoadedModel) -> Compiled:
-    """Read a scenario through the toolkit: one forward pass over its text, then arithmetic."""
+def compile_scenario(
+    scenario: Scenario, options: Recipe, toolkit: Toolkit, loaded: LoadedModel, progress: Progress | None = None
+) -> Compiled:
+    """Read a scenario through the toolkit: one forward pass over its text, then arithmetic.
+
+    Where the scenario's own prompts score heads too (`importance_from`), the passes of the criterion come on top.
+    """
     name = options.criterion or ""
     if name not in toolkit.importance:
         raise ToolkitError(
             f"The toolkit has no {name} importance.", hint=f"Run `sspcompile prepare --criterion {name}`."
         )
-    if scenario.domains is not None:
-        mixture = given_mixture(toolkit, scenario.domains, source=scenario.name)
-    else:
-        texts = scenario.prompts or (scenario.text or "",)
-        mixture = mixture_of(toolkit, preparing.features(loaded, texts, options.max_tokens or 0))
-    scores = head_scores(toolkit, name, mixture)
+    without = options.without or ()
+    mixture = _mixture(scenario, options, toolkit, loaded)
+    used = ablated(mixture, without)
+    scores = score_heads(scenario, used, options, toolkit, loaded, name, progress)
+    whitelist = toolkit.whitelist & ("whitelist" not in without)
     keep = options.keep if options.keep is not None else keep_from_strength(options.strength or 0.0, mixture.breadth)
-    return Compiled(scenario, mixture, scores, merit(scores, toolkit.whitelist), keep, name)
+    return Compiled(
+        scenario=scenario, mixture=mixture, used=used, scores=scores, whitelist=whitelist,
+        merit=merit(scores.values, whitelist), keep=keep, criterion=name, without=without,
+    )
 
 
-def mask_of(compiled: Compiled, subject: Subject, toolkit: Toolkit, choice: Choice, layout: Layout) -> HeadMask:
+def _mixture(scenario: Scenario, options: Recipe, toolkit: Toolkit, loaded: LoadedModel) -> Mixture:
+    if scenario.domains is not None:
+        return given_mixture(toolkit, scenario.domains, source=scenario.name)
+    texts = scenario.prompts or (scenario.text or "",)
+    found = preparing.features(loaded, texts, options.max_tokens or 0)
+    return mixture_of(toolkit, found, calibrated="calibration" not in (options.without or ()))
+
+
+def mask_of(compiled: Compiled, subject: Subject, choice: Choice, layout: Layout) -> HeadMask:
     """The mask as a value that can be saved; whitelisted heads are those which the choice kept."""
     g = subject.checkpoint.geometry
-    kept = np.argwhere(toolkit.whitelist & choice.kept)
+    kept = np.argwhere(compiled.whitelist & choice.kept)
     return HeadMask(
         model=subject.fingerprint,
         layers=g.layers,
@@ -156,10 +179,13 @@ def mask_of(compiled: Compiled, subject: Subject, toolkit: Toolkit, choice: Choi
         layout=layout,
         keep_requested=compiled.keep,
         keep_achieved=choice.ratio,
-        scores=tuple(tuple(float(f"{score:.6g}") for score in row) for row in compiled.scores),
+        scores=tuple(tuple(float(f"{score:.6g}") for score in row) for row in compiled.scores.values),
         whitelist=tuple((int(layer), int(head)) for layer, head in kept),
         criterion=compiled.criterion,
-        scenario={"name": compiled.scenario.name, "source": compiled.scenario.source, **compiled.mixture.as_mapping()},
+        scenario={
+            "name": compiled.scenario.name, "source": compiled.scenario.source, **compiled.mixture.as_mapping(),
+            "importance": compiled.scores.as_mapping(), "without": list(compiled.without),
+        },
     )
 
 

@@ -73,12 +73,11 @@ def gather(prompts: Sequence[str], mixture: Mixture, pools: Sequence[DomainPool]
     held = ([text for text in part if text not in learned] for part in split(tuple(dict.fromkeys(prompts)))[1:])
     own_fit, (own_guard, own_judge) = own_fit_part(prompts), (tuple(part) for part in held)
     own_guard, own_judge = _thinned(own_guard, OWN_GUARD_PROMPTS), _thinned(own_judge, OWN_JUDGE_PROMPTS)
-    weights = (1 - mixture.unknown) * mixture.weights + mixture.unknown / len(mixture.weights)
     rng = np.random.default_rng(seed)
 
     def fill(part: int, have: int, wanted: int) -> tuple[str, ...]:
         drawn: list[str] = []
-        for share, pool in zip(_shares(weights, wanted - have), pools, strict=True):
+        for share, pool in zip(_shares(mixture.parts, wanted - have), pools, strict=True):
             texts = [text for text in split(pool.prompts)[part] if text not in own]
             drawn += [texts[index] for index in np.sort(rng.permutation(len(texts))[:share])]
         return tuple(drawn)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from sspcompile.compile.mask import HeadMask
 from sspcompile.measure.quality import Divergence, compare_divergences
 from sspcompile.pipeline.outcome import Outcome
+from sspcompile.pipeline.scoring import HeadScores
 from sspcompile.report.build import quality_row
 from sspcompile.report.model import (
     BudgetSection,
@@ -151,6 +152,9 @@ def _notes(outcome: Outcome) -> Iterator[str]:
         f"{e['guard']} others ({e['own_guard']} own); judged on {e['judge']} that decided nothing ({e['own_judge']} "
         "own). The rest are domain pool prompts in the proportion of the mixture."
     )
+    yield _importance(outcome.compiled.scores)
+    if outcome.compiled.without:
+        yield f"Switched off with --without: {', '.join(outcome.compiled.without)}."
     unknown = outcome.compiled.mixture.unknown
     if unknown > 0.5:
         yield (
@@ -160,6 +164,17 @@ def _notes(outcome: Outcome) -> Iterator[str]:
     calibration = outcome.toolkit.meta.get("calibration", {})
     for regime in calibration.get("uncalibrated", []):
         yield f"The probes are not calibrated for the {regime} regime."
+
+
+def _importance(scores: HeadScores) -> str:
+    if scores.source == "domains":
+        return "Heads were scored by the domains' cached importance, mixed in the proportion of the scenario."
+    if scores.source == "prompts":
+        return f"Heads were scored on {scores.prompts} of the scenario's own prompts alone."
+    return (
+        f"Heads were scored by the domains' cached importance and on {scores.prompts} of the scenario's own prompts, "
+        f"which had a weight of {scores.prompt_weight:.0%}."
+    )
 
 
 def _command() -> str:

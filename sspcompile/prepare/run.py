@@ -14,6 +14,7 @@ from sspcompile.errors import InputError
 from sspcompile.loaded import LoadedModel
 from sspcompile.prepare import axes, calibration, importance, probes
 from sspcompile.prepare.capture import features
+from sspcompile.prepare.direct import spread_by_domain
 from sspcompile.prepare.text import (
     CONTINUATION_TOKENS,
     MAX_TOKENS,
@@ -79,8 +80,8 @@ def prepare(
     per_prompt = {
         name: _measure(loaded, name, texts, labels, unit, seed, report) for name in dict.fromkeys(criteria)
     }
-    first, first_labels = per_prompt[criteria[0]]
-    confirmed = whitelist(importance.own_axis(first, first_labels), first_labels)
+    per_prompt = {name: (importance.own_axis(values, rows), rows) for name, (values, rows) in per_prompt.items()}
+    confirmed = whitelist(*per_prompt[criteria[0]])
     meta = _versions() | {
         "seed": seed, "text_version": TEXT_VERSION, "max_tokens": max_tokens,
         "continuation_tokens": continuation_tokens, "pools_fingerprint": pools_fingerprint(pools),
@@ -106,6 +107,7 @@ def prepare(
         importance={
             name: _f32(importance.by_domain(values, rows, len(pools))) for name, (values, rows) in per_prompt.items()
         },
+        spread={name: _f32(spread_by_domain(values, rows, len(pools))) for name, (values, rows) in per_prompt.items()},
         whitelist_p=_f32(confirmed.p), whitelist=confirmed.chosen, meta=meta,
     )
     check(toolkit)
@@ -114,8 +116,9 @@ def prepare(
 
 def importance_by_domain(
     loaded: LoadedModel, toolkit: Toolkit, pools: Sequence[DomainPool], name: str, progress: Progress | None = None
-) -> np.ndarray:
-    """One more criterion for an existing toolkit, [L, H, K], measured as `prepare` would have; see `with_importance`.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Importance and spread of one more criterion for an existing toolkit, [L, H, K] each, as `prepare` would have
+    measured them; see `with_importance`.
 
     Raises InputError when `pools` are not those that the toolkit was prepared with.
     """
@@ -129,7 +132,8 @@ def importance_by_domain(
     unit = importance.probe_directions(toolkit.probe_weight, toolkit.feature_scale)
     labels = corpus.labels[corpus.prompt_rows]
     values, rows = _measure(loaded, name, texts, labels, unit, toolkit.meta["seed"], progress or _silent)
-    return _f32(importance.by_domain(values, rows, len(pools)))
+    own = importance.own_axis(values, rows)
+    return _f32(importance.by_domain(own, rows, len(pools))), _f32(spread_by_domain(own, rows, len(pools)))
 
 
 def _validate(pools: Sequence[DomainPool], criteria: Sequence[str]) -> None:
