@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,13 +12,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from test_prepare_tools import DOMAINS, outside, pool_of, pools, tiny
 
-from sspcompile.compile.mixture import Mixture, ablated, head_scores
+from sspcompile.compile.mixture import Mixture, ablated, head_scores, mixture_of
 from sspcompile.compile.shrinkage import shrink
+from sspcompile.domains import load_outside, load_pools
 from sspcompile.errors import ScenarioError
 from sspcompile.pipeline.compiling import Compiled, compile_scenario
-from sspcompile.pipeline.evidence import own_fit_part
+from sspcompile.pipeline.evidence import fit_part, own_fit_part, split
 from sspcompile.pipeline.scoring import score_heads
-from sspcompile.prepare import importance_of, prepare
+from sspcompile.prepare import features, importance_of, prepare
 from sspcompile.prepare.direct import relative_variance, spread_by_domain
 from sspcompile.recipe import Recipe, resolve
 from sspcompile.scenario import Scenario, as_recipe
@@ -210,3 +212,36 @@ def test_without_the_scenario_its_prompts_do_not_count_either(model, toolkit):
     options = options_for(read, without=("scenario",))
     used = ablated(compiled(model, toolkit, read).mixture, options.without)
     assert score_heads(read, used, options, toolkit, model, "subspace").source == "domains"
+
+
+# --- Scenarios that fit no domain ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lone(embedded):
+    """A toolkit of the embedded model that has seen one of the two outside subjects, and no held-out text."""
+    return prepare(
+        embedded, fit_part(load_pools()), load_outside()[:1], criteria=("fisher-greedy",), continuation_tokens=0
+    )
+
+
+def test_text_of_an_unseen_subject_is_less_known_than_unseen_text_of_the_domains(embedded, lone):
+    def unknown(texts) -> float:
+        return mixture_of(lone, features(embedded, texts)).unknown
+
+    held = [[*guard, *judge] for _, guard, judge in (split(pool.prompts) for pool in load_pools())]
+    known, foreign = [unknown(texts) for texts in held], unknown(load_outside()[1].prompts)
+    assert foreign > np.mean(known) + 0.1 and foreign > max(known), (foreign, known)
+
+
+def test_calibration_is_measured_on_text_that_did_not_fit_it_and_helps_where_probes_are_too_sure(lone):
+    facts = lone.meta["calibration"]
+    assert set(facts) == {"single", "cross", "outside", "uncalibrated"}
+    assert facts["cross"]["ece_after"] < facts["cross"]["ece_before"]
+    assert all(0 <= facts[regime]["ece_after"] < 0.5 for regime in ("single", "cross", "outside"))
+
+
+def test_a_mixture_says_when_it_fits_no_domain():
+    low, high = (replace(MIXTURE, unknown=share) for share in (0.2, 0.6))
+    assert not low.is_unknown and high.is_unknown
+    assert high.as_mapping()["fits_no_domain"] is True and high.as_mapping()["unknown"] == 0.6

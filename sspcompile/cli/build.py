@@ -16,6 +16,7 @@ from sspcompile.cli.options import (
     quiet_option,
     refuse_hopeless,
     request,
+    warn_unknown,
 )
 
 # What a build prints by itself; the whole report is in the files, or printed with --verbose.
@@ -67,6 +68,7 @@ def build(
 
     with stages(quiet) as progress:
         outcome = run(read, options, subject, out, workspace, progress, overwrite=overwrite)
+    warn_unknown(outcome.compiled.mixture)
     from sspcompile.cli.tables import print_report
     from sspcompile.pipeline.reporting import report_of
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from sspcompile.compile.mixture import Mixture
     from sspcompile.pipeline.compiling import Subject
     from sspcompile.recipe import Recipe
     from sspcompile.scenario import Scenario
@@ -110,6 +111,16 @@ def refuse_hopeless(scenario: Scenario, subject: Subject, options: Recipe) -> No
         g = subject.checkpoint.geometry
         # Whether a budget is feasible follows from the counts alone, whatever the scores are.
         choose(np.ones((g.layers, g.heads)), g.kv_heads, options.keep, "per-layer")
+
+
+def warn_unknown(mixture: Mixture) -> None:
+    """Say on stderr that a scenario fits no domain well, and what was done about it."""
+    if mixture.is_unknown:
+        click.echo(
+            f"Warning: {mixture.unknown:.0%} of this scenario fits no known domain "
+            f"({', '.join(mixture.domains)}); for that share heads are scored by the domain-free average.",
+            err=True,
+        )
 
 
 def here() -> Path:

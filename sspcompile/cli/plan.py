@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sspcompile.cli.options import build_options, here, json_option, quiet_option, refuse_hopeless, request
+from sspcompile.cli.options import (
+    build_options,
+    here,
+    json_option,
+    quiet_option,
+    refuse_hopeless,
+    request,
+    warn_unknown,
+)
 
 if TYPE_CHECKING:
     from sspcompile.pipeline.compiling import Subject
@@ -81,6 +89,7 @@ def _by_scenario(read: Scenario, subject: Subject, options: Recipe, quiet: bool)
         loaded = subject.load()
         toolkit, _ = toolkit_for(subject, loaded, options, Workspace(here()), progress, [options.criterion or ""])
         compiled = compile_scenario(read, options, toolkit, loaded, progress)
+    warn_unknown(compiled.mixture)
     choices = choices_for(compiled, subject, options.layout or "auto")
     masks = [mask_of(compiled, subject, choice, layout) for layout, choice in choices.items()]
     return [make_plan(subject.checkpoint, mask) for mask in masks]

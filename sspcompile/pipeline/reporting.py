@@ -155,12 +155,6 @@ def _notes(outcome: Outcome) -> Iterator[str]:
     yield _importance(outcome.compiled.scores)
     if outcome.compiled.without:
         yield f"Switched off with --without: {', '.join(outcome.compiled.without)}."
-    unknown = outcome.compiled.mixture.unknown
-    if unknown > 0.5:
-        yield (
-            f"No domain explains {unknown:.0%} of this scenario; for that share the domain-free average of the scores "
-            "was used."
-        )
     calibration = outcome.toolkit.meta.get("calibration", {})
     for regime in calibration.get("uncalibrated", []):
         yield f"The probes are not calibrated for the {regime} regime."

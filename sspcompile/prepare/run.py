@@ -203,18 +203,28 @@ def _calibrate(
     """Temperatures on text that the probes were not trained on: held-out rows, joined pairs of them, outside pools."""
     targets = np.eye(fitted.weight.shape[1])
     rows = np.flatnonzero(held_out & ~corpus.is_description)
-    fits = {"single": calibration.fit_regime(fitted.logits(found[rows]), targets[corpus.labels[rows]])}
-    pairs = calibration.cross_pairs(corpus.labels, rows, CROSS_PER_PAIR, seed)
+    folds = calibration.folds_of(corpus.labels[rows], seed)
+    fits = {"single": calibration.fit_regime(fitted.logits(found[rows]), targets[corpus.labels[rows]], folds)}
+    # Pairs are made inside a fold: a prompt in two folds would let a temperature be judged on what fitted it.
+    by_fold = [
+        calibration.cross_pairs(corpus.labels, rows[folds == fold], CROSS_PER_PAIR // calibration.FOLDS, seed)
+        for fold in range(calibration.FOLDS)
+    ]
+    pairs = [pair for fold in by_fold for pair in fold]
     joined = features(
         loaded, [f"{corpus.texts[a]} {corpus.texts[b]}" for a, b in pairs], max_tokens, _stage(report, "cross text")
     )
     both = np.array([targets[corpus.labels[a]] + targets[corpus.labels[b]] for a, b in pairs])
-    fits["cross"] = calibration.fit_regime(fitted.logits(joined), both)
+    pair_folds = np.repeat(range(calibration.FOLDS), [len(fold) for fold in by_fold])
+    fits["cross"] = calibration.fit_regime(fitted.logits(joined), both, pair_folds)
     other = [prompt for pool in outside for prompt in pool.prompts]
     if other:
         foreign = features(loaded, other, max_tokens, _stage(report, "outside text"))
         none = np.zeros((len(other), len(targets)))
-        fits["outside"] = calibration.fit_regime(fitted.logits(foreign), none)
+        # Judged on subjects that did not fit it, where there are two; unknown text is of yet another subject.
+        subjects = np.repeat(range(len(outside)), [len(pool.prompts) for pool in outside])
+        outside_folds = subjects if len(outside) > 1 else calibration.folds_of(subjects, seed)
+        fits["outside"] = calibration.fit_regime(fitted.logits(foreign), none, outside_folds)
     return fits
 
 
