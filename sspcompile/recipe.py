@@ -44,9 +44,10 @@ DEFAULT_KEEP = 0.5
 OPTIONS_HINT = "See `sspcompile build --help`; --keep lies in (0, 1], --strength in [0, 1]."
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-# What `--without` switches off, to see what it is worth: `whitelist` (no head is kept by privilege), `mixing` (the top
-# domain alone), `scenario` (all domains alike, whatever the scenario), `calibration` (probes at temperature 1).
-Part = Literal["whitelist", "mixing", "scenario", "calibration"]
+# What `--without` switches off, to see what it is worth: `axes` (no selection: every pool is a domain), `whitelist` (no
+# head is kept by privilege), `mixing` (the top domain alone), `scenario` (all domains alike, whatever the scenario),
+# `calibration` (probes at temperature 1).
+Part = Literal["axes", "whitelist", "mixing", "scenario", "calibration"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 
@@ -79,7 +80,8 @@ class Recipe(BaseModel):
     `keep`: kept query heads / all query heads, an upper bound. `strength`: how hard to cut, from 0 (keep all); it
     becomes a keep ratio once the breadth of the scenario is known. They exclude each other. `importance_from`: whether
     heads are scored by the domains' cached importance, on the scenario's own prompts, or by both where there are any.
-    `without`: parts of the method that are switched off.
+    `without`: parts of the method that are switched off. `pools`: a folder of domain pools beside the shipped ones.
+    `axes`: how many of all pools become domains; None for the shipped six and those of `pools`.
     `model`: a folder or a hub name, None for the embedded model. `continuation_tokens`: how many tokens the model
     writes after each prompt when heads are scored.
     """
@@ -94,6 +96,8 @@ class Recipe(BaseModel):
     keep: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
     strength: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
     layout: Literal["auto", "uniform", "per-layer"] | None = None
+    pools: Text | None = None
+    axes: int | None = Field(default=None, ge=2, le=1000)
     criterion: str | None = Field(default=None, pattern=NAME_PATTERN)
     importance_from: Literal["domains", "prompts", "auto"] | None = None
     repair: Literal["least-squares", "flap-bias", "none"] | None = None
@@ -177,7 +181,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def resolve(recipe: Recipe | None, *, command_line: Mapping[str, Any], environment: Mapping[str, str]) -> Recipe:
-    """The recipe with every build option settled; only `model` may stay None (the embedded model).
+    """The recipe with every build option settled; only `model` (the embedded one), `pools` and `axes` may stay None.
 
     `command_line` maps option names (`keep`, `max_tokens`, ...) to values; None means not given. Without a recipe
     it must also carry `name` and `scenario` (see `scenario.as_recipe` for the other way). Raises RecipeError that

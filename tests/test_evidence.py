@@ -9,7 +9,8 @@ import pytest
 
 from sspcompile.compile.layouts import Choice
 from sspcompile.compile.mixture import Mixture
-from sspcompile.domains import DomainPool
+from sspcompile.domains import DomainPool, load_outside, load_pools
+from sspcompile.errors import InputError
 from sspcompile.measure.quality import Divergence
 from sspcompile.pipeline.evidence import (
     FIT_PROMPTS,
@@ -23,6 +24,9 @@ from sspcompile.pipeline.evidence import (
     split,
 )
 from sspcompile.pipeline.judging import Candidate, Figures, decide
+from sspcompile.pipeline.pools import pools_of, pools_suffix
+from sspcompile.recipe import Recipe, resolve
+from sspcompile.scenario import as_recipe, read_scenario
 from sspcompile.slicing.repair import Repair
 
 NAMES = ("a", "b", "c")
@@ -113,3 +117,28 @@ def test_one_unlucky_guard_text_does_not_drop_a_repair_but_too_few_texts_do():
     assert candidate("uniform", Figures(divergence(*[0.2] * 13), GOOD), Figures(mended, GOOD)).keeps_repair
     few = candidate("uniform", Figures(divergence(0.2, 0.2, 0.2), GOOD), Figures(divergence(0.1, 0.1, 0.5), GOOD))
     assert not few.keeps_repair
+
+
+def recipe(**options) -> Recipe:
+    read, _ = read_scenario("no scenario")
+    return resolve(as_recipe(read), command_line=options, environment={})
+
+
+def test_without_a_word_about_axes_the_shipped_domains_are_the_domains():
+    given = pools_of(recipe())
+    assert given.candidates == load_pools() and given.outside == load_outside() and given.axes is None
+    assert pools_suffix(recipe()) == ""
+
+
+def test_axes_make_every_pool_a_candidate_and_an_ablation_makes_every_pool_a_domain():
+    every = {pool.name for pool in (*load_pools(), *load_outside())}
+    some, whole = pools_of(recipe(axes=4)), pools_of(recipe(axes=4, without=("axes",)))
+    assert {pool.name for pool in some.candidates} == {pool.name for pool in whole.candidates} == every
+    assert (some.axes, whole.axes) == (4, None) and some.outside == whole.outside == ()
+    suffixes = {pools_suffix(recipe(**how)) for how in ({}, {"axes": 4}, {"axes": 5}, {"without": ("axes",)})}
+    assert len(suffixes) == 4
+
+
+def test_more_axes_than_pools_are_refused():
+    with pytest.raises(InputError, match=r"--axes 900 asks for more.*--pools DIR"):
+        pools_of(recipe(axes=900))

@@ -147,6 +147,8 @@ options = st.fixed_dictionaries(
         "model": texts,
         "layout": st.sampled_from(["auto", "uniform", "per-layer"]),
         "criterion": st.sampled_from(["fisher", "kl", "subspace"]),
+        "pools": texts,
+        "axes": st.integers(2, 1000),
         "importance_from": st.sampled_from(["domains", "prompts", "auto"]),
         "without": st.lists(st.sampled_from(PARTS)).map(tuple),
         "repair": st.sampled_from(["least-squares", "flap-bias", "none"]),
@@ -174,6 +176,8 @@ def test_default_options() -> None:
         "strength": None,
         "layout": "auto",
         "criterion": "fisher",
+        "pools": None,
+        "axes": None,
         "importance_from": "auto",
         "repair": "least-squares",
         "without": (),
@@ -240,7 +244,7 @@ def test_parts_that_are_switched_off_are_named_once_and_in_one_order(tmp_path: P
     variable = {"SSPCOMPILE_WITHOUT": "calibration, whitelist"}
     assert resolve(base(without=("mixing",)), command_line={}, environment=variable).without == wanted
     assert resolve(base(without=("mixing",)), command_line={}, environment={}).without == ("mixing",)
-    with pytest.raises(RecipeError, match=r"--without\[1\]: must be 'whitelist'.*not 'luck'"):
+    with pytest.raises(RecipeError, match=r"--without\[1\]: must be 'axes', 'whitelist'.*not 'luck'"):
         resolve(base(), command_line={"without": ("mixing", "luck")}, environment={})
 
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 BUILD_OPTIONS = (
-    "model", "keep", "strength", "layout", "criterion", "importance_from", "repair", "without", "max_tokens",
-    "continuation_tokens", "seed",
+    "model", "keep", "strength", "layout", "pools", "axes", "criterion", "importance_from", "repair", "without",
+    "max_tokens", "continuation_tokens", "seed",
 )  # fmt: skip
 
 scenario_option = click.option(
@@ -30,6 +30,13 @@ model_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="Print no progress.")
+pools_option = click.option(
+    "--pools", metavar="DIR", help="A folder of domain pools of your own, beside the shipped ones."
+)
+axes_option = click.option(
+    "--axes", type=int, metavar="N",
+    help="Make N of all pools domains, chosen to be orthogonal and to cover the others.",
+)  # fmt: skip
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists.")
 
 
@@ -52,6 +59,8 @@ def build_options(command: Command) -> Command:
                 "--layout", metavar="[auto|uniform|per-layer]",
                 help="Head counts equal in every layer, or not; auto (default) measures both.",
             ),
+            pools_option,
+            axes_option,
             click.option("--criterion", metavar="[fisher|kl|subspace]", help="Score of the heads (fisher)."),
             click.option(
                 "--importance-from", metavar="[domains|prompts|auto]",
@@ -62,7 +71,7 @@ def build_options(command: Command) -> Command:
                 help="Refit o_proj to what is left (least-squares), or add FLAP's bias where o_proj has one.",
             ),
             click.option(
-                "--without", multiple=True, metavar="[whitelist|mixing|scenario|calibration]",
+                "--without", multiple=True, metavar="[axes|whitelist|mixing|scenario|calibration]",
                 help="Switch a part of the method off, to see what it is worth; may be repeated.",
             ),
             click.option("--max-tokens", type=int, metavar="N", help="Read at most N tokens of each text (512)."),
@@ -99,12 +108,14 @@ def refuse_hopeless(scenario: Scenario, subject: Subject, options: Recipe) -> No
     import numpy as np
 
     from sspcompile.compile.layouts import choose
+    from sspcompile.pipeline.pools import pools_of
     from sspcompile.pipeline.scoring import demand_prompts
     from sspcompile.prepare.importance import criterion
     from sspcompile.slicing.repair import demand_bias
 
     criterion(options.criterion or "")
     demand_prompts(scenario, options)
+    pools_of(options)
     if options.repair == "flap-bias":
         demand_bias(subject.checkpoint.geometry)
     if options.keep is not None:

@@ -15,7 +15,7 @@ from sspcompile.checkpoint import staged, write_manifest
 from sspcompile.compile.budget import merit
 from sspcompile.compile.layouts import choose
 from sspcompile.compile.mask import HeadMask, dump_mask
-from sspcompile.domains import load_pools, pools_fingerprint
+from sspcompile.domains import pools_fingerprint
 from sspcompile.errors import CheckpointError, ParityError
 from sspcompile.loaded import LoadedModel
 from sspcompile.measure.quality import Divergence, average
@@ -32,6 +32,7 @@ from sspcompile.pipeline.compiling import (
 )
 from sspcompile.pipeline.judging import Candidate, Judge, decide, random_first_layer
 from sspcompile.pipeline.outcome import Outcome
+from sspcompile.pipeline.pools import pools_of
 from sspcompile.pipeline.reporting import report_of
 from sspcompile.pipeline.scoring import score_heads
 from sspcompile.prepare.toolkit import Toolkit
@@ -174,7 +175,7 @@ def origin_of(outcome: Outcome) -> dict[str, Any]:
         "sspcompile": sspcompile.__version__,
         "source": outcome.subject.fingerprint,
         "source_name": outcome.subject.place,
-        "pools": pools_fingerprint(load_pools()),
+        "pools": pools_fingerprint(pools_of(outcome.options).candidates),
         "seed": outcome.options.seed,
         "versions": outcome.toolkit.meta.get("versions", {}),
         "evidence": dict(outcome.evidence),

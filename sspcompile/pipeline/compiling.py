@@ -15,10 +15,11 @@ from sspcompile.compile.budget import keep_from_strength, merit
 from sspcompile.compile.layouts import Choice, choose
 from sspcompile.compile.mask import HeadMask, Layout, kept_of
 from sspcompile.compile.mixture import Mixture, ablated, given_mixture, mixture_of
-from sspcompile.domains import DomainPool, load_outside, load_pools, pools_fingerprint
+from sspcompile.domains import pools_fingerprint
 from sspcompile.errors import ToolkitError, UnsupportedModelError
 from sspcompile.loaded import LoadedModel, load
 from sspcompile.pipeline.evidence import Evidence, fit_part, gather
+from sspcompile.pipeline.pools import PoolSet, pools_of, pools_suffix
 from sspcompile.pipeline.scoring import HeadScores, score_heads
 from sspcompile.prepare.importance import criterion
 from sspcompile.prepare.text import TEXT_VERSION
@@ -88,37 +89,42 @@ def toolkit_for(
 ) -> tuple[Toolkit, bool]:
     """The model's toolkit with STANDARD_CRITERIA and `criteria` in it, and whether it was prepared just now.
 
-    A toolkit that was learned from other pools is made anew.
+    A toolkit that was learned from an earlier content of the shipped pools is made anew. Raises InputError like
+    `pools_of`.
     """
     for name in criteria:
         criterion(name)
     criteria = tuple(dict.fromkeys((*STANDARD_CRITERIA, *criteria)))
-    folder = workspace.toolkit(subject.fingerprint + _settings_suffix(options))
-    pools = fit_part(load_pools())
-    toolkit = _stored(folder, subject, options, pools)
+    folder = toolkit_folder(subject, options, workspace)
+    given = pools_of(options)
+    candidates = fit_part(given.candidates)
+    toolkit = _stored(folder, subject, options, given)
     fresh = toolkit is None
     if toolkit is None:
         toolkit = preparing.prepare(
-            loaded, pools, load_outside(), criteria=criteria, seed=options.seed or 0,
+            loaded, candidates, given.outside, axes=given.axes, criteria=criteria, seed=options.seed or 0,
             max_tokens=options.max_tokens or 0, continuation_tokens=options.continuation_tokens or 0,
             progress=progress,
         )
     missing = [name for name in criteria if name not in toolkit.importance]
     for name in missing:
-        mean, spread = preparing.importance_by_domain(loaded, toolkit, pools, name, progress)
+        chosen = fit_part(given.named(toolkit.domains))
+        mean, spread = preparing.importance_by_domain(loaded, toolkit, chosen, name, progress)
         toolkit = preparing.with_importance(toolkit, name, mean, spread)
     if fresh or missing:
         preparing.save(toolkit, folder)
     return toolkit, fresh
 
 
-def _settings_suffix(options: Recipe) -> str:
-    """Toolkits learned with other than the default settings have folders of their own; none displaces another."""
+def toolkit_folder(subject: Subject, options: Recipe, workspace: Workspace) -> Path:
+    """Where the toolkit lies. Other than default pools, axes or settings have folders of their own; none displaces
+    another."""
     settings = {name: getattr(options, name) for name in ("max_tokens", "continuation_tokens", "seed")}
-    return "".join(f"-{name[:3]}{value}" for name, value in settings.items() if value != DEFAULTS[name])
+    suffix = "".join(f"-{name[:3]}{value}" for name, value in settings.items() if value != DEFAULTS[name])
+    return workspace.toolkit(subject.fingerprint + pools_suffix(options) + suffix)
 
 
-def _stored(folder: Path, subject: Subject, options: Recipe, pools: Sequence[DomainPool]) -> Toolkit | None:
+def _stored(folder: Path, subject: Subject, options: Recipe, given: PoolSet) -> Toolkit | None:
     """The saved toolkit when it was learned from these pools with these settings; None when there is none.
 
     Raises ToolkitError when the folder holds one that is damaged or of another model.
@@ -127,7 +133,8 @@ def _stored(folder: Path, subject: Subject, options: Recipe, pools: Sequence[Dom
         return None
     toolkit = preparing.load(folder, fingerprint=subject.fingerprint)
     wanted = {
-        "pools_fingerprint": pools_fingerprint(pools), "outside_fingerprint": pools_fingerprint(load_outside()),
+        "candidates_fingerprint": pools_fingerprint(fit_part(given.candidates)), "axes_asked": given.axes,
+        "given_outside_fingerprint": pools_fingerprint(given.outside),
         "text_version": TEXT_VERSION, "seed": options.seed, "max_tokens": options.max_tokens,
         "continuation_tokens": options.continuation_tokens,
     }
@@ -211,4 +218,5 @@ def choices_for(compiled: Compiled, subject: Subject, layout: str) -> Mapping[La
 
 def evidence_for(compiled: Compiled, options: Recipe) -> Evidence:
     """The texts of this build, drawn from the scenario and the pools."""
-    return gather(compiled.scenario.prompts, compiled.mixture, load_pools(), options.seed or 0)
+    pools = pools_of(options).named(compiled.mixture.domains)
+    return gather(compiled.scenario.prompts, compiled.mixture, pools, options.seed or 0)

@@ -12,7 +12,8 @@ import numpy as np
 from sspcompile.domains import DomainPool, pools_fingerprint
 from sspcompile.errors import InputError
 from sspcompile.loaded import LoadedModel
-from sspcompile.prepare import axes, calibration, importance, probes
+from sspcompile.prepare import axes as domain_axes
+from sspcompile.prepare import calibration, importance, probes
 from sspcompile.prepare.capture import features
 from sspcompile.prepare.direct import spread_by_domain
 from sspcompile.prepare.text import (
@@ -24,7 +25,7 @@ from sspcompile.prepare.text import (
     continued,
 )
 from sspcompile.prepare.toolkit import Toolkit, check
-from sspcompile.prepare.whitelist import FALSE_DISCOVERY, whitelist
+from sspcompile.prepare.whitelist import FALSE_DISCOVERY, Whitelist, whitelist
 
 MIN_PROMPTS = 8  # per domain: with fewer, a held-out part of a quarter holds less than two
 CROSS_PER_PAIR = 6
@@ -51,6 +52,7 @@ def prepare(
     pools: Sequence[DomainPool],
     outside: Sequence[DomainPool],
     *,
+    axes: int | None = None,
     criteria: Sequence[str] = ("fisher",),
     seed: int = 0,
     max_tokens: int = MAX_TOKENS,
@@ -59,15 +61,20 @@ def prepare(
 ) -> Toolkit:
     """Learn everything that compiling scenarios for this model needs. The same inputs give the same Toolkit.
 
-    `outside` holds text of none of the domains, for the out-of-domain temperature; without any, that regime stays
-    uncalibrated and `meta` says so. The whitelist is found with the first of `criteria`. Raises InputError for
-    pools that are too few, too small or share a name, and for unknown criteria.
+    `axes` of the `pools` become domains (all of them without it), and the others join `outside`: text of none of the
+    domains, for the out-of-domain temperature; without any, that regime stays uncalibrated and `meta` says so. The
+    whitelist is found with the first of `criteria`. Raises InputError for pools that are too few, too small or share a
+    name, and for unknown criteria.
     """
-    _validate(pools, criteria)
+    _validate(pools, criteria, axes)
     report = progress or _silent
+    facts = _given_facts(pools, outside, axes)
+    if axes is not None and axes < len(pools):
+        pools, rest, selection = _selected(loaded, pools, axes, max_tokens, report)
+        facts, outside = facts | {"axes": selection}, (*outside, *rest)
     corpus = _corpus(pools)
     found = features(loaded, corpus.texts, max_tokens, _stage(report, "features"))
-    directions, selection = _axes(found, corpus, len(pools))
+    directions, axes_facts = _axes(found, corpus, pools)
     fitted, held_out = _probes(found, corpus, len(pools), seed, report)
     auc, described_auc = _aucs(fitted, found, corpus, held_out)
     fits = _calibrate(loaded, fitted, found, corpus, held_out, outside, seed, max_tokens, report)
@@ -80,26 +87,22 @@ def prepare(
     per_prompt = {
         name: _measure(loaded, name, texts, labels, unit, seed, report) for name in dict.fromkeys(criteria)
     }
-    per_prompt = {name: (importance.own_axis(values, rows), rows) for name, (values, rows) in per_prompt.items()}
     confirmed = whitelist(*per_prompt[criteria[0]])
-    meta = _versions() | {
+    meta = _versions() | {"axes": axes_facts} | facts | {
         "seed": seed, "text_version": TEXT_VERSION, "max_tokens": max_tokens,
         "continuation_tokens": continuation_tokens, "pools_fingerprint": pools_fingerprint(pools),
         "outside_fingerprint": pools_fingerprint(outside),
         "prompts": {pool.name: len(pool.prompts) for pool in pools},
-        "axes": selection,
         "probes": _probe_facts(auc, described_auc, held_out),
         "format_confound": probes.format_confound(prompts, labels, seed),
         "calibration": _calibration_facts(fits),
         "importance_prompts": {name: len(rows) for name, (_, rows) in per_prompt.items()},
-        "whitelist": {
-            "criterion": criteria[0], "false_discovery": FALSE_DISCOVERY, "heads": int(confirmed.chosen.sum()),
-        },
+        "whitelist": _whitelist_facts(criteria[0], confirmed),
     }
     toolkit = Toolkit(
         fingerprint=loaded.fingerprint,
         domains=tuple(pool.name for pool in pools),
-        axes=_f32(directions), gram=_f32(axes.gram(directions)),
+        axes=_f32(directions), gram=_f32(domain_axes.gram(directions)),
         feature_mean=_f32(fitted.mean), feature_scale=_f32(fitted.scale),
         probe_weight=_f32(fitted.weight), probe_bias=_f32(fitted.bias), probe_auc=_f32(auc),
         layer_weight=_f32(probes.layer_weights(auc)),
@@ -132,13 +135,14 @@ def importance_by_domain(
     unit = importance.probe_directions(toolkit.probe_weight, toolkit.feature_scale)
     labels = corpus.labels[corpus.prompt_rows]
     values, rows = _measure(loaded, name, texts, labels, unit, toolkit.meta["seed"], progress or _silent)
-    own = importance.own_axis(values, rows)
-    return _f32(importance.by_domain(own, rows, len(pools))), _f32(spread_by_domain(own, rows, len(pools)))
+    return _f32(importance.by_domain(values, rows, len(pools))), _f32(spread_by_domain(values, rows, len(pools)))
 
 
-def _validate(pools: Sequence[DomainPool], criteria: Sequence[str]) -> None:
+def _validate(pools: Sequence[DomainPool], criteria: Sequence[str], axes: int | None) -> None:
     if len(pools) < 2:
         raise InputError(f"{len(pools)} domain pools were given.", hint="At least 2 are needed to tell them apart.")
+    if axes is not None and not 2 <= axes <= len(pools):
+        raise InputError(f"{axes} of {len(pools)} pools cannot become axes.", hint=f"From 2 to {len(pools)} can.")
     names = [pool.name for pool in pools]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -165,11 +169,50 @@ def _corpus(pools: Sequence[DomainPool]) -> _Corpus:
     return _Corpus(tuple(texts), np.array(labels), np.array(described))
 
 
-def _axes(found: np.ndarray, corpus: _Corpus, domains: int) -> tuple[np.ndarray, dict[str, Any]]:
+def _given_facts(pools: Sequence[DomainPool], outside: Sequence[DomainPool], axes: int | None) -> dict[str, Any]:
+    """What was asked for, so that a saved toolkit can be told from one of other pools."""
+    return {
+        "candidates_fingerprint": pools_fingerprint(pools), "given_outside_fingerprint": pools_fingerprint(outside),
+        "axes_asked": axes,
+    }
+
+
+def _axes_facts(
+    candidates: Sequence[DomainPool], directions: np.ndarray, chosen: domain_axes.Selection
+) -> dict[str, Any]:
+    """The selection in the space of the candidates: theirs are the Gram matrix and the `whole` figures."""
+    whole = domain_axes.select(directions, len(candidates))
+    return {
+        "space": domain_axes.SPACE,
+        "candidates": [pool.name for pool in candidates],
+        "chosen": [candidates[k].name for k in chosen.indices],
+        "candidate_gram": np.round(domain_axes.gram(directions), 6).tolist(),
+        "orthogonality": chosen.orthogonality, "coverage": chosen.coverage,
+        "whole_orthogonality": whole.orthogonality, "whole_coverage": whole.coverage,
+    }
+
+
+def _axes(
+    found: np.ndarray, corpus: _Corpus, pools: Sequence[DomainPool]
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """The domains' own axes [K, d], and the facts of a selection that takes all of them."""
     rows = corpus.prompt_rows
-    directions = axes.domain_axes(found[rows], corpus.labels[rows], domains)
-    chosen = axes.select(directions, domains)
-    return directions, {"space": axes.SPACE, "orthogonality": chosen.orthogonality, "coverage": chosen.coverage}
+    directions = domain_axes.domain_axes(found[rows], corpus.labels[rows], len(pools))
+    return directions, _axes_facts(pools, directions, domain_axes.select(directions, len(pools)))
+
+
+def _selected(
+    loaded: LoadedModel, pools: Sequence[DomainPool], axes: int, max_tokens: int, report: Progress
+) -> tuple[tuple[DomainPool, ...], tuple[DomainPool, ...], dict[str, Any]]:
+    """The pools that become domains, the others, and what the selection looked at."""
+    prompts = [prompt for pool in pools for prompt in pool.prompts]
+    labels = np.repeat(range(len(pools)), [len(pool.prompts) for pool in pools])
+    found = features(loaded, prompts, max_tokens, _stage(report, "candidates"))
+    directions = domain_axes.domain_axes(found, labels, len(pools))
+    chosen = domain_axes.select(directions, axes)
+    inside = tuple(pools[k] for k in chosen.indices)
+    rest = tuple(pool for pool in pools if pool not in inside)
+    return inside, rest, _axes_facts(pools, directions, chosen)
 
 
 def _probes(
@@ -232,7 +275,8 @@ def _measure(
     loaded: LoadedModel, name: str, texts: Sequence[Sentence], labels: np.ndarray, unit: np.ndarray, seed: int,
     report: Progress,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Importance per prompt, [N, L, H] or [N, L, H, K], and the labels of the N prompts that were looked at."""
+    """Importance per prompt, [N, L, H], read by its own domain's axis where there is one per domain, and the labels of
+    the N prompts that were looked at."""
     chosen = importance.criterion(name)
     rows = np.arange(len(labels))
     if chosen.max_prompts is not None:
@@ -241,7 +285,7 @@ def _measure(
         rows = np.sort(np.concatenate(few))
     batches = batches_of(loaded, [texts[row] for row in rows])
     look = importance.Look(batches, len(rows), unit, seed, _stage(report, name))
-    return chosen.measure(loaded, look), labels[rows]
+    return importance.own_axis(chosen.measure(loaded, look), labels[rows]), labels[rows]
 
 
 def _probe_facts(auc: np.ndarray, described_auc: np.ndarray | None, held_out: np.ndarray) -> dict[str, Any]:
@@ -265,6 +309,10 @@ def _calibration_facts(fits: dict[str, calibration.RegimeFit]) -> dict[str, Any]
         for regime, fit in fits.items()
     }
     return facts | {"uncalibrated": [] if "outside" in fits else ["outside"]}
+
+
+def _whitelist_facts(criterion: str, confirmed: Whitelist) -> dict[str, Any]:
+    return {"criterion": criterion, "false_discovery": FALSE_DISCOVERY, "heads": int(confirmed.chosen.sum())}
 
 
 def _versions() -> dict[str, Any]:
