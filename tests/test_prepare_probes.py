@@ -145,14 +145,19 @@ def overconfident(seed=0, factor=4.0, n=600):
     return true_logits * factor, targets
 
 
+def regime(seed=0, factor=4.0, n=600):
+    logits, targets = overconfident(seed, factor, n)
+    return calibration.fit_regime(logits, targets, np.arange(n) % calibration.FOLDS)
+
+
 def test_calibration_recovers_the_factor_by_which_logits_are_overconfident_and_lowers_the_error():
-    fit = calibration.fit_regime(*overconfident())
+    fit = regime()
     np.testing.assert_allclose(np.exp(fit.log_temperature), 4.0, rtol=0.15)
     assert fit.ece_after < 0.5 * fit.ece_before
 
 
 def test_calibration_leaves_calibrated_probes_alone():
-    fit = calibration.fit_regime(*overconfident(factor=1.0))
+    fit = regime(factor=1.0)
     np.testing.assert_allclose(fit.log_temperature, 0, atol=0.15)
     assert fit.ece_after < fit.ece_before + 0.01
 
@@ -165,6 +170,26 @@ def test_calibration_never_raises_the_loss_it_minimises():
         assert after <= calibration.binary_cross_entropy(logits[:, 0], targets) + 1e-6
 
 
+def test_no_text_is_judged_with_a_temperature_that_it_fitted():
+    """One fold is four times too sure, the other four times too timid: what either teaches makes the other worse."""
+    logits, targets = overconfident(factor=1.0)
+    folds = np.arange(len(logits)) % 2
+    logits[folds == 0] *= 4
+    logits[folds == 1] /= 4
+    fit = calibration.fit_regime(logits, targets, folds)
+    assert fit.ece_after > fit.ece_before + 0.02
+    alone = calibration.fit_regime(logits[folds == 0], targets[folds == 0], np.zeros((folds == 0).sum()))
+    assert alone.ece_after is None and alone.ece_before > 0
+
+
+def test_folds_hold_every_label_alike_and_follow_the_seed():
+    labels = np.repeat([0, 1], [9, 6])
+    folds = calibration.folds_of(labels, 0)
+    assert [np.bincount(folds[labels == k]).tolist() for k in (0, 1)] == [[3, 3, 3], [2, 2, 2]]
+    np.testing.assert_array_equal(folds, calibration.folds_of(labels, 0))
+    assert not np.array_equal(folds, calibration.folds_of(labels, 1))
+
+
 def test_expected_calibration_error_by_hand():
     # two bins: {0.1, 0.3} with one positive: |0.4 - 1| ; {0.9} without: |0.9 - 0|; over 3 values
     found = calibration.expected_calibration_error(np.array([0.1, 0.3, 0.9]), np.array([0.0, 1.0, 0.0]), bins=2)
@@ -172,7 +197,7 @@ def test_expected_calibration_error_by_hand():
 
 
 def test_regime_without_text_stays_at_temperature_one():
-    fit = calibration.fit_regime(*overconfident())
+    fit = regime()
     found = calibration.log_temperatures({"single": fit}, 2)
     np.testing.assert_array_equal(found[:, 0], fit.log_temperature)
     assert (found[:, 1:] == 0).all()

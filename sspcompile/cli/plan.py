@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sspcompile.cli.options import build_options, here, json_option, quiet_option, refuse_hopeless, request
+from sspcompile.cli.options import (
+    build_options,
+    here,
+    json_option,
+    quiet_option,
+    refuse_hopeless,
+    request,
+    warn_unknown,
+)
 
 if TYPE_CHECKING:
     from sspcompile.pipeline.compiling import Subject
@@ -42,7 +50,7 @@ def plan(scenario: str | None, as_json: bool, quiet: bool, **given: Any) -> None
     from sspcompile.pipeline.compiling import open_subject
 
     subject = open_subject(options.model)
-    refuse_hopeless(subject, options)
+    refuse_hopeless(read, subject, options)
     if scenario is None or not subject.checkpoint.has_weights:
         plans = _by_counts(subject, options)
     else:
@@ -80,7 +88,8 @@ def _by_scenario(read: Scenario, subject: Subject, options: Recipe, quiet: bool)
     with stages(quiet) as progress:
         loaded = subject.load()
         toolkit, _ = toolkit_for(subject, loaded, options, Workspace(here()), progress, [options.criterion or ""])
-    compiled = compile_scenario(read, options, toolkit, loaded)
+        compiled = compile_scenario(read, options, toolkit, loaded, progress)
+    warn_unknown(compiled.mixture)
     choices = choices_for(compiled, subject, options.layout or "auto")
-    masks = [mask_of(compiled, subject, toolkit, choice, layout) for layout, choice in choices.items()]
+    masks = [mask_of(compiled, subject, choice, layout) for layout, choice in choices.items()]
     return [make_plan(subject.checkpoint, mask) for mask in masks]

@@ -8,7 +8,15 @@ from typing import Any
 
 import click
 
-from sspcompile.cli.options import CRITERIA_HELP, here, json_option, model_option, quiet_option
+from sspcompile.cli.options import (
+    CRITERIA_HELP,
+    axes_option,
+    here,
+    json_option,
+    model_option,
+    pools_option,
+    quiet_option,
+)
 
 
 @click.command(
@@ -17,9 +25,12 @@ from sspcompile.cli.options import CRITERIA_HELP, here, json_option, model_optio
 Examples:
   sspcompile prepare
   sspcompile prepare --model ./Qwen2.5-7B-Instruct --criterion fisher --criterion kl
+  sspcompile prepare --pools ./my-domains --axes 5
 """
 )
 @model_option
+@pools_option
+@axes_option
 @click.option(
     "--criterion", "criteria", multiple=True, metavar="NAME",
     help=f"Score of the heads to prepare (fisher), may be repeated: {CRITERIA_HELP}",
@@ -34,7 +45,7 @@ def prepare(criteria: tuple[str, ...], as_json: bool, quiet: bool, **given: Any)
 
     `build` does this by itself when it is missing; the toolkit is kept per model and reused.
     """
-    from sspcompile.pipeline.compiling import open_subject, toolkit_for
+    from sspcompile.pipeline.compiling import open_subject, toolkit_folder, toolkit_for
     from sspcompile.recipe import DEFAULTS, resolve
     from sspcompile.scenario import as_recipe, read_scenario
     from sspcompile.workspace import Workspace
@@ -42,13 +53,15 @@ def prepare(criteria: tuple[str, ...], as_json: bool, quiet: bool, **given: Any)
     scenario, _ = read_scenario("no scenario")
     options = resolve(as_recipe(scenario), command_line=given, environment=os.environ)
     from sspcompile.cli.progress import stages
+    from sspcompile.pipeline.pools import pools_of
 
+    pools_of(options)  # refused, if at all, before the model is loaded
     subject, workspace = open_subject(options.model), Workspace(here())
     with stages(quiet) as progress:
         toolkit, fresh = toolkit_for(
             subject, subject.load(), options, workspace, progress, criteria or (DEFAULTS["criterion"],)
         )
-    folder = workspace.toolkit(subject.fingerprint)
+    folder = toolkit_folder(subject, options, workspace)
     facts = {
         "folder": str(folder), "fresh": fresh, "domains": list(toolkit.domains), "criteria": sorted(toolkit.importance),
         "whitelist": int(toolkit.whitelist.sum()), "probe_auc": float(toolkit.probe_auc.mean()), **toolkit.meta,
@@ -57,7 +70,12 @@ def prepare(criteria: tuple[str, ...], as_json: bool, quiet: bool, **given: Any)
         click.echo(json.dumps(facts, indent=1))
         return
     click.echo(f"Toolkit {'prepared' if fresh else 'found'} in {folder}")
+    axes = toolkit.meta["axes"]
     click.echo(f"  domains    {', '.join(toolkit.domains)}")
+    click.echo(
+        f"  axes       {len(toolkit.domains)} of {len(axes['candidates'])} candidates, orthogonality "
+        f"{axes['orthogonality']:.3f}, coverage {axes['coverage']:.3f}"
+    )
     click.echo(f"  criteria   {', '.join(sorted(toolkit.importance))}")
     click.echo(f"  probes     mean AUC {facts['probe_auc']:.3f} on held-out text")
     click.echo(f"  whitelist  {facts['whitelist']} of {toolkit.whitelist.size} heads")

@@ -14,6 +14,7 @@ from sspcompile.slicing import modeling_sspcompile
 from sspcompile.slicing.configuration import MODELING_FILE
 from sspcompile.slicing.parity import Parity, compare, demand, repair_of
 from sspcompile.slicing.plan import make_plan
+from sspcompile.slicing.repair import Repair, written_biases
 from sspcompile.workspace import MASK, MODEL, PROBES
 
 
@@ -60,7 +61,10 @@ def verify(folder: Path, model: str | None, progress: Callable[[str, int, int], 
     mask = load_mask(folder / MASK)
     plan = make_plan(subject.checkpoint, mask)
     record = json.loads((folder / PROBES).read_text("utf-8"))
-    repair = repair_of(folder / MODEL, plan, mask) if record["repaired"] else None
+    repair = None
+    if record["repaired"]:
+        weights = repair_of(folder / MODEL, plan, mask).weights
+        repair = Repair(weights, written_biases(folder / MODEL, plan.geometry))
     progress("proving", 0, 1)
     parity = compare(
         subject.load(), mask, repair, folder / MODEL, record["probes"], custom_code=custom
