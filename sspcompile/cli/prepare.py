@@ -64,7 +64,7 @@ def prepare(criteria: tuple[str, ...], as_json: bool, quiet: bool, **given: Any)
     folder = toolkit_folder(subject, options, workspace)
     facts = {
         "folder": str(folder), "fresh": fresh, "domains": list(toolkit.domains), "criteria": sorted(toolkit.importance),
-        "whitelist": int(toolkit.whitelist.sum()), "probe_auc": float(toolkit.probe_auc.mean()), **toolkit.meta,
+        "probe_auc": float(toolkit.probe_auc.mean()), **toolkit.meta,
     }
     if as_json:
         click.echo(json.dumps(facts, indent=1))
@@ -78,4 +78,4 @@ def prepare(criteria: tuple[str, ...], as_json: bool, quiet: bool, **given: Any)
     )
     click.echo(f"  criteria   {', '.join(sorted(toolkit.importance))}")
     click.echo(f"  probes     mean AUC {facts['probe_auc']:.3f} on held-out text")
-    click.echo(f"  whitelist  {facts['whitelist']} of {toolkit.whitelist.size} heads")
+    click.echo(f"  whitelist  {int(toolkit.whitelist.sum())} of {toolkit.whitelist.size} heads")

@@ -4,10 +4,12 @@
 can to the dense model's. In each layer, with X [N, kept * D] the pruned model's own input of o_proj and R [N, d] its
 residual stream before attention, the kept columns W of o_proj solve
 
-    min_W |X W^T + R + b - Y|^2 + ridge * trace(X^T X) / (kept * D) * |W - W0|^2
+    min_W sum_n w_n |x_n W^T + r_n + b - y_n|^2 + ridge * trace(X^T diag(w) X) / (kept * D) * |W - W0|^2
 
-where Y [N, d] is the dense residual stream after attention, b the bias and W0 the columns as they were. Layers are
-solved in order, so each sees the errors that the ones before it could not mend.
+where Y [N, d] is the dense residual stream after attention, b the bias and W0 the columns as they were. The weights w
+give the positions where the model decodes SCORED_SHARE of the total: they are what the pruned model will be asked for,
+and a few of them stand against a whole prompt. Layers are solved in order, so each sees the errors that the ones before
+it could not mend.
 
 *FLAP's bias* (An et al. 2024, arXiv 2312.11983, section 3.3) leaves the weights alone and adds what the removed heads
 put out on average, b + W_removed mean(x_removed), the mean taken over the dense model's inputs of o_proj. It needs an
@@ -38,6 +40,9 @@ MIN_PROMPTS = 16
 # Relative to the mean energy of an input coordinate: small enough to fit, large enough to leave directions that the
 # prompts never excite as they were.
 RIDGE = 1e-2
+# Of the weight of all positions. On the embedded model, unweighted positions (about a tenth) leave up to 15 points of
+# exact match behind, and a share near 1 forgets how the prompt is read.
+SCORED_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ def fit_repair(
         # Only the first layer's hidden state is kept: all of them would be a whole forward pass in memory per batch.
         dense.append(recorded[0].hidden)
         calls.append([(recorded[index].rest, recorded[index].options) for index in range(g.layers)])
-    pruned = list(dense)
+    pruned, position_weights = list(dense), _position_weights(batches)
     weights: dict[int, Tensor] = {}
     for index, layer in enumerate(loaded.layers):
         columns = torch.from_numpy(np.repeat(kept[index], g.head_dim)).to(loaded.device)
@@ -144,7 +149,7 @@ def fit_repair(
                 missing = after[0] - pruned[number]
                 if o_proj(layer).bias is not None:
                     missing = missing - o_proj(layer).bias
-                system.add(entering[0][real][:, columns], missing[real])
+                system.add(entering[0][real][:, columns], missing[real], position_weights[number][real])
             dense[number] = output
         if cut:
             weights[index] = _refit(o_proj(layer).weight, columns, system, ridge, dtype)
@@ -155,6 +160,14 @@ def fit_repair(
         if progress is not None:
             progress(index + 1, g.layers)
     return Repair(weights)
+
+
+def _position_weights(batches: Sequence[Batch]) -> list[Tensor]:
+    """Weight of every position, [B, T] per batch: scored ones and other real ones share as SCORED_SHARE says."""
+    scored = sum(int(batch.score_mask.sum()) for batch in batches)
+    other = sum(int(batch.attention_mask.sum()) for batch in batches) - scored
+    ratio = SCORED_SHARE / (1 - SCORED_SHARE) * other / scored if other else 1.0
+    return [torch.where(batch.score_mask, ratio, 1.0) for batch in batches]
 
 
 @torch.inference_mode()
@@ -205,16 +218,17 @@ def written_biases(folder: Path, geometry: Geometry) -> dict[int, Tensor]:
 
 
 class _Normal:
-    """Normal equations in float64: X^T X and X^T Y, summed over batches."""
+    """Normal equations in float64: X^T diag(w) X and X^T diag(w) Y, summed over batches."""
 
     def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
         self.xx = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
         self.xy = torch.zeros(inputs, outputs, dtype=torch.float64, device=device)
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        x, y = x.double(), y.double()
-        self.xx += x.T @ x
-        self.xy += x.T @ y
+    def add(self, x: Tensor, y: Tensor, weights: Tensor) -> None:
+        """Rows x [N, inputs] and y [N, outputs], with a weight [N] each."""
+        x, weighted = x.double(), x.double() * weights.double().unsqueeze(1)
+        self.xx += weighted.T @ x
+        self.xy += weighted.T @ y.double()
 
     def solve(self, start: Tensor, ridge: float) -> Tensor:
         """W^T [inputs, outputs] that minimises the ridge problem around `start`, of the same shape."""
