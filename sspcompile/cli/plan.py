@@ -81,13 +81,13 @@ def _by_counts(subject: Subject, options: Recipe) -> list[SlicePlan]:
 
 def _by_scenario(read: Scenario, subject: Subject, options: Recipe, quiet: bool) -> list[SlicePlan]:
     from sspcompile.cli.progress import stages
-    from sspcompile.pipeline.compiling import choices_for, compile_scenario, mask_of, toolkit_for
+    from sspcompile.pipeline.compiling import choices_for, compile_scenario, mask_of, score_key, toolkit_for
     from sspcompile.slicing.plan import make_plan
     from sspcompile.workspace import Workspace
 
     with stages(quiet) as progress:
         loaded = subject.load()
-        toolkit, _ = toolkit_for(subject, loaded, options, Workspace(here()), progress, [options.criterion or ""])
+        toolkit, _ = toolkit_for(subject, loaded, options, Workspace(here()), progress, [score_key(options)])
         compiled = compile_scenario(read, options, toolkit, loaded, progress)
     warn_unknown(compiled.mixture)
     choices = choices_for(compiled, subject, options.layout or "auto")
