@@ -61,29 +61,41 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 
 
 def sentences(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_tokens: int) -> list[Sentence]:
-    """Tokenised prompts, in the caller's order.
+    """Tokenised prompts, in the caller's order, cut as by `shortened`.
 
-    A longer prompt keeps its first token (where attention likes to rest) and its last `max_tokens - 1`, so that the
-    question and the template's generation prompt survive. Raises InputError for a prompt without any token.
+    Raises InputError for a prompt without any token.
     """
     if not prompts:
         return []
-    # A chat template writes the special tokens itself; adding them again would put two BOS in front.
-    templated = bool(tokenizer.chat_template)
-    encoded = tokenizer(
-        [render(tokenizer, prompt) for prompt in prompts], add_special_tokens=not templated, padding=False
-    )["input_ids"]
+    encoded = token_ids(tokenizer, [render(tokenizer, prompt) for prompt in prompts])
     found = []
     for prompt, ids in zip(prompts, encoded, strict=True):
+        if not ids or not prompt.strip():
+            raise InputError(f"A prompt is empty: {prompt!r}.", hint="Remove it, or write a question.")
+        ids = shortened(ids, max_tokens)
+        found.append(Sentence(ids, len(ids)))
+    return found
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[tuple[int, ...]]:
+    """Token ids of texts that went through `render`, whole."""
+    # A chat template writes the special tokens itself; adding them again would put two BOS in front.
+    templated = bool(tokenizer.chat_template)
+    found = []
+    for ids in tokenizer(list(texts), add_special_tokens=not templated, padding=False)["input_ids"]:
         # Some tokenizers close every text with EOS: the model would be asked what follows the end.
         while not templated and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
             ids = ids[:-1]
-        if not ids or not prompt.strip():
-            raise InputError(f"A prompt is empty: {prompt!r}.", hint="Remove it, or write a question.")
-        if len(ids) > max_tokens:
-            ids = [ids[0], *ids[len(ids) - (max_tokens - 1) :]] if max_tokens > 1 else ids[-1:]
-        found.append(Sentence(tuple(ids), len(ids)))
+        found.append(tuple(ids))
     return found
+
+
+def shortened(ids: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
+    """At most `max_tokens` ids: a longer text keeps its first token (where attention likes to rest) and its last ones,
+    so that the question and the template's generation prompt survive."""
+    if len(ids) <= max_tokens:
+        return ids
+    return (ids[0], *ids[len(ids) - (max_tokens - 1) :]) if max_tokens > 1 else ids[-1:]
 
 
 def batches_of(loaded: LoadedModel, items: Sequence[Sentence], batch_tokens: int = BATCH_TOKENS) -> list[Batch]:
@@ -139,7 +151,7 @@ def continued(
         return items
     extended = list(items)
     for batch in batches_of(loaded, items, batch_tokens):
-        tails = _greedy(loaded, [items[row] for row in batch.rows], new_tokens)
+        tails = greedy(loaded, [items[row] for row in batch.rows], new_tokens)
         for row, tail in zip(batch.rows, tails, strict=True):
             extended[row] = Sentence(items[row].ids + tail, items[row].prompt)
     return extended
@@ -165,8 +177,10 @@ def end_tokens(loaded: LoadedModel) -> frozenset[int]:
 
 
 @torch.inference_mode()
-def _greedy(loaded: LoadedModel, items: Sequence[Sentence], new_tokens: int) -> list[tuple[int, ...]]:
-    """Plain argmax decoding with a cache. `generate` is avoided: it adopts the checkpoint's repetition penalty.
+def greedy(loaded: LoadedModel, items: Sequence[Sentence], new_tokens: int) -> list[tuple[int, ...]]:
+    """At most `new_tokens` tokens behind each sentence, the end token included where one was written.
+
+    Plain argmax decoding with a cache. `generate` is avoided: it adopts the checkpoint's repetition penalty.
 
     Left-padded, unlike everything else here, so that the newest token of all sequences stands in the last column.
     """
