@@ -21,9 +21,11 @@ from sspcompile.prepare.text import (
     BATCH_TOKENS,
     MAX_TOKENS,
     Batch,
+    Prompt,
     Sentence,
     batches_of,
     end_tokens,
+    messages,
     render,
     shortened,
     token_ids,
@@ -32,14 +34,14 @@ from sspcompile.prepare.text import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sspcompile.loaded import LoadedModel
+    from sspcompile.loaded import TextModel
 
 
 class Labelled(Protocol):
     """A question with its answer, or with all answers that count as right."""
 
     @property
-    def prompt(self) -> str: ...
+    def prompt(self) -> Prompt: ...
 
     @property
     def answer(self) -> str | Sequence[str]: ...
@@ -88,7 +90,8 @@ def alternatives(answer: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def encode_items(
-    loaded: LoadedModel, items: Sequence[Labelled], max_tokens: int = MAX_TOKENS, batch_tokens: int = BATCH_TOKENS
+    loaded: TextModel, items: Sequence[Labelled], max_tokens: int = MAX_TOKENS, batch_tokens: int = BATCH_TOKENS,
+    *, batch_size: int | None = None,
 ) -> EncodedItems:
     """Tokenise and batch items on the model's device. Prompts are cut as everywhere, answers never.
 
@@ -98,7 +101,7 @@ def encode_items(
     if len({owner for owner, _, _ in pairs}) != len(items) or not pairs:
         raise InputError("There is an item without an answer, or no item at all.", hint="Give every item an answer.")
     rows = encode_references(loaded, [prompt for _, prompt, _ in pairs], [text for _, _, text in pairs], max_tokens)
-    batches = tuple(_with_targets(batch) for batch in batches_of(loaded, rows, batch_tokens))
+    batches = tuple(_with_targets(batch) for batch in batches_of(loaded, rows, batch_tokens, batch_size))
     return EncodedItems(
         batches=batches,
         owner=np.array([owner for owner, _, _ in pairs]),
@@ -108,7 +111,7 @@ def encode_items(
 
 
 def encode_references(
-    loaded: LoadedModel, prompts: Sequence[str], answers: Sequence[str], max_tokens: int = MAX_TOKENS
+    loaded: TextModel, prompts: Sequence[Prompt], answers: Sequence[str], max_tokens: int = MAX_TOKENS
 ) -> list[Sentence]:
     """Each prompt with its answer and an end token behind it; `prompt` counts the tokens before the answer."""
     tokenizer, ends = loaded.tokenizer, end_tokens(loaded)
@@ -117,7 +120,7 @@ def encode_references(
     found = []
     both = zip(token_ids(tokenizer, opened), token_ids(tokenizer, closed), prompts, answers, strict=True)
     for before, whole, prompt, answer in both:
-        if not before or not prompt.strip() or not answer.strip():
+        if not before or not messages(prompt)[-1]["content"].strip() or not answer.strip():
             raise InputError(f"A prompt or its answer is empty: {prompt!r}, {answer!r}.", hint="Fill it in.")
         if whole[: len(before)] == before:
             reply = whole[len(before) :]
@@ -130,11 +133,11 @@ def encode_references(
     return found
 
 
-def _reply(tokenizer: PreTrainedTokenizerBase, prompt: str, opened: str, answer: str) -> str:
+def _reply(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, opened: str, answer: str) -> str:
     """What stands behind the rendered prompt when the model gives this answer."""
     if not tokenizer.chat_template:
-        return answer if prompt[-1:].isspace() else f" {answer}"
-    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        return answer if opened[-1:].isspace() else f" {answer}"
+    turns = [*messages(prompt), {"role": "assistant", "content": answer}]
     whole = tokenizer.apply_chat_template(turns, tokenize=False)
     # Some templates open the reply with more than they keep of it in the history; the answer then stands alone.
     return whole.removeprefix(opened) if whole.startswith(opened) else answer
@@ -159,7 +162,7 @@ def _with_targets(batch: Batch) -> EncodedBatch:
 
 
 @torch.inference_mode()
-def answer_scores(loaded: LoadedModel, encoded: EncodedItems) -> AnswerScores:
+def answer_scores(loaded: TextModel, encoded: EncodedItems) -> AnswerScores:
     """Score every item by one forward pass over its prompt and each of its references.
 
     Runs the model as it is, so inside `head_gates` and `repaired` it scores the masked, repaired model.

@@ -18,7 +18,7 @@ from sspcompile.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sspcompile.loaded import LoadedModel
+    from sspcompile.loaded import LoadedModel, TextModel
 
 TEXT_VERSION = 1
 MAX_TOKENS = 512
@@ -26,6 +26,9 @@ CONTINUATION_TOKENS = 16
 BATCH_TOKENS = 4096  # padding included
 # Logits of one batch stay under 2^26 numbers (256 MiB in fp32) however large the vocabulary is.
 BATCH_LOGITS = 2**26
+
+# What a user types, or a conversation that ends with it: user and assistant in turn, the user first and last.
+Prompt = str | tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -51,16 +54,25 @@ class Batch:
     score_mask: Tensor  # bool: the last prompt token, and the continuation tokens except the last
 
 
-def render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """The text that the model reads for one user prompt: through the chat template when there is one."""
-    if not tokenizer.chat_template:
-        return prompt
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-    )
+def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
+    """The text that the model reads: through the chat template when there is one.
+
+    Raises ValueError for a conversation without a template.
+    """
+    if tokenizer.chat_template:
+        return tokenizer.apply_chat_template(messages(prompt), tokenize=False, add_generation_prompt=True)
+    if not isinstance(prompt, str):
+        raise ValueError("a conversation needs a chat template")
+    return prompt
 
 
-def sentences(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_tokens: int) -> list[Sentence]:
+def messages(prompt: Prompt) -> list[dict[str, str]]:
+    """The turns as a chat template takes them."""
+    turns = (prompt,) if isinstance(prompt, str) else prompt
+    return [{"role": ("user", "assistant")[index % 2], "content": turn} for index, turn in enumerate(turns)]
+
+
+def sentences(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_tokens: int) -> list[Sentence]:
     """Tokenised prompts, in the caller's order, cut as by `shortened`.
 
     Raises InputError for a prompt without any token.
@@ -70,7 +82,7 @@ def sentences(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_to
     encoded = token_ids(tokenizer, [render(tokenizer, prompt) for prompt in prompts])
     found = []
     for prompt, ids in zip(prompts, encoded, strict=True):
-        if not ids or not prompt.strip():
+        if not ids or not messages(prompt)[-1]["content"].strip():
             raise InputError(f"A prompt is empty: {prompt!r}.", hint="Remove it, or write a question.")
         ids = shortened(ids, max_tokens)
         found.append(Sentence(ids, len(ids)))
@@ -98,9 +110,14 @@ def shortened(ids: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
     return (ids[0], *ids[len(ids) - (max_tokens - 1) :]) if max_tokens > 1 else ids[-1:]
 
 
-def batches_of(loaded: LoadedModel, items: Sequence[Sentence], batch_tokens: int = BATCH_TOKENS) -> list[Batch]:
-    """Batches sorted by length, each with at most `batch_tokens` tokens and a bounded number of scored logits."""
-    scored_limit = max(1, BATCH_LOGITS // loaded.geometry.vocab)
+def batches_of(
+    loaded: TextModel, items: Sequence[Sentence], batch_tokens: int = BATCH_TOKENS, batch_size: int | None = None
+) -> list[Batch]:
+    """Batches sorted by length, each with at most `batch_tokens` tokens and a bounded number of scored logits.
+
+    `batch_size` bounds the number of sequences too.
+    """
+    scored_limit = max(1, BATCH_LOGITS // loaded.vocab)
     order = sorted(range(len(items)), key=lambda row: (len(items[row].ids), row))
     groups: list[list[int]] = []
     scored = 0
@@ -108,14 +125,15 @@ def batches_of(loaded: LoadedModel, items: Sequence[Sentence], batch_tokens: int
         # Sorted ascending: the newest sequence is the longest and fixes the padded width.
         width = len(items[row].ids)
         scored += items[row].scored
-        if not groups or (len(groups[-1]) + 1) * width > batch_tokens or scored > scored_limit:
+        full = bool(groups) and len(groups[-1]) == batch_size
+        if not groups or full or (len(groups[-1]) + 1) * width > batch_tokens or scored > scored_limit:
             groups.append([])
             scored = items[row].scored
         groups[-1].append(row)
     return [_pad(loaded, [items[row] for row in group], tuple(group)) for group in groups]
 
 
-def _pad(loaded: LoadedModel, items: Sequence[Sentence], rows: tuple[int, ...]) -> Batch:
+def _pad(loaded: TextModel, items: Sequence[Sentence], rows: tuple[int, ...]) -> Batch:
     width = max(len(item.ids) for item in items)
     ids = torch.full((len(items), width), loaded.tokenizer.pad_token_id or 0, dtype=torch.long)
     mask = torch.zeros(len(items), width, dtype=torch.long)
@@ -169,7 +187,7 @@ def with_continuations(
     return batches_of(loaded, items, batch_tokens)
 
 
-def end_tokens(loaded: LoadedModel) -> frozenset[int]:
+def end_tokens(loaded: TextModel) -> frozenset[int]:
     """Every token id that ends a sequence: those of the generation configuration and the tokenizer's."""
     declared = loaded.model.generation_config.eos_token_id if loaded.model.generation_config else None
     ids = declared if isinstance(declared, list) else [declared]
@@ -177,7 +195,7 @@ def end_tokens(loaded: LoadedModel) -> frozenset[int]:
 
 
 @torch.inference_mode()
-def greedy(loaded: LoadedModel, items: Sequence[Sentence], new_tokens: int) -> list[tuple[int, ...]]:
+def greedy(loaded: TextModel, items: Sequence[Sentence], new_tokens: int) -> list[tuple[int, ...]]:
     """At most `new_tokens` tokens behind each sentence, the end token included where one was written.
 
     Plain argmax decoding with a cache. `generate` is avoided: it adopts the checkpoint's repetition penalty.
