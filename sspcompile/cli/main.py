@@ -11,6 +11,7 @@ import sspcompile
 from sspcompile.cli.bench import bench
 from sspcompile.cli.build import build
 from sspcompile.cli.doctor import doctor
+from sspcompile.cli.eval import evaluate
 from sspcompile.cli.export import export
 from sspcompile.cli.inspect import inspect
 from sspcompile.cli.plan import plan
@@ -38,7 +39,7 @@ def cli() -> None:
     """
 
 
-for command in (build, plan, prepare, inspect, verify, export, bench, recipe, doctor):
+for command in (build, plan, prepare, inspect, verify, export, bench, evaluate, recipe, doctor):
     cli.add_command(command)
 
 

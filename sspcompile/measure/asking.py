@@ -1,4 +1,5 @@
-"""Two models asked the same conversations: what each answers, what it thinks of the right answers, how far they diverge.
+"""Two models asked the same conversations: what each answers, how likely the right answers are to it, and how far the
+two diverge.
 
 With a chat template that takes conversations every turn is asked with the conversation so far. For the answers each
 model goes on from *its own* previous answers, as it would in use. Divergence and log-likelihood compare the models on

@@ -1,7 +1,7 @@
 """What an evaluation asks: questions with or without answers, alone or as turns of a conversation, and their files.
 
-Files: `.jsonl` with `prompt` and `answer` per line, and the JSON of XDomainBench: a pool (a list of texts) or a scenario
-(`scenario_id`, `domain` or `cross_domains`, `turns` with `prompt`, `answer`, `task_type`), one or a list of them.
+Files: `.jsonl` with `prompt` and `answer` per line, and the JSON of XDomainBench: a pool (a list of texts) or a
+scenario (`scenario_id`, `domain` or `cross_domains`, `turns` with `prompt`, `answer`, `task_type`), or a list of them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Keyword recall and exact match of an answer that was written, against the answers that count as right.
 
-Recall is |prediction & reference| / |reference| over sets of tokens without stop words, the protocol of XDomainBench with
-two corrections: every alternative answer is tried and the best counts, and nothing is decoded with a repetition
+Recall is |prediction & reference| / |reference| over sets of tokens without stop words, the protocol of XDomainBench
+with two corrections: every alternative answer is tried and the best counts, and nothing is decoded with a repetition
 penalty. Numbers are equal within 0.01; multiple choice compares the chosen letter.
 """
 
@@ -20,14 +20,13 @@ TASK_TYPES: tuple[str, ...] = get_args(TaskType)
 TOLERANCE = Decimal("0.01")
 
 # Articles, pronouns, auxiliaries, prepositions and conjunctions. Negations stay: they turn an answer round.
-STOPWORDS = frozenset(
-    """
-    a an the this that these those it its he she they them his her their we us our you your i me my who whom whose which
-    what is are was were be been being am do does did has have had will would shall should can could might must of in on
-    at to for from by with as into onto over under about between through during and or but so if then than because while
-    when where how there here also such
-    """.split()
-)
+_FUNCTION_WORDS = """
+a an the this that these those it its he she they them his her their we us our you your i me my who whom whose which
+what is are was were be been being am do does did has have had will would shall should can could might must of in on at
+to for from by with as into onto over under about between through during and or but so if then than because while when
+where how there here also such
+"""
+STOPWORDS = frozenset(_FUNCTION_WORDS.split())
 
 _NUMBER = r"(?<![\w.])[-\u2212]?\d+(?:,\d{3})*(?:\.\d+)?(?!\w|\.\d|,\d{3})"
 _TOKEN = re.compile(rf"({_NUMBER})|\w+")

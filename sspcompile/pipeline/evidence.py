@@ -54,7 +54,7 @@ def gather(prompts: Sequence[str], mixture: Mixture, pools: Sequence[DomainPool]
 
     def fill(part: int, have: int, wanted: int) -> tuple[str, ...]:
         drawn: list[str] = []
-        for share, pool in zip(_shares(weights, wanted - have), pools, strict=True):
+        for share, pool in zip(whole_shares(weights, wanted - have), pools, strict=True):
             texts = [text for text in split(pool.prompts)[part] if text not in own]
             drawn += [texts[index] for index in np.sort(rng.permutation(len(texts))[:share])]
         return tuple(drawn)
@@ -74,7 +74,7 @@ def _thinned(texts: tuple[str, ...], limit: int) -> tuple[str, ...]:
     return tuple(texts[index * len(texts) // limit] for index in range(limit))
 
 
-def _shares(weights: np.ndarray, count: int) -> list[int]:
+def whole_shares(weights: np.ndarray, count: int) -> list[int]:
     """Whole numbers in proportion to `weights` that sum to `count` (largest remainders), zeros when it is negative."""
     if count <= 0:
         return [0] * len(weights)
