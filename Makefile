@@ -3,12 +3,13 @@
 PYTHON ?= python3.11
 VENV := .venv
 COMPAT := .venv-compat
+HARNESS := .venv-lm-eval
 BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
 # Two test processes: as many as the smallest machine that this is meant for has cores.
 WORKERS ?= 2
 
-.PHONY: demo test test-compat test-wheel test-shapes lint format train bench-compile bench-criteria clean
+.PHONY: demo test test-compat test-wheel test-shapes test-lm-eval lint format train bench-compile bench-criteria clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +39,15 @@ test-wheel: $(VENV)/.done  ## The wheel in an empty environment, from another fo
 test-shapes: $(VENV)/.done  ## Whole builds with the attention shapes of the paper's four models.
 	$(BIN)/python -m pytest tests/test_paper_shapes.py -m slow
 
+$(HARNESS)/.done: pyproject.toml constraints.txt constraints-lm-eval.txt
+	$(PYTHON) -m venv $(HARNESS)
+	$(HARNESS)/bin/pip install $(PIP_FLAGS) --constraint constraints.txt --constraint constraints-lm-eval.txt \
+	    --editable '.[dev,eval]'
+	touch $@
+
+test-lm-eval: $(HARNESS)/.done  ## lm-evaluation-harness on an artifact, with a task that needs no download.
+	$(HARNESS)/bin/python -m pytest tests/test_lm_eval.py -m slow
+
 lint: $(VENV)/.done
 	$(BIN)/ruff check .
 
@@ -56,4 +66,4 @@ bench-compile: $(VENV)/.done  ## How long compiling a scenario takes once everyt
 	$(BIN)/python benchmarks/compile.py
 
 clean:
-	rm -rf $(VENV) $(COMPAT) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(COMPAT) $(HARNESS) build dist .pytest_cache .ruff_cache .hypothesis
