@@ -61,7 +61,7 @@ class Compiled:
     """A scenario read through a toolkit: what it is made of and what every head is worth to it.
 
     `mixture` is what was measured; `used` is what scored the heads, and differs only where a part of the method is
-    switched off (`without`). `merit` is [layers, heads], `whitelist` bool [layers, heads].
+    switched off (`without`). `merit` is [layers, heads], `whitelist` bool [layers, heads]. `repair` was asked for.
     """
 
     scenario: Scenario
@@ -74,6 +74,7 @@ class Compiled:
     criterion: str
     groups_only: bool
     without: tuple[str, ...]
+    repair: str
 
 
 def open_subject(model: str | None) -> Subject:
@@ -169,6 +170,7 @@ def compile_scenario(
         scenario=scenario, mixture=mixture, used=used, scores=scores, whitelist=whitelist,
         merit=merit(scores.values, whitelist), keep=keep, criterion=name,
         groups_only=options.granularity == "group", without=without,
+        repair=options.repair or "none",
     )
 
 
@@ -199,6 +201,7 @@ def mask_of(compiled: Compiled, subject: Subject, choice: Choice, layout: Layout
         scenario={
             "name": compiled.scenario.name, "source": compiled.scenario.source, **compiled.mixture.as_mapping(),
             "importance": compiled.scores.as_mapping(), "without": list(compiled.without),
+            "repair": compiled.repair,
         },
     )
 
