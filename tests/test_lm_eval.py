@@ -36,7 +36,7 @@ metric_list:
 
 def test_harness_metrics_stand_side_by_side_and_agree_with_our_own(run, tmp_path):  # noqa: F811
     pytest.importorskip("lm_eval", reason="needs the [eval] extra: run `make test-lm-eval`")
-    fast = ("--continuation-tokens", "2", "--max-tokens", "48", "--criterion", "subspace", "--quiet", "--repair", "none")
+    fast = ("--continuation-tokens", "2", "--max-tokens", "48", "--criterion", "subspace", "--repair", "none", "-q")
     build = ("build", "--scenario", "A helpdesk for questions about chemistry", "--keep", "0.25", *fast)
     done = shell(tmp_path, *build, "--out", "artifacts/cut")
     assert done.code == 0, done.err
