@@ -9,7 +9,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 # Two test processes: as many as the smallest machine that this is meant for has cores.
 WORKERS ?= 2
 
-.PHONY: demo test test-compat test-wheel test-shapes test-lm-eval lint format train bench-compile bench-criteria clean
+.PHONY: demo test test-compat test-wheel test-shapes test-lm-eval lint format train bench-compile bench-quality clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -59,8 +59,9 @@ train: $(VENV)/.done  ## Train the embedded model again, and write its card and 
 	$(BIN)/python -m sspcompile.embedded.card
 	$(BIN)/python -m sspcompile.embedded.pools
 
-bench-criteria: $(VENV)/.done  ## Which head score measures best on the embedded model.
-	$(BIN)/python benchmarks/criteria.py
+bench-quality: $(VENV)/.done  ## Quality at a given size: every head score, both layouts, with and without repair.
+	$(BIN)/python -m benchmarks.quality
+	$(BIN)/python -m benchmarks.quality_tables
 
 bench-compile: $(VENV)/.done  ## How long compiling a scenario takes once everything is loaded.
 	$(BIN)/python benchmarks/compile.py
