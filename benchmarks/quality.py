@@ -1,6 +1,6 @@
 """Quality at a given size: every head score, at equal budgets, with and without repair, in both layouts.
 
-    python -m benchmarks.quality [--seeds 3] [--items 100] [--workers 2] [--out benchmarks/results/quality]
+    python -m benchmarks.quality [--seeds 3] [--items 60] [--workers 2] [--out benchmarks/results/quality]
 
 For each of the six domains of the embedded model a scenario of PROMPTS generated prompts (other ones per seed) chooses
 heads and fits repairs; the masked model then answers held-out items of that domain and, for the price of it, items of
@@ -44,13 +44,13 @@ LAYOUTS = ("per-layer", "uniform")
 PROMPTS = 96
 """Prompts of a scenario. They come from the generator's training split, as a user's would from the user's logs."""
 PROMPT_SEED, ITEM_SEED = 7000, 8000
-OFF_DOMAIN_ITEMS = 10
+OFF_DOMAIN_ITEMS = 6
 CONTINUATION_TOKENS = 16
 NOT_COMPARED = ("fisher-sampled", "fisher-greedy")
 """Variants of a score that is compared already."""
 OURS = "fisher-rounds"
 DOMAIN_FREE, DOMAIN_FREE_MASK = f"{OURS}, domain-free", f"{OURS}, domain-free mask"
-REPAIRS = ("none", "least-squares", "flap-bias")
+FIRST_LAYER = "random-first-layer"
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,11 @@ def candidates(out: Path, seed: int, domain: str) -> Iterator[tuple[str, np.ndar
 
 
 def repairs(row: str, choice: Choice, texts: Texts) -> Iterator[tuple[str, Repair | None]]:
-    """The repairs that a row is judged with; FLAP's bias for its own score and for ours."""
+    """The repairs that a row is judged with: two for every row, more for some."""
     yield "none", None
     yield "least-squares", fit_repair(model(), choice.kept, texts.batches, dtype=torch.float32)
+    if row in (OURS, DOMAIN_FREE, FIRST_LAYER):
+        yield "least-squares-mlp", fit_repair(model(), choice.kept, texts.batches, dtype=torch.float32, mlp=True)
     if row in (OURS, "flap"):
         yield "flap-bias", fit_bias(model(), choice.kept, texts.batches, dtype=torch.float32)
 
@@ -182,7 +184,7 @@ def _store(path: Path, write) -> None:  # noqa: ANN001
 
 @click.command()
 @click.option("--seeds", default=3, show_default=True, help="Scenarios per domain, each with prompts of its own.")
-@click.option("--items", "count", default=100, show_default=True, help="Held-out items per scenario.")
+@click.option("--items", "count", default=60, show_default=True, help="Held-out items per scenario.")
 @click.option("--workers", default=2, show_default=True, help="Processes, of one thread each.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/quality"), show_default=True)
 def main(seeds: int, count: int, workers: int, out: Path) -> None:

@@ -32,7 +32,7 @@ from sspcompile.embedded.network import build_model, hidden_states
 from sspcompile.embedded.store import save_model
 from sspcompile.embedded.tokenizer import build_tokenizer
 
-STEPS = 3900
+STEPS = 6800
 BATCH = 32
 BUCKET_BATCHES = 16
 MUON_RATE, MUON_MOMENTUM, MUON_DECAY = 0.015, 0.95, 0.05

@@ -1,4 +1,4 @@
-"""Repairs: what is left of o_proj makes up for the heads that were removed. Shapes do not change.
+"""Repairs: what is left makes up for the heads that were removed. Shapes do not change.
 
 *Least squares* refits the kept columns so that the pruned model's residual stream after attention comes as close as it
 can to the dense model's. In each layer, with X [N, kept * D] the pruned model's own input of o_proj and R [N, d] its
@@ -10,6 +10,11 @@ where Y [N, d] is the dense residual stream after attention, b the bias and W0 t
 give the positions where the model decodes SCORED_SHARE of the total: they are what the pruned model will be asked for,
 and a few of them stand against a whole prompt. Layers are solved in order, so each sees the errors that the ones before
 it could not mend.
+
+*Least squares with the MLP* goes on in each layer with down_proj: its inputs are the pruned model's, its target is what
+is missing of the dense residual stream after the whole layer. It mends more where much was cut, at the price of
+rewriting weights that are not of attention; its ridge is stronger, because down_proj has more inputs than a few prompts
+excite.
 
 *FLAP's bias* (An et al. 2024, arXiv 2312.11983, section 3.3) leaves the weights alone and adds what the removed heads
 put out on average, b + W_removed mean(x_removed), the mean taken over the dense model's inputs of o_proj. It needs an
@@ -40,22 +45,27 @@ MIN_PROMPTS = 16
 # Relative to the mean energy of an input coordinate: small enough to fit, large enough to leave directions that the
 # prompts never excite as they were.
 RIDGE = 1e-2
+MLP_RIDGE = 1e-1
 # Of the weight of all positions. On the embedded model, unweighted positions (about a tenth) leave up to 15 points of
 # exact match behind, and a share near 1 forgets how the prompt is read.
 SCORED_SHARE = 0.5
 
 
+DOWN = "mlp.down_proj.weight"
+
+
 @dataclass(frozen=True)
 class Repair:
-    """What a repair puts into o_proj; a layer that is missing is left as it was.
+    """What a repair puts into a layer; one that is missing is left as it was.
 
-    `weights`: [hidden, heads * D] per layer in the dense shape, zero in removed columns. `biases`: [hidden] per layer,
-    instead of the bias that was there or of none. The dtype is the checkpoint's own, so that what is measured is what
-    is written.
+    `weights`: o_proj, [hidden, heads * D] per layer in the dense shape, zero in removed columns. `biases`: of o_proj,
+    [hidden] per layer, instead of the bias that was there or of none. `down`: down_proj, [hidden, intermediate] per
+    layer. The dtype is the checkpoint's own, so that what is measured is what is written.
     """
 
     weights: Mapping[int, Tensor]
     biases: Mapping[int, Tensor] = field(default_factory=dict)
+    down: Mapping[int, Tensor] = field(default_factory=dict)
 
     def words(self, layer: int, kept: Sequence[int], head_dim: int) -> np.ndarray:
         """The kept columns of a layer as raw words, [hidden, kept * D], ready to be written."""
@@ -68,9 +78,8 @@ class Repair:
             layer_prefix(layer) + "self_attn.o_proj.weight": self.words(layer, kept[layer], head_dim)
             for layer in self.weights
         }
-        return weights | {
-            layer_prefix(layer) + "self_attn.o_proj.bias": _words(bias) for layer, bias in self.biases.items()
-        }
+        biases = {layer_prefix(layer) + "self_attn.o_proj.bias": _words(bias) for layer, bias in self.biases.items()}
+        return weights | biases | {layer_prefix(layer) + DOWN: _words(weight) for layer, weight in self.down.items()}
 
 
 def _words(tensor: Tensor) -> np.ndarray:
@@ -93,7 +102,12 @@ def repaired(loaded: LoadedModel, repair: Repair | None) -> Iterator[None]:
     A bias may be put where the architecture has none: such a model can be judged, but not written.
     """
     originals: dict[int, tuple[Tensor, nn.Parameter | None]] = {}
+    down: dict[int, Tensor] = {}
     try:
+        for layer, weight in (repair.down if repair is not None else {}).items():
+            projection = down_proj(loaded.layers[layer])
+            down[layer] = projection.weight.data
+            projection.weight.data = weight.to(projection.weight)
         for layer in sorted({*repair.weights, *repair.biases} if repair is not None else ()):
             projection = o_proj(loaded.layers[layer])
             originals[layer] = projection.weight.data, projection.bias
@@ -107,6 +121,8 @@ def repaired(loaded: LoadedModel, repair: Repair | None) -> Iterator[None]:
         for layer, (weight, bias) in originals.items():
             projection = o_proj(loaded.layers[layer])
             projection.weight.data, projection.bias = weight, bias
+        for layer, weight in down.items():
+            down_proj(loaded.layers[layer]).weight.data = weight
 
 
 @torch.inference_mode()
@@ -117,12 +133,13 @@ def fit_repair(
     *,
     dtype: torch.dtype,
     ridge: float = RIDGE,
+    mlp: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Repair:
-    """Refit o_proj for a mask `kept` (bool [layers, heads]) on the texts of `batches`.
+    """Refit o_proj, and with `mlp` down_proj too, for a mask `kept` (bool [layers, heads]) on the texts of `batches`.
 
-    Two hidden states per batch are held (dense and pruned, [B, T, d]); each layer is run once dense and twice pruned.
-    `dtype` is the dtype the weights will be written in.
+    Two hidden states per batch are held (dense and pruned, [B, T, d]); each layer is run once dense and twice pruned,
+    once more with `mlp`. `dtype` is the dtype the weights will be written in.
     """
     g = loaded.geometry
     calls, dense = [], []
@@ -134,6 +151,7 @@ def fit_repair(
         calls.append([(recorded[index].rest, recorded[index].options) for index in range(g.layers)])
     pruned, position_weights = list(dense), _position_weights(batches)
     weights: dict[int, Tensor] = {}
+    down: dict[int, Tensor] = {}
     for index, layer in enumerate(loaded.layers):
         columns = torch.from_numpy(np.repeat(kept[index], g.head_dim)).to(loaded.device)
         system = _Normal(int(columns.sum()), g.hidden, loaded.device)
@@ -153,13 +171,46 @@ def fit_repair(
             dense[number] = output
         if cut:
             weights[index] = _refit(o_proj(layer).weight, columns, system, ridge, dtype)
-        with repaired(loaded, Repair({index: weights[index]} if cut else {})):
+        mended = Repair({index: weights[index]} if cut else {})
+        if cut and mlp:
+            with repaired(loaded, mended):
+                down[index] = _refit_down(
+                    layer, pruned, dense, [one[index] for one in calls], batches, position_weights, dtype
+                )
+            mended = Repair(mended.weights, down={index: down[index]})
+        with repaired(loaded, mended):
             for number in range(len(batches)):
                 rest, options = calls[number][index]
                 pruned[number] = layer_output(layer(pruned[number], *rest, **options))
         if progress is not None:
             progress(index + 1, g.layers)
-    return Repair(weights)
+    return Repair(weights, down=down)
+
+
+def down_proj(layer: nn.Module) -> nn.Linear:
+    """The MLP's output projection; its input is [batch, tokens, intermediate]."""
+    return layer.mlp.down_proj
+
+
+def _refit_down(
+    layer: nn.Module, pruned: Sequence[Tensor], dense: Sequence[Tensor],
+    calls: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]], batches: Sequence[Batch],
+    position_weights: Sequence[Tensor], dtype: torch.dtype,
+) -> Tensor:
+    """down_proj [hidden, intermediate] of a layer whose o_proj is repaired: `pruned` are its inputs, `dense` the dense
+    layer's outputs, [B, T, d] per batch."""
+    projection = down_proj(layer)
+    system = _Normal(projection.in_features, projection.out_features, projection.weight.device)
+    for number, batch in enumerate(batches):
+        rest, options = calls[number]
+        real = batch.attention_mask.bool()
+        with _reading(projection) as entering, _reading(residual_norm(layer)) as after:
+            layer(pruned[number], *rest, **options)
+        missing = dense[number] - after[0]
+        if projection.bias is not None:
+            missing = missing - projection.bias
+        system.add(entering[0][real], missing[real], position_weights[number][real])
+    return system.solve(projection.weight.double().T, MLP_RIDGE).T.to(dtype).contiguous()
 
 
 def _position_weights(batches: Sequence[Batch]) -> list[Tensor]:
