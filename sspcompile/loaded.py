@@ -1,8 +1,9 @@
 """The dense model in memory, and the two places in each decoder layer that everything else looks at.
 
 `residual`: the residual stream after attention is added and before the MLP, which is exactly the positional input
-of `post_attention_layernorm`. `head output`: the input of `o_proj`, where the heads still stand side by side; it is
-the only place where closing a head is a multiplication by zero.
+of the norm that the family table names (`post_attention_layernorm` in most, not in all). `head output`: the input of
+`o_proj`, where the heads still stand side by side; it is the only place where closing a head is a multiplication by
+zero.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sspcompile.errors import CheckpointError, RunError
-from sspcompile.families import Geometry, geometry_of
+from sspcompile.families import FAMILIES, Geometry, geometry_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,7 +31,7 @@ LOADING_ERRORS = (ValueError, KeyError, TypeError, AttributeError, ImportError, 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A dense decoder ready to run: evaluation mode, no gradients, sdpa attention."""
+    """A dense decoder ready to run: evaluation mode, no gradients, the family's attention."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -62,7 +63,8 @@ def load(path: Path, *, fingerprint: str, device: str = "cpu", trust_remote_code
             json.loads((path / "tokenizer.json").read_text("utf-8"))
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+            path, dtype=torch.float32, attn_implementation=geometry.family.attention,
+            trust_remote_code=trust_remote_code,
         )
     except LOADING_ERRORS as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -94,7 +96,8 @@ def o_proj(layer: nn.Module) -> nn.Linear:
 
 def residual_norm(layer: nn.Module) -> nn.Module:
     """The module whose positional input is the residual stream after attention, [batch, tokens, hidden]."""
-    return layer.post_attention_layernorm
+    family = FAMILIES[layer.self_attn.config.model_type]
+    return getattr(layer, family.residual_norm)
 
 
 @contextlib.contextmanager

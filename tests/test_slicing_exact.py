@@ -44,7 +44,7 @@ def mask_for(checkpoint: Checkpoint, keep: float, layout: str, seed: int) -> Hea
 def assert_equal_to_masked(source: Path, out: Path, mask: HeadMask, *, custom: bool) -> None:
     loaded = load(source, fingerprint="")
     sliced = AutoModelForCausalLM.from_pretrained(
-        out, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=custom
+        out, dtype=torch.float32, attn_implementation=loaded.geometry.family.attention, trust_remote_code=custom
     ).eval()
     with head_gates(loaded, torch.from_numpy(mask.as_array()).float()):
         expected, text = respond(loaded.model, IDS, 12)

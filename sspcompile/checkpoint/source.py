@@ -18,8 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from sspcompile.checkpoint.transfer import Extent, read_all
 from sspcompile.errors import CheckpointError, UnsupportedModelError
-from sspcompile.families import Geometry, geometry_of, tensor_shapes
+from sspcompile.families import Geometry, geometry_of
+from sspcompile.tensors import tensor_shapes
 
 WORD_BYTES: Mapping[str, int] = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -51,6 +53,19 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.word_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one entry of the first axis."""
+        return math.prod(self.shape[1:]) * self.word_bytes
+
+    @property
+    def extent(self) -> Extent:
+        return Extent(self.file, self.offset, self.nbytes)
+
+    def rows(self, start: int, stop: int) -> Extent:
+        """Where rows start..stop of the first axis lie."""
+        return Extent(self.file, self.offset + start * self.row_bytes, (stop - start) * self.row_bytes)
 
 
 class Checkpoint:
@@ -107,12 +122,15 @@ class Checkpoint:
 
     def _words(self, info: TensorInfo, first: int, count: int) -> np.ndarray:
         words = np.empty(count, dtype=WORD_DTYPE[info.word_bytes])
-        view = memoryview(words).cast("B")
-        with info.file.open("rb") as stream:
-            stream.seek(info.offset + first * info.word_bytes)
-            if stream.readinto(view) != view.nbytes:
-                raise CheckpointError(f"{info.file.name} is shorter than its header says.", hint="Download it again.")
+        with info.file.open("rb", buffering=0) as stream:
+            fill(stream.fileno(), words, info.file, info.offset + first * info.word_bytes)
         return words
+
+
+def fill(source: int, words: np.ndarray, file: Path, offset: int) -> None:
+    """Read the contiguous array `words` from an open file. Raises CheckpointError when the file ends before."""
+    if words.size and not read_all(source, memoryview(words).cast("B"), offset):
+        raise CheckpointError(f"{file.name} is shorter than its header says.", hint="Download it again.")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

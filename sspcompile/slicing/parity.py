@@ -56,7 +56,7 @@ def compare(
     Raises RunError when the fresh process cannot load the folder.
     """
     prompts = [list(ids[:PROBE_TOKENS]) for ids in prompts[:PROBE_PROMPTS]]
-    answers = _fresh(folder, prompts, custom_code)
+    answers = _fresh(folder, prompts, custom_code, loaded.geometry.family.attention)
     gates = torch.from_numpy(mask.as_array()).float().to(loaded.device)
     difference = scale = 0.0
     same = True
@@ -82,12 +82,14 @@ def demand(parity: Parity) -> None:
         )
 
 
-def _fresh(folder: Path, prompts: list[list[int]], custom_code: bool) -> list[tuple[np.ndarray, np.ndarray]]:
+def _fresh(
+    folder: Path, prompts: list[list[int]], custom_code: bool, attention: str
+) -> list[tuple[np.ndarray, np.ndarray]]:
     with tempfile.TemporaryDirectory() as scratch:
         request, answer = Path(scratch) / "request.json", Path(scratch) / "answer.npz"
         asked = {
             "prompts": prompts, "new_tokens": NEW_TOKENS, "custom_code": custom_code,
-            "threads": torch.get_num_threads(),
+            "threads": torch.get_num_threads(), "attention": attention,
         }
         request.write_text(json.dumps(asked), "utf-8")
         command = [sys.executable, "-m", "sspcompile.slicing.reload", str(folder), str(request), str(answer)]
