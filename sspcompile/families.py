@@ -210,8 +210,8 @@ class Geometry:
     """Sizes of a decoder as its configuration states them; counts of heads are per layer and equal in all layers.
 
     `sparse`: the layers whose MLP is `experts` experts of `expert_intermediate` each, `active_experts` of which a
-    token visits. `windowed`: some layers attend through a sliding window that the family can switch on. `fixed_heads`: the
-    stock class can state no other number of query heads (see Family.longrope_by_heads).
+    token visits. `windowed`: some layers attend through a sliding window that the family can switch on.
+    `fixed_heads`: the stock class can state no other number of query heads (see Family.longrope_by_heads).
     """
 
     family: Family

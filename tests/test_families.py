@@ -153,11 +153,14 @@ def test_per_layer_class_works_with_every_cache_beams_padding_saving_and_compila
 
 
 def test_long_positions_of_phi3_hold_no_other_head_count_in_the_stock_class(tmp_path):
-    config = family_config("phi3")
-    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = family_config("phi3", hidden=128)
+    config.original_max_position_embeddings = 64
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
     config.rope_parameters = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0, **factors}
     source = save_random(tmp_path / "dense", config, seed=1)
     checkpoint = Checkpoint(source)
     with pytest.raises(UnsupportedModelError, match="--layout per-layer"):
         make_plan(checkpoint, uniform_half(checkpoint))
-    AutoModelForCausalLM.from_pretrained(source)
+    mask = mask_for(checkpoint, 0.6, "per-layer", 3)
+    write_model(checkpoint, make_plan(checkpoint, mask), tmp_path / "cut")
+    assert_equal_to_masked(source, tmp_path / "cut", mask, custom=True)

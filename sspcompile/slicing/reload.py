@@ -14,7 +14,10 @@ import torch
 
 
 def main(folder: str, request: str, answer: str) -> None:
-    """Read {"prompts": [[token ids]], "new_tokens", "custom_code", "threads", "attention"}; write logits and greedy tokens."""
+    """Read {"prompts": [[token ids]], "new_tokens", "custom_code", "threads", "attention"}.
+
+    Writes logits and greedy tokens of every prompt.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     asked = json.loads(Path(request).read_text("utf-8"))
