@@ -219,6 +219,10 @@ def _pairs(dense: Sizes, sliced: Sizes) -> dict[str, dict[str, int]]:
     return {key: {"dense": getattr(dense, key), "sliced": getattr(sliced, key)} for key in SIZE_KEYS}
 
 
+def _degrees(verdict: Verdict) -> dict[str, dict[str, Any]]:
+    return {str(n): {"loads": not reason, "reason": reason} for n, reason in verdict.tensor_parallel.items()}
+
+
 def plan_json(plan: SlicePlan) -> dict[str, Any]:
     """The plan as plain data; the keys are promised to users."""
     return {
@@ -237,6 +241,12 @@ def plan_json(plan: SlicePlan) -> dict[str, Any]:
             for (heads, kv_heads), (dense, sliced) in zip(plan.counts, plan.by_layer, strict=True)
         ],
         "runtimes": [
-            {"runtime": verdict.runtime, "loads": verdict.loads, "reason": verdict.reason} for verdict in plan.runtimes
+            {
+                "runtime": verdict.runtime,
+                "loads": verdict.loads,
+                "reason": verdict.reason,
+                **({"tensor_parallel": _degrees(verdict)} if verdict.tensor_parallel else {}),
+            }
+            for verdict in plan.runtimes
         ],
     }
