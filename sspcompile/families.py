@@ -39,6 +39,8 @@ class Experts:
     """A sparse MLP: `router` scores the experts, `expert` is the name of one (with its number), `parts` its matrices.
 
     `counts`: the configuration keys that may hold the number of experts; `width`: the one with their inner size.
+    In memory transformers 5 calls the router `mlp.gate` and stacks the experts' parts: `mlp.experts.gate_up_proj`
+    holds those named in `gate_up` one above the other, `mlp.experts.down_proj` those named `down`.
     """
 
     router: str
@@ -46,6 +48,8 @@ class Experts:
     parts: tuple[Linear, ...]
     counts: tuple[str, ...]
     width: str
+    gate_up: tuple[str, str]
+    down: str
 
 
 MIXTRAL_EXPERTS = Experts(
@@ -58,6 +62,8 @@ MIXTRAL_EXPERTS = Experts(
     ),
     counts=("num_local_experts",),
     width="intermediate_size",
+    gate_up=("w1", "w3"),
+    down="w2",
 )
 QWEN_EXPERTS = Experts(
     router="mlp.gate",
@@ -70,6 +76,8 @@ QWEN_EXPERTS = Experts(
     # transformers 5 writes num_local_experts, 4.57 num_experts.
     counts=("num_experts", "num_local_experts"),
     width="moe_intermediate_size",
+    gate_up=("gate_proj", "up_proj"),
+    down="down_proj",
 )
 
 

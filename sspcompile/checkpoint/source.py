@@ -79,7 +79,7 @@ class Checkpoint:
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Name -> place, in file order. Raises CheckpointError when files contradict index or configuration."""
-        table = _tensor_table(self.path)
+        table = tensor_table(self.path)
         _check_against(table, self.geometry, self.path)
         return table
 
@@ -125,6 +125,14 @@ class Checkpoint:
         with info.file.open("rb", buffering=0) as stream:
             fill(stream.fileno(), words, info.file, info.offset + first * info.word_bytes)
         return words
+
+
+def read_words(info: TensorInfo) -> np.ndarray:
+    """One tensor as raw words, in its shape. Raises CheckpointError when the file is shorter than it promised."""
+    words = np.empty(info.shape, dtype=WORD_DTYPE[info.word_bytes])
+    with info.file.open("rb", buffering=0) as stream:
+        fill(stream.fileno(), words, info.file, info.offset)
+    return words
 
 
 def fill(source: int, words: np.ndarray, file: Path, offset: int) -> None:
@@ -180,7 +188,8 @@ def _weight_files(folder: Path) -> dict[str, set[str] | None]:
     )
 
 
-def _tensor_table(folder: Path) -> dict[str, TensorInfo]:
+def tensor_table(folder: Path) -> dict[str, TensorInfo]:
+    """Name -> place of every tensor of a folder, whatever model it holds. Raises CheckpointError."""
     table: dict[str, TensorInfo] = {}
     for file, promised in sorted(_weight_files(folder).items()):
         path = folder / file
