@@ -8,7 +8,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 # Two test processes: as many as the smallest machine that this is meant for has cores.
 WORKERS ?= 2
 
-.PHONY: demo test test-compat test-wheel test-shapes lint format train bench-compile bench-criteria clean
+.PHONY: demo test test-compat test-wheel test-shapes lint format train bench-compile bench-criteria bench-slice clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -54,6 +54,9 @@ bench-criteria: $(VENV)/.done  ## Which head score measures best on the embedded
 
 bench-compile: $(VENV)/.done  ## How long compiling a scenario takes once everything is loaded.
 	$(BIN)/python benchmarks/compile.py
+
+bench-slice: $(VENV)/.done  ## What cutting a checkpoint costs against copying what it writes.
+	$(BIN)/python benchmarks/slice.py
 
 clean:
 	rm -rf $(VENV) $(COMPAT) build dist .pytest_cache .ruff_cache .hypothesis

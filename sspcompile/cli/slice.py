@@ -85,4 +85,5 @@ def slice_command(
         return
     sizes = cut.plan.sliced
     click.echo(f"Written to {out}: {sizes.weight_bytes:,} bytes of weights, loads as {cut.plan.host.architecture}")
-    click.echo(f"Next: sspcompile verify {out}", err=True)
+    if not quiet:
+        click.echo(f"Next: sspcompile verify {out}", err=True)
