@@ -116,7 +116,7 @@ def head_gates(loaded: LoadedModel, gates: Tensor) -> Iterator[None]:
             x = args[0]
             batch, tokens, _ = x.shape
             per_head = x.view(batch, tokens, g.heads, g.head_dim)
-            scale = gate.to(x.dtype)
+            scale = gate.to(x)  # layers may lie on several devices
             scale = scale.view(1, 1, g.heads, 1) if gate.dim() == 1 else scale.view(batch, 1, g.heads, 1)
             return ((per_head * scale).view_as(x), *args[1:])
 

@@ -17,6 +17,7 @@ from sspcompile.cli.options import here, json_option, model_option, quiet_option
 Examples:
   sspcompile prepare
   sspcompile prepare --model ./Qwen2.5-7B-Instruct --criterion fisher --criterion kl
+  torchrun --nproc-per-node 4 -m sspcompile.cli.main prepare --model ./Qwen2.5-7B-Instruct
 """
 )
 @model_option
@@ -32,9 +33,11 @@ Examples:
 def prepare(criteria: tuple[str, ...], as_json: bool, quiet: bool, **given: Any) -> None:
     """Capture features, train probes, calibrate them, score every head per domain, find the whitelist.
 
-    `build` does this by itself when it is missing; the toolkit is kept per model and reused.
+    `build` does this by itself when it is missing; the toolkit is kept per model and reused. Under torchrun the
+    processes share the texts, one process per GPU, and find what one alone would find.
     """
     from sspcompile.pipeline.compiling import open_subject, toolkit_for
+    from sspcompile.prepare import parallel
     from sspcompile.recipe import DEFAULTS, resolve
     from sspcompile.scenario import as_recipe, read_scenario
     from sspcompile.workspace import Workspace
@@ -44,10 +47,13 @@ def prepare(criteria: tuple[str, ...], as_json: bool, quiet: bool, **given: Any)
     from sspcompile.cli.progress import stages
 
     subject, workspace = open_subject(options.model), Workspace(here())
-    with stages(quiet) as progress:
+    with parallel.joined() as world, stages(quiet or not world.first) as progress:
+        loaded = subject.load(device=world.device)
         toolkit, fresh = toolkit_for(
-            subject, subject.load(), options, workspace, progress, criteria or (DEFAULTS["criterion"],)
+            subject, loaded, options, workspace, progress, criteria or (DEFAULTS["criterion"],)
         )
+    if not world.first:
+        return
     folder = workspace.toolkit(subject.fingerprint)
     facts = {
         "folder": str(folder), "fresh": fresh, "domains": list(toolkit.domains), "criteria": sorted(toolkit.importance),

@@ -19,6 +19,7 @@ from sspcompile.domains import DomainPool, load_outside, load_pools, pools_finge
 from sspcompile.errors import ToolkitError, UnsupportedModelError
 from sspcompile.loaded import LoadedModel, load
 from sspcompile.pipeline.evidence import Evidence, fit_part, gather
+from sspcompile.prepare import parallel
 from sspcompile.prepare.importance import criterion
 from sspcompile.prepare.text import TEXT_VERSION
 from sspcompile.prepare.toolkit import Toolkit
@@ -99,7 +100,8 @@ def toolkit_for(
     for name in missing:
         array = preparing.importance_by_domain(loaded, toolkit, pools, name, progress)
         toolkit = preparing.with_importance(toolkit, name, array)
-    if fresh or missing:
+    # Under torchrun all processes have learned the same.
+    if (fresh or missing) and parallel.current().first:
         preparing.save(toolkit, folder)
     return toolkit, fresh
 

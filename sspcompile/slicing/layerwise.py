@@ -33,6 +33,7 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 }  # fmt: skip
 # Rows of the output matrix that are multiplied at once.
 VOCABULARY_ROWS = 8192
+WEIGHT, BIAS = "self_attn.o_proj.weight", "self_attn.o_proj.bias"
 Tensors = Mapping[str, TensorInfo]
 # What a layer is called with beside the hidden state.
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -187,12 +188,13 @@ def _mask(
     state: dict[str, Tensor], cut: Mapping[str, Tensor], kept: Sequence[int], g: Geometry, *, repaired: bool
 ) -> None:
     """Leave in the dense layer's o_proj the columns of the kept heads, or the cut's own columns in their places."""
-    name = "self_attn.o_proj.weight"
     columns = list(kept)
     weight = torch.zeros(g.hidden, g.heads, g.head_dim)
-    source = cut[name].view(g.hidden, -1, g.head_dim) if repaired else state[name].view_as(weight)[:, columns]
+    source = cut[WEIGHT].view(g.hidden, -1, g.head_dim) if repaired else state[WEIGHT].view_as(weight)[:, columns]
     weight[:, columns] = source
-    state[name] = weight.view(g.hidden, g.heads * g.head_dim)
+    state[WEIGHT] = weight.view(g.hidden, g.heads * g.head_dim)
+    if repaired and BIAS in state:  # a repair may have changed it
+        state[BIAS] = cut[BIAS]
 
 
 def _norm_state(tensors: Tensors) -> dict[str, Tensor]:
