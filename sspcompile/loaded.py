@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sspcompile.errors import CheckpointError, RunError
 from sspcompile.families import FAMILIES, Geometry, geometry_of
+from sspcompile.placement import input_device, loading_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,32 +46,40 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        """Where token ids go."""
+        return input_device(self.model)
 
 
-def load(path: Path, *, fingerprint: str, device: str = "cpu", trust_remote_code: bool = False) -> LoadedModel:
+def load(
+    path: Path, *, fingerprint: str, device: str = "cpu", device_map: str | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
     """Load model and tokenizer from a folder. Everything is computed in fp32, whatever the checkpoint stores.
 
-    Raises CheckpointError when tokenizer, configuration or weights are unusable, and whatever `geometry_of` raises.
+    `device_map` spreads the model instead of putting it on `device` (see placement). Raises InputError for one that
+    cannot be used, CheckpointError when tokenizer, configuration or weights are unusable, and whatever `geometry_of` raises.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     geometry = geometry_of(json.loads((path / "config.json").read_text("utf-8")))
     if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise CheckpointError(f"{path} has no tokenizer.", hint="Copy tokenizer.json beside config.json.")
+    spread = loading_options(device_map)
     try:
         if (path / "tokenizer.json").exists():  # the tokenizers library throws a bare Exception at broken JSON
             json.loads((path / "tokenizer.json").read_text("utf-8"))
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, attn_implementation=geometry.family.attention,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust_remote_code, **spread,
         )
     except LOADING_ERRORS as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"transformers cannot load {path}: {reason}", hint="Check its files.") from error
     _check_loaded(model, tokenizer, geometry, path)
-    model.requires_grad_(False).eval().to(device)
+    model.requires_grad_(False).eval()
+    if not spread:
+        model.to(device)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return LoadedModel(model=model, tokenizer=tokenizer, geometry=geometry, path=path, fingerprint=fingerprint)
@@ -85,7 +94,7 @@ def _check_loaded(
             hint="Use the tokenizer that the model was trained with.",
         )
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not parameter.is_meta and not torch.isfinite(parameter).all():
             raise CheckpointError(f"{path} has infinite or undefined numbers in {name}.", hint="Download it again.")
 
 

@@ -17,6 +17,7 @@ from sspcompile.cli.options import here, json_option, model_option, quiet_option
 Examples:
   sspcompile prepare
   sspcompile prepare --model ./Qwen2.5-7B-Instruct --criterion fisher --criterion kl
+  sspcompile prepare --model ./Llama-3.1-70B --device-map auto
   torchrun --nproc-per-node 4 -m sspcompile.cli.main prepare --model ./Qwen2.5-7B-Instruct
 """
 )
@@ -28,9 +29,14 @@ Examples:
 @click.option("--max-tokens", type=int, metavar="N", help="Read at most N tokens of each text (512).")
 @click.option("--continuation-tokens", type=int, metavar="N", help="Let the model continue each text by N tokens (16).")
 @click.option("--seed", type=int, metavar="N", help="Seed of every random choice (0).")
+@click.option(
+    "--device-map", metavar="[auto]", help="Spread a model that no device holds over all of them (needs accelerate)."
+)
 @json_option
 @quiet_option
-def prepare(criteria: tuple[str, ...], as_json: bool, quiet: bool, **given: Any) -> None:
+def prepare(
+    criteria: tuple[str, ...], device_map: str | None, as_json: bool, quiet: bool, **given: Any
+) -> None:
     """Capture features, train probes, calibrate them, score every head per domain, find the whitelist.
 
     `build` does this by itself when it is missing; the toolkit is kept per model and reused. Under torchrun the
@@ -48,7 +54,7 @@ def prepare(criteria: tuple[str, ...], as_json: bool, quiet: bool, **given: Any)
 
     subject, workspace = open_subject(options.model), Workspace(here())
     with parallel.joined() as world, stages(quiet or not world.first) as progress:
-        loaded = subject.load(device=world.device)
+        loaded = subject.load(device=world.device, device_map=device_map)
         toolkit, fresh = toolkit_for(
             subject, loaded, options, workspace, progress, criteria or (DEFAULTS["criterion"],)
         )

@@ -49,9 +49,12 @@ class Subject:
         typed = Path(self.name).expanduser()
         return str(typed.absolute()) if typed.is_dir() and self.name != EMBEDDED else self.name
 
-    def load(self, *, device: str = "cpu", trust_remote_code: bool = False) -> LoadedModel:
+    def load(
+        self, *, device: str = "cpu", device_map: str | None = None, trust_remote_code: bool = False
+    ) -> LoadedModel:
         return load(
-            self.checkpoint.path, fingerprint=self.fingerprint, device=device, trust_remote_code=trust_remote_code
+            self.checkpoint.path, fingerprint=self.fingerprint, device=device, device_map=device_map,
+            trust_remote_code=trust_remote_code,
         )
 
 

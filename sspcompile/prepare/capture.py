@@ -22,7 +22,7 @@ BatchDone = Callable[[int, int], None]  # (batches done, batches in all)
 
 def pool(values: Tensor, attention_mask: Tensor) -> Tensor:
     """Mean over real tokens in fp32: [B, T, d] and [B, T] -> [B, d]. Padding may hold anything, NaN included."""
-    real = attention_mask.bool().unsqueeze(-1)
+    real = attention_mask.to(values.device).bool().unsqueeze(-1)  # layers may lie on several devices
     total = values.float().masked_fill(~real, 0.0).sum(1)
     return total / real.sum(1)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sspcompile.loaded import LoadedModel, o_proj
+from sspcompile.placement import weight_of
 from sspcompile.prepare.capture import capture, pool
 from sspcompile.prepare.text import Batch
 
@@ -23,7 +24,7 @@ NORMS = ("hidden", "probe")
 def head_columns(loaded: LoadedModel, layer: int) -> Tensor:
     """o_proj's columns of each query head, [H, d, hd] fp32. The head size is the model's own, never d / H."""
     g = loaded.geometry
-    weight = o_proj(loaded.layers[layer]).weight.detach().float()
+    weight = weight_of(o_proj(loaded.layers[layer])).float()
     return weight.view(g.hidden, g.heads, g.head_dim).permute(1, 0, 2)
 
 
@@ -61,7 +62,7 @@ def subspace(
 
         def read(layer: int, x: Tensor, batch: Batch = batch, rows: list[int] = rows) -> None:
             outputs = x.float().unflatten(-1, (g.heads, g.head_dim))
-            shares = write_shares(outputs, columns[layer], units[layer], norm)
+            shares = write_shares(outputs, columns[layer].to(x.device), units[layer].to(x.device), norm)
             found[rows, layer] = pool(shares.flatten(2), batch.attention_mask).unflatten(1, shares.shape[2:]).cpu()
 
         capture(loaded, batch, read)
