@@ -57,7 +57,8 @@ def load(
     """Load model and tokenizer from a folder. Everything is computed in fp32, whatever the checkpoint stores.
 
     `device_map` spreads the model instead of putting it on `device` (see placement). Raises InputError for one that
-    cannot be used, CheckpointError when tokenizer, configuration or weights are unusable, and whatever `geometry_of` raises.
+    cannot be used, CheckpointError when tokenizer, configuration or weights are unusable, and whatever `geometry_of`
+    raises.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
