@@ -28,6 +28,17 @@ from sspcompile.slicing.write import write_model
 
 IDS = [(7 * n) % 250 for n in range(24)]
 NEW_TOKENS = 12
+# Scaled positions that the two versions spell in their own ways.
+SCALED = {
+    "phi3": {
+        "rope_type": "longrope", "rope_theta": 5e4, "partial_rotary_factor": 1.0,
+        "short_factor": [1.0 + n / 8 for n in range(8)], "long_factor": [2.0 + n for n in range(8)],
+    },
+    "gemma3_text": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 7e3},
+    },
+}  # fmt: skip
 
 
 def write(folder: Path, family: str, layout: str, rope_scaling: bool) -> None:
@@ -77,6 +88,13 @@ def main(target: str) -> None:
     for family in FAMILY_SETTINGS:
         for layout in ("uniform", "per-layer"):
             write_family(Path(target) / f"{family}-{layout}-own", family, layout)
+    for family, rope in SCALED.items():
+        config = family_config(family, hidden=128)
+        config.rope_parameters = rope
+        if family == "phi3":
+            config.original_max_position_embeddings = 16
+        folder = Path(target) / f"{family}-per-layer-scaled"
+        record(folder, save_random(folder / "dense", config), "per-layer")
     for family, host in (("llama", "seed_oss"), ("llama", "granite"), ("qwen2", "seed_oss"), ("qwen2", "granite")):
         write_family(Path(target) / f"{family}-uniform-{host}", family, "uniform", host)
 
