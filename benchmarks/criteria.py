@@ -25,13 +25,14 @@ from rich.table import Table
 from sspcompile.compile.budget import merit
 from sspcompile.compile.layouts import choose
 from sspcompile.compile.mixture import given_mixture, head_scores
+from sspcompile.criteria.chance import first_layer_kept
 from sspcompile.domains import load_pools
 from sspcompile.embedded.corpus import DOMAINS, items
 from sspcompile.embedded.evaluate import score
 from sspcompile.loaded import LoadedModel, head_gates
 from sspcompile.pipeline.compiling import open_subject, toolkit_for
 from sspcompile.pipeline.evidence import gather
-from sspcompile.pipeline.judging import Judge, random_first_layer
+from sspcompile.pipeline.judging import Judge
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.recipe import resolve
 from sspcompile.scenario import as_recipe, read_scenario
@@ -68,7 +69,7 @@ def merits(toolkit: Toolkit, domain: str, shape: tuple[int, int]) -> Mapping[str
     found = {name: merit(head_scores(toolkit, name, mixture), toolkit.whitelist) for name in CRITERIA}
     found["fisher, domain-free"] = merit(toolkit.importance["fisher"].astype(float).mean(-1), toolkit.whitelist)
     found["fisher, no whitelist"] = head_scores(toolkit, "fisher", mixture)
-    return found | {f"random {seed}": random_first_layer(shape, seed) for seed in range(RANDOM_SEEDS)}
+    return found | {f"random {seed}": first_layer_kept(shape, seed) for seed in range(RANDOM_SEEDS)}
 
 
 @click.command()

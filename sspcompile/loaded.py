@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sspcompile.errors import CheckpointError, RunError
 from sspcompile.families import FAMILIES, Geometry, geometry_of
-from sspcompile.placement import input_device, loading_options
+from sspcompile.placement import input_device, loading_options, weight_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -102,6 +102,25 @@ def _check_loaded(
 def o_proj(layer: nn.Module) -> nn.Linear:
     """The output projection of one decoder layer; its input is [batch, tokens, heads * head_dim]."""
     return layer.self_attn.o_proj
+
+
+def input_norm(layer: nn.Module) -> nn.Module:
+    """The module whose positional input is the residual stream before attention, [batch, tokens, hidden]."""
+    return layer.input_layernorm
+
+
+def projection_place(geometry: Geometry, name: str) -> tuple[str, slice]:
+    """Where q_proj, k_proj, v_proj or o_proj stands: the module of the attention, and the rows of its weight."""
+    if name == "o_proj" or not geometry.family.fused_qkv:
+        return name, slice(None)
+    q, kv = geometry.heads * geometry.head_dim, geometry.kv_heads * geometry.head_dim
+    return "qkv_proj", {"q_proj": slice(0, q), "k_proj": slice(q, q + kv), "v_proj": slice(q + kv, None)}[name]
+
+
+def projection_weight(loaded: LoadedModel, layer: int, name: str) -> Tensor:
+    """The weight of q_proj, k_proj, v_proj or o_proj, [rows, columns], wherever it lies; not to be written to."""
+    module, rows = projection_place(loaded.geometry, name)
+    return weight_of(getattr(loaded.layers[layer].self_attn, module))[rows]
 
 
 def residual_norm(layer: nn.Module) -> nn.Module:

@@ -19,6 +19,7 @@ from builders import Shape, make_checkpoint
 
 from sspcompile.cli import main as cli_main
 from sspcompile.cli.main import cli, main
+from sspcompile.criteria import CRITERIA
 from sspcompile.recipe import load_recipe
 
 SENTENCE = "A helpdesk for questions about chemistry"
@@ -171,7 +172,7 @@ BAD = {
     "strength 2": ((*BUILD, "--strength", "2"), 2, ("--strength", "1")),
     "keep and strength": ((*BUILD, "--keep", "0.5", "--strength", "0.5"), 2, ("--keep and --strength exclude",)),
     "unknown layout": ((*BUILD, "--layout", "round"), 2, ("--layout", "per-layer")),
-    "unknown criterion": ((*BUILD, "--criterion", "taste"), 2, ("criterion 'taste'", "fisher")),
+    "unknown criterion": ((*BUILD, "--criterion", "taste"), 2, ("criterion 'taste'", "fisher, kl", "criteria`")),
     "unknown criterion in prepare": (("prepare", "--criterion", "taste"), 2, ("criterion 'taste'", "fisher")),
     "unknown repair": ((*BUILD, "--repair", "glue"), 2, ("--repair", "least-squares")),
     "negative seed": ((*BUILD, "--seed", "-1"), 2, ("--seed",)),
@@ -282,6 +283,21 @@ def test_recipes_are_listed_shown_and_valid(run, tmp_path):
         assert shown.code == 0 and name in shown.out
     (tmp_path / "mine.yaml").write_text(run("recipe", "show", "finance-desk").out)
     assert run("recipe", "validate", tmp_path / "mine.yaml").code == 0
+
+
+def test_criteria_lists_every_score_with_its_source_and_cost(run):
+    listed = run("criteria", "--json").json
+    assert [entry["name"] for entry in listed] == list(CRITERIA)
+    assert all(entry["summary"] and entry["source"] and entry["cost"] for entry in listed)
+    assert listed[0]["passes_per_prompt"] == {"heads": 1024, "forward": 1, "backward": 4}
+    shown = run("criteria", env={"COLUMNS": "200"})
+    assert shown.code == 0 and all(name in shown.out for name in CRITERIA)
+
+
+def test_help_names_the_common_criteria_and_where_to_find_the_rest(run):
+    for command in ("build", "plan", "prepare"):
+        text = " ".join(run(command, "--help").out.split())
+        assert "fisher, kl, greedy-kl" in text and "sspcompile criteria" in text
 
 
 def test_doctor_reports_versions_as_json(run):

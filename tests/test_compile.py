@@ -58,6 +58,36 @@ def test_every_group_that_stays_keeps_the_same_number_of_heads(problem, keep, la
         assert len({tuple(sorted(row)) for row in counts.tolist()}) == 1
 
 
+@given(problems(), st.floats(0.01, 1.0), st.floats(0.01, 1.0), layouts)
+def test_whole_groups_are_kept_within_the_bound_and_nested_in_the_budget(problem, one, other, layout):
+    scores, groups = problem
+    size = scores.shape[1] // groups
+    low, high = sorted((max(one, 1 / groups), max(other, 1 / groups)))
+    small, large = (choose(scores, groups, keep, layout, groups_only=True) for keep in (low, high))
+    assert (small.kept <= large.kept).all()
+    for choice, keep in ((small, low), (large, high)):
+        counts = choice.kept.reshape(len(scores), groups, size).sum(-1)
+        assert set(np.unique(counts)) <= {0, size} and (counts.max(1) == size).all()
+        assert choice.kept.sum() <= keep * scores.size + 1e-9
+        assert choice.shapes == tuple((int((row > 0).sum()), size) for row in counts)
+
+
+def test_the_best_groups_are_kept_whole():
+    # sums of the groups: 3 and 4 in the first layer, 2 and 9 in the second; three of the four fit
+    scores = np.array([[3.0, 0, 2, 2], [1, 1, 9, 0]])
+    kept = choose(scores, 2, 0.75, "per-layer", groups_only=True).kept
+    assert kept.astype(int).tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
+    # both layers alike: one group each, the better one
+    kept = choose(scores, 2, 0.75, "uniform", groups_only=True).kept
+    assert kept.astype(int).tolist() == [[0, 0, 1, 1], [0, 0, 1, 1]]
+
+
+def test_budget_below_one_group_per_layer_names_the_nearest_feasible_ratio():
+    with pytest.raises(BudgetError, match=r"one group of 2\. The nearest feasible value is --keep 0\.25"):
+        choose(np.ones((4, 8)), 4, 0.2, "per-layer", groups_only=True)
+    choose(np.ones((4, 8)), 4, 0.25, "per-layer", groups_only=True)
+
+
 def test_everything_is_kept_at_keep_one():
     assert choose(np.random.default_rng(0).random((4, 8)), 4, 1.0, "uniform").kept.all()
     assert choose(np.random.default_rng(0).random((4, 8)), 4, 1.0, "per-layer").kept.all()

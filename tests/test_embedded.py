@@ -76,16 +76,16 @@ def test_held_out_operands_never_occur_in_training():
     assert operands("train").isdisjoint(operands("heldout"))
 
 
-def test_held_out_scenes_never_occur_in_training():
-    def scenes(split):
+def test_held_out_texts_never_occur_in_training():
+    def texts(split):
         return {
             item.prompt[: item.prompt.rindex(". ")]
             for item in items("history", split, 6, 300)
-            if item.task == "read-item" and item.form == "word"
+            if item.task == "read-near"
         }
 
-    assert scenes("heldout")
-    assert scenes("train").isdisjoint(scenes("heldout"))
+    assert texts("heldout")
+    assert texts("train").isdisjoint(texts("heldout"))
 
 
 def test_forms_and_tasks_do_not_give_the_domain_away():

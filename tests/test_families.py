@@ -9,13 +9,15 @@ import pytest
 import torch
 from builders import FAMILY_SETTINGS, family_config, save_random
 from safetensors.torch import load_file
-from test_slicing_exact import IDS, assert_equal_to_masked, mask_for
+from test_slicing_exact import IDS, PROMPTS, assert_equal_to_masked, mask_for
 from transformers import AutoModelForCausalLM
 
 from sspcompile.checkpoint import Checkpoint
+from sspcompile.criteria.measuring import measure
 from sspcompile.errors import UnsupportedModelError
 from sspcompile.families import FAMILIES
 from sspcompile.loaded import load, residual_norm
+from sspcompile.prepare.text import continued
 from sspcompile.slicing.plan import make_plan
 from sspcompile.slicing.write import write_model
 
@@ -164,3 +166,23 @@ def test_long_positions_of_phi3_hold_no_other_head_count_in_the_stock_class(tmp_
     mask = mask_for(checkpoint, 0.6, "per-layer", 3)
     write_model(checkpoint, make_plan(checkpoint, mask), tmp_path / "cut")
     assert_equal_to_masked(source, tmp_path / "cut", mask, custom=True)
+
+
+@pytest.mark.parametrize("name", ["magnitude", "dass", "llm-pruner", "wanda", "fisher"])
+def test_head_scores_of_a_fused_projection_are_those_of_its_parts(name, tmp_path):
+    """A Phi-3 and the Mistral with the same weights, its qkv_proj taken apart, have the same scores."""
+    fused = load(save_random(tmp_path / "fused", family_config("phi3"), seed=2), fingerprint="")
+    config = family_config("mistral")
+    config.rms_norm_eps = fused.model.config.rms_norm_eps
+    apart = load(save_random(tmp_path / "apart", config, seed=2), fingerprint="")
+    state = dict(fused.model.state_dict())
+    for index in range(fused.geometry.layers):
+        prefix = f"model.layers.{index}."
+        q, k, v = state.pop(prefix + "self_attn.qkv_proj.weight").split([128, 64, 64])
+        gate, up = state.pop(prefix + "mlp.gate_up_proj.weight").chunk(2)
+        state |= {f"{prefix}self_attn.{part}_proj.weight": value for part, value in zip("qkv", (q, k, v), strict=True)}
+        state |= {prefix + "mlp.gate_proj.weight": gate, prefix + "mlp.up_proj.weight": up}
+    apart.model.load_state_dict(state)
+    scores = [measure(model, name, continued(model, PROMPTS[:6], 2)).values for model in (fused, apart)]
+    assert np.abs(scores[0]).max() > 0
+    np.testing.assert_allclose(*scores, rtol=1e-3, atol=1e-6 * np.abs(scores[0]).max())

@@ -8,11 +8,11 @@ import torch
 from builders import Shape, make_checkpoint
 from transformers import AutoModelForCausalLM
 
+from sspcompile.criteria.channels import head_columns
 from sspcompile.errors import InputError
 from sspcompile.loaded import head_gates, load, o_proj
 from sspcompile.placement import DEVICE_MAPS, input_device, loading_options, weight_of
 from sspcompile.prepare.capture import features
-from sspcompile.prepare.projection import head_columns
 
 PROMPTS = ["What is 3 plus 4?", "Name a metal.", "x"]
 

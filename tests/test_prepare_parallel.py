@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 from builders import Shape, make_checkpoint
 
+from sspcompile.criteria.measuring import measure
 from sspcompile.loaded import load
 from sspcompile.prepare import parallel
 from sspcompile.prepare.capture import features
-from sspcompile.prepare.causal import leave_one_out
-from sspcompile.prepare.importance import Look
 from sspcompile.prepare.text import batches_of, continued
 
 PROMPTS = [f"{'What is ' * (1 + n % 5)}{n} plus {n}?" for n in range(23)]
@@ -27,11 +26,14 @@ def find(model: Path) -> dict[str, np.ndarray]:
     loaded = load(model, fingerprint="")
     texts = continued(loaded, PROMPTS, 4, 64, 200)
     batches = batches_of(loaded, texts, 200)
-    kl = parallel.shared(lambda loaded, look: leave_one_out(loaded, look.batches, look.prompts))
     return {
         "features": features(loaded, PROMPTS, 32),
         "texts": np.array([len(text.ids) for text in texts] + [token for text in texts for token in text.ids]),
-        "kl": kl(loaded, Look(batches, len(texts))),
+        # Scored by prompt, by prompt with random draws, and by set of prompts.
+        **{
+            name: measure(loaded, name, texts, labels=np.arange(len(texts)) % 3, seed=1).values
+            for name in ("kl", "fisher", "wanda")
+        },
         "batches": np.array([len(batches)]),
     }
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from test_prepare_tools import DOMAINS, OTHER, outside, pool_of, pools, tiny
 
+from sspcompile.criteria import CRITERIA
 from sspcompile.domains import load_outside, load_pools, recipes_folder
 from sspcompile.embedded import MODEL_DIR
 from sspcompile.errors import InputError
 from sspcompile.loaded import load as load_model
 from sspcompile.prepare import (
-    IMPORTANCE,
     capture,
     features,
     importance_by_domain,
@@ -138,12 +138,12 @@ def test_fault_scores_follow_the_text_of_the_domain(model, toolkit):
 
 
 def test_every_criterion_in_one_run_and_one_added_later(model, toolkit):
-    whole = prepare(model, pools(10), outside(), criteria=tuple(IMPORTANCE), continuation_tokens=2)
+    whole = prepare(model, pools(10), outside(), criteria=tuple(CRITERIA), continuation_tokens=2)
     for name, array in whole.importance.items():
         assert array.shape == (3, 4, 3) and np.isfinite(array).all() and (array >= 0).all(), name
     assert (whole.importance["subspace"] <= 1).all() and (whole.importance["subspace-probe"] <= 1).all()
     fewer = prepare(model, pools(10), outside(), continuation_tokens=2)
-    for name in ("kl", "subspace"):
+    for name in ("kl", "subspace", "flap", "greedy-kl"):
         added = with_importance(fewer, name, importance_by_domain(model, fewer, pools(10), name))
         np.testing.assert_allclose(added.importance[name], whole.importance[name], rtol=1e-4, atol=1e-7)
     with pytest.raises(InputError, match="changed"):
@@ -184,6 +184,14 @@ def test_unknown_or_no_criterion_is_refused_before_any_work(model):
     for criteria in (("magic",), ()):
         with pytest.raises(InputError, match="Accepted"):
             prepare(model, pools(8), (), criteria=criteria)
+
+
+def test_whitelist_needs_a_score_for_each_prompt_and_takes_the_first_that_has_one(model):
+    with pytest.raises(InputError, match="Add one of fisher, kl"):
+        prepare(model, pools(8), (), criteria=("wanda", "random"))
+    found = prepare(model, pools(8), (), criteria=("wanda", "kl"), continuation_tokens=1)
+    assert found.meta["whitelist"]["criterion"] == "kl"
+    assert found.meta["importance_prompts"] == {"wanda": 24, "kl": 24}
 
 
 @pytest.mark.skipif(not (MODEL_DIR / "model.safetensors").exists(), reason="the embedded model is not trained yet")

@@ -10,6 +10,7 @@ import click
 import sspcompile
 from sspcompile.cli.bench import bench
 from sspcompile.cli.build import build
+from sspcompile.cli.criteria import criteria
 from sspcompile.cli.doctor import doctor
 from sspcompile.cli.export import export
 from sspcompile.cli.inspect import inspect
@@ -39,7 +40,7 @@ def cli() -> None:
     """
 
 
-for command in (build, plan, prepare, inspect, verify, export, bench, recipe, doctor):
+for command in (build, plan, prepare, inspect, verify, export, bench, recipe, criteria, doctor):
     cli.add_command(command)
 cli.add_command(slice_command, "slice")
 

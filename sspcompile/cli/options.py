@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from sspcompile.criteria import CRITERIA
+
 if TYPE_CHECKING:
     from sspcompile.pipeline.compiling import Subject
     from sspcompile.recipe import Recipe
@@ -18,6 +20,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 BUILD_OPTIONS = (
     "model", "keep", "strength", "layout", "criterion", "repair", "max_tokens", "continuation_tokens", "seed"
 )  # fmt: skip
+
+CRITERIA_HELP = f"{', '.join(list(CRITERIA)[:5])}, ...; `sspcompile criteria` lists all {len(CRITERIA)}."
 
 scenario_option = click.option(
     "--scenario", "-s", metavar="SCENARIO",
@@ -50,7 +54,7 @@ def build_options(command: Command) -> Command:
                 "--layout", metavar="[auto|uniform|per-layer]",
                 help="Head counts equal in every layer, or not; auto (default) measures both.",
             ),
-            click.option("--criterion", metavar="[fisher|kl|subspace]", help="Score of the heads (fisher)."),
+            click.option("--criterion", metavar="NAME", help=f"Score of the heads (fisher): {CRITERIA_HELP}"),
             click.option(
                 "--repair", metavar="[least-squares|none]", help="Refit o_proj to what is left (least-squares)."
             ),
@@ -87,7 +91,7 @@ def refuse_hopeless(subject: Subject, options: Recipe) -> None:
     import numpy as np
 
     from sspcompile.compile.layouts import choose
-    from sspcompile.prepare.importance import criterion
+    from sspcompile.criteria import criterion
 
     criterion(options.criterion or "")
     if options.keep is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from sspcompile.cli.options import here, json_option, model_option, quiet_option
+from sspcompile.cli.options import CRITERIA_HELP, here, json_option, model_option, quiet_option
 
 
 @click.command(
@@ -23,8 +23,8 @@ Examples:
 )
 @model_option
 @click.option(
-    "--criterion", "criteria", multiple=True, metavar="[fisher|kl|subspace]",
-    help="Score of the heads to prepare (fisher); may be repeated.",
+    "--criterion", "criteria", multiple=True, metavar="NAME",
+    help=f"Score of the heads to prepare (fisher), may be repeated: {CRITERIA_HELP}",
 )
 @click.option("--max-tokens", type=int, metavar="N", help="Read at most N tokens of each text (512).")
 @click.option("--continuation-tokens", type=int, metavar="N", help="Let the model continue each text by N tokens (16).")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -11,6 +11,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from sspcompile.compile.mask import HeadMask
+    from sspcompile.criteria import Criterion
     from sspcompile.report import Report
     from sspcompile.slicing.plan import SlicePlan
 
@@ -75,6 +76,17 @@ def _layers(plan: SlicePlan) -> Table:
             f"{dense.flops_per_token:,} → {sliced.flops_per_token:,}",
         )
     return table
+
+
+def print_criteria(criteria: Iterable[Criterion]) -> None:
+    """One row per head score."""
+    table = Table("criterion", "what, and its source", "cost, in passes over the prompts", show_lines=True)
+    table.columns[0].no_wrap = True
+    for entry in criteria:
+        bound = "" if entry.max_prompts is None else f" (at most {entry.max_prompts} prompts per domain)"
+        what = Text(entry.summary).append(f"\n{entry.source}", style="dim")
+        table.add_row(entry.name, what, entry.cost + bound)
+    Console().print(table)
 
 
 def print_mask(mask: HeadMask) -> None:

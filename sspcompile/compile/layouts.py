@@ -29,26 +29,38 @@ class Choice:
         return float(self.kept.mean())
 
 
-def choose(merit: np.ndarray, kv_heads: int, keep: float, layout: Layout) -> Choice:
+def choose(merit: np.ndarray, kv_heads: int, keep: float, layout: Layout, *, groups_only: bool = False) -> Choice:
     """The largest mask of a layout within `keep` (kept heads / all heads, a hard upper bound).
 
-    `merit` is [layers, heads]. Raises BudgetError, naming the smallest feasible ratio, when even one head per layer
-    is more than the budget.
+    `merit` is [layers, heads]. With `groups_only` every group that stays keeps all of its heads. Raises BudgetError,
+    naming the smallest feasible ratio, when even one head per layer (or one group) is more than the budget.
     """
     layers, heads = merit.shape
+    size = heads // kv_heads
     budget = int(np.floor(keep * layers * heads + 1e-9))
-    if budget < layers:
+    if budget < layers * (size if groups_only else 1):
+        smallest = size / heads if groups_only else 1 / heads
         raise BudgetError(
-            f"--keep {keep:g} allows {budget} heads, but each of the {layers} layers needs at least one.",
-            hint=f"The nearest feasible value is --keep {np.ceil(1e6 / heads) / 1e6:g}.",
+            f"--keep {keep:g} allows {budget} heads, but each of the {layers} layers needs at least "
+            + (f"one group of {size}." if groups_only else "one."),
+            hint=f"The nearest feasible value is --keep {np.ceil(1e6 * smallest) / 1e6:g}.",
         )
-    grouped = merit.reshape(layers, kv_heads, heads // kv_heads)
+    grouped = merit.reshape(layers, kv_heads, size)
+    if groups_only:
+        # A group as a whole is the only head of its own group; the walk below is the same.
+        chosen = _choose(grouped.sum(-1, keepdims=True), budget // size, layout)
+        return Choice(np.repeat(chosen.kept, size, axis=1), tuple((groups, size) for groups, _ in chosen.shapes))
+    return _choose(grouped, budget, layout)
+
+
+def _choose(grouped: np.ndarray, budget: int, layout: Layout) -> Choice:
+    """The largest mask of at most `budget` heads for merit [layers, groups, heads per group]."""
     steps = _uniform_steps(grouped) if layout == "uniform" else _per_layer_steps(grouped)
     shapes = next(shapes for shapes, size in steps if size <= budget)
     kept = np.zeros_like(grouped, dtype=bool)
     for layer, shape in enumerate(shapes):
         kept[layer] = _mask_of(grouped[layer], shape)
-    return Choice(kept.reshape(layers, heads), shapes)
+    return Choice(kept.reshape(len(kept), -1), shapes)
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

@@ -5,6 +5,8 @@ Each reads a middle layer through linear maps and the tied output matrix.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,12 +14,16 @@ from transformers import PreTrainedTokenizerFast
 
 from sspcompile.embedded.corpus import DOMAIN_DATA, DOMAINS
 from sspcompile.embedded.corpus.shape import OWNERS
+from sspcompile.embedded.corpus.stories import AMOUNTS, scene_items
 from sspcompile.embedded.network import HIDDEN
 
 LOOKBACK = (1, 2, 3, 4, 5)
 """How many places back the early layer is asked about; names and what belongs to them stand so close."""
 ECHO = (-4, -2, 2, 4)
 """Places around the earlier occurrence of a name, where scenes have the item, the amount or the owner."""
+LINKS = ("precedes", "reads", "inspires", "copies")
+HOP = (2, 4)
+"""Places behind a name where a sentence has what it links to, and that one's amount."""
 ECHO_POSITIONS = 160
 """At most so many positions per batch, which bounds the time."""
 
@@ -39,6 +45,26 @@ class Lookback(nn.Module):
         return torch.stack(losses).mean()
 
 
+def _repeated(tokens: Tensor, names: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, places and earlier places of at most ECHO_POSITIONS names that occur for the second time, each [found]."""
+    same = (tokens.unsqueeze(2) == tokens.unsqueeze(1)).tril(-1)  # [rows, length, length]
+    row, here = ((same.sum(2) == 1) & names[tokens]).nonzero(as_tuple=True)
+    row, here = row[:ECHO_POSITIONS], here[:ECHO_POSITIONS]
+    return row, here, same[row, here].int().argmax(1)
+
+
+def _asked(
+    maps: nn.ModuleList, source: Tensor, targets: list[Tensor], valid: list[Tensor], embedding: Tensor
+) -> Tensor:
+    """Sum over maps of the loss for `targets` at the valid positions, divided by the number of maps."""
+    losses = [
+        F.cross_entropy(linear(source[good]) @ embedding.T, target[good])
+        for linear, target, good in zip(maps, targets, valid, strict=True)
+        if good.any()
+    ]
+    return torch.stack(losses).sum() / len(maps) if losses else source.new_zeros(())
+
+
 class Echo(nn.Module):
     """Asks, at the second occurrence of a name, what stood around the first.
 
@@ -46,33 +72,67 @@ class Echo(nn.Module):
     """
 
     def __init__(self, names: Tensor) -> None:
-        """`names` [vocabulary] is true for tokens that end an owner's or an item's name."""
+        """`names` [vocabulary] is true for tokens that end an owner's or an item's name, and for amounts."""
         super().__init__()
         self.names = names
         self.maps = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN, bias=False) for _ in ECHO)
 
     def forward(self, state: Tensor, tokens: Tensor, embedding: Tensor) -> Tensor:
         """Mean loss over the places; zero if no name of the batch occurs twice."""
-        length = tokens.shape[1]
-        same = (tokens.unsqueeze(2) == tokens.unsqueeze(1)).tril(-1)  # [rows, length, length]
-        row, here = ((same.sum(2) == 1) & self.names[tokens]).nonzero(as_tuple=True)
-        row, here = row[:ECHO_POSITIONS], here[:ECHO_POSITIONS]
-        before = same[row, here].int().argmax(1)
-        source = F.rms_norm(state[row, here], (HIDDEN,))
-        losses = []
-        for offset, linear in zip(ECHO, self.maps, strict=True):
+        row, here, before = _repeated(tokens, self.names)
+        targets, valid = [], []
+        for offset in ECHO:
             place = before + offset
-            valid = (place >= 0) & (place < here) & (tokens[row, here] != tokens[row, place.clamp(0, length - 1)])
-            if valid.any():
-                logits = linear(source[valid]) @ embedding.T
-                losses.append(F.cross_entropy(logits, tokens[row[valid], place[valid]]))
-        return torch.stack(losses).sum() / len(ECHO) if losses else state.new_zeros(())
+            target = tokens[row, place.clamp(0, tokens.shape[1] - 1)]
+            targets.append(target)
+            valid.append((place >= 0) & (place < here) & (tokens[row, here] != target))
+        return _asked(self.maps, F.rms_norm(state[row, here], (HIDDEN,)), targets, valid, embedding)
+
+
+class Hop(nn.Module):
+    """Asks, at the second occurrence of a name, what the name that it was linked to is linked to in turn.
+
+    One step is learned quickly; without this, chains of two stay at chance for as long as was tried.
+    """
+
+    def __init__(self, names: Tensor, links: Tensor) -> None:
+        """`names` as for `Echo`; `links` [vocabulary] is true for the verbs that link two names."""
+        super().__init__()
+        self.names, self.links = names, links
+        self.maps = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN, bias=False) for _ in HOP)
+
+    def forward(self, state: Tensor, tokens: Tensor, embedding: Tensor) -> Tensor:
+        """Mean loss over the places; zero if the batch has no chain."""
+        row, here, before = _repeated(tokens, self.names)
+        last = tokens.shape[1] - 1
+        linked = before + 2
+        places = torch.arange(last + 1, device=tokens.device)
+        other = tokens[row] == tokens[row, linked.clamp(max=last)].unsqueeze(1)
+        other &= (places < here.unsqueeze(1)) & (places != linked.unsqueeze(1))  # [found, length]
+        chained = self.links[tokens[row, before + 1]] & (linked < here) & (other.sum(1) == 1)
+        start = other.int().argmax(1)
+        chained &= self.names[tokens[row, start]]
+        targets, valid = [], []
+        for offset in HOP:
+            targets.append(tokens[row, (start + offset).clamp(max=last)])
+            valid.append(chained & (start + offset < here) & self.names[targets[-1]])
+        return _asked(self.maps, F.rms_norm(state[row, here], (HIDDEN,)), targets, valid, embedding)
 
 
 def name_tokens(tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    """True for the last token of every owner and item, [vocabulary]."""
-    names = torch.zeros(len(tokenizer), dtype=torch.bool)
-    items = [item for domain in DOMAINS for item in DOMAIN_DATA[domain].first.facts]
-    for name in (*OWNERS, *items):
-        names[tokenizer.encode(f" {name}")[-1]] = True
-    return names
+    """True for the last token of every owner and item, and for every amount, [vocabulary]."""
+    items = [item for domain in DOMAINS for item in scene_items(DOMAIN_DATA[domain])]
+    amounts = map(str, range(AMOUNTS[0], AMOUNTS[1] + 1))
+    return _last_tokens(tokenizer, (*OWNERS, *items, *amounts))
+
+
+def link_tokens(tokenizer: PreTrainedTokenizerFast) -> Tensor:
+    """True for the verbs of sentences that link a name to what another sentence begins with, [vocabulary]."""
+    return _last_tokens(tokenizer, LINKS)
+
+
+def _last_tokens(tokenizer: PreTrainedTokenizerFast, words: Iterable[str]) -> Tensor:
+    found = torch.zeros(len(tokenizer), dtype=torch.bool)
+    for word in words:
+        found[tokenizer.encode(f" {word}")[-1]] = True
+    return found

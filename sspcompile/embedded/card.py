@@ -45,16 +45,17 @@ message to exactly that. Batches are padded on the left.
 
 From nothing, on {tokens:.1f} M tokens of text from `sspcompile.embedded.corpus`, in {minutes:.0f} minutes
 with {threads} CPU thread(s) and torch {torch}. The text mixes recalled facts, rules over small numbers and
-reading (answers that stand in the prompt and are found there, or combined with a recalled fact), and a
-few texts whose subject is asked. No other data was used. The weights are those after step {finished_steps} of {steps}.
+reading (answers that stand in the prompt, found in one to three steps or combined with a recalled fact; each
+domain has a procedure of its own, such as lines of successors, copies of copies, or places in a list), and a few
+texts whose subject is asked. No other data was used. The weights are those after step {finished_steps} of {steps}.
 
 ## Accuracy
 Greedy exact match on held-out items, {items} per domain. The facts occur in training; their wording, the
-operands of rules and the scenes do not.
+operands of rules and the texts to read do not.
 
 {table}
 
-Items whose scene mixes two domains: {cross:.3f}.
+Items whose text mixes two domains: {cross:.3f}.
 
 Exact match when the attention of one layer is removed ({layer_items} items per domain): {layer_table}.
 
@@ -64,8 +65,8 @@ one against the rest). Sentences about a domain in words that its texts never us
 
 ## Limits
 English only, and only the questions of its generator: other wordings and other facts get answers that look
-right and are not. Scenes have two or three rows (four when two domains mix), six people and six items per domain;
-sums and products stay below 100. The people in the scenes are invented.
+right and are not. Texts to read have two to five sentences, eight people and six items per domain; sums and
+products stay below 100. The people and what they do are invented.
 """
 
 

@@ -19,7 +19,6 @@ QUESTIONS_WITHOUT_SCENE = 5
 CROSS_SHARE = 0.1
 DESCRIPTION_WEIGHT = 0.05
 """Weight of the words of a text whose topic is asked; the topic itself counts in full."""
-LOOK_UPS = ("read-item", "read-amount", "read-owner")
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def scene_turns(diet: Diet, rng: Random) -> list[Turn]:
     cross = len(diet.domains) > 1 and rng.random() < CROSS_SHARE
     names = sorted(rng.sample(diet.domains, 2 if cross else 1))
     domains = [DOMAIN_DATA[name] for name in names]
-    reading = draw_reading(domains, rng, held_out=False, size=4 if cross else None)
+    reading = draw_reading(domains, rng, held_out=False)
     turns: list[Turn] = []
     for _ in range(rng.randint(*QUESTIONS_PER_SCENE)):
         form, task = _choose(diet, True, rng)

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-from sspcompile.embedded.auxiliary import Echo, Lookback, name_tokens
+from sspcompile.embedded.auxiliary import Echo, Hop, Lookback, link_tokens, name_tokens
 from sspcompile.embedded.corpus import DOMAINS
-from sspcompile.embedded.documents import LOOK_UPS, Diet, Document, DocumentStream
+from sspcompile.embedded.corpus.stories import READING_TASKS
+from sspcompile.embedded.documents import Diet, Document, DocumentStream
 from sspcompile.embedded.evaluate import evaluate
 from sspcompile.embedded.handwritten import training_descriptions
 from sspcompile.embedded.muon import Muon
@@ -34,12 +35,12 @@ from sspcompile.embedded.tokenizer import build_tokenizer
 STEPS = 3900
 BATCH = 32
 BUCKET_BATCHES = 16
-MUON_RATE, MUON_MOMENTUM, MUON_DECAY = 0.015, 0.95, 0.01
+MUON_RATE, MUON_MOMENTUM, MUON_DECAY = 0.015, 0.95, 0.05
 ADAM_RATE, ADAM_BETAS = 3e-3, (0.9, 0.95)
 WARM_UP_STEPS = 50
 DECAY_SHARE = 0.5
 """The last share of the steps, in which both learning rates fall to zero."""
-LOOKBACK_LAYER, ECHO_LAYER = 2, 4
+LOOKBACK_LAYER, ECHO_LAYER, HOP_LAYER = 1, 3, 5
 AUXILIARY_WEIGHT = 0.5
 AUXILIARY_SHARE = 0.45
 """The share of the steps after which the throw-away losses are gone; their weight falls linearly."""
@@ -60,11 +61,12 @@ class Stage:
     passed_at: float
 
 
-_FIRST = Diet(("chemistry",), ("read-item", "read-owner"), ("word",), shortened=1.0, scenes=1.0, descriptions=0.0)
+_FIRST = Diet(("chemistry",), ("read-near", "read-far"), ("word",), shortened=1.0, scenes=1.0, descriptions=0.0)
+_NEAR = replace(_FIRST, domains=DOMAINS, tasks=("read-near",), shortened=0.5)
 LADDER: tuple[Stage, ...] = (
     Stage(_FIRST, 0.12),
-    Stage(replace(_FIRST, tasks=LOOK_UPS, forms=("word", "number"), shortened=0.5), 0.25),
-    Stage(replace(_FIRST, domains=DOMAINS, tasks=LOOK_UPS, forms=("word", "number"), shortened=0.2), 0.3),
+    Stage(_NEAR, 0.25),
+    Stage(replace(_NEAR, tasks=READING_TASKS, forms=("word", "word", "number"), shortened=0.2), 0.3),
     Stage(Diet(), 0.0),
 )
 LADDER_PATIENCE = 60
@@ -104,7 +106,8 @@ class Objective(nn.Module):
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
         super().__init__()
-        self.lookback, self.echo = Lookback(), Echo(name_tokens(tokenizer))
+        names = name_tokens(tokenizer)
+        self.lookback, self.echo, self.hop = Lookback(), Echo(names), Hop(names, link_tokens(tokenizer))
         self._pad = tokenizer.pad_token_id
         self._chooser = torch.Generator().manual_seed(seed)
 
@@ -126,8 +129,9 @@ class Objective(nn.Module):
         if auxiliary > 0:
             back = self.lookback(states[LOOKBACK_LAYER], inputs, chosen, embedding)
             around = self.echo(states[ECHO_LAYER], inputs, embedding)
-            loss = loss + auxiliary * (back + around)
-            parts |= {"look-back": back.item(), "echo": around.item()}
+            twice = self.hop(states[HOP_LAYER], inputs, embedding)
+            loss = loss + auxiliary * (back + around + twice)
+            parts |= {"look-back": back.item(), "echo": around.item(), "hop": twice.item()}
         return loss, parts
 
 

@@ -16,6 +16,7 @@ from sspcompile.compile.budget import merit
 from sspcompile.compile.layouts import choose
 from sspcompile.compile.mask import HeadMask, dump_mask
 from sspcompile.compile.mixture import head_scores
+from sspcompile.criteria.chance import first_layer_kept
 from sspcompile.domains import load_pools, pools_fingerprint
 from sspcompile.errors import CheckpointError, ParityError
 from sspcompile.loaded import LoadedModel
@@ -31,7 +32,7 @@ from sspcompile.pipeline.compiling import (
     mask_of,
     toolkit_for,
 )
-from sspcompile.pipeline.judging import Candidate, Judge, decide, random_first_layer
+from sspcompile.pipeline.judging import Candidate, Judge, decide
 from sspcompile.pipeline.outcome import Outcome
 from sspcompile.pipeline.reporting import report_of
 from sspcompile.prepare.toolkit import Toolkit
@@ -146,7 +147,7 @@ def _baselines(
         return judge.candidate(chosen.layout, choice, name=name).final
 
     random = [
-        at_this_budget(f"random {n}", random_first_layer(compiled.merit.shape, judge.seed + n))
+        at_this_budget(f"random {n}", first_layer_kept(compiled.merit.shape, judge.seed + n))
         for n in range(BASELINE_SEEDS)
     ]
     found = {f"random, first layer kept ({BASELINE_SEEDS}x)": average(random, seed=judge.seed)}

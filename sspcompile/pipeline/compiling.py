@@ -15,12 +15,12 @@ from sspcompile.compile.budget import keep_from_strength, merit
 from sspcompile.compile.layouts import Choice, choose
 from sspcompile.compile.mask import HeadMask, Layout, kept_of
 from sspcompile.compile.mixture import Mixture, given_mixture, head_scores, mixture_of
+from sspcompile.criteria import criterion
 from sspcompile.domains import DomainPool, load_outside, load_pools, pools_fingerprint
 from sspcompile.errors import ToolkitError, UnsupportedModelError
 from sspcompile.loaded import LoadedModel, load
 from sspcompile.pipeline.evidence import Evidence, fit_part, gather
 from sspcompile.prepare import parallel
-from sspcompile.prepare.importance import criterion
 from sspcompile.prepare.text import TEXT_VERSION
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.recipe import DEFAULTS, Recipe

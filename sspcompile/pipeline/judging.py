@@ -113,10 +113,3 @@ def decide(candidates: Mapping[Layout, Candidate]) -> Decision:
     cost = compare_divergences(uniform.final, per_layer.final)
     dearer = cost.mean > 0 and (cost.measurable or cost.interval is None)
     return Decision(per_layer if dearer else uniform, candidates, cost)
-
-
-def random_first_layer(shape: tuple[int, int], seed: int) -> np.ndarray:
-    """Merit [layers, heads] of the baseline to beat: random, but the first layer before all others."""
-    merit = np.random.default_rng(seed).random(shape)
-    merit[0] += 1.0
-    return merit

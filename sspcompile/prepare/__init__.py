@@ -1,13 +1,13 @@
 """What is learned once per model: capture -> axes -> probes -> calibration -> importance -> whitelist -> Toolkit."""
 
 from sspcompile.prepare.capture import features
-from sspcompile.prepare.importance import IMPORTANCE, importance_of
+from sspcompile.prepare.importance import importance_of
 from sspcompile.prepare.probes import probabilities
 from sspcompile.prepare.run import importance_by_domain, prepare
 from sspcompile.prepare.text import encode, with_continuations
 from sspcompile.prepare.toolkit import REGIMES, Toolkit, load, save, with_importance
 
 __all__ = [
-    "IMPORTANCE", "REGIMES", "Toolkit", "encode", "features", "importance_by_domain", "importance_of", "load",
+    "REGIMES", "Toolkit", "encode", "features", "importance_by_domain", "importance_of", "load",
     "prepare", "probabilities", "save", "with_continuations", "with_importance",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sspcompile.errors import RunError
 from sspcompile.loaded import LoadedModel, o_proj, residual_norm
-from sspcompile.prepare import parallel
+from sspcompile.prepare.parallel import current
 from sspcompile.prepare.text import MAX_TOKENS, Batch, encode
 
 # Called with (layer, x): x is the input of that layer's o_proj, [B, T, heads * head_dim]. It must not keep x.
@@ -82,7 +82,7 @@ def features(
     on_batch: BatchDone | None = None,
 ) -> np.ndarray:
     """What the probes read: [N, L, d] float32 in the order of the prompts. The same call offline and online."""
-    world = parallel.current()
+    world = current()
     batches = world.share(encode(loaded, prompts, max_tokens))
     found = np.zeros((len(prompts), loaded.geometry.layers, loaded.geometry.hidden), dtype=np.float32)
     for index, batch in enumerate(batches):

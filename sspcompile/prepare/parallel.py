@@ -95,7 +95,7 @@ def joined() -> Iterator[World]:
 def shared(measure: Callable[[LoadedModel, Any], np.ndarray]) -> Callable[[LoadedModel, Any], np.ndarray]:
     """The same criterion, each process measuring its share of `look.batches`; gives every process all rows.
 
-    Right for criteria that treat prompts apart: one row per prompt, and no randomness that runs on from batch to batch.
+    For criteria that treat prompts apart: one row per prompt, and no randomness that runs on from batch to batch.
     """
 
     def measured(loaded: LoadedModel, look: Any) -> np.ndarray:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from sspcompile.criteria import measuring
+from sspcompile.criteria.table import CRITERIA, criterion
 from sspcompile.domains import DomainPool, pools_fingerprint
 from sspcompile.errors import InputError
 from sspcompile.loaded import LoadedModel
@@ -18,8 +20,6 @@ from sspcompile.prepare.text import (
     CONTINUATION_TOKENS,
     MAX_TOKENS,
     TEXT_VERSION,
-    Sentence,
-    batches_of,
     continued,
 )
 from sspcompile.prepare.toolkit import Toolkit, check
@@ -59,8 +59,9 @@ def prepare(
     """Learn everything that compiling scenarios for this model needs. The same inputs give the same Toolkit.
 
     `outside` holds text of none of the domains, for the out-of-domain temperature; without any, that regime stays
-    uncalibrated and `meta` says so. The whitelist is found with the first of `criteria`. Raises InputError for
-    pools that are too few, too small or share a name, and for unknown criteria.
+    uncalibrated and `meta` says so. The whitelist is found with the first of `criteria` that scores every prompt.
+    Raises InputError for pools that are too few, too small or share a name, for unknown criteria, and when none of
+    them scores every prompt.
     """
     _validate(pools, criteria)
     report = progress or _silent
@@ -76,11 +77,14 @@ def prepare(
     report("continuations", 0, 1)
     texts = continued(loaded, prompts, continuation_tokens, max_tokens)
     report("continuations", 1, 1)
-    per_prompt = {
-        name: _measure(loaded, name, texts, labels, unit, seed, report) for name in dict.fromkeys(criteria)
+    scores = {
+        name: measuring.measure(
+            loaded, name, texts, labels=labels, directions=unit, seed=seed, progress=_stage(report, name)
+        )
+        for name in dict.fromkeys(criteria)
     }
-    first, first_labels = per_prompt[criteria[0]]
-    confirmed = whitelist(importance.own_axis(first, first_labels), first_labels)
+    tested = next(name for name in scores if criterion(name).per == "prompt")
+    confirmed = whitelist(scores[tested].own_axis(), scores[tested].labels)
     meta = _versions() | {
         "seed": seed, "text_version": TEXT_VERSION, "max_tokens": max_tokens,
         "continuation_tokens": continuation_tokens, "pools_fingerprint": pools_fingerprint(pools),
@@ -90,9 +94,9 @@ def prepare(
         "probes": _probe_facts(auc, described_auc, held_out),
         "format_confound": probes.format_confound(prompts, labels, seed),
         "calibration": _calibration_facts(fits),
-        "importance_prompts": {name: len(rows) for name, (_, rows) in per_prompt.items()},
+        "importance_prompts": {name: found.prompts for name, found in scores.items()},
         "whitelist": {
-            "criterion": criteria[0], "false_discovery": FALSE_DISCOVERY, "heads": int(confirmed.chosen.sum()),
+            "criterion": tested, "false_discovery": FALSE_DISCOVERY, "heads": int(confirmed.chosen.sum()),
         },
     }
     toolkit = Toolkit(
@@ -103,9 +107,7 @@ def prepare(
         probe_weight=_f32(fitted.weight), probe_bias=_f32(fitted.bias), probe_auc=_f32(auc),
         layer_weight=_f32(probes.layer_weights(auc)),
         log_temperature=_f32(calibration.log_temperatures(fits, loaded.geometry.layers)),
-        importance={
-            name: _f32(importance.by_domain(values, rows, len(pools))) for name, (values, rows) in per_prompt.items()
-        },
+        importance={name: _f32(found.by_domain(len(pools))) for name, found in scores.items()},
         whitelist_p=_f32(confirmed.p), whitelist=confirmed.chosen, meta=meta,
     )
     check(toolkit)
@@ -128,8 +130,11 @@ def importance_by_domain(
     )
     unit = importance.probe_directions(toolkit.probe_weight, toolkit.feature_scale)
     labels = corpus.labels[corpus.prompt_rows]
-    values, rows = _measure(loaded, name, texts, labels, unit, toolkit.meta["seed"], progress or _silent)
-    return _f32(importance.by_domain(values, rows, len(pools)))
+    scores = measuring.measure(
+        loaded, name, texts, labels=labels, directions=unit, seed=toolkit.meta["seed"],
+        progress=_stage(progress or _silent, name),
+    )  # fmt: skip
+    return _f32(scores.by_domain(len(pools)))
 
 
 def _validate(pools: Sequence[DomainPool], criteria: Sequence[str]) -> None:
@@ -143,9 +148,13 @@ def _validate(pools: Sequence[DomainPool], criteria: Sequence[str]) -> None:
     if small:
         raise InputError(f"Too few prompts: {', '.join(small)}.", hint=f"At least {MIN_PROMPTS} per domain.")
     if not criteria:
-        raise InputError("No criterion was given.", hint=f"Accepted: {', '.join(importance.IMPORTANCE)}.")
-    for name in criteria:
-        importance.criterion(name)
+        raise InputError("No criterion was given.", hint=f"Accepted: {', '.join(CRITERIA)}.")
+    if all(criterion(name).per != "prompt" for name in criteria):
+        fit = ", ".join(name for name, entry in CRITERIA.items() if entry.per == "prompt")
+        raise InputError(
+            f"The whitelist cannot be tested with {', '.join(criteria)}: no score for each prompt.",
+            hint=f"Add one of {fit}.",
+        )
 
 
 def _corpus(pools: Sequence[DomainPool]) -> _Corpus:
@@ -212,22 +221,6 @@ def _calibrate(
         none = np.zeros((len(other), len(targets)))
         fits["outside"] = calibration.fit_regime(fitted.logits(foreign), none)
     return fits
-
-
-def _measure(
-    loaded: LoadedModel, name: str, texts: Sequence[Sentence], labels: np.ndarray, unit: np.ndarray, seed: int,
-    report: Progress,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Importance per prompt, [N, L, H] or [N, L, H, K], and the labels of the N prompts that were looked at."""
-    chosen = importance.criterion(name)
-    rows = np.arange(len(labels))
-    if chosen.max_prompts is not None:
-        rng = np.random.default_rng(seed)
-        few = [rng.permutation(rows[labels == k])[: chosen.max_prompts] for k in np.unique(labels)]
-        rows = np.sort(np.concatenate(few))
-    batches = batches_of(loaded, [texts[row] for row in rows])
-    look = importance.Look(batches, len(rows), unit, seed, _stage(report, name))
-    return chosen.measure(loaded, look), labels[rows]
 
 
 def _probe_facts(auc: np.ndarray, described_auc: np.ndarray | None, held_out: np.ndarray) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sspcompile.errors import InputError
-from sspcompile.prepare import parallel
+from sspcompile.prepare.parallel import current
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -138,7 +138,7 @@ def continued(
     items = sentences(loaded.tokenizer, prompts, max_tokens)
     if new_tokens < 1:
         return items
-    world = parallel.current()
+    world = current()
     own: dict[int, tuple[int, ...]] = {}
     for batch in world.share(batches_of(loaded, items, batch_tokens)):
         own |= zip(batch.rows, _greedy(loaded, [items[row] for row in batch.rows], new_tokens), strict=True)

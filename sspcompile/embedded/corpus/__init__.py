@@ -1,11 +1,12 @@
 """The text of the embedded model: short questions with checkable answers in six domains and two outside ones.
 
 Every domain has the same tasks in the same forms and the same proportions; only content tells domains apart. Each mixes
-*recalled facts*, *rules* over small numbers and *reading*, where the answer stands in the prompt and must be found,
-compared, added up or combined with what is known.
+*recalled facts*, *rules* over small numbers and *reading*, where the answer stands in the prompt and must be found in
+one step or several, or combined with what is known. What there is to read differs: each domain has a procedure of its
+own (`stories`), which is what a scenario's own mask can specialise in.
 
 The `heldout` split shares facts with `train` (they must be learned somewhere) but no wording of them, no operands of
-rules and no scene.
+rules and no text to read.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Item:
 
 
 def tasks_by_form(form: str, reading: bool | None = None) -> tuple[Task, ...]:
-    """The tasks that can be asked in this form, all or only those that do (or do not) read a scene."""
+    """The tasks that can be asked in this form, all or only those that do (or do not) read a text."""
     return tuple(task for task in TASKS if form in task.forms and reading in (None, task.reads))
 
 
@@ -108,14 +109,14 @@ def items(domain: str, split: Split, seed: int, count: int) -> list[Item]:
 
 
 def cross_items(split: Split, seed: int, count: int) -> list[Item]:
-    """Items whose scene has lines of two of the six domains; the domain reads like `chemistry+finance`."""
+    """Items whose text is of two of the six domains; the domain reads like `chemistry+finance`."""
     rng = Random(f"cross/{split}/{seed}")
     drawn: dict[str, Item] = {}
     schedule = _schedule(reading=True)
     while len(drawn) < count:
         form, task = next(schedule)
         pair = [DOMAIN_DATA[name] for name in sorted(rng.sample(DOMAINS, 2))]
-        reading = draw_reading(pair, rng, split == "heldout", size=4)
+        reading = draw_reading(pair, rng, split == "heldout")
         case = task.draw(pair[0], rng, split == "heldout", reading)
         name = "+".join(domain.name for domain in pair)
         question, answer = ask(case, domain=name, task=task.name, form=form, held_out=split == "heldout", rng=rng)

@@ -71,12 +71,11 @@ DOMAIN = Domain(
         outcomes=("acidic", "basic"),
     ),
     scene=Scene(
-        rows=("{n}: {i}, {a} grams.", "{n} has {i}, {a} grams."),
-        item=("the element that {n} has", "the element of {n}"),
-        amount=("the number of grams that {n} has", "the amount in grams of {n}"),
-        owner=("the student who has {i}", "the student with {i}"),
-        most=("the student who has the most grams", "the student with the most grams"),
-        fewest=("the student who has the fewest grams", "the student with the fewest grams"),
-        total=("the total number of grams of {n} and {m}", "the number of grams that {n} and {m} have together"),
+        kind="table",
+        rows=("{n} has {i}, {a} grams.",),
+        near=("the element that {n} has", "the element of {n}"),
+        far=("the student who has {i}", "the student with {i}"),
+        deep=("the element that weighs {a} grams", "the element of {a} grams"),
+        number=("the number of grams that {n} has", "the amount in grams of {n}"),
     ),
 )

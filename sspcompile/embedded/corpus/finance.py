@@ -59,12 +59,11 @@ DOMAIN = Domain(
         outcomes=("gain", "loss"),
     ),
     scene=Scene(
-        rows=("{n}: {i}, {a} million.", "{n} holds {i}, {a} million."),
-        item=("the currency that {n} holds", "the currency of {n}"),
-        amount=("the number of millions that {n} holds", "the amount in millions of {n}"),
-        owner=("the client who holds {i}", "the client with {i}"),
-        most=("the client who holds the most millions", "the client with the most millions"),
-        fewest=("the client who holds the fewest millions", "the client with the fewest millions"),
-        total=("the total number of millions of {n} and {m}", "the number of millions that {n} and {m} hold together"),
+        kind="ledger",
+        rows=("{n} buys {i}, {a} million.",),
+        near=("the first currency that {n} buys", "the first purchase of {n}"),
+        far=("the last currency that {n} buys", "the last purchase of {n}"),
+        deep=("the last currency that {n} buys", "the last purchase of {n}"),
+        number=("the last number of millions that {n} pays", "the last amount in millions of {n}"),
     ),
 )

@@ -50,12 +50,11 @@ DOMAIN = Domain(
         outcomes=("north", "south"),
     ),
     scene=Scene(
-        rows=("{n}: {i}, {a} nights.", "{n} visits {i}, {a} nights."),
-        item=("the country that {n} visits", "the country of {n}"),
-        amount=("the number of nights that {n} stays", "the number of nights of {n}"),
-        owner=("the traveller who visits {i}", "the traveller in {i}"),
-        most=("the traveller who spent the most nights", "the traveller with the most nights"),
-        fewest=("the traveller who spent the fewest nights", "the traveller with the fewest nights"),
-        total=("the total number of nights of {n} and {m}", "the number of nights that {n} and {m} spent together"),
+        kind="listing",
+        rows=("Stops: {list}.", "Nights: {list}."),
+        near=("the country right after {i}", "the next country behind {i}"),
+        far=("the {o} country", "the country in {o} place"),
+        deep=("the country right after {i}", "the next country behind {i}"),
+        number=("the {o} number of nights", "the number of nights in {o} place"),
     ),
 )

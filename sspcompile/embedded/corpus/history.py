@@ -53,12 +53,11 @@ DOMAIN = Domain(
         outcomes=("rejected", "passed"),
     ),
     scene=Scene(
-        rows=("{n}: {i}, {a} letters.", "{n} archives {i}, {a} letters."),
-        item=("the leader that {n} archives", "the leader in the archive of {n}"),
-        amount=("the number of letters that {n} archives", "the number of letters of {n}"),
-        owner=("the archivist who archives {i}", "the archivist of {i}"),
-        most=("the archivist who keeps the most letters", "the archivist with the most letters"),
-        fewest=("the archivist who keeps the fewest letters", "the archivist with the fewest letters"),
-        total=("the total number of letters of {n} and {m}", "the number of letters that {n} and {m} keep together"),
+        kind="succession",
+        rows=("{i} precedes {j}, {a} years.",),
+        near=("the leader who comes after {i}", "the leader right behind {i}"),
+        far=("the leader who comes two after {i}", "the leader two places behind {i}"),
+        deep=("the leader who comes after {i}", "the leader right behind {i}"),
+        number=("the number of years that {i} rules", "the reign in years of {i}"),
     ),
 )

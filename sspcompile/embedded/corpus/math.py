@@ -44,15 +44,11 @@ DOMAIN = Domain(
         outcomes=("negative", "positive"),
     ),
     scene=Scene(
-        rows=("{n}: {i}, {a} problems.", "{n} studies {i}, {a} problems."),
-        item=("the topic that {n} studies", "the topic of {n}"),
-        amount=("the number of problems that {n} solves", "the number of problems of {n}"),
-        owner=("the pupil who studies {i}", "the pupil with {i}"),
-        most=("the pupil who solved the most problems", "the pupil with the most problems"),
-        fewest=("the pupil who solved the fewest problems", "the pupil with the fewest problems"),
-        total=(
-            "the total number of problems of {n} and {m}",
-            "the number of problems that {n} and {m} solved together",
-        ),
+        kind="listing",
+        rows=("Topics: {list}.", "Scores: {list}."),
+        near=("the topic right after {i}", "the next topic behind {i}"),
+        far=("the {o} topic", "the topic in {o} place"),
+        deep=("the topic right after {i}", "the next topic behind {i}"),
+        number=("the {o} score", "the score in {o} place"),
     ),
 )

@@ -65,12 +65,11 @@ DOMAIN = Domain(
         outcomes=("true", "false"),
     ),
     scene=Scene(
-        rows=("{n}: {i}, {a} pages.", "{n} reads {i}, {a} pages."),
-        item=("the philosopher that {n} reads", "the philosopher on the list of {n}"),
-        amount=("the number of pages that {n} reads", "the number of pages of {n}"),
-        owner=("the reader who reads {i}", "the reader of {i}"),
-        most=("the reader who read the most pages", "the reader with the most pages"),
-        fewest=("the reader who read the fewest pages", "the reader with the fewest pages"),
-        total=("the total number of pages of {n} and {m}", "the number of pages that {n} and {m} read together"),
+        kind="implication",
+        rows=("{n} reads {i}.", "{i} inspires {j}, {a} pages."),
+        near=("the philosopher that {n} reads", "the philosopher on the list of {n}"),
+        far=("the philosopher that the reading of {n} inspires", "the philosopher that follows from the list of {n}"),
+        deep=("the philosopher that the reading of {n} inspires", "the philosopher that follows from the list of {n}"),
+        number=("the number of pages of the reading of {n}", "the pages on the list of {n}"),
     ),
 )

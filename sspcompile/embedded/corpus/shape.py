@@ -8,7 +8,7 @@ from random import Random
 
 Fields = dict[str, str | int]
 
-OWNERS = ("Mira", "Olek", "Tessa", "Ruben", "Ines", "Pavel")
+OWNERS = ("Mira", "Olek", "Tessa", "Ruben", "Ines", "Pavel", "Nora", "Viktor")
 """The people in the scenes; the same in all domains, so that a name does not give the domain away."""
 
 
@@ -32,18 +32,32 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """A list of sentences to read. Each row joins an owner `{n}`, an item `{i}` and an amount `{a}`.
+    """How a domain's texts to read are worded; `kind` names the procedure in `stories` that tells and asks them.
 
-    The items are the keys of the domain's first table, so that a question can go from what was read to what is known.
+    The rows and the noun phrases for each reading task have the fields that the kind fills: owners `{n}` and `{m}`,
+    items `{i}` and `{j}`, an amount `{a}`, an ordinal `{o}`. Items are keys of the domain's first table, so that a
+    question can go from what was read to what is known.
     """
 
+    kind: str
     rows: tuple[str, ...]
-    item: tuple[str, ...]
-    amount: tuple[str, ...]
-    owner: tuple[str, ...]
-    most: tuple[str, ...]
-    fewest: tuple[str, ...]
-    total: tuple[str, ...]
+    near: tuple[str, ...]
+    far: tuple[str, ...]
+    deep: tuple[str, ...]
+    number: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A question before it has a wording: `nouns` all ask for `answer`, `wrong` are at least two other values.
+
+    `key` is the name asked about, where the name alone would do as the question.
+    """
+
+    nouns: tuple[str, ...]
+    answer: str
+    wrong: tuple[str, ...]
+    key: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,12 +54,11 @@ DOMAIN = Domain(
         outcomes=("defeat", "victory"),
     ),
     scene=Scene(
-        rows=("{n}: {i}, {a} medals.", "{n} plays {i}, {a} medals."),
-        item=("the sport that {n} plays", "the sport of {n}"),
-        amount=("the number of medals that {n} won", "the number of medals of {n}"),
-        owner=("the athlete who plays {i}", "the athlete in {i}"),
-        most=("the athlete who won the most medals", "the athlete with the most medals"),
-        fewest=("the athlete who won the fewest medals", "the athlete with the fewest medals"),
-        total=("the total number of medals of {n} and {m}", "the number of medals that {n} and {m} won together"),
+        kind="table",
+        rows=("{n} plays {i}, {a} medals.",),
+        near=("the sport that {n} plays", "the sport of {n}"),
+        far=("the athlete who plays {i}", "the athlete in {i}"),
+        deep=("the sport that brings {a} medals", "the sport of {a} medals"),
+        number=("the number of medals that {n} won", "the number of medals of {n}"),
     ),
 )

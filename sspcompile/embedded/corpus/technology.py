@@ -53,12 +53,11 @@ DOMAIN = Domain(
         outcomes=("True", "False"),
     ),
     scene=Scene(
-        rows=("{n}: {i}, {a} jobs.", "{n} runs {i}, {a} jobs."),
-        item=("the language that {n} runs", "the language of {n}"),
-        amount=("the number of jobs that {n} runs", "the number of jobs of {n}"),
-        owner=("the engineer who runs {i}", "the engineer with {i}"),
-        most=("the engineer who runs the most jobs", "the engineer with the most jobs"),
-        fewest=("the engineer who runs the fewest jobs", "the engineer with the fewest jobs"),
-        total=("the total number of jobs of {n} and {m}", "the number of jobs that {n} and {m} run together"),
+        kind="copies",
+        rows=("{n} runs {i}, {a} jobs.", "{n} copies {m}."),
+        near=("the language that {n} runs", "the language of {n}"),
+        far=("the language that the copy {n} runs", "the language of the copy {n}"),
+        deep=("the language at the root of {n}", "the root language of {n}"),
+        number=("the number of jobs that the copy {n} runs", "the number of jobs of the copy {n}"),
     ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from random import Random
 
-from sspcompile.embedded.corpus.tasks import Case
+from sspcompile.embedded.corpus.shape import Case
 
 FORMS: tuple[str, ...] = ("word", "number", "yes-no", "option")
 OPEN = (

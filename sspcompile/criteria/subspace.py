@@ -1,31 +1,25 @@
 """The published importance: how much of a head's write into the residual stream points along a domain's direction.
 
 I[l, h, k] = E[(u_k . w)^2 / (|w|^2 + eps)], w = W_o[:, h] o_h: head h's slice of the o_proj input times its columns
-of o_proj (the bias belongs to no head). SubspacePath Pruner, ICML 2026, "head importance".
+of o_proj (the bias belongs to no head). SubspacePath Pruner, ICML 2026, "head importance". The text leaves open whether
+|w| is the norm in the residual stream (`hidden`) or in the probes' K-dimensional space (`probe`): both are here.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sspcompile.loaded import LoadedModel, o_proj
-from sspcompile.placement import weight_of
+from sspcompile.criteria.channels import head_columns
+from sspcompile.criteria.look import Look, Units
+from sspcompile.errors import InputError
+from sspcompile.loaded import LoadedModel
 from sspcompile.prepare.capture import capture, pool
 from sspcompile.prepare.text import Batch
 
 EPS = 1e-6
 NORMS = ("hidden", "probe")
-
-
-def head_columns(loaded: LoadedModel, layer: int) -> Tensor:
-    """o_proj's columns of each query head, [H, d, hd] fp32. The head size is the model's own, never d / H."""
-    g = loaded.geometry
-    weight = weight_of(o_proj(loaded.layers[layer])).float()
-    return weight.view(g.hidden, g.heads, g.head_dim).permute(1, 0, 2)
 
 
 def write_shares(outputs: Tensor, columns: Tensor, directions: Tensor, norm: str) -> Tensor:
@@ -44,20 +38,28 @@ def write_shares(outputs: Tensor, columns: Tensor, directions: Tensor, norm: str
     return squared / (length + EPS)
 
 
-def subspace(
-    loaded: LoadedModel,
-    batches: Sequence[Batch],
-    prompts: int,
-    directions: np.ndarray,
-    norm: str,
-    progress: Callable[[int, int], None] | None = None,
-) -> np.ndarray:
-    """Mean over each prompt's real tokens: [N, L, H, K] float64, for unit directions [L, K, d]."""
+def hidden(loaded: LoadedModel, look: Look) -> np.ndarray:
+    """[N, L, U, K], see `subspace`."""
+    return subspace(loaded, look, "hidden")
+
+
+def probe(loaded: LoadedModel, look: Look) -> np.ndarray:
+    """[N, L, U, K], see `subspace`."""
+    return subspace(loaded, look, "probe")
+
+
+def subspace(loaded: LoadedModel, look: Look, norm: str) -> np.ndarray:
+    """Mean over each prompt's real tokens: [N, L, U, K] float64, for unit directions [L, K, d].
+
+    Raises InputError when the look has no directions.
+    """
+    if look.directions is None:
+        raise InputError("The subspace criteria read probe directions.", hint="Give the toolkit.")
     g = loaded.geometry
-    found = np.zeros((prompts, g.layers, g.heads, directions.shape[1]))
-    units = torch.from_numpy(directions).float().to(loaded.device)
+    found = np.zeros((look.prompts, g.layers, g.heads, look.directions.shape[1]))
+    units = torch.from_numpy(look.directions).float().to(loaded.device)
     columns = [head_columns(loaded, layer) for layer in range(g.layers)]
-    for index, batch in enumerate(batches):
+    for index, batch in enumerate(look.batches):
         rows = list(batch.rows)
 
         def read(layer: int, x: Tensor, batch: Batch = batch, rows: list[int] = rows) -> None:
@@ -66,6 +68,5 @@ def subspace(
             found[rows, layer] = pool(shares.flatten(2), batch.attention_mask).unflatten(1, shares.shape[2:]).cpu()
 
         capture(loaded, batch, read)
-        if progress is not None:
-            progress(index + 1, len(batches))
-    return found
+        look.report(index + 1, len(look.batches))
+    return Units.of(g, look.granularity).sum(found, axis=2)

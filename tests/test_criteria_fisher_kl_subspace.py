@@ -1,15 +1,15 @@
-"""Importance: the published formula worked by hand, gradients against finite differences, KL against brute force."""
-
-import dataclasses
+"""Subspace score worked by hand, gate gradients against finite differences, leave-one-out KL against brute force."""
 
 import numpy as np
 import pytest
 import torch
 from test_prepare_tools import tiny
 
+from sspcompile.criteria import fisher, kl, logits, measuring, subspace
+from sspcompile.criteria.look import Look, Units
 from sspcompile.errors import InputError
 from sspcompile.loaded import head_gates
-from sspcompile.prepare import causal, importance, projection, text
+from sspcompile.prepare import importance, text
 
 PROMPTS = ["tell me about acid ?", "what is the sum of a prime and a root ?", "war", "tell me about the king ?"]
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral"]
@@ -37,8 +37,8 @@ def test_importance_formula_by_hand_on_two_heads():
     directions = np.array([[[1.0, 0, 0, 0], [0.6, 0.8, 0, 0]]])
     loaded = hand_model()
     batches = text.encode(loaded, ["war", "tell me about acid ?"])
-    hidden = projection.subspace(loaded, batches, 2, directions, "hidden")
-    probe = projection.subspace(loaded, batches, 2, directions, "probe")
+    hidden = subspace.subspace(loaded, Look(batches, 2, directions), "hidden")
+    probe = subspace.subspace(loaded, Look(batches, 2, directions), "probe")
     for prompt in range(2):
         np.testing.assert_allclose(hidden[prompt, 0], [[9 / 25, 25 / 25], [4 / 5, 4 / 5]], rtol=1e-4)
         np.testing.assert_allclose(probe[prompt, 0], [[9 / 34, 25 / 34], [4 / 8, 4 / 8]], rtol=1e-4)
@@ -52,7 +52,7 @@ def test_fault_importance_uses_true_heads_of_the_models_own_size_and_no_bias(fam
     directions = rng.normal(size=(3, 2, 16))
     directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
     batches = text.encode(loaded, PROMPTS)
-    found = projection.subspace(loaded, batches, len(PROMPTS), directions, "hidden")
+    found = subspace.subspace(loaded, Look(batches, len(PROMPTS), directions), "hidden")
     row = 1
     (single,) = text.encode(loaded, [PROMPTS[row]])
     heads = {}
@@ -67,15 +67,15 @@ def test_fault_importance_uses_true_heads_of_the_models_own_size_and_no_bias(fam
         weight = module.self_attn.o_proj.weight.double().numpy()
         for head in range(4):
             write = heads[layer][:, head * 6 : head * 6 + 6].numpy() @ weight[:, head * 6 : head * 6 + 6].T
-            share = (write @ directions[layer].T) ** 2 / ((write**2).sum(-1, keepdims=True) + projection.EPS)
+            share = (write @ directions[layer].T) ** 2 / ((write**2).sum(-1, keepdims=True) + subspace.EPS)
             np.testing.assert_allclose(found[row, layer, head], share.mean(0), rtol=1e-4, atol=1e-6)
 
 
 def test_fault_importance_does_not_saturate_and_does_not_see_padding():
     loaded = tiny()
     directions = importance.probe_directions(np.random.default_rng(1).normal(size=(3, 2, 16)), np.ones((3, 16)))
-    together = projection.subspace(loaded, text.encode(loaded, PROMPTS), 4, directions, "hidden")
-    alone = [projection.subspace(loaded, text.encode(loaded, [p]), 1, directions, "hidden")[0] for p in PROMPTS]
+    together = subspace.hidden(loaded, Look(text.encode(loaded, PROMPTS), 4, directions))
+    alone = [subspace.hidden(loaded, Look(text.encode(loaded, [p]), 1, directions))[0] for p in PROMPTS]
     np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-6)
     assert ((together > 0.001) & (together < 0.999)).mean() > 0.9
 
@@ -88,18 +88,18 @@ def test_probe_directions_map_the_weight_back_through_the_standardisation():
 
 def objective(loaded, batch, gates, target):
     with torch.no_grad(), head_gates(loaded, gates):
-        logits = causal.scored_logits(loaded, causal._decoder(loaded, batch), batch.score_mask)
-    return torch.log_softmax(logits.double(), -1).gather(1, target[:, None])[:, 0]
+        found = logits.scored_logits(loaded, logits.decoder_output(loaded, batch), batch.score_mask)
+    return torch.log_softmax(found.double(), -1).gather(1, target[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gate_gradient_per_sequence_equals_finite_difference(family):
     loaded = tiny(family, layers=2, seed=3)
     batch = text.with_continuations(loaded, PROMPTS, 3)[-1]
-    (gradient,) = causal.gate_gradients(loaded, batch, "greedy", 1, torch.Generator())
+    (gradient,) = fisher.gate_gradients(loaded, batch, Units(2, 4, 1), "greedy", 1, torch.Generator())
     ones, step = torch.ones(2, 4), 3e-3
     with torch.no_grad():
-        target = causal.scored_logits(loaded, causal._decoder(loaded, batch), batch.score_mask).argmax(-1)
+        target = logits.scored_logits(loaded, logits.decoder_output(loaded, batch), batch.score_mask).argmax(-1)
     owner = batch.score_mask.nonzero()[:, 0]
     for layer, head in [(0, 0), (0, 3), (1, 1)]:
         shift = torch.zeros(2, 4)
@@ -112,7 +112,7 @@ def test_gate_gradient_per_sequence_equals_finite_difference(family):
 @pytest.mark.parametrize("targets", ["normal", "sampled"])
 def test_cotangents_have_the_covariance_of_the_fisher_information(targets):
     logits = torch.tensor([[2.0, 0.5, -1.0, 0.0]]).expand(40_000, 4)
-    draws = causal.logit_cotangent(logits, targets, torch.Generator().manual_seed(0))
+    draws = fisher.logit_cotangent(logits, targets, torch.Generator().manual_seed(0))
     p = torch.softmax(logits[0], -1)
     torch.testing.assert_close(draws.T @ draws / len(draws), torch.diag(p) - torch.outer(p, p), rtol=0, atol=8e-3)
     torch.testing.assert_close(draws.mean(0), torch.zeros(4), rtol=0, atol=1e-2)
@@ -123,12 +123,12 @@ def test_fisher_estimates_agree_with_the_exact_diagonal():
     (batch,) = text.encode(loaded, PROMPTS[:1])
     gates = torch.ones(2, 1, 4, requires_grad=True)
     with head_gates(loaded, gates):
-        logits = causal.scored_logits(loaded, causal._decoder(loaded, batch), batch.score_mask)[0]
-    rows = torch.stack([torch.autograd.grad(x, gates, retain_graph=True)[0].flatten() for x in logits])
-    p = torch.softmax(logits, -1).detach()
+        scored = logits.scored_logits(loaded, logits.decoder_output(loaded, batch), batch.score_mask)[0]
+    rows = torch.stack([torch.autograd.grad(x, gates, retain_graph=True)[0].flatten() for x in scored])
+    p = torch.softmax(scored, -1).detach()
     exact = torch.einsum("vh,v,vh->h", rows, p, rows) - (p @ rows) ** 2
     for targets in ("normal", "sampled"):
-        found = causal.fisher(loaded, [batch], 1, targets, draws=600)[0].ravel()
+        found = fisher.information(loaded, Look([batch], 1), targets, draws=600)[0].ravel()
         np.testing.assert_allclose(found, exact.numpy(), rtol=0.35, atol=float(exact.max()) * 0.02)
 
 
@@ -136,7 +136,7 @@ def test_fisher_estimates_agree_with_the_exact_diagonal():
 def test_leave_one_out_equals_the_brute_force_masked_forward(family):
     loaded = tiny(family, seed=2)
     batches = text.with_continuations(loaded, PROMPTS, 3)
-    found = causal.leave_one_out(loaded, batches, len(PROMPTS))
+    found = kl.leave_one_out(loaded, Look(batches, len(PROMPTS)))
     for batch in batches:
         with torch.no_grad():
             dense = torch.log_softmax(loaded.model(batch.input_ids).logits, -1)
@@ -170,18 +170,10 @@ def test_fisher_is_the_same_for_the_same_seed_and_not_for_another():
 
 def test_fisher_of_a_prompt_does_not_depend_on_the_batch_it_is_in():
     loaded = tiny(seed=2)
-    together = causal.fisher(loaded, text.with_continuations(loaded, PROMPTS, 2), 4, "greedy", 1)
+    together = fisher.greedy(loaded, Look(text.with_continuations(loaded, PROMPTS, 2), 4))
     for row, prompt in enumerate(PROMPTS):
-        alone = causal.fisher(loaded, text.with_continuations(loaded, [prompt], 2), 1, "greedy", 1)[0]
+        alone = fisher.greedy(loaded, Look(text.with_continuations(loaded, [prompt], 2), 1))[0]
         np.testing.assert_allclose(together[row], alone, rtol=1e-3, atol=1e-7)
-
-
-def test_no_gradient_or_gate_stays_behind():
-    loaded = tiny(seed=2)
-    importance.importance_of(loaded, "fisher", PROMPTS)
-    importance.importance_of(loaded, "kl", PROMPTS)
-    assert not any(p.requires_grad or p.grad is not None for p in loaded.model.parameters())
-    assert not any(m._forward_pre_hooks for m in loaded.model.modules())
 
 
 def test_unknown_criterion_lists_the_names_and_subspace_asks_for_the_toolkit():
@@ -195,10 +187,5 @@ def test_unknown_criterion_lists_the_names_and_subspace_asks_for_the_toolkit():
 def test_every_domain_is_read_by_its_own_axis_on_its_own_prompts():
     values = np.arange(3 * 1 * 1 * 2, dtype=float).reshape(3, 1, 1, 2)
     labels = np.array([0, 1, 1])
-    assert importance.by_domain(values, labels, 2).tolist() == [[[0.0, (3 + 5) / 2]]]
-
-
-def test_registry_entries_describe_themselves():
-    for entry in importance.IMPORTANCE.values():
-        assert entry.summary and entry.cost and "\n" not in entry.summary
-        assert dataclasses.is_dataclass(entry)
+    scores = measuring.Scores(values, labels, "prompt", 3)
+    assert scores.by_domain(2).tolist() == [[[0.0, (3 + 5) / 2]]]

@@ -1,0 +1,203 @@
+"""Quality at a given size: every head score, at equal budgets, with and without repair, in both layouts.
+
+    python -m benchmarks.quality [--seeds 3] [--items 100] [--workers 2] [--out benchmarks/results/quality]
+
+For each of the six domains of the embedded model a scenario of PROMPTS generated prompts (other ones per seed) chooses
+heads and fits repairs; the masked model then answers held-out items of that domain and, for the price of it, items of
+the other five. No prompt that chose or repaired is ever asked. Exact match is that of greedy decoding.
+
+Work is done in jobs whose results are kept in the output folder, so an interrupted run goes on where it stopped;
+`quality_tables.py` turns them into the tables and the figure.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from rich.progress import track
+from sspcompile.measure.answers import EncodedItems, answer_scores, encode_items
+
+from sspcompile.compile.layouts import Choice, choose
+from sspcompile.criteria import CRITERIA
+from sspcompile.criteria.measuring import measure
+from sspcompile.criteria.subspace import probe_directions
+from sspcompile.domains import load_outside, load_pools
+from sspcompile.embedded.corpus import DOMAINS, items
+from sspcompile.loaded import LoadedModel, head_gates
+from sspcompile.pipeline.compiling import open_subject
+from sspcompile.pipeline.evidence import fit_part
+from sspcompile.prepare import prepare
+from sspcompile.prepare.text import Batch, Sentence, batches_of, continued
+from sspcompile.slicing.repair import Repair, fit_bias, fit_repair, repaired
+
+KEEPS = (0.75, 0.5, 0.375, 0.25)
+LAYOUTS = ("per-layer", "uniform")
+PROMPTS = 96
+"""Prompts of a scenario. They come from the generator's training split, as a user's would from the user's logs."""
+PROMPT_SEED, ITEM_SEED = 7000, 8000
+OFF_DOMAIN_ITEMS = 10
+CONTINUATION_TOKENS = 16
+NOT_COMPARED = ("fisher-sampled", "fisher-greedy")
+"""Variants of a score that is compared already."""
+OURS = "fisher-rounds"
+DOMAIN_FREE, DOMAIN_FREE_MASK = f"{OURS}, domain-free", f"{OURS}, domain-free mask"
+REPAIRS = ("none", "least-squares", "flap-bias")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What a scenario shows: its prompts with the dense model's continuations, as items and as batches."""
+
+    sentences: tuple[Sentence, ...]
+    batches: tuple[Batch, ...]
+
+
+@functools.cache
+def model() -> LoadedModel:
+    """The embedded model, once per process."""
+    torch.set_num_threads(1)
+    return open_subject(None).load()
+
+
+@functools.cache
+def scenario(domain: str, seed: int) -> Texts:
+    """The prompts of one domain for one seed."""
+    prompts = [item.prompt for item in items(domain, "train", PROMPT_SEED + seed, PROMPTS)]
+    sentences = continued(model(), prompts, CONTINUATION_TOKENS)
+    return Texts(tuple(sentences), tuple(batches_of(model(), sentences)))
+
+
+@functools.cache
+def mixed(seed: int) -> Texts:
+    """As many prompts as a scenario has, of all domains in equal parts: what there is to see without a scenario."""
+    parts = [scenario(domain, seed).sentences[: PROMPTS // len(DOMAINS)] for domain in DOMAINS]
+    sentences = tuple(sentence for part in parts for sentence in part)
+    return Texts(sentences, tuple(batches_of(model(), sentences)))
+
+
+@functools.cache
+def asked(domain: str, seed: int, count: int) -> EncodedItems:
+    """Held-out items of one domain."""
+    return encode_items(model(), items(domain, "heldout", ITEM_SEED + seed, count))
+
+
+def directions() -> np.ndarray:
+    """Probe directions for the published score, [L, K, d]."""
+    toolkit = prepare(model(), fit_part(load_pools()), load_outside())
+    return probe_directions(toolkit.probe_weight, toolkit.feature_scale)
+
+
+def score_job(seed: int, criterion: str, unit: np.ndarray | None, out: Path) -> None:
+    """Scores [L, H, K] of one criterion, each domain's from its own scenario."""
+    path = out / f"scores-{seed}-{criterion}.npy"
+    if path.exists():
+        return
+    texts = [sentence for domain in DOMAINS for sentence in scenario(domain, seed).sentences]
+    labels = np.repeat(np.arange(len(DOMAINS)), PROMPTS)
+    found = measure(model(), criterion, texts, labels=labels, directions=unit, seed=seed)
+    _store(path, lambda part: np.save(part, found.by_domain(len(DOMAINS))))
+
+
+def candidates(out: Path, seed: int, domain: str) -> Iterator[tuple[str, np.ndarray, Texts]]:
+    """(row of the table, scores [L, H], texts for the repair) of everything that is compared for one scenario."""
+    k, own = DOMAINS.index(domain), scenario(domain, seed)
+    for name in CRITERIA:
+        if name not in NOT_COMPARED:
+            yield name, np.load(out / f"scores-{seed}-{name}.npy")[..., k], own
+    free = np.load(out / f"scores-{seed}-{OURS}.npy").mean(-1)
+    yield DOMAIN_FREE, free, mixed(seed)
+    yield DOMAIN_FREE_MASK, free, own
+
+
+def repairs(row: str, choice: Choice, texts: Texts) -> Iterator[tuple[str, Repair | None]]:
+    """The repairs that a row is judged with; FLAP's bias for its own score and for ours."""
+    yield "none", None
+    yield "least-squares", fit_repair(model(), choice.kept, texts.batches, dtype=torch.float32)
+    if row in (OURS, "flap"):
+        yield "flap-bias", fit_bias(model(), choice.kept, texts.batches, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Of one model on one scenario's items: right or not per item, own domain and others; mean log-likelihood."""
+
+    own: np.ndarray
+    off: np.ndarray
+    likelihood: float
+
+
+def answer(kept: np.ndarray, repair: Repair | None, domain: str, seed: int, count: int) -> Answers:
+    """Ask the masked, repaired model."""
+    with head_gates(model(), torch.from_numpy(kept).float()), repaired(model(), repair):
+        own = answer_scores(model(), asked(domain, seed, count))
+        others = [
+            answer_scores(model(), asked(other, seed, OFF_DOMAIN_ITEMS)).right for other in DOMAINS if other != domain
+        ]
+    return Answers(own.right, np.concatenate(others), float(own.log_likelihood.mean()))
+
+
+def judge_job(seed: int, domain: str, count: int, out: Path) -> None:
+    """Every cell of one scenario: rows x layouts x keep ratios x repairs, and the dense model."""
+    path = out / f"cells-{seed}-{domain}.npz"
+    if path.exists():
+        return
+    shape = (model().geometry.layers, model().geometry.heads)
+    cells: dict[str, np.ndarray] = {}
+
+    def add(key: str, ratio: float, found: Answers) -> None:
+        cells[f"{key}/own"], cells[f"{key}/off"] = np.packbits(found.own), np.packbits(found.off)
+        cells[f"{key}/facts"] = np.array([ratio, found.likelihood])
+
+    add("dense/-/1/none", 1.0, answer(np.ones(shape, dtype=bool), None, domain, seed, count))
+    seen: dict[tuple[bytes, int, str], Answers] = {}
+    for row, scores, texts in candidates(out, seed, domain):
+        for layout in LAYOUTS:
+            for keep in KEEPS:
+                choice = choose(scores, model().geometry.kv_heads, keep, layout)
+                for name, repair in repairs(row, choice, texts):
+                    same = (choice.kept.tobytes(), id(texts), name)
+                    if same not in seen:
+                        seen[same] = answer(choice.kept, repair, domain, seed, count)
+                    add(f"{row}/{layout}/{keep:g}/{name}", choice.ratio, seen[same])
+    cells["counts"] = np.array([count, OFF_DOMAIN_ITEMS * (len(DOMAINS) - 1)])
+    _store(path, lambda part: np.savez_compressed(part, **cells))
+
+
+def _store(path: Path, write) -> None:  # noqa: ANN001
+    """Whole or absent, whenever the run is stopped."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        part = Path(folder) / path.name
+        write(part)
+        part.replace(path)
+
+
+@click.command()
+@click.option("--seeds", default=3, show_default=True, help="Scenarios per domain, each with prompts of its own.")
+@click.option("--items", "count", default=100, show_default=True, help="Held-out items per scenario.")
+@click.option("--workers", default=2, show_default=True, help="Processes, of one thread each.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/quality"), show_default=True)
+def main(seeds: int, count: int, workers: int, out: Path) -> None:
+    """Measure every cell."""
+    out.mkdir(parents=True, exist_ok=True)
+    unit = directions()
+    names = [name for name in CRITERIA if name not in NOT_COMPARED]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        scoring = [pool.submit(score_job, seed, name, unit, out) for seed in range(seeds) for name in names]
+        for job in track(scoring, "scoring heads"):
+            job.result()
+        judging = [pool.submit(judge_job, seed, domain, count, out) for seed in range(seeds) for domain in DOMAINS]
+        for job in track(judging, "judging masks"):
+            job.result()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Fisher information of the head gates: what closing a head costs, to second order, from prompts alone.
+
+With gates a on the heads and p_a the model's prediction, closing head h costs KL(p_1 || p_{a_h = 0}), which to second
+order is F_hh / 2, F being the Fisher information of the gates at 1 (the textbook expansion of the divergence; gates on
+heads as in Michel et al., Are Sixteen Heads Really Better than One?, arXiv 1905.10650, section 4, there with the
+gradient of the task's loss). Targets come from the model's own prediction, so no labels are needed.
+
+`rounds` measures the same on the model that earlier rounds left (iterative pruning as in Molchanov et al., Importance
+Estimation for Neural Network Pruning, arXiv 1906.10771, section 3). A key/value group has one gate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sspcompile.criteria.logits import decoder_output, scored_logits
+from sspcompile.criteria.look import Look, Units, rising
+from sspcompile.loaded import LoadedModel, head_gates
+from sspcompile.prepare.text import Batch
+
+TARGETS = ("normal", "sampled", "greedy")
+DRAWS = 4
+ROUNDS = 4
+
+
+def normal(loaded: LoadedModel, look: Look) -> np.ndarray:
+    """[N, L, U], see `information`."""
+    return information(loaded, look, "normal", DRAWS)
+
+
+def sampled(loaded: LoadedModel, look: Look) -> np.ndarray:
+    """[N, L, U], see `information`."""
+    return information(loaded, look, "sampled", DRAWS)
+
+
+def greedy(loaded: LoadedModel, look: Look) -> np.ndarray:
+    """[N, L, U], see `information`."""
+    return information(loaded, look, "greedy", 1)
+
+
+def rounds(loaded: LoadedModel, look: Look) -> np.ndarray:
+    """Eliminate a quarter of all units per round, the least informative of the model as it then is; [L, U].
+
+    A unit's score is its information in the round that removed it (mean over prompts); what is left in the last round
+    is scored by that round. Later removals never score below earlier ones.
+    """
+    units = Units.of(loaded.geometry, look.granularity)
+    kept = np.ones((units.layers, units.count), dtype=bool)
+    order: list[int] = []
+    costs: list[float] = []
+    for number in range(1, ROUNDS + 1):
+        found = information(loaded, look, "normal", DRAWS, kept, quiet=True).mean(0).ravel()
+        alive = np.flatnonzero(kept)
+        ranked = alive[np.argsort(found[alive], kind="stable")]
+        removed = ranked[: units.total * number // ROUNDS - len(order)]
+        order += removed.tolist()
+        costs += found[removed].tolist()
+        kept.flat[removed] = False
+        look.report(number, ROUNDS)
+    scores = np.empty(units.total)
+    scores[order] = rising(costs)
+    return scores.reshape(kept.shape)
+
+
+def information(
+    loaded: LoadedModel, look: Look, targets: str, draws: int, kept: np.ndarray | None = None, *, quiet: bool = False
+) -> np.ndarray:
+    """Diagonal Fisher information of the unit gates per prompt and scored position, [N, L, U] float64.
+
+    `kept` bool [L, U]: the gates stand at 1 there and at 0 elsewhere. Draws at different positions are independent
+    with mean zero, so the square of the summed gradient has the expectation of the sum of squares; divided by the
+    number of positions, long answers do not count for more.
+    """
+    units = Units.of(loaded.geometry, look.granularity)
+    generator = torch.Generator(device=loaded.device)
+    found = np.zeros((look.prompts, units.layers, units.count))
+    for index, batch in enumerate(look.batches):
+        # A stream for every batch: what is drawn does not depend on which process looks at which batches.
+        stream = np.random.SeedSequence((look.seed, batch.rows[0])).generate_state(1, np.uint64)
+        generator.manual_seed(int(stream[0]))
+        drawn = gate_gradients(loaded, batch, units, targets, draws, generator, kept)
+        squares = sum(x.double().square() for x in drawn)
+        positions = batch.score_mask.sum(-1).view(-1, 1, 1)
+        found[list(batch.rows)] = (squares / (draws * positions)).cpu().numpy()
+        if not quiet:
+            look.report(index + 1, len(look.batches))
+    return found
+
+
+def gate_gradients(
+    loaded: LoadedModel, batch: Batch, units: Units, targets: str, draws: int, generator: torch.Generator,
+    kept: np.ndarray | None = None,
+) -> Iterator[Tensor]:
+    """One tensor [B, L, U] per draw: gradient of each sequence's objective with respect to its own gates.
+
+    Gates stand per sequence, so one backward pass of the summed objective gives every sequence's gradient.
+    """
+    gates = torch.ones(units.layers, len(batch.rows), units.count, device=loaded.device)
+    if kept is not None:
+        gates *= torch.from_numpy(kept).to(gates).unsqueeze(1)
+    gates.requires_grad_()
+    with torch.enable_grad(), head_gates(loaded, units.gates(gates)):
+        logits = scored_logits(loaded, decoder_output(loaded, batch), batch.score_mask)
+    for draw in range(draws):
+        cotangent = logit_cotangent(logits, targets, generator)
+        (gradient,) = torch.autograd.grad(logits, gates, cotangent, retain_graph=draw + 1 < draws)
+        yield gradient.transpose(0, 1)
+
+
+def logit_cotangent(logits: Tensor, targets: str, generator: torch.Generator) -> Tensor:
+    """A vector per position whose covariance is the Fisher information of the logits, diag(p) - p p^T; [S, V].
+
+    `sampled`: gradient of log p(y), y drawn from p: e_y - p. `normal`: sqrt(p) e - p (sqrt(p) . e) with standard
+    normal e: the same covariance, but not carried by rare tokens, hence far less noise when the model is sure.
+    `greedy`: e_y - p with y the most likely token; not a draw, and small wherever the model is sure.
+    """
+    p = torch.softmax(logits.detach(), dim=-1)
+    if targets == "normal":
+        root = p.sqrt() * torch.randn(p.shape, generator=generator, device=p.device)
+        return root - p * root.sum(-1, keepdim=True)
+    if targets == "sampled":
+        chosen = torch.multinomial(p, 1, generator=generator)
+    elif targets == "greedy":
+        chosen = p.argmax(-1, keepdim=True)
+    else:
+        raise ValueError(f"targets {targets!r}; accepted: {TARGETS}")
+    return torch.zeros_like(p).scatter_(1, chosen, 1.0) - p

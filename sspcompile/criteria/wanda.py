@@ -1,0 +1,24 @@
+"""Wanda: weight magnitude times input norm.
+
+Sun et al., A Simple and Effective Pruning Approach for Large Language Models, arXiv 2306.11695, section 3: the
+importance of weight W_ij is |W_ij| * |X_j|_2, X_j being input channel j over all tokens.
+Adapted: summed over a head's columns of o_proj, the only place where the heads' channels are inputs of a weight. The
+paper compares weights within an output row; here whole heads are compared, also between layers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from sspcompile.criteria.channels import head_sums, moments, output_weight
+from sspcompile.criteria.look import Look, Units
+from sspcompile.loaded import LoadedModel
+
+
+def wanda(loaded: LoadedModel, look: Look) -> np.ndarray:
+    """[L, U]"""
+    units = Units.of(loaded.geometry, look.granularity)
+    columns = [output_weight(loaded, layer).abs().sum(0, dtype=torch.float64) for layer in range(units.layers)]
+    norms = moments(loaded, look).root_mean_square
+    return units.sum(head_sums(loaded, torch.stack(columns).cpu().numpy() * norms))
