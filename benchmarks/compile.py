@@ -1,5 +1,9 @@
 """How long compiling takes once model and toolkit are loaded, against one forward pass over the scenario's text.
 
+The forward pass is the bare decoder's, without lm_head, on batches that are ready. Compiling tokenises, runs the
+decoder up to the last residual, and does the arithmetic down to the masks of both layouts; with importance from the
+scenario's own prompts (`auto`) it also lets the model continue them and runs the criterion's passes.
+
     python benchmarks/compile.py [--scenario chemistry-helpdesk] [--repeats 30]
 
 Prints one table: medians with p10 and p90 over the repeats, and the ratio to the forward pass.
@@ -14,15 +18,15 @@ from pathlib import Path
 
 import click
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from sspcompile import prepare
 from sspcompile.compile.layouts import choose
 from sspcompile.pipeline.compiling import compile_scenario, open_subject, toolkit_for
-from sspcompile.prepare.capture import capture
 from sspcompile.prepare.text import encode
-from sspcompile.recipe import resolve
+from sspcompile.recipe import Recipe, resolve
 from sspcompile.scenario import as_recipe, read_scenario
 from sspcompile.workspace import Workspace
 
@@ -45,7 +49,12 @@ def milliseconds(run: Callable[[], object], repeats: int) -> np.ndarray:
 def main(scenario: str, model: str | None, repeats: int) -> None:
     """Time the online stage."""
     read, recipe = read_scenario(scenario)
-    options = resolve(recipe or as_recipe(read), command_line={"model": model}, environment=os.environ)
+    options, direct = (
+        resolve(
+            recipe or as_recipe(read), command_line={"model": model, "importance_from": source}, environment=os.environ
+        )
+        for source in ("domains", "auto")
+    )
     subject = open_subject(options.model)
     loaded = subject.load()
     workspace = Workspace(Path())
@@ -54,17 +63,23 @@ def main(scenario: str, model: str | None, repeats: int) -> None:
     batches = encode(loaded, texts, options.max_tokens)
     g = subject.checkpoint.geometry
 
-    def whole() -> None:
-        compiled = compile_scenario(read, options, toolkit, loaded)
+    def whole(chosen: Recipe) -> None:
+        compiled = compile_scenario(read, chosen, toolkit, loaded)
         for layout in ("uniform", "per-layer"):
             choose(compiled.merit, g.kv_heads, 0.5, layout)
 
+    @torch.inference_mode()
+    def forward() -> None:
+        for batch in batches:
+            loaded.model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+
     timed = {
-        "forward pass over the scenario's text": milliseconds(lambda: [capture(loaded, b) for b in batches], repeats),
+        "forward pass over the scenario's text": milliseconds(forward, repeats),
         "features (tokenise, forward, pool)": milliseconds(
             lambda: prepare.features(loaded, texts, options.max_tokens), repeats
         ),
-        "compile (features, mixture, scores, both layouts)": milliseconds(whole, repeats),
+        "compile (features, mixture, scores, both layouts)": milliseconds(lambda: whole(options), repeats),
+        "compile, importance from the prompts too": milliseconds(lambda: whole(direct), max(3, repeats // 5)),
     }
     base = np.median(timed["forward pass over the scenario's text"])
     title = f"{scenario}: {len(texts)} texts, {repeats} repeats"

@@ -90,7 +90,7 @@ def main(count: int, keeps: tuple[float, ...], out: Path) -> None:
         cells.append(Cell(domain, "dense", 1.0, False, exact_match(loaded, full, None, domain, count), 0.0))
         evidence = gather((), given_mixture(toolkit, {domain: 1.0}, source="benchmark"), load_pools(), 0)
         judge = Judge(
-            loaded, evidence, max_tokens=512, new_tokens=16, seed=0, repair=True, dtype=torch.float32,
+            loaded, evidence, max_tokens=512, new_tokens=16, seed=0, repair="least-squares", dtype=torch.float32,
             progress=lambda *_: None,
         )  # fmt: skip
         for name, values in merits(toolkit, domain, full.shape).items():
@@ -99,7 +99,7 @@ def main(count: int, keeps: tuple[float, ...], out: Path) -> None:
                 for repair, figures in ((None, candidate.plain), (candidate.repair, candidate.mended)):
                     found = exact_match(loaded, candidate.choice.kept, repair, domain, count)
                     label = "random, first layer kept" if name.startswith("random") else name
-                    cells.append(Cell(domain, label, keep, repair is not None, found, figures.mean_kl))
+                    cells.append(Cell(domain, label, keep, repair is not None, found, figures.judge.mean_kl))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps([asdict(cell) for cell in cells], indent=0) + "\n", "utf-8")
     show(cells, keeps)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 
@@ -33,7 +33,9 @@ ENVIRONMENT_PREFIX = "SSPCOMPILE_"
 DEFAULTS: Mapping[str, Any] = {
     "layout": "auto",
     "criterion": "fisher",
+    "importance_from": "auto",
     "repair": "least-squares",
+    "without": (),
     "max_tokens": 512,
     "continuation_tokens": 16,
     "seed": 0,
@@ -42,6 +44,16 @@ DEFAULT_KEEP = 0.5
 OPTIONS_HINT = "See `sspcompile build --help`; --keep lies in (0, 1], --strength in [0, 1]."
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# What `--without` switches off, to see what it is worth: `axes` (no selection: every pool is a domain), `whitelist` (no
+# head is kept by privilege), `mixing` (the top domain alone), `scenario` (all domains alike, whatever the scenario),
+# `calibration` (probes at temperature 1).
+Part = Literal["axes", "whitelist", "mixing", "scenario", "calibration"]
+PARTS: tuple[Part, ...] = get_args(Part)
+
+
+def _in_order(parts: tuple[Part, ...]) -> tuple[Part, ...]:
+    """Each part once, in the order of PARTS: equal requests are equal recipes."""
+    return tuple(part for part in PARTS if part in parts)
 
 
 class ScenarioSpec(BaseModel):
@@ -66,7 +78,10 @@ class Recipe(BaseModel):
     """A scenario with the options of its build; an option that is None is left to the next level of precedence.
 
     `keep`: kept query heads / all query heads, an upper bound. `strength`: how hard to cut, from 0 (keep all); it
-    becomes a keep ratio once the breadth of the scenario is known. They exclude each other.
+    becomes a keep ratio once the breadth of the scenario is known. They exclude each other. `importance_from`: whether
+    heads are scored by the domains' cached importance, on the scenario's own prompts, or by both where there are any.
+    `without`: parts of the method that are switched off. `pools`: a folder of domain pools beside the shipped ones.
+    `axes`: how many of all pools become domains; None for the shipped six and those of `pools`.
     `model`: a folder or a hub name, None for the embedded model. `continuation_tokens`: how many tokens the model
     writes after each prompt when heads are scored.
     """
@@ -81,8 +96,12 @@ class Recipe(BaseModel):
     keep: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
     strength: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
     layout: Literal["auto", "uniform", "per-layer"] | None = None
+    pools: Text | None = None
+    axes: int | None = Field(default=None, ge=2, le=1000)
     criterion: str | None = Field(default=None, pattern=NAME_PATTERN)
-    repair: Literal["least-squares", "none"] | None = None
+    importance_from: Literal["domains", "prompts", "auto"] | None = None
+    repair: Literal["least-squares", "flap-bias", "none"] | None = None
+    without: Annotated[tuple[Part, ...], AfterValidator(_in_order)] | None = Field(default=None, strict=False)
     max_tokens: int | None = Field(default=None, ge=8, le=131072)
     continuation_tokens: int | None = Field(default=None, ge=0, le=4096)
     seed: int | None = Field(default=None, ge=0, lt=2**32)
@@ -162,7 +181,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def resolve(recipe: Recipe | None, *, command_line: Mapping[str, Any], environment: Mapping[str, str]) -> Recipe:
-    """The recipe with every build option settled; only `model` may stay None (the embedded model).
+    """The recipe with every build option settled; only `model` (the embedded one), `pools` and `axes` may stay None.
 
     `command_line` maps option names (`keep`, `max_tokens`, ...) to values; None means not given. Without a recipe
     it must also carry `name` and `scenario` (see `scenario.as_recipe` for the other way). Raises RecipeError that
@@ -214,8 +233,11 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
         text = environment.get(variable, "").strip()
         if not text:
             continue
-        annotation = Recipe.model_fields[name].annotation
-        number = next((kind for kind in (int, float) if kind in getattr(annotation, "__args__", ())), None)
+        kinds = get_args(Recipe.model_fields[name].annotation)
+        number = next((kind for kind in (int, float) if kind in kinds), None)
+        if any(get_origin(kind) in (tuple, Annotated) for kind in kinds):
+            options[name] = tuple(part.strip() for part in text.split(",") if part.strip())
+            continue
         try:
             options[name] = number(text) if number else text
         except ValueError:

@@ -95,6 +95,12 @@ TINY = {
 }  # fmt: skip
 
 
+def pool_text(name: str, count: int = 16) -> str:
+    """A pool of the user's own, without its first line."""
+    prompts = "".join(f"- How many loaves are in {n} baskets?\n" for n in range(count))
+    return f"name: {name}\ndescription: Bread.\ndescriptions: [Questions of bakers.]\nprompts:\n{prompts}"
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
     """Everything that a user could give by mistake."""
@@ -117,6 +123,9 @@ def inputs(tmp_path_factory) -> Path:
     )
     (folder / "notyaml.yaml").write_text("name: [unclosed\n")
     (folder / "prompts.csv").write_text("a,b\n")
+    for name, text in {"own-pools/mine": "name: mine\n", "clash/math": pool_text("math")}.items():
+        (folder / name).parent.mkdir()
+        (folder / f"{name}.yaml").write_text("schema_version: 1\n" + text)
     checkpoint = make_checkpoint(folder / "no-tokenizer", Shape())
     for path in checkpoint.glob("*token*"):
         path.unlink()
@@ -175,6 +184,18 @@ BAD = {
     "unknown criterion": ((*BUILD, "--criterion", "taste"), 2, ("criterion 'taste'", "fisher, kl", "criteria`")),
     "unknown criterion in prepare": (("prepare", "--criterion", "taste"), 2, ("criterion 'taste'", "fisher")),
     "unknown repair": ((*BUILD, "--repair", "glue"), 2, ("--repair", "least-squares")),
+    "one axis": ((*BUILD, "--axes", "1"), 2, ("--axes", "greater than or equal to 2")),
+    "more axes than pools": ((*BUILD, "--axes", "900"), 2, ("more domains than there are pools", "--pools DIR")),
+    "no pools": (("prepare", "--pools", "{in}/nowhere"), 2, ("nowhere", r"no \*\.yaml")),
+    "pools that are no pools": (("plan", "--pools", "{in}/own-pools"), 2, ("mine.yaml", "prompts", "descriptions")),
+    "pools of shipped names": (("plan", "--pools", "{in}/clash"), 2, ("shipped names: math", "Rename")),
+    "unknown part": ((*BUILD, "--without", "luck"), 2, (r"--without\[0\]", "'mixing'")),
+    "unknown source of importance": ((*BUILD, "--importance-from", "stars"), 2, ("--importance-from", "'prompts'")),
+    "importance from no prompts": (
+        (*BUILD, "--importance-from", "prompts"), 2, ("has none of its own", "--importance-from domains")
+    ),
+    "repair without a place": ((*BUILD, "--repair", "flap-bias"), 2, ("no bias", "--repair least-squares")),
+    "repair without a place in plan": (("plan", "--repair", "flap-bias"), 2, ("no bias",)),
     "negative seed": ((*BUILD, "--seed", "-1"), 2, ("--seed",)),
     "several options": ((*BUILD, "--keep", "3", "--layout", "x", "--seed", "-1"), 2, ("3 errors",)),
     "budget below the floors": ((*BUILD, "--keep", "0.01"), 3, ("at least one", "nearest feasible value is --keep")),
@@ -329,6 +350,12 @@ def test_plan_of_a_scenario_has_the_promised_keys_for_every_layout(run, built, h
     assert [plan["layout"] for plan in done.json["layouts"]] == ["uniform", "per-layer"]
     for plan in done.json["layouts"]:
         promised_plan(plan)
+
+
+def test_a_scenario_that_fits_no_domain_is_said_on_stderr(run, built, home):
+    done = run("plan", "--scenario", "sports-club", "--keep", "0.5", *FAST, "--json", home=home)
+    assert done.code == 0 and done.json["layouts"]
+    assert re.fullmatch(r"Warning: \d+% of this scenario fits no known domain .* domain-free average\.\n", done.err)
 
 
 # --- The whole way ---------------------------------------------------------------------------------------------------
@@ -523,6 +550,30 @@ def test_second_criterion_is_added_to_a_toolkit_that_is_there(run, tiny, tmp_pat
     assert [done.json["fresh"] for done in (first, second, third)] == [True, False, False]
     assert second.json["criteria"] == third.json["criteria"] == ["fisher", "subspace"]
     assert first.err == second.err == ""
+
+
+def test_pools_and_axes_of_ones_own_have_a_toolkit_of_their_own(run, tiny, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "baking.yaml").write_text("schema_version: 1\n" + pool_text("baking"))
+    args = ("prepare", "--model", tiny, "--continuation-tokens", "1", "--max-tokens", "16", "--json")
+    ways = ((), ("--pools", "mine"), ("--pools", "mine", "--axes", "3"))
+    found = [run(*args, *way, home=tmp_path) for way in ways]
+    assert [done.code for done in found] == [0, 0, 0], found
+    default, added, chosen = (done.json for done in found)
+    assert len({facts["folder"] for facts in (default, added, chosen)}) == 3
+    assert all((tmp_path / facts["folder"] / "toolkit.json").is_file() for facts in (default, added, chosen))
+    assert set(added["domains"]) == {*default["domains"], "baking"}
+    assert len(chosen["domains"]) == 3 and len(chosen["axes"]["candidates"]) == len(added["domains"]) + 2
+    assert run(*args, *ways[2], home=tmp_path).json["fresh"] is False
+    assert run(*args, home=tmp_path).json["fresh"] is False
+
+
+def test_flap_bias_goes_the_whole_way_where_o_proj_has_a_bias(run, tmp_path):
+    model = make_checkpoint(tmp_path / "model", Shape(family="qwen3", bias=True))
+    fast = ("--model", model, "--continuation-tokens", "2", "--max-tokens", "32", "--keep", "0.5")
+    done = run(*BUILD, *fast, "--repair", "flap-bias", "--out", "out", "--json", home=tmp_path)
+    assert done.code == 0 and done.json["parity"]["texts_equal"] is True, done.err
+    assert run("verify", "out", home=tmp_path).code == 0
 
 
 def test_interrupted_build_exits_130_and_leaves_nothing(tiny, tmp_path):

@@ -38,13 +38,32 @@ def test_keep_ratio_is_a_hard_bound(problem, keep, layout):
     assert (choice.kept.sum(1) >= 1).all()
 
 
-@given(problems(), st.floats(0.2, 1.0), st.floats(0.2, 1.0), layouts)
-def test_more_keeping_never_drops_a_head_that_less_keeping_kept(problem, one, other, layout):
+@given(problems(), st.floats(0.2, 1.0), st.floats(0.2, 1.0))
+def test_more_keeping_never_drops_a_head_that_less_keeping_kept_per_layer(problem, one, other):
     scores, groups = problem
     low, high = sorted((max(one, 1 / scores.shape[1]), max(other, 1 / scores.shape[1])))
-    small = choose(scores, groups, low, layout).kept
-    large = choose(scores, groups, high, layout).kept
+    small = choose(scores, groups, low, "per-layer").kept
+    large = choose(scores, groups, high, "per-layer").kept
     assert (small <= large).all()
+
+
+@given(problems(), st.floats(0.2, 1.0))
+def test_no_other_uniform_mask_inside_the_bound_keeps_more_merit(problem, keep):
+    scores, groups = problem
+    heads, layers = scores.shape[1], len(scores)
+    keep = max(keep, 1 / heads)
+    best = scores[choose(scores, groups, keep, "uniform").kept].sum()
+    grouped = -np.sort(-scores.reshape(layers, groups, -1), axis=-1)
+    for g in range(1, groups + 1):
+        for r in range(1, heads // groups + 1):
+            if g * r * layers <= np.floor(keep * scores.size + 1e-9):
+                inside = -np.sort(-grouped[..., :r].sum(-1), axis=-1)[:, :g]
+                assert inside.sum() <= best * (1 + 1e-9) + 1e-12
+
+
+def test_a_uniform_cut_of_equal_heads_uses_the_whole_budget_and_drops_groups_first():
+    assert choose(np.ones((3, 8)), 4, 0.5, "uniform").shapes == ((2, 2),) * 3
+    assert choose(np.ones((3, 8)), 4, 0.75, "uniform").shapes == ((3, 2),) * 3
 
 
 @given(problems(), st.floats(0.2, 1.0), layouts)

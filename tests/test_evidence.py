@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
+from sspcompile.compile.layouts import Choice
 from sspcompile.compile.mixture import Mixture
-from sspcompile.domains import DomainPool
+from sspcompile.domains import DomainPool, load_outside, load_pools
+from sspcompile.errors import InputError
+from sspcompile.measure.quality import Divergence
 from sspcompile.pipeline.evidence import (
     FIT_PROMPTS,
-    HELD_PROMPTS,
+    GUARD_PROMPTS,
+    JUDGE_PROMPTS,
     OWN_FIT_PROMPTS,
-    OWN_HELD_PROMPTS,
+    OWN_GUARD_PROMPTS,
+    OWN_JUDGE_PROMPTS,
     fit_part,
     gather,
     split,
 )
+from sspcompile.pipeline.judging import Candidate, Figures, decide
+from sspcompile.pipeline.pools import pools_of, pools_suffix
+from sspcompile.recipe import Recipe, resolve
+from sspcompile.scenario import as_recipe, read_scenario
+from sspcompile.slicing.repair import Repair
 
 NAMES = ("a", "b", "c")
 POOLS = tuple(DomainPool(name, name, (), tuple(f"{name} {n}" for n in range(100))) for name in NAMES)
@@ -25,19 +37,34 @@ def mixture(*weights: float, unknown: float = 0.0) -> Mixture:
     return Mixture(NAMES, np.array(weights), 0.0, unknown, {})
 
 
-@pytest.mark.parametrize("own", [0, 3, 20, 200, 5000])
-def test_no_text_chooses_and_judges(own):
+@pytest.mark.parametrize("own", [0, 1, 3, 4, 20, 200, 5000])
+def test_no_text_chooses_and_guards_or_judges(own):
     evidence = gather([f"mine {n}" for n in range(own)], mixture(0.7, 0.3, 0.0), POOLS, 0)
-    assert not set(evidence.fit) & set(evidence.held)
+    parts = [set(evidence.fit), set(evidence.guard), set(evidence.judge)]
+    assert all(not one & other for one, other in itertools.combinations(parts, 2))
     learned = {prompt for pool in fit_part(POOLS) for prompt in pool.prompts}
-    assert not learned & set(evidence.held)
+    assert not learned & (parts[1] | parts[2])
     assert len(evidence.fit) <= max(FIT_PROMPTS, OWN_FIT_PROMPTS)
-    assert len(evidence.held) <= max(HELD_PROMPTS, OWN_HELD_PROMPTS)
+    assert 0 < len(evidence.guard) <= max(GUARD_PROMPTS, OWN_GUARD_PROMPTS)
+    assert 0 < len(evidence.judge) <= max(JUDGE_PROMPTS, OWN_JUDGE_PROMPTS)
+    assert evidence.counts() == {
+        "fit": len(evidence.fit), "guard": len(evidence.guard), "judge": len(evidence.judge),
+        "own_fit": sum(text.startswith("mine") for text in evidence.fit),
+        "own_guard": sum(text.startswith("mine") for text in evidence.guard),
+        "own_judge": sum(text.startswith("mine") for text in evidence.judge),
+    }  # fmt: skip
+
+
+def test_an_own_prompt_that_prepare_learned_from_is_never_held_out():
+    evidence = gather([f"a {n}" for n in (1, 5, 9, 0, 2, 4, 8, 13)], mixture(1.0, 0.0, 0.0), POOLS, 0)
+    learned = {prompt for pool in fit_part(POOLS) for prompt in pool.prompts}
+    assert not learned & {*evidence.guard, *evidence.judge}
 
 
 def test_own_prompts_come_first_and_pools_fill_up_in_the_proportion_of_the_mixture():
     evidence = gather([f"mine {n}" for n in range(8)], mixture(0.75, 0.25, 0.0), POOLS, 0)
-    assert (evidence.own_fit, evidence.own_held) == (6, 2)
+    assert (evidence.own_fit, evidence.own_guard, evidence.own_judge) == (6, 1, 1)
+    assert evidence.judge[0] == "mine 3" and evidence.guard[0] == "mine 7"
     assert evidence.fit[:6] == ("mine 0", "mine 1", "mine 2", "mine 4", "mine 5", "mine 6")
     rest = [text[0] for text in evidence.fit[6:]]
     assert rest.count("a") == pytest.approx(3 * rest.count("b"), abs=2)
@@ -51,6 +78,67 @@ def test_an_unknown_scenario_is_filled_up_from_all_domains_alike():
 
 
 def test_splitting_takes_every_fourth_text_and_loses_none():
-    fit, held = split([str(n) for n in range(10)])
-    assert held == ("3", "7")
-    assert sorted((*fit, *held), key=int) == [str(n) for n in range(10)]
+    fit, guard, judge = split([str(n) for n in range(20)])
+    assert (guard, judge) == (("7", "15"), ("3", "11", "19"))
+    assert sorted((*fit, *guard, *judge), key=int) == [str(n) for n in range(20)]
+
+
+def divergence(*kl: float) -> Divergence:
+    count = len(kl)
+    places = tuple(range(count))
+    return Divergence(float(np.mean(kl)), None, 1.0, None, places, kl, (1.0,) * count, (1,) * count)
+
+
+def candidate(layout: str, plain: Figures, mended: Figures | None = None) -> Candidate:
+    return Candidate(layout, Choice(np.ones((1, 2), dtype=bool), ((1, 2),)), plain, Repair({}), mended)
+
+
+GOOD, BAD = divergence(*[0.1, 0.2, 0.15] * 4), divergence(*[0.5, 0.7, 0.6] * 4)
+
+
+def test_only_the_guard_texts_decide_whether_a_repair_stays():
+    kept = candidate("uniform", Figures(guard=BAD, judge=GOOD), Figures(guard=GOOD, judge=BAD))
+    dropped = candidate("uniform", Figures(guard=GOOD, judge=BAD), Figures(guard=BAD, judge=GOOD))
+    assert kept.keeps_repair and kept.final.judge is BAD
+    assert not dropped.keeps_repair and dropped.final.judge is BAD and dropped.final_repair is None
+
+
+def test_only_the_guard_texts_decide_the_layout():
+    cheap, dear = Figures(guard=GOOD, judge=BAD), Figures(guard=BAD, judge=GOOD)
+    pair = {"uniform": candidate("uniform", cheap), "per-layer": candidate("per-layer", dear)}
+    assert decide(pair).chosen.layout == "uniform"
+    pair = {"uniform": candidate("uniform", dear), "per-layer": candidate("per-layer", cheap)}
+    assert decide(pair).chosen.layout == "per-layer"
+
+
+def test_one_unlucky_guard_text_does_not_drop_a_repair_but_too_few_texts_do():
+    """Twelve texts better and one much worse is no evidence; three texts allow no interval, so the mean decides."""
+    mended = divergence(*[0.1] * 12, 2.0)
+    assert candidate("uniform", Figures(divergence(*[0.2] * 13), GOOD), Figures(mended, GOOD)).keeps_repair
+    few = candidate("uniform", Figures(divergence(0.2, 0.2, 0.2), GOOD), Figures(divergence(0.1, 0.1, 0.5), GOOD))
+    assert not few.keeps_repair
+
+
+def recipe(**options) -> Recipe:
+    read, _ = read_scenario("no scenario")
+    return resolve(as_recipe(read), command_line=options, environment={})
+
+
+def test_without_a_word_about_axes_the_shipped_domains_are_the_domains():
+    given = pools_of(recipe())
+    assert given.candidates == load_pools() and given.outside == load_outside() and given.axes is None
+    assert pools_suffix(recipe()) == ""
+
+
+def test_axes_make_every_pool_a_candidate_and_an_ablation_makes_every_pool_a_domain():
+    every = {pool.name for pool in (*load_pools(), *load_outside())}
+    some, whole = pools_of(recipe(axes=4)), pools_of(recipe(axes=4, without=("axes",)))
+    assert {pool.name for pool in some.candidates} == {pool.name for pool in whole.candidates} == every
+    assert (some.axes, whole.axes) == (4, None) and some.outside == whole.outside == ()
+    suffixes = {pools_suffix(recipe(**how)) for how in ({}, {"axes": 4}, {"axes": 5}, {"without": ("axes",)})}
+    assert len(suffixes) == 4
+
+
+def test_more_axes_than_pools_are_refused():
+    with pytest.raises(InputError, match=r"--axes 900 asks for more.*--pools DIR"):
+        pools_of(recipe(axes=900))

@@ -144,8 +144,9 @@ def test_every_criterion_in_one_run_and_one_added_later(model, toolkit):
     assert (whole.importance["subspace"] <= 1).all() and (whole.importance["subspace-probe"] <= 1).all()
     fewer = prepare(model, pools(10), outside(), continuation_tokens=2)
     for name in ("kl", "subspace", "flap", "greedy-kl"):
-        added = with_importance(fewer, name, importance_by_domain(model, fewer, pools(10), name))
+        added = with_importance(fewer, name, *importance_by_domain(model, fewer, pools(10), name))
         np.testing.assert_allclose(added.importance[name], whole.importance[name], rtol=1e-4, atol=1e-7)
+        np.testing.assert_allclose(added.spread[name], whole.spread[name], rtol=1e-3, atol=1e-5)
     with pytest.raises(InputError, match="changed"):
         importance_by_domain(model, fewer, pools(11), "kl")
 
@@ -155,6 +156,34 @@ def test_every_family_can_be_prepared_also_with_gqa_and_its_own_head_size(family
     loaded = tiny(family, layers=2, head_dim=6, o_bias=family != "mistral")
     found = prepare(loaded, pools(8), outside(8), criteria=("fisher", "subspace"), continuation_tokens=2)
     assert found.importance["subspace"].shape == (2, 4, 3)
+
+
+def test_axes_are_selected_from_more_candidates_and_the_others_become_outside_text(model):
+    near = dataclasses.replace(pool_of("alchemy", DOMAINS["chemistry"], 24, seed=3))
+    candidates = (*pools(), near)
+    found = prepare(model, candidates, outside(), axes=3, continuation_tokens=0)
+    facts = found.meta["axes"]
+    assert facts["candidates"] == [*DOMAINS, "alchemy"] and facts["chosen"] == list(found.domains)
+    # Two pools of the same words: only one of them can be an axis.
+    assert len({"chemistry", "alchemy"} & set(found.domains)) == 1 and {"history", "math"} <= set(found.domains)
+    assert found.importance["fisher"].shape[-1] == 3 == len(found.gram)
+    gram = np.array(facts["candidate_gram"])
+    inside = [facts["candidates"].index(name) for name in found.domains]
+    pairs = gram[np.ix_(inside, inside)][~np.eye(3, dtype=bool)]
+    assert facts["orthogonality"] == pytest.approx(1 - pairs.max(), abs=1e-5)
+    assert facts["orthogonality"] > facts["whole_orthogonality"] and facts["whole_coverage"] == pytest.approx(1)
+    assert found.meta["calibration"]["outside"]["texts"] == 12 + 24
+    again = prepare(model, candidates, outside(), axes=3, continuation_tokens=0)
+    assert again.domains == found.domains and again.meta == found.meta
+
+
+def test_all_candidates_are_axes_when_all_are_asked_for_or_nothing_is(model, toolkit):
+    whole = prepare(model, pools(40), outside(), axes=3, continuation_tokens=3)
+    np.testing.assert_array_equal(whole.axes, toolkit.axes)
+    assert whole.meta["axes"] == toolkit.meta["axes"] and toolkit.meta["axes"]["chosen"] == list(DOMAINS)
+    for count in (1, 4):
+        with pytest.raises(InputError, match="cannot become axes"):
+            prepare(model, pools(40), (), axes=count)
 
 
 def test_progress_reports_stages_and_reaches_their_ends(model):

@@ -26,7 +26,8 @@ def made(seed=0):
         feature_mean=values(LAYERS, HIDDEN), feature_scale=values(LAYERS, HIDDEN),
         probe_weight=values(LAYERS, k, HIDDEN), probe_bias=values(LAYERS, k), probe_auc=values(LAYERS, k),
         layer_weight=values(LAYERS), log_temperature=values(LAYERS, 3),
-        importance={"fisher": values(LAYERS, HEADS, k)}, whitelist_p=values(LAYERS, HEADS),
+        importance={"fisher": values(LAYERS, HEADS, k)}, spread={"fisher": values(LAYERS, HEADS, k)},
+        whitelist_p=values(LAYERS, HEADS),
         whitelist=rng.random((LAYERS, HEADS)) < 0.5, meta={"seed": 0, "note": "Grüße"},
     )
 
@@ -56,7 +57,7 @@ def test_round_trip_is_exact(saved):
         if isinstance(value, np.ndarray):
             np.testing.assert_array_equal(value, other)
             assert value.dtype == other.dtype
-        elif field.name == "importance":
+        elif field.name in ("importance", "spread"):
             assert value.keys() == other.keys()
             np.testing.assert_array_equal(value["fisher"], other["fisher"])
         else:
@@ -71,7 +72,7 @@ def test_same_toolkit_gives_the_same_bytes(saved, tmp_path):
 
 def test_fault_files_hold_no_pickle_and_no_extension_lies(saved):
     assert sorted(p.name for p in saved.iterdir()) == ["toolkit.json", "toolkit.safetensors"]
-    assert json.loads((saved / "toolkit.json").read_text("utf-8"))["schema_version"] == 1
+    assert json.loads((saved / "toolkit.json").read_text("utf-8"))["schema_version"] == kit.SCHEMA_VERSION
     assert (saved / "toolkit.safetensors").read_bytes()[:2] not in (b"PK", b"\x80\x02")
     assert load_file(saved / "toolkit.safetensors")["whitelist"].dtype == bool
 
@@ -86,8 +87,9 @@ def test_another_models_toolkit_is_refused(saved):
 
 
 def test_another_schema_version_is_refused(saved):
+    assert not kit.is_outdated(saved)
     edit(saved, schema_version=99)
-    assert "schema version 99" in refusal(saved)
+    assert "schema version 99" in refusal(saved) and kit.is_outdated(saved)
 
 
 def test_a_missing_folder_is_refused(tmp_path):
@@ -160,12 +162,15 @@ def test_saving_over_an_earlier_toolkit_replaces_it(saved):
 
 
 def test_with_importance_adds_a_criterion_and_refuses_a_wrong_shape(saved):
-    added = kit.with_importance(made(), "kl", np.ones((LAYERS, HEADS, 2)))
+    right, wrong = np.ones((LAYERS, HEADS, 2)), np.ones((HEADS, LAYERS, 2))
+    added = kit.with_importance(made(), "kl", right, right)
     assert set(added.importance) == {"fisher", "kl"} and added.importance["kl"].dtype == np.float32
     kit.save(added, saved)
     assert set(kit.load(saved, fingerprint="f" * 64).importance) == {"fisher", "kl"}
     with pytest.raises(ToolkitError, match=r"importance\.kl"):
-        kit.with_importance(made(), "kl", np.ones((HEADS, LAYERS, 2)))
+        kit.with_importance(made(), "kl", wrong, right)
+    with pytest.raises(ToolkitError, match=r"spread\.kl"):
+        kit.with_importance(made(), "kl", right, wrong)
 
 
 def test_the_folder_may_be_moved(saved, tmp_path):

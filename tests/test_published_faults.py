@@ -34,6 +34,7 @@ def toolkit_with(**changes) -> Toolkit:
         "probe_weight": np.tile(np.eye(DOMAINS, HIDDEN), (LAYERS, 1, 1)), "probe_bias": np.zeros((LAYERS, DOMAINS)),
         "probe_auc": np.ones((LAYERS, DOMAINS)), "layer_weight": np.full(LAYERS, 1 / LAYERS),
         "log_temperature": np.zeros((LAYERS, 3)), "importance": {"fisher": rng.random((LAYERS, HEADS, DOMAINS))},
+        "spread": {"fisher": np.ones((LAYERS, HEADS, DOMAINS))},
         "whitelist_p": np.ones((LAYERS, HEADS)), "whitelist": np.zeros((LAYERS, HEADS), dtype=bool), "meta": {},
     }  # fmt: skip
     return Toolkit(**{**values, **changes})

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from sspcompile.domains import recipes_folder
 from sspcompile.errors import RecipeError
-from sspcompile.recipe import Recipe, ScenarioSpec, dump_recipe, find_recipe, load_recipe, resolve, shipped_recipes
+from sspcompile.recipe import (
+    PARTS,
+    Recipe,
+    ScenarioSpec,
+    dump_recipe,
+    find_recipe,
+    load_recipe,
+    resolve,
+    shipped_recipes,
+)
 from sspcompile.scenario import read_scenario
 
 MINIMAL = """\
@@ -79,7 +88,7 @@ seed: true
         ("keep: .nan\n", "keep (line 6): must be a finite number, not nan"),
         ("strength: -0.1\n", "strength (line 6): must be greater than or equal to 0"),
         ("keep: 0.5\nstrength: 0.5\n", "strength (line 7): keep and strength exclude each other"),
-        ("repair: bias\n", "repair (line 6): must be 'least-squares' or 'none', not 'bias'"),
+        ("repair: bias\n", "repair (line 6): must be 'least-squares', 'flap-bias' or 'none', not 'bias'"),
         ("criterion: No Such\n", "criterion (line 6): must be lower-case"),
         ("max_tokens: 0\n", "max_tokens (line 6): must be greater than or equal to 8"),
         ("continuation_tokens: 1.5\n", "continuation_tokens (line 6): must be a whole number"),
@@ -138,7 +147,11 @@ options = st.fixed_dictionaries(
         "model": texts,
         "layout": st.sampled_from(["auto", "uniform", "per-layer"]),
         "criterion": st.sampled_from(["fisher", "kl", "subspace"]),
-        "repair": st.sampled_from(["least-squares", "none"]),
+        "pools": texts,
+        "axes": st.integers(2, 1000),
+        "importance_from": st.sampled_from(["domains", "prompts", "auto"]),
+        "without": st.lists(st.sampled_from(PARTS)).map(tuple),
+        "repair": st.sampled_from(["least-squares", "flap-bias", "none"]),
         "max_tokens": st.integers(8, 131072),
         "continuation_tokens": st.integers(0, 4096),
         "seed": st.integers(0, 2**32 - 1),
@@ -163,7 +176,11 @@ def test_default_options() -> None:
         "strength": None,
         "layout": "auto",
         "criterion": "fisher",
+        "pools": None,
+        "axes": None,
+        "importance_from": "auto",
         "repair": "least-squares",
+        "without": (),
         "max_tokens": 512,
         "continuation_tokens": 16,
         "seed": 0,
@@ -218,6 +235,17 @@ def test_resolve_names_the_flag_or_variable_of_every_wrong_value() -> None:
     ]
     with pytest.raises(RecipeError, match=r"SSPCOMPILE_KEEP: must be a number, not 'half'.*SEED: must be a whole"):
         resolve(base(), command_line={}, environment={"SSPCOMPILE_KEEP": "half", "SSPCOMPILE_SEED": "1.5"})
+
+
+def test_parts_that_are_switched_off_are_named_once_and_in_one_order(tmp_path: Path) -> None:
+    wanted = ("whitelist", "calibration")
+    typed = ("calibration", "whitelist", "calibration")
+    assert resolve(base(), command_line={"without": typed}, environment={}).without == wanted
+    variable = {"SSPCOMPILE_WITHOUT": "calibration, whitelist"}
+    assert resolve(base(without=("mixing",)), command_line={}, environment=variable).without == wanted
+    assert resolve(base(without=("mixing",)), command_line={}, environment={}).without == ("mixing",)
+    with pytest.raises(RecipeError, match=r"--without\[1\]: must be 'axes', 'whitelist'.*not 'luck'"):
+        resolve(base(), command_line={"without": ("mixing", "luck")}, environment={})
 
 
 def test_without_a_recipe_the_command_line_must_say_the_scenario() -> None:

@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM
 from sspcompile.checkpoint import Checkpoint
 from sspcompile.compile.layouts import choose
 from sspcompile.compile.mask import HeadMask, kept_of
-from sspcompile.errors import ParityError
+from sspcompile.errors import ParityError, UnsupportedModelError
 from sspcompile.loaded import head_gates, load
 from sspcompile.prepare.text import with_continuations
 from sspcompile.slicing.parity import TOLERANCE, compare, demand, repair_of
 from sspcompile.slicing.plan import make_plan, plan_counts
 from sspcompile.slicing.reload import respond
-from sspcompile.slicing.repair import fit_repair, repaired
+from sspcompile.slicing.repair import Repair, demand_bias, fit_bias, fit_repair, repaired, written_biases
 from sspcompile.slicing.write import write_model
 
 IDS = [(7 * n) % 250 for n in range(24)]
@@ -184,6 +184,58 @@ def test_repair_brings_the_residual_closer_on_its_own_texts(tmp_path):
 
     assert error(repair) < 0.7 * error(None)
     assert loaded.model.model.layers[0].self_attn.o_proj.weight.shape == (64, 128)
+
+
+def mean_output(loaded, batches, layer: int) -> torch.Tensor:
+    """Mean over real tokens of what o_proj puts out, [hidden]."""
+    seen: list[torch.Tensor] = []
+    projection = loaded.layers[layer].self_attn.o_proj
+    handle = projection.register_forward_hook(lambda _module, _args, output: seen.append(output))
+    with torch.inference_mode():
+        for batch in batches:
+            loaded.model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    handle.remove()
+    return torch.cat([x[batch.attention_mask.bool()] for x, batch in zip(seen, batches, strict=True)]).mean(0)
+
+
+@pytest.mark.parametrize(("family", "bias"), [("qwen2", False), ("qwen3", True)])
+def test_flap_bias_restores_the_mean_that_removed_heads_put_out(family, bias, tmp_path):
+    """In the first layer exactly: its inputs do not depend on what was removed elsewhere."""
+    loaded = load(make_checkpoint(tmp_path / "dense", Shape(family=family, bias=bias, kv_heads=4)), fingerprint="")
+    kept = np.ones((2, 8), dtype=bool)
+    kept[0, 2:6] = False
+    batches = with_continuations(loaded, PROMPTS, 4)
+    repair = fit_bias(loaded, kept, batches, dtype=torch.float32)
+    assert set(repair.biases) == {0} and not repair.weights
+    before, bias_before = mean_output(loaded, batches, 0), loaded.layers[0].self_attn.o_proj.bias
+    with head_gates(loaded, torch.from_numpy(kept).float()):
+        assert not torch.allclose(mean_output(loaded, batches, 0), before, atol=1e-3)
+        with repaired(loaded, repair):
+            torch.testing.assert_close(mean_output(loaded, batches, 0), before, atol=1e-5, rtol=1e-4)
+    assert loaded.layers[0].self_attn.o_proj.bias is bias_before
+
+
+def test_flap_bias_is_written_where_o_proj_has_one_and_equals_its_oracle(tmp_path):
+    source = make_checkpoint(tmp_path / "dense", Shape(family="qwen3", bias=True, kv_heads=4, layers=3))
+    checkpoint, loaded = Checkpoint(source), load(source, fingerprint="")
+    mask = mask_for(checkpoint, 0.5, "per-layer", 3)
+    repair = fit_bias(loaded, mask.as_array(), with_continuations(loaded, PROMPTS, 4), dtype=torch.float32)
+    plan = make_plan(checkpoint, mask)
+    write_model(checkpoint, plan, tmp_path / "cut", replaced=repair.replaced(mask.kept, plan.geometry.head_dim))
+    read_back = Repair(repair_of(tmp_path / "cut", plan, mask).weights, written_biases(tmp_path / "cut", plan.geometry))
+    for layer, bias in repair.biases.items():
+        assert bias.equal(read_back.biases[layer])
+    for oracle in (repair, read_back):
+        parity = compare(loaded, mask, oracle, tmp_path / "cut", [IDS, IDS[:5]], custom_code=plan.custom_code)
+        assert parity.holds, parity
+    assert not compare(loaded, mask, None, tmp_path / "cut", [IDS], custom_code=plan.custom_code).holds
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "mistral"])
+def test_flap_bias_is_refused_where_o_proj_has_no_bias(family, tmp_path):
+    geometry = Checkpoint(make_checkpoint(tmp_path, Shape(family=family))).geometry
+    with pytest.raises(UnsupportedModelError, match=r"has no bias.*--repair least-squares"):
+        demand_bias(geometry)
 
 
 def test_llama_head_count_that_does_not_divide_hidden_loads_with_a_stock_class(tmp_path):

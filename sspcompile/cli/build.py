@@ -16,6 +16,7 @@ from sspcompile.cli.options import (
     quiet_option,
     refuse_hopeless,
     request,
+    warn_unknown,
 )
 
 # What a build prints by itself; the whole report is in the files, or printed with --verbose.
@@ -57,7 +58,7 @@ def build(
     from sspcompile.pipeline.compiling import open_subject
 
     subject = open_subject(options.model)
-    refuse_hopeless(subject, options)
+    refuse_hopeless(read, subject, options)
     if dry_run:
         as_data = json.dumps(options.model_dump(mode="json", exclude_none=True), indent=1) + "\n"
         click.echo(as_data if as_json else dump_recipe(options), nl=False)
@@ -67,6 +68,7 @@ def build(
 
     with stages(quiet) as progress:
         outcome = run(read, options, subject, out, workspace, progress, overwrite=overwrite)
+    warn_unknown(outcome.compiled.mixture)
     from sspcompile.cli.tables import print_report
     from sspcompile.pipeline.reporting import report_of
 

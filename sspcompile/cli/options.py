@@ -12,13 +12,15 @@ import click
 from sspcompile.criteria import CRITERIA
 
 if TYPE_CHECKING:
+    from sspcompile.compile.mixture import Mixture
     from sspcompile.pipeline.compiling import Subject
     from sspcompile.recipe import Recipe
     from sspcompile.scenario import Scenario
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 BUILD_OPTIONS = (
-    "model", "keep", "strength", "layout", "criterion", "repair", "max_tokens", "continuation_tokens", "seed"
+    "model", "keep", "strength", "layout", "pools", "axes", "criterion", "importance_from", "repair", "without",
+    "max_tokens", "continuation_tokens", "seed",
 )  # fmt: skip
 
 CRITERIA_HELP = f"{', '.join(list(CRITERIA)[:5])}, ...; `sspcompile criteria` lists all {len(CRITERIA)}."
@@ -32,6 +34,13 @@ model_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="Print no progress.")
+pools_option = click.option(
+    "--pools", metavar="DIR", help="A folder of domain pools of your own, beside the shipped ones."
+)
+axes_option = click.option(
+    "--axes", type=int, metavar="N",
+    help="Make N of all pools domains, chosen to be orthogonal and to cover the others.",
+)  # fmt: skip
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists.")
 
 
@@ -54,9 +63,20 @@ def build_options(command: Command) -> Command:
                 "--layout", metavar="[auto|uniform|per-layer]",
                 help="Head counts equal in every layer, or not; auto (default) measures both.",
             ),
+            pools_option,
+            axes_option,
             click.option("--criterion", metavar="NAME", help=f"Score of the heads (fisher): {CRITERIA_HELP}"),
             click.option(
-                "--repair", metavar="[least-squares|none]", help="Refit o_proj to what is left (least-squares)."
+                "--importance-from", metavar="[domains|prompts|auto]",
+                help="Score heads by the domains' cached importance, on the scenario's own prompts, or by both (auto).",
+            ),
+            click.option(
+                "--repair", metavar="[least-squares|flap-bias|none]",
+                help="Refit o_proj to what is left (least-squares), or add FLAP's bias where o_proj has one.",
+            ),
+            click.option(
+                "--without", multiple=True, metavar="[axes|whitelist|mixing|scenario|calibration]",
+                help="Switch a part of the method off, to see what it is worth; may be repeated.",
             ),
             click.option("--max-tokens", type=int, metavar="N", help="Read at most N tokens of each text (512)."),
             click.option(
@@ -82,22 +102,40 @@ def request(scenario: str | None, given: Mapping[str, Any]) -> tuple[Scenario, R
             hint='Type --scenario "A helpdesk for questions about chemistry", or see `sspcompile recipe ls`.',
         )
     read, recipe = read_scenario(scenario)
-    command_line = {name: given[name] for name in BUILD_OPTIONS}
+    # click gives an empty tuple for a repeatable option that was not typed.
+    command_line = {name: None if given[name] == () else given[name] for name in BUILD_OPTIONS}
     return read, resolve(recipe or as_recipe(read), command_line=command_line, environment=os.environ)
 
 
-def refuse_hopeless(subject: Subject, options: Recipe) -> None:
+def refuse_hopeless(scenario: Scenario, subject: Subject, options: Recipe) -> None:
     """Refuse before any heavy work what would be refused after it. Raises InputError or BudgetError."""
     import numpy as np
 
     from sspcompile.compile.layouts import choose
     from sspcompile.criteria import criterion
+    from sspcompile.pipeline.pools import pools_of
+    from sspcompile.pipeline.scoring import demand_prompts
+    from sspcompile.slicing.repair import demand_bias
 
     criterion(options.criterion or "")
+    demand_prompts(scenario, options)
+    pools_of(options)
+    if options.repair == "flap-bias":
+        demand_bias(subject.checkpoint.geometry)
     if options.keep is not None:
         g = subject.checkpoint.geometry
         # Whether a budget is feasible follows from the counts alone, whatever the scores are.
         choose(np.ones((g.layers, g.heads)), g.kv_heads, options.keep, "per-layer")
+
+
+def warn_unknown(mixture: Mixture) -> None:
+    """Say on stderr that a scenario fits no domain well, and what was done about it."""
+    if mixture.is_unknown:
+        click.echo(
+            f"Warning: {mixture.unknown:.0%} of this scenario fits no known domain "
+            f"({', '.join(mixture.domains)}); for that share heads are scored by the domain-free average.",
+            err=True,
+        )
 
 
 def here() -> Path:

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sspcompile.cli.options import build_options, here, json_option, quiet_option, refuse_hopeless, request
+from sspcompile.cli.options import (
+    build_options,
+    here,
+    json_option,
+    quiet_option,
+    refuse_hopeless,
+    request,
+    warn_unknown,
+)
 from sspcompile.cli.slice import host_option
 
 if TYPE_CHECKING:
@@ -86,10 +94,11 @@ def _of_request(
 
     checkpoint = Checkpoint(locate(options.model))
     if without_scenario or not checkpoint.has_weights:
-        if options.criterion != DEFAULTS["criterion"]:
+        # What can be refused for other reasons than its sizes needs more than the headers.
+        if options.criterion != DEFAULTS["criterion"] or options.repair != DEFAULTS["repair"] or options.pools:
             from sspcompile.pipeline.compiling import open_subject
 
-            refuse_hopeless(open_subject(options.model), options)
+            refuse_hopeless(read, open_subject(options.model), options)
         return _by_counts(checkpoint, options, host)
     return _by_scenario(read, options, host, quiet)
 
@@ -113,11 +122,12 @@ def _by_scenario(read: Scenario, options: Recipe, host: str | None, quiet: bool)
     from sspcompile.workspace import Workspace
 
     subject = open_subject(options.model)
-    refuse_hopeless(subject, options)
+    refuse_hopeless(read, subject, options)
     with stages(quiet) as progress:
         loaded = subject.load()
         toolkit, _ = toolkit_for(subject, loaded, options, Workspace(here()), progress, [options.criterion or ""])
-    compiled = compile_scenario(read, options, toolkit, loaded)
+        compiled = compile_scenario(read, options, toolkit, loaded, progress)
+    warn_unknown(compiled.mixture)
     choices = choices_for(compiled, subject, options.layout or "auto")
-    masks = [mask_of(compiled, subject, toolkit, choice, layout) for layout, choice in choices.items()]
+    masks = [mask_of(compiled, subject, choice, layout) for layout, choice in choices.items()]
     return [make_plan(subject.checkpoint, mask, host=host) for mask in masks]

@@ -8,7 +8,15 @@ from typing import Any
 
 import click
 
-from sspcompile.cli.options import CRITERIA_HELP, here, json_option, model_option, quiet_option
+from sspcompile.cli.options import (
+    CRITERIA_HELP,
+    axes_option,
+    here,
+    json_option,
+    model_option,
+    pools_option,
+    quiet_option,
+)
 
 
 @click.command(
@@ -17,11 +25,14 @@ from sspcompile.cli.options import CRITERIA_HELP, here, json_option, model_optio
 Examples:
   sspcompile prepare
   sspcompile prepare --model ./Qwen2.5-7B-Instruct --criterion fisher --criterion kl
+  sspcompile prepare --pools ./my-domains --axes 5
   sspcompile prepare --model ./Llama-3.1-70B --device-map auto
   torchrun --nproc-per-node 4 -m sspcompile.cli.main prepare --model ./Qwen2.5-7B-Instruct
 """
 )
 @model_option
+@pools_option
+@axes_option
 @click.option(
     "--criterion", "criteria", multiple=True, metavar="NAME",
     help=f"Score of the heads to prepare (fisher), may be repeated: {CRITERIA_HELP}",
@@ -42,7 +53,7 @@ def prepare(
     `build` does this by itself when it is missing; the toolkit is kept per model and reused. Under torchrun the
     processes share the texts, one process per GPU, and find what one alone would find.
     """
-    from sspcompile.pipeline.compiling import open_subject, toolkit_for
+    from sspcompile.pipeline.compiling import open_subject, toolkit_folder, toolkit_for
     from sspcompile.prepare import parallel
     from sspcompile.recipe import DEFAULTS, resolve
     from sspcompile.scenario import as_recipe, read_scenario
@@ -51,7 +62,9 @@ def prepare(
     scenario, _ = read_scenario("no scenario")
     options = resolve(as_recipe(scenario), command_line=given, environment=os.environ)
     from sspcompile.cli.progress import stages
+    from sspcompile.pipeline.pools import pools_of
 
+    pools_of(options)  # refused, if at all, before the model is loaded
     subject, workspace = open_subject(options.model), Workspace(here())
     with parallel.joined() as world, stages(quiet or not world.first) as progress:
         loaded = subject.load(device=world.device, device_map=device_map)
@@ -60,16 +73,21 @@ def prepare(
         )
     if not world.first:
         return
-    folder = workspace.toolkit(subject.fingerprint)
+    folder = toolkit_folder(subject, options, workspace)
     facts = {
         "folder": str(folder), "fresh": fresh, "domains": list(toolkit.domains), "criteria": sorted(toolkit.importance),
-        "whitelist": int(toolkit.whitelist.sum()), "probe_auc": float(toolkit.probe_auc.mean()), **toolkit.meta,
+        "probe_auc": float(toolkit.probe_auc.mean()), **toolkit.meta,
     }
     if as_json:
         click.echo(json.dumps(facts, indent=1))
         return
     click.echo(f"Toolkit {'prepared' if fresh else 'found'} in {folder}")
+    axes = toolkit.meta["axes"]
     click.echo(f"  domains    {', '.join(toolkit.domains)}")
+    click.echo(
+        f"  axes       {len(toolkit.domains)} of {len(axes['candidates'])} candidates, orthogonality "
+        f"{axes['orthogonality']:.3f}, coverage {axes['coverage']:.3f}"
+    )
     click.echo(f"  criteria   {', '.join(sorted(toolkit.importance))}")
     click.echo(f"  probes     mean AUC {facts['probe_auc']:.3f} on held-out text")
-    click.echo(f"  whitelist  {facts['whitelist']} of {toolkit.whitelist.size} heads")
+    click.echo(f"  whitelist  {int(toolkit.whitelist.sum())} of {toolkit.whitelist.size} heads")

@@ -1,8 +1,14 @@
 """Which regular shape a budget buys: the same in every layer, or one per layer.
 
-In a layer, a shape is a pair (groups, heads per group). The heads of a shape are fixed once: groups are ranked by the
-merit of all their heads, heads by merit within their group. A smaller pair therefore keeps a subset of what a larger
-one keeps, and a budget walks down one staircase of pairs: masks are nested in the budget.
+In a layer, a shape is a pair (groups, heads per group).
+
+*Per layer*, the heads of a shape are fixed once: groups are ranked by the merit of all their heads, heads by merit
+within their group. A smaller pair therefore keeps a subset of what a larger one keeps, and a budget walks down one
+staircase of pairs: masks are nested in the budget.
+
+*Uniform*, the shape is the pair with the largest kept merit inside the budget. Nested masks would need one staircase
+for all layers, and none passes the best pair of every budget (half of 4 groups of 2 may be 2 groups, or 1 head in
+each): a budget of half the heads could end at three eighths. What a budget allows is worth more than nestedness.
 """
 
 from __future__ import annotations
@@ -55,11 +61,12 @@ def choose(merit: np.ndarray, kv_heads: int, keep: float, layout: Layout, *, gro
 
 def _choose(grouped: np.ndarray, budget: int, layout: Layout) -> Choice:
     """The largest mask of at most `budget` heads for merit [layers, groups, heads per group]."""
-    steps = _uniform_steps(grouped) if layout == "uniform" else _per_layer_steps(grouped)
-    shapes = next(shapes for shapes, size in steps if size <= budget)
-    kept = np.zeros_like(grouped, dtype=bool)
-    for layer, shape in enumerate(shapes):
-        kept[layer] = _mask_of(grouped[layer], shape)
+    if layout == "uniform":
+        shape = _best_uniform(grouped, budget)
+        kept = np.stack([_mask_of(layer, shape, _top_sums(layer)[:, shape[1] - 1]) for layer in grouped])
+        return Choice(kept.reshape(len(kept), -1), (shape,) * len(kept))
+    shapes = next(shapes for shapes, size in _per_layer_steps(grouped) if size <= budget)
+    kept = np.stack([_mask_of(layer, shape, layer.sum(-1)) for layer, shape in zip(grouped, shapes, strict=True)])
     return Choice(kept.reshape(len(kept), -1), shapes)
 
 
@@ -69,10 +76,15 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return np.argsort(order, axis=-1, kind="stable")
 
 
-def _mask_of(merit: np.ndarray, shape: Shape) -> np.ndarray:
-    """Bool [groups, heads per group] of one layer: the best groups, and in them the best heads."""
+def _mask_of(merit: np.ndarray, shape: Shape, of_groups: np.ndarray) -> np.ndarray:
+    """Bool [groups, heads per group] of one layer: the best groups by their merit [groups], in them the best heads."""
     groups, per_group = shape
-    return (_ranks(merit.sum(-1)) < groups)[:, None] & (_ranks(merit) < per_group)
+    return (_ranks(of_groups) < groups)[:, None] & (_ranks(merit) < per_group)
+
+
+def _top_sums(merit: np.ndarray) -> np.ndarray:
+    """Merit of the best 1, 2, ... heads of every group, [groups, heads per group]."""
+    return (-np.sort(-merit, axis=-1)).cumsum(-1)
 
 
 def _values(merit: np.ndarray) -> np.ndarray:
@@ -108,10 +120,16 @@ def _staircase(values: np.ndarray) -> list[Shape]:
     return path[::-1]
 
 
-def _uniform_steps(merit: np.ndarray) -> list[tuple[tuple[Shape, ...], int]]:
-    layers = merit.shape[0]
-    values = sum(_values(layer) for layer in merit)
-    return [((shape,) * layers, layers * shape[0] * shape[1]) for shape in _staircase(np.asarray(values))]
+def _best_uniform(merit: np.ndarray, budget: int) -> Shape:
+    """The shape of all layers with the largest kept merit among those of at most `budget` heads in all.
+
+    Between equals the larger one, then the one of fewer groups, which saves more of the key/value cache.
+    """
+    layers, groups, per_group = merit.shape
+    shapes = [(g, r) for g in range(1, groups + 1) for r in range(1, per_group + 1) if layers * g * r <= budget]
+    # [groups, heads per group]: the best g groups of every layer when each keeps its best r heads
+    values = sum((-np.sort(-_top_sums(layer), axis=0)).cumsum(0) for layer in merit)
+    return max(shapes, key=lambda shape: (values[shape[0] - 1, shape[1] - 1], shape[0] * shape[1], -shape[0]))
 
 
 def _per_layer_steps(merit: np.ndarray) -> list[tuple[tuple[Shape, ...], int]]:

@@ -15,9 +15,8 @@ from sspcompile.checkpoint import staged, write_manifest
 from sspcompile.compile.budget import merit
 from sspcompile.compile.layouts import choose
 from sspcompile.compile.mask import HeadMask, dump_mask
-from sspcompile.compile.mixture import head_scores
 from sspcompile.criteria.chance import first_layer_kept
-from sspcompile.domains import load_pools, pools_fingerprint
+from sspcompile.domains import pools_fingerprint
 from sspcompile.errors import CheckpointError, ParityError
 from sspcompile.loaded import LoadedModel
 from sspcompile.measure.quality import Divergence, average
@@ -34,14 +33,16 @@ from sspcompile.pipeline.compiling import (
 )
 from sspcompile.pipeline.judging import Candidate, Judge, decide
 from sspcompile.pipeline.outcome import Outcome
+from sspcompile.pipeline.pools import pools_of
 from sspcompile.pipeline.reporting import report_of
+from sspcompile.pipeline.scoring import score_heads
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.recipe import Recipe, dump_recipe
 from sspcompile.report import write_report
 from sspcompile.scenario import Scenario
 from sspcompile.slicing.parity import Parity, compare, demand, unchanged_tensors
 from sspcompile.slicing.plan import SlicePlan, make_plan, plan_json
-from sspcompile.slicing.repair import MIN_PROMPTS
+from sspcompile.slicing.repair import MIN_PROMPTS, demand_bias
 from sspcompile.slicing.write import write_model
 from sspcompile.workspace import MASK, MODEL, PLAN, PROBES, RECIPE, Workspace
 
@@ -58,24 +59,22 @@ def build(
         raise CheckpointError(
             f"{subject.name} holds a configuration without weights.", hint="`sspcompile plan` works without them."
         )
+    if options.repair == "flap-bias":
+        demand_bias(subject.checkpoint.geometry)
     with staged(out, overwrite=overwrite) as folder:
         loaded = subject.load()
         toolkit, _ = toolkit_for(subject, loaded, options, workspace, progress, [options.criterion or ""])
-        compiled = compile_scenario(scenario, options, toolkit, loaded)
+        compiled = compile_scenario(scenario, options, toolkit, loaded, progress)
         choices = choices_for(compiled, subject, options.layout or "auto")
         judge = _judge(loaded, subject, compiled, options, progress)
         decision = decide({layout: judge.candidate(layout, choice) for layout, choice in choices.items()})
-        mask = mask_of(compiled, subject, toolkit, decision.chosen.choice, decision.chosen.layout)
+        mask = mask_of(compiled, subject, decision.chosen.choice, decision.chosen.layout)
         plan = make_plan(subject.checkpoint, mask)
         parity = _write_and_prove(folder, subject, loaded, mask, plan, decision.chosen, judge, progress)
         outcome = Outcome(
             folder=out, subject=subject, options=options, compiled=compiled, decision=decision, mask=mask, plan=plan,
-            parity=parity, baselines=_baselines(judge, compiled, toolkit, decision.chosen, subject),
-            evidence={
-                "fit": len(judge.evidence.fit), "held": len(judge.evidence.held),
-                "own_fit": judge.evidence.own_fit, "own_held": judge.evidence.own_held,
-            },
-            toolkit=toolkit,
+            parity=parity, baselines=_baselines(judge, compiled, options, toolkit, decision.chosen),
+            evidence=judge.evidence.counts(), toolkit=toolkit,
         )
         _describe(folder, outcome, progress)
     workspace.remember(out)
@@ -88,7 +87,7 @@ def _judge(
     return Judge(
         loaded, evidence_for(compiled, options), max_tokens=options.max_tokens or 0,
         new_tokens=options.continuation_tokens or 0, seed=options.seed or 0,
-        repair=options.repair == "least-squares", dtype=_weight_dtype(subject), progress=progress,
+        repair=options.repair or "none", dtype=_weight_dtype(subject), progress=progress,
     )
 
 
@@ -137,14 +136,14 @@ def _probe_ids(judge: Judge) -> list[list[int]]:
 
 
 def _baselines(
-    judge: Judge, compiled: Compiled, toolkit: Toolkit, chosen: Candidate, subject: Subject
+    judge: Judge, compiled: Compiled, options: Recipe, toolkit: Toolkit, chosen: Candidate
 ) -> dict[str, Divergence]:
-    """What else could have been cut at this budget and in this layout, with the same repair."""
-    kv_heads = subject.checkpoint.geometry.kv_heads
+    """What else could have been cut at this budget and in this layout, from the same texts and with the same repair."""
+    kv_heads = judge.loaded.geometry.kv_heads
 
     def at_this_budget(name: str, values: np.ndarray) -> Divergence:
         choice = choose(values, kv_heads, compiled.keep, chosen.layout)
-        return judge.candidate(chosen.layout, choice, name=name).final
+        return judge.candidate(chosen.layout, choice, name=name).final.judge
 
     random = [
         at_this_budget(f"random {n}", first_layer_kept(compiled.merit.shape, judge.seed + n))
@@ -152,11 +151,11 @@ def _baselines(
     ]
     found = {f"random, first layer kept ({BASELINE_SEEDS}x)": average(random, seed=judge.seed)}
     free = toolkit.importance[compiled.criterion].mean(-1)
-    found["domain-free mask"] = at_this_budget("domain-free", merit(free, toolkit.whitelist))
+    found["domain-free mask"] = at_this_budget("domain-free", merit(free, compiled.whitelist))
     for name in STANDARD_CRITERIA:
         if name != compiled.criterion:
-            scores = head_scores(toolkit, name, compiled.mixture)
-            found[f"criterion {name}"] = at_this_budget(name, merit(scores, toolkit.whitelist))
+            scores = score_heads(compiled.scenario, compiled.used, options, toolkit, judge.loaded, name)
+            found[f"criterion {name}"] = at_this_budget(name, merit(scores.values, compiled.whitelist))
     return found
 
 
@@ -177,7 +176,7 @@ def origin_of(outcome: Outcome) -> dict[str, Any]:
         "sspcompile": sspcompile.__version__,
         "source": outcome.subject.fingerprint,
         "source_name": outcome.subject.place,
-        "pools": pools_fingerprint(load_pools()),
+        "pools": pools_fingerprint(pools_of(outcome.options).candidates),
         "seed": outcome.options.seed,
         "versions": outcome.toolkit.meta.get("versions", {}),
         "evidence": dict(outcome.evidence),

@@ -14,12 +14,14 @@ from sspcompile.checkpoint.locate import EMBEDDED
 from sspcompile.compile.budget import keep_from_strength, merit
 from sspcompile.compile.layouts import Choice, choose
 from sspcompile.compile.mask import HeadMask, Layout, kept_of
-from sspcompile.compile.mixture import Mixture, given_mixture, head_scores, mixture_of
+from sspcompile.compile.mixture import Mixture, ablated, given_mixture, mixture_of
 from sspcompile.criteria import criterion
-from sspcompile.domains import DomainPool, load_outside, load_pools, pools_fingerprint
+from sspcompile.domains import pools_fingerprint
 from sspcompile.errors import ToolkitError, UnsupportedModelError
 from sspcompile.loaded import LoadedModel, load
 from sspcompile.pipeline.evidence import Evidence, fit_part, gather
+from sspcompile.pipeline.pools import PoolSet, pools_of, pools_suffix
+from sspcompile.pipeline.scoring import HeadScores, score_heads
 from sspcompile.prepare import parallel
 from sspcompile.prepare.text import TEXT_VERSION
 from sspcompile.prepare.toolkit import Toolkit
@@ -60,14 +62,21 @@ class Subject:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A scenario read through a toolkit: what it is made of and what every head is worth to it."""
+    """A scenario read through a toolkit: what it is made of and what every head is worth to it.
+
+    `mixture` is what was measured; `used` is what scored the heads, and differs only where a part of the method is
+    switched off (`without`). `merit` is [layers, heads], `whitelist` bool [layers, heads].
+    """
 
     scenario: Scenario
     mixture: Mixture
-    scores: np.ndarray
+    used: Mixture
+    scores: HeadScores
+    whitelist: np.ndarray
     merit: np.ndarray
     keep: float
     criterion: str
+    without: tuple[str, ...]
 
 
 def open_subject(model: str | None) -> Subject:
@@ -84,74 +93,95 @@ def toolkit_for(
 ) -> tuple[Toolkit, bool]:
     """The model's toolkit with STANDARD_CRITERIA and `criteria` in it, and whether it was prepared just now.
 
-    A toolkit that was learned from other pools is made anew.
+    A toolkit that was learned from an earlier content of the shipped pools is made anew. Raises InputError like
+    `pools_of`.
     """
     for name in criteria:
         criterion(name)
     criteria = tuple(dict.fromkeys((*STANDARD_CRITERIA, *criteria)))
-    folder = workspace.toolkit(subject.fingerprint + _settings_suffix(options))
-    pools = fit_part(load_pools())
-    toolkit = _stored(folder, subject, options, pools)
+    folder = toolkit_folder(subject, options, workspace)
+    given = pools_of(options)
+    candidates = fit_part(given.candidates)
+    toolkit = _stored(folder, subject, options, given)
     fresh = toolkit is None
     if toolkit is None:
         toolkit = preparing.prepare(
-            loaded, pools, load_outside(), criteria=criteria, seed=options.seed or 0,
+            loaded, candidates, given.outside, axes=given.axes, criteria=criteria, seed=options.seed or 0,
             max_tokens=options.max_tokens or 0, continuation_tokens=options.continuation_tokens or 0,
             progress=progress,
         )
     missing = [name for name in criteria if name not in toolkit.importance]
     for name in missing:
-        array = preparing.importance_by_domain(loaded, toolkit, pools, name, progress)
-        toolkit = preparing.with_importance(toolkit, name, array)
+        chosen = fit_part(given.named(toolkit.domains))
+        mean, spread = preparing.importance_by_domain(loaded, toolkit, chosen, name, progress)
+        toolkit = preparing.with_importance(toolkit, name, mean, spread)
     # Under torchrun all processes have learned the same.
     if (fresh or missing) and parallel.current().first:
         preparing.save(toolkit, folder)
     return toolkit, fresh
 
 
-def _settings_suffix(options: Recipe) -> str:
-    """Toolkits learned with other than the default settings have folders of their own; none displaces another."""
+def toolkit_folder(subject: Subject, options: Recipe, workspace: Workspace) -> Path:
+    """Where the toolkit lies. Other than default pools, axes or settings have folders of their own; none displaces
+    another."""
     settings = {name: getattr(options, name) for name in ("max_tokens", "continuation_tokens", "seed")}
-    return "".join(f"-{name[:3]}{value}" for name, value in settings.items() if value != DEFAULTS[name])
+    suffix = "".join(f"-{name[:3]}{value}" for name, value in settings.items() if value != DEFAULTS[name])
+    return workspace.toolkit(subject.fingerprint + pools_suffix(options) + suffix)
 
 
-def _stored(folder: Path, subject: Subject, options: Recipe, pools: Sequence[DomainPool]) -> Toolkit | None:
+def _stored(folder: Path, subject: Subject, options: Recipe, given: PoolSet) -> Toolkit | None:
     """The saved toolkit when it was learned from these pools with these settings; None when there is none.
 
     Raises ToolkitError when the folder holds one that is damaged or of another model.
     """
-    if not folder.exists():
+    if not folder.exists() or preparing.is_outdated(folder):
         return None
     toolkit = preparing.load(folder, fingerprint=subject.fingerprint)
     wanted = {
-        "pools_fingerprint": pools_fingerprint(pools), "outside_fingerprint": pools_fingerprint(load_outside()),
+        "candidates_fingerprint": pools_fingerprint(fit_part(given.candidates)), "axes_asked": given.axes,
+        "given_outside_fingerprint": pools_fingerprint(given.outside),
         "text_version": TEXT_VERSION, "seed": options.seed, "max_tokens": options.max_tokens,
         "continuation_tokens": options.continuation_tokens,
     }
     return toolkit if all(toolkit.meta.get(key) == value for key, value in wanted.items()) else None
 
 
-def compile_scenario(scenario: Scenario, options: Recipe, toolkit: Toolkit, loaded: LoadedModel) -> Compiled:
-    """Read a scenario through the toolkit: one forward pass over its text, then arithmetic."""
+def compile_scenario(
+    scenario: Scenario, options: Recipe, toolkit: Toolkit, loaded: LoadedModel, progress: Progress | None = None
+) -> Compiled:
+    """Read a scenario through the toolkit: one forward pass over its text, then arithmetic.
+
+    Where the scenario's own prompts score heads too (`importance_from`), the passes of the criterion come on top.
+    """
     name = options.criterion or ""
     if name not in toolkit.importance:
         raise ToolkitError(
             f"The toolkit has no {name} importance.", hint=f"Run `sspcompile prepare --criterion {name}`."
         )
-    if scenario.domains is not None:
-        mixture = given_mixture(toolkit, scenario.domains, source=scenario.name)
-    else:
-        texts = scenario.prompts or (scenario.text or "",)
-        mixture = mixture_of(toolkit, preparing.features(loaded, texts, options.max_tokens or 0))
-    scores = head_scores(toolkit, name, mixture)
+    without = options.without or ()
+    mixture = _mixture(scenario, options, toolkit, loaded)
+    used = ablated(mixture, without)
+    scores = score_heads(scenario, used, options, toolkit, loaded, name, progress)
+    whitelist = toolkit.whitelist & ("whitelist" not in without)
     keep = options.keep if options.keep is not None else keep_from_strength(options.strength or 0.0, mixture.breadth)
-    return Compiled(scenario, mixture, scores, merit(scores, toolkit.whitelist), keep, name)
+    return Compiled(
+        scenario=scenario, mixture=mixture, used=used, scores=scores, whitelist=whitelist,
+        merit=merit(scores.values, whitelist), keep=keep, criterion=name, without=without,
+    )
 
 
-def mask_of(compiled: Compiled, subject: Subject, toolkit: Toolkit, choice: Choice, layout: Layout) -> HeadMask:
+def _mixture(scenario: Scenario, options: Recipe, toolkit: Toolkit, loaded: LoadedModel) -> Mixture:
+    if scenario.domains is not None:
+        return given_mixture(toolkit, scenario.domains, source=scenario.name)
+    texts = scenario.prompts or (scenario.text or "",)
+    found = preparing.features(loaded, texts, options.max_tokens or 0)
+    return mixture_of(toolkit, found, calibrated="calibration" not in (options.without or ()))
+
+
+def mask_of(compiled: Compiled, subject: Subject, choice: Choice, layout: Layout) -> HeadMask:
     """The mask as a value that can be saved; whitelisted heads are those which the choice kept."""
     g = subject.checkpoint.geometry
-    kept = np.argwhere(toolkit.whitelist & choice.kept)
+    kept = np.argwhere(compiled.whitelist & choice.kept)
     return HeadMask(
         model=subject.fingerprint,
         layers=g.layers,
@@ -161,10 +191,13 @@ def mask_of(compiled: Compiled, subject: Subject, toolkit: Toolkit, choice: Choi
         layout=layout,
         keep_requested=compiled.keep,
         keep_achieved=choice.ratio,
-        scores=tuple(tuple(float(f"{score:.6g}") for score in row) for row in compiled.scores),
+        scores=tuple(tuple(float(f"{score:.6g}") for score in row) for row in compiled.scores.values),
         whitelist=tuple((int(layer), int(head)) for layer, head in kept),
         criterion=compiled.criterion,
-        scenario={"name": compiled.scenario.name, "source": compiled.scenario.source, **compiled.mixture.as_mapping()},
+        scenario={
+            "name": compiled.scenario.name, "source": compiled.scenario.source, **compiled.mixture.as_mapping(),
+            "importance": compiled.scores.as_mapping(), "without": list(compiled.without),
+        },
     )
 
 
@@ -190,4 +223,5 @@ def choices_for(compiled: Compiled, subject: Subject, layout: str) -> Mapping[La
 
 def evidence_for(compiled: Compiled, options: Recipe) -> Evidence:
     """The texts of this build, drawn from the scenario and the pools."""
-    return gather(compiled.scenario.prompts, compiled.mixture, load_pools(), options.seed or 0)
+    pools = pools_of(options).named(compiled.mixture.domains)
+    return gather(compiled.scenario.prompts, compiled.mixture, pools, options.seed or 0)

@@ -1,7 +1,8 @@
-"""The texts that a build looks at: which ones choose and repair, and which ones only judge.
+"""The texts that a build looks at: which choose and repair, which guard the decisions, and which only judge.
 
-A text is never in both. The scenario's own prompts come first; where they are few, pool prompts fill up in the
-proportion of the mixture, and the counts say so.
+A text is in one part only. What is decided on a text (layout, whether and how strongly to repair) looks better there
+than elsewhere, so the texts that are reported decide nothing. The scenario's own prompts come first; where they are
+few, pool prompts fill up in the proportion of the mixture, and the counts say so.
 """
 
 from __future__ import annotations
@@ -15,28 +16,43 @@ from sspcompile.compile.mixture import Mixture
 from sspcompile.domains import DomainPool
 
 FIT_PROMPTS = 96
-HELD_PROMPTS = 32
+GUARD_PROMPTS = 32
+JUDGE_PROMPTS = 32
 # Of the scenario's own prompts no more than this are used; more would cost time and change little.
 OWN_FIT_PROMPTS = 256
-OWN_HELD_PROMPTS = 96
-# Every fourth text is held out, in pools and in the user's own prompts alike.
+OWN_GUARD_PROMPTS = 96
+OWN_JUDGE_PROMPTS = 96
+# Every fourth text is held out, in pools and in the user's own prompts alike; the held ones judge and guard in turn.
 HOLD_EVERY = 4
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """`fit` chooses and repairs, `held` judges; `own_fit` and `own_held` of them are the scenario's own prompts."""
+    """`fit` chooses heads and fits the repair, `guard` decides between layouts and repairs, `judge` is reported only.
+
+    The first `own_fit`, `own_guard` and `own_judge` of them are the scenario's own prompts.
+    """
 
     fit: tuple[str, ...]
-    held: tuple[str, ...]
+    guard: tuple[str, ...]
+    judge: tuple[str, ...]
     own_fit: int
-    own_held: int
+    own_guard: int
+    own_judge: int
+
+    def counts(self) -> dict[str, int]:
+        """How many texts each part has, and how many of them are the scenario's own."""
+        return {
+            "fit": len(self.fit), "guard": len(self.guard), "judge": len(self.judge),
+            "own_fit": self.own_fit, "own_guard": self.own_guard, "own_judge": self.own_judge,
+        }
 
 
-def split(texts: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(fit, held out); text number 3, 7, 11, ... is held out, so that a sorted file is split evenly."""
+def split(texts: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """(fit, guard, judge): numbers 7, 15, ... guard and 3, 11, ... judge, so that a sorted file is split evenly."""
     held = tuple(text for index, text in enumerate(texts) if index % HOLD_EVERY == HOLD_EVERY - 1)
-    return tuple(text for index, text in enumerate(texts) if index % HOLD_EVERY != HOLD_EVERY - 1), held
+    fit = tuple(text for index, text in enumerate(texts) if index % HOLD_EVERY != HOLD_EVERY - 1)
+    return fit, held[1::2], held[::2]
 
 
 def fit_part(pools: Sequence[DomainPool]) -> tuple[DomainPool, ...]:
@@ -44,26 +60,35 @@ def fit_part(pools: Sequence[DomainPool]) -> tuple[DomainPool, ...]:
     return tuple(replace(pool, prompts=split(pool.prompts)[0]) for pool in pools)
 
 
+def own_fit_part(prompts: Sequence[str]) -> tuple[str, ...]:
+    """The scenario's own prompts that may choose heads: neither repeated nor held out, OWN_FIT_PROMPTS at most."""
+    return _thinned(split(tuple(dict.fromkeys(prompts)))[0], OWN_FIT_PROMPTS)
+
+
 def gather(prompts: Sequence[str], mixture: Mixture, pools: Sequence[DomainPool], seed: int) -> Evidence:
     """Evidence for a scenario with these prompts of its own (none for a sentence or a given mixture)."""
-    own_fit, own_held = split(tuple(dict.fromkeys(prompts)))
-    own_fit, own_held = _thinned(own_fit, OWN_FIT_PROMPTS), _thinned(own_held, OWN_HELD_PROMPTS)
     own = set(prompts)
-    weights = (1 - mixture.unknown) * mixture.weights + mixture.unknown / len(mixture.weights)
+    # A pool prompt that the user happens to ask as well was seen by `prepare`, so it may not be held out.
+    learned = {text for pool in fit_part(pools) for text in pool.prompts}
+    held = ([text for text in part if text not in learned] for part in split(tuple(dict.fromkeys(prompts)))[1:])
+    own_fit, (own_guard, own_judge) = own_fit_part(prompts), (tuple(part) for part in held)
+    own_guard, own_judge = _thinned(own_guard, OWN_GUARD_PROMPTS), _thinned(own_judge, OWN_JUDGE_PROMPTS)
     rng = np.random.default_rng(seed)
 
     def fill(part: int, have: int, wanted: int) -> tuple[str, ...]:
         drawn: list[str] = []
-        for share, pool in zip(_shares(weights, wanted - have), pools, strict=True):
+        for share, pool in zip(_shares(mixture.parts, wanted - have), pools, strict=True):
             texts = [text for text in split(pool.prompts)[part] if text not in own]
             drawn += [texts[index] for index in np.sort(rng.permutation(len(texts))[:share])]
         return tuple(drawn)
 
     return Evidence(
         fit=own_fit + fill(0, len(own_fit), FIT_PROMPTS),
-        held=own_held + fill(1, len(own_held), HELD_PROMPTS),
+        guard=own_guard + fill(1, len(own_guard), GUARD_PROMPTS),
+        judge=own_judge + fill(2, len(own_judge), JUDGE_PROMPTS),
         own_fit=len(own_fit),
-        own_held=len(own_held),
+        own_guard=len(own_guard),
+        own_judge=len(own_judge),
     )
 
 

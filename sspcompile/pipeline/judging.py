@@ -1,8 +1,11 @@
-"""Masks judged on held-out texts: each candidate as the masked model, plain and repaired, against the dense one."""
+"""Masks measured on held-out texts: each candidate as the masked model, plain and repaired, against the dense one.
+
+What is decided here (layout, repair) is decided on the guard texts; the figures that are reported come from others.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,28 +18,36 @@ from sspcompile.loaded import LoadedModel, head_gates
 from sspcompile.measure.quality import Difference, Divergence, DivergenceAccumulator, compare_divergences
 from sspcompile.pipeline.evidence import Evidence
 from sspcompile.prepare.text import Batch, with_continuations
-from sspcompile.slicing.repair import MIN_PROMPTS, Repair, fit_repair, repaired
+from sspcompile.slicing.repair import MIN_PROMPTS, Repair, fit_bias, fit_repair, repaired
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
+class Figures:
+    """Divergence from the dense model on the texts that decide, and on those that are only reported."""
+
+    guard: Divergence
+    judge: Divergence
+
+
+@dataclass(frozen=True)
 class Candidate:
-    """One layout's mask: judged plain and, where a repair was fitted, repaired."""
+    """One layout's mask: measured plain and, where a repair was fitted, repaired."""
 
     layout: Layout
     choice: Choice
-    plain: Divergence
+    plain: Figures
     repair: Repair | None
-    mended: Divergence | None
+    mended: Figures | None
 
     @property
     def keeps_repair(self) -> bool:
-        """A repair stays only when it does not make the held-out texts worse."""
-        return self.mended is not None and self.mended.mean_kl <= self.plain.mean_kl
+        """A repair stays unless it makes the guard texts worse: measurably so, or at all where they are too few."""
+        return self.mended is not None and not _dearer(compare_divergences(self.mended.guard, self.plain.guard))
 
     @property
-    def final(self) -> Divergence:
+    def final(self) -> Figures:
         return self.mended if self.mended is not None and self.keeps_repair else self.plain
 
     @property
@@ -45,46 +56,54 @@ class Candidate:
 
 
 class Judge:
-    """Holds the texts as batches and the dense model's logits at the scored held-out positions.
+    """Holds the texts as batches, and the dense model's logits at the scored positions of those that were held out.
 
-    `repair` asks for a least-squares repair of every candidate (with too few texts there is none); `dtype` is the one
-    in which repaired weights will be written.
+    `repair` names what is fitted for every candidate (with too few texts nothing is); `dtype` is the one in which
+    repaired tensors will be written.
     """
 
     def __init__(
-        self, loaded: LoadedModel, evidence: Evidence, *, max_tokens: int, new_tokens: int, seed: int, repair: bool,
+        self, loaded: LoadedModel, evidence: Evidence, *, max_tokens: int, new_tokens: int, seed: int, repair: str,
         dtype: torch.dtype, progress: Progress,
     ) -> None:
         self.loaded = loaded
         self.evidence = evidence
         self.seed = seed
-        self.repairs = repair and len(evidence.fit) >= MIN_PROMPTS
+        self.repair = repair if len(evidence.fit) >= MIN_PROMPTS else "none"
         self.dtype = dtype
         self.progress = progress
-        self.fit = with_continuations(loaded, evidence.fit, new_tokens, max_tokens)
-        self.held = with_continuations(loaded, evidence.held, new_tokens, max_tokens)
-        self._dense = [_logits(loaded, batch) for batch in self.held]
+        self.fit, self.guard, self.held = (
+            with_continuations(loaded, part, new_tokens, max_tokens)
+            for part in (evidence.fit, evidence.guard, evidence.judge)
+        )
+        self._dense = {
+            part: [_logits(loaded, batch) for batch in getattr(self, part)] for part in ("guard", "held")
+        }
 
-    def divergence(self, kept: np.ndarray, repair: Repair | None = None) -> Divergence:
-        """Of the masked model, `kept` bool [layers, heads], from the dense one on the held-out texts."""
+    def figures(self, kept: np.ndarray, repair: Repair | None = None) -> Figures:
+        """Of the masked model, `kept` bool [layers, heads]."""
         gates = torch.from_numpy(kept).float().to(self.loaded.device)
-        collected = DivergenceAccumulator()
         with head_gates(self.loaded, gates), repaired(self.loaded, repair):
-            for batch, dense in zip(self.held, self._dense, strict=True):
-                owner = torch.tensor(batch.rows)[batch.score_mask.nonzero()[:, 0].cpu()]
-                collected.add(dense, _logits(self.loaded, batch), owner)
+            return Figures(self._divergence(self.guard, "guard"), self._divergence(self.held, "held"))
+
+    def _divergence(self, batches: Sequence[Batch], part: str) -> Divergence:
+        collected = DivergenceAccumulator()
+        for batch, dense in zip(batches, self._dense[part], strict=True):
+            owner = torch.tensor(batch.rows)[batch.score_mask.nonzero()[:, 0].cpu()]
+            collected.add(dense, _logits(self.loaded, batch), owner)
         return collected.result(seed=self.seed)
 
     def candidate(self, layout: Layout, choice: Choice, *, name: str | None = None) -> Candidate:
-        """Judge one choice, and once more with a repair when repairs are on and something was cut."""
-        plain = self.divergence(choice.kept)
-        if not self.repairs or choice.kept.all():
+        """Measure one choice, and once more with a repair when repairs are on and something was cut."""
+        plain = self.figures(choice.kept)
+        if self.repair == "none" or choice.kept.all():
             return Candidate(layout, choice, plain, None, None)
-        fitted = fit_repair(
+        fit = fit_bias if self.repair == "flap-bias" else fit_repair
+        fitted = fit(
             self.loaded, choice.kept, self.fit, dtype=self.dtype,
             progress=lambda done, total: self.progress(f"repair ({name or layout})", done, total),
         )
-        return Candidate(layout, choice, plain, fitted, self.divergence(choice.kept, fitted))
+        return Candidate(layout, choice, plain, fitted, self.figures(choice.kept, fitted))
 
 
 @torch.inference_mode()
@@ -106,10 +125,17 @@ class Decision:
 
 
 def decide(candidates: Mapping[Layout, Candidate]) -> Decision:
-    """Uniform where it costs nothing measurable on the held-out texts, per-layer otherwise."""
+    """Uniform where it costs nothing measurable on the guard texts, per-layer otherwise."""
     if len(candidates) == 1:
         return Decision(next(iter(candidates.values())), candidates, None)
     uniform, per_layer = candidates["uniform"], candidates["per-layer"]
-    cost = compare_divergences(uniform.final, per_layer.final)
-    dearer = cost.mean > 0 and (cost.measurable or cost.interval is None)
-    return Decision(per_layer if dearer else uniform, candidates, cost)
+    cost = compare_divergences(uniform.final.guard, per_layer.final.guard)
+    return Decision(per_layer if _dearer(cost) else uniform, candidates, cost)
+
+
+def _dearer(cost: Difference) -> bool:
+    """Whether a cost is above zero by more than chance; with too few texts for an interval, whether it is at all.
+
+    A few texts carry most of a mean KL, so on a dozen of them its sign alone is close to a coin toss.
+    """
+    return cost.mean > 0 and (cost.measurable or cost.interval is None)

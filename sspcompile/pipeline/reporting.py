@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from sspcompile.compile.mask import HeadMask
 from sspcompile.measure.quality import Divergence, compare_divergences
 from sspcompile.pipeline.outcome import Outcome
+from sspcompile.pipeline.scoring import HeadScores
 from sspcompile.report.build import quality_row
 from sspcompile.report.model import (
     BudgetSection,
@@ -91,19 +92,20 @@ def _row(name: str, figures: Divergence, role: Role, reference: Divergence) -> Q
 def _quality(outcome: Outcome) -> Iterator[QualityRow]:
     """Ours first; the baselines have the same budget, layout and repair."""
     chosen = outcome.decision.chosen
-    yield _row("this build", chosen.final, "ours", chosen.final)
+    ours = chosen.final.judge
+    yield _row("this build", ours, "ours", ours)
     if chosen.final is not chosen.plain:
-        yield _row("this build, without repair", chosen.plain, "other", chosen.final)
+        yield _row("this build, without repair", chosen.plain.judge, "other", ours)
     for name, figures in outcome.baselines.items():
         role: Role = "random" if name.startswith("random") else "domain-free" if "free" in name else "criterion"
-        yield _row(name, figures, role, chosen.final)
+        yield _row(name, figures, role, ours)
 
 
 def _layout(outcome: Outcome) -> LayoutSection:
     decision = outcome.decision
-    reference = decision.chosen.final
+    reference = decision.chosen.final.judge
     figures = tuple(
-        _row(f"{layout} ({candidate.choice.ratio:.1%} kept)", candidate.final, layout, reference)
+        _row(f"{layout} ({candidate.choice.ratio:.1%} kept)", candidate.final.judge, layout, reference)
         for layout, candidate in decision.candidates.items()
     )
     cost = decision.uniform_cost
@@ -112,7 +114,7 @@ def _layout(outcome: Outcome) -> LayoutSection:
     elif decision.chosen.layout == "uniform":
         reason = "the uniform layout costs nothing measurable here, and loads with stock classes"
     else:
-        reason = f"the uniform layout diverges by {cost.mean:.3g} nats per token more on the held-out texts"
+        reason = f"the uniform layout diverges by {cost.mean:.3g} nats per token more on the guard texts"
     return LayoutSection(
         requested=outcome.options.layout or "auto", chosen=decision.chosen.layout, figures=figures, reason=reason
     )
@@ -120,7 +122,7 @@ def _layout(outcome: Outcome) -> LayoutSection:
 
 def _repair(outcome: Outcome) -> RepairSection:
     chosen = outcome.decision.chosen
-    if outcome.options.repair != "least-squares":
+    if outcome.options.repair == "none":
         return RepairSection(used=False, reason="switched off with --repair none")
     if chosen.mended is None:
         few = outcome.evidence["fit"] < MIN_PROMPTS
@@ -129,9 +131,9 @@ def _repair(outcome: Outcome) -> RepairSection:
         )
     return RepairSection(
         used=chosen.keeps_repair,
-        reason=None if chosen.keeps_repair else "it made the held-out texts worse",
-        kl_before=chosen.plain.mean_kl,
-        kl_after=chosen.mended.mean_kl,
+        reason=None if chosen.keeps_repair else "it made the guard texts worse",
+        kl_before=chosen.plain.judge.mean_kl,
+        kl_after=chosen.mended.judge.mean_kl,
     )
 
 
@@ -146,18 +148,27 @@ def _sizes(plan: SlicePlan) -> SizesSection:
 def _notes(outcome: Outcome) -> Iterator[str]:
     e = outcome.evidence
     yield (
-        f"Chosen and repaired on {e['fit']} texts ({e['own_fit']} of the scenario's own), judged on {e['held']} others "
-        f"({e['own_held']} of the scenario's own); the rest are domain pool prompts in the proportion of the mixture."
+        f"Chosen and repaired on {e['fit']} texts ({e['own_fit']} of the scenario's own); layout and repair decided on "
+        f"{e['guard']} others ({e['own_guard']} own); judged on {e['judge']} that decided nothing ({e['own_judge']} "
+        "own). The rest are domain pool prompts in the proportion of the mixture."
     )
-    unknown = outcome.compiled.mixture.unknown
-    if unknown > 0.5:
-        yield (
-            f"No domain explains {unknown:.0%} of this scenario; for that share the domain-free average of the scores "
-            "was used."
-        )
+    yield _importance(outcome.compiled.scores)
+    if outcome.compiled.without:
+        yield f"Switched off with --without: {', '.join(outcome.compiled.without)}."
     calibration = outcome.toolkit.meta.get("calibration", {})
     for regime in calibration.get("uncalibrated", []):
         yield f"The probes are not calibrated for the {regime} regime."
+
+
+def _importance(scores: HeadScores) -> str:
+    if scores.source == "domains":
+        return "Heads were scored by the domains' cached importance, mixed in the proportion of the scenario."
+    if scores.source == "prompts":
+        return f"Heads were scored on {scores.prompts} of the scenario's own prompts alone."
+    return (
+        f"Heads were scored by the domains' cached importance and on {scores.prompts} of the scenario's own prompts, "
+        f"which had a weight of {scores.prompt_weight:.0%}."
+    )
 
 
 def _command() -> str:

@@ -18,6 +18,7 @@ from sspcompile.slicing import modeling_sspcompile
 from sspcompile.slicing.configuration import MODELING_FILE
 from sspcompile.slicing.parity import Parity, compare, demand, repair_of
 from sspcompile.slicing.plan import SlicePlan, make_plan
+from sspcompile.slicing.repair import Repair, written_biases
 from sspcompile.workspace import MASK, MODEL, PROBES
 
 # Activations, the interpreters and what torch allocates beside the weights.
@@ -93,7 +94,9 @@ def verify(
         )
     else:
         progress("proving", 0, 1)
-        repair = repair_of(written, plan, mask) if repaired else None
+        repair = None
+        if repaired:
+            repair = Repair(repair_of(written, plan, mask).weights, written_biases(written, plan.geometry))
         parity = compare(subject.load(), mask, repair, written, probes, custom_code=custom)
         progress("proving", 1, 1)
     demand(parity)

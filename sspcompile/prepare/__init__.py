@@ -5,9 +5,9 @@ from sspcompile.prepare.importance import importance_of
 from sspcompile.prepare.probes import probabilities
 from sspcompile.prepare.run import importance_by_domain, prepare
 from sspcompile.prepare.text import encode, with_continuations
-from sspcompile.prepare.toolkit import REGIMES, Toolkit, load, save, with_importance
+from sspcompile.prepare.toolkit import REGIMES, Toolkit, is_outdated, load, save, with_importance
 
 __all__ = [
-    "REGIMES", "Toolkit", "encode", "features", "importance_by_domain", "importance_of", "load",
-    "prepare", "probabilities", "save", "with_continuations", "with_importance",
+    "REGIMES", "Toolkit", "encode", "features", "importance_by_domain", "importance_of", "is_outdated",
+    "load", "prepare", "probabilities", "save", "with_continuations", "with_importance",
 ]

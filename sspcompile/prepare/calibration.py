@@ -1,4 +1,8 @@
-"""Temperature scaling of the probes (Guo et al. 2017), one log T per layer and regime."""
+"""Temperature scaling of the probes (Guo et al. 2017), one log T per layer and regime.
+
+The expected calibration error is cross-fitted: each text is judged with temperatures that were fitted on the other
+folds. What is kept is fitted on all of them.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +17,17 @@ from sspcompile.prepare.toolkit import REGIMES
 # Temperatures beyond this say that the optimum lies at infinity, not what the temperature is.
 LOG_BOUND = float(np.log(20.0))
 ECE_BINS = 15  # as in Guo et al. 2017
+FOLDS = 3
 
 
 @dataclass(frozen=True)
 class RegimeFit:
-    """log_temperature [L]; expected calibration error (mean over layers) without and with it; texts used."""
+    """log_temperature [L]; expected calibration error (mean over layers) without and with it, on the same texts but
+    never on those that fitted it (None when there is one fold only); texts used."""
 
     log_temperature: np.ndarray
     ece_before: float
-    ece_after: float
+    ece_after: float | None
     texts: int
 
 
@@ -47,15 +53,41 @@ def expected_calibration_error(probabilities: np.ndarray, targets: np.ndarray, b
     return float(np.abs(gaps).sum() / len(p))
 
 
-def fit_regime(logits: np.ndarray, targets: np.ndarray) -> RegimeFit:
-    """Temperatures for one regime from probe logits [N, L, K] and targets [N, K]."""
-    layers = range(logits.shape[1])
-    log_t = np.array([fit_temperature(logits[:, layer], targets) for layer in layers])
-    before = [expected_calibration_error(expit(logits[:, layer]), targets) for layer in layers]
-    after = [
-        expected_calibration_error(expit(logits[:, layer] * np.exp(-log_t[layer])), targets) for layer in layers
-    ]
-    return RegimeFit(log_t, float(np.mean(before)), float(np.mean(after)), len(logits))
+def fit_regime(logits: np.ndarray, targets: np.ndarray, folds: np.ndarray) -> RegimeFit:
+    """Temperatures for one regime from probe logits [N, L, K], targets [N, K] and fold numbers [N].
+
+    Texts that share words (pairs of the same prompts, prompts of one pool) belong in one fold.
+    """
+    before = _mean_error(expit(logits), targets)
+    fitted = _per_layer(logits, targets)
+    if len(np.unique(folds)) < 2:
+        return RegimeFit(fitted, before, None, len(logits))
+    calibrated = np.empty(logits.shape)
+    for fold in np.unique(folds):
+        inside = folds == fold
+        log_t = _per_layer(logits[~inside], targets[~inside])
+        calibrated[inside] = expit(logits[inside] * np.exp(-log_t)[:, None])
+    return RegimeFit(fitted, before, _mean_error(calibrated, targets), len(logits))
+
+
+def _per_layer(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    return np.array([fit_temperature(logits[:, layer], targets) for layer in range(logits.shape[1])])
+
+
+def _mean_error(probabilities: np.ndarray, targets: np.ndarray) -> float:
+    """Expected calibration error, mean over layers: [N, L, K] and [N, K]."""
+    layers = range(probabilities.shape[1])
+    return float(np.mean([expected_calibration_error(probabilities[:, layer], targets) for layer in layers]))
+
+
+def folds_of(labels: np.ndarray, seed: int, folds: int = FOLDS) -> np.ndarray:
+    """Fold numbers [N] at random, every label in all folds alike as far as it goes."""
+    rng = np.random.default_rng(seed)
+    found = np.empty(len(labels), dtype=int)
+    for label in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        found[rows] = np.arange(len(rows)) % folds
+    return found
 
 
 def log_temperatures(fits: dict[str, RegimeFit], layers: int) -> np.ndarray:

@@ -58,20 +58,29 @@ def reading(
             handle.remove()
 
 
+class _Read(Exception):
+    """No error, but the way out of a forward pass of which nothing more is needed."""
+
+
 @torch.inference_mode()
 def capture(loaded: LoadedModel, batch: Batch, read_heads: HeadReader | None = None) -> Tensor:
-    """Pooled residual stream after attention, [B, L, d] fp32 on the CPU; o_proj inputs go to `read_heads`."""
+    """Pooled residual stream after attention, [B, L, d] fp32 on the CPU; o_proj inputs go to `read_heads`.
+
+    The pass ends there: the last MLP, the final norm and the logits are not computed.
+    """
     pooled: list[Tensor | None] = [None] * loaded.geometry.layers
 
     def read_residual(layer: int, x: Tensor) -> None:
         pooled[layer] = pool(x, batch.attention_mask).cpu()
+        if layer == len(pooled) - 1:
+            raise _Read
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(reading([residual_norm(y) for y in loaded.layers], "residual norm", read_residual))
         if read_heads is not None:
             stack.enter_context(reading([o_proj(y) for y in loaded.layers], "o_proj", read_heads))
-        # The decoder without lm_head: logits are not needed here.
-        loaded.model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        with contextlib.suppress(_Read):
+            loaded.model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     return torch.stack([x for x in pooled if x is not None], dim=1)
 
 

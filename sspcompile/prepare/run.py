@@ -14,8 +14,10 @@ from sspcompile.criteria.table import CRITERIA, criterion
 from sspcompile.domains import DomainPool, pools_fingerprint
 from sspcompile.errors import InputError
 from sspcompile.loaded import LoadedModel
-from sspcompile.prepare import axes, calibration, importance, probes
+from sspcompile.prepare import axes as domain_axes
+from sspcompile.prepare import calibration, importance, probes
 from sspcompile.prepare.capture import features
+from sspcompile.prepare.direct import spread_by_domain
 from sspcompile.prepare.text import (
     CONTINUATION_TOKENS,
     MAX_TOKENS,
@@ -23,7 +25,7 @@ from sspcompile.prepare.text import (
     continued,
 )
 from sspcompile.prepare.toolkit import Toolkit, check
-from sspcompile.prepare.whitelist import FALSE_DISCOVERY, whitelist
+from sspcompile.prepare.whitelist import FALSE_DISCOVERY, Whitelist, whitelist
 
 MIN_PROMPTS = 8  # per domain: with fewer, a held-out part of a quarter holds less than two
 CROSS_PER_PAIR = 6
@@ -50,6 +52,7 @@ def prepare(
     pools: Sequence[DomainPool],
     outside: Sequence[DomainPool],
     *,
+    axes: int | None = None,
     criteria: Sequence[str] = ("fisher",),
     seed: int = 0,
     max_tokens: int = MAX_TOKENS,
@@ -58,16 +61,20 @@ def prepare(
 ) -> Toolkit:
     """Learn everything that compiling scenarios for this model needs. The same inputs give the same Toolkit.
 
-    `outside` holds text of none of the domains, for the out-of-domain temperature; without any, that regime stays
-    uncalibrated and `meta` says so. The whitelist is found with the first of `criteria` that scores every prompt.
-    Raises InputError for pools that are too few, too small or share a name, for unknown criteria, and when none of
-    them scores every prompt.
+    `axes` of the `pools` become domains (all of them without it), and the others join `outside`: text of none of the
+    domains, for the out-of-domain temperature; without any, that regime stays uncalibrated and `meta` says so. The
+    whitelist is found with the first of `criteria` that scores every prompt. Raises InputError for pools that are too
+    few, too small or share a name, for unknown criteria, and when none of them scores every prompt.
     """
-    _validate(pools, criteria)
+    _validate(pools, criteria, axes)
     report = progress or _silent
+    facts = _given_facts(pools, outside, axes)
+    if axes is not None and axes < len(pools):
+        pools, rest, selection = _selected(loaded, pools, axes, max_tokens, report)
+        facts, outside = facts | {"axes": selection}, (*outside, *rest)
     corpus = _corpus(pools)
     found = features(loaded, corpus.texts, max_tokens, _stage(report, "features"))
-    directions, selection = _axes(found, corpus, len(pools))
+    directions, axes_facts = _axes(found, corpus, pools)
     fitted, held_out = _probes(found, corpus, len(pools), seed, report)
     auc, described_auc = _aucs(fitted, found, corpus, held_out)
     fits = _calibrate(loaded, fitted, found, corpus, held_out, outside, seed, max_tokens, report)
@@ -85,29 +92,29 @@ def prepare(
     }
     tested = next(name for name in scores if criterion(name).per == "prompt")
     confirmed = whitelist(scores[tested].own_axis(), scores[tested].labels)
-    meta = _versions() | {
+    meta = _versions() | {"axes": axes_facts} | facts | {
         "seed": seed, "text_version": TEXT_VERSION, "max_tokens": max_tokens,
         "continuation_tokens": continuation_tokens, "pools_fingerprint": pools_fingerprint(pools),
         "outside_fingerprint": pools_fingerprint(outside),
         "prompts": {pool.name: len(pool.prompts) for pool in pools},
-        "axes": selection,
         "probes": _probe_facts(auc, described_auc, held_out),
         "format_confound": probes.format_confound(prompts, labels, seed),
         "calibration": _calibration_facts(fits),
         "importance_prompts": {name: found.prompts for name, found in scores.items()},
-        "whitelist": {
-            "criterion": tested, "false_discovery": FALSE_DISCOVERY, "heads": int(confirmed.chosen.sum()),
-        },
+        "whitelist": _whitelist_facts(tested, confirmed),
     }
     toolkit = Toolkit(
         fingerprint=loaded.fingerprint,
         domains=tuple(pool.name for pool in pools),
-        axes=_f32(directions), gram=_f32(axes.gram(directions)),
+        axes=_f32(directions), gram=_f32(domain_axes.gram(directions)),
         feature_mean=_f32(fitted.mean), feature_scale=_f32(fitted.scale),
         probe_weight=_f32(fitted.weight), probe_bias=_f32(fitted.bias), probe_auc=_f32(auc),
         layer_weight=_f32(probes.layer_weights(auc)),
         log_temperature=_f32(calibration.log_temperatures(fits, loaded.geometry.layers)),
         importance={name: _f32(found.by_domain(len(pools))) for name, found in scores.items()},
+        spread={
+            name: _f32(spread_by_domain(found.own_axis(), found.labels, len(pools))) for name, found in scores.items()
+        },
         whitelist_p=_f32(confirmed.p), whitelist=confirmed.chosen, meta=meta,
     )
     check(toolkit)
@@ -116,8 +123,9 @@ def prepare(
 
 def importance_by_domain(
     loaded: LoadedModel, toolkit: Toolkit, pools: Sequence[DomainPool], name: str, progress: Progress | None = None
-) -> np.ndarray:
-    """One more criterion for an existing toolkit, [L, H, K], measured as `prepare` would have; see `with_importance`.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Importance and spread of one more criterion for an existing toolkit, [L, H, K] each, as `prepare` would have
+    measured them; see `with_importance`.
 
     Raises InputError when `pools` are not those that the toolkit was prepared with.
     """
@@ -134,12 +142,15 @@ def importance_by_domain(
         loaded, name, texts, labels=labels, directions=unit, seed=toolkit.meta["seed"],
         progress=_stage(progress or _silent, name),
     )  # fmt: skip
-    return _f32(scores.by_domain(len(pools)))
+    count = len(pools)
+    return _f32(scores.by_domain(count)), _f32(spread_by_domain(scores.own_axis(), scores.labels, count))
 
 
-def _validate(pools: Sequence[DomainPool], criteria: Sequence[str]) -> None:
+def _validate(pools: Sequence[DomainPool], criteria: Sequence[str], axes: int | None) -> None:
     if len(pools) < 2:
         raise InputError(f"{len(pools)} domain pools were given.", hint="At least 2 are needed to tell them apart.")
+    if axes is not None and not 2 <= axes <= len(pools):
+        raise InputError(f"{axes} of {len(pools)} pools cannot become axes.", hint=f"From 2 to {len(pools)} can.")
     names = [pool.name for pool in pools]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -170,11 +181,50 @@ def _corpus(pools: Sequence[DomainPool]) -> _Corpus:
     return _Corpus(tuple(texts), np.array(labels), np.array(described))
 
 
-def _axes(found: np.ndarray, corpus: _Corpus, domains: int) -> tuple[np.ndarray, dict[str, Any]]:
+def _given_facts(pools: Sequence[DomainPool], outside: Sequence[DomainPool], axes: int | None) -> dict[str, Any]:
+    """What was asked for, so that a saved toolkit can be told from one of other pools."""
+    return {
+        "candidates_fingerprint": pools_fingerprint(pools), "given_outside_fingerprint": pools_fingerprint(outside),
+        "axes_asked": axes,
+    }
+
+
+def _axes_facts(
+    candidates: Sequence[DomainPool], directions: np.ndarray, chosen: domain_axes.Selection
+) -> dict[str, Any]:
+    """The selection in the space of the candidates: theirs are the Gram matrix and the `whole` figures."""
+    whole = domain_axes.select(directions, len(candidates))
+    return {
+        "space": domain_axes.SPACE,
+        "candidates": [pool.name for pool in candidates],
+        "chosen": [candidates[k].name for k in chosen.indices],
+        "candidate_gram": np.round(domain_axes.gram(directions), 6).tolist(),
+        "orthogonality": chosen.orthogonality, "coverage": chosen.coverage,
+        "whole_orthogonality": whole.orthogonality, "whole_coverage": whole.coverage,
+    }
+
+
+def _axes(
+    found: np.ndarray, corpus: _Corpus, pools: Sequence[DomainPool]
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """The domains' own axes [K, d], and the facts of a selection that takes all of them."""
     rows = corpus.prompt_rows
-    directions = axes.domain_axes(found[rows], corpus.labels[rows], domains)
-    chosen = axes.select(directions, domains)
-    return directions, {"space": axes.SPACE, "orthogonality": chosen.orthogonality, "coverage": chosen.coverage}
+    directions = domain_axes.domain_axes(found[rows], corpus.labels[rows], len(pools))
+    return directions, _axes_facts(pools, directions, domain_axes.select(directions, len(pools)))
+
+
+def _selected(
+    loaded: LoadedModel, pools: Sequence[DomainPool], axes: int, max_tokens: int, report: Progress
+) -> tuple[tuple[DomainPool, ...], tuple[DomainPool, ...], dict[str, Any]]:
+    """The pools that become domains, the others, and what the selection looked at."""
+    prompts = [prompt for pool in pools for prompt in pool.prompts]
+    labels = np.repeat(range(len(pools)), [len(pool.prompts) for pool in pools])
+    found = features(loaded, prompts, max_tokens, _stage(report, "candidates"))
+    directions = domain_axes.domain_axes(found, labels, len(pools))
+    chosen = domain_axes.select(directions, axes)
+    inside = tuple(pools[k] for k in chosen.indices)
+    rest = tuple(pool for pool in pools if pool not in inside)
+    return inside, rest, _axes_facts(pools, directions, chosen)
 
 
 def _probes(
@@ -208,18 +258,28 @@ def _calibrate(
     """Temperatures on text that the probes were not trained on: held-out rows, joined pairs of them, outside pools."""
     targets = np.eye(fitted.weight.shape[1])
     rows = np.flatnonzero(held_out & ~corpus.is_description)
-    fits = {"single": calibration.fit_regime(fitted.logits(found[rows]), targets[corpus.labels[rows]])}
-    pairs = calibration.cross_pairs(corpus.labels, rows, CROSS_PER_PAIR, seed)
+    folds = calibration.folds_of(corpus.labels[rows], seed)
+    fits = {"single": calibration.fit_regime(fitted.logits(found[rows]), targets[corpus.labels[rows]], folds)}
+    # Pairs are made inside a fold: a prompt in two folds would let a temperature be judged on what fitted it.
+    by_fold = [
+        calibration.cross_pairs(corpus.labels, rows[folds == fold], CROSS_PER_PAIR // calibration.FOLDS, seed)
+        for fold in range(calibration.FOLDS)
+    ]
+    pairs = [pair for fold in by_fold for pair in fold]
     joined = features(
         loaded, [f"{corpus.texts[a]} {corpus.texts[b]}" for a, b in pairs], max_tokens, _stage(report, "cross text")
     )
     both = np.array([targets[corpus.labels[a]] + targets[corpus.labels[b]] for a, b in pairs])
-    fits["cross"] = calibration.fit_regime(fitted.logits(joined), both)
+    pair_folds = np.repeat(range(calibration.FOLDS), [len(fold) for fold in by_fold])
+    fits["cross"] = calibration.fit_regime(fitted.logits(joined), both, pair_folds)
     other = [prompt for pool in outside for prompt in pool.prompts]
     if other:
         foreign = features(loaded, other, max_tokens, _stage(report, "outside text"))
         none = np.zeros((len(other), len(targets)))
-        fits["outside"] = calibration.fit_regime(fitted.logits(foreign), none)
+        # Judged on subjects that did not fit it, where there are two; unknown text is of yet another subject.
+        subjects = np.repeat(range(len(outside)), [len(pool.prompts) for pool in outside])
+        outside_folds = subjects if len(outside) > 1 else calibration.folds_of(subjects, seed)
+        fits["outside"] = calibration.fit_regime(fitted.logits(foreign), none, outside_folds)
     return fits
 
 
@@ -244,6 +304,10 @@ def _calibration_facts(fits: dict[str, calibration.RegimeFit]) -> dict[str, Any]
         for regime, fit in fits.items()
     }
     return facts | {"uncalibrated": [] if "outside" in fits else ["outside"]}
+
+
+def _whitelist_facts(criterion: str, confirmed: Whitelist) -> dict[str, Any]:
+    return {"criterion": criterion, "false_discovery": FALSE_DISCOVERY, "heads": int(confirmed.chosen.sum())}
 
 
 def _versions() -> dict[str, Any]:

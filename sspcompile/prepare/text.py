@@ -52,12 +52,12 @@ class Batch:
     score_mask: Tensor  # bool: the last prompt token, and the continuation tokens except the last
 
 
-def render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """The text that the model reads for one user prompt: through the chat template when there is one."""
+def render(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
+    """The text that the model reads for each user prompt: through the chat template when there is one."""
     if not tokenizer.chat_template:
-        return prompt
+        return list(prompts)
     return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        [[{"role": "user", "content": prompt}] for prompt in prompts], tokenize=False, add_generation_prompt=True
     )
 
 
@@ -71,9 +71,7 @@ def sentences(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_to
         return []
     # A chat template writes the special tokens itself; adding them again would put two BOS in front.
     templated = bool(tokenizer.chat_template)
-    encoded = tokenizer(
-        [render(tokenizer, prompt) for prompt in prompts], add_special_tokens=not templated, padding=False
-    )["input_ids"]
+    encoded = tokenizer(render(tokenizer, prompts), add_special_tokens=not templated, padding=False)["input_ids"]
     found = []
     for prompt, ids in zip(prompts, encoded, strict=True):
         # Some tokenizers close every text with EOS: the model would be asked what follows the end.
@@ -106,13 +104,15 @@ def batches_of(loaded: LoadedModel, items: Sequence[Sentence], batch_tokens: int
 
 def _pad(loaded: LoadedModel, items: Sequence[Sentence], rows: tuple[int, ...]) -> Batch:
     width = max(len(item.ids) for item in items)
-    ids = torch.full((len(items), width), loaded.tokenizer.pad_token_id or 0, dtype=torch.long)
-    mask = torch.zeros(len(items), width, dtype=torch.long)
-    score = torch.zeros(len(items), width, dtype=torch.bool)
-    for index, item in enumerate(items):
-        ids[index, : len(item.ids)] = torch.tensor(item.ids)
-        mask[index, : len(item.ids)] = 1
-        score[index, item.prompt - 1 : item.prompt - 1 + item.scored] = True
+    pad = loaded.tokenizer.pad_token_id or 0
+    place = torch.arange(width)
+    length, first, scored = (
+        torch.tensor(column)[:, None]
+        for column in zip(*((len(item.ids), item.prompt - 1, item.scored) for item in items), strict=True)
+    )
+    # One tensor from one list: row by row, padding would cost as much as tokenising.
+    ids = torch.tensor([[*item.ids, *(pad,) * (width - len(item.ids))] for item in items])
+    mask, score = (place < length).long(), (place >= first) & (place < first + scored)
     device = loaded.device
     return Batch(rows, ids.to(device), mask.to(device), score.to(device))
 

@@ -13,12 +13,13 @@ import numpy as np
 from sspcompile.checkpoint.publish import staged
 from sspcompile.errors import ToolkitError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 REGIMES = ("single", "cross", "outside")
 
 TENSORS_FILE = "toolkit.safetensors"
 DESCRIPTION_FILE = "toolkit.json"
 IMPORTANCE_PREFIX = "importance."
+SPREAD_PREFIX = "spread."
 PREPARE_AGAIN = "Run `sspcompile prepare` again for this model."
 
 
@@ -40,7 +41,8 @@ class Toolkit:
     probe_auc: np.ndarray  # [L, K] on held-out pool prompts
     layer_weight: np.ndarray  # [L], sums to 1; layers near chance weigh little
     log_temperature: np.ndarray  # [L, 3], columns in the order of REGIMES
-    importance: Mapping[str, np.ndarray]  # criterion -> [L, H, K]
+    importance: Mapping[str, np.ndarray]  # criterion -> [L, H, K], mean over each domain's prompts
+    spread: Mapping[str, np.ndarray]  # criterion -> [L, H, K], relative variance of a head's share over prompts
     whitelist_p: np.ndarray  # [L, H] p-value of "worth more than the median head in every domain"
     whitelist: np.ndarray  # [L, H] bool, after false discovery control, low spread over domains and the cap
     meta: Mapping[str, Any]  # seeds, versions, pool fingerprint, text version, expected calibration errors
@@ -60,18 +62,22 @@ def expected_shapes(toolkit: Toolkit) -> dict[str, tuple[int, ...]]:
         "layer_weight": (layers,), "log_temperature": (layers, len(REGIMES)),
         "whitelist_p": (layers, heads), "whitelist": (layers, heads),
     }
-    return shapes | {IMPORTANCE_PREFIX + name: (layers, heads, domains) for name in toolkit.importance}
+    per_criterion = [prefix + name for name in toolkit.importance for prefix in (IMPORTANCE_PREFIX, SPREAD_PREFIX)]
+    return shapes | dict.fromkeys(per_criterion, (layers, heads, domains))
 
 
 def _arrays(toolkit: Toolkit) -> dict[str, np.ndarray]:
     named = {name: getattr(toolkit, name) for name in ARRAY_FIELDS}
-    return named | {IMPORTANCE_PREFIX + name: array for name, array in toolkit.importance.items()}
+    named |= {IMPORTANCE_PREFIX + name: array for name, array in toolkit.importance.items()}
+    return named | {SPREAD_PREFIX + name: array for name, array in toolkit.spread.items()}
 
 
 def check(toolkit: Toolkit) -> None:
     """Raise ToolkitError when an array contradicts the others or holds a number that is not finite."""
     if toolkit.feature_mean.ndim != 2 or toolkit.whitelist.ndim != 2:
         raise ToolkitError("The toolkit's arrays have the wrong number of dimensions.", hint=PREPARE_AGAIN)
+    if set(toolkit.importance) != set(toolkit.spread):
+        raise ToolkitError("The toolkit's importance and spread name different criteria.", hint=PREPARE_AGAIN)
     arrays = _arrays(toolkit)
     for name, shape in expected_shapes(toolkit).items():
         if arrays[name].shape != shape:
@@ -83,9 +89,13 @@ def check(toolkit: Toolkit) -> None:
             raise ToolkitError(f"The toolkit's {name} holds a number that is not finite.", hint=PREPARE_AGAIN)
 
 
-def with_importance(toolkit: Toolkit, name: str, array: np.ndarray) -> Toolkit:
-    """The same toolkit with one more criterion (or a newer value of it), [L, H, K]."""
-    added = replace(toolkit, importance={**toolkit.importance, name: np.asarray(array, dtype=np.float32)})
+def with_importance(toolkit: Toolkit, name: str, importance: np.ndarray, spread: np.ndarray) -> Toolkit:
+    """The same toolkit with one more criterion (or a newer value of it), [L, H, K] each."""
+    added = replace(
+        toolkit,
+        importance={**toolkit.importance, name: np.asarray(importance, dtype=np.float32)},
+        spread={**toolkit.spread, name: np.asarray(spread, dtype=np.float32)},
+    )
     check(added)
     return added
 
@@ -113,6 +123,14 @@ def save(toolkit: Toolkit, folder: Path) -> None:
         (building / DESCRIPTION_FILE).write_text(text, "utf-8")
 
 
+def is_outdated(folder: Path) -> bool:
+    """Whether the toolkit in `folder` is of another schema version, so that only preparing it anew helps.
+
+    Raises ToolkitError when its description is unreadable.
+    """
+    return _read_description(folder)["schema_version"] != SCHEMA_VERSION
+
+
 def load(folder: Path, *, fingerprint: str) -> Toolkit:
     """Open a toolkit of the model with this fingerprint.
 
@@ -131,7 +149,7 @@ def load(folder: Path, *, fingerprint: str) -> Toolkit:
             hint=PREPARE_AGAIN,
         )
     arrays = _read_arrays(folder, description["arrays"])
-    names = [IMPORTANCE_PREFIX + name for name in description["criteria"]]
+    names = [prefix + name for name in description["criteria"] for prefix in (IMPORTANCE_PREFIX, SPREAD_PREFIX)]
     missing = sorted({*ARRAY_FIELDS, *names} - set(arrays))
     if missing:
         raise ToolkitError(f"{folder} lacks {', '.join(missing)}.", hint=PREPARE_AGAIN)
@@ -139,6 +157,7 @@ def load(folder: Path, *, fingerprint: str) -> Toolkit:
         fingerprint=fingerprint,
         domains=tuple(description["domains"]),
         importance={name: arrays[IMPORTANCE_PREFIX + name] for name in description["criteria"]},
+        spread={name: arrays[SPREAD_PREFIX + name] for name in description["criteria"]},
         meta=description["meta"],
         **{name: arrays[name] for name in ARRAY_FIELDS},
     )

@@ -9,7 +9,8 @@ from sspcompile.report.words import change, figures, percent, with_interval
 
 # Below this share of agreement more than every tenth token differs: nobody would call that the same model.
 FEW_AGREE = 0.9
-MUCH_UNKNOWN = 0.5
+# As in compile/mixture.py, which a report does not import.
+MUCH_UNKNOWN = 1 / 3
 
 
 def verdict(report: Report) -> tuple[str, ...]:
@@ -155,6 +156,6 @@ def _scenario(report: Report) -> Iterator[str]:
     scenario = report.scenario
     if scenario is not None and scenario.unknown >= MUCH_UNKNOWN:
         yield (
-            f"{percent(scenario.unknown)} of the scenario fits no known domain, "
-            "so the heads were chosen mostly by the domain-free average."
+            f"{percent(scenario.unknown)} of the scenario fits no known domain; "
+            "for that share the cached scores are the domain-free average."
         )

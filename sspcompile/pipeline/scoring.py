@@ -1,0 +1,80 @@
+"""Head scores of a scenario: from the domains' cached importance, from its own prompts, or from both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from sspcompile.compile.mixture import Mixture, head_scores
+from sspcompile.compile.shrinkage import shrink
+from sspcompile.criteria import criterion
+from sspcompile.errors import ScenarioError
+from sspcompile.loaded import LoadedModel
+from sspcompile.pipeline.evidence import own_fit_part
+from sspcompile.prepare.direct import importance_per_prompt
+from sspcompile.prepare.toolkit import Toolkit
+from sspcompile.recipe import Recipe
+from sspcompile.scenario import Scenario
+
+# A score of all prompts together says nothing about its own spread, so it cannot be weighed against the cache. In
+# earlier measurements 16 prompts were enough to choose heads: from there on it is taken, below that the cache is.
+ENOUGH_PROMPTS = 16
+
+Progress = Callable[[str, int, int], None]
+Source = Literal["domains", "prompts", "both"]
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """`values` [L, H] in the criterion's unit. `prompts` of the scenario's own were looked at, and had `prompt_weight`
+    (mean over heads, in [0, 1]) against the domains' cached scores."""
+
+    values: np.ndarray
+    source: Source
+    prompts: int
+    prompt_weight: float
+
+    def as_mapping(self) -> dict[str, object]:
+        return {"source": self.source, "prompts": self.prompts, "prompt_weight": round(self.prompt_weight, 6)}
+
+
+def demand_prompts(scenario: Scenario, options: Recipe) -> None:
+    """Raise ScenarioError when scores are to come from prompts and the scenario has none."""
+    if options.importance_from == "prompts" and not scenario.prompts:
+        raise ScenarioError(
+            f"--importance-from prompts needs prompts, and {scenario.name} has none of its own.",
+            hint="Give a file of prompts, or --importance-from domains.",
+        )
+
+
+def score_heads(
+    scenario: Scenario, used: Mixture, options: Recipe, toolkit: Toolkit, loaded: LoadedModel, name: str,
+    progress: Progress | None = None,
+) -> HeadScores:
+    """Score the heads for a scenario by the criterion `name`, which the toolkit holds.
+
+    Only prompts that may choose are looked at (`own_fit_part`). Raises ScenarioError like `demand_prompts`.
+    """
+    demand_prompts(scenario, options)
+    cached = head_scores(toolkit, name, used)
+    prompts = own_fit_part(scenario.prompts)
+    if options.importance_from == "domains" or "scenario" in (options.without or ()) or not prompts:
+        return HeadScores(cached, "domains", 0, 0.0)
+    together = criterion(name).per == "set"
+    if together and options.importance_from == "auto" and len(prompts) < ENOUGH_PROMPTS:
+        return HeadScores(cached, "domains", 0, 0.0)
+    report = progress or (lambda _stage, _done, _total: None)
+    values = importance_per_prompt(
+        loaded, toolkit, name, prompts, used.parts, seed=options.seed or 0, max_tokens=options.max_tokens or 0,
+        continuation_tokens=options.continuation_tokens or 0,
+        progress=lambda done, total: report(f"{name} on the scenario's prompts", done, total),
+    )
+    if options.importance_from == "prompts" or together:
+        read = min(len(prompts), criterion(name).max_prompts or len(prompts))
+        return HeadScores(values.mean(0), "prompts", read, 1.0)
+    importance, spread = (kind[name].astype(np.float64) for kind in (toolkit.importance, toolkit.spread))
+    shrunk = shrink(importance, spread, used.parts, values)
+    return HeadScores(shrunk.scores, "both", len(values), float(shrunk.weight.mean()))

@@ -1,0 +1,247 @@
+"""How a scenario conditions the scores: cache and prompts combined, and every part switched off."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from test_prepare_tools import DOMAINS, outside, pool_of, pools, tiny
+
+from sspcompile.compile.mixture import Mixture, ablated, head_scores, mixture_of
+from sspcompile.compile.shrinkage import shrink
+from sspcompile.domains import load_outside, load_pools
+from sspcompile.errors import ScenarioError
+from sspcompile.pipeline.compiling import Compiled, compile_scenario
+from sspcompile.pipeline.evidence import fit_part, own_fit_part, split
+from sspcompile.pipeline.scoring import score_heads
+from sspcompile.prepare import features, importance_of, prepare
+from sspcompile.prepare.direct import relative_variance, spread_by_domain
+from sspcompile.recipe import Recipe, resolve
+from sspcompile.scenario import Scenario, as_recipe
+
+SHAPE, COUNT = (2, 3), 3
+scores = hnp.arrays(np.float64, (*SHAPE, COUNT), elements=st.floats(0, 100))
+spreads = hnp.arrays(np.float64, (*SHAPE, COUNT), elements=st.floats(0, 50))
+prompts = st.integers(0, 6).flatmap(
+    lambda n: hnp.arrays(np.float64, (n, *SHAPE), elements=st.floats(0, 100))
+)
+ALIKE = np.full(COUNT, 1 / COUNT)
+
+
+# --- Cache and prompts combined --------------------------------------------------------------------------------------
+
+
+@given(scores, spreads, prompts)
+def test_shrunk_scores_are_finite_never_negative_and_weights_are_shares(importance, spread, values):
+    found = shrink(importance, spread, ALIKE, values)
+    assert np.isfinite(found.scores).all() and (found.scores >= 0).all()
+    assert ((found.weight >= 0) & (found.weight <= 1)).all()
+
+
+@given(scores, spreads)
+def test_no_prompts_give_the_cache(importance, spread):
+    found = shrink(importance, spread, ALIKE, np.zeros((0, *SHAPE)))
+    np.testing.assert_array_equal(found.scores, importance @ ALIKE)
+    assert (found.weight == 0).all()
+
+
+def lively(seed: int = 0):
+    rng = np.random.default_rng(seed)
+    return np.exp(rng.normal(size=(*SHAPE, COUNT))), rng.random((*SHAPE, COUNT)) * 5, rng.random((4, *SHAPE)) + 0.1
+
+
+def test_many_prompts_have_their_way_and_more_of_them_never_less():
+    importance, spread, values = lively()
+    weights = []
+    for times in (1, 4, 64, 1024, 200_000):
+        found = shrink(importance, spread, ALIKE, np.broadcast_to(values.mean(0), (times, *SHAPE)))
+        weights.append(found.weight)
+    assert all((later > earlier).all() for earlier, later in itertools.pairwise(weights))
+    share = found.scores / found.scores.sum()
+    np.testing.assert_allclose(share, values.mean(0) / values.mean(0).sum(), rtol=1e-2)
+
+
+def test_the_more_prompts_of_a_domain_differ_the_less_they_count_and_a_loud_scenario_counts_no_more():
+    importance, spread, values = lively()
+    calm, wild = (shrink(importance, spread * factor, ALIKE, values) for factor in (1, 10))
+    assert (wild.weight < calm.weight).all()
+    loud = shrink(importance, spread, ALIKE, values * 1e4)
+    np.testing.assert_allclose(loud.weight, calm.weight)
+    np.testing.assert_allclose(loud.scores / loud.scores.sum(), calm.scores / calm.scores.sum(), atol=1e-12)
+
+
+def test_domains_that_agree_leave_nothing_for_a_few_prompts_to_say():
+    """No variance between sources: a new source is expected to be like the old ones."""
+    importance, spread, values = lively()
+    same = np.repeat(importance[..., :1], COUNT, axis=-1)
+    found = shrink(same, spread, ALIKE, values)
+    assert (found.weight == 0).all()
+    np.testing.assert_allclose(found.scores / found.scores.sum(), same[..., 0] / same[..., 0].sum())
+
+
+def test_shrinkage_by_hand():
+    """Two heads, two domains with shares (.8, .2) and (.2, .8), asked for the first; one prompt with (.5, .5).
+
+    Logs differ by ln 4 = 1.3863 between the domains, variance 1.3863^2 / 2 = 0.9609. With a relative variance of
+    e - 1 of the prompts, v = ln(1 + (e - 1) / 1) = 1, so w = 0.9609 / 1.9609 = 0.49.
+    """
+    importance = np.array([[[0.8, 0.2], [0.2, 0.8]]])
+    spread = np.full((1, 2, 2), np.e - 1)
+    found = shrink(importance, spread, np.array([1.0, 0.0]), np.array([[[0.5, 0.5]]]))
+    np.testing.assert_allclose(found.weight, 0.49, atol=0.002)
+    ratio = (0.8 / 0.2) ** 0.51
+    assert found.scores[0, 0] / found.scores[0, 1] == pytest.approx(ratio, rel=0.01)
+
+
+def test_relative_variance_ignores_loudness_and_knows_a_head_that_comes_and_goes():
+    pattern, loudness = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([1.0, 10.0, 0.1, 5.0])
+    np.testing.assert_allclose(relative_variance(loudness[:, None, None] * pattern), 0, atol=1e-12)
+    # Shares (1, 0) and (0, 1) in turn: share .5, residuals +-.5, variance .25 * 4 / 3 over four prompts, / .5^2.
+    turns = np.array([[[1.0, 0.0]], [[0.0, 1.0]]] * 2)
+    np.testing.assert_allclose(relative_variance(turns), 4 / 3)
+    assert (relative_variance(turns[:1]) == 0).all() and (relative_variance(turns * 0) == 0).all()
+
+
+# --- A scenario through a toolkit ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny("qwen2", layers=3, hidden=64, heads=4, kv_heads=2, scale=0.1)
+
+
+@pytest.fixture(scope="module")
+def toolkit(model):
+    return prepare(model, pools(40), outside(), criteria=("fisher-greedy", "subspace"), continuation_tokens=3)
+
+
+PROMPTS = pool_of("chemistry", DOMAINS["chemistry"], 12, seed=5).prompts
+
+
+def scenario(**how) -> Scenario:
+    return Scenario("lab", how.get("text"), how.get("prompts", ()), how.get("domains"), "prompts")
+
+
+def options_for(read: Scenario, **options) -> Recipe:
+    options = {"criterion": "fisher-greedy", "continuation_tokens": 3, **options}
+    return resolve(as_recipe(read), command_line=options, environment={})
+
+
+def compiled(model, toolkit, read: Scenario, **options) -> Compiled:
+    return compile_scenario(read, options_for(read, **options), toolkit, model)
+
+
+@pytest.mark.parametrize("criterion", ["fisher-greedy", "subspace"])
+def test_importance_comes_from_where_it_was_asked_for(model, toolkit, criterion):
+    read = scenario(prompts=PROMPTS)
+    found = {
+        source: compiled(model, toolkit, read, importance_from=source, criterion=criterion)
+        for source in ("domains", "prompts", "auto")
+    }
+    domains, own, both = (found[source].scores for source in ("domains", "prompts", "auto"))
+    mixture = found["domains"].mixture
+    np.testing.assert_allclose(domains.values, head_scores(toolkit, criterion, mixture))
+    chosen = own_fit_part(PROMPTS)
+    direct = importance_of(
+        model, criterion, chosen, toolkit=toolkit, mixture=mixture.parts, continuation_tokens=3
+    )
+    np.testing.assert_allclose(own.values, direct, rtol=1e-6)
+    assert (domains.source, domains.prompts, domains.prompt_weight) == ("domains", 0, 0.0)
+    assert (own.source, own.prompts, own.prompt_weight) == ("prompts", len(chosen), 1.0)
+    assert both.source == "both" and both.prompts == len(chosen) and 0 < both.prompt_weight < 1
+    shares = [one.values / one.values.sum() for one in (domains, own, both)]
+    assert ((shares[2] >= np.minimum(*shares[:2]) * 0.7) & (shares[2] <= np.maximum(*shares[:2]) * 1.4)).all()
+
+
+@pytest.mark.parametrize("how", [{"text": "please tell me about acid"}, {"domains": {"math": 1.0}}])
+def test_a_scenario_without_prompts_uses_the_cache_and_cannot_be_scored_on_prompts(model, toolkit, how):
+    read = scenario(**how)
+    found = compiled(model, toolkit, read)
+    assert found.scores.source == "domains"
+    with pytest.raises(ScenarioError, match=r"has none of its own.*--importance-from domains"):
+        compiled(model, toolkit, read, importance_from="prompts")
+
+
+def test_spread_is_cached_per_domain(model, toolkit):
+    assert toolkit.spread["fisher-greedy"].shape == (3, 4, 3) and (toolkit.spread["fisher-greedy"] > 0).all()
+    labels = np.array([0, 0, 1, 1])
+    values = np.random.default_rng(0).random((4, 2, 2))
+    np.testing.assert_array_equal(spread_by_domain(values, labels, 2)[..., 1], relative_variance(values[2:]))
+
+
+# --- Parts switched off ----------------------------------------------------------------------------------------------
+
+MIXTURE = Mixture(("a", "b", "c"), np.array([0.2, 0.5, 0.3]), 0.9, 0.4, {})
+
+
+def test_mixing_and_scenario_can_be_switched_off():
+    assert ablated(MIXTURE, ()) is MIXTURE and ablated(MIXTURE, ("whitelist", "calibration")) is MIXTURE
+    np.testing.assert_allclose(ablated(MIXTURE, ("mixing",)).parts, [0, 1, 0])
+    np.testing.assert_allclose(ablated(MIXTURE, ("mixing", "scenario")).parts, 1 / 3)
+    np.testing.assert_allclose(MIXTURE.parts, 0.6 * MIXTURE.weights + 0.4 / 3)
+
+
+def test_switched_off_parts_change_what_they_stand_for_and_nothing_else(model, toolkit):
+    read = scenario(prompts=PROMPTS)
+    whole = compiled(model, toolkit, read, importance_from="domains")
+
+    def without(*parts: str) -> Compiled:
+        return compiled(model, toolkit, read, importance_from="domains", without=parts)
+
+    free = without("scenario")
+    np.testing.assert_allclose(free.scores.values, toolkit.importance["fisher-greedy"].mean(-1), rtol=1e-6)
+    top = without("mixing")
+    np.testing.assert_allclose(top.scores.values, toolkit.importance["fisher-greedy"][..., 0], rtol=1e-6)
+    bare = without("whitelist")
+    assert not bare.whitelist.any()
+    np.testing.assert_array_equal(bare.merit, bare.scores.values)
+    # The texts that choose and judge follow the measured mixture, so that ablations are compared on the same ones.
+    for ablation in (free, top, bare):
+        np.testing.assert_array_equal(ablation.mixture.weights, whole.mixture.weights)
+    raw = without("calibration")
+    assert not np.allclose(raw.mixture.weights, whole.mixture.weights)
+
+
+def test_without_the_scenario_its_prompts_do_not_count_either(model, toolkit):
+    read = scenario(prompts=PROMPTS)
+    options = options_for(read, without=("scenario",))
+    used = ablated(compiled(model, toolkit, read).mixture, options.without)
+    assert score_heads(read, used, options, toolkit, model, "subspace").source == "domains"
+
+
+# --- Scenarios that fit no domain ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lone(embedded):
+    """A toolkit of the embedded model that has seen one of the two outside subjects, and no held-out text."""
+    return prepare(
+        embedded, fit_part(load_pools()), load_outside()[:1], criteria=("fisher-greedy",), continuation_tokens=0
+    )
+
+
+def test_text_of_an_unseen_subject_is_less_known_than_unseen_text_of_the_domains(embedded, lone):
+    def unknown(texts) -> float:
+        return mixture_of(lone, features(embedded, texts)).unknown
+
+    held = [[*guard, *judge] for _, guard, judge in (split(pool.prompts) for pool in load_pools())]
+    known, foreign = [unknown(texts) for texts in held], unknown(load_outside()[1].prompts)
+    assert foreign > np.mean(known) + 0.1 and foreign > max(known), (foreign, known)
+
+
+def test_calibration_is_measured_on_text_that_did_not_fit_it_and_helps_where_probes_are_too_sure(lone):
+    facts = lone.meta["calibration"]
+    assert set(facts) == {"single", "cross", "outside", "uncalibrated"}
+    assert facts["cross"]["ece_after"] < facts["cross"]["ece_before"]
+    assert all(0 <= facts[regime]["ece_after"] < 0.5 for regime in ("single", "cross", "outside"))
+
+
+def test_a_mixture_says_when_it_fits_no_domain():
+    low, high = (replace(MIXTURE, unknown=share) for share in (0.2, 0.6))
+    assert not low.is_unknown and high.is_unknown
+    assert high.as_mapping()["fits_no_domain"] is True and high.as_mapping()["unknown"] == 0.6
