@@ -3,12 +3,13 @@
 PYTHON ?= python3.11
 VENV := .venv
 COMPAT := .venv-compat
+HARNESS := .venv-lm-eval
 BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
 # Two test processes: as many as the smallest machine that this is meant for has cores.
 WORKERS ?= 2
 
-.PHONY: demo test test-compat test-wheel test-shapes lint format train bench-compile bench-criteria bench-slice clean
+.PHONY: demo test test-compat test-wheel test-shapes test-lm-eval lint format train bench-compile bench-quality bench-slice clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +39,15 @@ test-wheel: $(VENV)/.done  ## The wheel in an empty environment, from another fo
 test-shapes: $(VENV)/.done  ## Whole builds with the attention shapes of the paper's four models.
 	$(BIN)/python -m pytest tests/test_paper_shapes.py -m slow
 
+$(HARNESS)/.done: pyproject.toml constraints.txt constraints-lm-eval.txt
+	$(PYTHON) -m venv $(HARNESS)
+	$(HARNESS)/bin/pip install $(PIP_FLAGS) --constraint constraints.txt --constraint constraints-lm-eval.txt \
+	    --editable '.[dev,eval]'
+	touch $@
+
+test-lm-eval: $(HARNESS)/.done  ## lm-evaluation-harness on an artifact, with a task that needs no download.
+	$(HARNESS)/bin/python -m pytest tests/test_lm_eval.py -m slow
+
 lint: $(VENV)/.done
 	$(BIN)/ruff check .
 
@@ -49,8 +59,9 @@ train: $(VENV)/.done  ## Train the embedded model again, and write its card and 
 	$(BIN)/python -m sspcompile.embedded.card
 	$(BIN)/python -m sspcompile.embedded.pools
 
-bench-criteria: $(VENV)/.done  ## Which head score measures best on the embedded model.
-	$(BIN)/python benchmarks/criteria.py
+bench-quality: $(VENV)/.done  ## Quality at a given size: every head score, both layouts, with and without repair.
+	$(BIN)/python -m benchmarks.quality
+	$(BIN)/python -m benchmarks.quality_tables
 
 bench-compile: $(VENV)/.done  ## How long compiling a scenario takes once everything is loaded.
 	$(BIN)/python benchmarks/compile.py
@@ -59,4 +70,4 @@ bench-slice: $(VENV)/.done  ## What cutting a checkpoint costs against copying w
 	$(BIN)/python benchmarks/slice.py
 
 clean:
-	rm -rf $(VENV) $(COMPAT) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(COMPAT) $(HARNESS) build dist .pytest_cache .ruff_cache .hypothesis

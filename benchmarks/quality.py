@@ -24,18 +24,18 @@ import click
 import numpy as np
 import torch
 from rich.progress import track
-from sspcompile.measure.answers import EncodedItems, answer_scores, encode_items
 
 from sspcompile.compile.layouts import Choice, choose
 from sspcompile.criteria import CRITERIA
 from sspcompile.criteria.measuring import measure
-from sspcompile.criteria.subspace import probe_directions
 from sspcompile.domains import load_outside, load_pools
 from sspcompile.embedded.corpus import DOMAINS, items
 from sspcompile.loaded import LoadedModel, head_gates
+from sspcompile.measure.answers import EncodedItems, answer_scores, encode_items
 from sspcompile.pipeline.compiling import open_subject
 from sspcompile.pipeline.evidence import fit_part
 from sspcompile.prepare import prepare
+from sspcompile.prepare.importance import probe_directions
 from sspcompile.prepare.text import Batch, Sentence, batches_of, continued
 from sspcompile.slicing.repair import Repair, fit_bias, fit_repair, repaired
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sspcompile.errors import CheckpointError, RunError
-from sspcompile.families import FAMILIES, Geometry, geometry_of
+from sspcompile.families import FAMILIES, Geometry, family_of, geometry_of
 from sspcompile.placement import input_device, loading_options, weight_of
 
 if TYPE_CHECKING:
@@ -31,11 +31,27 @@ LOADING_ERRORS = (ValueError, KeyError, TypeError, AttributeError, ImportError, 
 
 
 @dataclass(frozen=True)
-class LoadedModel:
-    """A dense decoder ready to run: evaluation mode, no gradients, the family's attention."""
+class TextModel:
+    """Any decoder ready to run, dense or cut: evaluation mode, no gradients, with its tokenizer."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return input_device(self.model)
+
+    @property
+    def vocab(self) -> int:
+        """Width of the logits."""
+        return self.model.config.vocab_size
+
+
+@dataclass(frozen=True)
+class LoadedModel(TextModel):
+    """A dense decoder ready to run, with what is known of its build, in fp32."""
+
     geometry: Geometry
     path: Path
     fingerprint: str
@@ -45,9 +61,30 @@ class LoadedModel:
         return self.model.model.layers
 
     @property
-    def device(self) -> torch.device:
-        """Where token ids go."""
-        return input_device(self.model)
+    def vocab(self) -> int:
+        return self.geometry.vocab
+
+
+def load_cut(path: Path, *, device: str = "cpu", trust_remote_code: bool = False) -> TextModel:
+    """Load a finished model folder of any head counts as its users do, in fp32.
+
+    Raises CheckpointError when transformers cannot load it.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    attention = family_of(json.loads((path / "config.json").read_text("utf-8"))).attention
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust_remote_code
+        )
+    except LOADING_ERRORS as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"transformers cannot load {path}: {reason}", hint="Check its files.") from error
+    model.requires_grad_(False).eval().to(device)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return TextModel(model, tokenizer)
 
 
 def load(

@@ -35,6 +35,7 @@ DEFAULTS: Mapping[str, Any] = {
     "criterion": "fisher",
     "importance_from": "auto",
     "repair": "least-squares",
+    "granularity": "head",
     "without": (),
     "max_tokens": 512,
     "continuation_tokens": 16,
@@ -82,6 +83,7 @@ class Recipe(BaseModel):
     heads are scored by the domains' cached importance, on the scenario's own prompts, or by both where there are any.
     `without`: parts of the method that are switched off. `pools`: a folder of domain pools beside the shipped ones.
     `axes`: how many of all pools become domains; None for the shipped six and those of `pools`.
+    `granularity`: cut single heads, or whole key/value groups only.
     `model`: a folder or a hub name, None for the embedded model. `continuation_tokens`: how many tokens the model
     writes after each prompt when heads are scored.
     """
@@ -99,6 +101,7 @@ class Recipe(BaseModel):
     pools: Text | None = None
     axes: int | None = Field(default=None, ge=2, le=1000)
     criterion: str | None = Field(default=None, pattern=NAME_PATTERN)
+    granularity: Literal["head", "group"] | None = None
     importance_from: Literal["domains", "prompts", "auto"] | None = None
     repair: Literal["least-squares", "flap-bias", "none"] | None = None
     without: Annotated[tuple[Part, ...], AfterValidator(_in_order)] | None = Field(default=None, strict=False)

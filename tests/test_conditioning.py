@@ -15,11 +15,11 @@ from test_prepare_tools import DOMAINS, outside, pool_of, pools, tiny
 from sspcompile.compile.mixture import Mixture, ablated, head_scores, mixture_of
 from sspcompile.compile.shrinkage import shrink
 from sspcompile.domains import load_outside, load_pools
-from sspcompile.errors import ScenarioError
+from sspcompile.errors import ScenarioError, ToolkitError
 from sspcompile.pipeline.compiling import Compiled, compile_scenario
 from sspcompile.pipeline.evidence import fit_part, own_fit_part, split
 from sspcompile.pipeline.scoring import score_heads
-from sspcompile.prepare import features, importance_of, prepare
+from sspcompile.prepare import features, importance_by_domain, importance_of, prepare, with_importance
 from sspcompile.prepare.direct import relative_variance, spread_by_domain
 from sspcompile.recipe import Recipe, resolve
 from sspcompile.scenario import Scenario, as_recipe
@@ -245,3 +245,24 @@ def test_a_mixture_says_when_it_fits_no_domain():
     low, high = (replace(MIXTURE, unknown=share) for share in (0.2, 0.6))
     assert not low.is_unknown and high.is_unknown
     assert high.as_mapping()["fits_no_domain"] is True and high.as_mapping()["unknown"] == 0.6
+
+
+def test_whole_groups_are_scored_and_cut_when_they_are_asked_for(model, toolkit):
+    key = "fisher-greedy.group"
+    both = with_importance(toolkit, key, *importance_by_domain(model, toolkit, pools(40), key))
+    found = compiled(model, both, scenario(prompts=PROMPTS), granularity="group", keep=0.5)
+    per_group = found.scores.values.reshape(3, 2, 2)
+    np.testing.assert_allclose(per_group[..., 0], per_group[..., 1])
+    heads = compiled(model, both, scenario(prompts=PROMPTS)).scores.values.reshape(3, 2, 2)
+    assert not np.allclose(heads.sum(-1), per_group.sum(-1)), "closing a group is not closing its heads one by one"
+    assert found.groups_only
+    with pytest.raises(ToolkitError, match=r"no fisher-greedy.group importance"):
+        compiled(model, toolkit, scenario(prompts=PROMPTS), granularity="group")
+
+
+@pytest.mark.parametrize(("count", "source"), [(8, "domains"), (40, "prompts")])
+def test_a_score_of_all_prompts_together_is_taken_from_them_when_they_are_enough(model, toolkit, count, source):
+    both = with_importance(toolkit, "wanda", *importance_by_domain(model, toolkit, pools(40), "wanda"))
+    prompts = pool_of("chemistry", DOMAINS["chemistry"], count, seed=6).prompts
+    found = compiled(model, both, scenario(prompts=prompts), criterion="wanda")
+    assert found.scores.source == source

@@ -182,6 +182,7 @@ def test_default_options() -> None:
         "repair": "least-squares",
         "without": (),
         "max_tokens": 512,
+        "granularity": "head",
         "continuation_tokens": 16,
         "seed": 0,
     }

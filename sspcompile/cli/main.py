@@ -12,6 +12,7 @@ from sspcompile.cli.bench import bench
 from sspcompile.cli.build import build
 from sspcompile.cli.criteria import criteria
 from sspcompile.cli.doctor import doctor
+from sspcompile.cli.eval import evaluate
 from sspcompile.cli.export import export
 from sspcompile.cli.inspect import inspect
 from sspcompile.cli.plan import plan
@@ -40,7 +41,7 @@ def cli() -> None:
     """
 
 
-for command in (build, plan, prepare, inspect, verify, export, bench, recipe, criteria, doctor):
+for command in (build, plan, prepare, inspect, verify, export, bench, evaluate, recipe, criteria, doctor):
     cli.add_command(command)
 cli.add_command(slice_command, "slice")
 

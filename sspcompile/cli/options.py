@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 BUILD_OPTIONS = (
-    "model", "keep", "strength", "layout", "pools", "axes", "criterion", "importance_from", "repair", "without",
-    "max_tokens", "continuation_tokens", "seed",
+    "model", "keep", "strength", "layout", "pools", "axes", "criterion", "granularity", "importance_from", "repair",
+    "without", "max_tokens", "continuation_tokens", "seed",
 )  # fmt: skip
 
 CRITERIA_HELP = f"{', '.join(list(CRITERIA)[:5])}, ...; `sspcompile criteria` lists all {len(CRITERIA)}."
@@ -66,6 +66,10 @@ def build_options(command: Command) -> Command:
             pools_option,
             axes_option,
             click.option("--criterion", metavar="NAME", help=f"Score of the heads (fisher): {CRITERIA_HELP}"),
+            click.option(
+                "--granularity", metavar="[head|group]",
+                help="Cut single heads, or whole key/value groups, which saves more of the KV cache (head).",
+            ),
             click.option(
                 "--importance-from", metavar="[domains|prompts|auto]",
                 help="Score heads by the domains' cached importance, on the scenario's own prompts, or by both (auto).",
@@ -125,7 +129,8 @@ def refuse_hopeless(scenario: Scenario, subject: Subject, options: Recipe) -> No
     if options.keep is not None:
         g = subject.checkpoint.geometry
         # Whether a budget is feasible follows from the counts alone, whatever the scores are.
-        choose(np.ones((g.layers, g.heads)), g.kv_heads, options.keep, "per-layer")
+        groups_only = options.granularity == "group"
+        choose(np.ones((g.layers, g.heads)), g.kv_heads, options.keep, "per-layer", groups_only=groups_only)
 
 
 def warn_unknown(mixture: Mixture) -> None:

@@ -117,7 +117,14 @@ def _by_counts(checkpoint: Checkpoint, options: Recipe, host: str | None) -> lis
 
 def _by_scenario(read: Scenario, options: Recipe, host: str | None, quiet: bool) -> list[SlicePlan]:
     from sspcompile.cli.progress import stages
-    from sspcompile.pipeline.compiling import choices_for, compile_scenario, mask_of, open_subject, toolkit_for
+    from sspcompile.pipeline.compiling import (
+        choices_for,
+        compile_scenario,
+        mask_of,
+        open_subject,
+        score_key,
+        toolkit_for,
+    )
     from sspcompile.slicing.plan import make_plan
     from sspcompile.workspace import Workspace
 
@@ -125,7 +132,7 @@ def _by_scenario(read: Scenario, options: Recipe, host: str | None, quiet: bool)
     refuse_hopeless(read, subject, options)
     with stages(quiet) as progress:
         loaded = subject.load()
-        toolkit, _ = toolkit_for(subject, loaded, options, Workspace(here()), progress, [options.criterion or ""])
+        toolkit, _ = toolkit_for(subject, loaded, options, Workspace(here()), progress, [score_key(options)])
         compiled = compile_scenario(read, options, toolkit, loaded, progress)
     warn_unknown(compiled.mixture)
     choices = choices_for(compiled, subject, options.layout or "auto")

@@ -3,6 +3,6 @@
 Importing this package is cheap: the methods themselves, and torch, are loaded when one is measured.
 """
 
-from sspcompile.criteria.table import CRITERIA, Criterion, Passes, criterion
+from sspcompile.criteria.table import CRITERIA, Criterion, Passes, criterion, key_of, of_key
 
-__all__ = ["CRITERIA", "Criterion", "Passes", "criterion"]
+__all__ = ["CRITERIA", "Criterion", "Passes", "criterion", "key_of", "of_key"]

@@ -23,7 +23,7 @@ from sspcompile.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
-    from sspcompile.criteria.look import Look
+    from sspcompile.criteria.look import Granularity, Look
     from sspcompile.loaded import LoadedModel
 
 Needs = Literal["nothing", "prompts", "prompts, a backward pass", "prompts, probe directions"]
@@ -79,6 +79,19 @@ def criterion(name: str) -> Criterion:
             hint=f"Accepted: {', '.join(CRITERIA)}. `sspcompile criteria` describes them.",
         )
     return CRITERIA[name]
+
+
+def key_of(name: str, granularity: Granularity) -> str:
+    """Under which name scores are cached: those of heads by the criterion's own, others with the unit behind it."""
+    return name if granularity == "head" else f"{name}.{granularity}"
+
+
+def of_key(key: str) -> tuple[Criterion, Granularity]:
+    """Criterion and granularity of a cached score. Raises InputError that lists what there is."""
+    name, _, unit = key.partition(".")
+    if unit not in ("", "group"):
+        raise InputError(f"Unknown granularity {unit!r}.", hint=f"Accepted: {name}, {name}.group.")
+    return criterion(name), "group" if unit else "head"
 
 
 # The methods' own constants, repeated because their modules import torch; a test holds the two together.

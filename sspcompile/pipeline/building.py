@@ -29,6 +29,7 @@ from sspcompile.pipeline.compiling import (
     compile_scenario,
     evidence_for,
     mask_of,
+    score_key,
     toolkit_for,
 )
 from sspcompile.pipeline.judging import Candidate, Judge, decide
@@ -63,7 +64,7 @@ def build(
         demand_bias(subject.checkpoint.geometry)
     with staged(out, overwrite=overwrite) as folder:
         loaded = subject.load()
-        toolkit, _ = toolkit_for(subject, loaded, options, workspace, progress, [options.criterion or ""])
+        toolkit, _ = toolkit_for(subject, loaded, options, workspace, progress, [score_key(options)])
         compiled = compile_scenario(scenario, options, toolkit, loaded, progress)
         choices = choices_for(compiled, subject, options.layout or "auto")
         judge = _judge(loaded, subject, compiled, options, progress)
@@ -142,7 +143,7 @@ def _baselines(
     kv_heads = judge.loaded.geometry.kv_heads
 
     def at_this_budget(name: str, values: np.ndarray) -> Divergence:
-        choice = choose(values, kv_heads, compiled.keep, chosen.layout)
+        choice = choose(values, kv_heads, compiled.keep, chosen.layout, groups_only=compiled.groups_only)
         return judge.candidate(chosen.layout, choice, name=name).final.judge
 
     random = [

@@ -15,7 +15,7 @@ from sspcompile.compile.budget import keep_from_strength, merit
 from sspcompile.compile.layouts import Choice, choose
 from sspcompile.compile.mask import HeadMask, Layout, kept_of
 from sspcompile.compile.mixture import Mixture, ablated, given_mixture, mixture_of
-from sspcompile.criteria import criterion
+from sspcompile.criteria import key_of, of_key
 from sspcompile.domains import pools_fingerprint
 from sspcompile.errors import ToolkitError, UnsupportedModelError
 from sspcompile.loaded import LoadedModel, load
@@ -65,7 +65,7 @@ class Compiled:
     """A scenario read through a toolkit: what it is made of and what every head is worth to it.
 
     `mixture` is what was measured; `used` is what scored the heads, and differs only where a part of the method is
-    switched off (`without`). `merit` is [layers, heads], `whitelist` bool [layers, heads].
+    switched off (`without`). `merit` is [layers, heads], `whitelist` bool [layers, heads]. `repair` was asked for.
     """
 
     scenario: Scenario
@@ -76,7 +76,9 @@ class Compiled:
     merit: np.ndarray
     keep: float
     criterion: str
+    groups_only: bool
     without: tuple[str, ...]
+    repair: str
 
 
 def open_subject(model: str | None) -> Subject:
@@ -96,8 +98,8 @@ def toolkit_for(
     A toolkit that was learned from an earlier content of the shipped pools is made anew. Raises InputError like
     `pools_of`.
     """
-    for name in criteria:
-        criterion(name)
+    for key in criteria:
+        of_key(key)
     criteria = tuple(dict.fromkeys((*STANDARD_CRITERIA, *criteria)))
     folder = toolkit_folder(subject, options, workspace)
     given = pools_of(options)
@@ -146,6 +148,11 @@ def _stored(folder: Path, subject: Subject, options: Recipe, given: PoolSet) -> 
     return toolkit if all(toolkit.meta.get(key) == value for key, value in wanted.items()) else None
 
 
+def score_key(options: Recipe) -> str:
+    """The name under which the toolkit caches the scores that a build asks for."""
+    return key_of(options.criterion or "", options.granularity or "head")
+
+
 def compile_scenario(
     scenario: Scenario, options: Recipe, toolkit: Toolkit, loaded: LoadedModel, progress: Progress | None = None
 ) -> Compiled:
@@ -153,7 +160,7 @@ def compile_scenario(
 
     Where the scenario's own prompts score heads too (`importance_from`), the passes of the criterion come on top.
     """
-    name = options.criterion or ""
+    name = score_key(options)
     if name not in toolkit.importance:
         raise ToolkitError(
             f"The toolkit has no {name} importance.", hint=f"Run `sspcompile prepare --criterion {name}`."
@@ -166,7 +173,9 @@ def compile_scenario(
     keep = options.keep if options.keep is not None else keep_from_strength(options.strength or 0.0, mixture.breadth)
     return Compiled(
         scenario=scenario, mixture=mixture, used=used, scores=scores, whitelist=whitelist,
-        merit=merit(scores.values, whitelist), keep=keep, criterion=name, without=without,
+        merit=merit(scores.values, whitelist), keep=keep, criterion=name,
+        groups_only=options.granularity == "group", without=without,
+        repair=options.repair or "none",
     )
 
 
@@ -197,6 +206,7 @@ def mask_of(compiled: Compiled, subject: Subject, choice: Choice, layout: Layout
         scenario={
             "name": compiled.scenario.name, "source": compiled.scenario.source, **compiled.mixture.as_mapping(),
             "importance": compiled.scores.as_mapping(), "without": list(compiled.without),
+            "repair": compiled.repair,
         },
     )
 
@@ -210,7 +220,7 @@ def choices_for(compiled: Compiled, subject: Subject, layout: str) -> Mapping[La
     asked: tuple[Layout, ...] = ("uniform", "per-layer") if layout == "auto" else (layout,)  # type: ignore[assignment]
     found: dict[Layout, Choice] = {}
     for name in asked:
-        choice = choose(compiled.merit, g.kv_heads, compiled.keep, name)
+        choice = choose(compiled.merit, g.kv_heads, compiled.keep, name, groups_only=compiled.groups_only)
         try:
             host_of(g, choice.shapes)
         except UnsupportedModelError:

@@ -55,6 +55,12 @@ def split(texts: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...], tuple
     return fit, held[1::2], held[::2]
 
 
+def seen_part(texts: Sequence[str]) -> tuple[str, ...]:
+    """Those of the texts that may have chosen, repaired or decided anything; what is left may be asked."""
+    fit, guard, _ = split(texts)
+    return fit + guard
+
+
 def fit_part(pools: Sequence[DomainPool]) -> tuple[DomainPool, ...]:
     """The pools without their held-out prompts: what `prepare` may learn from."""
     return tuple(replace(pool, prompts=split(pool.prompts)[0]) for pool in pools)
@@ -77,7 +83,7 @@ def gather(prompts: Sequence[str], mixture: Mixture, pools: Sequence[DomainPool]
 
     def fill(part: int, have: int, wanted: int) -> tuple[str, ...]:
         drawn: list[str] = []
-        for share, pool in zip(_shares(mixture.parts, wanted - have), pools, strict=True):
+        for share, pool in zip(whole_shares(mixture.parts, wanted - have), pools, strict=True):
             texts = [text for text in split(pool.prompts)[part] if text not in own]
             drawn += [texts[index] for index in np.sort(rng.permutation(len(texts))[:share])]
         return tuple(drawn)
@@ -99,7 +105,7 @@ def _thinned(texts: tuple[str, ...], limit: int) -> tuple[str, ...]:
     return tuple(texts[index * len(texts) // limit] for index in range(limit))
 
 
-def _shares(weights: np.ndarray, count: int) -> list[int]:
+def whole_shares(weights: np.ndarray, count: int) -> list[int]:
     """Whole numbers in proportion to `weights` that sum to `count` (largest remainders), zeros when it is negative."""
     if count <= 0:
         return [0] * len(weights)

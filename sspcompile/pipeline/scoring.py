@@ -10,7 +10,7 @@ import numpy as np
 
 from sspcompile.compile.mixture import Mixture, head_scores
 from sspcompile.compile.shrinkage import shrink
-from sspcompile.criteria import criterion
+from sspcompile.criteria import of_key
 from sspcompile.errors import ScenarioError
 from sspcompile.loaded import LoadedModel
 from sspcompile.pipeline.evidence import own_fit_part
@@ -63,7 +63,7 @@ def score_heads(
     prompts = own_fit_part(scenario.prompts)
     if options.importance_from == "domains" or "scenario" in (options.without or ()) or not prompts:
         return HeadScores(cached, "domains", 0, 0.0)
-    together = criterion(name).per == "set"
+    together = of_key(name)[0].per == "set"
     if together and options.importance_from == "auto" and len(prompts) < ENOUGH_PROMPTS:
         return HeadScores(cached, "domains", 0, 0.0)
     report = progress or (lambda _stage, _done, _total: None)
@@ -73,7 +73,7 @@ def score_heads(
         progress=lambda done, total: report(f"{name} on the scenario's prompts", done, total),
     )
     if options.importance_from == "prompts" or together:
-        read = min(len(prompts), criterion(name).max_prompts or len(prompts))
+        read = min(len(prompts), of_key(name)[0].max_prompts or len(prompts))
         return HeadScores(values.mean(0), "prompts", read, 1.0)
     importance, spread = (kind[name].astype(np.float64) for kind in (toolkit.importance, toolkit.spread))
     shrunk = shrink(importance, spread, used.parts, values)

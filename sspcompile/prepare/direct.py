@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from sspcompile.criteria import measuring
-from sspcompile.criteria.table import criterion
+from sspcompile.criteria.table import of_key
 from sspcompile.loaded import LoadedModel
 from sspcompile.prepare.importance import probe_directions
 from sspcompile.prepare.text import continued
@@ -32,13 +32,13 @@ def importance_per_prompt(
     where it scores all prompts together. Criteria with a value per axis are combined with `parts` [K]. Raises
     InputError for an unknown name.
     """
-    chosen = criterion(name)
+    chosen, granularity = of_key(name)
     limit = min(len(prompts), chosen.max_prompts or len(prompts))
     read = [prompts[index * len(prompts) // limit] for index in range(limit)]
     values = measuring.measure(
-        loaded, name, continued(loaded, read, continuation_tokens, max_tokens),
-        directions=probe_directions(toolkit.probe_weight, toolkit.feature_scale), seed=seed, every_prompt=True,
-        progress=progress,
+        loaded, chosen.name, continued(loaded, read, continuation_tokens, max_tokens),
+        directions=probe_directions(toolkit.probe_weight, toolkit.feature_scale), seed=seed,
+        granularity=granularity, every_prompt=True, progress=progress,
     ).values
     return values @ parts if chosen.per_axis else values
 

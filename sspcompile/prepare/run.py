@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sspcompile.criteria import measuring
-from sspcompile.criteria.table import CRITERIA, criterion
+from sspcompile.criteria.table import CRITERIA, of_key
 from sspcompile.domains import DomainPool, pools_fingerprint
 from sspcompile.errors import InputError
 from sspcompile.loaded import LoadedModel
@@ -85,12 +85,13 @@ def prepare(
     texts = continued(loaded, prompts, continuation_tokens, max_tokens)
     report("continuations", 1, 1)
     scores = {
-        name: measuring.measure(
-            loaded, name, texts, labels=labels, directions=unit, seed=seed, progress=_stage(report, name)
+        key: measuring.measure(
+            loaded, of_key(key)[0].name, texts, labels=labels, directions=unit, seed=seed,
+            granularity=of_key(key)[1], progress=_stage(report, key),
         )
-        for name in dict.fromkeys(criteria)
+        for key in dict.fromkeys(criteria)
     }
-    tested = next(name for name in scores if criterion(name).per == "prompt")
+    tested = next(key for key in scores if of_key(key)[0].per == "prompt")
     confirmed = whitelist(scores[tested].own_axis(), scores[tested].labels)
     meta = _versions() | {"axes": axes_facts} | facts | {
         "seed": seed, "text_version": TEXT_VERSION, "max_tokens": max_tokens,
@@ -138,9 +139,10 @@ def importance_by_domain(
     )
     unit = importance.probe_directions(toolkit.probe_weight, toolkit.feature_scale)
     labels = corpus.labels[corpus.prompt_rows]
+    chosen, granularity = of_key(name)
     scores = measuring.measure(
-        loaded, name, texts, labels=labels, directions=unit, seed=toolkit.meta["seed"],
-        progress=_stage(progress or _silent, name),
+        loaded, chosen.name, texts, labels=labels, directions=unit, seed=toolkit.meta["seed"],
+        granularity=granularity, progress=_stage(progress or _silent, name),
     )  # fmt: skip
     count = len(pools)
     return _f32(scores.by_domain(count)), _f32(spread_by_domain(scores.own_axis(), scores.labels, count))
@@ -160,7 +162,7 @@ def _validate(pools: Sequence[DomainPool], criteria: Sequence[str], axes: int | 
         raise InputError(f"Too few prompts: {', '.join(small)}.", hint=f"At least {MIN_PROMPTS} per domain.")
     if not criteria:
         raise InputError("No criterion was given.", hint=f"Accepted: {', '.join(CRITERIA)}.")
-    if all(criterion(name).per != "prompt" for name in criteria):
+    if all(of_key(key)[0].per != "prompt" for key in criteria):
         fit = ", ".join(name for name, entry in CRITERIA.items() if entry.per == "prompt")
         raise InputError(
             f"The whitelist cannot be tested with {', '.join(criteria)}: no score for each prompt.",

@@ -19,7 +19,7 @@ from sspcompile.prepare.parallel import current
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sspcompile.loaded import LoadedModel
+    from sspcompile.loaded import LoadedModel, TextModel
 
 TEXT_VERSION = 1
 MAX_TOKENS = 512
@@ -27,6 +27,9 @@ CONTINUATION_TOKENS = 16
 BATCH_TOKENS = 4096  # padding included
 # Logits of one batch stay under 2^26 numbers (256 MiB in fp32) however large the vocabulary is.
 BATCH_LOGITS = 2**26
+
+# What a user types, or a conversation that ends with it: user and assistant in turn, the user first and last.
+Prompt = str | tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -52,42 +55,71 @@ class Batch:
     score_mask: Tensor  # bool: the last prompt token, and the continuation tokens except the last
 
 
-def render(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
-    """The text that the model reads for each user prompt: through the chat template when there is one."""
-    if not tokenizer.chat_template:
-        return list(prompts)
-    return tokenizer.apply_chat_template(
-        [[{"role": "user", "content": prompt}] for prompt in prompts], tokenize=False, add_generation_prompt=True
-    )
+def render(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[str]:
+    """The text that the model reads for each prompt: through the chat template when there is one.
+
+    Raises ValueError for a conversation without a template.
+    """
+    if tokenizer.chat_template:
+        turns = [messages(prompt) for prompt in prompts]
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError("a conversation needs a chat template")
+    return list(prompts)
 
 
-def sentences(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_tokens: int) -> list[Sentence]:
-    """Tokenised prompts, in the caller's order.
+def messages(prompt: Prompt) -> list[dict[str, str]]:
+    """The turns as a chat template takes them."""
+    turns = (prompt,) if isinstance(prompt, str) else prompt
+    return [{"role": ("user", "assistant")[index % 2], "content": turn} for index, turn in enumerate(turns)]
 
-    A longer prompt keeps its first token (where attention likes to rest) and its last `max_tokens - 1`, so that the
-    question and the template's generation prompt survive. Raises InputError for a prompt without any token.
+
+def sentences(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_tokens: int) -> list[Sentence]:
+    """Tokenised prompts, in the caller's order, cut as by `shortened`.
+
+    Raises InputError for a prompt without any token.
     """
     if not prompts:
         return []
-    # A chat template writes the special tokens itself; adding them again would put two BOS in front.
-    templated = bool(tokenizer.chat_template)
-    encoded = tokenizer(render(tokenizer, prompts), add_special_tokens=not templated, padding=False)["input_ids"]
+    encoded = token_ids(tokenizer, render(tokenizer, prompts))
     found = []
     for prompt, ids in zip(prompts, encoded, strict=True):
-        # Some tokenizers close every text with EOS: the model would be asked what follows the end.
-        while not templated and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-            ids = ids[:-1]
-        if not ids or not prompt.strip():
+        if not ids or not messages(prompt)[-1]["content"].strip():
             raise InputError(f"A prompt is empty: {prompt!r}.", hint="Remove it, or write a question.")
-        if len(ids) > max_tokens:
-            ids = [ids[0], *ids[len(ids) - (max_tokens - 1) :]] if max_tokens > 1 else ids[-1:]
-        found.append(Sentence(tuple(ids), len(ids)))
+        ids = shortened(ids, max_tokens)
+        found.append(Sentence(ids, len(ids)))
     return found
 
 
-def batches_of(loaded: LoadedModel, items: Sequence[Sentence], batch_tokens: int = BATCH_TOKENS) -> list[Batch]:
-    """Batches sorted by length, each with at most `batch_tokens` tokens and a bounded number of scored logits."""
-    scored_limit = max(1, BATCH_LOGITS // loaded.geometry.vocab)
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[tuple[int, ...]]:
+    """Token ids of texts that went through `render`, whole."""
+    # A chat template writes the special tokens itself; adding them again would put two BOS in front.
+    templated = bool(tokenizer.chat_template)
+    found = []
+    for ids in tokenizer(list(texts), add_special_tokens=not templated, padding=False)["input_ids"]:
+        # Some tokenizers close every text with EOS: the model would be asked what follows the end.
+        while not templated and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+            ids = ids[:-1]
+        found.append(tuple(ids))
+    return found
+
+
+def shortened(ids: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
+    """At most `max_tokens` ids: a longer text keeps its first token (where attention likes to rest) and its last ones,
+    so that the question and the template's generation prompt survive."""
+    if len(ids) <= max_tokens:
+        return ids
+    return (ids[0], *ids[len(ids) - (max_tokens - 1) :]) if max_tokens > 1 else ids[-1:]
+
+
+def batches_of(
+    loaded: TextModel, items: Sequence[Sentence], batch_tokens: int = BATCH_TOKENS, batch_size: int | None = None
+) -> list[Batch]:
+    """Batches sorted by length, each with at most `batch_tokens` tokens and a bounded number of scored logits.
+
+    `batch_size` bounds the number of sequences too.
+    """
+    scored_limit = max(1, BATCH_LOGITS // loaded.vocab)
     order = sorted(range(len(items)), key=lambda row: (len(items[row].ids), row))
     groups: list[list[int]] = []
     scored = 0
@@ -95,14 +127,15 @@ def batches_of(loaded: LoadedModel, items: Sequence[Sentence], batch_tokens: int
         # Sorted ascending: the newest sequence is the longest and fixes the padded width.
         width = len(items[row].ids)
         scored += items[row].scored
-        if not groups or (len(groups[-1]) + 1) * width > batch_tokens or scored > scored_limit:
+        full = bool(groups) and len(groups[-1]) == batch_size
+        if not groups or full or (len(groups[-1]) + 1) * width > batch_tokens or scored > scored_limit:
             groups.append([])
             scored = items[row].scored
         groups[-1].append(row)
     return [_pad(loaded, [items[row] for row in group], tuple(group)) for group in groups]
 
 
-def _pad(loaded: LoadedModel, items: Sequence[Sentence], rows: tuple[int, ...]) -> Batch:
+def _pad(loaded: TextModel, items: Sequence[Sentence], rows: tuple[int, ...]) -> Batch:
     width = max(len(item.ids) for item in items)
     pad = loaded.tokenizer.pad_token_id or 0
     place = torch.arange(width)
@@ -141,7 +174,7 @@ def continued(
     world = current()
     own: dict[int, tuple[int, ...]] = {}
     for batch in world.share(batches_of(loaded, items, batch_tokens)):
-        own |= zip(batch.rows, _greedy(loaded, [items[row] for row in batch.rows], new_tokens), strict=True)
+        own |= zip(batch.rows, greedy(loaded, [items[row] for row in batch.rows], new_tokens), strict=True)
     tails = world.union(own)
     return [Sentence(item.ids + tails[row], item.prompt) for row, item in enumerate(items)]
 
@@ -158,7 +191,7 @@ def with_continuations(
     return batches_of(loaded, items, batch_tokens)
 
 
-def end_tokens(loaded: LoadedModel) -> frozenset[int]:
+def end_tokens(loaded: TextModel) -> frozenset[int]:
     """Every token id that ends a sequence: those of the generation configuration and the tokenizer's."""
     declared = loaded.model.generation_config.eos_token_id if loaded.model.generation_config else None
     ids = declared if isinstance(declared, list) else [declared]
@@ -166,8 +199,10 @@ def end_tokens(loaded: LoadedModel) -> frozenset[int]:
 
 
 @torch.inference_mode()
-def _greedy(loaded: LoadedModel, items: Sequence[Sentence], new_tokens: int) -> list[tuple[int, ...]]:
-    """Plain argmax decoding with a cache. `generate` is avoided: it adopts the checkpoint's repetition penalty.
+def greedy(loaded: TextModel, items: Sequence[Sentence], new_tokens: int) -> list[tuple[int, ...]]:
+    """At most `new_tokens` tokens behind each sentence, the end token included where one was written.
+
+    Plain argmax decoding with a cache. `generate` is avoided: it adopts the checkpoint's repetition penalty.
 
     Left-padded, unlike everything else here, so that the newest token of all sequences stands in the last column.
     """

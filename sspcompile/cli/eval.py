@@ -1,0 +1,120 @@
+"""`sspcompile eval`: answers and divergence of an artifact against its dense model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from sspcompile.cli.options import here, json_option, quiet_option, scenario_option
+
+if TYPE_CHECKING:
+    from sspcompile.pipeline.contenders import Contenders
+    from sspcompile.pipeline.harness import HarnessRow
+
+
+@click.command(
+    "eval",
+    short_help="Check answers and divergence of an artifact against its dense model.",
+    epilog="""\b
+Examples:
+  sspcompile eval
+  sspcompile eval artifacts/chemistry-helpdesk --data questions.jsonl --max-new-tokens 64
+  sspcompile eval exported/chemistry-helpdesk-hf --scenario chemistry-helpdesk --json
+  sspcompile eval ./cut-model --against ./dense-model --data XDomainBench/scenarios
+  sspcompile eval --lm-eval arc_easy,hellaswag --items 200
+""",
+)
+@click.argument("artifact", required=False)
+@click.option(
+    "--data", multiple=True, type=click.Path(path_type=Path), metavar="PATH",
+    help="A .jsonl file with prompt and answer, or XDomainBench .json files or a folder of them; may be repeated.",
+)  # fmt: skip
+@scenario_option
+@click.option(
+    "--against", metavar="MODEL", help="The dense model, where it is not where the build found it, or never was built."
+)
+@click.option("--items", type=click.IntRange(1), metavar="N", help="At most N prompts per suite (100; all of --data).")
+@click.option("--batch-size", type=click.IntRange(1), default=32, metavar="N", help="Sequences at once (32).")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=32, metavar="N", help="Tokens of an answer (32).")
+@click.option("--max-tokens", type=click.IntRange(8), default=512, metavar="N", help="Tokens read of a prompt (512).")
+@click.option("--seed", type=click.IntRange(0, 2**31), default=0, metavar="N", help="Seed of every random choice (0).")
+@click.option("--lm-eval", "tasks", metavar="TASK[,TASK]", help="Run tasks of lm-evaluation-harness instead.")
+@click.option(
+    "--lm-eval-tasks-dir", "tasks_folder", type=click.Path(path_type=Path), metavar="DIR",
+    help="A folder with further task definitions for --lm-eval.",
+)  # fmt: skip
+@json_option
+@quiet_option
+def evaluate(
+    artifact: str | None, data: tuple[Path, ...], scenario: str | None, against: str | None, items: int | None,
+    batch_size: int, max_new_tokens: int, max_tokens: int, seed: int, tasks: str | None, tasks_folder: Path | None,
+    as_json: bool, quiet: bool,
+) -> None:
+    """Ask an artifact and its dense model the same questions, and say what was lost.
+
+    Suites: the scenario, the other domains, and each --data. Divergence from the dense model needs no answers; exact
+    match and recall are given only where answers are known. ARTIFACT is an artifact, an exported folder, or with
+    --against any model folder; without it, the last build.
+    """
+    from sspcompile.cli.progress import stages
+    from sspcompile.pipeline.contenders import find_contenders
+    from sspcompile.workspace import Workspace
+
+    workspace = Workspace(here())
+    if tasks is not None:
+        from sspcompile.pipeline.harness import require_harness, run_harness
+
+        require_harness()
+        contenders = find_contenders(artifact, against, workspace)
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        rows = run_harness(
+            contenders, names, tasks_folder=tasks_folder, items=items, batch_size=batch_size, seed=seed
+        )
+        _print_harness(rows, as_json)
+        return
+    from sspcompile.measure.asking import Limits
+    from sspcompile.pipeline.evaluating import evaluate as run
+
+    contenders = find_contenders(artifact, against, workspace)
+    limits = Limits(max_tokens, max_new_tokens, batch_size)
+    with stages(quiet) as progress:
+        results = run(
+            contenders, scenario=scenario, data=data, items=items, limits=limits, seed=seed, workspace=workspace,
+            progress=progress,
+        )
+    if as_json:
+        from sspcompile.measure.evaluation import results_json
+
+        facts = {**_facts(contenders), "seed": seed, **asdict(limits)}
+        click.echo(json.dumps(results_json(results, facts), indent=1))
+        return
+    from rich.console import Console
+
+    from sspcompile.report.evaluation import print_results
+
+    print_results(results, Console())
+
+
+def _facts(contenders: Contenders) -> dict[str, str]:
+    return {"artifact": str(contenders.artifact or contenders.model), "dense_model": contenders.dense.name}
+
+
+def _print_harness(rows: Sequence[HarnessRow], as_json: bool) -> None:
+    if as_json:
+        from sspcompile.pipeline.harness import rows_json
+
+        click.echo(json.dumps(rows_json(rows), indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("task", "metric", "dense", "stderr", "sliced", "stderr")
+    for row in rows:
+        figures = (row.dense, row.dense_stderr, row.sliced, row.sliced_stderr)
+        table.add_row(row.task, row.metric, *("-" if x is None else f"{x:.4f}" for x in figures))
+    Console().print(table)

@@ -1,0 +1,55 @@
+"""What `eval` compares: a finished model folder and the dense model that it was cut from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sspcompile.checkpoint.manifest import NAME as MANIFEST
+from sspcompile.checkpoint.manifest import check_manifest
+from sspcompile.errors import InputError
+from sspcompile.loaded import LoadedModel, TextModel, load_cut
+from sspcompile.pipeline.compiling import Subject
+from sspcompile.pipeline.compiling import open_subject as open_dense
+from sspcompile.pipeline.verifying import dense_of, ships_code
+from sspcompile.workspace import MASK, MODEL, Workspace
+
+
+@dataclass(frozen=True)
+class Contenders:
+    """`artifact` is the folder with mask and recipe, None for an exported or a plain model folder."""
+
+    name: str
+    model: Path
+    custom_code: bool
+    artifact: Path | None
+    dense: Subject
+
+    def load(self) -> tuple[LoadedModel, TextModel]:
+        """Both in memory. Raises InputError when their tokenizers differ: their tokens could not be compared."""
+        dense, sliced = self.dense.load(), load_cut(self.model, trust_remote_code=self.custom_code)
+        if dense.tokenizer.get_vocab() != sliced.tokenizer.get_vocab() or dense.vocab != sliced.vocab:
+            raise InputError(
+                f"{self.model} and {self.dense.name} have different tokenizers.",
+                hint="Compare a model with the one that it was cut from.",
+            )
+        return dense, sliced
+
+
+def find_contenders(given: str | None, against: str | None, workspace: Workspace) -> Contenders:
+    """An artifact (by folder, by name, or the last one), an exported folder, or a plain folder with `against`.
+
+    Raises ArtifactError for damaged files or another dense model, InputError for a plain folder without `against`.
+    """
+    folder = Path(given) if given is not None else None
+    if folder is None or not (folder / "config.json").is_file() or (folder / MASK).is_file():
+        folder = workspace.find(given)
+        dense = dense_of(folder, check_manifest(folder), against)
+        return Contenders(folder.name, folder / MODEL, ships_code(folder / MODEL), folder, dense)
+    if (folder / MANIFEST).is_file():
+        dense = dense_of(folder, check_manifest(folder), against)
+    elif against is not None:
+        dense = open_dense(against)
+    else:
+        raise InputError(f"{folder} does not say what it was cut from.", hint="Name the dense model with --against.")
+    return Contenders(folder.resolve().name, folder, ships_code(folder), None, dense)

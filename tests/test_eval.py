@@ -1,0 +1,160 @@
+"""`eval` end to end on the embedded model, and the parts that it is made of."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_cli import refused, run  # noqa: F401 (a fixture)
+from test_prepare_tools import TEMPLATE, tiny
+
+from sspcompile.domains import load_pools
+from sspcompile.embedded.corpus import items
+from sspcompile.measure.asking import Limits, ask, takes_conversations
+from sspcompile.measure.evaluation import mean_over_turns
+from sspcompile.measure.questions import Conversation, Question, single
+from sspcompile.pipeline.evidence import split
+
+PROMPTS = [item.prompt for item in items("chemistry", "train", 77, 24)]
+FAST = ("--continuation-tokens", "2", "--max-tokens", "48", "--criterion", "subspace", "--quiet")
+METRICS = ("exact_match", "keyword_recall", "answer_log_likelihood", "mean_kl", "top1_agreement")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("eval")
+    (folder / "mine.txt").write_text("\n".join(PROMPTS))
+    labelled = [{"prompt": item.prompt, "answer": item.answer} for item in items("math", "heldout", 78, 12)]
+    labelled.append({"prompt": PROMPTS[0], "answer": "fitted on"})
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, labelled)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def artifacts(home) -> Path:
+    """Two builds of one scenario: nothing cut, and nearly everything cut by random-like scores without repair."""
+    from test_cli import shell
+
+    for name, keep in (("full", "1"), ("cut", "0.25")):
+        command = ("build", "--scenario", "mine.txt", "--keep", keep, *FAST, "--repair", "none")
+        done = shell(home, *command, "--layout", "uniform", "--out", f"artifacts/{name}")
+        assert done.code == 0, done.err
+    return home / "artifacts"
+
+
+def test_full_mask_measures_no_change_at_all(run, artifacts, home):  # noqa: F811
+    done = run("eval", "full", "--items", "12", "--json", home=home)
+    assert done.code == 0, done.err
+    assert set(done.json["suites"]) == {"scenario", "off_domain"} and done.json["suite"] == "scenario"
+    for suite in done.json["suites"].values():
+        assert suite["dense"]["exact_match"] is not None
+        assert suite["sliced"]["mean_kl"] == 0 and suite["sliced"]["top1_agreement"] == 1
+        for metric in METRICS:
+            assert suite["difference"][metric] == 0 and suite["difference"][f"{metric}_interval"] == [0, 0]
+    table = run("eval", "full", "--items", "12", home=home)
+    assert "no measurable change" in table.out and "LOSS" not in table.out and table.err == ""
+
+
+def test_heavy_cut_is_called_a_loss_and_prompts_that_were_fitted_on_are_dropped(run, artifacts, home):  # noqa: F811
+    args = ("eval", "cut", "--items", "30", "--data", "data.jsonl")
+    done = run(*args, "--json", home=home)
+    assert done.code == 0, done.err
+    data = done.json["suites"]["data.jsonl"]
+    assert (data["prompts"], data["labelled"], data["dropped"]) == (12, 12, 1)
+    off = done.json["suites"]["off_domain"]
+    assert off["difference"]["exact_match_interval"][1] < 0 < off["sliced"]["mean_kl"]
+    assert off["dense"]["mean_kl"] == 0 and off["dense"]["top1_agreement"] == 1
+    table = run(*args, home=home)
+    assert "LOSS" in table.out and "1 prompts were left out" in table.out
+    assert run(*args, "--json", home=home).json == done.json
+
+
+def test_exported_folder_and_plain_folder_say_the_same_as_the_artifact(run, artifacts, home):  # noqa: F811
+    assert run("export", "cut", "--out", "served", home=home).code == 0
+    args = ("--data", "data.jsonl", "--json")
+    whole = run("eval", "cut", *args, home=home).json["suites"]["data.jsonl"]
+    for source in (("served",), ("artifacts/cut/model", "--against", "embedded")):
+        found = run("eval", *source, *args, home=home).json["suites"]["data.jsonl"]
+        assert found["prompts"] == 13 and found["dropped"] == 0
+        assert found["sliced"]["exact_match"] * 13 == pytest.approx(whole["sliced"]["exact_match"] * 12)
+
+
+def test_prompts_without_answers_get_no_exact_match(run, artifacts, home):  # noqa: F811
+    held = [split(pool.prompts)[1][0] for pool in load_pools()]
+    (home / "pool.json").write_text(json.dumps(held))
+    done = run("eval", "cut", "--data", "pool.json", "--json", home=home)
+    suite = done.json["suites"]["pool.json"]
+    assert suite["labelled"] == 0 and suite["prompts"] == len(held) and suite["sliced"]["mean_kl"] > 0
+    for metric in METRICS[:3]:
+        assert suite["dense"][metric] is suite["sliced"][metric] is suite["difference"][metric] is None
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (("eval",), ("no last build",)),
+        (("eval", "nowhere"), ("is no artifact",)),
+        (("eval", "{cut}/model"), ("cut from", "--against")),
+        (("eval", "{cut}/model", "--against", "embedded"), ("scenario", "--data")),
+        (("eval", "{cut}", "--data", "none.jsonl"), ("no file", "jsonl")),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_in_one_line(args, expected, run, artifacts, tmp_path):  # noqa: F811
+    refused(run(*(a.replace("{cut}", str(artifacts / "cut")) for a in args), home=tmp_path), 2, *expected)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="the [eval] extra is installed")
+def test_missing_harness_is_one_line_with_the_command_to_install_it(run):  # noqa: F811
+    refused(run("eval", "--lm-eval", "anything"), 2, r"pip install 'sspcompile\[eval\]'")
+
+
+def test_only_held_out_prompts_are_asked(artifacts, embedded):
+    from sspcompile.pipeline.contenders import find_contenders
+    from sspcompile.pipeline.evaluating import deployment_of, fitted_prompts, scenario_suites
+    from sspcompile.workspace import Workspace
+
+    workspace = Workspace(artifacts.parent)
+    contenders = find_contenders("cut", None, workspace)
+    deployment = deployment_of(contenders, None, embedded, workspace, 0, lambda *_: None)
+    fit, held = split(PROMPTS)
+    fitted = fitted_prompts(deployment)
+    assert set(fit) <= fitted and not set(held) & fitted
+    for labelled in (True, False):
+        suites = scenario_suites(deployment, fitted, labelled=labelled, count=40, seed=0)
+        asked = [turn.prompt for suite in suites for c in suite.conversations for turn in c.turns]
+        assert not set(asked) & fitted and set(held) <= set(asked)
+
+
+CHAT = "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<user> {{ m.content }} {% else %}" \
+    "<model> {{ m.content }} {% endif %}{% endfor %}{% if add_generation_prompt %}<model>{% endif %}"
+
+
+def test_later_turns_are_asked_behind_the_model_s_own_answers():
+    loaded = tiny(seed=1, template=CHAT)
+    talk = Conversation((Question("war ?"), Question("king ?")))
+    asked = ask(loaded, [talk, *single([Question("acid ?")])], Limits(64, 3, 2), lambda *_: None)
+    assert asked.prompts == ("war ?", ("war ?", asked.texts[0], "king ?"), "acid ?")
+    alone = ask(loaded, single([Question("war ?")]), Limits(64, 3, 1), lambda *_: None)
+    assert alone.texts[0] == asked.texts[0]
+
+
+def test_without_a_template_turns_are_asked_one_by_one():
+    loaded = tiny(seed=1)
+    talk = Conversation((Question("war ?"), Question("king ?")))
+    assert not takes_conversations(loaded.tokenizer)
+    assert ask(loaded, [talk], Limits(64, 3, 2), lambda *_: None).prompts == ("war ?", "king ?")
+    refusing = tiny(seed=1, template="{% if messages|length > 1 %}{{ raise_exception('one') }}{% endif %}" + TEMPLATE)
+    assert not takes_conversations(refusing.tokenizer)
+
+
+def test_interval_draws_whole_conversations():
+    values = np.array([1.0, 1, 1, 1, 0, 0, 0, 0, 1, 0])
+    alone = mean_over_turns(values, np.arange(10), seed=0)
+    paired = mean_over_turns(values, np.repeat(np.arange(5), 2), seed=0)
+    assert alone.value == paired.value == 0.5
+    assert paired.interval.high - paired.interval.low > alone.interval.high - alone.interval.low
+    assert mean_over_turns(values, np.zeros(10), seed=0).interval is None
+    assert mean_over_turns(np.full(3, np.nan), np.arange(3), seed=0) is None
