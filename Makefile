@@ -9,7 +9,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 # Two test processes: as many as the smallest machine that this is meant for has cores.
 WORKERS ?= 2
 
-.PHONY: demo test test-compat test-wheel test-shapes test-lm-eval lint format train bench-compile bench-quality clean
+.PHONY: demo test test-compat test-wheel test-shapes test-lm-eval lint format train bench-compile bench-quality bench-slice clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -65,6 +65,9 @@ bench-quality: $(VENV)/.done  ## Quality at a given size: every head score, both
 
 bench-compile: $(VENV)/.done  ## How long compiling a scenario takes once everything is loaded.
 	$(BIN)/python benchmarks/compile.py
+
+bench-slice: $(VENV)/.done  ## What cutting a checkpoint costs against copying what it writes.
+	$(BIN)/python benchmarks/slice.py
 
 clean:
 	rm -rf $(VENV) $(COMPAT) $(HARNESS) build dist .pytest_cache .ruff_cache .hypothesis

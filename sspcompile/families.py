@@ -1,15 +1,88 @@
 """Facts per architecture, as a table: what the tensors are called, which class hosts a uniform cut, what is refused.
 
-Adding a family is one row here and one row in the tests. Nothing in this module touches weights or imports torch.
+Adding a family is one row here and one row in the tests. Nothing in this module touches weights or imports torch;
+`tensors` turns a geometry into names and shapes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from sspcompile.errors import CheckpointError, UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One matrix of an MLP: its name, and [rows, columns] as names of sizes (see `tensors.size_of`)."""
+
+    name: str
+    rows: str
+    columns: str
+
+
+GATED = (
+    Linear("mlp.gate_proj", "intermediate", "hidden"),
+    Linear("mlp.up_proj", "intermediate", "hidden"),
+    Linear("mlp.down_proj", "hidden", "intermediate"),
+)
+FUSED_GATED = (
+    Linear("mlp.gate_up_proj", "twice_intermediate", "hidden"),
+    Linear("mlp.down_proj", "hidden", "intermediate"),
+)
+PLAIN = (Linear("mlp.c_fc", "intermediate", "hidden"), Linear("mlp.c_proj", "hidden", "intermediate"))
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A sparse MLP: `router` scores the experts, `expert` is the name of one (with its number), `parts` its matrices.
+
+    `counts`: the configuration keys that may hold the number of experts; `width`: the one with their inner size.
+    In memory transformers 5 calls the router `mlp.gate` and stacks the experts' parts: `mlp.experts.gate_up_proj`
+    holds those named in `gate_up` one above the other, `mlp.experts.down_proj` those named `down`.
+    """
+
+    router: str
+    expert: str
+    parts: tuple[Linear, ...]
+    counts: tuple[str, ...]
+    width: str
+    gate_up: tuple[str, str]
+    down: str
+
+
+MIXTRAL_EXPERTS = Experts(
+    router="block_sparse_moe.gate",
+    expert="block_sparse_moe.experts.{}",
+    parts=(
+        Linear("w1", "expert_intermediate", "hidden"),
+        Linear("w2", "hidden", "expert_intermediate"),
+        Linear("w3", "expert_intermediate", "hidden"),
+    ),
+    counts=("num_local_experts",),
+    width="intermediate_size",
+    gate_up=("w1", "w3"),
+    down="w2",
+)
+QWEN_EXPERTS = Experts(
+    router="mlp.gate",
+    expert="mlp.experts.{}",
+    parts=(
+        Linear("gate_proj", "expert_intermediate", "hidden"),
+        Linear("up_proj", "expert_intermediate", "hidden"),
+        Linear("down_proj", "hidden", "expert_intermediate"),
+    ),
+    # transformers 5 writes num_local_experts, 4.57 num_experts.
+    counts=("num_experts", "num_local_experts"),
+    width="moe_intermediate_size",
+    gate_up=("gate_proj", "up_proj"),
+    down="down_proj",
+)
+
+
+def _nothing(_head_dim: int) -> Mapping[str, Any]:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -17,19 +90,54 @@ class Family:
     """One architecture whose attention is q/k/v/o projections with rotary positions inside.
 
     `qkv_bias`, `o_bias`, `mlp_bias`: the configuration key that switches the biases on, or a fixed truth.
-    `uniform_host`: the stock architecture which holds a uniform cut losslessly when the family's own class
-    refuses the head count (see `uniform_host_for`).
+    `fused_qkv`: one qkv_proj, rows of q, then k, then v. `qk_norm`: q_norm and k_norm, each over one head.
+    `norms`: the norms of a layer; `residual_norm` is the one whose input is the residual stream after attention.
+    `normed_attention`: the output of o_proj passes a norm of its own before it joins the residual stream, so that no
+    head's share in the stream is linear. `residual_multiplier`: the key of the factor that it is multiplied by.
+    `tied` and `head_dim`: what the family's class takes when config.json is silent.
+    `attention`: the implementation of transformers that computes this family as it is meant.
+    `hidden_must_divide`: the class refuses head counts that do not divide hidden_size. `reads_heads`: its configuration
+    looks at the global head count while it is built. `longrope_by_heads`: it expects as many factors of scaled rotary
+    positions as follow from hidden_size / heads, so that no other head count can be stated.
+    `hosts`: other families whose stock class holds this one's weights, the best first; `neutral(head_dim)` are the
+    settings under which this family, as a host, computes plain attention; `own_keys` leave the configuration when
+    another family hosts it. `window`: the key that switches sliding windows on, which no host has in the same layers.
     """
 
     model_type: str
     architecture: str
-    qkv_bias: str | bool
-    o_bias: str | bool
+    qkv_bias: str | bool = False
+    o_bias: str | bool = False
     mlp_bias: str | bool = False
+    fused_qkv: bool = False
     qk_norm: bool = False
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    norm_bias: bool = False
+    residual_norm: str = "post_attention_layernorm"
+    normed_attention: bool = False
+    residual_multiplier: str | None = None
+    mlp: tuple[Linear, ...] = GATED
+    experts: Experts | None = None
+    tied: bool = False
+    head_dim: int | None = None
+    attention: str = "sdpa"
     hidden_must_divide: bool = False
-    uniform_host: str | None = None
+    reads_heads: bool = False
+    longrope_by_heads: bool = False
+    hosts: tuple[str, ...] = ()
+    neutral: Callable[[int], Mapping[str, Any]] = _nothing
+    own_keys: tuple[str, ...] = ()
+    window: str | None = None
 
+
+FOUR_NORMS = (
+    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+)  # fmt: skip
+# What Gemma 2 and 3 have in common: two norms around each block, so the residual stream is seen by the second pair.
+SANDWICHED: Mapping[str, Any] = {
+    "norms": FOUR_NORMS, "residual_norm": "pre_feedforward_layernorm", "normed_attention": True, "tied": True,
+    "head_dim": 256, "hidden_must_divide": True, "reads_heads": True,
+}  # fmt: skip
 
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
@@ -38,32 +146,81 @@ FAMILIES: Mapping[str, Family] = {
         # head_dim is given; Mistral has the same tensors and the same forward with `sliding_window: null`.
         Family(
             "llama", "LlamaForCausalLM", qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias",
-            hidden_must_divide=True, uniform_host="mistral",
+            hidden_must_divide=True, reads_heads=True, hosts=("mistral", "seed_oss", "granite"),
+            own_keys=("attention_bias", "mlp_bias", "pretraining_tp"),
         ),
-        Family("mistral", "MistralForCausalLM", qkv_bias=False, o_bias=False),
-        Family("qwen2", "Qwen2ForCausalLM", qkv_bias=True, o_bias=False),
-        Family("qwen3", "Qwen3ForCausalLM", qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True),
+        Family("mistral", "MistralForCausalLM", neutral=lambda _: {"sliding_window": None}),
+        Family("ministral", "MinistralForCausalLM"),
+        Family(
+            "qwen2", "Qwen2ForCausalLM", qkv_bias=True, hosts=("seed_oss", "granite"), window="use_sliding_window",
+            own_keys=("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
+        ),
+        Family(
+            "qwen3", "Qwen3ForCausalLM", qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, head_dim=128
+        ),
+        Family(
+            "phi3", "Phi3ForCausalLM", fused_qkv=True, mlp=FUSED_GATED, reads_heads=True, longrope_by_heads=True
+        ),
+        Family(
+            "gemma", "GemmaForCausalLM", qkv_bias="attention_bias", o_bias="attention_bias", tied=True, head_dim=256
+        ),
+        Family(  # sdpa knows no soft capping of scores
+            "gemma2", "Gemma2ForCausalLM", qkv_bias="attention_bias", o_bias="attention_bias", attention="eager",
+            **SANDWICHED,
+        ),
+        Family(
+            "gemma3_text", "Gemma3ForCausalLM", qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True,
+            **SANDWICHED,
+        ),
+        Family(
+            "granite", "GraniteForCausalLM", qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias",
+            residual_multiplier="residual_multiplier",
+            neutral=lambda head_dim: {
+                "attention_multiplier": head_dim**-0.5, "embedding_multiplier": 1.0, "residual_multiplier": 1.0,
+                "logits_scaling": 1.0,
+            },
+        ),
+        Family(
+            "smollm3", "SmolLM3ForCausalLM", qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias",
+            tied=True,
+        ),
+        Family(
+            "starcoder2", "Starcoder2ForCausalLM", qkv_bias="use_bias", o_bias="use_bias", mlp_bias="use_bias",
+            norm_bias=True, mlp=PLAIN, tied=True,
+        ),
+        Family(
+            "seed_oss", "SeedOssForCausalLM", qkv_bias="attention_bias", o_bias="attention_out_bias",
+            mlp_bias="mlp_bias", head_dim=128, neutral=lambda _: {"attention_dropout": 0.0, "residual_dropout": 0.0},
+        ),
+        Family("mixtral", "MixtralForCausalLM", experts=MIXTRAL_EXPERTS),
+        Family(
+            "qwen3_moe", "Qwen3MoeForCausalLM", qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True,
+            experts=QWEN_EXPERTS,
+        ),
     )
-}
+}  # fmt: skip
 
+SPANS_HEADS = "its q_norm spans all heads, so removing one changes the others"
+DERIVED_HEAD_DIM = "its class derives the head size from hidden_size / heads and cannot hold fewer heads"
 REFUSED: Mapping[str, str] = {
-    "olmo2": "its q_norm spans all heads, so removing one changes the others",
-    "olmo3": "its q_norm spans all heads, so removing one changes the others",
-    "gpt2": "its class derives the head size from hidden_size / heads and cannot hold fewer heads",
-    "gpt_neox": "its class derives the head size from hidden_size / heads and cannot hold fewer heads",
-    "gptj": "its class derives the head size from hidden_size / heads and cannot hold fewer heads",
-    "opt": "its class derives the head size from hidden_size / heads and cannot hold fewer heads",
-    "bloom": "its class derives the head size from hidden_size / heads and cannot hold fewer heads",
-    "stablelm": "its class derives the head size from hidden_size / heads and cannot hold fewer heads",
-    "falcon": "its class derives the head size from hidden_size / heads and cannot hold fewer heads",
-    "helium": "its class derives the head size from hidden_size / heads and cannot hold fewer heads",
-    "bitnet": "its class derives the head size from hidden_size / heads and cannot hold fewer heads",
+    **dict.fromkeys(("olmo2", "olmo3"), SPANS_HEADS),
+    **dict.fromkeys(
+        ("gpt2", "gpt_neox", "gptj", "opt", "bloom", "stablelm", "falcon", "helium", "bitnet"), DERIVED_HEAD_DIM
+    ),
+    "gemma3": "it carries a vision tower; its text part, saved by itself as gemma3_text, can be cut",
 }
+# Families whose switch is on unless config.json says otherwise.
+ON_BY_DEFAULT = frozenset({("starcoder2", "use_bias"), ("seed_oss", "attention_bias")})
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of a decoder as its configuration states them; counts of heads are per layer and equal in all layers."""
+    """Sizes of a decoder as its configuration states them; counts of heads are per layer and equal in all layers.
+
+    `sparse`: the layers whose MLP is `experts` experts of `expert_intermediate` each, `active_experts` of which a
+    token visits. `windowed`: some layers attend through a sliding window that the family can switch on.
+    `fixed_heads`: the stock class can state no other number of query heads (see Family.longrope_by_heads).
+    """
 
     family: Family
     layers: int
@@ -78,6 +235,13 @@ class Geometry:
     o_bias: bool
     mlp_bias: bool
     dtype: str
+    residual_multiplier: float = 1.0
+    windowed: bool = False
+    fixed_heads: bool = False
+    experts: int = 0
+    active_experts: int = 0
+    expert_intermediate: int = 0
+    sparse: frozenset[int] = frozenset()
 
     @property
     def group_size(self) -> int:
@@ -117,8 +281,10 @@ def _positive(config: Mapping[str, Any], key: str, default: int | None = None) -
     return value
 
 
-def _switch(rule: str | bool, config: Mapping[str, Any]) -> bool:
-    return rule if isinstance(rule, bool) else bool(config.get(rule, False))
+def _switch(family: Family, rule: str | bool, config: Mapping[str, Any]) -> bool:
+    if isinstance(rule, bool):
+        return rule
+    return bool(config.get(rule, (family.model_type, rule) in ON_BY_DEFAULT))
 
 
 def geometry_of(config: Mapping[str, Any]) -> Geometry:
@@ -136,105 +302,53 @@ def geometry_of(config: Mapping[str, Any]) -> Geometry:
             f"config.json has {heads} query heads for {kv_heads} key/value heads.",
             hint="num_attention_heads must be a multiple of num_key_value_heads.",
         )
-    if config.get("head_dim") is None and hidden % heads:
+    if config.get("head_dim") is None and family.head_dim is None and hidden % heads:
         raise CheckpointError(
             f"config.json has hidden_size {hidden} for {heads} heads and no head_dim.", hint="Set head_dim."
         )
+    layers = _positive(config, "num_hidden_layers")
     return Geometry(
         family=family,
-        layers=_positive(config, "num_hidden_layers"),
+        layers=layers,
         hidden=hidden,
         intermediate=_positive(config, "intermediate_size"),
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=_positive(config, "head_dim", default=hidden // heads),
+        head_dim=_positive(config, "head_dim", default=family.head_dim or hidden // heads),
         vocab=_positive(config, "vocab_size"),
-        tied=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=_switch(family.qkv_bias, config),
-        o_bias=_switch(family.o_bias, config),
-        mlp_bias=_switch(family.mlp_bias, config),
+        tied=bool(config.get("tie_word_embeddings", family.tied)),
+        qkv_bias=_switch(family, family.qkv_bias, config),
+        o_bias=_switch(family, family.o_bias, config),
+        mlp_bias=_switch(family, family.mlp_bias, config),
         # 4.x writes torch_dtype, 5.x writes dtype.
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+        residual_multiplier=float(config.get(family.residual_multiplier or "", 1.0)),
+        windowed=bool(family.window and config.get(family.window)),
+        fixed_heads=family.longrope_by_heads and _scaled_by_factors(config),
+        **_sparse(family, config, layers),
     )
 
 
-def uniform_host_for(geometry: Geometry, heads: int) -> Family:
-    """The family whose stock class holds `heads` query heads in every layer of this model without custom code.
-
-    Raises UnsupportedModelError when there is none.
-    """
-    if not geometry.family.hidden_must_divide or geometry.hidden % heads == 0:
-        return geometry.family
-    return _other_host(geometry, f"{heads} heads at hidden_size {geometry.hidden}")
+def _scaled_by_factors(config: Mapping[str, Any]) -> bool:
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    return isinstance(rope, Mapping) and rope.get("short_factor") is not None
 
 
-def per_layer_host_for(geometry: Geometry) -> Family:
-    """The family whose classes the per-layer class extends. Raises UnsupportedModelError when there is none."""
-    if not geometry.family.hidden_must_divide:
-        return geometry.family
-    return _other_host(geometry, "head counts that differ by layer")
-
-
-def _other_host(geometry: Geometry, what: str) -> Family:
-    family = geometry.family
-    if family.uniform_host is None or geometry.qkv_bias or geometry.o_bias or geometry.mlp_bias:
-        raise UnsupportedModelError(
-            f"{family.architecture} with biases cannot hold {what}, and no stock class with the same tensors can.",
-            hint="Use another --keep with --layout uniform.",
-        )
-    return FAMILIES[family.uniform_host]
+def _sparse(family: Family, config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """The fields of Geometry that describe experts; nothing for a dense family."""
+    if family.experts is None:
+        return {}
+    key = next((key for key in family.experts.counts if config.get(key) is not None), family.experts.counts[0])
+    step = _positive(config, "decoder_sparse_step", default=1)
+    dense = set(config.get("mlp_only_layers") or ())
+    return {
+        "experts": _positive(config, key),
+        "active_experts": _positive(config, "num_experts_per_tok"),
+        "expert_intermediate": _positive(config, family.experts.width),
+        "sparse": frozenset(n for n in range(layers) if n not in dense and (n + 1) % step == 0),
+    }
 
 
 def layer_prefix(layer: int) -> str:
     """Prefix of one decoder layer's tensor names; the same in every family of the table."""
     return f"model.layers.{layer}."
-
-
-def tensor_shapes(geometry: Geometry) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of the dense checkpoint, from the configuration alone."""
-    g = geometry
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (g.vocab, g.hidden)}
-    for layer in range(g.layers):
-        p = layer_prefix(layer)
-        shapes |= attention_shapes(g, p, g.heads, g.kv_heads)
-        shapes |= {
-            p + "mlp.gate_proj.weight": (g.intermediate, g.hidden),
-            p + "mlp.up_proj.weight": (g.intermediate, g.hidden),
-            p + "mlp.down_proj.weight": (g.hidden, g.intermediate),
-            p + "input_layernorm.weight": (g.hidden,),
-            p + "post_attention_layernorm.weight": (g.hidden,),
-        }
-        if g.mlp_bias:
-            shapes |= {
-                p + "mlp.gate_proj.bias": (g.intermediate,),
-                p + "mlp.up_proj.bias": (g.intermediate,),
-                p + "mlp.down_proj.bias": (g.hidden,),
-            }
-    shapes["model.norm.weight"] = (g.hidden,)
-    if not g.tied:
-        shapes["lm_head.weight"] = (g.vocab, g.hidden)
-    return shapes
-
-
-def attention_shapes(g: Geometry, prefix: str, heads: int, kv_heads: int) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of one layer's attention tensors with `heads` query and `kv_heads` key/value heads."""
-    a = prefix + "self_attn."
-    q, kv = heads * g.head_dim, kv_heads * g.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        a + "q_proj.weight": (q, g.hidden),
-        a + "k_proj.weight": (kv, g.hidden),
-        a + "v_proj.weight": (kv, g.hidden),
-        a + "o_proj.weight": (g.hidden, q),
-    }
-    if g.qkv_bias:
-        shapes |= {a + "q_proj.bias": (q,), a + "k_proj.bias": (kv,), a + "v_proj.bias": (kv,)}
-    if g.o_bias:
-        shapes[a + "o_proj.bias"] = (g.hidden,)
-    if g.family.qk_norm:
-        shapes |= {a + "q_norm.weight": (g.head_dim,), a + "k_norm.weight": (g.head_dim,)}
-    return shapes
-
-
-def with_heads(geometry: Geometry, heads: int, kv_heads: int) -> Geometry:
-    """The same model with other head counts in every layer."""
-    return replace(geometry, heads=heads, kv_heads=kv_heads)

@@ -1,8 +1,9 @@
 """The dense model in memory, and the two places in each decoder layer that everything else looks at.
 
 `residual`: the residual stream after attention is added and before the MLP, which is exactly the positional input
-of `post_attention_layernorm`. `head output`: the input of `o_proj`, where the heads still stand side by side; it is
-the only place where closing a head is a multiplication by zero.
+of the norm that the family table names (`post_attention_layernorm` in most, not in all). `head output`: the input of
+`o_proj`, where the heads still stand side by side; it is the only place where closing a head is a multiplication by
+zero.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from sspcompile.errors import CheckpointError, RunError
-from sspcompile.families import Geometry, geometry_of
+from sspcompile.families import FAMILIES, Geometry, family_of, geometry_of
+from sspcompile.placement import input_device, loading_options, weight_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,7 +39,8 @@ class TextModel:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        """Where token ids go."""
+        return input_device(self.model)
 
     @property
     def vocab(self) -> int:
@@ -47,7 +50,7 @@ class TextModel:
 
 @dataclass(frozen=True)
 class LoadedModel(TextModel):
-    """A dense decoder ready to run, with what is known of its build: sdpa attention, fp32."""
+    """A dense decoder ready to run, with what is known of its build, in fp32."""
 
     geometry: Geometry
     path: Path
@@ -69,10 +72,11 @@ def load_cut(path: Path, *, device: str = "cpu", trust_remote_code: bool = False
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    attention = family_of(json.loads((path / "config.json").read_text("utf-8"))).attention
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+            path, dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust_remote_code
         )
     except LOADING_ERRORS as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -83,28 +87,37 @@ def load_cut(path: Path, *, device: str = "cpu", trust_remote_code: bool = False
     return TextModel(model, tokenizer)
 
 
-def load(path: Path, *, fingerprint: str, device: str = "cpu", trust_remote_code: bool = False) -> LoadedModel:
+def load(
+    path: Path, *, fingerprint: str, device: str = "cpu", device_map: str | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
     """Load model and tokenizer from a folder. Everything is computed in fp32, whatever the checkpoint stores.
 
-    Raises CheckpointError when tokenizer, configuration or weights are unusable, and whatever `geometry_of` raises.
+    `device_map` spreads the model instead of putting it on `device` (see placement). Raises InputError for one that
+    cannot be used, CheckpointError when tokenizer, configuration or weights are unusable, and whatever `geometry_of`
+    raises.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     geometry = geometry_of(json.loads((path / "config.json").read_text("utf-8")))
     if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise CheckpointError(f"{path} has no tokenizer.", hint="Copy tokenizer.json beside config.json.")
+    spread = loading_options(device_map)
     try:
         if (path / "tokenizer.json").exists():  # the tokenizers library throws a bare Exception at broken JSON
             json.loads((path / "tokenizer.json").read_text("utf-8"))
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+            path, dtype=torch.float32, attn_implementation=geometry.family.attention,
+            trust_remote_code=trust_remote_code, **spread,
         )
     except LOADING_ERRORS as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"transformers cannot load {path}: {reason}", hint="Check its files.") from error
     _check_loaded(model, tokenizer, geometry, path)
-    model.requires_grad_(False).eval().to(device)
+    model.requires_grad_(False).eval()
+    if not spread:
+        model.to(device)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return LoadedModel(model=model, tokenizer=tokenizer, geometry=geometry, path=path, fingerprint=fingerprint)
@@ -119,7 +132,7 @@ def _check_loaded(
             hint="Use the tokenizer that the model was trained with.",
         )
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not parameter.is_meta and not torch.isfinite(parameter).all():
             raise CheckpointError(f"{path} has infinite or undefined numbers in {name}.", hint="Download it again.")
 
 
@@ -133,9 +146,24 @@ def input_norm(layer: nn.Module) -> nn.Module:
     return layer.input_layernorm
 
 
+def projection_place(geometry: Geometry, name: str) -> tuple[str, slice]:
+    """Where q_proj, k_proj, v_proj or o_proj stands: the module of the attention, and the rows of its weight."""
+    if name == "o_proj" or not geometry.family.fused_qkv:
+        return name, slice(None)
+    q, kv = geometry.heads * geometry.head_dim, geometry.kv_heads * geometry.head_dim
+    return "qkv_proj", {"q_proj": slice(0, q), "k_proj": slice(q, q + kv), "v_proj": slice(q + kv, None)}[name]
+
+
+def projection_weight(loaded: LoadedModel, layer: int, name: str) -> Tensor:
+    """The weight of q_proj, k_proj, v_proj or o_proj, [rows, columns], wherever it lies; not to be written to."""
+    module, rows = projection_place(loaded.geometry, name)
+    return weight_of(getattr(loaded.layers[layer].self_attn, module))[rows]
+
+
 def residual_norm(layer: nn.Module) -> nn.Module:
     """The module whose positional input is the residual stream after attention, [batch, tokens, hidden]."""
-    return layer.post_attention_layernorm
+    family = FAMILIES[layer.self_attn.config.model_type]
+    return getattr(layer, family.residual_norm)
 
 
 @contextlib.contextmanager
@@ -154,7 +182,7 @@ def head_gates(loaded: LoadedModel, gates: Tensor) -> Iterator[None]:
             x = args[0]
             batch, tokens, _ = x.shape
             per_head = x.view(batch, tokens, g.heads, g.head_dim)
-            scale = gate.to(x.dtype)
+            scale = gate.to(x)  # layers may lie on several devices
             scale = scale.view(1, 1, g.heads, 1) if gate.dim() == 1 else scale.view(batch, 1, g.heads, 1)
             return ((per_head * scale).view_as(x), *args[1:])
 

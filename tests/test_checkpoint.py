@@ -281,10 +281,10 @@ def test_known_misfits_are_refused_with_the_reason(kind, model):
     assert REFUSED[kind] in str(refusal.value) and all(name in str(refusal.value) for name in FAMILIES)
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "", None, 7])
+@pytest.mark.parametrize("kind", ["mamba", "", None, 7])
 def test_unknown_types_are_refused_with_what_is_accepted(kind, model):
     change_config(model, model_type=kind)
-    with pytest.raises(InputError, match=r"Accepted.*llama, mistral, qwen2, qwen3"):
+    with pytest.raises(InputError, match=r"Accepted.*llama, ministral, mistral, mixtral, phi3, qwen2, qwen3"):
         Checkpoint(model)
 
 

@@ -105,7 +105,7 @@ def pool_text(name: str, count: int = 16) -> str:
 def inputs(tmp_path_factory) -> Path:
     """Everything that a user could give by mistake."""
     folder = tmp_path_factory.mktemp("inputs")
-    for kind in ("gpt2", "gpt_neox", "olmo2", "opt", "gemma2", "mamba"):
+    for kind in ("gpt2", "gpt_neox", "olmo2", "opt", "cohere", "mamba"):
         config_folder(folder / kind, model_type=kind)
     config_folder(folder / "config-only", **TINY)
     config_folder(folder / "text-heads", **TINY | {"num_attention_heads": "four"})
@@ -146,11 +146,11 @@ BAD = {
     "empty model folder": ((*BUILD, "--model", "{in}/empty-folder"), 2, ("no config.json",)),
     "broken config": ((*BUILD, "--model", "{in}/broken-config"), 2, ("not valid JSON",)),
     "text as head count": ((*BUILD, "--model", "{in}/text-heads"), 2, ("num_attention_heads = 'four'", "whole number")),
-    "gpt2": ((*BUILD, "--model", "{in}/gpt2"), 2, ("'gpt2' cannot be cut", "hidden_size / heads", "llama, mistral")),
+    "gpt2": ((*BUILD, "--model", "{in}/gpt2"), 2, ("'gpt2' cannot be cut", "hidden_size / heads", "llama, ministral")),
     "gpt_neox": ((*BUILD, "--model", "{in}/gpt_neox"), 2, ("hidden_size / heads", "Accepted")),
     "olmo2": ((*BUILD, "--model", "{in}/olmo2"), 2, ("q_norm spans all heads", "Accepted")),
     "opt": ((*BUILD, "--model", "{in}/opt"), 2, ("Accepted types",)),
-    "gemma2": (("plan", "--model", "{in}/gemma2"), 2, ("not described", "Accepted types")),
+    "cohere": (("plan", "--model", "{in}/cohere"), 2, ("not described", "Accepted types")),
     "mamba": (("plan", "--model", "{in}/mamba"), 2, ("not described", "Accepted types")),
     "no weights": ((*BUILD, "--model", "{in}/config-only"), 2, ("without weights", "sspcompile plan")),
     "pickled weights": ((*BUILD, "--model", "{in}/pickled"), 2, ("pickled", "safetensors")),

@@ -5,10 +5,12 @@ from sspcompile.checkpoint.locate import embedded_model, locate
 from sspcompile.checkpoint.manifest import Manifest, check_manifest, write_manifest
 from sspcompile.checkpoint.publish import staged
 from sspcompile.checkpoint.source import Checkpoint, TensorInfo
+from sspcompile.checkpoint.transfer import Extent
 from sspcompile.checkpoint.writer import OutputTensor, copy_companions, write_checkpoint
 
 __all__ = [
     "Checkpoint",
+    "Extent",
     "Manifest",
     "OutputTensor",
     "TensorInfo",

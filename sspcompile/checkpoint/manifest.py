@@ -14,31 +14,39 @@ from sspcompile.errors import ArtifactError, InputError
 
 SCHEMA_VERSION = 1
 NAME = "manifest.json"
+WEIGHTS = ".safetensors"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """`files`: relative path -> sha256, size in bytes, and for weights the tensors. `origin`: fingerprints, seeds."""
+    """`files`: relative path -> sha256, size in bytes, and for weights the tensors. `origin`: fingerprints, seeds.
+
+    Weights that were cut as a stream, without being looked at, may have no sha256.
+    """
 
     files: Mapping[str, Mapping[str, Any]]
     origin: Mapping[str, Any]
 
 
-def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    entry: dict[str, Any] = {"sha256": digest, "size": path.stat().st_size}
-    if path.suffix == ".safetensors":
+def _describe(path: Path, *, hashed: bool = True) -> dict[str, Any]:
+    entry: dict[str, Any] = {"size": path.stat().st_size}
+    if hashed:
+        with path.open("rb") as stream:
+            entry["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
+    if path.suffix == WEIGHTS:
         entry["tensors"] = {
             name: {"dtype": info.dtype, "shape": list(info.shape)} for name, info in read_header(path).items()
         }
     return entry
 
 
-def write_manifest(folder: Path, origin: Mapping[str, Any]) -> Manifest:
+def write_manifest(folder: Path, origin: Mapping[str, Any], *, hash_weights: bool = True) -> Manifest:
     """Describe every file under `folder` and write manifest.json there. No clock enters: equal builds, equal bytes."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
-    files = {path.relative_to(folder).as_posix(): _describe(path) for path in paths}
+    files = {
+        path.relative_to(folder).as_posix(): _describe(path, hashed=hash_weights or path.suffix != WEIGHTS)
+        for path in paths
+    }
     text = json.dumps(
         {"schema_version": SCHEMA_VERSION, "origin": dict(origin), "files": files}, indent=1, sort_keys=True
     )
@@ -74,11 +82,11 @@ def check_manifest(folder: Path) -> Manifest:
         raise ArtifactError(f"{folder} lacks {min(missing)}.", hint="Run `sspcompile build` again.")
     for name, entry in manifest.files.items():
         try:
-            same = _describe(folder / name) == entry
+            same = _describe(folder / name, hashed="sha256" in entry or not name.endswith(WEIGHTS)) == entry
         except InputError:  # a header that can no longer be read
             same = False
         if not same:
             raise ArtifactError(
-                f"{folder / name} is not the file that was built (sha256 differs).", hint="Build it again."
+                f"{folder / name} is not the file that was built (sha256 or size differs).", hint="Build it again."
             )
     return manifest

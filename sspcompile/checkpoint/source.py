@@ -18,8 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from sspcompile.checkpoint.transfer import Extent, read_all
 from sspcompile.errors import CheckpointError, UnsupportedModelError
-from sspcompile.families import Geometry, geometry_of, tensor_shapes
+from sspcompile.families import Geometry, geometry_of
+from sspcompile.tensors import tensor_shapes
 
 WORD_BYTES: Mapping[str, int] = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -52,6 +54,19 @@ class TensorInfo:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.word_bytes
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one entry of the first axis."""
+        return math.prod(self.shape[1:]) * self.word_bytes
+
+    @property
+    def extent(self) -> Extent:
+        return Extent(self.file, self.offset, self.nbytes)
+
+    def rows(self, start: int, stop: int) -> Extent:
+        """Where rows start..stop of the first axis lie."""
+        return Extent(self.file, self.offset + start * self.row_bytes, (stop - start) * self.row_bytes)
+
 
 class Checkpoint:
     """One model folder: configuration, tensor table, companion files. Opening it reads headers only."""
@@ -64,7 +79,7 @@ class Checkpoint:
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Name -> place, in file order. Raises CheckpointError when files contradict index or configuration."""
-        table = _tensor_table(self.path)
+        table = tensor_table(self.path)
         _check_against(table, self.geometry, self.path)
         return table
 
@@ -107,12 +122,23 @@ class Checkpoint:
 
     def _words(self, info: TensorInfo, first: int, count: int) -> np.ndarray:
         words = np.empty(count, dtype=WORD_DTYPE[info.word_bytes])
-        view = memoryview(words).cast("B")
-        with info.file.open("rb") as stream:
-            stream.seek(info.offset + first * info.word_bytes)
-            if stream.readinto(view) != view.nbytes:
-                raise CheckpointError(f"{info.file.name} is shorter than its header says.", hint="Download it again.")
+        with info.file.open("rb", buffering=0) as stream:
+            fill(stream.fileno(), words, info.file, info.offset + first * info.word_bytes)
         return words
+
+
+def read_words(info: TensorInfo) -> np.ndarray:
+    """One tensor as raw words, in its shape. Raises CheckpointError when the file is shorter than it promised."""
+    words = np.empty(info.shape, dtype=WORD_DTYPE[info.word_bytes])
+    with info.file.open("rb", buffering=0) as stream:
+        fill(stream.fileno(), words, info.file, info.offset)
+    return words
+
+
+def fill(source: int, words: np.ndarray, file: Path, offset: int) -> None:
+    """Read the contiguous array `words` from an open file. Raises CheckpointError when the file ends before."""
+    if words.size and not read_all(source, memoryview(words).cast("B"), offset):
+        raise CheckpointError(f"{file.name} is shorter than its header says.", hint="Download it again.")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -162,7 +188,8 @@ def _weight_files(folder: Path) -> dict[str, set[str] | None]:
     )
 
 
-def _tensor_table(folder: Path) -> dict[str, TensorInfo]:
+def tensor_table(folder: Path) -> dict[str, TensorInfo]:
+    """Name -> place of every tensor of a folder, whatever model it holds. Raises CheckpointError."""
     table: dict[str, TensorInfo] = {}
     for file, promised in sorted(_weight_files(folder).items()):
         path = folder / file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -10,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sspcompile.checkpoint.source import INDEX_NAME, SINGLE_NAME, WORD_BYTES
+from sspcompile.checkpoint.transfer import Extent, Moved, copy_extent, hard_link, write_all
 
-DEFAULT_SHARD_BYTES = 5_000_000_000
 # transformers refuses a file whose metadata names no framework.
 METADATA = {"format": "pt"}
 COMPANION_PATTERNS = (
@@ -19,15 +20,23 @@ COMPANION_PATTERNS = (
     "generation_config.json", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 
+Piece = bytes | memoryview | Extent
+
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """One tensor to be written. `content` yields its bytes in order, at most a buffer at a time."""
+    """One tensor to be written. `content` yields its bytes in order: extents of other files, or at most a buffer.
+
+    A yielded buffer may be filled again once the next piece is asked for. `unchanged`: the whole tensor as it stands
+    in another safetensors file. `shard`: tensors of one name stay together when no shard size is asked for.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    content: Callable[[], Iterable[bytes | memoryview]]
+    content: Callable[[], Iterable[Piece]]
+    unchanged: Extent | None = None
+    shard: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -38,25 +47,27 @@ def write_checkpoint(
     folder: Path,
     tensors: Sequence[OutputTensor],
     *,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    progress: Callable[[int], None] | None = None,
+    max_shard_bytes: int | None = None,
+    progress: Moved | None = None,
+    link_unchanged: bool = False,
 ) -> None:
-    """Write `tensors` in their order as model.safetensors, or as shards with an index when they exceed the limit.
+    """Write `tensors` as model.safetensors, or as shards with an index when they are more than one.
 
-    `progress` receives the number of bytes just written. At most one buffer of one tensor is in memory.
+    Shards follow `OutputTensor.shard`, or the order of `tensors` and the limit `max_shard_bytes`. `progress` receives
+    the number of bytes just written. At most one buffer is in memory. A shard that equals a source file is copied
+    whole, or with `link_unchanged` becomes a second name of it.
     """
-    shards = _split(tensors, max_shard_bytes)
-    if len(shards) == 1:
-        _write_file(folder / SINGLE_NAME, shards[0], progress)
-        return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(folder / name, shard, progress)
-        weight_map |= {tensor.name: name for tensor in shard}
-    total = sum(tensor.nbytes for tensor in tensors)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    shards = _split(tensors, max_shard_bytes) if max_shard_bytes is not None else _as_grouped(tensors)
+    names = [SINGLE_NAME]
+    if len(shards) > 1:
+        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        _write_shard(folder / name, shard, progress, link_unchanged)
+    if len(shards) > 1:
+        weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        total = sum(tensor.nbytes for tensor in tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
 def _split(tensors: Sequence[OutputTensor], limit: int) -> list[list[OutputTensor]]:
@@ -71,7 +82,43 @@ def _split(tensors: Sequence[OutputTensor], limit: int) -> list[list[OutputTenso
     return shards
 
 
-def _write_file(path: Path, tensors: Sequence[OutputTensor], progress: Callable[[int], None] | None) -> None:
+def _as_grouped(tensors: Sequence[OutputTensor]) -> list[list[OutputTensor]]:
+    shards: dict[str, list[OutputTensor]] = {}
+    for tensor in tensors:
+        shards.setdefault(tensor.shard, []).append(tensor)
+    return list(shards.values()) or [[]]
+
+
+def _write_shard(path: Path, tensors: Sequence[OutputTensor], progress: Moved | None, link: bool) -> None:
+    source = _same_file(tensors)
+    if source is None:
+        _write_file(path, tensors, progress)
+        return
+    if not (link and hard_link(source, path)):
+        size = source.stat().st_size
+        with source.open("rb") as opened, path.open("wb", buffering=0) as target:
+            copy_extent(opened.fileno(), target.fileno(), Extent(source, 0, size))
+    if progress is not None:
+        progress(sum(tensor.nbytes for tensor in tensors))
+
+
+def _same_file(tensors: Sequence[OutputTensor]) -> Path | None:
+    """The source file that holds exactly these tensors unchanged, if there is one."""
+    extents = [tensor.unchanged for tensor in tensors if tensor.unchanged is not None]
+    if not extents or len(extents) != len(tensors) or len({extent.file for extent in extents}) > 1:
+        return None
+    file = extents[0].file
+    # Tensors cover the data of a safetensors file without gaps, so equal sums mean that none is left out.
+    data = file.stat().st_size - min(extent.offset for extent in extents)
+    return file if data == sum(extent.length for extent in extents) and _starts_after_header(file, extents) else None
+
+
+def _starts_after_header(file: Path, extents: Sequence[Extent]) -> bool:
+    with file.open("rb") as stream:
+        return min(extent.offset for extent in extents) == 8 + int.from_bytes(stream.read(8), "little")
+
+
+def _write_file(path: Path, tensors: Sequence[OutputTensor], progress: Moved | None) -> None:
     # Descending word size keeps every tensor aligned to its own width, as the reference writer does.
     tensors = sorted(tensors, key=lambda tensor: -WORD_BYTES[tensor.dtype])
     header: dict[str, object] = {"__metadata__": METADATA}
@@ -82,16 +129,26 @@ def _write_file(path: Path, tensors: Sequence[OutputTensor], progress: Callable[
         end = offsets[1]
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as stream:
-        stream.write(len(encoded).to_bytes(8, "little") + encoded)
+    with contextlib.ExitStack() as stack:
+        target = stack.enter_context(path.open("wb", buffering=0)).fileno()
+        opened: dict[Path, int] = {}
+        write_all(target, len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors:
-            start = stream.tell()
+            written = 0
             for piece in tensor.content():
-                stream.write(piece)
+                if isinstance(piece, Extent):
+                    if piece.file not in opened:
+                        opened[piece.file] = stack.enter_context(piece.file.open("rb", buffering=0)).fileno()
+                    copy_extent(opened[piece.file], target, piece, progress)
+                    written += piece.length
+                    continue
+                write_all(target, piece)
+                count = memoryview(piece).nbytes
+                written += count
                 if progress is not None:
-                    progress(len(piece))
-            if stream.tell() - start != tensor.nbytes:
-                raise ValueError(f"{tensor.name}: {stream.tell() - start} bytes where {tensor.nbytes} were planned")
+                    progress(count)
+            if written != tensor.nbytes:
+                raise ValueError(f"{tensor.name}: {written} bytes where {tensor.nbytes} were planned")
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:

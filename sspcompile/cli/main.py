@@ -18,6 +18,7 @@ from sspcompile.cli.inspect import inspect
 from sspcompile.cli.plan import plan
 from sspcompile.cli.prepare import prepare
 from sspcompile.cli.recipe import recipe
+from sspcompile.cli.slice import slice_command
 from sspcompile.cli.verify import verify
 from sspcompile.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_INTERRUPTED, RunError, SspError
 
@@ -42,6 +43,7 @@ def cli() -> None:
 
 for command in (build, plan, prepare, inspect, verify, export, bench, evaluate, recipe, criteria, doctor):
     cli.add_command(command)
+cli.add_command(slice_command, "slice")
 
 
 def main(argv: list[str] | None = None) -> None:

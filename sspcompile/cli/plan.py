@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,9 +17,10 @@ from sspcompile.cli.options import (
     request,
     warn_unknown,
 )
+from sspcompile.cli.slice import host_option
 
 if TYPE_CHECKING:
-    from sspcompile.pipeline.compiling import Subject
+    from sspcompile.checkpoint import Checkpoint
     from sspcompile.recipe import Recipe
     from sspcompile.scenario import Scenario
     from sspcompile.slicing.plan import SlicePlan
@@ -34,27 +36,30 @@ UNNAMED = "a model without a scenario"
 Examples:
   sspcompile plan --scenario finance-desk --keep 0.5
   sspcompile plan --model ./Llama-3.1-8B --keep 0.5 --layout uniform     (a config.json is enough)
+  sspcompile plan --model ./Qwen2.5-7B --mask artifacts/mine/mask.json --host seed_oss --by-layer
 """
 )
 @build_options
+@click.option("--mask", type=click.Path(path_type=Path), help="Plan the cut of this mask.json instead of compiling.")
+@host_option
+@click.option("--by-layer", is_flag=True, help="Also print a row for every layer (--json always has them).")
 @json_option
 @quiet_option
-def plan(scenario: str | None, as_json: bool, quiet: bool, **given: Any) -> None:
-    """Show parameters, bytes, KV bytes per token and which runtimes will load the result.
+def plan(
+    scenario: str | None, mask: Path | None, host: str, by_layer: bool, as_json: bool, quiet: bool, **given: Any
+) -> None:
+    """Show parameters, bytes, KV bytes and FLOPs per token, and which runtimes will load the result.
 
-    Without a scenario, or for a folder that holds no weights, sizes follow from the head counts alone: which heads
-    stay is then left open. With --layout auto both layouts are shown, because `build` measures before it chooses;
-    --json then has the uniform one at the top and both under "layouts".
+    Without a scenario, or for a folder that holds no weights, sizes follow from the head counts alone, read from the
+    headers in a moment whatever the size of the model: which heads stay is then left open. With --layout auto both
+    layouts are shown, because `build` measures before it chooses; --json then has the uniform one at the top and both
+    under "layouts".
     """
-    read, options = request(scenario or UNNAMED, given)
-    from sspcompile.pipeline.compiling import open_subject
-
-    subject = open_subject(options.model)
-    refuse_hopeless(read, subject, options)
-    if scenario is None or not subject.checkpoint.has_weights:
-        plans = _by_counts(subject, options)
+    if mask is not None:
+        plans = [_of_mask(given["model"], mask, scenario, _wanted(host))]
     else:
-        plans = _by_scenario(read, subject, options, quiet)
+        read, options = request(scenario or UNNAMED, given)
+        plans = _of_request(read, options, scenario is None, _wanted(host), quiet)
     if as_json:
         from sspcompile.slicing.plan import plan_json
 
@@ -64,10 +69,41 @@ def plan(scenario: str | None, as_json: bool, quiet: bool, **given: Any) -> None
     from sspcompile.cli.tables import print_plan
 
     for one in plans:
-        print_plan(one)
+        print_plan(one, by_layer=by_layer)
 
 
-def _by_counts(subject: Subject, options: Recipe) -> list[SlicePlan]:
+def _wanted(host: str) -> str | None:
+    return None if host == "auto" else host
+
+
+def _of_mask(model: str | None, mask: Path, scenario: str | None, host: str | None) -> SlicePlan:
+    from sspcompile.errors import InputError
+    from sspcompile.pipeline.cutting import open_cut
+
+    if scenario is not None:
+        raise InputError("--mask and --scenario exclude each other.", hint="A mask was compiled already; give one.")
+    return open_cut(model, mask, host=host).plan
+
+
+def _of_request(
+    read: Scenario, options: Recipe, without_scenario: bool, host: str | None, quiet: bool
+) -> list[SlicePlan]:
+    # Not through pipeline.compiling: sizes alone need neither torch nor the weights' fingerprint.
+    from sspcompile.checkpoint import Checkpoint, locate
+    from sspcompile.recipe import DEFAULTS
+
+    checkpoint = Checkpoint(locate(options.model))
+    if without_scenario or not checkpoint.has_weights:
+        # What can be refused for other reasons than its sizes needs more than the headers.
+        if options.criterion != DEFAULTS["criterion"] or options.repair != DEFAULTS["repair"] or options.pools:
+            from sspcompile.pipeline.compiling import open_subject
+
+            refuse_hopeless(read, open_subject(options.model), options)
+        return _by_counts(checkpoint, options, host)
+    return _by_scenario(read, options, host, quiet)
+
+
+def _by_counts(checkpoint: Checkpoint, options: Recipe, host: str | None) -> list[SlicePlan]:
     from sspcompile.errors import InputError
     from sspcompile.slicing.plan import plan_counts
 
@@ -76,15 +112,24 @@ def _by_counts(subject: Subject, options: Recipe) -> list[SlicePlan]:
             "--strength needs a scenario and weights to find the breadth.", hint="Give --keep to plan by size alone."
         )
     layout = "uniform" if options.layout in (None, "auto") else options.layout
-    return [plan_counts(subject.checkpoint, options.keep, layout)]
+    return [plan_counts(checkpoint, options.keep, layout, host=host)]
 
 
-def _by_scenario(read: Scenario, subject: Subject, options: Recipe, quiet: bool) -> list[SlicePlan]:
+def _by_scenario(read: Scenario, options: Recipe, host: str | None, quiet: bool) -> list[SlicePlan]:
     from sspcompile.cli.progress import stages
-    from sspcompile.pipeline.compiling import choices_for, compile_scenario, mask_of, score_key, toolkit_for
+    from sspcompile.pipeline.compiling import (
+        choices_for,
+        compile_scenario,
+        mask_of,
+        open_subject,
+        score_key,
+        toolkit_for,
+    )
     from sspcompile.slicing.plan import make_plan
     from sspcompile.workspace import Workspace
 
+    subject = open_subject(options.model)
+    refuse_hopeless(read, subject, options)
     with stages(quiet) as progress:
         loaded = subject.load()
         toolkit, _ = toolkit_for(subject, loaded, options, Workspace(here()), progress, [score_key(options)])
@@ -92,4 +137,4 @@ def _by_scenario(read: Scenario, subject: Subject, options: Recipe, quiet: bool)
     warn_unknown(compiled.mixture)
     choices = choices_for(compiled, subject, options.layout or "auto")
     masks = [mask_of(compiled, subject, choice, layout) for layout, choice in choices.items()]
-    return [make_plan(subject.checkpoint, mask) for mask in masks]
+    return [make_plan(subject.checkpoint, mask, host=host) for mask in masks]

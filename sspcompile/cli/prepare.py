@@ -26,6 +26,8 @@ Examples:
   sspcompile prepare
   sspcompile prepare --model ./Qwen2.5-7B-Instruct --criterion fisher --criterion kl
   sspcompile prepare --pools ./my-domains --axes 5
+  sspcompile prepare --model ./Llama-3.1-70B --device-map auto
+  torchrun --nproc-per-node 4 -m sspcompile.cli.main prepare --model ./Qwen2.5-7B-Instruct
 """
 )
 @model_option
@@ -38,14 +40,21 @@ Examples:
 @click.option("--max-tokens", type=int, metavar="N", help="Read at most N tokens of each text (512).")
 @click.option("--continuation-tokens", type=int, metavar="N", help="Let the model continue each text by N tokens (16).")
 @click.option("--seed", type=int, metavar="N", help="Seed of every random choice (0).")
+@click.option(
+    "--device-map", metavar="[auto]", help="Spread a model that no device holds over all of them (needs accelerate)."
+)
 @json_option
 @quiet_option
-def prepare(criteria: tuple[str, ...], as_json: bool, quiet: bool, **given: Any) -> None:
+def prepare(
+    criteria: tuple[str, ...], device_map: str | None, as_json: bool, quiet: bool, **given: Any
+) -> None:
     """Capture features, train probes, calibrate them, score every head per domain, find the whitelist.
 
-    `build` does this by itself when it is missing; the toolkit is kept per model and reused.
+    `build` does this by itself when it is missing; the toolkit is kept per model and reused. Under torchrun the
+    processes share the texts, one process per GPU, and find what one alone would find.
     """
     from sspcompile.pipeline.compiling import open_subject, toolkit_folder, toolkit_for
+    from sspcompile.prepare import parallel
     from sspcompile.recipe import DEFAULTS, resolve
     from sspcompile.scenario import as_recipe, read_scenario
     from sspcompile.workspace import Workspace
@@ -57,10 +66,13 @@ def prepare(criteria: tuple[str, ...], as_json: bool, quiet: bool, **given: Any)
 
     pools_of(options)  # refused, if at all, before the model is loaded
     subject, workspace = open_subject(options.model), Workspace(here())
-    with stages(quiet) as progress:
+    with parallel.joined() as world, stages(quiet or not world.first) as progress:
+        loaded = subject.load(device=world.device, device_map=device_map)
         toolkit, fresh = toolkit_for(
-            subject, subject.load(), options, workspace, progress, criteria or (DEFAULTS["criterion"],)
+            subject, loaded, options, workspace, progress, criteria or (DEFAULTS["criterion"],)
         )
+    if not world.first:
+        return
     folder = toolkit_folder(subject, options, workspace)
     facts = {
         "folder": str(folder), "fresh": fresh, "domains": list(toolkit.domains), "criteria": sorted(toolkit.importance),

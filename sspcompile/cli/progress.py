@@ -10,9 +10,13 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 
 @contextlib.contextmanager
-def stages(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """Yield `report(stage, done, total)`; each stage is one bar with the time left."""
-    _hush_libraries()
+def stages(quiet: bool, *, libraries: bool = True) -> Iterator[Callable[[str, int, int], None]]:
+    """Yield `report(stage, done, total)`; each stage is one bar with the time left.
+
+    `libraries` says that transformers will take part, and is to be silent.
+    """
+    if libraries:
+        _hush_libraries()
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     tasks: dict[str, TaskID] = {}

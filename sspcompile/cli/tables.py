@@ -31,8 +31,8 @@ def print_report(report: Report, *, as_json: bool = False, only: Collection[str]
     render_text(report, Console(), only=only)
 
 
-def print_plan(plan: SlicePlan) -> None:
-    """Sizes before and after, and a verdict per runtime."""
+def print_plan(plan: SlicePlan, *, by_layer: bool = False) -> None:
+    """Sizes before and after, and a verdict per runtime; with `by_layer` a row for every layer."""
     console = Console()
     kept = sum(heads for heads, _ in plan.counts)
     table = Table(
@@ -46,6 +46,8 @@ def print_plan(plan: SlicePlan) -> None:
         ("parameters", plan.dense.parameters, plan.sliced.parameters, "{:,}"),
         ("weights (MiB)", plan.dense.weight_bytes / MEBI, plan.sliced.weight_bytes / MEBI, "{:,.1f}"),
         ("KV cache (bytes per token)", plan.dense.kv_bytes_per_token, plan.sliced.kv_bytes_per_token, "{:,}"),
+        ("FLOPs per token", plan.dense.flops_per_token, plan.sliced.flops_per_token, "{:,}"),
+        ("  and position of the context", plan.dense.flops_per_position, plan.sliced.flops_per_position, "{:,}"),
     )
     for label, dense, sliced, form in rows:
         table.add_row(label, form.format(dense), form.format(sliced), f"{sliced / dense:.3f}")
@@ -55,6 +57,25 @@ def print_plan(plan: SlicePlan) -> None:
     for verdict in plan.runtimes:
         verdicts.add_row(verdict.runtime, "yes" if verdict.loads else "no", verdict.reason)
     console.print(verdicts)
+    if by_layer:
+        console.print(_layers(plan))
+
+
+def _layers(plan: SlicePlan) -> Table:
+    table = Table(title="By layer, MLP and norms included (dense → sliced)", title_justify="left")
+    for name in ("layer", "query heads", "kv heads", "parameters", "weights (MiB)", "KV bytes per token", "FLOPs"):
+        table.add_column(name, justify="right")
+    g = plan.geometry
+    for index, (cut, (dense, sliced)) in enumerate(zip(plan.layers, plan.by_layer, strict=True)):
+        heads = "none (1 silent)" if cut.dummy else str(len(cut.heads))
+        table.add_row(
+            str(index), f"{g.heads} → {heads}", f"{g.kv_heads} → {len(cut.groups)}",
+            f"{dense.parameters:,} → {sliced.parameters:,}",
+            f"{dense.weight_bytes / MEBI:,.1f} → {sliced.weight_bytes / MEBI:,.1f}",
+            f"{dense.kv_bytes_per_token:,} → {sliced.kv_bytes_per_token:,}",
+            f"{dense.flops_per_token:,} → {sliced.flops_per_token:,}",
+        )
+    return table
 
 
 def print_criteria(criteria: Iterable[Criterion]) -> None:

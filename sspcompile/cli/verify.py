@@ -16,16 +16,25 @@ from sspcompile.cli.options import here, json_option, model_option, quiet_option
 Examples:
   sspcompile verify
   sspcompile verify artifacts/chemistry-helpdesk --model /models/moved/elsewhere
+  sspcompile verify ./Llama-3.1-70B-mine --layerwise        (a folder that `slice` wrote)
 """
 )
 @click.argument("artifact", required=False)
 @model_option
+@click.option(
+    "--layerwise/--whole", default=None,
+    help="Hold one layer of each model at a time, or both models; by default, what the free memory allows.",
+)
 @json_option
 @quiet_option
-def verify(artifact: str | None, model: str | None, as_json: bool, quiet: bool) -> None:
+def verify(
+    artifact: str | None, model: str | None, layerwise: bool | None, as_json: bool, quiet: bool
+) -> None:
     """Check every file's sha256, load the model in a fresh process, and compare it with the masked dense model.
 
-    The dense model is looked for where the build found it; --model names another place.
+    ARTIFACT is a build, or a folder that `sspcompile slice` wrote; without it, the last build. Models that do not fit
+    into memory twice are compared layer by layer, from their files. The dense model is looked for where the build
+    found it; --model names another place.
     """
     from sspcompile.cli.progress import stages
     from sspcompile.pipeline.verifying import verify as run
@@ -33,12 +42,15 @@ def verify(artifact: str | None, model: str | None, as_json: bool, quiet: bool) 
 
     folder = Workspace(here()).find(artifact)
     with stages(quiet) as progress:
-        manifest, parity = run(folder, model, progress)
+        found = run(folder, model, progress, layerwise=layerwise)
+    manifest, parity = found.manifest, found.parity
     if as_json:
-        click.echo(json.dumps({"files": len(manifest.files), **asdict(parity), "relative": parity.relative}))
+        figures = {**asdict(parity), "relative": parity.relative, "layerwise": found.layerwise}
+        click.echo(json.dumps({"files": len(manifest.files), **figures}))
         return
     click.echo(f"{folder}: {len(manifest.files)} files match their manifest")
     click.echo(
         f"{parity.prompts} prompts: largest logit difference {parity.max_difference:.2e} "
-        f"({parity.relative:.1e} of the scale), same greedy text"
+        f"({parity.relative:.1e} of the scale), "
+        + ("same next tokens, layer by layer" if found.layerwise else "same greedy text")
     )

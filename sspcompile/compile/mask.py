@@ -73,8 +73,11 @@ def dump_mask(mask: HeadMask) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def load_mask(path: Path) -> HeadMask:
-    """Open a mask.json. Raises ArtifactError when it is unreadable, of another schema or contradicts itself."""
+def load_mask(path: Path, *, empty_layers: bool = False) -> HeadMask:
+    """Open a mask.json. Raises ArtifactError when it is unreadable, of another schema or contradicts itself.
+
+    `empty_layers` accepts layers that keep no head: never compiled here, but a mask from elsewhere may have them.
+    """
     try:
         value = json.loads(path.read_text("utf-8"))
         if value.pop("schema_version") != SCHEMA_VERSION:
@@ -87,11 +90,11 @@ def load_mask(path: Path) -> HeadMask:
         raise ArtifactError(f"There is no mask {path}.", hint="Run `sspcompile build` first.") from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{path} is no mask.json.", hint="Run `sspcompile build` again.") from error
-    check_mask(mask, source=str(path))
+    check_mask(mask, source=str(path), empty_layers=empty_layers)
     return mask
 
 
-def check_mask(mask: HeadMask, *, source: str = "The mask") -> None:
+def check_mask(mask: HeadMask, *, source: str = "The mask", empty_layers: bool = False) -> None:
     """Raise ArtifactError unless indices are in range, ascending, and regular within every layer."""
 
     def refuse(problem: str) -> ArtifactError:
@@ -100,6 +103,8 @@ def check_mask(mask: HeadMask, *, source: str = "The mask") -> None:
     if len(mask.kept) != mask.layers or mask.heads % mask.kv_heads:
         raise refuse(f"{len(mask.kept)} rows for {mask.layers} layers of {mask.heads} heads ({mask.kv_heads} kv)")
     for layer, kept in enumerate(mask.kept):
+        if not kept and empty_layers:
+            continue
         if not kept:
             raise refuse(f"layer {layer} keeps no head; at least one is needed")
         if list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= mask.heads:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sspcompile.criteria.look import Look
-from sspcompile.loaded import LoadedModel, o_proj
+from sspcompile.loaded import LoadedModel, projection_weight
 from sspcompile.prepare.capture import capture
 
 
@@ -52,7 +52,7 @@ def moments(loaded: LoadedModel, look: Look) -> Moments:
         real = batch.attention_mask.bool()
 
         def read(layer: int, x: Tensor, real: Tensor = real) -> None:
-            values = x[real].double()  # [tokens, channels]
+            values = x[real.to(x.device)].double()  # [tokens, channels]
             sums[0, layer] += values.sum(0).cpu()
             sums[1, layer] += values.square().sum(0).cpu()
 
@@ -64,7 +64,7 @@ def moments(loaded: LoadedModel, look: Look) -> Moments:
 
 def output_weight(loaded: LoadedModel, layer: int) -> Tensor:
     """o_proj's weight, [d, heads * D] fp32: column j multiplies input channel j."""
-    return o_proj(loaded.layers[layer]).weight.detach().float()
+    return projection_weight(loaded, layer, "o_proj").float()
 
 
 def head_columns(loaded: LoadedModel, layer: int) -> Tensor:

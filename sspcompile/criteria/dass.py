@@ -16,7 +16,7 @@ import torch
 
 from sspcompile.criteria.channels import head_sums, moments, output_weight
 from sspcompile.criteria.look import Look, Units
-from sspcompile.loaded import LoadedModel
+from sspcompile.loaded import LoadedModel, projection_weight
 
 POWER = 0.5
 
@@ -27,7 +27,7 @@ def dass(loaded: LoadedModel, look: Look) -> np.ndarray:
     units = Units.of(g, look.granularity)
     produced, consumed = [], []
     for layer in range(units.layers):
-        rows = loaded.layers[layer].self_attn.v_proj.weight.detach().abs().sum(1, dtype=torch.float64)
+        rows = projection_weight(loaded, layer, "v_proj").abs().sum(1, dtype=torch.float64)
         by_group = rows.view(g.kv_heads, 1, g.head_dim) / g.group_size
         produced.append(by_group.expand(-1, g.group_size, -1).flatten())  # [heads * D]
         consumed.append(output_weight(loaded, layer).abs().sum(0, dtype=torch.float64))

@@ -76,9 +76,12 @@ def information(
     number of positions, long answers do not count for more.
     """
     units = Units.of(loaded.geometry, look.granularity)
-    generator = torch.Generator(device=loaded.device).manual_seed(look.seed)
+    generator = torch.Generator(device=loaded.device)
     found = np.zeros((look.prompts, units.layers, units.count))
     for index, batch in enumerate(look.batches):
+        # A stream for every batch: what is drawn does not depend on which process looks at which batches.
+        stream = np.random.SeedSequence((look.seed, batch.rows[0])).generate_state(1, np.uint64)
+        generator.manual_seed(int(stream[0]))
         drawn = gate_gradients(loaded, batch, units, targets, draws, generator, kept)
         squares = sum(x.double().square() for x in drawn)
         positions = batch.score_mask.sum(-1).view(-1, 1, 1)

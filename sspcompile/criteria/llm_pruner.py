@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,23 +20,24 @@ from torch import Tensor, nn
 from sspcompile.criteria.logits import decoder_output, log_probabilities, mean_by_sequence
 from sspcompile.criteria.look import Look, Units
 from sspcompile.criteria.magnitude import PROJECTIONS, attention_sums
-from sspcompile.loaded import LoadedModel
+from sspcompile.loaded import LoadedModel, projection_place
 
 
 def llm_pruner(loaded: LoadedModel, look: Look) -> np.ndarray:
     """[L, U]"""
     units = Units.of(loaded.geometry, look.granularity)
+    places = {name: projection_place(loaded.geometry, name) for name in PROJECTIONS}
     weights = {
-        (layer, name): getattr(module.self_attn, name).weight
-        for layer, module in enumerate(loaded.layers) for name in PROJECTIONS
+        (layer, module): getattr(decoder.self_attn, module).weight
+        for layer, decoder in enumerate(loaded.layers) for module in dict(places.values())
     }  # fmt: skip
     gradients = dict(zip(weights, _gradients(loaded, look, list(weights.values())), strict=True))
-    scores = [
-        attention_sums(
-            loaded, layer, lambda name, weight, layer=layer: (gradients[layer, name] * weight).abs()
-        )
-        for layer in range(units.layers)
-    ]
+
+    def product(layer: int, name: str, weight: Tensor) -> Tensor:
+        module, rows = places[name]
+        return (gradients[layer, module][rows] * weight).abs()
+
+    scores = [attention_sums(loaded, layer, partial(product, layer)) for layer in range(units.layers)]
     return units.sum(np.stack(scores))
 
 

@@ -18,8 +18,11 @@ def decoder_output(loaded: LoadedModel, batch: Batch) -> Tensor:
 
 
 def scored_logits(loaded: LoadedModel, hidden: Tensor, score_mask: Tensor) -> Tensor:
-    """Logits at the scored positions only, [S, V] fp32, from the decoder's normalised output [B, T, d]."""
-    return loaded.model.lm_head(hidden[score_mask]).float()
+    """Logits at the scored positions only, [S, V] fp32, from the decoder's normalised output [B, T, d].
+
+    They are on the device that token ids are on, wherever the last layers of a spread model lie.
+    """
+    return loaded.model.lm_head(hidden[score_mask.to(hidden.device)]).float().to(loaded.device)
 
 
 def log_probabilities(loaded: LoadedModel, hidden: Tensor, score_mask: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sspcompile.criteria.look import Look, Units
-from sspcompile.loaded import LoadedModel
+from sspcompile.loaded import LoadedModel, projection_weight
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 ElementValue = Callable[[str, Tensor], Tensor]
@@ -36,11 +36,10 @@ def attention_sums(loaded: LoadedModel, layer: int, of: ElementValue) -> np.ndar
     share of its group's, so that the heads of a group add up to the group.
     """
     g = loaded.geometry
-    attention = loaded.layers[layer].self_attn
     total = torch.zeros(g.heads, dtype=torch.float64, device=loaded.device)
     with torch.no_grad():
         for name in PROJECTIONS:
-            values = of(name, getattr(attention, name).weight)
+            values = of(name, projection_weight(loaded, layer, name))
             lines = values.sum(0 if name == "o_proj" else 1, dtype=torch.float64)  # one per head coordinate
             per_head = lines.view(-1, g.head_dim).sum(-1)  # [H], or [G] for k and v
             share = g.heads // len(per_head)

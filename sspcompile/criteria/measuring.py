@@ -14,6 +14,7 @@ import numpy as np
 from sspcompile.criteria.look import Granularity, Look, Progress, Units
 from sspcompile.criteria.table import criterion
 from sspcompile.loaded import LoadedModel
+from sspcompile.prepare.parallel import current, shared
 from sspcompile.prepare.text import Sentence, batches_of
 
 PERCENT = 100
@@ -73,16 +74,19 @@ def measure(
 
     def look_at(part: np.ndarray, report: Progress | None) -> np.ndarray:
         read = [texts[row] for row in part] if reads else []
-        return chosen.measure(
-            loaded, Look(batches_of(loaded, read), len(read), directions, seed, granularity, report)
-        )
+        # Rows of prompts are shared by batch, sets of prompts as a whole.
+        run = shared(chosen.measure) if chosen.per == "prompt" else chosen.measure
+        return run(loaded, Look(batches_of(loaded, read), len(read), directions, seed, granularity, report))
 
     if chosen.per == "prompt":
         found, owners = look_at(rows, progress), labels[rows]
     else:
+        world = current()
         owners = np.unique(labels[rows])
         parts = [rows[labels[rows] == k] for k in owners]
-        found = np.stack([look_at(part, _part(progress, i, len(parts))) for i, part in enumerate(parts)])
+        own = {i: look_at(parts[i], _part(progress, i, len(parts))) for i in world.share(range(len(parts)))}
+        measured = world.union(own)
+        found = np.stack([measured[i] for i in range(len(parts))])
         if progress is not None:
             progress(len(parts) * PERCENT, len(parts) * PERCENT)
     return Scores(units.spread(found, axis=2), owners, chosen.per, len(rows) if reads else 0)

@@ -64,7 +64,7 @@ def subspace(loaded: LoadedModel, look: Look, norm: str) -> np.ndarray:
 
         def read(layer: int, x: Tensor, batch: Batch = batch, rows: list[int] = rows) -> None:
             outputs = x.float().unflatten(-1, (g.heads, g.head_dim))
-            shares = write_shares(outputs, columns[layer], units[layer], norm)
+            shares = write_shares(outputs, columns[layer].to(x.device), units[layer].to(x.device), norm)
             found[rows, layer] = pool(shares.flatten(2), batch.attention_mask).unflatten(1, shares.shape[2:]).cpu()
 
         capture(loaded, batch, read)

@@ -22,6 +22,7 @@ from sspcompile.loaded import LoadedModel, load
 from sspcompile.pipeline.evidence import Evidence, fit_part, gather
 from sspcompile.pipeline.pools import PoolSet, pools_of, pools_suffix
 from sspcompile.pipeline.scoring import HeadScores, score_heads
+from sspcompile.prepare import parallel
 from sspcompile.prepare.text import TEXT_VERSION
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.recipe import DEFAULTS, Recipe
@@ -50,9 +51,12 @@ class Subject:
         typed = Path(self.name).expanduser()
         return str(typed.absolute()) if typed.is_dir() and self.name != EMBEDDED else self.name
 
-    def load(self, *, device: str = "cpu", trust_remote_code: bool = False) -> LoadedModel:
+    def load(
+        self, *, device: str = "cpu", device_map: str | None = None, trust_remote_code: bool = False
+    ) -> LoadedModel:
         return load(
-            self.checkpoint.path, fingerprint=self.fingerprint, device=device, trust_remote_code=trust_remote_code
+            self.checkpoint.path, fingerprint=self.fingerprint, device=device, device_map=device_map,
+            trust_remote_code=trust_remote_code,
         )
 
 
@@ -113,7 +117,8 @@ def toolkit_for(
         chosen = fit_part(given.named(toolkit.domains))
         mean, spread = preparing.importance_by_domain(loaded, toolkit, chosen, name, progress)
         toolkit = preparing.with_importance(toolkit, name, mean, spread)
-    if fresh or missing:
+    # Under torchrun all processes have learned the same.
+    if (fresh or missing) and parallel.current().first:
         preparing.save(toolkit, folder)
     return toolkit, fresh
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+import psutil
 
 from sspcompile.checkpoint import Manifest, check_manifest
 from sspcompile.compile.mask import load_mask
@@ -13,9 +17,13 @@ from sspcompile.pipeline.compiling import Subject, open_subject
 from sspcompile.slicing import modeling_sspcompile
 from sspcompile.slicing.configuration import MODELING_FILE
 from sspcompile.slicing.parity import Parity, compare, demand, repair_of
-from sspcompile.slicing.plan import make_plan
+from sspcompile.slicing.plan import SlicePlan, make_plan
 from sspcompile.slicing.repair import Repair, written_biases
 from sspcompile.workspace import MASK, MODEL, PROBES
+
+# Activations, the interpreters and what torch allocates beside the weights.
+MEMORY_SLACK = 1.2
+RANDOM_PROBE_LENGTHS = (1, 7, 32, 96)
 
 
 def dense_of(folder: Path, manifest: Manifest, model: str | None) -> Subject:
@@ -48,27 +56,64 @@ def ships_code(model: Path) -> bool:
     return True
 
 
-def verify(folder: Path, model: str | None, progress: Callable[[str, int, int], None]) -> tuple[Manifest, Parity]:
-    """Check an artifact. Raises ArtifactError (a file or the source changed) or ParityError.
+@dataclass(frozen=True)
+class Verified:
+    """What `verify` found: `layerwise` says that the models were compared layer by layer."""
 
-    `model` says where the dense model is now; None means where the build found it.
+    manifest: Manifest
+    parity: Parity
+    layerwise: bool
+
+
+def verify(
+    folder: Path, model: str | None, progress: Callable[[str, int, int], None], *, layerwise: bool | None = None
+) -> Verified:
+    """Check an artifact, or a folder that `slice` wrote. Raises ArtifactError (a file or the source changed) or
+    ParityError.
+
+    `model` says where the dense model is now; None means where the build found it. `layerwise` None decides by the
+    memory that is free.
     """
     progress("checksums", 0, 1)
     manifest = check_manifest(folder)
     progress("checksums", 1, 1)
     subject = dense_of(folder, manifest, model)
-    custom = ships_code(folder / MODEL)
-    mask = load_mask(folder / MASK)
+    written = folder / MODEL if (folder / MODEL).is_dir() else folder
+    custom = ships_code(written)
+    mask = load_mask(folder / MASK, empty_layers=True)
     plan = make_plan(subject.checkpoint, mask)
-    record = json.loads((folder / PROBES).read_text("utf-8"))
-    repair = None
-    if record["repaired"]:
-        weights = repair_of(folder / MODEL, plan, mask).weights
-        repair = Repair(weights, written_biases(folder / MODEL, plan.geometry))
-    progress("proving", 0, 1)
-    parity = compare(
-        subject.load(), mask, repair, folder / MODEL, record["probes"], custom_code=custom
-    )
+    probes, repaired = _probes(folder, subject)
+    if layerwise is None:
+        layerwise = whole_bytes(plan) > psutil.virtual_memory().available
+    if layerwise:
+        from sspcompile.slicing.layerwise import compare_layerwise
+
+        parity = compare_layerwise(
+            subject.checkpoint, mask, written, probes, repaired=repaired, custom_code=custom,
+            progress=lambda done, total: progress("proving", done, total),
+        )
+    else:
+        progress("proving", 0, 1)
+        repair = None
+        if repaired:
+            repair = Repair(repair_of(written, plan, mask).weights, written_biases(written, plan.geometry))
+        parity = compare(subject.load(), mask, repair, written, probes, custom_code=custom)
+        progress("proving", 1, 1)
     demand(parity)
-    progress("proving", 1, 1)
-    return manifest, parity
+    return Verified(manifest, parity, layerwise)
+
+
+def whole_bytes(plan: SlicePlan) -> int:
+    """Memory that a comparison of whole models takes: both in fp32, and the larger one's file while it is read."""
+    fp32 = 4 * (plan.dense.parameters + plan.sliced.parameters)
+    return int(MEMORY_SLACK * (fp32 + plan.dense.weight_bytes))
+
+
+def _probes(folder: Path, subject: Subject) -> tuple[list[list[int]], bool]:
+    """Token ids to compare on, and whether o_proj was refitted: the artifact's own, or random ones after `slice`."""
+    if (folder / PROBES).is_file():
+        record = json.loads((folder / PROBES).read_text("utf-8"))
+        return record["probes"], record["repaired"]
+    rng = np.random.default_rng(0)
+    vocab = subject.checkpoint.geometry.vocab
+    return [rng.integers(0, vocab, size).tolist() for size in RANDOM_PROBE_LENGTHS], False

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sspcompile.errors import RunError
 from sspcompile.loaded import LoadedModel, o_proj, residual_norm
+from sspcompile.prepare.parallel import current
 from sspcompile.prepare.text import MAX_TOKENS, Batch, encode
 
 # Called with (layer, x): x is the input of that layer's o_proj, [B, T, heads * head_dim]. It must not keep x.
@@ -21,7 +22,7 @@ BatchDone = Callable[[int, int], None]  # (batches done, batches in all)
 
 def pool(values: Tensor, attention_mask: Tensor) -> Tensor:
     """Mean over real tokens in fp32: [B, T, d] and [B, T] -> [B, d]. Padding may hold anything, NaN included."""
-    real = attention_mask.bool().unsqueeze(-1)
+    real = attention_mask.to(values.device).bool().unsqueeze(-1)  # layers may lie on several devices
     total = values.float().masked_fill(~real, 0.0).sum(1)
     return total / real.sum(1)
 
@@ -90,10 +91,11 @@ def features(
     on_batch: BatchDone | None = None,
 ) -> np.ndarray:
     """What the probes read: [N, L, d] float32 in the order of the prompts. The same call offline and online."""
-    batches = encode(loaded, prompts, max_tokens)
+    world = current()
+    batches = world.share(encode(loaded, prompts, max_tokens))
     found = np.zeros((len(prompts), loaded.geometry.layers, loaded.geometry.hidden), dtype=np.float32)
     for index, batch in enumerate(batches):
         found[list(batch.rows)] = capture(loaded, batch).numpy()
         if on_batch is not None:
             on_batch(index + 1, len(batches))
-    return found
+    return world.total(found)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sspcompile.errors import InputError
+from sspcompile.prepare.parallel import current
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -170,12 +171,12 @@ def continued(
     items = sentences(loaded.tokenizer, prompts, max_tokens)
     if new_tokens < 1:
         return items
-    extended = list(items)
-    for batch in batches_of(loaded, items, batch_tokens):
-        tails = greedy(loaded, [items[row] for row in batch.rows], new_tokens)
-        for row, tail in zip(batch.rows, tails, strict=True):
-            extended[row] = Sentence(items[row].ids + tail, items[row].prompt)
-    return extended
+    world = current()
+    own: dict[int, tuple[int, ...]] = {}
+    for batch in world.share(batches_of(loaded, items, batch_tokens)):
+        own |= zip(batch.rows, greedy(loaded, [items[row] for row in batch.rows], new_tokens), strict=True)
+    tails = world.union(own)
+    return [Sentence(item.ids + tails[row], item.prompt) for row, item in enumerate(items)]
 
 
 def with_continuations(

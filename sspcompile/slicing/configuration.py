@@ -6,17 +6,14 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from sspcompile.families import FAMILIES
 from sspcompile.slicing.plan import SlicePlan
 
 MODELING_FILE = "modeling_sspcompile.py"
-CUSTOM_CLASSES: Mapping[str, str] = {
-    "mistral": "PerLayerMistralForCausalLM",
-    "qwen2": "PerLayerQwen2ForCausalLM",
-    "qwen3": "PerLayerQwen3ForCausalLM",
-}
-# Keys of LlamaConfig that MistralConfig does not have; all are switched off when Mistral is the host.
-LLAMA_ONLY = ("attention_bias", "mlp_bias", "pretraining_tp")
+CLASS_PREFIX = "PerLayer"
+# What 4.57 calls the base frequency of Gemma 3's sliding layers.
+LOCAL_THETA = "rope_local_base_freq"
+# transformers 4.57 has Phi-3 check that rope_scaling holds these and no other keys.
+PHI3_SCALING = ("type", "short_factor", "long_factor")
 
 
 def sliced_config(source: Mapping[str, Any], plan: SlicePlan) -> dict[str, Any]:
@@ -24,18 +21,28 @@ def sliced_config(source: Mapping[str, Any], plan: SlicePlan) -> dict[str, Any]:
     config = copy.deepcopy(dict(source))
     if plan.keeps_everything:
         return config
-    config["head_dim"] = plan.geometry.head_dim
+    g = plan.geometry
+    config["head_dim"] = g.head_dim
     config["num_attention_heads"] = max(heads for heads, _ in plan.counts)
     config["num_key_value_heads"] = max(groups for _, groups in plan.counts)
     config["architectures"] = [plan.host.architecture]
+    # Silent defaults differ between families and versions.
+    config["tie_word_embeddings"] = g.tied
     _both_rope_spellings(config)
-    if plan.host is not FAMILIES[plan.geometry.family.model_type]:
+    if "num_local_experts" in config and g.family.experts is not None:
+        config |= dict.fromkeys(g.family.experts.counts, g.experts)
+    if plan.host is not g.family:
         config["model_type"] = plan.host.model_type
-        config["sliding_window"] = None
-        for key in LLAMA_ONLY:
+        for key in g.family.own_keys:
             config.pop(key, None)
+        config |= plan.settings
     if plan.custom_code:
-        name = CUSTOM_CLASSES[plan.host.model_type]
+        if plan.host.reads_heads:
+            # The class looks at the global counts, which transformers 5 forbids to read unless told so. Stock classes
+            # would now build every layer with them; they still fail to load, because the weights do not fit.
+            config["num_attention_heads"], config["num_key_value_heads"] = g.heads, g.kv_heads
+            config["allow_global_per_layer_attribute_access"] = True
+        name = CLASS_PREFIX + plan.host.architecture
         config["architectures"] = [name]
         config["auto_map"] = {"AutoModelForCausalLM": f"{MODELING_FILE.removesuffix('.py')}.{name}"}
         config["per_layer_config"] = {
@@ -46,16 +53,30 @@ def sliced_config(source: Mapping[str, Any], plan: SlicePlan) -> dict[str, Any]:
 
 
 def _both_rope_spellings(config: dict[str, Any]) -> None:
-    """transformers 5 writes `rope_parameters`; 4.57 does not read it and would silently fall back to theta 10000."""
+    """transformers 5 writes `rope_parameters`; 4.57 does not read it and would silently fall back to theta 10000.
+
+    The older spelling is read by both, so a configuration that has it is left alone.
+    """
     parameters = config.get("rope_parameters")
-    if isinstance(parameters, Mapping):
-        scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
-        if "rope_theta" in parameters:
-            config["rope_theta"] = parameters["rope_theta"]
-        scaled = scaling.get("rope_type", "default") != "default"
-        config["rope_scaling"] = scaling if scaled else None
-    else:
-        scaling = config.get("rope_scaling") or {"rope_type": "default"}
-        config["rope_parameters"] = {"rope_theta": config.get("rope_theta", 10000.0), **scaling}
-        if "type" in scaling and "rope_type" not in scaling:
-            config["rope_parameters"]["rope_type"] = scaling["type"]
+    if not isinstance(parameters, Mapping):
+        return
+    if isinstance(parameters.get("full_attention"), Mapping):
+        local = parameters.get("sliding_attention") or {}
+        if "rope_theta" in local:
+            config[LOCAL_THETA] = local["rope_theta"]
+        parameters = parameters["full_attention"]
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in parameters:
+            config[key] = parameters[key]
+    config["rope_scaling"] = _scaling(parameters, str(config.get("model_type")))
+
+
+def _scaling(parameters: Mapping[str, Any], model_type: str) -> dict[str, Any] | None:
+    """The `rope_scaling` that says the same as `rope_parameters`; None for unscaled positions."""
+    kind = parameters.get("rope_type", "default")
+    if kind == "default":
+        return None
+    scaling = {k: v for k, v in parameters.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    if model_type == "phi3":
+        return {key: value for key, value in {**scaling, "type": kind}.items() if key in PHI3_SCALING}
+    return scaling

@@ -1,7 +1,7 @@
 """The surgery: which bytes of which tensor stay. Everything else is copied as it is.
 
-Rows of q/k/v and columns of o belong to heads: head h owns q_proj rows h*D .. (h+1)*D and the same columns of o_proj;
-key/value head g owns k_proj and v_proj rows g*D .. (g+1)*D (D = head_dim).
+Rows of q/k/v that stay are runs of neighbouring bytes, moved without being looked at. Columns of o_proj are gathered
+a band of rows at a time, through two buffers that are allocated once.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from itertools import groupby
 
 import numpy as np
 
-from sspcompile.checkpoint.source import Checkpoint
-from sspcompile.checkpoint.writer import OutputTensor
-from sspcompile.families import layer_prefix
+from sspcompile.checkpoint.source import WORD_DTYPE, Checkpoint, dtype_bytes, fill
+from sspcompile.checkpoint.transfer import Extent
+from sspcompile.checkpoint.writer import OutputTensor, Piece
 from sspcompile.slicing.plan import SlicePlan
+from sspcompile.tensors import attention_blocks
 
-BUFFER_BYTES = 1 << 24
-Content = Callable[[], Iterable[bytes | memoryview]]
+# Large enough for sequential reads at full speed, small enough to stay in the processor's cache between read and write.
+BAND_BYTES = 4 << 20
+Content = Callable[[], Iterable[Piece]]
 
 
 def cut_tensors(
@@ -27,66 +29,71 @@ def cut_tensors(
 
     `replaced` holds tensors that a repair computed, as raw words in the output's shape.
     """
-    roles = _roles(plan)
+    replaced = replaced or {}
+    blocks, silent = _roles(plan)
     outputs = []
     for name, (shape, dtype) in plan.tensors.items():
-        if replaced is not None and name in replaced:
+        info = checkpoint.tensors.get(name)
+        whole = None
+        if name in replaced:
             content = _constant(replaced[name])
-        elif name in roles and checkpoint.tensors[name].shape != shape:
-            axis, kept = roles[name]
-            content = _rows(checkpoint, name, kept, plan) if axis == 0 else _columns(checkpoint, name, kept, plan)
+        elif info is None or name in silent:
+            content = _constant(np.zeros(shape, dtype=WORD_DTYPE[dtype_bytes(dtype)]))
+        elif info.shape == shape:
+            whole = info.extent
+            content = _extents([whole])
         else:
-            content = _whole(checkpoint, name)
-        outputs.append(OutputTensor(name, dtype, shape, content))
+            axis, kept = blocks[name]
+            content = _rows(checkpoint, name, kept, plan) if axis == 0 else _columns(checkpoint, name, kept, plan)
+        outputs.append(
+            OutputTensor(name, dtype, shape, content, unchanged=whole, shard=info.file.name if info is not None else "")
+        )
     return outputs
 
 
-def _roles(plan: SlicePlan) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """Tensor name -> (axis that is cut, kept blocks of head_dim along it)."""
-    roles: dict[str, tuple[int, tuple[int, ...]]] = {}
+def _roles(plan: SlicePlan) -> tuple[dict[str, tuple[int, tuple[int, ...]]], set[str]]:
+    """Tensor name -> (axis that is cut, kept blocks of head_dim along it); and the tensors written as zeros."""
+    blocks: dict[str, tuple[int, tuple[int, ...]]] = {}
+    silent: set[str] = set()
     for index, layer in enumerate(plan.layers):
-        attention = layer_prefix(index) + "self_attn."
-        for projection, kept in (("q_proj", layer.heads), ("k_proj", layer.groups), ("v_proj", layer.groups)):
-            roles[f"{attention}{projection}.weight"] = (0, kept)
-            roles[f"{attention}{projection}.bias"] = (0, kept)
-        roles[attention + "o_proj.weight"] = (1, layer.heads)
-    return roles
+        found = attention_blocks(plan.geometry, index, layer.heads, layer.groups)
+        blocks |= found
+        if layer.dummy:
+            silent |= {name for name, (axis, _) in found.items() if axis == 1}
+    return blocks, silent
 
 
 def _constant(words: np.ndarray) -> Content:
     return lambda: [memoryview(np.ascontiguousarray(words)).cast("B")]
 
 
-def _whole(checkpoint: Checkpoint, name: str) -> Content:
-    return lambda: checkpoint.chunks(name, BUFFER_BYTES)
+def _extents(extents: Sequence[Extent]) -> Content:
+    return lambda: extents
 
 
 def _rows(checkpoint: Checkpoint, name: str, kept: Sequence[int], plan: SlicePlan) -> Content:
-    """Kept blocks of rows; neighbouring blocks are one read."""
-
-    def content() -> Iterator[memoryview]:
-        size = plan.geometry.head_dim
-        row_bytes = checkpoint.tensors[name].nbytes // checkpoint.tensors[name].shape[0]
-        step = max(1, BUFFER_BYTES // row_bytes)
-        for start, stop in _runs(kept):
-            for row in range(start * size, stop * size, step):
-                words = checkpoint.read_rows(name, row, min(row + step, stop * size))
-                yield memoryview(words).cast("B")
-
-    return content
+    """Kept blocks of rows; neighbouring blocks are one extent."""
+    size, info = plan.geometry.head_dim, checkpoint.tensors[name]
+    return _extents([info.rows(start * size, stop * size) for start, stop in _runs(kept)])
 
 
 def _columns(checkpoint: Checkpoint, name: str, kept: Sequence[int], plan: SlicePlan) -> Content:
-    """Kept blocks of columns, a band of rows at a time: [rows, heads * D] -> [rows, kept * D]."""
+    """Kept blocks of columns, a band of rows at a time: [rows, heads, D] -> [rows, kept, D]."""
 
     def content() -> Iterator[memoryview]:
-        size = plan.geometry.head_dim
-        info = checkpoint.tensors[name]
-        columns = np.concatenate([np.arange(head * size, (head + 1) * size) for head in kept])
-        step = max(1, BUFFER_BYTES // (info.nbytes // info.shape[0]))
-        for row in range(0, info.shape[0], step):
-            band = checkpoint.read_rows(name, row, min(row + step, info.shape[0]))
-            yield memoryview(np.ascontiguousarray(band[:, columns])).cast("B")
+        size, info = plan.geometry.head_dim, checkpoint.tensors[name]
+        rows, heads, word = info.shape[0], info.shape[1] // size, WORD_DTYPE[info.word_bytes]
+        step = max(1, min(rows, BAND_BYTES // info.row_bytes))
+        band = np.empty((step, heads, size), dtype=word)
+        gathered = np.empty((step, len(kept), size), dtype=word)
+        columns = np.asarray(kept)
+        with info.file.open("rb", buffering=0) as stream:
+            for row in range(0, rows, step):
+                count = min(step, rows - row)
+                fill(stream.fileno(), band[:count], info.file, info.rows(row, row + count).offset)
+                # mode="clip" writes straight into `out`; the default would go through a copy of it.
+                np.take(band[:count], columns, axis=1, out=gathered[:count], mode="clip")
+                yield memoryview(gathered[:count]).cast("B")
 
     return content
 

@@ -1,15 +1,34 @@
 # Copyright the sspcompile authors. Licensed under the Apache License, Version 2.0.
 """Decoder classes whose numbers of query and key/value heads differ by layer (`per_layer_config` in config.json).
 
-Only the sizes of the projections differ from the stock classes; every forward is inherited. Works with transformers
+`PerLayerMistralForCausalLM` is `MistralForCausalLM` with each decoder layer built from its own head counts, and so on
+for every stock class. Only the sizes of the projections differ; every forward is inherited. Works with transformers
 4.57 and 5.
 """
 
 import copy
+import functools
 
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
+import transformers
+
+PREFIX = "PerLayer"
+
+
+class _LayerView:
+    """One layer's head counts in front of the shared configuration.
+
+    Attention reads its implementation, and in some families its head counts, from its configuration at every call. A
+    private copy would not follow set_attn_implementation, the shared one does not know the counts.
+    """
+
+    def __init__(self, shared, counts):
+        self._shared = shared
+        self.__dict__.update(counts)
+
+    def __getattr__(self, name):
+        if name.startswith("__") or name == "_shared":  # asked for while copying or unpickling
+            raise AttributeError(name)
+        return getattr(self._shared, name)
 
 
 def _stock(config):
@@ -22,46 +41,43 @@ def _stock(config):
     return plain
 
 
-def _layer_config(config, layer):
-    """Configuration of one layer."""
+def _counts(config, layer):
+    """The head counts of one layer."""
     entries = config.per_layer_config
-    plain = _stock(config)
     if isinstance(entries, dict):
-        for key, value in entries[str(layer)].items():
-            setattr(plain, key, value)
-    else:
-        plain.num_attention_heads = entries[layer].num_attention_heads
-        plain.num_key_value_heads = entries[layer].num_key_value_heads
-    return plain
+        return dict(entries[str(layer)])
+    return {key: getattr(entries[layer], key) for key in ("num_attention_heads", "num_key_value_heads")}
 
 
 class _PerLayerHeads:
-    """Builds the stock model, then each decoder layer again from its own configuration."""
-
-    _layer_class = None
+    """Builds the stock model, then each decoder layer again from its own head counts."""
 
     def __init__(self, config):
         super().__init__(_stock(config))
-        # The constructor settles the attention implementation on the configuration that it was given.
-        config._attn_implementation = self.config._attn_implementation
-        for index in range(config.num_hidden_layers):
-            layer = self._layer_class(_layer_config(config, index), index)
-            # Attention reads its implementation here at every call; a private copy would not follow
-            # set_attn_implementation.
-            layer.self_attn.config = config
+        # The constructor settled these on the copy that it was given.
+        for name in ("_attn_implementation", "_experts_implementation"):
+            if hasattr(self.config, name):
+                setattr(config, name, getattr(self.config, name))
+        for index, stock_layer in enumerate(self.model.layers):
+            counts = _counts(config, index)
+            layer_config = copy.copy(self.config)
+            for key, value in counts.items():
+                setattr(layer_config, key, value)
+            layer = type(stock_layer)(layer_config, index)
+            layer.self_attn.config = _LayerView(config, counts)
             self.model.layers[index] = layer
         self.config = config
         self.model.config = config
         self.post_init()
 
 
-class PerLayerMistralForCausalLM(_PerLayerHeads, MistralForCausalLM):
-    _layer_class = MistralDecoderLayer
+@functools.cache
+def _per_layer(stock_name):
+    stock = getattr(transformers, stock_name)
+    return type(PREFIX + stock_name, (_PerLayerHeads, stock), {"__module__": __name__})
 
 
-class PerLayerQwen2ForCausalLM(_PerLayerHeads, Qwen2ForCausalLM):
-    _layer_class = Qwen2DecoderLayer
-
-
-class PerLayerQwen3ForCausalLM(_PerLayerHeads, Qwen3ForCausalLM):
-    _layer_class = Qwen3DecoderLayer
+def __getattr__(name):
+    if name.startswith(PREFIX):
+        return _per_layer(name.removeprefix(PREFIX))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

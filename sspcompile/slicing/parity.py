@@ -56,7 +56,7 @@ def compare(
     Raises RunError when the fresh process cannot load the folder.
     """
     prompts = [list(ids[:PROBE_TOKENS]) for ids in prompts[:PROBE_PROMPTS]]
-    answers = _fresh(folder, prompts, custom_code)
+    answers = _fresh(folder, prompts, custom_code, loaded.geometry.family.attention)
     gates = torch.from_numpy(mask.as_array()).float().to(loaded.device)
     difference = scale = 0.0
     same = True
@@ -82,12 +82,14 @@ def demand(parity: Parity) -> None:
         )
 
 
-def _fresh(folder: Path, prompts: list[list[int]], custom_code: bool) -> list[tuple[np.ndarray, np.ndarray]]:
+def _fresh(
+    folder: Path, prompts: list[list[int]], custom_code: bool, attention: str
+) -> list[tuple[np.ndarray, np.ndarray]]:
     with tempfile.TemporaryDirectory() as scratch:
         request, answer = Path(scratch) / "request.json", Path(scratch) / "answer.npz"
         asked = {
             "prompts": prompts, "new_tokens": NEW_TOKENS, "custom_code": custom_code,
-            "threads": torch.get_num_threads(),
+            "threads": torch.get_num_threads(), "attention": attention,
         }
         request.write_text(json.dumps(asked), "utf-8")
         command = [sys.executable, "-m", "sspcompile.slicing.reload", str(folder), str(request), str(answer)]
@@ -134,6 +136,6 @@ def unchanged_tensors(source: Checkpoint, written: Path) -> bool:
     for name, info in tensors.items():
         with info.file.open("rb") as stream:
             stream.seek(info.offset)
-            if stream.read(info.nbytes) != b"".join(source.chunks(name)):
+            if any(stream.read(len(chunk)) != chunk for chunk in source.chunks(name)):
                 return False
     return True

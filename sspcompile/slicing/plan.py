@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,45 +13,62 @@ from sspcompile.checkpoint.source import Checkpoint, dtype_bytes
 from sspcompile.compile.layouts import choose
 from sspcompile.compile.mask import HeadMask, Layout, check_mask, kept_of
 from sspcompile.errors import ArtifactError
-from sspcompile.families import Family, Geometry, attention_shapes, layer_prefix, per_layer_host_for, uniform_host_for
+from sspcompile.families import Family, Geometry, layer_prefix
+from sspcompile.slicing.hosts import Host, per_layer_host, uniform_host
 from sspcompile.slicing.runtimes import Verdict, verdicts
+from sspcompile.tensors import attention_shapes, mlp_multiplied
 
 SCHEMA_VERSION = 1
+Tensors = Mapping[str, tuple[tuple[int, ...], str]]
 
 
 @dataclass(frozen=True)
 class LayerCut:
-    """Kept query heads and kept key/value heads of one layer, ascending indices of the dense model."""
+    """Kept query heads and kept key/value heads of one layer, ascending indices of the dense model.
+
+    `dummy`: the layer lost all its heads; head 0 stays as the portable form of "no attention", its o_proj columns zero.
+    """
 
     heads: tuple[int, ...]
     groups: tuple[int, ...]
+    dummy: bool = False
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """`parameters` counts elements, tied weights once; bytes as stored. KV bytes: 2 * kv heads * head_dim * bytes."""
+    """`parameters` counts elements, tied weights once; bytes as stored. KV bytes: 2 * kv heads * head_dim * bytes.
+
+    `flops_per_token`: 2 for every element of a matrix that one token is multiplied with (the output matrix included,
+    the embedding not, of the experts only those it visits). `flops_per_position`: what attention adds to it for every
+    position of the context, 4 * query heads * head_dim (scores and values).
+    """
 
     parameters: int
     weight_bytes: int
     kv_bytes_per_token: int
+    flops_per_token: int = 0
+    flops_per_position: int = 0
 
 
 @dataclass(frozen=True)
 class SlicePlan:
     """Everything about the cut except the weights. `tensors`: output name -> (shape, dtype), in the source's order.
 
-    `host` is the family of the class that loads the result; `custom_code` says that head counts differ by layer, so
-    that the class travels in the folder.
+    `host` is the family of the class that loads the result, `settings` what its configuration must say; `custom_code`
+    says that head counts differ by layer, so that the class travels in the folder. `by_layer` has (dense, sliced) of
+    every layer, its MLP and norms included.
     """
 
     geometry: Geometry
     host: Family
+    settings: Mapping[str, Any]
     layout: Layout
     custom_code: bool
     layers: tuple[LayerCut, ...]
-    tensors: Mapping[str, tuple[tuple[int, ...], str]]
+    tensors: Tensors
     dense: Sizes
     sliced: Sizes
+    by_layer: tuple[tuple[Sizes, Sizes], ...]
     prunable_share: float
     runtimes: tuple[Verdict, ...]
 
@@ -61,25 +79,38 @@ class SlicePlan:
 
     @property
     def keeps_everything(self) -> bool:
-        return set(self.counts) == {(self.geometry.heads, self.geometry.kv_heads)}
+        """Whether the result is the source: every head, in its own class."""
+        return self._all_heads and self.host is self.geometry.family
+
+    @property
+    def _all_heads(self) -> bool:
+        return set(self.counts) == {(self.geometry.heads, self.geometry.kv_heads)} and not any(
+            layer.dummy for layer in self.layers
+        )
 
 
-def make_plan(checkpoint: Checkpoint, mask: HeadMask) -> SlicePlan:
-    """Plan the cut of `mask` out of `checkpoint`. Raises ArtifactError when they do not fit each other, and
-    UnsupportedModelError when no class holds the result."""
+def make_plan(checkpoint: Checkpoint, mask: HeadMask, *, host: str | None = None) -> SlicePlan:
+    """Plan the cut of `mask` out of `checkpoint`, for the class of the family `host` (None: the best one).
+
+    Raises ArtifactError when they do not fit each other, UnsupportedModelError when no class holds the result, and
+    InputError when `host` does not.
+    """
     g = checkpoint.geometry
-    check_mask(mask)
+    check_mask(mask, empty_layers=True)
     if (mask.layers, mask.heads, mask.kv_heads) != (g.layers, g.heads, g.kv_heads):
         raise ArtifactError(
             f"The mask is for {mask.layers} layers of {mask.heads} heads ({mask.kv_heads} kv); the model has "
             f"{g.layers} of {g.heads} ({g.kv_heads} kv).",
             hint="Compile a mask for this model with `sspcompile build`.",
         )
-    layers = tuple(LayerCut(kept, mask.kept_groups(layer)) for layer, kept in enumerate(mask.kept))
-    return _plan(checkpoint, layers, mask.layout)
+    layers = tuple(
+        LayerCut(kept, mask.kept_groups(layer)) if kept else LayerCut((0,), (0,), dummy=True)
+        for layer, kept in enumerate(mask.kept)
+    )
+    return _plan(checkpoint, layers, mask.layout, host)
 
 
-def plan_counts(checkpoint: Checkpoint, keep: float, layout: Layout) -> SlicePlan:
+def plan_counts(checkpoint: Checkpoint, keep: float, layout: Layout, *, host: str | None = None) -> SlicePlan:
     """Plan by head counts alone, for a model whose scores are not known: every head counts the same.
 
     The sizes are those of any mask with these counts; which heads stay is left open. Raises BudgetError.
@@ -88,66 +119,112 @@ def plan_counts(checkpoint: Checkpoint, keep: float, layout: Layout) -> SlicePla
     choice = choose(np.ones((g.layers, g.heads)), g.kv_heads, keep, layout)
     kept = kept_of(choice.kept)
     groups = [tuple(sorted({head // g.group_size for head in row})) for row in kept]
-    return _plan(checkpoint, tuple(LayerCut(k, v) for k, v in zip(kept, groups, strict=True)), layout)
+    return _plan(checkpoint, tuple(LayerCut(k, v) for k, v in zip(kept, groups, strict=True)), layout, host)
 
 
-def host_of(geometry: Geometry, shapes: Sequence[tuple[int, int]]) -> Family:
-    """The family whose class holds layers of these shapes (groups, heads per group), custom or stock.
+def host_of(geometry: Geometry, shapes: Sequence[tuple[int, int]], wanted: str | None = None) -> Host:
+    """The class that holds layers of these shapes (groups, heads per group), custom or stock.
 
-    Raises UnsupportedModelError when there is none.
+    Raises UnsupportedModelError when there is none, and InputError when the one `wanted` cannot.
     """
     if len(set(shapes)) > 1:
-        return per_layer_host_for(geometry)
-    return uniform_host_for(geometry, shapes[0][0] * shapes[0][1])
+        return per_layer_host(geometry, wanted)
+    return uniform_host(geometry, shapes[0][0] * shapes[0][1], wanted)
 
 
-def _plan(checkpoint: Checkpoint, layers: tuple[LayerCut, ...], layout: Layout) -> SlicePlan:
+def _plan(checkpoint: Checkpoint, layers: tuple[LayerCut, ...], layout: Layout, wanted: str | None) -> SlicePlan:
     g = checkpoint.geometry
     counts = [(len(layer.heads), len(layer.groups)) for layer in layers]
-    custom = len(set(counts)) > 1
-    host = host_of(g, tuple((kv_heads, heads // kv_heads) for heads, kv_heads in counts))
+    host = host_of(g, tuple((kv_heads, heads // kv_heads) for heads, kv_heads in counts), wanted)
     expected = checkpoint.expected()
-    dtype = expected[layer_prefix(0) + "self_attn.o_proj.weight"][1]
-    tensors = dict(expected)
-    prunable = 0
+    tensors, prunable = dict(expected), 0
+    hosted = replace(
+        g, qkv_bias=g.qkv_bias or "qkv" in host.zero_biases, o_bias=g.o_bias or "o" in host.zero_biases
+    )
     for layer, (heads, kv_heads) in enumerate(counts):
-        prefix = layer_prefix(layer)
-        for name, shape in attention_shapes(g, prefix, heads, kv_heads).items():
+        dtype = expected[_o_proj(layer)][1]
+        for name, shape in attention_shapes(hosted, layer, heads, kv_heads).items():
             if name.endswith("_proj.weight"):
-                prunable += _elements(expected[name][0])
-            tensors[name] = (shape, expected[name][1])
-    dense, sliced = _sizes(expected, g, [(g.heads, g.kv_heads)] * g.layers, dtype), _sizes(tensors, g, counts, dtype)
+                prunable += math.prod(expected[name][0])
+            tensors[name] = (shape, expected[name][1] if name in expected else dtype)
+    dense_counts = [(g.heads, g.kv_heads)] * g.layers
+    dense, sliced = _by_layer(expected, g, dense_counts), _by_layer(tensors, g, counts)
+    dense_total, sliced_total = _total(expected, g, dense), _total(tensors, g, sliced)
     return SlicePlan(
         geometry=g,
-        host=host,
+        host=host.family,
+        settings=host.settings,
         layout=layout,
-        custom_code=custom,
+        custom_code=len(set(counts)) > 1,
         layers=layers,
         tensors=tensors,
-        dense=dense,
-        sliced=sliced,
-        prunable_share=prunable / dense.parameters,
-        runtimes=verdicts(g, host, counts),
+        dense=dense_total,
+        sliced=sliced_total,
+        by_layer=tuple(zip(dense, sliced, strict=True)),
+        prunable_share=prunable / dense_total.parameters,
+        runtimes=verdicts(g, host.family, counts),
     )
 
 
-def _elements(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=np.int64))
+def _o_proj(layer: int) -> str:
+    return layer_prefix(layer) + "self_attn.o_proj.weight"
 
 
-def _sizes(
-    tensors: Mapping[str, tuple[tuple[int, ...], str]], g: Geometry, counts: list[tuple[int, int]], dtype: str
-) -> Sizes:
-    kv_heads = sum(kv for _, kv in counts)
+def _by_layer(tensors: Tensors, g: Geometry, counts: Sequence[tuple[int, int]]) -> list[Sizes]:
+    parameters, weight_bytes = [0] * g.layers, [0] * g.layers
+    stem = layer_prefix(0).removesuffix("0.")
+    for name, (shape, dtype) in tensors.items():
+        if name.startswith(stem):
+            layer = int(name.removeprefix(stem).partition(".")[0])
+            elements = math.prod(shape)
+            parameters[layer] += elements
+            weight_bytes[layer] += elements * dtype_bytes(dtype)
+    # A cache holds what k_proj and v_proj put out, in their dtype.
+    width = dtype_bytes(tensors[_o_proj(0)][1])
+    found = []
+    for layer, (heads, kv_heads) in enumerate(counts):
+        attention = sum(
+            math.prod(shape)
+            for name, shape in attention_shapes(g, layer, heads, kv_heads).items()
+            if name.endswith("_proj.weight")
+        )
+        found.append(
+            Sizes(
+                parameters=parameters[layer],
+                weight_bytes=weight_bytes[layer],
+                kv_bytes_per_token=2 * kv_heads * g.head_dim * width,
+                flops_per_token=2 * (attention + mlp_multiplied(g, layer)),
+                flops_per_position=4 * heads * g.head_dim,
+            )
+        )
+    return found
+
+
+def _total(tensors: Tensors, g: Geometry, layers: Iterable[Sizes]) -> Sizes:
+    layers = list(layers)
+    elements = {name: math.prod(shape) for name, (shape, _) in tensors.items()}
     return Sizes(
-        parameters=sum(_elements(shape) for shape, _ in tensors.values()),
-        weight_bytes=sum(_elements(shape) * dtype_bytes(kind) for shape, kind in tensors.values()),
-        kv_bytes_per_token=2 * kv_heads * g.head_dim * dtype_bytes(dtype),
+        parameters=sum(elements.values()),
+        weight_bytes=sum(elements[name] * dtype_bytes(dtype) for name, (_, dtype) in tensors.items()),
+        kv_bytes_per_token=sum(layer.kv_bytes_per_token for layer in layers),
+        flops_per_token=sum(layer.flops_per_token for layer in layers) + 2 * g.vocab * g.hidden,
+        flops_per_position=sum(layer.flops_per_position for layer in layers),
     )
+
+
+SIZE_KEYS = ("parameters", "weight_bytes", "kv_bytes_per_token", "flops_per_token", "flops_per_position")
+
+
+def _pairs(dense: Sizes, sliced: Sizes) -> dict[str, dict[str, int]]:
+    return {key: {"dense": getattr(dense, key), "sliced": getattr(sliced, key)} for key in SIZE_KEYS}
+
+
+def _degrees(verdict: Verdict) -> dict[str, dict[str, Any]]:
+    return {str(n): {"loads": not reason, "reason": reason} for n, reason in verdict.tensor_parallel.items()}
 
 
 def plan_json(plan: SlicePlan) -> dict[str, Any]:
-    """The plan as plain data; the keys are promised to users (DESIGN section 5)."""
+    """The plan as plain data; the keys are promised to users."""
     return {
         "schema_version": SCHEMA_VERSION,
         "layout": plan.layout,
@@ -156,12 +233,20 @@ def plan_json(plan: SlicePlan) -> dict[str, Any]:
         "counts": [list(pair) for pair in plan.counts],
         "kept_heads": sum(heads for heads, _ in plan.counts),
         "total_heads": plan.geometry.total_heads,
-        **{
-            key: {"dense": getattr(plan.dense, key), "sliced": getattr(plan.sliced, key)}
-            for key in ("parameters", "weight_bytes", "kv_bytes_per_token")
-        },
+        "dummy_layers": [index for index, layer in enumerate(plan.layers) if layer.dummy],
+        **_pairs(plan.dense, plan.sliced),
         "prunable_share": plan.prunable_share,
+        "layers": [
+            {"heads": heads, "kv_heads": kv_heads, **_pairs(dense, sliced)}
+            for (heads, kv_heads), (dense, sliced) in zip(plan.counts, plan.by_layer, strict=True)
+        ],
         "runtimes": [
-            {"runtime": verdict.runtime, "loads": verdict.loads, "reason": verdict.reason} for verdict in plan.runtimes
+            {
+                "runtime": verdict.runtime,
+                "loads": verdict.loads,
+                "reason": verdict.reason,
+                **({"tensor_parallel": _degrees(verdict)} if verdict.tensor_parallel else {}),
+            }
+            for verdict in plan.runtimes
         ],
     }

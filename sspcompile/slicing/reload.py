@@ -14,13 +14,16 @@ import torch
 
 
 def main(folder: str, request: str, answer: str) -> None:
-    """Read {"prompts": [[token ids]], "new_tokens", "custom_code", "threads"}; write logits and greedy tokens."""
+    """Read {"prompts": [[token ids]], "new_tokens", "custom_code", "threads", "attention"}.
+
+    Writes logits and greedy tokens of every prompt.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     asked = json.loads(Path(request).read_text("utf-8"))
     torch.set_num_threads(asked["threads"])
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=asked["custom_code"]
+        folder, dtype=torch.float32, attn_implementation=asked["attention"], trust_remote_code=asked["custom_code"]
     ).eval()
     AutoTokenizer.from_pretrained(folder)
     arrays = {}

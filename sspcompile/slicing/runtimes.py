@@ -2,65 +2,103 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from sspcompile.families import Family, Geometry
 
 # ONNX Runtime's CPU GroupQueryAttention with rotary inside fails when run, not when built, for other head sizes.
 ONNX_HEAD_DIM_MULTIPLE = 16
-# Native vLLM classes (0.33) of these types derive head_dim as hidden_size / num_attention_heads.
-VLLM_DERIVES_HEAD_DIM = frozenset({"qwen2"})
+# Where cuts were run, or their graph written, in ONNX Runtime and llama.cpp.
+TRIED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+# Native vLLM classes (0.33): these honour head_dim, those derive it as hidden_size / num_attention_heads. Others were
+# not read, so its Transformers backend is named for them.
+VLLM_HONOURS_HEAD_DIM = frozenset({"llama", "mistral", "qwen3", "granite", "seed_oss"})
+VLLM_DERIVES_HEAD_DIM = frozenset({"qwen2", "starcoder2"})
+DEGREES = range(1, 9)
+# Named in the sentence; the others are in the data.
+USUAL_DEGREES = (1, 2, 4, 8)
+# K-quants of llama.cpp pack rows in blocks of this many elements.
+K_QUANT_BLOCK = 256
+LLAMA_CPP_UNIFORM: Mapping[str, str] = {"qwen2": "llama or seed_oss", "qwen3": "qwen3"}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`loads` with `reason`: how it loads, or why it does not."""
+    """`loads` with `reason`: how it loads, or why it does not.
+
+    `tensor_parallel`: degree -> "" or the reason why it cannot be split that far; empty where nothing is split.
+    """
 
     runtime: str
     loads: bool
     reason: str
+    tensor_parallel: Mapping[int, str] = field(default_factory=dict)
 
 
 def verdicts(geometry: Geometry, host: Family, counts: Sequence[tuple[int, int]]) -> tuple[Verdict, ...]:
     """One verdict per runtime for a cut with these (query, key/value) head counts per layer."""
     uniform = len(set(counts)) == 1
     return (
-        _transformers(host, uniform),
+        *_transformers(host, uniform),
         _vllm(geometry, host, counts, uniform),
         _onnx(geometry),
-        _llama_cpp(geometry, uniform),
+        _llama_cpp(geometry, counts, uniform),
     )
 
 
-def _transformers(host: Family, uniform: bool) -> Verdict:
-    if uniform:
-        return Verdict("transformers 4.57 and 5", True, f"stock {host.architecture}")
-    return Verdict("transformers 4.57 and 5", True, "custom class in the folder: trust_remote_code=True")
+def _transformers(host: Family, uniform: bool) -> Iterator[Verdict]:
+    how = f"stock {host.architecture}" if uniform else "custom class in the folder: trust_remote_code=True"
+    for version in ("transformers 4.57", "transformers 5"):
+        yield Verdict(version, True, how)
 
 
 def _vllm(geometry: Geometry, host: Family, counts: Sequence[tuple[int, int]], uniform: bool) -> Verdict:
-    degrees = [tp for tp in (1, 2, 4, 8) if all(q % tp == 0 and (kv % tp == 0 or tp % kv == 0) for q, kv in counts)]
-    parallel = "tensor parallel " + ", ".join(map(str, degrees))
-    if not uniform:
-        return Verdict("vLLM", True, f"--model-impl transformers --trust-remote-code; {parallel}; not run here")
+    degrees = {degree: _unsplittable(counts, degree) for degree in DEGREES}
+    fine = [str(degree) for degree in USUAL_DEGREES if not degrees[degree]]
+    bad = [f"not {degree} ({degrees[degree]})" for degree in USUAL_DEGREES if degrees[degree]]
+    parallel = "tensor parallel " + ", ".join([*fine, *bad])
     derived = geometry.hidden == counts[0][0] * geometry.head_dim
-    if host.model_type in VLLM_DERIVES_HEAD_DIM and not derived:
-        return Verdict("vLLM", True, f"--model-impl transformers (the native class derives head_dim); {parallel}")
-    return Verdict("vLLM", True, f"native {host.architecture}; {parallel}")
+    if not uniform:
+        how = "--model-impl transformers --trust-remote-code, not run here"
+    elif host.model_type in VLLM_HONOURS_HEAD_DIM or (host.model_type in VLLM_DERIVES_HEAD_DIM and derived):
+        how = f"native {host.architecture}"
+    elif host.model_type in VLLM_DERIVES_HEAD_DIM:
+        how = "--model-impl transformers (the native class derives head_dim)"
+    else:
+        how = "--model-impl transformers, not run here"
+    return Verdict("vLLM", True, f"{how}; {parallel}", degrees)
+
+
+def _unsplittable(counts: Sequence[tuple[int, int]], degree: int) -> str:
+    """Why the heads of some layer cannot be dealt out to `degree` devices; empty when they can."""
+    for layer, (heads, kv_heads) in enumerate(counts):
+        where = "every layer" if len(set(counts)) == 1 else f"layer {layer}"
+        if heads % degree:
+            return f"{where}: {heads} query heads"
+        if kv_heads % degree and degree % kv_heads:
+            return f"{where}: {kv_heads} key/value heads"
+    return ""
 
 
 def _onnx(geometry: Geometry) -> Verdict:
     if geometry.head_dim % ONNX_HEAD_DIM_MULTIPLE:
         reason = f"GroupQueryAttention wants head_dim % {ONNX_HEAD_DIM_MULTIPLE} == 0, it is {geometry.head_dim}"
         return Verdict("ONNX Runtime", False, reason)
+    if geometry.family.model_type not in TRIED:
+        return Verdict("ONNX Runtime", False, f"no graph of {geometry.family.architecture} was tried")
     return Verdict("ONNX Runtime", True, "GroupQueryAttention takes one head count per layer")
 
 
-def _llama_cpp(geometry: Geometry, uniform: bool) -> Verdict:
+def _llama_cpp(geometry: Geometry, counts: Sequence[tuple[int, int]], uniform: bool) -> Verdict:
     kind = geometry.family.model_type
+    if kind not in TRIED:
+        return Verdict("llama.cpp", False, f"no GGUF of {geometry.family.architecture} was tried")
+    quants = ""
+    if any(heads * geometry.head_dim % K_QUANT_BLOCK for heads, _ in counts):
+        quants = f"; no K-quants of o_proj (heads * head_dim is no multiple of {K_QUANT_BLOCK})"
     if uniform:
-        how = {"qwen2": "as architecture llama or seed_oss", "qwen3": "as architecture qwen3"}
-        return Verdict("llama.cpp", True, how.get(kind, "as architecture llama") + "; write the GGUF directly")
-    how = "step35" if kind == "qwen3" else "deci"
-    return Verdict("llama.cpp", True, f"as architecture {how} with per-layer head counts; write the GGUF directly")
+        how = f"as architecture {LLAMA_CPP_UNIFORM.get(kind, 'llama')}"
+    else:
+        how = f"as architecture {'step35' if kind == 'qwen3' else 'deci'} with per-layer head counts"
+    return Verdict("llama.cpp", True, f"{how}; write the GGUF directly{quants}")

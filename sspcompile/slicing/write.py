@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from sspcompile.checkpoint import Checkpoint, copy_companions, write_checkpoint
-from sspcompile.checkpoint.writer import DEFAULT_SHARD_BYTES
 from sspcompile.slicing.configuration import MODELING_FILE, sliced_config
 from sspcompile.slicing.cut import cut_tensors
 from sspcompile.slicing.plan import SlicePlan
@@ -22,15 +21,20 @@ def write_model(
     folder: Path,
     *,
     replaced: Mapping[str, np.ndarray] | None = None,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    max_shard_bytes: int | None = None,
+    link_unchanged: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Write weights, config.json, tokenizer files and, for a per-layer cut, the class that loads it."""
+    """Write weights, config.json, tokenizer files and, for a per-layer cut, the class that loads it.
+
+    Shards are those of the source unless `max_shard_bytes` says otherwise. No model is built and torch is not needed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_checkpoint(
         folder,
         cut_tensors(checkpoint, plan, replaced=replaced),
         max_shard_bytes=max_shard_bytes,
+        link_unchanged=link_unchanged,
         progress=progress,
     )
     config = sliced_config(checkpoint.config, plan)

@@ -22,9 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 
 def load(case: Path):
-    custom = json.loads((case / "case.json").read_text())["custom_code"]
+    facts = json.loads((case / "case.json").read_text())
     return AutoModelForCausalLM.from_pretrained(
-        case / "cut", dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=custom
+        case / "cut", dtype=torch.float32, attn_implementation=facts["attention"],
+        trust_remote_code=facts["custom_code"],
     ).eval()
 
 
@@ -67,7 +68,9 @@ def test_per_layer_model_is_refused_without_its_code_and_survives_saving(case, t
     ids = torch.tensor([np.load(case / "expected.npz")["ids"].tolist()])
     type(model).register_for_auto_class("AutoModelForCausalLM")
     model.save_pretrained(tmp_path / "again")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    again = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "again", trust_remote_code=True, attn_implementation=model.config._attn_implementation
+    )
     with torch.inference_mode():
         assert again(ids).logits.equal(model(ids).logits)
         again.set_attn_implementation("eager")

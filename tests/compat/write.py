@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from builders import CONFIGS, Shape, make_checkpoint
+from builders import CONFIGS, FAMILY_SETTINGS, Shape, family_config, make_checkpoint, save_random
 
 from sspcompile.checkpoint import Checkpoint
 from sspcompile.compile.layouts import choose
@@ -28,6 +28,17 @@ from sspcompile.slicing.write import write_model
 
 IDS = [(7 * n) % 250 for n in range(24)]
 NEW_TOKENS = 12
+# Scaled positions that the two versions spell in their own ways.
+SCALED = {
+    "phi3": {
+        "rope_type": "longrope", "rope_theta": 5e4, "partial_rotary_factor": 1.0,
+        "short_factor": [1.0 + n / 8 for n in range(8)], "long_factor": [2.0 + n for n in range(8)],
+    },
+    "gemma3_text": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 7e3},
+    },
+}  # fmt: skip
 
 
 def write(folder: Path, family: str, layout: str, rope_scaling: bool) -> None:
@@ -36,21 +47,35 @@ def write(folder: Path, family: str, layout: str, rope_scaling: bool) -> None:
         family=family, layers=3, hidden=64, kv_heads=4, group_size=2, head_dim=16, tied=family == "qwen2",
         bias=family == "qwen3", shard_bytes=40_000, rope_scaling=rope_scaling,
     )  # fmt: skip
-    checkpoint = Checkpoint(make_checkpoint(folder / "dense", shape))
+    record(folder, make_checkpoint(folder / "dense", shape), layout)
+
+
+def write_family(folder: Path, family: str, layout: str, host: str | None = None) -> None:
+    """A family of the table with settings that are not neutral, in its own class or in another."""
+    record(folder, save_random(folder / "dense", family_config(family, bias=host is None)), layout, host)
+
+
+def record(folder: Path, dense: Path, layout: str, host: str | None = None) -> None:
+    checkpoint = Checkpoint(dense)
     g = checkpoint.geometry
-    scores = np.random.default_rng(1).random((g.layers, g.heads))
-    choice = choose(scores, g.kv_heads, 0.75, layout)
+    for seed in range(1, 100):
+        scores = np.random.default_rng(seed).random((g.layers, g.heads))
+        choice = choose(scores, g.kv_heads, 0.75, layout)
+        heads = int(choice.kept[0].sum())
+        # Some stock classes refuse head counts that do not divide hidden_size.
+        if layout == "per-layer" or g.hidden % heads == 0 or g.family.hosts or not g.family.hidden_must_divide:
+            break
     mask = HeadMask(
         "", g.layers, g.heads, g.kv_heads, kept_of(choice.kept), layout, 0.75, choice.ratio,
         tuple(map(tuple, scores.tolist())), (), "random", {},
     )  # fmt: skip
-    plan = make_plan(checkpoint, mask)
+    plan = make_plan(checkpoint, mask, host=host)
     write_model(checkpoint, plan, folder / "cut", max_shard_bytes=60_000)
     loaded = load(folder / "dense", fingerprint="")
     with head_gates(loaded, torch.from_numpy(choice.kept).float()):
         logits, tokens = respond(loaded.model, IDS, NEW_TOKENS)
     np.savez(folder / "expected.npz", ids=np.array(IDS), logits=logits, tokens=tokens)
-    (folder / "case.json").write_text(json.dumps({"custom_code": plan.custom_code}))
+    (folder / "case.json").write_text(json.dumps({"custom_code": plan.custom_code, "attention": g.family.attention}))
 
 
 def main(target: str) -> None:
@@ -60,6 +85,18 @@ def main(target: str) -> None:
             for rope_scaling in (False, True):
                 name = f"{family}-{layout}-{'llama3' if rope_scaling else 'plain'}"
                 write(Path(target) / name, family, layout, rope_scaling)
+    for family in FAMILY_SETTINGS:
+        for layout in ("uniform", "per-layer"):
+            write_family(Path(target) / f"{family}-{layout}-own", family, layout)
+    for family, rope in SCALED.items():
+        config = family_config(family, hidden=128)
+        config.rope_parameters = rope
+        if family == "phi3":
+            config.original_max_position_embeddings = 16
+        folder = Path(target) / f"{family}-per-layer-scaled"
+        record(folder, save_random(folder / "dense", config), "per-layer")
+    for family, host in (("llama", "seed_oss"), ("llama", "granite"), ("qwen2", "seed_oss"), ("qwen2", "granite")):
+        write_family(Path(target) / f"{family}-uniform-{host}", family, "uniform", host)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,89 @@
+"""`sspcompile slice`: cut a mask out of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import click
+
+from sspcompile.cli.options import json_option, model_option, overwrite_option, quiet_option
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+host_option = click.option(
+    "--host", metavar="[auto|FAMILY]", default="auto", show_default=True,
+    help="Stock class of a uniform cut: the model's own, or mistral, seed_oss, granite where lossless.",
+)  # fmt: skip
+
+
+def byte_size(text: str | None) -> int | None:
+    """`5GB`, `200MiB` or `1000000` as bytes. Raises InputError."""
+    from sspcompile.errors import InputError
+
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)?", text.strip(), re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise InputError(f"--max-shard-size {text!r} is no size.", hint="Type 5GB, 200MiB or a number of bytes.")
+    return max(1, int(float(found[1]) * UNITS[(found[2] or "").upper()]))
+
+
+@click.command(
+    short_help="Cut a mask out of a checkpoint, as a stream.",
+    epilog="""\b
+Examples:
+  sspcompile slice --model ./Llama-3.1-8B --mask artifacts/mine/mask.json --out ./Llama-3.1-8B-mine
+  sspcompile slice --model ./Qwen2.5-7B --mask mask.json --out ./served --host seed_oss   (vLLM's native class)
+  sspcompile slice --model ./big --mask mask.json --out ./small --max-shard-size 2GB --checksums
+""",
+)
+@model_option
+@click.option("--mask", required=True, type=click.Path(path_type=Path), help="The mask.json that a build wrote.")
+@click.option("--out", "-o", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@host_option
+@click.option("--max-shard-size", metavar="SIZE", help="Start a new file at this size; the source's shards by default.")
+@click.option("--hard-link", is_flag=True, help="Share unchanged files with the source; then edit neither in place.")
+@click.option("--checksums", is_flag=True, help="Put the sha256 of the weights into the manifest (reads them again).")
+@click.option("--any-model", is_flag=True, help="Use a mask that was compiled for another model of the same shape.")
+@overwrite_option
+@click.option("--dry-run", is_flag=True, help="Check model and mask, print the plan, and write nothing.")
+@json_option
+@quiet_option
+def slice_command(
+    model: str | None, mask: Path, out: Path, host: str, max_shard_size: str | None, hard_link: bool, checksums: bool,
+    any_model: bool, overwrite: bool, dry_run: bool, as_json: bool, quiet: bool,
+) -> None:
+    """Cut the heads that MASK removes out of a model's files: this stage of `build` by itself, without a repair.
+
+    No model is loaded: the bytes that stay are moved from file to file, whatever the size and the dtype. A mask that
+    was compiled on one machine cuts the checkpoint on another. `sspcompile verify DIR` proves the result.
+    """
+    from sspcompile.checkpoint.publish import refuse_existing
+    from sspcompile.pipeline.cutting import open_cut, write_cut
+
+    limit = byte_size(max_shard_size)
+    refuse_existing(out, overwrite=overwrite)
+    cut = open_cut(model, mask, host=None if host == "auto" else host, any_model=any_model)
+    if not dry_run:
+        from sspcompile.cli.progress import stages
+
+        with stages(quiet, libraries=False) as progress:
+            write_cut(
+                cut, out, max_shard_bytes=limit, link_unchanged=hard_link, checksums=checksums, overwrite=overwrite,
+                progress=progress,
+            )
+    if as_json:
+        from sspcompile.slicing.plan import plan_json
+
+        click.echo(json.dumps({"folder": None if dry_run else str(out), **plan_json(cut.plan)}, indent=1))
+        return
+    if dry_run:
+        from sspcompile.cli.tables import print_plan
+
+        print_plan(cut.plan)
+        return
+    sizes = cut.plan.sliced
+    click.echo(f"Written to {out}: {sizes.weight_bytes:,} bytes of weights, loads as {cut.plan.host.architecture}")
+    if not quiet:
+        click.echo(f"Next: sspcompile verify {out}", err=True)

@@ -1,0 +1,109 @@
+"""Names and shapes of a decoder's tensors, and which part of each belongs to which head, from the geometry alone.
+
+Rows of q/k/v and columns of o belong to heads: head h owns q_proj rows h*D .. (h+1)*D and the same columns of o_proj;
+key/value head g owns k_proj and v_proj rows g*D .. (g+1)*D (D = head_dim). A fused qkv_proj stacks q, k and v.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from sspcompile.families import Geometry, Linear, layer_prefix
+
+Shapes = dict[str, tuple[int, ...]]
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm"
+LM_HEAD = "lm_head.weight"
+
+
+def size_of(g: Geometry, name: str) -> int:
+    """A size by its name in the family table."""
+    return 2 * g.intermediate if name == "twice_intermediate" else int(getattr(g, name))
+
+
+def tensor_shapes(g: Geometry) -> Shapes:
+    """Name -> shape of every tensor of the dense checkpoint."""
+    shapes: Shapes = {EMBEDDING: (g.vocab, g.hidden)}
+    for layer in range(g.layers):
+        shapes |= attention_shapes(g, layer, g.heads, g.kv_heads)
+        shapes |= mlp_shapes(g, layer)
+        for norm in g.family.norms:
+            shapes |= _norm(g, layer_prefix(layer) + norm)
+    shapes |= _norm(g, FINAL_NORM)
+    if not g.tied:
+        shapes[LM_HEAD] = (g.vocab, g.hidden)
+    return shapes
+
+
+def attention_shapes(g: Geometry, layer: int, heads: int, kv_heads: int) -> Shapes:
+    """Name -> shape of one layer's attention tensors with `heads` query and `kv_heads` key/value heads."""
+    a = layer_prefix(layer) + "self_attn."
+    q, kv = heads * g.head_dim, kv_heads * g.head_dim
+    rows = {"qkv_proj": q + 2 * kv} if g.family.fused_qkv else {"q_proj": q, "k_proj": kv, "v_proj": kv}
+    shapes: Shapes = {f"{a}{name}.weight": (count, g.hidden) for name, count in rows.items()}
+    shapes[a + "o_proj.weight"] = (g.hidden, q)
+    if g.qkv_bias:
+        shapes |= {f"{a}{name}.bias": (count,) for name, count in rows.items()}
+    if g.o_bias:
+        shapes[a + "o_proj.bias"] = (g.hidden,)
+    if g.family.qk_norm:
+        shapes |= {a + "q_norm.weight": (g.head_dim,), a + "k_norm.weight": (g.head_dim,)}
+    return shapes
+
+
+def attention_blocks(
+    g: Geometry, layer: int, heads: Sequence[int], groups: Sequence[int]
+) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Tensor name -> (axis, kept blocks of head_dim along it, ascending) for kept query heads and key/value heads."""
+    a = layer_prefix(layer) + "self_attn."
+    heads, groups = tuple(heads), tuple(groups)
+    if g.family.fused_qkv:
+        keys = tuple(g.heads + group for group in groups)
+        values = tuple(g.heads + g.kv_heads + group for group in groups)
+        rows = {"qkv_proj": (*heads, *keys, *values)}
+    else:
+        rows = {"q_proj": heads, "k_proj": groups, "v_proj": groups}
+    blocks = {f"{a}{name}.{kind}": (0, kept) for name, kept in rows.items() for kind in ("weight", "bias")}
+    return {**blocks, a + "o_proj.weight": (1, heads)}
+
+
+def mlp_shapes(g: Geometry, layer: int) -> Shapes:
+    """Name -> shape of one layer's MLP: its matrices, or the router and the experts."""
+    return {name: shape for name, shape, _ in _mlp(g, layer)}
+
+
+def mlp_multiplied(g: Geometry, layer: int) -> int:
+    """Elements of the MLP matrices that one token is multiplied with: of the experts, only those it visits."""
+    experts = g.experts if layer in g.sparse else 1
+    visited = g.active_experts if layer in g.sparse else 1
+    weights = [(shape, shared) for name, shape, shared in _mlp(g, layer) if name.endswith(".weight")]
+    always = sum(shape[0] * shape[1] for shape, shared in weights if shared)
+    return always + sum(shape[0] * shape[1] for shape, shared in weights if not shared) // experts * visited
+
+
+def _mlp(g: Geometry, layer: int) -> Iterator[tuple[str, tuple[int, ...], bool]]:
+    """(name, shape, whether every token visits it)."""
+    prefix = layer_prefix(layer)
+    if layer not in g.sparse or g.family.experts is None:
+        for linear in g.family.mlp:
+            shape = _shape(g, linear)
+            yield f"{prefix}{linear.name}.weight", shape, True
+            if g.mlp_bias:
+                yield f"{prefix}{linear.name}.bias", shape[:1], True
+        return
+    experts = g.family.experts
+    yield f"{prefix}{experts.router}.weight", (g.experts, g.hidden), True
+    for number in range(g.experts):
+        for linear in experts.parts:
+            yield f"{prefix}{experts.expert.format(number)}.{linear.name}.weight", _shape(g, linear), False
+
+
+def _shape(g: Geometry, linear: Linear) -> tuple[int, int]:
+    return size_of(g, linear.rows), size_of(g, linear.columns)
+
+
+def _norm(g: Geometry, name: str) -> Shapes:
+    shapes: Shapes = {f"{name}.weight": (g.hidden,)}
+    if g.family.norm_bias:
+        shapes[f"{name}.bias"] = (g.hidden,)
+    return shapes

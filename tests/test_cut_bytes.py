@@ -1,0 +1,217 @@
+"""The cut as bytes: any dtype, any mask, any sharding gives what indexing the whole tensors would give."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sspcompile.checkpoint import Checkpoint, Extent, OutputTensor, write_checkpoint
+from sspcompile.checkpoint.source import WORD_BYTES, WORD_DTYPE, read_header
+from sspcompile.checkpoint.transfer import _buffered_copy, copy_extent, hard_link
+from sspcompile.compile.mask import HeadMask
+from sspcompile.errors import ArtifactError, CheckpointError, InputError
+from sspcompile.slicing import cut as cutting
+from sspcompile.slicing.plan import make_plan
+from sspcompile.slicing.write import write_model
+from sspcompile.tensors import attention_blocks
+
+CONFIG = {
+    "model_type": "mistral", "num_hidden_layers": 2, "hidden_size": 24, "intermediate_size": 20, "vocab_size": 9,
+    "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4, "sliding_window": None,
+}  # fmt: skip
+
+
+def raw_checkpoint(folder: Path, config: dict, dtype: str, *, shard_bytes: int | None = None, seed: int = 0) -> Path:
+    """Tensors of random bytes, NaN patterns included, written without any framework."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    rng = np.random.default_rng(seed)
+
+    def content(count: int):
+        return lambda: [rng.bytes(count)]
+
+    tensors = [
+        OutputTensor(name, dtype, shape, content(int(np.prod(shape)) * WORD_BYTES[dtype]))
+        for name, (shape, _) in Checkpoint(folder).expected().items()
+    ]
+    write_checkpoint(folder, tensors, max_shard_bytes=shard_bytes)
+    return folder
+
+
+def mask_of(config: dict, kept: list[tuple[int, ...]]) -> HeadMask:
+    layers, heads, kv = (config[k] for k in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads"))
+    return HeadMask("", layers, heads, kv, tuple(kept), "per-layer", 1.0, 1.0, (), (), "none", {})
+
+
+def words(folder: Path) -> dict[str, np.ndarray]:
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        data = file.read_bytes()
+        for name, info in read_header(file).items():
+            raw = np.frombuffer(data, WORD_DTYPE[info.word_bytes], int(np.prod(info.shape)), info.offset)
+            found[name] = raw.reshape(info.shape)
+    return found
+
+
+@st.composite
+def regular_rows(draw) -> tuple[int, ...]:
+    """Kept heads of one layer of CONFIG: some groups, the same number of heads in each."""
+    groups = draw(st.lists(st.integers(0, 2), min_size=1, max_size=3, unique=True))
+    each = draw(st.integers(1, 2))
+    heads = [2 * g + n for g in groups for n in draw(st.permutations(range(2)))[:each]]
+    return tuple(sorted(heads))
+
+
+@settings(max_examples=60)
+@given(
+    dtype=st.sampled_from(sorted(WORD_BYTES)),
+    kept=st.lists(st.one_of(st.just(()), regular_rows()), min_size=2, max_size=2),
+    source_shard=st.sampled_from([None, 1, 700, 4000]), target_shard=st.sampled_from([None, 1, 900]),
+    band=st.sampled_from([1, 100, 1 << 22]), fused=st.booleans(),
+)  # fmt: skip
+def test_cut_is_what_indexing_the_whole_tensors_gives(
+    tmp_path_factory, dtype, kept, source_shard, target_shard, band, fused
+):
+    folder = tmp_path_factory.mktemp("bytes")
+    config = CONFIG | ({"model_type": "phi3"} if fused else {})
+    source = raw_checkpoint(folder / "dense", config, dtype, shard_bytes=source_shard)
+    checkpoint = Checkpoint(source)
+    plan = make_plan(checkpoint, mask_of(config, kept))
+    whole, cutting.BAND_BYTES = cutting.BAND_BYTES, band
+    try:
+        write_model(checkpoint, plan, folder / "cut", max_shard_bytes=target_shard)
+    finally:
+        cutting.BAND_BYTES = whole
+    before, after = words(source), words(folder / "cut")
+    assert set(before) == set(after)
+    for layer, cut in enumerate(plan.layers):
+        for name, (axis, blocks) in attention_blocks(plan.geometry, layer, cut.heads, cut.groups).items():
+            if name in before:
+                index = np.concatenate([np.arange(4 * block, 4 * block + 4) for block in blocks])
+                expected = np.take(before.pop(name), index, axis=axis)
+                assert np.array_equal(after[name], expected * 0 if cut.dummy and axis == 1 else expected), name
+    assert all(np.array_equal(after[name], value) for name, value in before.items())
+
+
+def test_layer_without_heads_keeps_one_that_writes_nothing(tmp_path):
+    source = raw_checkpoint(tmp_path / "dense", CONFIG, "BF16")
+    plan = make_plan(Checkpoint(source), mask_of(CONFIG, [(), (0, 1, 2, 3, 4, 5)]))
+    assert plan.counts == ((1, 1), (6, 3)) and plan.layers[0].dummy and plan.custom_code
+    write_model(Checkpoint(source), plan, tmp_path / "cut")
+    assert not words(tmp_path / "cut")["model.layers.0.self_attn.o_proj.weight"].any()
+
+
+def test_ragged_mask_is_refused(tmp_path):
+    source = raw_checkpoint(tmp_path / "dense", CONFIG, "F16")
+    with pytest.raises(ArtifactError, match="different numbers of heads"):
+        make_plan(Checkpoint(source), mask_of(CONFIG, [(0, 1, 2), (0,)]))
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_shards_without_a_change_are_the_source_files(link, tmp_path):
+    source = raw_checkpoint(tmp_path / "dense", CONFIG, "F32", shard_bytes=700)
+    (tmp_path / "linked").mkdir()
+    for file in source.iterdir():  # a hub cache: names are links to blobs
+        (tmp_path / "linked" / file.name).symlink_to(file)
+    checkpoint = Checkpoint(tmp_path / "linked")
+    plan = make_plan(checkpoint, mask_of(CONFIG, [(0, 1), (0, 2)]))
+    write_model(checkpoint, plan, tmp_path / "cut", link_unchanged=link)
+    for file in source.glob("*.safetensors"):
+        name, copy = file.name, tmp_path / "cut" / file.name
+        changed = any("self_attn" in tensor for tensor in read_header(file))
+        assert changed != (file.read_bytes() == copy.read_bytes()), name
+        assert (file.stat().st_ino == copy.stat().st_ino) == (link and not changed)
+        assert not copy.is_symlink()
+
+
+def test_memory_of_a_cut_does_not_grow_with_the_model(tmp_path):
+    config = CONFIG | {"hidden_size": 512, "head_dim": 128, "intermediate_size": 600, "vocab_size": 6000}
+    peaks = {}
+    for layers in (2, 6):
+        config = config | {"num_hidden_layers": layers}
+        source = raw_checkpoint(tmp_path / f"dense{layers}", config, "F32")
+        checkpoint = Checkpoint(source)
+        plan = make_plan(checkpoint, mask_of(config, [(0, 1)] * layers))
+        tracemalloc.start()
+        write_model(checkpoint, plan, tmp_path / f"cut{layers}")
+        peaks[layers] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    # o_proj is 1.5 MB: one band of it, and what was gathered from that.
+    assert peaks[6] < 3e6 and peaks[6] < 1.2 * peaks[2], peaks
+
+
+def test_copies_by_kernel_and_by_buffer_are_the_same_bytes(tmp_path):
+    data = np.random.default_rng(0).bytes(9 << 20)
+    (tmp_path / "source").write_bytes(data)
+    extent = Extent(tmp_path / "source", 12345, 8 << 20)
+    for copy in (copy_extent, lambda s, t, e: _buffered_copy(s, t, e, 0, None)):
+        with (tmp_path / "source").open("rb") as source, (tmp_path / "target").open("wb", buffering=0) as target:
+            target.write(b"head")
+            copy(source.fileno(), target.fileno(), extent)
+        assert (tmp_path / "target").read_bytes() == b"head" + data[12345 : 12345 + (8 << 20)]
+        with (tmp_path / "source").open("rb") as source, (tmp_path / "target").open("wb", buffering=0) as target:
+            beyond = Extent(tmp_path / "source", len(data) - 10, 20)
+            with pytest.raises(CheckpointError, match="shorter than its header says"):
+                copy(source.fileno(), target.fileno(), beyond)
+
+
+def test_hard_link_says_whether_the_file_system_has_them(tmp_path):
+    (tmp_path / "one").write_text("x")
+    assert hard_link(tmp_path / "one", tmp_path / "two")
+    assert (tmp_path / "two").read_text() == "x"
+    assert not hard_link(Path("/proc/version"), tmp_path / "three")
+
+
+HOSTS = {
+    "llama as mistral": ("llama", "mistral", {}),
+    "llama as seed_oss, with biases": ("llama", "seed_oss", {"attention_bias": True, "mlp_bias": True}),
+    "llama as granite": ("llama", "granite", {}),
+    "qwen2 as seed_oss": ("qwen2", "seed_oss", {}),
+    "qwen2 as granite": ("qwen2", "granite", {}),
+}
+
+
+@pytest.mark.parametrize("case", HOSTS)
+def test_model_in_another_class_equals_its_masked_self(case, tmp_path):
+    from builders import family_config, save_random
+    from test_slicing_exact import assert_equal_to_masked, mask_for
+
+    family, host, settings = HOSTS[case]
+    config = family_config(family)
+    for key, value in settings.items():
+        setattr(config, key, value)
+    source = save_random(tmp_path / "dense", config, seed=4)
+    checkpoint = Checkpoint(source)
+    for keep in (0.4, 1.0):
+        mask = mask_for(checkpoint, keep, "uniform", 5)
+        plan = make_plan(checkpoint, mask, host=host)
+        assert plan.host.model_type == host and not plan.custom_code and not plan.keeps_everything
+        write_model(checkpoint, plan, tmp_path / f"cut{keep}")
+        assert_equal_to_masked(source, tmp_path / f"cut{keep}", mask, custom=False)
+        held = sum(value.nbytes for value in words(tmp_path / f"cut{keep}").values())
+        assert held == plan.sliced.weight_bytes
+
+
+@pytest.mark.parametrize(
+    ("config", "host"),
+    [
+        (CONFIG, "granite"),
+        (CONFIG | {"model_type": "llama", "attention_bias": True}, "mistral"),
+        (CONFIG | {"model_type": "qwen2", "use_sliding_window": True}, "seed_oss"),
+        (CONFIG | {"model_type": "llama", "hidden_size": 23, "num_attention_heads": 6}, "llama"),
+        (CONFIG, "gpt2"),
+        (CONFIG, "llama2"),
+    ],
+)
+def test_host_that_would_not_be_lossless_is_refused_with_the_accepted_ones(config, host, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=f"--host {host} cannot hold.*Accepted: auto, "):
+        make_plan(Checkpoint(tmp_path), mask_of(config, [(0, 1, 2, 3)] * 2), host=host)
+    with pytest.raises(InputError, match="is for uniform cuts"):
+        make_plan(Checkpoint(tmp_path), mask_of(config, [(0, 1), (0, 1, 2, 3)]), host=host + "x")

@@ -1,0 +1,94 @@
+"""Two processes under torchrun find what one alone finds, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from builders import Shape, make_checkpoint
+
+from sspcompile.criteria.measuring import measure
+from sspcompile.loaded import load
+from sspcompile.prepare import parallel
+from sspcompile.prepare.capture import features
+from sspcompile.prepare.text import batches_of, continued
+
+PROMPTS = [f"{'What is ' * (1 + n % 5)}{n} plus {n}?" for n in range(23)]
+
+
+def find(model: Path) -> dict[str, np.ndarray]:
+    """Everything that is shared between processes: features, continuations, a criterion."""
+    loaded = load(model, fingerprint="")
+    texts = continued(loaded, PROMPTS, 4, 64, 200)
+    batches = batches_of(loaded, texts, 200)
+    return {
+        "features": features(loaded, PROMPTS, 32),
+        "texts": np.array([len(text.ids) for text in texts] + [token for text in texts for token in text.ids]),
+        # Scored by prompt, by prompt with random draws, and by set of prompts.
+        **{
+            name: measure(loaded, name, texts, labels=np.arange(len(texts)) % 3, seed=1).values
+            for name in ("kl", "fisher", "wanda")
+        },
+        "batches": np.array([len(batches)]),
+    }
+
+
+def torchrun(folder: Path, processes: int, *command: object) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run(
+        [*program, *map(str, command)], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("parallel") / "dense", Shape(kv_heads=2, layers=2))
+
+
+def test_two_processes_measure_what_one_measures(model, tmp_path):
+    torchrun(tmp_path, 2, Path(__file__), model, tmp_path)
+    alone = find(model)
+    assert alone["batches"][0] > 2
+    for rank in range(2):
+        with np.load(tmp_path / f"{rank}.npz") as found:
+            assert all(np.array_equal(found[name], value) for name, value in alone.items())
+            # Neither of them did all the work.
+            assert 0 < found["own"][0] < alone["batches"][0]
+
+
+def test_prepare_under_torchrun_writes_one_toolkit_equal_to_that_of_one_process(model, tmp_path):
+    options = ("prepare", "--model", model, "--criterion", "subspace", "--max-tokens", 16, "--json")
+    options = (*options, "--continuation-tokens", 1)
+    written = {}
+    for processes in (1, 2):
+        home = tmp_path / str(processes)
+        home.mkdir()
+        done = torchrun(home, processes, "-m", "sspcompile.cli.main", *options)
+        folder = home / json.loads(done.stdout)["folder"]  # printed once
+        folder = next(folder.parent.glob(folder.name + "*"))
+        written[processes] = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+    assert "toolkit.safetensors" in written[1] and written[1] == written[2]
+
+
+def test_alone_nothing_is_shared_and_nothing_is_imported():
+    world = parallel.current()
+    rows = np.ones(3)
+    assert world.first and world.share([1, 2, 3]) == [1, 2, 3] and world.total(rows) is rows
+    assert world.union({1: "a"}) == {1: "a"}
+    with parallel.joined() as joined:
+        assert joined is world
+
+
+if __name__ == "__main__":
+    with parallel.joined() as world:
+        values = find(Path(sys.argv[1]))
+        count = len(world.share(range(int(values["batches"][0]))))
+        np.savez(Path(sys.argv[2]) / f"{world.rank}.npz", own=np.array([count]), **values)
