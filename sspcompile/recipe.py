@@ -103,7 +103,7 @@ class Recipe(BaseModel):
     criterion: str | None = Field(default=None, pattern=NAME_PATTERN)
     granularity: Literal["head", "group"] | None = None
     importance_from: Literal["domains", "prompts", "auto"] | None = None
-    repair: Literal["least-squares", "flap-bias", "none"] | None = None
+    repair: Literal["least-squares", "least-squares-mlp", "flap-bias", "none"] | None = None
     without: Annotated[tuple[Part, ...], AfterValidator(_in_order)] | None = Field(default=None, strict=False)
     max_tokens: int | None = Field(default=None, ge=8, le=131072)
     continuation_tokens: int | None = Field(default=None, ge=0, le=4096)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from builders import CONFIGS, Shape, make_checkpoint
+from builders import CONFIGS, Shape, family_config, make_checkpoint, save_random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -18,12 +19,22 @@ from sspcompile.checkpoint import Checkpoint
 from sspcompile.compile.layouts import choose
 from sspcompile.compile.mask import HeadMask, kept_of
 from sspcompile.errors import ParityError, UnsupportedModelError
+from sspcompile.families import geometry_of
 from sspcompile.loaded import head_gates, load
 from sspcompile.prepare.text import with_continuations
 from sspcompile.slicing.parity import TOLERANCE, compare, demand, repair_of
 from sspcompile.slicing.plan import make_plan, plan_counts
 from sspcompile.slicing.reload import respond
-from sspcompile.slicing.repair import Repair, demand_bias, fit_bias, fit_repair, repaired, written_biases
+from sspcompile.slicing.repair import (
+    Repair,
+    demand_place,
+    fit_bias,
+    fit_repair,
+    is_linear,
+    repaired,
+    written_biases,
+    written_down,
+)
 from sspcompile.slicing.write import write_model
 
 IDS = [(7 * n) % 250 for n in range(24)]
@@ -131,19 +142,24 @@ def test_plan_sizes_are_what_the_files_have_to_the_byte(tmp_path):
     assert held == plan.sliced.kv_bytes_per_token * len(IDS)
 
 
+@pytest.mark.parametrize("mlp", [False, True])
 @pytest.mark.parametrize("family", sorted(CONFIGS))
-def test_repaired_model_equals_its_oracle_in_a_fresh_process(family, tmp_path):
+def test_repaired_model_equals_its_oracle_in_a_fresh_process(family, mlp, tmp_path):
     source = make_checkpoint(tmp_path / "dense", Shape(family=family, hidden=64, kv_heads=4, head_dim=16, layers=3))
     checkpoint = Checkpoint(source)
     loaded = load(source, fingerprint="")
     mask = mask_for(checkpoint, 0.5, "per-layer", 3)
-    repair = fit_repair(loaded, mask.as_array(), with_continuations(loaded, PROMPTS, 4), dtype=torch.float32)
+    repair = fit_repair(loaded, mask.as_array(), with_continuations(loaded, PROMPTS, 4), dtype=torch.float32, mlp=mlp)
     plan = make_plan(checkpoint, mask)
     write_model(checkpoint, plan, tmp_path / "cut", replaced=repair.replaced(mask.kept, plan.geometry.head_dim))
     # The oracle is rebuilt from the written files, as `verify` does it; it must be the one that was fitted.
-    read_back = repair_of(tmp_path / "cut", plan, mask)
+    down = written_down(tmp_path / "cut", plan.geometry) if mlp else {}
+    read_back = replace(repair_of(tmp_path / "cut", plan, mask), down=down)
     for layer, weight in repair.weights.items():
         assert weight.equal(read_back.weights[layer])
+    assert set(repair.down) == (set(repair.weights) if mlp else set())
+    for layer, weight in repair.down.items():
+        assert weight.equal(read_back.down[layer])
     parity = compare(loaded, mask, read_back, tmp_path / "cut", [IDS, IDS[:5]], custom_code=plan.custom_code)
     assert parity.holds, parity
 
@@ -161,6 +177,19 @@ def test_parity_fails_for_a_model_that_is_not_the_masked_one(tmp_path):
         demand(parity)
 
 
+def residual_error(loaded, kept, batches, fitted) -> float:
+    """Squared distance of the last residual stream from the dense model's, over real tokens."""
+    gates, total = torch.from_numpy(kept).float(), 0.0
+    for batch in batches:
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        with torch.inference_mode():
+            dense = loaded.model.model(**inputs).last_hidden_state
+            with head_gates(loaded, gates), repaired(loaded, fitted):
+                cut = loaded.model.model(**inputs).last_hidden_state
+        total += float((dense - cut)[batch.attention_mask.bool()].square().sum())
+    return total
+
+
 def test_repair_brings_the_residual_closer_on_its_own_texts(tmp_path):
     source = make_checkpoint(tmp_path / "dense", Shape(hidden=64, kv_heads=4, head_dim=16, layers=3))
     loaded = load(source, fingerprint="")
@@ -168,21 +197,12 @@ def test_repair_brings_the_residual_closer_on_its_own_texts(tmp_path):
     kept = mask_for(checkpoint, 0.5, "per-layer", 4).as_array()
     batches = with_continuations(loaded, PROMPTS, 4)
     repair = fit_repair(loaded, kept, batches, dtype=torch.float32)
-    gates = torch.from_numpy(kept).float()
 
     def error(fitted) -> float:
-        total = 0.0
-        for batch in batches:
-            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-            with torch.inference_mode():
-                dense = loaded.model.model(**inputs).last_hidden_state
-                with head_gates(loaded, gates), repaired(loaded, fitted):
-                    cut = loaded.model.model(**inputs).last_hidden_state
-            real = batch.attention_mask.bool()
-            total += float((dense - cut)[real].square().sum())
-        return total
+        return residual_error(loaded, kept, batches, fitted)
 
-    assert error(repair) < 0.7 * error(None)
+    both = fit_repair(loaded, kept, batches, dtype=torch.float32, mlp=True)
+    assert error(both) < error(repair) < 0.7 * error(None)
     assert loaded.model.model.layers[0].self_attn.o_proj.weight.shape == (64, 128)
 
 
@@ -235,7 +255,32 @@ def test_flap_bias_is_written_where_o_proj_has_one_and_equals_its_oracle(tmp_pat
 def test_flap_bias_is_refused_where_o_proj_has_no_bias(family, tmp_path):
     geometry = Checkpoint(make_checkpoint(tmp_path, Shape(family=family))).geometry
     with pytest.raises(UnsupportedModelError, match=r"has no bias.*--repair least-squares"):
-        demand_bias(geometry)
+        demand_place(geometry, "flap-bias")
+
+
+@pytest.mark.parametrize("family", ["starcoder2", "mixtral", "gemma2"])
+def test_refitting_the_mlp_is_refused_where_it_has_no_plain_down_proj(family):
+    geometry = geometry_of(family_config(family).to_dict())
+    with pytest.raises(UnsupportedModelError, match=r"has no down_proj.*--repair least-squares"):
+        demand_place(geometry, "least-squares-mlp")
+
+
+@pytest.mark.parametrize("mlp", [False, True])
+def test_a_residual_multiplier_is_part_of_the_repair(mlp, tmp_path):
+    config = family_config("granite", layers=2)
+    config.residual_multiplier = 0.3
+    source = save_random(tmp_path / "dense", config, seed=1)
+    checkpoint, loaded = Checkpoint(source), load(source, fingerprint="")
+    kept = mask_for(checkpoint, 0.5, "per-layer", 3).as_array()
+    batches = with_continuations(loaded, PROMPTS, 2)
+    plain = residual_error(loaded, kept, batches, None)
+    fitted = fit_repair(loaded, kept, batches, dtype=torch.float32, mlp=mlp)
+    assert residual_error(loaded, kept, batches, fitted) < 0.7 * plain
+
+
+def test_no_refit_where_a_norm_stands_behind_o_proj():
+    assert not is_linear(geometry_of(family_config("gemma2").to_dict()))
+    assert is_linear(geometry_of(family_config("granite").to_dict()))
 
 
 def test_llama_head_count_that_does_not_divide_hidden_loads_with_a_stock_class(tmp_path):

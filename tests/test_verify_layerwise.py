@@ -39,14 +39,16 @@ def test_layerwise_proof_has_the_logits_of_the_masked_model(family, dtype, tmp_p
         assert parity.logit_scale == pytest.approx(scale, rel=1e-4)
 
 
-def test_layerwise_proof_of_a_repaired_cut(tmp_path):
+@pytest.mark.parametrize("mlp", [False, True])
+def test_layerwise_proof_of_a_repaired_cut(mlp, tmp_path):
     source = save_random(tmp_path / "dense", family_config("qwen2", layers=2), seed=1)
     checkpoint, loaded = Checkpoint(source), load(source, fingerprint="")
     mask = mask_for(checkpoint, 0.5, "uniform", 3)
-    repair = fit_repair(loaded, mask.as_array(), with_continuations(loaded, PROMPTS, 2), dtype=torch.float32)
+    repair = fit_repair(loaded, mask.as_array(), with_continuations(loaded, PROMPTS, 2), dtype=torch.float32, mlp=mlp)
     plan = make_plan(checkpoint, mask)
     write_model(checkpoint, plan, tmp_path / "cut", replaced=repair.replaced(mask.kept, plan.geometry.head_dim))
-    assert compare_layerwise(checkpoint, mask, tmp_path / "cut", PROBES, repaired=True, custom_code=False).holds
+    cut = tmp_path / "cut"
+    assert compare_layerwise(checkpoint, mask, cut, PROBES, repaired=True, down=mlp, custom_code=False).holds
     with pytest.raises(ParityError, match="output of layer 0 differs"):
         compare_layerwise(checkpoint, mask, tmp_path / "cut", PROBES, repaired=False, custom_code=False)
 

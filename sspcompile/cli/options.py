@@ -75,8 +75,9 @@ def build_options(command: Command) -> Command:
                 help="Score heads by the domains' cached importance, on the scenario's own prompts, or by both (auto).",
             ),
             click.option(
-                "--repair", metavar="[least-squares|flap-bias|none]",
-                help="Refit o_proj to what is left (least-squares), or add FLAP's bias where o_proj has one.",
+                "--repair", metavar="[least-squares|least-squares-mlp|flap-bias|none]",
+                help="Refit o_proj to what is left (least-squares, the default), or down_proj as well "
+                "(least-squares-mlp), or add FLAP's bias where o_proj has one.",
             ),
             click.option(
                 "--without", multiple=True, metavar="[axes|whitelist|mixing|scenario|calibration]",
@@ -119,13 +120,19 @@ def refuse_hopeless(scenario: Scenario, subject: Subject, options: Recipe) -> No
     from sspcompile.criteria import criterion
     from sspcompile.pipeline.pools import pools_of
     from sspcompile.pipeline.scoring import demand_prompts
-    from sspcompile.slicing.repair import demand_bias
+    from sspcompile.slicing.repair import demand_place, is_linear
 
     criterion(options.criterion or "")
     demand_prompts(scenario, options)
     pools_of(options)
-    if options.repair == "flap-bias":
-        demand_bias(subject.checkpoint.geometry)
+    geometry = subject.checkpoint.geometry
+    demand_place(geometry, options.repair or "none")
+    if options.repair == "least-squares" and not is_linear(geometry):
+        click.echo(
+            f"Warning: no repair for {geometry.family.architecture}: a norm stands between o_proj and the residual "
+            "stream, so least squares does not apply.",
+            err=True,
+        )
     if options.keep is not None:
         g = subject.checkpoint.geometry
         # Whether a budget is feasible follows from the counts alone, whatever the scores are.

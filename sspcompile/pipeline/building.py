@@ -43,7 +43,7 @@ from sspcompile.report import write_report
 from sspcompile.scenario import Scenario
 from sspcompile.slicing.parity import Parity, compare, demand, unchanged_tensors
 from sspcompile.slicing.plan import SlicePlan, make_plan, plan_json
-from sspcompile.slicing.repair import MIN_PROMPTS, demand_bias
+from sspcompile.slicing.repair import MIN_PROMPTS, demand_place
 from sspcompile.slicing.write import write_model
 from sspcompile.workspace import MASK, MODEL, PLAN, PROBES, RECIPE, Workspace
 
@@ -60,8 +60,7 @@ def build(
         raise CheckpointError(
             f"{subject.name} holds a configuration without weights.", hint="`sspcompile plan` works without them."
         )
-    if options.repair == "flap-bias":
-        demand_bias(subject.checkpoint.geometry)
+    demand_place(subject.checkpoint.geometry, options.repair or "none")
     with staged(out, overwrite=overwrite) as folder:
         loaded = subject.load()
         toolkit, _ = toolkit_for(subject, loaded, options, workspace, progress, [score_key(options)])
@@ -120,7 +119,8 @@ def _write_and_prove(
     parity = compare(loaded, mask, repair, folder / MODEL, probes, custom_code=plan.custom_code)
     demand(parity)
     progress("proving", 1, 1)
-    record = {"probes": probes, "repaired": repair is not None, **asdict(parity), "relative": parity.relative}
+    changed = {"repaired": repair is not None, "down_refitted": repair is not None and bool(repair.down)}
+    record = {"probes": probes, **changed, **asdict(parity), "relative": parity.relative}
     (folder / PROBES).write_text(json.dumps(record) + "\n", "utf-8")
     return parity
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,9 +19,14 @@ from sspcompile.loaded import LoadedModel, head_gates
 from sspcompile.measure.quality import Difference, Divergence, DivergenceAccumulator, compare_divergences
 from sspcompile.pipeline.evidence import Evidence
 from sspcompile.prepare.text import Batch, with_continuations
-from sspcompile.slicing.repair import MIN_PROMPTS, Repair, fit_bias, fit_repair, repaired
+from sspcompile.slicing.repair import MIN_PROMPTS, Repair, fit_bias, fit_repair, is_linear, repaired
 
 Progress = Callable[[str, int, int], None]
+
+
+FITS: Mapping[str, Callable[..., Repair]] = {
+    "least-squares": fit_repair, "least-squares-mlp": partial(fit_repair, mlp=True), "flap-bias": fit_bias,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,8 @@ class Candidate:
 class Judge:
     """Holds the texts as batches, and the dense model's logits at the scored positions of those that were held out.
 
-    `repair` names what is fitted for every candidate (with too few texts nothing is); `dtype` is the one in which
-    repaired tensors will be written.
+    `repair` names what is fitted for every candidate (nothing is with too few texts, or where o_proj's output is not a
+    linear part of the residual stream); `dtype` is the one in which repaired tensors will be written.
     """
 
     def __init__(
@@ -69,7 +75,8 @@ class Judge:
         self.loaded = loaded
         self.evidence = evidence
         self.seed = seed
-        self.repair = repair if len(evidence.fit) >= MIN_PROMPTS else "none"
+        possible = len(evidence.fit) >= MIN_PROMPTS and (repair == "flap-bias" or is_linear(loaded.geometry))
+        self.repair = repair if possible else "none"
         self.dtype = dtype
         self.progress = progress
         self.fit, self.guard, self.held = (
@@ -98,8 +105,7 @@ class Judge:
         plain = self.figures(choice.kept)
         if self.repair == "none" or choice.kept.all():
             return Candidate(layout, choice, plain, None, None)
-        fit = fit_bias if self.repair == "flap-bias" else fit_repair
-        fitted = fit(
+        fitted = FITS[self.repair](
             self.loaded, choice.kept, self.fit, dtype=self.dtype,
             progress=lambda done, total: self.progress(f"repair ({name or layout})", done, total),
         )

@@ -18,7 +18,7 @@ from sspcompile.slicing import modeling_sspcompile
 from sspcompile.slicing.configuration import MODELING_FILE
 from sspcompile.slicing.parity import Parity, compare, demand, repair_of
 from sspcompile.slicing.plan import SlicePlan, make_plan
-from sspcompile.slicing.repair import Repair, written_biases
+from sspcompile.slicing.repair import Repair, written_biases, written_down
 from sspcompile.workspace import MASK, MODEL, PROBES
 
 # Activations, the interpreters and what torch allocates beside the weights.
@@ -82,21 +82,24 @@ def verify(
     custom = ships_code(written)
     mask = load_mask(folder / MASK, empty_layers=True)
     plan = make_plan(subject.checkpoint, mask)
-    probes, repaired = _probes(folder, subject)
+    probes, repaired, down = _probes(folder, subject)
     if layerwise is None:
         layerwise = whole_bytes(plan) > psutil.virtual_memory().available
     if layerwise:
         from sspcompile.slicing.layerwise import compare_layerwise
 
         parity = compare_layerwise(
-            subject.checkpoint, mask, written, probes, repaired=repaired, custom_code=custom,
+            subject.checkpoint, mask, written, probes, repaired=repaired, down=down, custom_code=custom,
             progress=lambda done, total: progress("proving", done, total),
         )
     else:
         progress("proving", 0, 1)
         repair = None
         if repaired:
-            repair = Repair(repair_of(written, plan, mask).weights, written_biases(written, plan.geometry))
+            repair = Repair(
+                repair_of(written, plan, mask).weights, written_biases(written, plan.geometry),
+                written_down(written, plan.geometry) if down else {},
+            )
         parity = compare(subject.load(), mask, repair, written, probes, custom_code=custom)
         progress("proving", 1, 1)
     demand(parity)
@@ -109,11 +112,12 @@ def whole_bytes(plan: SlicePlan) -> int:
     return int(MEMORY_SLACK * (fp32 + plan.dense.weight_bytes))
 
 
-def _probes(folder: Path, subject: Subject) -> tuple[list[list[int]], bool]:
-    """Token ids to compare on, and whether o_proj was refitted: the artifact's own, or random ones after `slice`."""
+def _probes(folder: Path, subject: Subject) -> tuple[list[list[int]], bool, bool]:
+    """Token ids to compare on, whether o_proj was refitted, and down_proj: the artifact's own, or random ones after
+    `slice`."""
     if (folder / PROBES).is_file():
         record = json.loads((folder / PROBES).read_text("utf-8"))
-        return record["probes"], record["repaired"]
+        return record["probes"], record["repaired"], record.get("down_refitted", False)
     rng = np.random.default_rng(0)
     vocab = subject.checkpoint.geometry.vocab
-    return [rng.integers(0, vocab, size).tolist() for size in RANDOM_PROBE_LENGTHS], False
+    return [rng.integers(0, vocab, size).tolist() for size in RANDOM_PROBE_LENGTHS], False, False

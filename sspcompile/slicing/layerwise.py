@@ -22,6 +22,7 @@ from sspcompile.errors import ParityError
 from sspcompile.families import Geometry, layer_prefix
 from sspcompile.loaded import layer_output
 from sspcompile.slicing.parity import PROBE_PROMPTS, PROBE_TOKENS, TOLERANCE, Parity
+from sspcompile.slicing.repair import DOWN
 from sspcompile.tensors import EMBEDDING, FINAL_NORM, LM_HEAD
 
 if TYPE_CHECKING:
@@ -51,12 +52,13 @@ class _Side:
 @torch.inference_mode()
 def compare_layerwise(
     checkpoint: Checkpoint, mask: HeadMask, folder: Path, prompts: Sequence[Sequence[int]],
-    *, repaired: bool, custom_code: bool, progress: Callable[[int, int], None] = lambda *_: None,
+    *, repaired: bool, custom_code: bool, down: bool = False, progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Parity:
     """Compare the model in `folder` with the masked dense model on token ids `prompts`, layer by layer, in fp32.
 
-    `repaired`: the kept columns of o_proj were refitted, so the oracle takes them from the cut. `same_text`: both
-    prefer the same next token at every position. Raises ParityError naming the first layer whose output differs.
+    `repaired`: the kept columns of o_proj were refitted, and with `down` down_proj, so the oracle takes them from the
+    cut. `same_text`: both prefer the same next token at every position. Raises ParityError naming the first layer
+    whose output differs.
     """
     g = checkpoint.geometry
     prompts = [list(ids[:PROBE_TOKENS]) for ids in prompts[:PROBE_PROMPTS]]
@@ -66,6 +68,8 @@ def compare_layerwise(
     for index in range(g.layers):
         states = _states(dense.tensors, cut.tensors, index, g)
         _mask(*states, mask.kept[index], g, repaired=repaired)
+        if down:
+            states[0][DOWN] = states[1][DOWN]
         for side, weights, recorded in zip((dense, cut), states, calls, strict=True):
             _run(side, index, weights, recorded)
         _compare_states(dense.hidden, cut.hidden, index)

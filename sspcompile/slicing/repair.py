@@ -6,7 +6,8 @@ residual stream before attention, the kept columns W of o_proj solve
 
     min_W sum_n w_n |x_n W^T + r_n + b - y_n|^2 + ridge * trace(X^T diag(w) X) / (kept * D) * |W - W0|^2
 
-where Y [N, d] is the dense residual stream after attention, b the bias and W0 the columns as they were. The weights w
+where Y [N, d] is the dense residual stream after attention, b the bias and W0 the columns as they were (with a residual
+multiplier, Y - R is divided by it). The weights w
 give the positions where the model decodes SCORED_SHARE of the total: they are what the pruned model will be asked for,
 and a few of them stand against a whole prompt. Layers are solved in order, so each sees the errors that the ones before
 it could not mend.
@@ -86,9 +87,21 @@ def _words(tensor: Tensor) -> np.ndarray:
     return tensor.contiguous().view(torch.uint8).numpy().view(WORD_DTYPE[tensor.element_size()])
 
 
-def demand_bias(geometry: Geometry) -> None:
-    """Raise UnsupportedModelError unless the architecture's o_proj has a bias for `flap-bias` to be written into."""
-    if not geometry.o_bias:
+def is_linear(geometry: Geometry) -> bool:
+    """Whether what o_proj puts out joins the residual stream as it is, up to a factor: only then can it be refitted."""
+    return not geometry.family.normed_attention
+
+
+def demand_place(geometry: Geometry, repair: str) -> None:
+    """Raise UnsupportedModelError unless the architecture has the tensor that a repair writes into."""
+    family = geometry.family
+    plain = family.experts is None and is_linear(geometry) and any(part.name == "mlp.down_proj" for part in family.mlp)
+    if repair == "least-squares-mlp" and not plain:
+        raise UnsupportedModelError(
+            f"{family.architecture} has no down_proj that --repair least-squares-mlp could refit.",
+            hint="Use --repair least-squares, or --repair none.",
+        )
+    if repair == "flap-bias" and not geometry.o_bias:
         raise UnsupportedModelError(
             f"The o_proj of this {geometry.family.architecture} has no bias, so --repair flap-bias cannot be written.",
             hint="Use --repair least-squares, or --repair none.",
@@ -164,7 +177,7 @@ def fit_repair(
             if cut:
                 with _reading(o_proj(layer)) as entering:
                     layer(pruned[number], *rest, **options)
-                missing = after[0] - pruned[number]
+                missing = (after[0] - pruned[number]) / g.residual_multiplier
                 if o_proj(layer).bias is not None:
                     missing = missing - o_proj(layer).bias
                 system.add(entering[0][real][:, columns], missing[real], position_weights[number][real])
@@ -175,7 +188,8 @@ def fit_repair(
         if cut and mlp:
             with repaired(loaded, mended):
                 down[index] = _refit_down(
-                    layer, pruned, dense, [one[index] for one in calls], batches, position_weights, dtype
+                    layer, pruned, dense, [one[index] for one in calls], batches, position_weights, dtype,
+                    g.residual_multiplier,
                 )
             mended = Repair(mended.weights, down={index: down[index]})
         with repaired(loaded, mended):
@@ -195,7 +209,7 @@ def down_proj(layer: nn.Module) -> nn.Linear:
 def _refit_down(
     layer: nn.Module, pruned: Sequence[Tensor], dense: Sequence[Tensor],
     calls: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]], batches: Sequence[Batch],
-    position_weights: Sequence[Tensor], dtype: torch.dtype,
+    position_weights: Sequence[Tensor], dtype: torch.dtype, multiplier: float,
 ) -> Tensor:
     """down_proj [hidden, intermediate] of a layer whose o_proj is repaired: `pruned` are its inputs, `dense` the dense
     layer's outputs, [B, T, d] per batch."""
@@ -206,7 +220,7 @@ def _refit_down(
         real = batch.attention_mask.bool()
         with _reading(projection) as entering, _reading(residual_norm(layer)) as after:
             layer(pruned[number], *rest, **options)
-        missing = dense[number] - after[0]
+        missing = (dense[number] - after[0]) / multiplier
         if projection.bias is not None:
             missing = missing - projection.bias
         system.add(entering[0][real], missing[real], position_weights[number][real])
@@ -258,11 +272,21 @@ def fit_bias(
     return Repair({}, biases)
 
 
+def written_down(folder: Path, geometry: Geometry) -> dict[int, Tensor]:
+    """The down_proj weights [hidden, intermediate] of a finished cut, by layer, in fp32."""
+    return _written(folder, {layer_prefix(layer) + DOWN: layer for layer in range(geometry.layers)})
+
+
 def written_biases(folder: Path, geometry: Geometry) -> dict[int, Tensor]:
     """The o_proj biases [hidden] of a finished cut, by layer, in fp32; none where the architecture has none."""
-    names = {layer_prefix(layer) + "self_attn.o_proj.bias": layer for layer in range(geometry.layers)}
+    if not geometry.o_bias:
+        return {}
+    return _written(folder, {layer_prefix(n) + "self_attn.o_proj.bias": n for n in range(geometry.layers)})
+
+
+def _written(folder: Path, names: Mapping[str, int]) -> dict[int, Tensor]:
     found: dict[int, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")) if geometry.o_bias else ():
+    for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             found |= {names[name]: opened.get_tensor(name).float() for name in names.keys() & set(opened.keys())}
     return found
