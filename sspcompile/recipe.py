@@ -32,7 +32,7 @@ SCENARIO_FORMS = ("text", "prompts", "prompts_file", "domains")
 ENVIRONMENT_PREFIX = "SSPCOMPILE_"
 DEFAULTS: Mapping[str, Any] = {
     "layout": "auto",
-    "criterion": "fisher",
+    "criterion": "fisher-rounds",
     "importance_from": "auto",
     "repair": "least-squares",
     "granularity": "head",

@@ -178,7 +178,7 @@ def test_default_options() -> None:
         "keep": 0.5,
         "strength": None,
         "layout": "auto",
-        "criterion": "fisher",
+        "criterion": "fisher-rounds",
         "pools": None,
         "axes": None,
         "importance_from": "auto",

@@ -65,7 +65,7 @@ def build_options(command: Command) -> Command:
             ),
             pools_option,
             axes_option,
-            click.option("--criterion", metavar="NAME", help=f"Score of the heads (fisher): {CRITERIA_HELP}"),
+            click.option("--criterion", metavar="NAME", help=f"Score of the heads (fisher-rounds): {CRITERIA_HELP}"),
             click.option(
                 "--granularity", metavar="[head|group]",
                 help="Cut single heads, or whole key/value groups, which saves more of the KV cache (head).",

@@ -35,7 +35,7 @@ Examples:
 @axes_option
 @click.option(
     "--criterion", "criteria", multiple=True, metavar="NAME",
-    help=f"Score of the heads to prepare (fisher), may be repeated: {CRITERIA_HELP}",
+    help=f"Score of the heads to prepare (fisher-rounds), may be repeated: {CRITERIA_HELP}",
 )
 @click.option("--max-tokens", type=int, metavar="N", help="Read at most N tokens of each text (512).")
 @click.option("--continuation-tokens", type=int, metavar="N", help="Let the model continue each text by N tokens (16).")

@@ -37,12 +37,14 @@ class Shrunk:
     weight: np.ndarray
 
 
-def shrink(importance: np.ndarray, spread: np.ndarray, parts: np.ndarray, values: np.ndarray) -> Shrunk:
+def shrink(
+    importance: np.ndarray, spread: np.ndarray, parts: np.ndarray, values: np.ndarray, *, prompts: int | None = None
+) -> Shrunk:
     """Posterior mean of head scores.
 
     `importance` and `spread` [L, H, K] are the cached mean and relative variance per domain, `parts` [K] what each
-    domain counts for (sums to 1), `values` [N, L, H] the importance per prompt of the scenario. Without prompts, or
-    when one source is zero everywhere, the other one is the answer.
+    domain counts for (sums to 1), `values` [N, L, H] the importance per prompt of the scenario, or of `prompts` prompts
+    together where N is 1. Without prompts, or when one source is zero everywhere, the other one is the answer.
     """
     cached = importance @ parts
     own = values.mean(0) if len(values) else np.zeros_like(cached)
@@ -55,7 +57,7 @@ def shrink(importance: np.ndarray, spread: np.ndarray, parts: np.ndarray, values
     prior, evidence = cached / cached.sum() + floor, own / own.sum() + floor
     # Law of total variance over the domains that the prompts come from.
     relative = ((spread + 1) * domains**2 @ parts - (domains @ parts) ** 2) / prior**2
-    variance = np.log1p(np.maximum(relative, 0.0) / len(values))
+    variance = np.log1p(np.maximum(relative, 0.0) / (prompts or len(values)))
     between = float(np.log(domains).var(-1, ddof=1).mean())
     weight = between / np.maximum(between + variance, np.finfo(np.float64).tiny)
     shares = np.maximum(prior * (evidence / prior) ** weight - floor, 0.0)

@@ -19,9 +19,9 @@ from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.recipe import Recipe
 from sspcompile.scenario import Scenario
 
-# A score of all prompts together says nothing about its own spread, so it cannot be weighed against the cache. In
-# earlier measurements 16 prompts were enough to choose heads: from there on it is taken, below that the cache is.
-ENOUGH_PROMPTS = 16
+# A score of all prompts together says nothing about its own spread over prompts. This one's stands in for it: it is in
+# every toolkit, and looks at the same texts.
+SPREAD_OF = "fisher"
 
 Progress = Callable[[str, int, int], None]
 Source = Literal["domains", "prompts", "both"]
@@ -63,18 +63,17 @@ def score_heads(
     prompts = own_fit_part(scenario.prompts)
     if options.importance_from == "domains" or "scenario" in (options.without or ()) or not prompts:
         return HeadScores(cached, "domains", 0, 0.0)
-    together = of_key(name)[0].per == "set"
-    if together and options.importance_from == "auto" and len(prompts) < ENOUGH_PROMPTS:
-        return HeadScores(cached, "domains", 0, 0.0)
     report = progress or (lambda _stage, _done, _total: None)
     values = importance_per_prompt(
         loaded, toolkit, name, prompts, used.parts, seed=options.seed or 0, max_tokens=options.max_tokens or 0,
         continuation_tokens=options.continuation_tokens or 0,
         progress=lambda done, total: report(f"{name} on the scenario's prompts", done, total),
     )
-    if options.importance_from == "prompts" or together:
-        read = min(len(prompts), of_key(name)[0].max_prompts or len(prompts))
+    criterion, _ = of_key(name)
+    read = min(len(prompts), criterion.max_prompts or len(prompts))
+    if options.importance_from == "prompts":
         return HeadScores(values.mean(0), "prompts", read, 1.0)
-    importance, spread = (kind[name].astype(np.float64) for kind in (toolkit.importance, toolkit.spread))
-    shrunk = shrink(importance, spread, used.parts, values)
-    return HeadScores(shrunk.scores, "both", len(values), float(shrunk.weight.mean()))
+    importance = toolkit.importance[name].astype(np.float64)
+    spread = toolkit.spread[SPREAD_OF if criterion.per == "set" else name].astype(np.float64)
+    shrunk = shrink(importance, spread, used.parts, values, prompts=read)
+    return HeadScores(shrunk.scores, "both", read, float(shrunk.weight.mean()))
