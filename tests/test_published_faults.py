@@ -73,7 +73,7 @@ def test_fault_masking_is_of_heads_and_not_of_blocks_of_the_attention_output(tmp
 def test_fault_heads_are_removed_from_weights_and_cache_and_not_only_masked(tmp_path):
     source = make_checkpoint(tmp_path / "dense", Shape(layers=2, kv_heads=4))
     checkpoint = Checkpoint(source)
-    plan = make_plan(checkpoint, mask_for(checkpoint, 0.5, "uniform", 0))
+    plan = make_plan(checkpoint, mask_for(checkpoint, 0.25, "uniform", 0))
     write_model(checkpoint, plan, tmp_path / "cut")
     dense, cut = load_file(source / "model.safetensors"), load_file(tmp_path / "cut" / "model.safetensors")
     heads, groups = plan.counts[0]

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sspcompile.embedded import MODEL_DIR
-from sspcompile.embedded.corpus import DOMAINS, cross_items
+from sspcompile.embedded.corpus import DOMAINS, cross_items, items
 from sspcompile.embedded.evaluate import EVALUATION_ITEMS, EVALUATION_SEED, evaluate, score
 from sspcompile.embedded.probe import separability
+from sspcompile.loaded import LoadedModel, head_gates, load
+from sspcompile.measure.answers import answer_scores, encode_items
 
 LAYER_ITEMS = 60
 """Items per domain for the table of layers, which needs one evaluation per layer."""
@@ -58,6 +62,8 @@ operands of rules and the texts to read do not.
 Items whose text mixes two domains: {cross:.3f}.
 
 Exact match when the attention of one layer is removed ({layer_items} items per domain): {layer_table}.
+Layers stand in for one another, so one alone says little; with the attention of the first n layers and no more it is
+{first_table}.
 
 A linear probe on mean-pooled states after layer {probe_layer}, fitted on descriptions of deployments of the kinds
 that were part of training, tells the domain of descriptions that were not: AUC {auc:.3f} (mean over domains,
@@ -70,17 +76,28 @@ products stay below 100. The people and what they do are invented.
 """
 
 
-@torch.no_grad()
-def accuracy_without_each_layer(model: PreTrainedModel, tokenizer: object, count: int) -> list[float]:
-    """Mean exact match with the attention of one layer removed, for each layer."""
-    found = []
-    for layer in model.model.layers:
-        weight = layer.self_attn.o_proj.weight
-        kept = weight.clone()
-        weight.zero_()
-        found.append(evaluate(model, tokenizer, count=count, seed=EVALUATION_SEED).mean)
-        weight.copy_(kept)
-    return found
+@dataclass(frozen=True)
+class LayerNeeds:
+    """Exact match with the attention of one layer removed, per layer, and with that of the first n alone, n from 1."""
+
+    without: tuple[float, ...]
+    first: tuple[float, ...]
+
+
+def layer_needs(loaded: LoadedModel, count: int, seed: int) -> LayerNeeds:
+    """How much every layer's attention matters, on `count` held-out items of each domain."""
+    g = loaded.geometry
+    encoded = encode_items(loaded, [item for domain in DOMAINS for item in items(domain, "heldout", seed, count)])
+
+    def accuracy(kept: Tensor) -> float:
+        with head_gates(loaded, kept[:, None].expand(g.layers, g.heads)):
+            return answer_scores(loaded, encoded).exact_match
+
+    place = torch.arange(g.layers)
+    return LayerNeeds(
+        without=tuple(accuracy((place != layer).float()) for layer in range(g.layers)),
+        first=tuple(accuracy((place < n).float()) for n in range(1, g.layers + 1)),
+    )
 
 
 def card_text(folder: Path) -> str:
@@ -90,7 +107,7 @@ def card_text(folder: Path) -> str:
     training = json.loads((folder / "training.json").read_text())
     accuracy = evaluate(model, tokenizer, count=EVALUATION_ITEMS, seed=EVALUATION_SEED)
     crossed = score(model, tokenizer, cross_items("heldout", EVALUATION_SEED, EVALUATION_ITEMS))
-    layers = accuracy_without_each_layer(model, tokenizer, LAYER_ITEMS)
+    needs = layer_needs(load(folder, fingerprint=""), LAYER_ITEMS, EVALUATION_SEED)
     config = model.config
     probe_layer = config.num_hidden_layers // 2
     return TEMPLATE.format(
@@ -113,7 +130,8 @@ def card_text(folder: Path) -> str:
         table=accuracy.table(),
         cross=sum(right for right, _ in crossed.counts.values()) / EVALUATION_ITEMS,
         layer_items=LAYER_ITEMS,
-        layer_table=", ".join(f"{index}: {value:.2f}" for index, value in enumerate(layers)),
+        layer_table=", ".join(f"{index}: {value:.2f}" for index, value in enumerate(needs.without)),
+        first_table=", ".join(f"{n}: {value:.2f}" for n, value in enumerate(needs.first, 1)),
         probe_layer=probe_layer,
         auc=separability(model, tokenizer, probe_layer),
     )
