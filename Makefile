@@ -9,7 +9,8 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 # Two test processes: as many as the smallest machine that this is meant for has cores.
 WORKERS ?= 2
 
-.PHONY: demo test test-compat test-wheel test-shapes test-lm-eval lint format train bench-compile bench-quality bench-slice clean
+.PHONY: demo test test-compat test-wheel test-shapes test-lm-eval lint format train bench-compile bench-prepare \
+	bench-quality bench-slice clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -68,6 +69,9 @@ bench-compile: $(VENV)/.done  ## How long compiling a scenario takes once everyt
 
 bench-slice: $(VENV)/.done  ## What cutting a checkpoint costs against copying what it writes.
 	$(BIN)/python benchmarks/slice.py
+
+bench-prepare: $(VENV)/.done  ## What learning a model costs, in bare forward passes over the same tokens.
+	$(BIN)/python benchmarks/prepare.py
 
 clean:
 	rm -rf $(VENV) $(COMPAT) $(HARNESS) build dist .pytest_cache .ruff_cache .hypothesis
