@@ -169,8 +169,10 @@ def figure(rows: list[Row], dense: float, path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "quality"
     from matplotlib import pyplot
 
-    shown = {OURS: "C0", "greedy-kl": "C6", "kl": "C1", "flap": "C2", "wanda": "C3", "llm-pruner": "C4", "subspace": "C5",
-             FIRST_LAYER: "0.4"}  # fmt: skip
+    shown = {
+        OURS: "C0", "greedy-kl": "C6", "kl": "C1", "flap": "C2", "wanda": "C3", "llm-pruner": "C4", "subspace": "C5",
+        FIRST_LAYER: "0.4",
+    }  # fmt: skip
     panels, axes = pyplot.subplots(1, len(LAYOUTS), figsize=(9, 3.6), sharey=True)
     for axis, layout in zip(axes, LAYOUTS, strict=True):
         axis.axhline(dense, color="black", linewidth=0.8, linestyle=":", label="dense")
