@@ -58,15 +58,13 @@ def write_family(folder: Path, family: str, layout: str, host: str | None = None
 def record(folder: Path, dense: Path, layout: str, host: str | None = None) -> None:
     checkpoint = Checkpoint(dense)
     g = checkpoint.geometry
-    for seed in range(1, 100):
-        scores = np.random.default_rng(seed).random((g.layers, g.heads))
-        choice = choose(scores, g.kv_heads, 0.75, layout)
-        heads = int(choice.kept[0].sum())
-        # Some stock classes refuse head counts that do not divide hidden_size.
-        if layout == "per-layer" or g.hidden % heads == 0 or g.family.hosts or not g.family.hidden_must_divide:
-            break
+    scores = np.random.default_rng(1).random((g.layers, g.heads))
+    # Some stock classes refuse head counts that do not divide hidden_size: 4 of 8 heads do, 6 do not.
+    divides = layout == "uniform" and g.family.hidden_must_divide and not g.family.hosts
+    keep = 0.5 if divides else 0.75
+    choice = choose(scores, g.kv_heads, keep, layout)
     mask = HeadMask(
-        "", g.layers, g.heads, g.kv_heads, kept_of(choice.kept), layout, 0.75, choice.ratio,
+        "", g.layers, g.heads, g.kv_heads, kept_of(choice.kept), layout, keep, choice.ratio,
         tuple(map(tuple, scores.tolist())), (), "random", {},
     )  # fmt: skip
     plan = make_plan(checkpoint, mask, host=host)
