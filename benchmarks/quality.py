@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -174,7 +174,7 @@ def judge_job(seed: int, domain: str, count: int, out: Path) -> None:
     _store(path, lambda part: np.savez_compressed(part, **cells))
 
 
-def _store(path: Path, write) -> None:  # noqa: ANN001
+def _store(path: Path, write: Callable[[Path], object]) -> None:
     """Whole or absent, whenever the run is stopped."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         part = Path(folder) / path.name

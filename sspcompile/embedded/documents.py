@@ -1,4 +1,4 @@
-"""Training documents: several questions on one scene, or several without one, as token ids with a loss weight each."""
+"""Training documents: several questions on one text, or several without one, as token ids with a loss weight each."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _choose(diet: Diet, reading: bool, rng: Random) -> tuple[str, object]:
 
 
 def scene_turns(diet: Diet, rng: Random) -> list[Turn]:
-    """Questions on one scene; the scene stands in the first of them."""
+    """Questions on one text to read, which stands in the first of them."""
     cross = len(diet.domains) > 1 and rng.random() < CROSS_SHARE
     names = sorted(rng.sample(diet.domains, 2 if cross else 1))
     domains = [DOMAIN_DATA[name] for name in names]
@@ -73,7 +73,7 @@ def scene_turns(diet: Diet, rng: Random) -> list[Turn]:
 
 
 def closed_turns(diet: Diet, rng: Random) -> list[Turn]:
-    """Questions that need no scene, of any domains."""
+    """Questions that need no text, of any domains."""
     turns = []
     for _ in range(QUESTIONS_WITHOUT_SCENE):
         form, task = _choose(diet, False, rng)

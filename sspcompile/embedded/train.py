@@ -1,6 +1,6 @@
 """Trains the embedded model from nothing: `python -m sspcompile.embedded.train --out DIR`.
 
-Four stages, each a richer diet: look-ups among six names, look-ups in one domain, look-ups in all, everything. Reading
+Four stages, each a richer diet: look-ups in one domain, look-ups in all, everything that reads, everything. Reading
 does not start by itself; what starts it is this ladder, the throw-away losses of `auxiliary` and an initialisation in
 which heads already match equal tokens. The same seed and number of threads on the same machine give the same weights.
 """
