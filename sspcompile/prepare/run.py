@@ -22,6 +22,7 @@ from sspcompile.prepare.text import (
     CONTINUATION_TOKENS,
     MAX_TOKENS,
     TEXT_VERSION,
+    Sentence,
     continued,
 )
 from sspcompile.prepare.toolkit import Toolkit, check
@@ -84,13 +85,8 @@ def prepare(
     report("continuations", 0, 1)
     texts = continued(loaded, prompts, continuation_tokens, max_tokens)
     report("continuations", 1, 1)
-    scores = {
-        key: measuring.measure(
-            loaded, of_key(key)[0].name, texts, labels=labels, directions=unit, seed=seed,
-            granularity=of_key(key)[1], progress=_stage(report, key),
-        )
-        for key in dict.fromkeys(criteria)
-    }
+    scores = {key: _scored(loaded, key, texts, labels, unit, seed, report) for key in dict.fromkeys(criteria)}
+    cached = {key: _cached(found, len(pools)) for key, found in scores.items()}
     tested = next(key for key in scores if of_key(key)[0].per == "prompt")
     confirmed = whitelist(scores[tested].own_axis(), scores[tested].labels)
     meta = _versions() | {"axes": axes_facts} | facts | {
@@ -112,10 +108,8 @@ def prepare(
         probe_weight=_f32(fitted.weight), probe_bias=_f32(fitted.bias), probe_auc=_f32(auc),
         layer_weight=_f32(probes.layer_weights(auc)),
         log_temperature=_f32(calibration.log_temperatures(fits, loaded.geometry.layers)),
-        importance={name: _f32(found.by_domain(len(pools))) for name, found in scores.items()},
-        spread={
-            name: _f32(spread_by_domain(found.own_axis(), found.labels, len(pools))) for name, found in scores.items()
-        },
+        importance={key: mean for key, (mean, _) in cached.items()},
+        spread={key: spread for key, (_, spread) in cached.items()},
         whitelist_p=_f32(confirmed.p), whitelist=confirmed.chosen, meta=meta,
     )
     check(toolkit)
@@ -139,13 +133,25 @@ def importance_by_domain(
     )
     unit = importance.probe_directions(toolkit.probe_weight, toolkit.feature_scale)
     labels = corpus.labels[corpus.prompt_rows]
-    chosen, granularity = of_key(name)
-    scores = measuring.measure(
-        loaded, chosen.name, texts, labels=labels, directions=unit, seed=toolkit.meta["seed"],
-        granularity=granularity, progress=_stage(progress or _silent, name),
+    scores = _scored(loaded, name, texts, labels, unit, toolkit.meta["seed"], progress or _silent)
+    return _cached(scores, len(pools))
+
+
+def _scored(
+    loaded: LoadedModel, key: str, texts: Sequence[Sentence], labels: np.ndarray, unit: np.ndarray, seed: int,
+    report: Progress,
+) -> measuring.Scores:
+    """Scores under the name by which they are cached, see `of_key`."""
+    chosen, granularity = of_key(key)
+    return measuring.measure(
+        loaded, chosen.name, texts, labels=labels, directions=unit, seed=seed, granularity=granularity,
+        progress=_stage(report, key),
     )  # fmt: skip
-    count = len(pools)
-    return _f32(scores.by_domain(count)), _f32(spread_by_domain(scores.own_axis(), scores.labels, count))
+
+
+def _cached(scores: measuring.Scores, domains: int) -> tuple[np.ndarray, np.ndarray]:
+    """Importance and spread per domain, [L, H, K] float32 each."""
+    return _f32(scores.by_domain(domains)), _f32(spread_by_domain(scores.own_axis(), scores.labels, domains))
 
 
 def _validate(pools: Sequence[DomainPool], criteria: Sequence[str], axes: int | None) -> None:
