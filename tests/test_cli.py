@@ -267,6 +267,24 @@ def test_interrupt_exits_130(run, monkeypatch):
     assert done.code == 130 and "Error: Interrupted" in done.err
 
 
+def test_interrupt_that_a_library_turns_into_another_error_exits_130(run, monkeypatch):
+    def wrapped(*_args: object, **_options: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise ImportError("initialization of a module failed") from error
+
+    monkeypatch.setattr(cli_main.doctor, "invoke", wrapped)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        done = run("doctor")
+        after = signal.getsignal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done.code == 130 and "Error: Interrupted" in done.err and "module" not in done.err
+    assert after is signal.default_int_handler
+
+
 def test_full_disk_exits_1_with_one_line(run, monkeypatch):
     def full(*_args: object, **_options: object) -> None:
         raise OSError(28, "No space left on device", "/data/model.safetensors")

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 import click
 
@@ -49,7 +53,8 @@ cli.add_command(slice_command, "slice")
 def main(argv: list[str] | None = None) -> None:
     """Entry point: runs the command line and exits with the codes of the errors' classes."""
     try:
-        code = cli.main(args=argv, prog_name="sspcompile", standalone_mode=False)
+        with _interruptible():
+            code = cli.main(args=argv, prog_name="sspcompile", standalone_mode=False)
     except SspError as error:
         _fail(str(error), error.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -59,7 +64,6 @@ def main(argv: list[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("Error: Interrupted; nothing was published.", err=True)
         _exit_interrupted(in_process=argv is not None)
     except MemoryError:
         _fail("Out of memory.", EXIT_FAILURE)
@@ -71,12 +75,42 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(code if isinstance(code, int) else 0)
 
 
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let every failure after a SIGINT leave as KeyboardInterrupt.
+
+    An interrupt inside a library need not come out as one: Python 3.11 wraps what `__set_name__` raises, extension
+    modules turn it into an ImportError, and the error message would then blame the checkpoint.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # ignored by whoever started us, or somebody else's
+        yield
+        return
+    arrived = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal arrived
+        arrived = True
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    except Exception as error:
+        if arrived:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _exit_interrupted(*, in_process: bool) -> None:
-    """Leave with 130. Everything was cleaned up on the way here.
+    """Say so and leave with 130. Everything was cleaned up on the way here.
 
     Once transformers has loaded a model, something in the process answers the interpreter's ordinary end with SIGINT
     again, and the shell would see a signal instead of the code; so the program itself ends without that stage.
     """
+    click.echo("Error: Interrupted; nothing was published.", err=True)
     if in_process:
         sys.exit(EXIT_INTERRUPTED)
     sys.stdout.flush()
