@@ -149,7 +149,10 @@ FAMILIES: Mapping[str, Family] = {
             hidden_must_divide=True, reads_heads=True, hosts=("mistral", "seed_oss", "granite"),
             own_keys=("attention_bias", "mlp_bias", "pretraining_tp"),
         ),
-        Family("mistral", "MistralForCausalLM", neutral=lambda _: {"sliding_window": None}),
+        Family(
+            "mistral", "MistralForCausalLM", hosts=("seed_oss", "granite"), window="sliding_window",
+            own_keys=("sliding_window",), neutral=lambda _: {"sliding_window": None},
+        ),
         Family("ministral", "MinistralForCausalLM"),
         Family(
             "qwen2", "Qwen2ForCausalLM", qkv_bias=True, hosts=("seed_oss", "granite"), window="use_sliding_window",
@@ -210,7 +213,9 @@ REFUSED: Mapping[str, str] = {
     "gemma3": "it carries a vision tower; its text part, saved by itself as gemma3_text, can be cut",
 }
 # Families whose switch is on unless config.json says otherwise.
-ON_BY_DEFAULT = frozenset({("starcoder2", "use_bias"), ("seed_oss", "attention_bias")})
+ON_BY_DEFAULT = frozenset(
+    {("starcoder2", "use_bias"), ("seed_oss", "attention_bias"), ("mistral", "sliding_window")}
+)
 
 
 @dataclass(frozen=True)
@@ -323,7 +328,7 @@ def geometry_of(config: Mapping[str, Any]) -> Geometry:
         # 4.x writes torch_dtype, 5.x writes dtype.
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
         residual_multiplier=float(config.get(family.residual_multiplier or "", 1.0)),
-        windowed=bool(family.window and config.get(family.window)),
+        windowed=_switch(family, family.window or False, config),
         fixed_heads=family.longrope_by_heads and _scaled_by_factors(config),
         **_sparse(family, config, layers),
     )

@@ -32,6 +32,7 @@ SCENARIO_FORMS = ("text", "prompts", "prompts_file", "domains")
 ENVIRONMENT_PREFIX = "SSPCOMPILE_"
 DEFAULTS: Mapping[str, Any] = {
     "layout": "auto",
+    "host": "auto",
     "criterion": "fisher-rounds",
     "importance_from": "auto",
     "repair": "least-squares",
@@ -83,7 +84,8 @@ class Recipe(BaseModel):
     heads are scored by the domains' cached importance, on the scenario's own prompts, or by both where there are any.
     `without`: parts of the method that are switched off. `pools`: a folder of domain pools beside the shipped ones.
     `axes`: how many of all pools become domains; None for the shipped six and those of `pools`.
-    `granularity`: cut single heads, or whole key/value groups only.
+    `granularity`: cut single heads, or whole key/value groups only. `host`: the family whose stock class loads a
+    uniform cut; `auto` takes the model's own where that can hold it.
     `model`: a folder or a hub name, None for the embedded model. `continuation_tokens`: how many tokens the model
     writes after each prompt when heads are scored.
     """
@@ -98,6 +100,7 @@ class Recipe(BaseModel):
     keep: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
     strength: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
     layout: Literal["auto", "uniform", "per-layer"] | None = None
+    host: str | None = Field(default=None, pattern=r"^[a-z0-9_]{1,40}$")
     pools: Text | None = None
     axes: int | None = Field(default=None, ge=2, le=1000)
     criterion: str | None = Field(default=None, pattern=NAME_PATTERN)

@@ -613,3 +613,52 @@ def test_last_build_that_was_deleted_is_named(run, built, home, tmp_path):
     (tmp_path / "artifacts").mkdir()
     (tmp_path / "artifacts" / "last").write_text("gone\n")
     refused(run("bench", home=tmp_path), 2, "gone", "sspcompile build")
+
+
+@pytest.fixture(scope="module")
+def hosted(tiny, tmp_path_factory) -> Path:
+    """A home with a uniform build of a Qwen2 model that another family's class loads."""
+    home = tmp_path_factory.mktemp("hosted")
+    fast = ("--model", tiny, "--continuation-tokens", "2", "--max-tokens", "32", "--criterion", "fisher")
+    args = (*BUILD, *fast, "--host", "seed_oss", "--out", home / "artifacts" / "cut", "--json")
+    code = subprocess.run(
+        [sys.executable, "-m", "sspcompile.cli.main", *map(str, args)], cwd=home, capture_output=True, check=False
+    ).returncode
+    assert code == 0
+    return home
+
+
+def test_build_for_a_host_takes_the_uniform_layout_and_its_class(run, hosted):
+    cut = hosted / "artifacts" / "cut"
+    config = json.loads((cut / "model" / "config.json").read_text())
+    plan = json.loads((cut / "plan.json").read_text())
+    assert config["model_type"] == "seed_oss" and "auto_map" not in config
+    assert plan["host"] == "SeedOssForCausalLM" and plan["layout"] == "uniform"
+    assert "host: seed_oss" in (cut / "recipe.yaml").read_text()
+    assert run("verify", cut, home=hosted).code == 0
+
+
+def test_export_moves_a_uniform_build_to_another_class(run, tiny, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    fast = ("--model", tiny, "--continuation-tokens", "2", "--max-tokens", "32", "--criterion", "fisher")
+    assert run(*BUILD, *fast, "--host", "qwen2", "--out", "artifacts/cut", home=tmp_path).code == 0
+    done = run("export", "artifacts/cut", "--host", "granite", "--out", "served", "--json", home=tmp_path)
+    assert done.code == 0, done.err
+    folders = (tmp_path / "artifacts" / "cut" / "model", tmp_path / "served")
+    before, after = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in folders)
+    assert type(before).__name__ == "Qwen2ForCausalLM" and type(after).__name__ == "GraniteForCausalLM"
+    ids = torch.arange(40)[None]
+    difference = (before(ids).logits - after(ids).logits).abs().max() / before(ids).logits.abs().max()
+    assert difference <= 1e-5
+    assert "GraniteForCausalLM" in (tmp_path / "served" / "README.md").read_text()
+
+
+def test_host_that_cannot_hold_the_model_is_refused_before_any_work(run, tiny, hosted, tmp_path):
+    for extra, word in ((("--host", "mistral"), "Accepted: auto, qwen2, seed_oss"), (("--host", "No!"), "--host")):
+        refused(run(*BUILD, "--model", tiny, *extra, "--out", "out", home=tmp_path), 2, word)
+    args = (*BUILD, "--model", tiny, "--host", "seed_oss", "--layout", "per-layer", "--out", "out")
+    refused(run(*args, home=tmp_path), 2, "uniform cuts")
+    refused(run("export", "cut", "--host", "mistral", "--out", "out", home=hosted), 2, "cannot hold")
+    assert listing(tmp_path) == set() and not (hosted / "out").exists()

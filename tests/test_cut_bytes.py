@@ -174,6 +174,7 @@ HOSTS = {
     "llama as granite": ("llama", "granite", {}),
     "qwen2 as seed_oss": ("qwen2", "seed_oss", {}),
     "qwen2 as granite": ("qwen2", "granite", {}),
+    "mistral as seed_oss": ("mistral", "seed_oss", {"sliding_window": None}),
 }
 
 
@@ -201,7 +202,8 @@ def test_model_in_another_class_equals_its_masked_self(case, tmp_path):
 @pytest.mark.parametrize(
     ("config", "host"),
     [
-        (CONFIG, "granite"),
+        (CONFIG | {"sliding_window": 16}, "granite"),
+        ({key: value for key, value in CONFIG.items() if key != "sliding_window"}, "seed_oss"),
         (CONFIG | {"model_type": "llama", "attention_bias": True}, "mistral"),
         (CONFIG | {"model_type": "qwen2", "use_sliding_window": True}, "seed_oss"),
         (CONFIG | {"model_type": "llama", "hidden_size": 23, "num_attention_heads": 6}, "llama"),

@@ -149,6 +149,7 @@ options = st.fixed_dictionaries(
     optional={
         "model": texts,
         "layout": st.sampled_from(["auto", "uniform", "per-layer"]),
+        "host": st.sampled_from(["auto", "seed_oss", "granite"]),
         "criterion": st.sampled_from(["fisher", "kl", "subspace"]),
         "pools": texts,
         "axes": st.integers(2, 1000),
@@ -178,6 +179,7 @@ def test_default_options() -> None:
         "keep": 0.5,
         "strength": None,
         "layout": "auto",
+        "host": "auto",
         "criterion": "fisher-rounds",
         "pools": None,
         "axes": None,

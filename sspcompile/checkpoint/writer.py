@@ -6,7 +6,9 @@ import contextlib
 import json
 import math
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,10 @@ COMPANION_PATTERNS = (
 )  # fmt: skip
 
 Piece = bytes | memoryview | Extent
+
+# While the kernel moves the bytes of one shard, the processor gathers the columns of another. More writers would only
+# add seeks.
+WRITERS = 2
 
 
 @dataclass(frozen=True)
@@ -54,20 +60,50 @@ def write_checkpoint(
     """Write `tensors` as model.safetensors, or as shards with an index when they are more than one.
 
     Shards follow `OutputTensor.shard`, or the order of `tensors` and the limit `max_shard_bytes`. `progress` receives
-    the number of bytes just written. At most one buffer is in memory. A shard that equals a source file is copied
-    whole, or with `link_unchanged` becomes a second name of it.
+    the number of bytes just written, from one thread at a time. WRITERS shards are written side by side, with one
+    buffer each in memory. A shard that equals a source file is copied whole, or with `link_unchanged` becomes a second
+    name of it. Raises CheckpointError when a source file ends early.
     """
     shards = _split(tensors, max_shard_bytes) if max_shard_bytes is not None else _as_grouped(tensors)
     names = [SINGLE_NAME]
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    for name, shard in zip(names, shards, strict=True):
-        _write_shard(folder / name, shard, progress, link_unchanged)
+    _write_side_by_side(
+        [lambda moved, path=folder / name, shard=shard: _write_shard(path, shard, moved, link_unchanged)
+         for name, shard in zip(names, shards, strict=True)],
+        progress,
+    )  # fmt: skip
     if len(shards) > 1:
         weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         total = sum(tensor.nbytes for tensor in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+class _Stopped(Exception):
+    """Another writer failed, or the user interrupted: this one need not go on."""
+
+
+def _write_side_by_side(writes: Sequence[Callable[[Moved], None]], progress: Moved | None) -> None:
+    """Run `writes`, WRITERS at a time. The first error ends all of them at their next piece, and is raised."""
+    lock, stopped = threading.Lock(), threading.Event()
+
+    def moved(count: int) -> None:
+        if stopped.is_set():
+            raise _Stopped
+        if progress is not None:
+            with lock:
+                progress(count)
+
+    with ThreadPoolExecutor(WRITERS) as pool:
+        running = [pool.submit(write, moved) for write in writes]
+        try:
+            for future in as_completed(running):
+                future.result()
+        except BaseException:  # an interrupt reaches only this thread; the writers must hear of it
+            stopped.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
 
 
 def _split(tensors: Sequence[OutputTensor], limit: int) -> list[list[OutputTensor]]:
@@ -89,17 +125,19 @@ def _as_grouped(tensors: Sequence[OutputTensor]) -> list[list[OutputTensor]]:
     return list(shards.values()) or [[]]
 
 
-def _write_shard(path: Path, tensors: Sequence[OutputTensor], progress: Moved | None, link: bool) -> None:
+def _write_shard(path: Path, tensors: Sequence[OutputTensor], moved: Moved, link: bool) -> None:
     source = _same_file(tensors)
     if source is None:
-        _write_file(path, tensors, progress)
+        _write_file(path, tensors, moved)
         return
-    if not (link and hard_link(source, path)):
-        size = source.stat().st_size
-        with source.open("rb") as opened, path.open("wb", buffering=0) as target:
-            copy_extent(opened.fileno(), target.fileno(), Extent(source, 0, size))
-    if progress is not None:
-        progress(sum(tensor.nbytes for tensor in tensors))
+    data = sum(tensor.nbytes for tensor in tensors)
+    if link and hard_link(source, path):
+        moved(data)
+        return
+    size = source.stat().st_size
+    with source.open("rb") as opened, path.open("wb", buffering=0) as target:
+        copy_extent(opened.fileno(), target.fileno(), Extent(source, 0, size - data))
+        copy_extent(opened.fileno(), target.fileno(), Extent(source, size - data, data), moved)
 
 
 def _same_file(tensors: Sequence[OutputTensor]) -> Path | None:
@@ -118,7 +156,7 @@ def _starts_after_header(file: Path, extents: Sequence[Extent]) -> bool:
         return min(extent.offset for extent in extents) == 8 + int.from_bytes(stream.read(8), "little")
 
 
-def _write_file(path: Path, tensors: Sequence[OutputTensor], progress: Moved | None) -> None:
+def _write_file(path: Path, tensors: Sequence[OutputTensor], moved: Moved) -> None:
     # Descending word size keeps every tensor aligned to its own width, as the reference writer does.
     tensors = sorted(tensors, key=lambda tensor: -WORD_BYTES[tensor.dtype])
     header: dict[str, object] = {"__metadata__": METADATA}
@@ -139,14 +177,13 @@ def _write_file(path: Path, tensors: Sequence[OutputTensor], progress: Moved | N
                 if isinstance(piece, Extent):
                     if piece.file not in opened:
                         opened[piece.file] = stack.enter_context(piece.file.open("rb", buffering=0)).fileno()
-                    copy_extent(opened[piece.file], target, piece, progress)
+                    copy_extent(opened[piece.file], target, piece, moved)
                     written += piece.length
                     continue
                 write_all(target, piece)
                 count = memoryview(piece).nbytes
                 written += count
-                if progress is not None:
-                    progress(count)
+                moved(count)
             if written != tensor.nbytes:
                 raise ValueError(f"{tensor.name}: {written} bytes where {tensor.nbytes} were planned")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from sspcompile.cli.options import here, json_option, overwrite_option
+from sspcompile.cli.options import here, host_option, json_option, overwrite_option
 
 FORMATS = ("hf",)
 
@@ -18,14 +18,18 @@ FORMATS = ("hf",)
 Examples:
   sspcompile export
   sspcompile export artifacts/chemistry-helpdesk --format hf --out ./served/chemistry
+  sspcompile export artifacts/qwen-desk --host seed_oss   (a uniform Qwen2 for vLLM's native class)
 """
 )
 @click.argument("artifact", required=False)
 @click.option("--format", "form", default="hf", show_default=True, metavar="[hf]", help="Form; hf is a model folder.")
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Output folder (default exported/NAME-FORMAT).")
+@host_option
 @overwrite_option
 @json_option
-def export(artifact: str | None, form: str, out: Path | None, overwrite: bool, as_json: bool) -> None:
+def export(
+    artifact: str | None, form: str, out: Path | None, host: str | None, overwrite: bool, as_json: bool
+) -> None:
     """Write an artifact's model with a model card and a manifest; without ARTIFACT, the last build's."""
     from sspcompile.errors import InputError
     from sspcompile.workspace import Workspace
@@ -36,8 +40,9 @@ def export(artifact: str | None, form: str, out: Path | None, overwrite: bool, a
     folder = workspace.find(artifact)
     out = out or workspace.exported / f"{folder.name}-{form}"
     from sspcompile.export.hf import export_hf
+    from sspcompile.slicing.hosts import named_host
 
-    manifest = export_hf(folder, out, overwrite=overwrite)
+    manifest = export_hf(folder, out, host=named_host(host), overwrite=overwrite)
     if as_json:
         click.echo(json.dumps({"folder": str(out), "files": {k: v["size"] for k, v in manifest.files.items()}}))
         return

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 BUILD_OPTIONS = (
-    "model", "keep", "strength", "layout", "pools", "axes", "criterion", "granularity", "importance_from", "repair",
-    "without", "max_tokens", "continuation_tokens", "seed",
+    "model", "keep", "strength", "layout", "host", "pools", "axes", "criterion", "granularity", "importance_from",
+    "repair", "without", "max_tokens", "continuation_tokens", "seed",
 )  # fmt: skip
 
 CRITERIA_HELP = f"{', '.join(list(CRITERIA)[:5])}, ...; `sspcompile criteria` lists all {len(CRITERIA)}."
@@ -40,6 +40,11 @@ pools_option = click.option(
 axes_option = click.option(
     "--axes", type=int, metavar="N",
     help="Make N of all pools domains, chosen to be orthogonal and to cover the others.",
+)  # fmt: skip
+host_option = click.option(
+    "--host", metavar="[auto|FAMILY]",
+    help="Stock class of a uniform cut: the model's own (auto, the default), or mistral, seed_oss, granite where "
+    "lossless.",
 )  # fmt: skip
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists.")
 
@@ -63,6 +68,7 @@ def build_options(command: Command) -> Command:
                 "--layout", metavar="[auto|uniform|per-layer]",
                 help="Head counts equal in every layer, or not; auto (default) measures both.",
             ),
+            host_option,
             pools_option,
             axes_option,
             click.option("--criterion", metavar="NAME", help=f"Score of the heads (fisher-rounds): {CRITERIA_HELP}"),
@@ -120,6 +126,7 @@ def refuse_hopeless(scenario: Scenario, subject: Subject, options: Recipe) -> No
     from sspcompile.criteria import criterion
     from sspcompile.pipeline.pools import pools_of
     from sspcompile.pipeline.scoring import demand_prompts
+    from sspcompile.slicing.hosts import demand_host, named_host
     from sspcompile.slicing.repair import demand_place, is_linear
 
     criterion(options.criterion or "")
@@ -127,6 +134,7 @@ def refuse_hopeless(scenario: Scenario, subject: Subject, options: Recipe) -> No
     pools_of(options)
     geometry = subject.checkpoint.geometry
     demand_place(geometry, options.repair or "none")
+    demand_host(geometry, options.layout or "auto", named_host(options.host))
     if options.repair == "least-squares" and not is_linear(geometry):
         click.echo(
             f"Warning: no repair for {geometry.family.architecture}: a norm stands between o_proj and the residual "

@@ -17,7 +17,6 @@ from sspcompile.cli.options import (
     request,
     warn_unknown,
 )
-from sspcompile.cli.slice import host_option
 
 if TYPE_CHECKING:
     from sspcompile.checkpoint import Checkpoint
@@ -41,12 +40,11 @@ Examples:
 )
 @build_options
 @click.option("--mask", type=click.Path(path_type=Path), help="Plan the cut of this mask.json instead of compiling.")
-@host_option
 @click.option("--by-layer", is_flag=True, help="Also print a row for every layer (--json always has them).")
 @json_option
 @quiet_option
 def plan(
-    scenario: str | None, mask: Path | None, host: str, by_layer: bool, as_json: bool, quiet: bool, **given: Any
+    scenario: str | None, mask: Path | None, by_layer: bool, as_json: bool, quiet: bool, **given: Any
 ) -> None:
     """Show parameters, bytes, KV bytes and FLOPs per token, and which runtimes will load the result.
 
@@ -55,11 +53,13 @@ def plan(
     layouts are shown, because `build` measures before it chooses; --json then has the uniform one at the top and both
     under "layouts".
     """
+    from sspcompile.slicing.hosts import named_host
+
     if mask is not None:
-        plans = [_of_mask(given["model"], mask, scenario, _wanted(host))]
+        plans = [_of_mask(given["model"], mask, scenario, named_host(given["host"]))]
     else:
         read, options = request(scenario or UNNAMED, given)
-        plans = _of_request(read, options, scenario is None, _wanted(host), quiet)
+        plans = _of_request(read, options, scenario is None, quiet)
     if as_json:
         from sspcompile.slicing.plan import plan_json
 
@@ -72,10 +72,6 @@ def plan(
         print_plan(one, by_layer=by_layer)
 
 
-def _wanted(host: str) -> str | None:
-    return None if host == "auto" else host
-
-
 def _of_mask(model: str | None, mask: Path, scenario: str | None, host: str | None) -> SlicePlan:
     from sspcompile.errors import InputError
     from sspcompile.pipeline.cutting import open_cut
@@ -85,9 +81,7 @@ def _of_mask(model: str | None, mask: Path, scenario: str | None, host: str | No
     return open_cut(model, mask, host=host).plan
 
 
-def _of_request(
-    read: Scenario, options: Recipe, without_scenario: bool, host: str | None, quiet: bool
-) -> list[SlicePlan]:
+def _of_request(read: Scenario, options: Recipe, without_scenario: bool, quiet: bool) -> list[SlicePlan]:
     # Not through pipeline.compiling: sizes alone need neither torch nor the weights' fingerprint.
     from sspcompile.checkpoint import Checkpoint, locate
     from sspcompile.recipe import DEFAULTS
@@ -99,12 +93,13 @@ def _of_request(
             from sspcompile.pipeline.compiling import open_subject
 
             refuse_hopeless(read, open_subject(options.model), options)
-        return _by_counts(checkpoint, options, host)
-    return _by_scenario(read, options, host, quiet)
+        return _by_counts(checkpoint, options)
+    return _by_scenario(read, options, quiet)
 
 
-def _by_counts(checkpoint: Checkpoint, options: Recipe, host: str | None) -> list[SlicePlan]:
+def _by_counts(checkpoint: Checkpoint, options: Recipe) -> list[SlicePlan]:
     from sspcompile.errors import InputError
+    from sspcompile.slicing.hosts import named_host
     from sspcompile.slicing.plan import plan_counts
 
     if options.keep is None:
@@ -112,10 +107,10 @@ def _by_counts(checkpoint: Checkpoint, options: Recipe, host: str | None) -> lis
             "--strength needs a scenario and weights to find the breadth.", hint="Give --keep to plan by size alone."
         )
     layout = "uniform" if options.layout in (None, "auto") else options.layout
-    return [plan_counts(checkpoint, options.keep, layout, host=host)]
+    return [plan_counts(checkpoint, options.keep, layout, host=named_host(options.host))]
 
 
-def _by_scenario(read: Scenario, options: Recipe, host: str | None, quiet: bool) -> list[SlicePlan]:
+def _by_scenario(read: Scenario, options: Recipe, quiet: bool) -> list[SlicePlan]:
     from sspcompile.cli.progress import stages
     from sspcompile.pipeline.compiling import (
         choices_for,
@@ -125,6 +120,7 @@ def _by_scenario(read: Scenario, options: Recipe, host: str | None, quiet: bool)
         score_key,
         toolkit_for,
     )
+    from sspcompile.slicing.hosts import named_host
     from sspcompile.slicing.plan import make_plan
     from sspcompile.workspace import Workspace
 
@@ -135,6 +131,7 @@ def _by_scenario(read: Scenario, options: Recipe, host: str | None, quiet: bool)
         toolkit, _ = toolkit_for(subject, loaded, options, Workspace(here()), progress, [score_key(options)])
         compiled = compile_scenario(read, options, toolkit, loaded, progress)
     warn_unknown(compiled.mixture)
-    choices = choices_for(compiled, subject, options.layout or "auto")
+    host = named_host(options.host)
+    choices = choices_for(compiled, subject, options.layout or "auto", host=host)
     masks = [mask_of(compiled, subject, choice, layout) for layout, choice in choices.items()]
     return [make_plan(subject.checkpoint, mask, host=host) for mask in masks]

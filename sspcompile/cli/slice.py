@@ -8,13 +8,9 @@ from pathlib import Path
 
 import click
 
-from sspcompile.cli.options import json_option, model_option, overwrite_option, quiet_option
+from sspcompile.cli.options import host_option, json_option, model_option, overwrite_option, quiet_option
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-host_option = click.option(
-    "--host", metavar="[auto|FAMILY]", default="auto", show_default=True,
-    help="Stock class of a uniform cut: the model's own, or mistral, seed_oss, granite where lossless.",
-)  # fmt: skip
 
 
 def byte_size(text: str | None) -> int | None:
@@ -51,8 +47,8 @@ Examples:
 @json_option
 @quiet_option
 def slice_command(
-    model: str | None, mask: Path, out: Path, host: str, max_shard_size: str | None, hard_link: bool, checksums: bool,
-    any_model: bool, overwrite: bool, dry_run: bool, as_json: bool, quiet: bool,
+    model: str | None, mask: Path, out: Path, host: str | None, max_shard_size: str | None, hard_link: bool,
+    checksums: bool, any_model: bool, overwrite: bool, dry_run: bool, as_json: bool, quiet: bool,
 ) -> None:
     """Cut the heads that MASK removes out of a model's files: this stage of `build` by itself, without a repair.
 
@@ -61,10 +57,11 @@ def slice_command(
     """
     from sspcompile.checkpoint.publish import refuse_existing
     from sspcompile.pipeline.cutting import open_cut, write_cut
+    from sspcompile.slicing.hosts import named_host
 
     limit = byte_size(max_shard_size)
     refuse_existing(out, overwrite=overwrite)
-    cut = open_cut(model, mask, host=None if host == "auto" else host, any_model=any_model)
+    cut = open_cut(model, mask, host=named_host(host), any_model=any_model)
     if not dry_run:
         from sspcompile.cli.progress import stages
 

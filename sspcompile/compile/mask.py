@@ -94,6 +94,12 @@ def load_mask(path: Path, *, empty_layers: bool = False) -> HeadMask:
     return mask
 
 
+def whole_mask(layers: int, heads: int, kv_heads: int) -> HeadMask:
+    """The mask that keeps every head of a model."""
+    kept = (tuple(range(heads)),) * layers
+    return HeadMask("", layers, heads, kv_heads, kept, "uniform", 1.0, 1.0, ((1.0,) * heads,) * layers, (), "", {})
+
+
 def check_mask(mask: HeadMask, *, source: str = "The mask", empty_layers: bool = False) -> None:
     """Raise ArtifactError unless indices are in range, ascending, and regular within every layer."""
 

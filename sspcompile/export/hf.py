@@ -4,30 +4,67 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sspcompile.checkpoint import Manifest, check_manifest, staged, write_manifest
+from sspcompile.checkpoint import Checkpoint, Manifest, check_manifest, staged, write_manifest
+from sspcompile.compile.mask import whole_mask
 from sspcompile.errors import InputError
 from sspcompile.export.card import model_card
-from sspcompile.workspace import MODEL, PLAN, REPORT
+from sspcompile.loaded import load
+from sspcompile.slicing.plan import make_plan, plan_json
+from sspcompile.slicing.prove import Claim, prove
+from sspcompile.slicing.write import write_model
+from sspcompile.workspace import MODEL, PLAN, PROBES, REPORT
+
+Progress = Callable[[str, int, int], None]
 
 
-def export_hf(artifact: Path, out: Path, *, overwrite: bool = False) -> Manifest:
+def export_hf(
+    artifact: Path, out: Path, *, host: str | None = None, overwrite: bool = False,
+    progress: Progress = lambda *_: None,
+) -> Manifest:
     """Publish the model of an artifact as a folder that transformers and vLLM read.
 
-    The artifact's checksums are checked first. Raises ArtifactError, OutputExistsError, and InputError for an `out`
-    inside the artifact.
+    With `host` the stock class of that family loads it: the same tensors under another configuration, and zeros where
+    that class has biases that the model lacks. That it computes the same is proven on the artifact's own probes.
+
+    The artifact's checksums are checked first. Raises ArtifactError, OutputExistsError, ParityError, and InputError
+    for an `out` inside the artifact or a host that cannot hold the model.
     """
     if out.resolve().is_relative_to(artifact.resolve()):
         raise InputError(f"{out} lies inside the artifact.", hint="Give an --out outside of it.")
     manifest = check_manifest(artifact)
+    plan = _read(artifact / PLAN)
+    if host is not None and plan["custom_code"]:
+        raise InputError(
+            "--host is for uniform cuts; head counts that differ by layer need the class in the folder.",
+            hint="Leave --host out, or build with --layout uniform.",
+        )
     with staged(out, overwrite=overwrite) as folder:
-        for path in sorted((artifact / MODEL).iterdir()):
-            shutil.copyfile(path, folder / path.name)
-        card = model_card(_read(artifact / REPORT), _read(artifact / PLAN), dict(manifest.origin), out.name)
+        if host is None:
+            for path in sorted((artifact / MODEL).iterdir()):
+                shutil.copyfile(path, folder / path.name)
+        else:
+            plan |= _write_hosted(artifact, folder, host, progress)
+        card = model_card(_read(artifact / REPORT), plan, dict(manifest.origin), out.name)
         (folder / "README.md").write_text(card, "utf-8")
         return write_manifest(folder, {**manifest.origin, "artifact": artifact.name, "format": "hf"})
+
+
+def _write_hosted(artifact: Path, folder: Path, host: str, progress: Progress) -> dict[str, Any]:
+    """Write the model for the class of `host` and prove it; returns what changes in the plan."""
+    checkpoint = Checkpoint(artifact / MODEL)
+    g = checkpoint.geometry
+    mask = whole_mask(g.layers, g.heads, g.kv_heads)
+    plan = make_plan(checkpoint, mask, host=host)
+    write_model(checkpoint, plan, folder)
+    probes = _read(artifact / PROBES)["probes"]
+    claim = Claim(checkpoint, mask, folder, custom_code=False)
+    prove(claim, lambda: load(checkpoint.path, fingerprint=""), probes, progress)
+    hosted = plan_json(plan)
+    return {"host": hosted["host"], "runtimes": hosted["runtimes"]}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.recipe import Recipe, dump_recipe
 from sspcompile.report import write_report
 from sspcompile.scenario import Scenario
+from sspcompile.slicing.hosts import named_host
 from sspcompile.slicing.parity import Parity, compare, demand, unchanged_tensors
 from sspcompile.slicing.plan import SlicePlan, make_plan, plan_json
 from sspcompile.slicing.repair import MIN_PROMPTS, demand_place
@@ -61,15 +62,16 @@ def build(
             f"{subject.name} holds a configuration without weights.", hint="`sspcompile plan` works without them."
         )
     demand_place(subject.checkpoint.geometry, options.repair or "none")
+    host = named_host(options.host)
     with staged(out, overwrite=overwrite) as folder:
         loaded = subject.load()
         toolkit, _ = toolkit_for(subject, loaded, options, workspace, progress, [score_key(options)])
         compiled = compile_scenario(scenario, options, toolkit, loaded, progress)
-        choices = choices_for(compiled, subject, options.layout or "auto")
+        choices = choices_for(compiled, subject, options.layout or "auto", host=host)
         judge = _judge(loaded, subject, compiled, options, progress)
         decision = decide({layout: judge.candidate(layout, choice) for layout, choice in choices.items()})
         mask = mask_of(compiled, subject, decision.chosen.choice, decision.chosen.layout)
-        plan = make_plan(subject.checkpoint, mask)
+        plan = make_plan(subject.checkpoint, mask, host=host)
         parity = _write_and_prove(folder, subject, loaded, mask, plan, decision.chosen, judge, progress)
         outcome = Outcome(
             folder=out, subject=subject, options=options, compiled=compiled, decision=decision, mask=mask, plan=plan,

@@ -211,18 +211,23 @@ def mask_of(compiled: Compiled, subject: Subject, choice: Choice, layout: Layout
     )
 
 
-def choices_for(compiled: Compiled, subject: Subject, layout: str) -> Mapping[Layout, Choice]:
+def choices_for(
+    compiled: Compiled, subject: Subject, layout: str, *, host: str | None = None
+) -> Mapping[Layout, Choice]:
     """One choice per layout that is asked for. `auto` asks for both and leaves out one that no class can hold.
 
-    Raises BudgetError, and UnsupportedModelError when nothing is left.
+    A `host` is wished for uniform cuts only, so with it `auto` asks for that one. Raises BudgetError,
+    UnsupportedModelError when nothing is left, and InputError for a host that cannot hold the choice.
     """
     g = subject.checkpoint.geometry
-    asked: tuple[Layout, ...] = ("uniform", "per-layer") if layout == "auto" else (layout,)  # type: ignore[assignment]
+    asked: tuple[Layout, ...] = (layout,)  # type: ignore[assignment]
+    if layout == "auto":
+        asked = ("uniform", "per-layer") if host is None else ("uniform",)
     found: dict[Layout, Choice] = {}
     for name in asked:
         choice = choose(compiled.merit, g.kv_heads, compiled.keep, name, groups_only=compiled.groups_only)
         try:
-            host_of(g, choice.shapes)
+            host_of(g, choice.shapes, host)
         except UnsupportedModelError:
             if name == asked[-1] and not found:
                 raise

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 
 from sspcompile.checkpoint import Manifest, check_manifest
 from sspcompile.compile.mask import load_mask
@@ -16,13 +15,10 @@ from sspcompile.errors import ArtifactError
 from sspcompile.pipeline.compiling import Subject, open_subject
 from sspcompile.slicing import modeling_sspcompile
 from sspcompile.slicing.configuration import MODELING_FILE
-from sspcompile.slicing.parity import Parity, compare, demand, repair_of
-from sspcompile.slicing.plan import SlicePlan, make_plan
-from sspcompile.slicing.repair import Repair, written_biases, written_down
+from sspcompile.slicing.parity import Parity
+from sspcompile.slicing.prove import Claim, prove
 from sspcompile.workspace import MASK, MODEL, PROBES
 
-# Activations, the interpreters and what torch allocates beside the weights.
-MEMORY_SLACK = 1.2
 RANDOM_PROBE_LENGTHS = (1, 7, 32, 96)
 
 
@@ -81,35 +77,10 @@ def verify(
     written = folder / MODEL if (folder / MODEL).is_dir() else folder
     custom = ships_code(written)
     mask = load_mask(folder / MASK, empty_layers=True)
-    plan = make_plan(subject.checkpoint, mask)
     probes, repaired, down = _probes(folder, subject)
-    if layerwise is None:
-        layerwise = whole_bytes(plan) > psutil.virtual_memory().available
-    if layerwise:
-        from sspcompile.slicing.layerwise import compare_layerwise
-
-        parity = compare_layerwise(
-            subject.checkpoint, mask, written, probes, repaired=repaired, down=down, custom_code=custom,
-            progress=lambda done, total: progress("proving", done, total),
-        )
-    else:
-        progress("proving", 0, 1)
-        repair = None
-        if repaired:
-            repair = Repair(
-                repair_of(written, plan, mask).weights, written_biases(written, plan.geometry),
-                written_down(written, plan.geometry) if down else {},
-            )
-        parity = compare(subject.load(), mask, repair, written, probes, custom_code=custom)
-        progress("proving", 1, 1)
-    demand(parity)
-    return Verified(manifest, parity, layerwise)
-
-
-def whole_bytes(plan: SlicePlan) -> int:
-    """Memory that a comparison of whole models takes: both in fp32, and the larger one's file while it is read."""
-    fp32 = 4 * (plan.dense.parameters + plan.sliced.parameters)
-    return int(MEMORY_SLACK * (fp32 + plan.dense.weight_bytes))
+    claim = Claim(subject.checkpoint, mask, written, custom, repaired, down)
+    parity, by_layer = prove(claim, subject.load, probes, progress, layerwise=layerwise)
+    return Verified(manifest, parity, by_layer)
 
 
 def _probes(folder: Path, subject: Subject) -> tuple[list[list[int]], bool, bool]:

@@ -36,14 +36,34 @@ def uniform_host(geometry: Geometry, heads: int, wanted: str | None = None) -> H
             return host
     what = f"{heads} heads at hidden_size {geometry.hidden}"
     if wanted is not None:
-        accepted = ", ".join(name for name in (family.model_type, *family.hosts) if hosting(geometry, name))
-        raise InputError(
-            f"--host {wanted} cannot hold {what} of a {family.model_type} model without loss.",
-            hint=f"Accepted: auto, {accepted}.",
-        )
+        raise _unfit(geometry, wanted, what)
     raise UnsupportedModelError(
         f"{family.architecture} cannot hold {what}, and no stock class with the same tensors can.",
         hint="Use --layout per-layer, or another --keep.",
+    )
+
+
+def named_host(text: str | None) -> str | None:
+    """The family that a request names; None leaves the choice to `uniform_host`."""
+    return None if text == "auto" else text
+
+
+def demand_host(geometry: Geometry, layout: str, wanted: str | None) -> None:
+    """Refuse a `wanted` host that no head count could make fit, before anything is computed. Raises InputError."""
+    if wanted is None:
+        return
+    if layout == "per-layer":
+        per_layer_host(geometry, wanted)
+    elif hosting(geometry, wanted) is None:
+        raise _unfit(geometry, wanted, "the tensors")
+
+
+def _unfit(geometry: Geometry, wanted: str, what: str) -> InputError:
+    family = geometry.family
+    accepted = ", ".join(name for name in (family.model_type, *family.hosts) if hosting(geometry, name))
+    return InputError(
+        f"--host {wanted} cannot hold {what} of a {family.model_type} model without loss.",
+        hint=f"Accepted: auto, {accepted}.",
     )
 
 
