@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from sspcompile.errors import ArtifactError, CheckpointError
 from sspcompile.loaded import head_gates, load
-from sspcompile.pipeline.verifying import ships_code
 from sspcompile.slicing import modeling_sspcompile
+from sspcompile.slicing.configuration import ships_code
 
 
 @pytest.fixture

@@ -24,14 +24,26 @@ def slice_card(plan: Mapping[str, Any], mask: HeadMask, source: str, name: str) 
     return _card("sliced.md", source, name=name, plan=plan, scenario=mask.scenario.get("name"))
 
 
-def _card(template: str, source: str, **values: Any) -> str:
+def onnx_card(
+    source: str, name: str, agreement: Any, precision: Any, *, report: Mapping[str, Any] | None,
+    plan: Mapping[str, Any] | None,
+) -> str:
+    """The card of an export for ONNX Runtime. `report` and `plan` are an artifact's, None for a plain checkpoint."""
+    quality = report["quality"] if report is not None else []
+    return _card(
+        "onnx.md", source, library="onnx", name=name, agreement=agreement, precision=precision, report=report,
+        plan=plan, quality=quality,
+    )
+
+
+def _card(template: str, source: str, *, library: str = "transformers", **values: Any) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
     # A local folder's path is the builder's business and no hub name.
     is_hub_name = source.count("/") == 1 and not Path(source).is_absolute() and not source.startswith(".")
     data = ModelCardData(
         base_model=source if is_hub_name else None,
-        library_name="transformers",
+        library_name=library,
         pipeline_tag="text-generation",
         tags=["sspcompile", "pruned", "attention-head-pruning"],
     )

@@ -11,10 +11,11 @@ from sspcompile.checkpoint.manifest import check_manifest, write_manifest
 from sspcompile.checkpoint.publish import write_atomically
 from sspcompile.measure.latency import FULL, QUICK, BenchResult, Contender
 from sspcompile.measure.latency import bench as measure
-from sspcompile.pipeline.verifying import dense_of, ships_code
+from sspcompile.pipeline.verifying import dense_of
 from sspcompile.report.build import latency_section
 from sspcompile.report.json import read_report
 from sspcompile.report.write import write_report
+from sspcompile.slicing.configuration import ships_code
 from sspcompile.workspace import MODEL, REPORT
 
 SAMPLES = "bench.json"

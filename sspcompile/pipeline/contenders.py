@@ -11,7 +11,8 @@ from sspcompile.errors import InputError
 from sspcompile.loaded import LoadedModel, TextModel, load_cut
 from sspcompile.pipeline.compiling import Subject
 from sspcompile.pipeline.compiling import open_subject as open_dense
-from sspcompile.pipeline.verifying import dense_of, ships_code
+from sspcompile.pipeline.verifying import dense_of
+from sspcompile.slicing.configuration import ships_code
 from sspcompile.workspace import MASK, MODEL, Workspace
 
 

@@ -13,8 +13,7 @@ from sspcompile.checkpoint import Manifest, check_manifest
 from sspcompile.compile.mask import load_mask
 from sspcompile.errors import ArtifactError
 from sspcompile.pipeline.compiling import Subject, open_subject
-from sspcompile.slicing import modeling_sspcompile
-from sspcompile.slicing.configuration import MODELING_FILE
+from sspcompile.slicing.configuration import ships_code
 from sspcompile.slicing.parity import Parity
 from sspcompile.slicing.prove import Claim, prove
 from sspcompile.workspace import MASK, MODEL, PROBES
@@ -33,23 +32,6 @@ def dense_of(folder: Path, manifest: Manifest, model: str | None) -> Subject:
             f"{subject.name} is not the model that {folder} was cut from.", hint="Name that model with --model."
         )
     return subject
-
-
-def ships_code(model: Path) -> bool:
-    """Whether a model folder needs code that it ships. Only our own code is ever run from an artifact.
-
-    Raises ArtifactError for any other.
-    """
-    config = json.loads((model / "config.json").read_text("utf-8"))
-    if "auto_map" not in config:
-        return False
-    ours = Path(modeling_sspcompile.__file__).read_bytes()
-    if not (model / MODELING_FILE).is_file() or (model / MODELING_FILE).read_bytes() != ours:
-        raise ArtifactError(
-            f"{model / MODELING_FILE} is not the file that this version of sspcompile ships; it is not run.",
-            hint="Build the artifact again.",
-        )
-    return True
 
 
 @dataclass(frozen=True)

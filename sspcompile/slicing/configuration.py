@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from sspcompile.errors import ArtifactError
 from sspcompile.slicing.plan import SlicePlan
 
 MODELING_FILE = "modeling_sspcompile.py"
@@ -80,3 +83,20 @@ def _scaling(parameters: Mapping[str, Any], model_type: str) -> dict[str, Any] |
     if model_type == "phi3":
         return {key: value for key, value in {**scaling, "type": kind}.items() if key in PHI3_SCALING}
     return scaling
+
+
+def ships_code(model: Path) -> bool:
+    """Whether a model folder needs code that it ships. Only our own code is ever run from an artifact.
+
+    Raises ArtifactError for any other.
+    """
+    config = json.loads((model / "config.json").read_text("utf-8"))
+    if "auto_map" not in config:
+        return False
+    ours = Path(__file__).with_name(MODELING_FILE).read_bytes()
+    if not (model / MODELING_FILE).is_file() or (model / MODELING_FILE).read_bytes() != ours:
+        raise ArtifactError(
+            f"{model / MODELING_FILE} is not the file that this version of sspcompile ships; it is not run.",
+            hint="Build the artifact again.",
+        )
+    return True

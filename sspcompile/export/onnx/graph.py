@@ -1,0 +1,249 @@
+"""The graph of a decoder for ONNX Runtime, node by node; weights are references into files.
+
+Inputs `input_ids` [B, S], `attention_mask` [B, T] (int64; ones at the last S columns that are read, zeros at padding)
+and `past_key_values.N.key/value` [B, kv heads, P, D]; outputs `logits` [B, S, vocabulary] in fp32 and
+`present.N.key/value` [B, kv heads, T, D].
+
+com.microsoft.GroupQueryAttention computes the positions itself, from how many tokens of a row are real, and expects
+every row to start at once. Rows that are padded on the left are therefore rolled to the left on the way in, and their
+results are rolled back on the way out; the cache holds them rolled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+
+import sspcompile
+from sspcompile.families import layer_prefix
+from sspcompile.tensors import EMBEDDING, FINAL_NORM, LM_HEAD
+
+if TYPE_CHECKING:
+    from sspcompile.export.onnx.decoder import Decoder, Layer
+    from sspcompile.export.onnx.weights import Placed, Quantised
+
+OPSET, IR_VERSION = 23, 11
+MICROSOFT = "com.microsoft"
+ELEMENT = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "U8": TensorProto.UINT8}
+COSINES, SINES = "rotary.cos", "rotary.sin"
+
+
+@dataclass
+class Graph:
+    """Nodes and initializers as they are emitted. `weights`: where each tensor lies; `dtype`: of the activations."""
+
+    weights: Mapping[str, Placed]
+    quantised: Mapping[str, Quantised]
+    dtype: str
+    nodes: list[NodeProto] = field(default_factory=list)
+    initializers: dict[str, TensorProto] = field(default_factory=dict)
+
+    def node(self, op: str, inputs: Sequence[str], name: str, *, domain: str = "", outputs: int = 1, **kw: Any) -> str:
+        """Emit a node and return its first output; further outputs are called NAME.1, NAME.2, ..."""
+        names = [name, *(f"{name}.{number}" for number in range(1, outputs))]
+        self.nodes.append(helper.make_node(op, list(inputs), names, name=name, domain=domain, **kw))
+        return name
+
+    def constant(self, name: str, value: np.ndarray) -> str:
+        if name not in self.initializers:
+            self.initializers[name] = numpy_helper.from_array(value, name)
+        return name
+
+    def integers(self, *values: int) -> str:
+        """A one-dimensional int64 constant."""
+        return self.constant("i" + "_".join(map(str, values)), np.array(values, dtype=np.int64))
+
+    def scalar(self, value: float) -> str:
+        kind = np.float16 if self.dtype == "F16" else np.float32
+        return self.constant(f"f{value!r}", np.array(value, dtype=kind))
+
+    def weight(self, name: str) -> str:
+        """A tensor of the checkpoint, by reference."""
+        if name not in self.initializers:
+            self.initializers[name] = self.weights[name].reference(name)
+        return name
+
+    def linear(self, source: str, name: str, *, bias: bool) -> str:
+        """`source` times the transpose of NAME.weight [out, in], plus NAME.bias: as the checkpoint stores it."""
+        weight = name + ".weight"
+        if weight in self.quantised:
+            out = self._quantised(source, weight)
+        else:
+            inputs = [source, self.weight(weight)]
+            out = self.node("FusedMatMul", inputs, name + ".out", domain=MICROSOFT, transB=1)
+        return self.node("Add", [out, self.weight(name + ".bias")], name + ".biased") if bias else out
+
+    def _quantised(self, source: str, weight: str) -> str:
+        q = self.quantised[weight]
+        names = [weight + "." + part for part in ("packed", "scales", "zeros")[: len(q.parts)]]
+        for name, part in zip(names, q.parts, strict=True):
+            self.initializers[name] = part.reference(name)
+        return self.node(
+            "MatMulNBits", [source, *names], weight + ".out", domain=MICROSOFT, K=q.columns, N=q.rows, bits=q.bits,
+            block_size=q.block_size, accuracy_level=q.accuracy_level,
+        )
+
+    def times(self, source: str, factor: float, name: str) -> str:
+        return source if factor == 1.0 else self.node("Mul", [source, self.scalar(factor)], name)
+
+    def norm(self, source: str, name: str, epsilon: float) -> str:
+        inputs = [source, self.weight(name + ".weight")]
+        return self.node("RMSNormalization", inputs, name + ".out", axis=-1, epsilon=epsilon, stash_type=1)
+
+    def joined_norm(self, stream: str, branch: str, name: str, epsilon: float) -> tuple[str, str]:
+        """(norm of stream + branch, stream + branch)."""
+        out, joined = name + ".out", name + ".joined"
+        inputs = [stream, branch, self.weight(name + ".weight")]
+        self.nodes.append(
+            helper.make_node(
+                "SkipSimplifiedLayerNormalization", inputs, [out, "", "", joined], name=name, domain=MICROSOFT,
+                epsilon=epsilon,
+            )
+        )
+        return out, joined
+
+
+def emit(
+    decoder: Decoder, weights: Mapping[str, Placed], quantised: Mapping[str, Quantised], rotary: Mapping[str, Placed],
+    dtype: str,
+) -> ModelProto:
+    """The model; `dtype` ("F32", "F16") is that of activations and cache."""
+    graph, g = Graph(weights, quantised, dtype), decoder.geometry
+    for name, placed in rotary.items():
+        graph.initializers[name] = placed.reference(name)
+    lengths, total, start = _positions(graph)
+    ids = _rolled(graph, start)
+    stream = graph.node("Gather", [graph.weight(EMBEDDING), ids], "embedded")
+    stream = graph.times(stream, decoder.embedding, "embedded.scaled")
+    normed = graph.norm(stream, layer_prefix(0) + "input_layernorm", decoder.epsilon)
+    for index, layer in enumerate(decoder.layers):
+        prefix = layer_prefix(index)
+        attended = _attention(graph, decoder, layer, index, normed, (lengths, total))
+        attended = graph.times(attended, decoder.residual, prefix + "attention.scaled")
+        normed, stream = graph.joined_norm(stream, attended, prefix + "post_attention_layernorm", decoder.epsilon)
+        changed = _mlp(graph, decoder, prefix + "mlp.", normed)
+        changed = graph.times(changed, decoder.residual, prefix + "mlp.scaled")
+        last = index + 1 == len(decoder.layers)
+        following = FINAL_NORM if last else layer_prefix(index + 1) + "input_layernorm"
+        normed, stream = graph.joined_norm(stream, changed, following, decoder.epsilon)
+    hidden = _rolled_back(graph, normed, start)
+    head = (EMBEDDING if g.tied else LM_HEAD).removesuffix(".weight")
+    logits = graph.linear(hidden, head, bias=False)
+    logits = graph.times(logits, 1.0 / decoder.logits, "logits.scaled")
+    graph.node("Cast", [logits], "logits", to=TensorProto.FLOAT)
+    return _model(graph, decoder)
+
+
+def _positions(graph: Graph) -> tuple[str, str, str]:
+    """(real tokens of every row less one [B], length of the mask, padding before every row's new tokens [B])."""
+    total = graph.node("Shape", ["attention_mask"], "mask.length", start=1, end=2)
+    new = graph.node("Shape", ["input_ids"], "new.length", start=1, end=2)
+    real = graph.node("ReduceSum", ["attention_mask", graph.integers(1)], "mask.real", keepdims=0)
+    lengths = graph.node("Sub", [real, graph.integers(1)], "mask.last")
+    lengths = graph.node("Cast", [lengths], "seqlens_k", to=TensorProto.INT32)
+    scalar = graph.node("Squeeze", [total], "mask.total")
+    scalar = graph.node("Cast", [scalar], "total_sequence_length", to=TensorProto.INT32)
+    before = graph.node("Sub", [total, new], "mask.before")
+    tail = graph.node("Slice", ["attention_mask", before, total, graph.integers(1)], "mask.new")
+    start = graph.node("ArgMax", [tail], "mask.start", axis=1, keepdims=1)
+    return lengths, scalar, start
+
+
+def _order(graph: Graph, start: str, op: str, name: str) -> str:
+    """Indices [B, S]: (s + start) mod S, or (s - start) mod S."""
+    length = graph.node("Squeeze", ["new.length"], name + ".length")
+    zero, one = (graph.constant(f"i{n}.scalar", np.array(n, dtype=np.int64)) for n in (0, 1))
+    steps = graph.node("Range", [zero, length, one], name + ".steps")
+    moved = graph.node(op, [steps, start], name + ".moved")
+    return graph.node("Mod", [moved, length], name + ".order")
+
+
+def _rolled(graph: Graph, start: str) -> str:
+    order = _order(graph, start, "Add", "roll")
+    return graph.node("GatherElements", ["input_ids", order], "input_ids.rolled", axis=1)
+
+
+def _rolled_back(graph: Graph, hidden: str, start: str) -> str:
+    order = _order(graph, start, "Sub", "unroll")
+    order = graph.node("Unsqueeze", [order, graph.integers(-1)], "unroll.index")
+    return graph.node("GatherND", [hidden, order], "hidden.unrolled", batch_dims=1)
+
+
+def _attention(
+    graph: Graph, decoder: Decoder, layer: Layer, index: int, source: str, lengths: tuple[str, str]
+) -> str:
+    """[B, S, hidden] -> [B, S, hidden], the layer's cache beside it."""
+    g, prefix = decoder.geometry, layer_prefix(index) + "self_attn."
+    if g.family.fused_qkv:
+        queries, keys, values = graph.linear(source, prefix + "qkv_proj", bias=g.qkv_bias), "", ""
+    else:
+        queries, keys, values = (graph.linear(source, prefix + part, bias=g.qkv_bias) for part in _QKV)
+    if g.family.qk_norm:
+        queries = _head_norm(graph, decoder, queries, prefix + "q_norm", layer.heads)
+        keys = _head_norm(graph, decoder, keys, prefix + "k_norm", layer.kv_heads)
+    past = [f"past_key_values.{index}.{part}" for part in ("key", "value")]
+    present = [f"present.{index}.{part}" for part in ("key", "value")]
+    inputs = [queries, keys, values, *past, *lengths, *((COSINES, SINES) if layer.rotary else ())]
+    window = {} if layer.window is None else {"local_window_size": layer.window}
+    graph.nodes.append(
+        helper.make_node(
+            "GroupQueryAttention", inputs, [prefix + "out", *present], name=prefix + "attention", domain=MICROSOFT,
+            num_heads=layer.heads, kv_num_heads=layer.kv_heads, scale=decoder.attention, do_rotary=int(layer.rotary),
+            rotary_interleaved=0, **window,
+        )
+    )
+    return graph.linear(prefix + "out", prefix + "o_proj", bias=g.o_bias)
+
+
+_QKV = ("q_proj", "k_proj", "v_proj")
+
+
+def _head_norm(graph: Graph, decoder: Decoder, source: str, name: str, heads: int) -> str:
+    """Normalise every head by itself: [B, S, heads * D] -> [B, S, heads * D]."""
+    size = decoder.geometry.head_dim
+    apart = graph.node("Reshape", [source, graph.integers(0, 0, heads, size)], name + ".apart")
+    normed = graph.norm(apart, name, decoder.epsilon)
+    return graph.node("Reshape", [normed, graph.integers(0, 0, heads * size)], name + ".together")
+
+
+def _mlp(graph: Graph, decoder: Decoder, prefix: str, source: str) -> str:
+    """SwiGLU: down(silu(gate) * up)."""
+    bias, size = decoder.geometry.mlp_bias, decoder.geometry.intermediate
+    if decoder.fused_mlp:
+        both = graph.linear(source, prefix + "gate_up_proj", bias=bias)
+        gate = graph.node("Split", [both, graph.integers(size, size)], prefix + "halves", outputs=2, axis=-1)
+        up = gate + ".1"
+    else:
+        gate = graph.linear(source, prefix + "gate_proj", bias=bias)
+        up = graph.linear(source, prefix + "up_proj", bias=bias)
+    # Sigmoid and Mul, not QuickGelu: ONNX Runtime fuses the pair, and every checker knows it.
+    open_gate = graph.node("Mul", [gate, graph.node("Sigmoid", [gate], prefix + "sigmoid")], prefix + "silu")
+    product = graph.node("Mul", [open_gate, up], prefix + "product")
+    return graph.linear(product, prefix + "down_proj", bias=bias)
+
+
+def _model(graph: Graph, decoder: Decoder) -> ModelProto:
+    inputs = [
+        _value("input_ids", TensorProto.INT64, "batch", "new"),
+        _value("attention_mask", TensorProto.INT64, "batch", "total"),
+    ]
+    outputs = [_value("logits", TensorProto.FLOAT, "batch", "new", decoder.geometry.vocab)]
+    for index, layer in enumerate(decoder.layers):
+        for part in ("key", "value"):
+            shape = ("batch", layer.kv_heads, "{}", decoder.geometry.head_dim)
+            for side, length, values in (("past_key_values", "past", inputs), ("present", "total", outputs)):
+                dims = [length if size == "{}" else size for size in shape]
+                values.append(_value(f"{side}.{index}.{part}", ELEMENT[graph.dtype], *dims))
+    built = helper.make_graph(graph.nodes, "decoder", inputs, outputs, initializer=list(graph.initializers.values()))
+    return helper.make_model(
+        built, producer_name="sspcompile", producer_version=sspcompile.__version__, ir_version=IR_VERSION,
+        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)],
+    )
+
+
+def _value(name: str, kind: int, *dims: str | int) -> ValueInfoProto:
+    return helper.make_tensor_value_info(name, kind, dims)

@@ -1,0 +1,187 @@
+"""Where the graph's weights lie: in the source's own files, linked or copied whole, or streamed once into others.
+
+Weights keep the orientation of the checkpoint ([out, in]); the graph multiplies with the transpose. Whatever need not
+change is therefore not touched.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from onnx import TensorProto
+
+from sspcompile.checkpoint.source import INDEX_NAME, TensorInfo, read_words, tensor_table
+from sspcompile.checkpoint.transfer import hard_link, write_all
+from sspcompile.errors import CheckpointError
+from sspcompile.export.onnx.graph import COSINES, ELEMENT, SINES
+from sspcompile.tensors import LM_HEAD
+
+ROTARY_FILE, DATA_FILE = "rotary.bin", "model.onnx.data"
+# Kernels read whole cache lines.
+ALIGNMENT = 64
+BAND_BYTES = 8 << 20
+NUMPY = {"F32": np.float32, "F16": np.float16}
+FLOATS = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A tensor in a file beside the graph: `offset` in bytes."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    def reference(self, name: str) -> TensorProto:
+        """The initializer that points there."""
+        tensor = TensorProto(name=name, data_type=ELEMENT[self.dtype], dims=self.shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", self.file), ("offset", self.offset), ("length", self.nbytes)):
+            tensor.external_data.add(key=key, value=str(value))
+        return tensor
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A weight [rows, columns] in blocks along its columns, as MatMulNBits reads it: packed, scales and zero points."""
+
+    rows: int
+    columns: int
+    bits: int
+    block_size: int
+    accuracy_level: int
+    parts: tuple[Placed, ...]
+
+
+def placed(info: TensorInfo) -> Placed:
+    return Placed(info.file.name, info.dtype, info.shape, info.offset, info.nbytes)
+
+
+def share_weights(source: Path, folder: Path, *, link: bool) -> dict[str, Placed]:
+    """Copy the weight files of `source` whole, or with `link` give them a second name, and point into them."""
+    files = {info.file for info in tensor_table(source).values()}
+    for file in sorted(files):
+        if not (link and hard_link(file, folder / file.name)):
+            shutil.copyfile(file, folder / file.name)
+    if (source / INDEX_NAME).is_file():
+        shutil.copyfile(source / INDEX_NAME, folder / INDEX_NAME)
+    return {name: placed(info) for name, info in tensor_table(folder).items()}
+
+
+class DataFile:
+    """A file of weights that is written once, from front to back. Use as a context manager."""
+
+    def __init__(self, path: Path, progress: Callable[[int], None]) -> None:
+        self._path, self._progress = path, progress
+
+    def __enter__(self) -> DataFile:
+        self._stream = self._path.open("wb", buffering=0)
+        self._end = 0
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+    def append(self, pieces: Iterable[np.ndarray], dtype: str, shape: tuple[int, ...]) -> Placed:
+        """Write one tensor, given in pieces along its first axis."""
+        gap = -self._end % ALIGNMENT
+        write_all(self._stream.fileno(), bytes(gap))
+        start = self._end = self._end + gap
+        for piece in pieces:
+            write_all(self._stream.fileno(), memoryview(np.ascontiguousarray(piece)).cast("B"))
+            self._end += piece.nbytes
+            self._progress(piece.nbytes)
+        return Placed(self._path.name, dtype, shape, start, self._end - start)
+
+
+def convert(tensors: Mapping[str, TensorInfo], data: DataFile, dtype: str) -> dict[str, Placed]:
+    """Write every tensor as `dtype` ("F32", "F16"), a band of rows at a time. Raises CheckpointError for a value that
+    the dtype cannot hold."""
+    return {name: data.append(_bands(info, name, dtype), dtype, info.shape) for name, info in tensors.items()}
+
+
+def quantise(
+    tensors: Mapping[str, TensorInfo], data: DataFile, dtype: str, *, bits: int, block_size: int, accuracy_level: int
+) -> dict[str, Quantised]:
+    """Write matrices [out, in] in blocks of `block_size` along their input, one matrix in memory at a time.
+
+    The rounding is ONNX Runtime's own (asymmetric, so that every block has a zero point); scales have the dtype of the
+    activations.
+    """
+    from onnxruntime.quantization.matmul_nbits_quantizer import (
+        DefaultWeightOnlyQuantConfig,
+        DefaultWeightOnlyQuantizer,
+        QuantFormat,
+    )
+
+    config = DefaultWeightOnlyQuantConfig(
+        block_size=block_size, is_symmetric=False, accuracy_level=accuracy_level, bits=bits,
+        quant_format=QuantFormat.QOperator,
+    )
+    rounding = DefaultWeightOnlyQuantizer(config)
+    found = {}
+    for name, info in tensors.items():
+        # The quantiser wants [in, out], and floats of the dtype that the scales shall have.
+        parts = rounding.qbits_block_quant(np.ascontiguousarray(as_float(info, name, dtype).T))
+        kinds = ("U8", dtype, "U8")
+        stored = tuple(data.append([part], kind, part.shape) for part, kind in zip(parts, kinds, strict=True))
+        found[name] = Quantised(*info.shape, bits, block_size, accuracy_level, stored)
+    return found
+
+
+def _bands(info: TensorInfo, name: str, dtype: str) -> Iterator[np.ndarray]:
+    rows = info.shape[0] if info.shape else 1
+    step = max(1, BAND_BYTES // max(1, info.row_bytes))
+    for start in range(0, rows, step):
+        shape = (min(step, rows - start), *info.shape[1:])
+        band = TensorInfo(info.file, info.dtype, shape, info.offset + start * info.row_bytes)
+        yield as_float(band, name, dtype)
+
+
+def as_float(info: TensorInfo, name: str, dtype: str) -> np.ndarray:
+    """A tensor as numpy floats of `dtype`. Raises CheckpointError for a dtype or a value that cannot be converted."""
+    words = read_words(info)
+    if info.dtype == "BF16":
+        values = (words.astype(np.uint32) << 16).view(np.float32)
+    elif info.dtype in NUMPY:
+        values = words.view(NUMPY[info.dtype])
+    else:
+        raise CheckpointError(f"{name} is stored as {info.dtype}.", hint=f"Accepted: {', '.join(FLOATS)}.")
+    with np.errstate(over="ignore"):
+        converted = np.ascontiguousarray(values.astype(NUMPY[dtype]))
+    if not np.isfinite(converted).all():
+        what = "infinite or undefined values" if not np.isfinite(values).all() else "values beyond 65504"
+        raise CheckpointError(f"{name} has {what}, which {dtype} cannot hold.", hint="Use --precision fp32.")
+    return converted
+
+
+def used_tensors(tensors: Mapping[str, TensorInfo], *, tied: bool) -> dict[str, TensorInfo]:
+    """What the graph reads, in file order: not a second copy of tied embeddings, nor stored rotary frequencies."""
+    unused = {LM_HEAD} if tied else set()
+    return {
+        name: info
+        for name, info in tensors.items()
+        if name not in unused and not name.endswith("rotary_emb.inv_freq")
+    }
+
+
+def write_rotary(
+    folder: Path, frequencies: np.ndarray, scale: float, positions: int, dtype: str
+) -> dict[str, Placed]:
+    """Cosines and sines [positions, head_dim / 2] of every angle, computed in fp32."""
+    angles = np.arange(positions, dtype=np.float32)[:, None] * frequencies[None, :].astype(np.float32)
+    found, offset = {}, 0
+    with (folder / ROTARY_FILE).open("wb") as stream:
+        for name, function in ((COSINES, np.cos), (SINES, np.sin)):
+            values = (function(angles) * np.float32(scale)).astype(NUMPY[dtype])
+            stream.write(memoryview(values).cast("B"))
+            found[name] = Placed(ROTARY_FILE, dtype, values.shape, offset, values.nbytes)
+            offset += values.nbytes
+    return found
+

@@ -1,0 +1,164 @@
+"""The export: weights placed, graph emitted, folder described, run against transformers, published."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+import sspcompile
+from sspcompile.checkpoint import Manifest, copy_companions, staged, write_manifest
+from sspcompile.errors import InputError
+from sspcompile.export.onnx.check import Agreement, Gate, check_runs
+from sspcompile.export.onnx.decoder import Decoder, read_decoder
+from sspcompile.export.onnx.genai import genai_config
+from sspcompile.export.onnx.graph import emit
+from sspcompile.export.onnx.weights import (
+    DATA_FILE,
+    DataFile,
+    Placed,
+    Quantised,
+    convert,
+    quantise,
+    share_weights,
+    used_tensors,
+    write_rotary,
+)
+from sspcompile.measure.onnx_model import GRAPH, demand_runtime
+from sspcompile.tensors import EMBEDDING, LM_HEAD
+
+Progress = Callable[[str, int, int], None]
+GENAI = "genai_config.json"
+CHECKS = "check.json"
+
+
+@dataclass(frozen=True)
+class Precision:
+    """`dtype` of activations and cache. `bits` of the weights of matrices, None when they have that dtype as well.
+
+    `gate`: what must hold against transformers in fp32 before anything is published; None where rounding is the point,
+    and its cost is reported instead.
+    """
+
+    name: str
+    dtype: str
+    bits: int | None
+    gate: Gate | None
+
+
+PRECISIONS: Mapping[str, Precision] = {
+    precision.name: precision
+    for precision in (
+        Precision("fp32", "F32", None, Gate(1e-4, same_text=True)),
+        Precision("fp16", "F16", None, Gate(2e-2, same_text=False)),
+        Precision("int8", "F32", 8, None),
+        Precision("int4", "F32", 4, None),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How matrices are rounded: `size` inputs share a scale; `accuracy_level` 4 multiplies in int8, 0 in floats."""
+
+    size: int = 32
+    accuracy_level: int = 4
+
+
+@dataclass(frozen=True)
+class Exported:
+    manifest: Manifest
+    agreement: Agreement
+
+
+def export_onnx(
+    model: Path, out: Path, *, precision: Precision, blocks: Blocks, probes: list[list[int]],
+    origin: Mapping[str, Any], card: Callable[[Agreement], str], trust_remote_code: bool,
+    positions: int | None = None, link: bool = False, overwrite: bool = False, progress: Progress = lambda *_: None,
+) -> Exported:
+    """Publish the model folder `model` for ONNX Runtime and onnxruntime-genai.
+
+    `probes`: token ids to run before publishing. `positions` shortens the context. With `link` unchanged weight files
+    become second names of the source's. Raises UnsupportedModelError for what the kernels cannot compute,
+    ParityError when the graph does not compute what transformers does, InputError for an `out` inside `model`.
+    """
+    if out.resolve().is_relative_to(model.resolve()):
+        raise InputError(f"{out} lies inside {model}.", hint="Give an --out outside of it.")
+    demand_runtime()
+    decoder = read_decoder(model, positions=positions)
+    with staged(out, overwrite=overwrite) as folder:
+        weights, quantised = _place(decoder, folder, precision, blocks, link, progress)
+        rotary = write_rotary(
+            folder, decoder.frequencies, decoder.rotary_scale, decoder.positions, precision.dtype
+        )
+        graph = emit(decoder, weights, quantised, rotary, precision.dtype)
+        (folder / GRAPH).write_bytes(graph.SerializeToString())
+        _check_graph(folder)
+        copy_companions(model, folder)
+        config = {key: value for key, value in decoder.config.items() if key != "auto_map"}
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+        settings = genai_config(decoder, precision.dtype)
+        (folder / GENAI).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+        agreement = check_runs(
+            folder, model, probes, gate=precision.gate, trust_remote_code=trust_remote_code, progress=progress
+        )
+        (folder / CHECKS).write_text(json.dumps(asdict(agreement), indent=1) + "\n", "utf-8")
+        (folder / "README.md").write_text(card(agreement), "utf-8")
+        described = {"sspcompile": sspcompile.__version__, **origin, "format": "onnx", "precision": precision.name}
+        if precision.bits is not None:
+            described |= asdict(blocks)
+        return Exported(write_manifest(folder, described), agreement)
+
+
+def _check_graph(folder: Path) -> None:
+    """ONNX's own checker, on the graph and the places of its weights.
+
+    It refuses files with several names, which hard links are, so it sees files of the same sizes that hold nothing.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        for file in folder.iterdir():
+            if file.name == GRAPH:
+                shutil.copyfile(file, Path(scratch) / GRAPH)
+            else:
+                (Path(scratch) / file.name).touch()
+                os.truncate(Path(scratch) / file.name, file.stat().st_size)
+        onnx.checker.check_model(str(Path(scratch) / GRAPH))
+
+
+def _place(
+    decoder: Decoder, folder: Path, precision: Precision, blocks: Blocks, link: bool, progress: Progress
+) -> tuple[dict[str, Placed], dict[str, Quantised]]:
+    tensors = used_tensors(decoder.tensors, tied=decoder.geometry.tied)
+    if precision.bits is None and {info.dtype for info in tensors.values()} == {precision.dtype}:
+        progress("weights", 0, 1)
+        placed = share_weights(decoder.folder, folder, link=link)
+        progress("weights", 1, 1)
+        return placed, {}
+    total, done = sum(info.nbytes for info in tensors.values()), 0
+
+    def wrote(count: int) -> None:
+        nonlocal done
+        done = min(total, done + count)
+        progress("weights", done, total)
+
+    with DataFile(folder / DATA_FILE, wrote) as data:
+        if precision.bits is None:
+            return convert(tensors, data, precision.dtype), {}
+        # A tied head is rounded as a matrix of its own; the embeddings stay as they are.
+        head = {EMBEDDING if decoder.geometry.tied else LM_HEAD}
+        matrices = {
+            name: info for name, info in tensors.items() if len(info.shape) == 2 and (name != EMBEDDING or name in head)
+        }
+        rest = {name: info for name, info in tensors.items() if name not in matrices or name == EMBEDDING}
+        return convert(rest, data, precision.dtype), quantise(
+            matrices, data, precision.dtype, bits=precision.bits, block_size=blocks.size,
+            accuracy_level=blocks.accuracy_level,
+        )
+

@@ -1,0 +1,160 @@
+"""A decoder in ONNX Runtime: prefill, steps and greedy text, over a cache that is allocated once."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sspcompile.errors import ArtifactError, InputError, RunError
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession, OrtValue
+
+GRAPH = "model.onnx"
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+@dataclass
+class Cache:
+    """Keys and values of every layer, [B, kv heads, capacity, D], which the graph reads and writes in place.
+
+    `mask` [B, T] are the columns that were read so far, zeros at padding.
+    """
+
+    buffers: dict[str, OrtValue]
+    mask: np.ndarray
+
+    @property
+    def length(self) -> int:
+        return self.mask.shape[1]
+
+
+class OnnxModel:
+    """A folder that `sspcompile export --format onnx` wrote, open in a session of its own."""
+
+    def __init__(self, session: InferenceSession, device: str) -> None:
+        self.session = session
+        self.device = device
+        self._past = [value for value in session.get_inputs() if value.name.startswith("past_key_values.")]
+
+    @classmethod
+    def open(cls, folder: Path, *, provider: str = "cpu", threads: int | None = None) -> OnnxModel:
+        """Open MODEL.onnx of a folder. `threads` None leaves the number to ONNX Runtime.
+
+        Raises InputError when ONNX Runtime or the provider is not installed, ArtifactError for a folder that it cannot
+        open.
+        """
+        demand_runtime()
+        import onnxruntime as ort
+
+        if provider not in PROVIDERS or PROVIDERS[provider] not in ort.get_available_providers():
+            found = ", ".join(name for name, full in PROVIDERS.items() if full in ort.get_available_providers())
+            raise InputError(f"ONNX Runtime here has no {provider!r} provider.", hint=f"Accepted: {found}.")
+        if not (folder / GRAPH).is_file():
+            raise ArtifactError(f"{folder} holds no {GRAPH}.", hint="Run `sspcompile export --format onnx`.")
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            session = ort.InferenceSession(folder / GRAPH, options, providers=[PROVIDERS[provider]])
+        except _opening_errors() as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ArtifactError(f"ONNX Runtime cannot open {folder}: {reason}", hint="Export it again.") from error
+        return cls(session, provider)
+
+    @property
+    def vocab(self) -> int:
+        return self.session.get_outputs()[0].shape[2]
+
+    def prefill(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, *, capacity: int | None = None
+    ) -> tuple[np.ndarray, Cache]:
+        """Read tokens [B, S], padded on the left or not at all; returns logits fp32 [B, S, V] and the cache.
+
+        `capacity`: columns that the cache will have room for, S by default.
+        """
+        import onnxruntime as ort
+
+        batch, length = input_ids.shape
+        mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
+        room = max(length, capacity or 0)
+        buffers = {}
+        for value in self._past:
+            shape = (batch, value.shape[1], room, value.shape[3])
+            zeros = np.zeros(shape, dtype=NUMPY[value.type])
+            buffers[value.name] = ort.OrtValue.ortvalue_from_numpy(zeros, self.device, 0)
+        cache = Cache(buffers, np.zeros((batch, 0), dtype=np.int64))
+        return self._run(input_ids, mask, cache), cache
+
+    def step(self, tokens: np.ndarray, cache: Cache) -> np.ndarray:
+        """Read one more token per row, [B]; returns logits fp32 [B, V]. Raises InputError when the cache is full."""
+        column = np.ones((len(tokens), 1), dtype=np.int64)
+        return self._run(tokens[:, None], column, cache)[:, 0]
+
+    def _run(self, input_ids: np.ndarray, new_mask: np.ndarray, cache: Cache) -> np.ndarray:
+        mask = np.concatenate([cache.mask, new_mask.astype(np.int64)], axis=1)
+        room = next(iter(cache.buffers.values())).shape()[2]
+        if mask.shape[1] > room:
+            raise InputError(f"The cache has room for {room} tokens.", hint="Ask for fewer new tokens.")
+        binding = self.session.io_binding()
+        binding.bind_cpu_input("input_ids", np.ascontiguousarray(input_ids, dtype=np.int64))
+        binding.bind_cpu_input("attention_mask", np.ascontiguousarray(mask))
+        binding.bind_output("logits", "cpu")
+        for name, value in cache.buffers.items():
+            binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output(name.replace("past_key_values.", "present."), value)
+        try:
+            self.session.run_with_iobinding(binding)
+        except RuntimeError as error:
+            raise RunError(f"ONNX Runtime failed: {str(error).strip().splitlines()[0]}") from error
+        cache.mask = mask
+        return binding.get_outputs()[0].numpy()
+
+    def logits(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
+        """Logits fp32 [B, S, V] of whole texts."""
+        return self.prefill(input_ids, attention_mask)[0]
+
+    def generate(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, *, new_tokens: int,
+        eos: Sequence[int] = (), choose: Callable[[np.ndarray], np.ndarray] | None = None,
+        on_token: Callable[[np.ndarray], None] = lambda _: None,
+    ) -> np.ndarray:
+        """Tokens [B, N], N <= `new_tokens`; it ends once every row has had one of `eos`.
+
+        `choose` takes logits [B, V] to tokens [B], the largest by default; `on_token` hears of every step.
+        """
+        choose = choose or (lambda scores: scores.argmax(-1))
+        logits, cache = self.prefill(input_ids, attention_mask, capacity=input_ids.shape[1] + new_tokens)
+        scores, found = logits[:, -1], []
+        ended = np.zeros(len(input_ids), dtype=bool)
+        for number in range(new_tokens):
+            tokens = choose(scores)
+            found.append(tokens)
+            on_token(tokens)
+            ended |= np.isin(tokens, eos)
+            if ended.all() or number + 1 == new_tokens:
+                break
+            scores = self.step(tokens, cache)
+        return np.stack(found, axis=1)
+
+
+
+def demand_runtime() -> None:
+    """Raise InputError unless ONNX Runtime is installed."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise InputError("ONNX Runtime is not installed.", hint="Run `pip install 'sspcompile[cpu]'` (or [gpu]).")
+
+
+def _opening_errors() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises for a graph that it cannot make sense of; its classes have no common base."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    names = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented")
+    return (*(getattr(state, name) for name in names), RuntimeError)
