@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import Shape, make_checkpoint
+from builders import FAMILY_SETTINGS, Shape, family_config, make_checkpoint, save_random
 from safetensors.torch import load_file, save_file
 
 from sspcompile.errors import ArtifactError, CheckpointError
@@ -75,3 +75,17 @@ def test_code_that_is_not_ours_is_never_run_from_an_artifact(tmp_path):
         ships_code(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     assert not ships_code(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILY_SETTINGS)
+def test_scored_logits_are_the_models_own(family, tmp_path):
+    """Granite scales its logits and Gemma 2 bends them after lm_head; divergence is of what the model puts out."""
+    model = save_random(tmp_path, family_config(family))
+    loaded = load(model, fingerprint="")
+    ids = torch.arange(24).reshape(2, 12)
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    scored = torch.zeros_like(mask, dtype=torch.bool)
+    scored[0, 4:], scored[1, 8] = True, True
+    expected = loaded.model(input_ids=ids, attention_mask=mask).logits[scored]
+    assert torch.allclose(loaded.scored_logits(ids, mask, scored), expected, rtol=1e-5, atol=1e-5)

@@ -22,7 +22,7 @@ def scored_logits(loaded: LoadedModel, hidden: Tensor, score_mask: Tensor) -> Te
 
     They are on the device that token ids are on, wherever the last layers of a spread model lie.
     """
-    return loaded.model.lm_head(hidden[score_mask.to(hidden.device)]).float().to(loaded.device)
+    return loaded.logits_of(hidden[score_mask.to(hidden.device)]).to(loaded.device)
 
 
 def log_probabilities(loaded: LoadedModel, hidden: Tensor, score_mask: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ from sspcompile.prepare.text import (
     Prompt,
     Sentence,
     batches_of,
-    end_tokens,
     messages,
     render,
     shortened,
@@ -114,7 +113,7 @@ def encode_references(
     loaded: TextModel, prompts: Sequence[Prompt], answers: Sequence[str], max_tokens: int = MAX_TOKENS
 ) -> list[Sentence]:
     """Each prompt with its answer and an end token behind it; `prompt` counts the tokens before the answer."""
-    tokenizer, ends = loaded.tokenizer, end_tokens(loaded)
+    tokenizer, ends = loaded.tokenizer, loaded.ends
     opened = render(tokenizer, prompts)
     closed = [text + _reply(tokenizer, p, text, a) for p, text, a in zip(prompts, opened, answers, strict=True)]
     found = []
@@ -171,10 +170,8 @@ def answer_scores(loaded: TextModel, encoded: EncodedItems) -> AnswerScores:
     wrong = torch.zeros(references, dtype=torch.int64, device=loaded.device)
     total = torch.zeros(references, dtype=torch.float64, device=loaded.device)
     for part in encoded.batches:
-        hidden = loaded.model.model(
-            input_ids=part.batch.input_ids, attention_mask=part.batch.attention_mask, use_cache=False
-        ).last_hidden_state
-        logits = loaded.model.lm_head(hidden[part.batch.score_mask]).float()  # [S, V]
+        batch = part.batch
+        logits = loaded.scored_logits(batch.input_ids, batch.attention_mask, batch.score_mask)
         wrong.index_add_(0, part.reference, (logits.argmax(-1) != part.targets).long())
         likelihood = logits.log_softmax(-1).gather(1, part.targets[:, None])[:, 0]
         total.index_add_(0, part.reference, likelihood.double())

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jinja2 import TemplateError
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sspcompile.loaded import TextModel
@@ -22,7 +21,7 @@ from sspcompile.measure.answers import answer_scores, encode_items
 from sspcompile.measure.quality import DivergenceAccumulator
 from sspcompile.measure.questions import Conversation
 from sspcompile.measure.recall import exact_match, keyword_recall
-from sspcompile.prepare.text import Batch, Prompt, Sentence, batches_of, greedy, messages, sentences
+from sspcompile.prepare.text import Prompt, Sentence, batches_of, greedy, messages, sentences
 
 METRICS = ("exact_match", "keyword_recall", "answer_log_likelihood", "mean_kl", "top1_agreement")
 
@@ -166,18 +165,9 @@ def _divergence(
     done = 0
     for batch in batches_of(dense, led.items, batch_size=limits.batch_size):
         owner = torch.tensor(batch.rows)[batch.score_mask.nonzero()[:, 0].cpu()]
-        collected.add(_logits(dense, batch), _logits(sliced, batch), owner)
+        scored = (batch.input_ids, batch.attention_mask, batch.score_mask)
+        collected.add(dense.scored_logits(*scored), sliced.scored_logits(*scored), owner)
         done += len(batch.rows)
         progress(done, len(led.items))
     result = collected.result()
     return np.array(result.kl_per_prompt), np.array(result.agreement_per_prompt)
-
-
-@torch.inference_mode()
-def _logits(loaded: TextModel, batch: Batch) -> Tensor:
-    """Logits at the scored positions, [S, V] fp32."""
-    device = loaded.device
-    hidden = loaded.model.model(
-        input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device), use_cache=False
-    ).last_hidden_state
-    return loaded.model.lm_head(hidden[batch.score_mask.to(device)]).float()

@@ -112,13 +112,9 @@ class Judge:
         return Candidate(layout, choice, plain, fitted, self.figures(choice.kept, fitted))
 
 
-@torch.inference_mode()
 def _logits(loaded: LoadedModel, batch: Batch) -> Tensor:
     """Logits at the scored positions, [S, V] fp32 on the CPU."""
-    hidden = loaded.model.model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-    ).last_hidden_state
-    return loaded.model.lm_head(hidden[batch.score_mask]).float().cpu()
+    return loaded.scored_logits(batch.input_ids, batch.attention_mask, batch.score_mask).cpu()
 
 
 @dataclass(frozen=True)

@@ -191,42 +191,13 @@ def with_continuations(
     return batches_of(loaded, items, batch_tokens)
 
 
-def end_tokens(loaded: TextModel) -> frozenset[int]:
-    """Every token id that ends a sequence: those of the generation configuration and the tokenizer's."""
-    declared = loaded.model.generation_config.eos_token_id if loaded.model.generation_config else None
-    ids = declared if isinstance(declared, list) else [declared]
-    return frozenset(i for i in (*ids, loaded.tokenizer.eos_token_id) if i is not None)
-
-
-@torch.inference_mode()
 def greedy(loaded: TextModel, items: Sequence[Sentence], new_tokens: int) -> list[tuple[int, ...]]:
     """At most `new_tokens` tokens behind each sentence, the end token included where one was written.
-
-    Plain argmax decoding with a cache. `generate` is avoided: it adopts the checkpoint's repetition penalty.
 
     Left-padded, unlike everything else here, so that the newest token of all sequences stands in the last column.
     """
     width = max(len(item.ids) for item in items)
     pad = loaded.tokenizer.pad_token_id or 0
-    ids = torch.tensor([[pad] * (width - len(item.ids)) + list(item.ids) for item in items], device=loaded.device)
-    mask = torch.tensor([[0] * (width - len(item.ids)) + [1] * len(item.ids) for item in items], device=loaded.device)
-    ends = torch.tensor(sorted(end_tokens(loaded)), device=loaded.device, dtype=torch.long)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    open_rows = torch.ones(len(items), dtype=torch.bool, device=loaded.device)
-    cache, tails = None, [[] for _ in items]
-    for _ in range(new_tokens):
-        output = loaded.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-            logits_to_keep=1,
-        )
-        cache = output.past_key_values
-        token = output.logits[:, -1].argmax(-1)
-        for row, (value, running) in enumerate(zip(token.tolist(), open_rows.tolist(), strict=True)):
-            if running:
-                tails[row].append(value)
-        open_rows &= ~torch.isin(token, ends)
-        if not open_rows.any():
-            break
-        ids, positions = token[:, None], positions[:, -1:] + 1
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-    return [tuple(tail) for tail in tails]
+    ids = torch.tensor([[pad] * (width - len(item.ids)) + list(item.ids) for item in items])
+    mask = torch.tensor([[0] * (width - len(item.ids)) + [1] * len(item.ids) for item in items])
+    return [tuple(tail) for tail in loaded.continuations(ids, mask, new_tokens)]
