@@ -22,6 +22,7 @@ from sspcompile.cli.inspect import inspect
 from sspcompile.cli.plan import plan
 from sspcompile.cli.prepare import prepare
 from sspcompile.cli.recipe import recipe
+from sspcompile.cli.run import run
 from sspcompile.cli.slice import slice_command
 from sspcompile.cli.verify import verify
 from sspcompile.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_INTERRUPTED, RunError, SspError
@@ -45,7 +46,7 @@ def cli() -> None:
     """
 
 
-for command in (build, plan, prepare, inspect, verify, export, bench, evaluate, recipe, criteria, doctor):
+for command in (build, plan, prepare, inspect, verify, export, run, bench, evaluate, recipe, criteria, doctor):
     cli.add_command(command)
 cli.add_command(slice_command, "slice")
 

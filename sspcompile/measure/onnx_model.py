@@ -1,9 +1,8 @@
-"""A decoder in ONNX Runtime: prefill, steps and greedy text, over a cache that is allocated once."""
+"""A decoder in ONNX Runtime: prefill and steps, over a cache that is allocated once."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -120,30 +119,6 @@ class OnnxModel:
     def logits(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
         """Logits fp32 [B, S, V] of whole texts."""
         return self.prefill(input_ids, attention_mask)[0]
-
-    def generate(
-        self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, *, new_tokens: int,
-        eos: Sequence[int] = (), choose: Callable[[np.ndarray], np.ndarray] | None = None,
-        on_token: Callable[[np.ndarray], None] = lambda _: None,
-    ) -> np.ndarray:
-        """Tokens [B, N], N <= `new_tokens`; it ends once every row has had one of `eos`.
-
-        `choose` takes logits [B, V] to tokens [B], the largest by default; `on_token` hears of every step.
-        """
-        choose = choose or (lambda scores: scores.argmax(-1))
-        logits, cache = self.prefill(input_ids, attention_mask, capacity=input_ids.shape[1] + new_tokens)
-        scores, found = logits[:, -1], []
-        ended = np.zeros(len(input_ids), dtype=bool)
-        for number in range(new_tokens):
-            tokens = choose(scores)
-            found.append(tokens)
-            on_token(tokens)
-            ended |= np.isin(tokens, eos)
-            if ended.all() or number + 1 == new_tokens:
-                break
-            scores = self.step(tokens, cache)
-        return np.stack(found, axis=1)
-
 
 
 def demand_runtime() -> None:

@@ -9,6 +9,7 @@ from sspcompile.checkpoint.manifest import NAME as MANIFEST
 from sspcompile.checkpoint.manifest import check_manifest
 from sspcompile.errors import InputError
 from sspcompile.loaded import LoadedModel, TextModel, load_cut
+from sspcompile.measure.onnx_text import OnnxText, is_onnx, load_onnx
 from sspcompile.pipeline.compiling import Subject
 from sspcompile.pipeline.compiling import open_subject as open_dense
 from sspcompile.pipeline.verifying import dense_of
@@ -26,9 +27,13 @@ class Contenders:
     artifact: Path | None
     dense: Subject
 
-    def load(self) -> tuple[LoadedModel, TextModel]:
+    def load(self) -> tuple[LoadedModel, TextModel | OnnxText]:
         """Both in memory. Raises InputError when their tokenizers differ: their tokens could not be compared."""
-        dense, sliced = self.dense.load(), load_cut(self.model, trust_remote_code=self.custom_code)
+        dense = self.dense.load()
+        if is_onnx(self.model):
+            sliced: TextModel | OnnxText = load_onnx(self.model)
+        else:
+            sliced = load_cut(self.model, trust_remote_code=self.custom_code)
         if dense.tokenizer.get_vocab() != sliced.tokenizer.get_vocab() or dense.vocab != sliced.vocab:
             raise InputError(
                 f"{self.model} and {self.dense.name} have different tokenizers.",

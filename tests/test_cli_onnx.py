@@ -1,0 +1,180 @@
+"""`export --format onnx`, `run` and `eval` on an export, as their users meet them: a build of the embedded model."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from builders import Shape, make_checkpoint
+
+from sspcompile.checkpoint import check_manifest
+from sspcompile.cli.main import main
+from sspcompile.cli.run import visible
+
+GOLD = "What is the symbol of gold?"
+PROGRAM = (sys.executable, "-m", "sspcompile.cli.main")
+
+
+def shell(home: Path, *args: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*PROGRAM, *map(str, args)], cwd=home, capture_output=True, text=True, check=False, input=stdin
+    )
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A build of the embedded model in two exports."""
+    home = tmp_path_factory.mktemp("home")
+    fast = ("--max-tokens", "48", "--continuation-tokens", "8", "--criterion", "fisher", "--layout", "per-layer")
+    done = shell(home, "build", "--scenario", "chemistry-helpdesk", *fast, "--out", "artifacts/desk", "-q")
+    assert done.returncode == 0, done.stderr
+    for precision in ("fp32", "int8"):
+        done = shell(home, "export", "--format", "onnx", "--precision", precision, "-q", "--json")
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+        agreement = json.loads(done.stdout)["agreement"]
+        assert agreement["mean_kl"] < 0.05 and (precision != "fp32" or agreement["same_text"])
+    return home
+
+
+@pytest.fixture
+def run(home, capfd, monkeypatch):
+    """The command line in this process: exit code, stdout, stderr."""
+
+    def call(*args: object) -> tuple[int, str, str]:
+        monkeypatch.chdir(home)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(arg) for arg in args])
+        captured = capfd.readouterr()
+        return int(stop.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+def refused(done: tuple[int, str, str], code: int, *expected: str) -> None:
+    assert done[0] == code and done[1] == "" and done[2].startswith("Error: ") and done[2].count("\n") == 1, done
+    assert all(text in done[2] for text in expected), done
+
+
+def test_export_names_its_folder_and_describes_it(home):
+    for name in ("desk-onnx", "desk-onnx-int8"):
+        out = home / "exported" / name
+        manifest = check_manifest(out)
+        assert manifest.origin["format"] == "onnx" and manifest.origin["artifact"] == "desk"
+        card = (out / "README.md").read_text()
+        assert "library_name: onnx" in card and f"sspcompile run {name}" in card
+    sizes = [(home / "exported" / n / f).stat().st_size for n, f in
+             (("desk-onnx", "model.safetensors"), ("desk-onnx-int8", "model.onnx.data"))]
+    assert sizes[1] < 0.6 * sizes[0]
+
+
+def test_every_form_of_a_build_writes_the_same_answer(run):
+    answers = [run("run", *where, "--prompt", GOLD, "-q") for where in ((), ("exported/desk-onnx",), ("--dense",))]
+    assert answers == [(0, " Au\n", "")] * 3
+    both = ("-p", GOLD, "-p", "What is 3 plus 6?", "--json")
+    built, exported = (
+        json.loads(run("run", where, *both)[1])["texts"] for where in ("artifacts/desk", "exported/desk-onnx")
+    )
+    assert [text["tokens"] for text in built] == [text["tokens"] for text in exported]
+    assert exported[1]["text"] == " 9" and exported[0]["first_token_s"] > 0
+
+
+def test_draws_repeat_with_their_seed_and_differ_without(run):
+    def tokens(*more: object) -> tuple[int, ...]:
+        args = ("run", "exported/desk-onnx", "-p", "Question: Why", "--raw", "--max-new-tokens", "12", "--json")
+        return tuple(json.loads(run(*args, *more)[1])["texts"][0]["tokens"])
+
+    drawn = [tokens("--temperature", 2, "--seed", seed) for seed in (1, 1, 2, 3)]
+    assert drawn[0] == drawn[1] and len(set(drawn)) > 1
+    assert tokens("--temperature", 2, "--top-p", 1e-6, "--seed", 7) == tokens()
+
+
+def test_prompt_is_read_from_stdin(home):
+    done = shell(home, "run", "exported/desk-onnx", "--prompt", "-", "-q", stdin=GOLD + "\n")
+    assert (done.returncode, done.stdout) == (0, " Au\n"), done.stderr
+
+
+def test_text_streams_to_a_terminal_as_it_is_written(home):
+    """A real terminal: the answer comes before the line that says how long it took."""
+    leader, follower = pty.openpty()
+    command = [*PROGRAM, "run", "exported/desk-onnx", "--prompt", GOLD]
+    with subprocess.Popen(command, cwd=home, stdout=follower, stderr=follower, stdin=subprocess.DEVNULL) as running:
+        os.close(follower)
+        seen = b""
+        while chunk := _read(leader):
+            seen += chunk
+        assert running.wait(timeout=60) == 0
+    os.close(leader)
+    assert seen.index(b"Au") < seen.index(b"tokens, the first after")
+
+
+def _read(leader: int) -> bytes:
+    try:
+        return os.read(leader, 4096)
+    except OSError:  # Linux answers a read behind the last writer with EIO
+        return b""
+
+
+def test_control_characters_never_reach_the_terminal():
+    assert visible("a\x1b[31mb\tc\n\x9b2J\x07") == "a\ufffd[31mb\tc\n\ufffd2J\ufffd"
+
+
+def test_run_that_waits_for_its_prompt_is_interrupted_with_130(home):
+    command = [*PROGRAM, "run", "--prompt", "-"]
+    with subprocess.Popen(command, cwd=home, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        time.sleep(3)
+        assert running.poll() is None
+        running.send_signal(signal.SIGINT)
+        assert running.wait(timeout=30) == 130
+        assert "Traceback" not in running.stderr.read()
+
+
+def test_eval_asks_the_export_itself(run):
+    args = ("--scenario", "chemistry-helpdesk", "--items", "20", "-q", "--json")
+    exact, rounded = (json.loads(run("eval", f"exported/desk-onnx{suffix}", *args)[1]) for suffix in ("", "-int8"))
+    artifact = json.loads(run("eval", "artifacts/desk", *args)[1])
+    assert exact["sliced"]["exact_match"] == artifact["sliced"]["exact_match"]
+    assert exact["sliced"]["mean_kl"] == pytest.approx(artifact["sliced"]["mean_kl"], rel=1e-3)
+    assert rounded["sliced"]["mean_kl"] != pytest.approx(exact["sliced"]["mean_kl"], rel=1e-3)
+
+
+def test_plain_checkpoint_is_exported_as_it_is(run, tmp_path):
+    model = make_checkpoint(tmp_path / "model", Shape(family="llama", head_dim=16))
+    done = run("export", "--format", "onnx", "--model", model, "--out", tmp_path / "out", "--json", "-q")
+    assert done[0] == 0 and json.loads(done[1])["agreement"]["same_text"], done
+    assert run("run", tmp_path / "out", "-p", "hello", "--max-new-tokens", "4", "-q")[0] == 0
+
+
+REFUSED = {
+    "unknown precision": (("--format", "onnx", "--precision", "int3"), "Accepted: fp32, fp16, int8, int4"),
+    "precision of another format": (("--precision", "fp16"), "--precision belongs to --format onnx"),
+    "host of another format": (("--format", "onnx", "--host", "granite"), "--host belongs to --format hf"),
+    "blocks of floats": (("--format", "onnx", "--block-size", "64"), "Add --precision int8 or int4"),
+    "two sources": (("artifacts/desk", "--format", "onnx", "--model", "embedded"), "exclude each other"),
+    "too long a context": (("--format", "onnx", "--context-length", "513", "--out", "new"), "at most 512"),
+    "inside the artifact": (("--format", "onnx", "--out", "artifacts/desk/model/x"), "lies inside"),
+    "it exists": (("--format", "onnx"), "--overwrite"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_export_refuses(case, run, home):
+    before = sorted(path.as_posix() for path in home.rglob("*"))
+    args, message = REFUSED[case]
+    refused(run("export", *args, "-q"), 2, message)
+    assert sorted(path.as_posix() for path in home.rglob("*")) == before
+
+
+def test_what_run_refuses(run, home, tmp_path):
+    refused(run("run", "nowhere", "-p", "x"), 2, "is no artifact")
+    refused(run("run", "-p", "  "), 2, "prompt is empty")
+    (tmp_path / "model.onnx").write_bytes(b"no graph")
+    refused(run("run", tmp_path, "-p", "x"), 2, "ONNX Runtime cannot open")
+    refused(run("run", "exported/desk-onnx", "-p", "x", "--device", "npu"), 2, "no 'npu' provider", "Accepted: cpu")
