@@ -42,6 +42,7 @@ def folder(tmp_path_factory) -> Path:
     shape = Shape(family="llama", layers=3, hidden=96, kv_heads=4, group_size=2, head_dim=16)
     make_checkpoint(place / "my-model", shape)
     (place / "prompts.txt").write_text("".join(f"What is {n} plus {2 * n}?\n" for n in range(24)))
+    (place / "questions.jsonl").write_text('{"prompt": "What is 50 plus 2?", "answer": "52"}\n' * 3)
     return place
 
 
