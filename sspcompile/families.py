@@ -212,6 +212,8 @@ REFUSED: Mapping[str, str] = {
     ),
     "gemma3": "it carries a vision tower; its text part, saved by itself as gemma3_text, can be cut",
 }
+# Those that the ONNX export has a graph for, each compared with transformers in its tests.
+ONNX_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "phi3", "seed_oss")
 # Families whose switch is on unless config.json says otherwise.
 ON_BY_DEFAULT = frozenset(
     {("starcoder2", "use_bias"), ("seed_oss", "attention_bias"), ("mistral", "sliding_window")}

@@ -20,7 +20,7 @@ from sspcompile.checkpoint import Checkpoint, check_manifest
 from sspcompile.errors import CheckpointError, InputError, ParityError, UnsupportedModelError
 from sspcompile.export.onnx import PRECISIONS, Blocks, Exported, export_onnx
 from sspcompile.export.onnx.check import padded
-from sspcompile.export.onnx.decoder import FAMILIES
+from sspcompile.families import ONNX_FAMILIES
 from sspcompile.measure.onnx_model import OnnxModel
 from sspcompile.measure.onnx_text import load_onnx
 from sspcompile.slicing.plan import make_plan
@@ -37,7 +37,7 @@ LLAMA3 = {
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 VARIANTS: dict[str, tuple[str, dict]] = {
-    **{family: (family, {}) for family in FAMILIES},
+    **{family: (family, {}) for family in ONNX_FAMILIES},
     "llama with biases, llama3 positions": (
         "llama", {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}
     ),

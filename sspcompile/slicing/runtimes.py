@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sspcompile.families import Family, Geometry
+from sspcompile.families import ONNX_FAMILIES, Family, Geometry
 
 # ONNX Runtime's CPU GroupQueryAttention with rotary inside fails when run, not when built, for other head sizes.
 ONNX_HEAD_DIM_MULTIPLE = 16
-# Where cuts were run, or their graph written, in ONNX Runtime and llama.cpp.
+# Where cuts were run in llama.cpp.
 TRIED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 # Native vLLM classes (0.33): these honour head_dim, those derive it as hidden_size / num_attention_heads. Others were
 # not read, so its Transformers backend is named for them.
@@ -85,9 +85,9 @@ def _onnx(geometry: Geometry) -> Verdict:
     if geometry.head_dim % ONNX_HEAD_DIM_MULTIPLE:
         reason = f"GroupQueryAttention wants head_dim % {ONNX_HEAD_DIM_MULTIPLE} == 0, it is {geometry.head_dim}"
         return Verdict("ONNX Runtime", False, reason)
-    if geometry.family.model_type not in TRIED:
-        return Verdict("ONNX Runtime", False, f"no graph of {geometry.family.architecture} was tried")
-    return Verdict("ONNX Runtime", True, "GroupQueryAttention takes one head count per layer")
+    if geometry.family.model_type not in ONNX_FAMILIES:
+        return Verdict("ONNX Runtime", False, f"the export has no graph for {geometry.family.architecture}")
+    return Verdict("ONNX Runtime", True, "`sspcompile export --format onnx`; any head count per layer")
 
 
 def _llama_cpp(geometry: Geometry, counts: Sequence[tuple[int, int]], uniform: bool) -> Verdict:

@@ -12,13 +12,12 @@ import numpy as np
 
 from sspcompile.checkpoint.source import TensorInfo, tensor_table
 from sspcompile.errors import CheckpointError, UnsupportedModelError
-from sspcompile.families import FUSED_GATED, GATED, Geometry, geometry_of
+from sspcompile.families import FUSED_GATED, GATED, ONNX_FAMILIES, Geometry, geometry_of
 from sspcompile.tensors import EMBEDDING, attention_shapes, mlp_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "phi3", "seed_oss")
 # Static position scalings: the frequencies do not depend on how long the text has become.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 ROTARY_MULTIPLE = 16
@@ -111,10 +110,10 @@ def _stock_config(plain: Mapping[str, Any]) -> PreTrainedConfig:
 
 def _refuse_unfit(g: Geometry, stock: PreTrainedConfig) -> None:
     family = g.family
-    if family.model_type not in FAMILIES:
+    if family.model_type not in ONNX_FAMILIES:
         raise UnsupportedModelError(
             f"The ONNX export does not know {family.architecture}.",
-            hint=f"Accepted: {', '.join(FAMILIES)}; --format hf takes every family.",
+            hint=f"Accepted: {', '.join(ONNX_FAMILIES)}; --format hf takes every family.",
         )
     if getattr(stock, "hidden_act", "silu") != "silu" or family.mlp not in (GATED, FUSED_GATED):
         raise UnsupportedModelError(
