@@ -24,7 +24,7 @@ from rich.table import Table
 
 from sspcompile import prepare
 from sspcompile.compile.layouts import choose
-from sspcompile.pipeline.compiling import compile_scenario, open_subject, toolkit_for
+from sspcompile.pipeline.compiling import compile_scenario, open_subject, score_key, toolkit_for
 from sspcompile.prepare.text import encode
 from sspcompile.recipe import Recipe, resolve
 from sspcompile.scenario import as_recipe, read_scenario
@@ -58,7 +58,7 @@ def main(scenario: str, model: str | None, repeats: int) -> None:
     subject = open_subject(options.model)
     loaded = subject.load()
     workspace = Workspace(Path())
-    toolkit, _ = toolkit_for(subject, loaded, options, workspace, lambda *_: None, [options.criterion])
+    toolkit, _ = toolkit_for(subject, loaded, options, workspace, lambda *_: None, [score_key(options)])
     texts = read.prompts or (read.text or "",)
     batches = encode(loaded, texts, options.max_tokens)
     g = subject.checkpoint.geometry

@@ -6,6 +6,10 @@ For each of the six domains of the embedded model a scenario of PROMPTS generate
 heads and fits repairs; the masked model then answers held-out items of that domain and, for the price of it, items of
 the other five. No prompt that chose or repaired is ever asked. Exact match is that of greedy decoding.
 
+Rows are scores, and `auto`, the product's default: `fisher-rounds` per-layer; uniform, the mask that its shortlist
+(pipeline/shortlist.py) finds best on a quarter of the scenario's own prompts, repaired with all of them like the
+others.
+
 Work is done in jobs whose results are kept in the output folder, so an interrupted run goes on where it stopped;
 `quality_tables.py` turns them into the tables and the figure.
 """
@@ -32,11 +36,13 @@ from sspcompile.domains import load_outside, load_pools
 from sspcompile.embedded.corpus import DOMAINS, items
 from sspcompile.loaded import LoadedModel, head_gates
 from sspcompile.measure.answers import EncodedItems, answer_scores, encode_items
-from sspcompile.pipeline.compiling import open_subject
-from sspcompile.pipeline.evidence import fit_part
+from sspcompile.pipeline.compiling import AUTO_CRITERION, Ranking, open_subject
+from sspcompile.pipeline.evidence import HOLD_EVERY, Evidence, fit_part
+from sspcompile.pipeline.judging import Judge
+from sspcompile.pipeline.shortlist import best_uniform, contenders
 from sspcompile.prepare import prepare
 from sspcompile.prepare.importance import probe_directions
-from sspcompile.prepare.text import Batch, Sentence, batches_of, continued
+from sspcompile.prepare.text import MAX_TOKENS, Batch, Sentence, batches_of, continued
 from sspcompile.slicing.repair import Repair, fit_bias, fit_repair, repaired
 
 KEEPS = (0.75, 0.5, 0.375, 0.25)
@@ -48,15 +54,17 @@ OFF_DOMAIN_ITEMS = 6
 CONTINUATION_TOKENS = 16
 NOT_COMPARED = ("fisher-sampled", "fisher-greedy")
 """Variants of a score that is compared already."""
-OURS = "fisher-rounds"
+OURS, RANKED_BY = "auto", AUTO_CRITERION
 DOMAIN_FREE, DOMAIN_FREE_MASK = f"{OURS}, domain-free", f"{OURS}, domain-free mask"
+RANKED_FREE, RANKED_FREE_MASK = f"{RANKED_BY}, domain-free", f"{RANKED_BY}, domain-free mask"
 FIRST_LAYER = "random-first-layer"
 
 
 @dataclass(frozen=True)
 class Texts:
-    """What a scenario shows: its prompts with the dense model's continuations, as items and as batches."""
+    """What a scenario shows: its prompts, and with the dense model's continuations, as items and as batches."""
 
+    prompts: tuple[str, ...]
     sentences: tuple[Sentence, ...]
     batches: tuple[Batch, ...]
 
@@ -71,17 +79,18 @@ def model() -> LoadedModel:
 @functools.cache
 def scenario(domain: str, seed: int) -> Texts:
     """The prompts of one domain for one seed."""
-    prompts = [item.prompt for item in items(domain, "train", PROMPT_SEED + seed, PROMPTS)]
+    prompts = tuple(item.prompt for item in items(domain, "train", PROMPT_SEED + seed, PROMPTS))
     sentences = continued(model(), prompts, CONTINUATION_TOKENS)
-    return Texts(tuple(sentences), tuple(batches_of(model(), sentences)))
+    return Texts(prompts, tuple(sentences), tuple(batches_of(model(), sentences)))
 
 
 @functools.cache
 def mixed(seed: int) -> Texts:
     """As many prompts as a scenario has, of all domains in equal parts: what there is to see without a scenario."""
-    parts = [scenario(domain, seed).sentences[: PROMPTS // len(DOMAINS)] for domain in DOMAINS]
-    sentences = tuple(sentence for part in parts for sentence in part)
-    return Texts(sentences, tuple(batches_of(model(), sentences)))
+    share = PROMPTS // len(DOMAINS)
+    prompts = tuple(prompt for domain in DOMAINS for prompt in scenario(domain, seed).prompts[:share])
+    sentences = tuple(sentence for domain in DOMAINS for sentence in scenario(domain, seed).sentences[:share])
+    return Texts(prompts, sentences, tuple(batches_of(model(), sentences)))
 
 
 @functools.cache
@@ -113,18 +122,18 @@ def candidates(out: Path, seed: int, domain: str) -> Iterator[tuple[str, np.ndar
     for name in CRITERIA:
         if name not in NOT_COMPARED:
             yield name, np.load(out / f"scores-{seed}-{name}.npy")[..., k], own
-    free = np.load(out / f"scores-{seed}-{OURS}.npy").mean(-1)
-    yield DOMAIN_FREE, free, mixed(seed)
-    yield DOMAIN_FREE_MASK, free, own
+    free = np.load(out / f"scores-{seed}-{RANKED_BY}.npy").mean(-1)
+    yield RANKED_FREE, free, mixed(seed)
+    yield RANKED_FREE_MASK, free, own
 
 
 def repairs(row: str, choice: Choice, texts: Texts) -> Iterator[tuple[str, Repair | None]]:
     """The repairs that a row is judged with: two for every row, more for some."""
     yield "none", None
     yield "least-squares", fit_repair(model(), choice.kept, texts.batches, dtype=torch.float32)
-    if row in (OURS, DOMAIN_FREE, FIRST_LAYER):
+    if row in (OURS, RANKED_BY, RANKED_FREE, FIRST_LAYER):
         yield "least-squares-mlp", fit_repair(model(), choice.kept, texts.batches, dtype=torch.float32, mlp=True)
-    if row in (OURS, "flap"):
+    if row in (RANKED_BY, "flap"):
         yield "flap-bias", fit_bias(model(), choice.kept, texts.batches, dtype=torch.float32)
 
 
@@ -154,12 +163,7 @@ def judge_job(seed: int, domain: str, count: int, out: Path) -> None:
         return
     shape = (model().geometry.layers, model().geometry.heads)
     cells: dict[str, np.ndarray] = {}
-
-    def add(key: str, ratio: float, found: Answers) -> None:
-        cells[f"{key}/own"], cells[f"{key}/off"] = np.packbits(found.own), np.packbits(found.off)
-        cells[f"{key}/facts"] = np.array([ratio, found.likelihood])
-
-    add("dense/-/1/none", 1.0, answer(np.ones(shape, dtype=bool), None, domain, seed, count))
+    add(cells, "dense/-/1/none", 1.0, answer(np.ones(shape, dtype=bool), None, domain, seed, count))
     seen: dict[tuple[bytes, int, str], Answers] = {}
     for row, scores, texts in candidates(out, seed, domain):
         for layout in LAYOUTS:
@@ -169,9 +173,52 @@ def judge_job(seed: int, domain: str, count: int, out: Path) -> None:
                     same = (choice.kept.tobytes(), id(texts), name)
                     if same not in seen:
                         seen[same] = answer(choice.kept, repair, domain, seed, count)
-                    add(f"{row}/{layout}/{keep:g}/{name}", choice.ratio, seen[same])
+                    add(cells, f"{row}/{layout}/{keep:g}/{name}", choice.ratio, seen[same])
     cells["counts"] = np.array([count, OFF_DOMAIN_ITEMS * (len(DOMAINS) - 1)])
     _store(path, lambda part: np.savez_compressed(part, **cells))
+
+
+def shortlisted(texts: Texts, scores: np.ndarray, seed: int) -> dict[float, Choice]:
+    """The default's uniform mask for every keep ratio, chosen on every fourth of the prompts (`split` of a build)."""
+    fit = tuple(prompt for number, prompt in enumerate(texts.prompts) if number % HOLD_EVERY != HOLD_EVERY - 1)
+    guard = texts.prompts[HOLD_EVERY - 1 :: HOLD_EVERY]
+    judge = Judge(
+        model(), Evidence(fit, guard, (), len(fit), len(guard), 0), max_tokens=MAX_TOKENS,
+        new_tokens=CONTINUATION_TOKENS, seed=seed, repair="least-squares", dtype=torch.float32,
+        progress=lambda *_: None,
+    )  # fmt: skip
+    ranked = contenders(judge, Ranking(RANKED_BY, scores))
+    nobody = np.zeros(scores.shape, dtype=bool)
+    return {keep: best_uniform(judge, ranked, nobody, keep).choice for keep in KEEPS}
+
+
+def default_job(seed: int, domain: str, count: int, out: Path) -> None:
+    """The cells of `auto`: for the scenario, for prompts of all domains, and the latter's mask with own repair."""
+    path = out / f"default-{seed}-{domain}.npz"
+    if path.exists():
+        return
+    scores, own = np.load(out / f"scores-{seed}-{RANKED_BY}.npy"), scenario(domain, seed)
+    mine, free = scores[..., DOMAINS.index(domain)], scores.mean(-1)
+    masks = {id(own): shortlisted(own, mine, seed), id(mixed(seed)): shortlisted(mixed(seed), free, seed)}
+    cells: dict[str, np.ndarray] = {}
+    for row, merit, chosen_on, texts in (
+        (OURS, mine, own, own), (DOMAIN_FREE, free, mixed(seed), mixed(seed)),
+        (DOMAIN_FREE_MASK, free, mixed(seed), own),
+    ):  # fmt: skip
+        for layout in LAYOUTS:
+            for keep in KEEPS:
+                choice = masks[id(chosen_on)][keep]
+                if layout == "per-layer":
+                    choice = choose(merit, model().geometry.kv_heads, keep, layout)
+                for name, repair in repairs(row, choice, texts):
+                    found = answer(choice.kept, repair, domain, seed, count)
+                    add(cells, f"{row}/{layout}/{keep:g}/{name}", choice.ratio, found)
+    _store(path, lambda part: np.savez_compressed(part, **cells))
+
+
+def add(cells: dict[str, np.ndarray], key: str, ratio: float, found: Answers) -> None:
+    cells[f"{key}/own"], cells[f"{key}/off"] = np.packbits(found.own), np.packbits(found.off)
+    cells[f"{key}/facts"] = np.array([ratio, found.likelihood])
 
 
 def _store(path: Path, write: Callable[[Path], object]) -> None:
@@ -196,7 +243,10 @@ def main(seeds: int, count: int, workers: int, out: Path) -> None:
         scoring = [pool.submit(score_job, seed, name, unit, out) for seed in range(seeds) for name in names]
         for job in track(scoring, "scoring heads"):
             job.result()
-        judging = [pool.submit(judge_job, seed, domain, count, out) for seed in range(seeds) for domain in DOMAINS]
+        judging = [
+            pool.submit(job, seed, domain, count, out)
+            for job in (default_job, judge_job) for seed in range(seeds) for domain in DOMAINS
+        ]  # fmt: skip
         for job in track(judging, "judging masks"):
             job.result()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from benchmarks.quality import DOMAIN_FREE, DOMAIN_FREE_MASK, FIRST_LAYER, KEEPS, LAYOUTS, OURS
+from benchmarks.quality import DOMAIN_FREE, DOMAIN_FREE_MASK, FIRST_LAYER, KEEPS, LAYOUTS, OURS, RANKED_BY
 from sspcompile.measure.intervals import Interval, mean_interval
 
 FIGURE = Path("docs/images/quality.svg")
@@ -45,14 +45,14 @@ def load(results: Path) -> dict[str, Cells]:
     found = {}
     for path in sorted(results.glob("cells-*.npz")):
         _, seed, domain = path.stem.split("-", 2)
-        with np.load(path) as file:
-            own, off = (int(n) for n in file["counts"])
-            sizes = {"own": own, "off": off}
-            found[f"{domain}/{seed}"] = {
-                key: np.unpackbits(file[key])[: sizes[key.rsplit("/", 1)[1]]].astype(float)
-                if key.endswith(("/own", "/off")) else file[key]
-                for key in file.files
-            }  # fmt: skip
+        cells = dict(np.load(path)) | dict(np.load(results / f"default-{seed}-{domain}.npz"))
+        own, off = (int(n) for n in cells["counts"])
+        sizes = {"own": own, "off": off}
+        found[f"{domain}/{seed}"] = {
+            key: np.unpackbits(value)[: sizes[key.rsplit("/", 1)[1]]].astype(float)
+            if key.endswith(("/own", "/off")) else value
+            for key, value in cells.items()
+        }  # fmt: skip
     return found
 
 
@@ -106,7 +106,7 @@ def claims(jobs: Mapping[str, Cells], rows: list[Row]) -> list[Claim]:
         for keep in KEEPS:
             for repair in ("none", "least-squares"):
                 here = [r for r in rows if (r.layout, r.keep, r.repair) == (layout, keep, repair)]
-                others = [r for r in here if r.name not in (OURS, DOMAIN_FREE, DOMAIN_FREE_MASK)]
+                others = [r for r in here if r.name != OURS and "domain-free" not in r.name and r.name != RANKED_BY]
                 best = max(others, key=lambda r: r.own).name
                 for what in dict.fromkeys((FIRST_LAYER, best, DOMAIN_FREE, DOMAIN_FREE_MASK)):
                     size = f"{layout}/{keep:g}/{repair}"

@@ -180,7 +180,7 @@ def test_default_options() -> None:
         "strength": None,
         "layout": "auto",
         "host": "auto",
-        "criterion": "fisher-rounds",
+        "criterion": "auto",
         "pools": None,
         "axes": None,
         "importance_from": "auto",

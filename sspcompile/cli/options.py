@@ -23,7 +23,7 @@ BUILD_OPTIONS = (
     "repair", "without", "max_tokens", "continuation_tokens", "seed",
 )  # fmt: skip
 
-CRITERIA_HELP = f"{', '.join(list(CRITERIA)[:5])}, ...; `sspcompile criteria` lists all {len(CRITERIA)}."
+CRITERIA_HELP = f"Or {', '.join(list(CRITERIA)[:5])}, ...; `sspcompile criteria` lists all {len(CRITERIA)}."
 
 scenario_option = click.option(
     "--scenario", "-s", metavar="SCENARIO",
@@ -71,7 +71,11 @@ def build_options(command: Command) -> Command:
             host_option,
             pools_option,
             axes_option,
-            click.option("--criterion", metavar="NAME", help=f"Score of the heads (fisher-rounds): {CRITERIA_HELP}"),
+            click.option(
+                "--criterion", metavar="NAME",
+                help="Score of the heads; auto (default) takes fisher-rounds, and for a uniform cut the best of some "
+                f"on held-out texts. {CRITERIA_HELP}",
+            ),
             click.option(
                 "--granularity", metavar="[head|group]",
                 help="Cut single heads, or whole key/value groups, which saves more of the KV cache (head).",
@@ -123,13 +127,14 @@ def refuse_hopeless(scenario: Scenario, subject: Subject, options: Recipe) -> No
     import numpy as np
 
     from sspcompile.compile.layouts import choose
-    from sspcompile.criteria import criterion
+    from sspcompile.criteria import of_key
+    from sspcompile.pipeline.compiling import score_key
     from sspcompile.pipeline.pools import pools_of
     from sspcompile.pipeline.scoring import demand_prompts
     from sspcompile.slicing.hosts import demand_host, named_host
     from sspcompile.slicing.repair import demand_place, is_linear
 
-    criterion(options.criterion or "")
+    of_key(score_key(options))
     demand_prompts(scenario, options)
     pools_of(options)
     geometry = subject.checkpoint.geometry

@@ -35,7 +35,7 @@ Examples:
 @axes_option
 @click.option(
     "--criterion", "criteria", multiple=True, metavar="NAME",
-    help=f"Score of the heads to prepare (fisher-rounds), may be repeated: {CRITERIA_HELP}",
+    help=f"Score of the heads to prepare (fisher-rounds), may be repeated. {CRITERIA_HELP}",
 )
 @click.option("--max-tokens", type=int, metavar="N", help="Read at most N tokens of each text (512).")
 @click.option("--continuation-tokens", type=int, metavar="N", help="Let the model continue each text by N tokens (16).")
@@ -53,9 +53,9 @@ def prepare(
     `build` does this by itself when it is missing; the toolkit is kept per model and reused. Under torchrun the
     processes share the texts, one process per GPU, and find what one alone would find.
     """
-    from sspcompile.pipeline.compiling import open_subject, toolkit_folder, toolkit_for
+    from sspcompile.pipeline.compiling import AUTO_CRITERION, open_subject, toolkit_folder, toolkit_for
     from sspcompile.prepare import parallel
-    from sspcompile.recipe import DEFAULTS, resolve
+    from sspcompile.recipe import resolve
     from sspcompile.scenario import as_recipe, read_scenario
     from sspcompile.workspace import Workspace
 
@@ -69,7 +69,7 @@ def prepare(
     with parallel.joined() as world, stages(quiet or not world.first) as progress:
         loaded = subject.load(device=world.device, device_map=device_map)
         toolkit, fresh = toolkit_for(
-            subject, loaded, options, workspace, progress, criteria or (DEFAULTS["criterion"],)
+            subject, loaded, options, workspace, progress, criteria or (AUTO_CRITERION,)
         )
     if not world.first:
         return

@@ -59,12 +59,36 @@ def choose(merit: np.ndarray, kv_heads: int, keep: float, layout: Layout, *, gro
     return _choose(grouped, budget, layout)
 
 
+def uniform_choices(
+    merit: np.ndarray, kv_heads: int, keep: float, *, groups_only: bool = False
+) -> tuple[Choice, ...]:
+    """The uniform masks within `keep`, one for each shape that no other feasible one contains; the largest first.
+
+    Merit compares heads within a layer better than it compares shapes, so a caller who can measure should. Raises
+    BudgetError like `choose`.
+    """
+    best = choose(merit, kv_heads, keep, "uniform", groups_only=groups_only)
+    if groups_only:
+        return (best,)
+    layers, heads = merit.shape
+    grouped = merit.reshape(layers, kv_heads, heads // kv_heads)
+    budget = int(np.floor(keep * layers * heads + 1e-9))
+    feasible = [
+        (g, r) for g in range(1, kv_heads + 1) for r in range(1, grouped.shape[2] + 1) if layers * g * r <= budget
+    ]
+    widest = [s for s in feasible if not any(o != s and o[0] >= s[0] and o[1] >= s[1] for o in feasible)]
+    return tuple(_uniform(grouped, shape) for shape in sorted(widest, key=lambda s: (-s[0] * s[1], s[0])))
+
+
+def _uniform(grouped: np.ndarray, shape: Shape) -> Choice:
+    kept = np.stack([_mask_of(layer, shape, _top_sums(layer)[:, shape[1] - 1]) for layer in grouped])
+    return Choice(kept.reshape(len(kept), -1), (shape,) * len(kept))
+
+
 def _choose(grouped: np.ndarray, budget: int, layout: Layout) -> Choice:
     """The largest mask of at most `budget` heads for merit [layers, groups, heads per group]."""
     if layout == "uniform":
-        shape = _best_uniform(grouped, budget)
-        kept = np.stack([_mask_of(layer, shape, _top_sums(layer)[:, shape[1] - 1]) for layer in grouped])
-        return Choice(kept.reshape(len(kept), -1), (shape,) * len(kept))
+        return _uniform(grouped, _best_uniform(grouped, budget))
     shapes = next(shapes for shapes, size in _per_layer_steps(grouped) if size <= budget)
     kept = np.stack([_mask_of(layer, shape, layer.sum(-1)) for layer, shape in zip(grouped, shapes, strict=True)])
     return Choice(kept.reshape(len(kept), -1), shapes)

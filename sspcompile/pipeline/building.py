@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,18 @@ import torch
 import sspcompile
 from sspcompile.checkpoint import staged, write_manifest
 from sspcompile.compile.budget import merit
-from sspcompile.compile.layouts import choose
+from sspcompile.compile.layouts import Choice, choose
 from sspcompile.compile.mask import HeadMask, dump_mask
 from sspcompile.criteria.chance import first_layer_kept
 from sspcompile.domains import pools_fingerprint
-from sspcompile.errors import CheckpointError, ParityError
+from sspcompile.errors import CheckpointError, InputError, ParityError, UnsupportedModelError
 from sspcompile.loaded import LoadedModel
 from sspcompile.measure.quality import Divergence, average
 from sspcompile.pipeline.compiling import (
     STANDARD_CRITERIA,
     Compiled,
     Progress,
+    Ranking,
     Subject,
     choices_for,
     compile_scenario,
@@ -37,13 +38,14 @@ from sspcompile.pipeline.outcome import Outcome
 from sspcompile.pipeline.pools import pools_of
 from sspcompile.pipeline.reporting import report_of
 from sspcompile.pipeline.scoring import score_heads
+from sspcompile.pipeline.shortlist import Shortlisted, best_uniform, contenders
 from sspcompile.prepare.toolkit import Toolkit
-from sspcompile.recipe import Recipe, dump_recipe
+from sspcompile.recipe import AUTO, Recipe, dump_recipe
 from sspcompile.report import write_report
 from sspcompile.scenario import Scenario
 from sspcompile.slicing.hosts import named_host
 from sspcompile.slicing.parity import Parity, compare, demand, unchanged_tensors
-from sspcompile.slicing.plan import SlicePlan, make_plan, plan_json
+from sspcompile.slicing.plan import SlicePlan, host_of, make_plan, plan_json
 from sspcompile.slicing.repair import MIN_PROMPTS, demand_place
 from sspcompile.slicing.write import write_model
 from sspcompile.workspace import MASK, MODEL, PLAN, PROBES, RECIPE, Workspace
@@ -67,10 +69,17 @@ def build(
         loaded = subject.load()
         toolkit, _ = toolkit_for(subject, loaded, options, workspace, progress, [score_key(options)])
         compiled = compile_scenario(scenario, options, toolkit, loaded, progress)
-        choices = choices_for(compiled, subject, options.layout or "auto", host=host)
+        choices = dict(choices_for(compiled, subject, options.layout or AUTO, host=host))
         judge = _judge(loaded, subject, compiled, options, progress)
+        shortlist = None
+        if "uniform" in choices and options.criterion == AUTO and not choices["uniform"].kept.all():
+            shortlist = _shortlist(judge, compiled, subject, host)
+            choices["uniform"] = shortlist.choice if shortlist is not None else choices["uniform"]
         decision = decide({layout: judge.candidate(layout, choice) for layout, choice in choices.items()})
-        mask = mask_of(compiled, subject, decision.chosen.choice, decision.chosen.layout)
+        ranking = shortlist.ranking if shortlist is not None and decision.chosen.layout == "uniform" else None
+        mask = mask_of(compiled, subject, decision.chosen.choice, decision.chosen.layout, ranking)
+        if ranking is not None:
+            mask = replace(mask, scenario={**mask.scenario, "tried": [asdict(one) for one in shortlist.tried]})
         plan = make_plan(subject.checkpoint, mask, host=host)
         parity = _write_and_prove(folder, subject, loaded, mask, plan, decision.chosen, judge, progress)
         outcome = Outcome(
@@ -81,6 +90,21 @@ def build(
         _describe(folder, outcome, progress)
     workspace.remember(out)
     return outcome
+
+
+def _shortlist(judge: Judge, compiled: Compiled, subject: Subject, host: str | None) -> Shortlisted | None:
+    def holds(choice: Choice) -> bool:
+        try:
+            host_of(subject.checkpoint.geometry, choice.shapes, host)
+        except (UnsupportedModelError, InputError):
+            return False
+        return True
+
+    own = Ranking(compiled.criterion, compiled.scores.values)
+    ranked = contenders(judge, own, "group" if compiled.groups_only else "head")
+    return best_uniform(
+        judge, ranked, compiled.whitelist, compiled.keep, groups_only=compiled.groups_only, holds=holds
+    )
 
 
 def _judge(

@@ -25,7 +25,7 @@ from sspcompile.pipeline.scoring import HeadScores, score_heads
 from sspcompile.prepare import parallel
 from sspcompile.prepare.text import TEXT_VERSION
 from sspcompile.prepare.toolkit import Toolkit
-from sspcompile.recipe import DEFAULTS, Recipe
+from sspcompile.recipe import AUTO, DEFAULTS, Recipe
 from sspcompile.scenario import Scenario
 from sspcompile.slicing.plan import host_of
 from sspcompile.workspace import Workspace
@@ -35,6 +35,8 @@ Progress = Callable[[str, int, int], None]
 # Always measured, so that no figure depends on what was prepared before: the first finds the whitelist, and every
 # report shows both.
 STANDARD_CRITERIA = ("fisher", "subspace")
+# What ranks heads where nobody says otherwise: the best at every budget per-layer among those that cost a few passes.
+AUTO_CRITERION = "fisher-rounds"
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,14 @@ class Subject:
             self.checkpoint.path, fingerprint=self.fingerprint, device=device, device_map=device_map,
             trust_remote_code=trust_remote_code,
         )
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Scores [layers, heads] of the criterion `name`; only their order matters."""
+
+    name: str
+    values: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -150,7 +160,8 @@ def _stored(folder: Path, subject: Subject, options: Recipe, given: PoolSet) -> 
 
 def score_key(options: Recipe) -> str:
     """The name under which the toolkit caches the scores that a build asks for."""
-    return key_of(options.criterion or "", options.granularity or "head")
+    name = AUTO_CRITERION if options.criterion in (None, AUTO) else options.criterion
+    return key_of(name, options.granularity or "head")
 
 
 def compile_scenario(
@@ -187,8 +198,14 @@ def _mixture(scenario: Scenario, options: Recipe, toolkit: Toolkit, loaded: Load
     return mixture_of(toolkit, found, calibrated="calibration" not in (options.without or ()))
 
 
-def mask_of(compiled: Compiled, subject: Subject, choice: Choice, layout: Layout) -> HeadMask:
-    """The mask as a value that can be saved; whitelisted heads are those which the choice kept."""
+def mask_of(
+    compiled: Compiled, subject: Subject, choice: Choice, layout: Layout, ranking: Ranking | None = None
+) -> HeadMask:
+    """The mask as a value that can be saved; whitelisted heads are those which the choice kept.
+
+    `ranking` is what the heads were chosen by, where it was not the scenario's own.
+    """
+    chosen_by = ranking or Ranking(compiled.criterion, compiled.scores.values)
     g = subject.checkpoint.geometry
     kept = np.argwhere(compiled.whitelist & choice.kept)
     return HeadMask(
@@ -200,9 +217,9 @@ def mask_of(compiled: Compiled, subject: Subject, choice: Choice, layout: Layout
         layout=layout,
         keep_requested=compiled.keep,
         keep_achieved=choice.ratio,
-        scores=tuple(tuple(float(f"{score:.6g}") for score in row) for row in compiled.scores.values),
+        scores=tuple(tuple(float(f"{score:.6g}") for score in row) for row in chosen_by.values),
         whitelist=tuple((int(layer), int(head)) for layer, head in kept),
-        criterion=compiled.criterion,
+        criterion=chosen_by.name,
         scenario={
             "name": compiled.scenario.name, "source": compiled.scenario.source, **compiled.mixture.as_mapping(),
             "importance": compiled.scores.as_mapping(), "without": list(compiled.without),

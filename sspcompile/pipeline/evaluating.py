@@ -22,7 +22,7 @@ from sspcompile.loaded import LoadedModel
 from sspcompile.measure.asking import Limits, compare
 from sspcompile.measure.evaluation import SuiteResult, suite_result
 from sspcompile.measure.questions import Conversation, Question, read_data, single
-from sspcompile.pipeline.compiling import compile_scenario, toolkit_for
+from sspcompile.pipeline.compiling import compile_scenario, score_key, toolkit_for
 from sspcompile.pipeline.contenders import Contenders
 from sspcompile.pipeline.evidence import seen_part, split, whole_shares
 from sspcompile.pipeline.pools import pools_of
@@ -76,7 +76,7 @@ def deployment_of(
         return Deployment(weights, own, fitted, pools) if contenders.artifact is not None else None
     read, recipe = read_scenario(scenario)
     options = resolve(recipe or as_recipe(read), command_line={"seed": seed}, environment={})
-    toolkit, _ = toolkit_for(contenders.dense, loaded, options, workspace, progress, [options.criterion or ""])
+    toolkit, _ = toolkit_for(contenders.dense, loaded, options, workspace, progress, [score_key(options)])
     mixture = compile_scenario(read, options, toolkit, loaded).mixture
     if contenders.artifact is None:  # it may have been built for this very scenario
         fitted = frozenset(seen_part(tuple(dict.fromkeys(read.prompts))))

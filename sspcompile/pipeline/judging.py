@@ -18,7 +18,7 @@ from sspcompile.compile.mask import Layout
 from sspcompile.loaded import LoadedModel, head_gates
 from sspcompile.measure.quality import Difference, Divergence, DivergenceAccumulator, compare_divergences
 from sspcompile.pipeline.evidence import Evidence
-from sspcompile.prepare.text import Batch, with_continuations
+from sspcompile.prepare.text import Batch, batches_of, continued
 from sspcompile.slicing.repair import MIN_PROMPTS, Repair, fit_bias, fit_repair, is_linear, repaired
 
 Progress = Callable[[str, int, int], None]
@@ -79,10 +79,10 @@ class Judge:
         self.repair = repair if possible else "none"
         self.dtype = dtype
         self.progress = progress
-        self.fit, self.guard, self.held = (
-            with_continuations(loaded, part, new_tokens, max_tokens)
-            for part in (evidence.fit, evidence.guard, evidence.judge)
+        self.sentences, *others = (
+            continued(loaded, part, new_tokens, max_tokens) for part in (evidence.fit, evidence.guard, evidence.judge)
         )
+        self.fit, self.guard, self.held = (batches_of(loaded, part) for part in (self.sentences, *others))
         self._dense = {
             part: [_logits(loaded, batch) for batch in getattr(self, part)] for part in ("guard", "held")
         }
@@ -99,6 +99,15 @@ class Judge:
             owner = torch.tensor(batch.rows)[batch.score_mask.nonzero()[:, 0].cpu()]
             collected.add(dense, _logits(self.loaded, batch), owner)
         return collected.result(seed=self.seed)
+
+    def guarded(self, kept: np.ndarray) -> float:
+        """Mean KL on the guard texts of the mask `kept` (bool [layers, heads]) with its repair, where there is one."""
+        repair = None
+        if self.repair != "none" and not kept.all():
+            repair = FITS[self.repair](self.loaded, kept, self.fit, dtype=self.dtype)
+        gates = torch.from_numpy(kept).float().to(self.loaded.device)
+        with head_gates(self.loaded, gates), repaired(self.loaded, repair):
+            return self._divergence(self.guard, "guard").mean_kl
 
     def candidate(self, layout: Layout, choice: Choice, *, name: str | None = None) -> Candidate:
         """Measure one choice, and once more with a repair when repairs are on and something was cut."""

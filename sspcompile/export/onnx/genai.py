@@ -16,7 +16,7 @@ SEARCH: dict[str, Any] = {
 }  # fmt: skip
 
 
-def genai_config(decoder: Decoder, dtype: str) -> dict[str, Any]:
+def genai_config(decoder: Decoder) -> dict[str, Any]:
     """The settings as plain data. Counts of key/value heads that differ by layer are read from the graph's inputs."""
     g, config = decoder.geometry, decoder.config
     generation = _generation(decoder)

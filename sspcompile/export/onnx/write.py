@@ -94,18 +94,8 @@ def export_onnx(
     demand_runtime()
     decoder = read_decoder(model, positions=positions)
     with staged(out, overwrite=overwrite) as folder:
-        weights, quantised = _place(decoder, folder, precision, blocks, link, progress)
-        rotary = write_rotary(
-            folder, decoder.frequencies, decoder.rotary_scale, decoder.positions, precision.dtype
-        )
-        graph = emit(decoder, weights, quantised, rotary, precision.dtype)
-        (folder / GRAPH).write_bytes(graph.SerializeToString())
+        write_graph(decoder, folder, precision, blocks, link=link, progress=progress)
         _check_graph(folder)
-        copy_companions(model, folder)
-        config = {key: value for key, value in decoder.config.items() if key != "auto_map"}
-        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
-        settings = genai_config(decoder, precision.dtype)
-        (folder / GENAI).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
         agreement = check_runs(
             folder, model, probes, gate=precision.gate, trust_remote_code=trust_remote_code, progress=progress
         )
@@ -115,6 +105,21 @@ def export_onnx(
         if precision.bits is not None:
             described |= asdict(blocks)
         return Exported(write_manifest(folder, described), agreement)
+
+
+def write_graph(
+    decoder: Decoder, folder: Path, precision: Precision, blocks: Blocks, *, link: bool = False,
+    progress: Progress = lambda *_: None,
+) -> None:
+    """Weights, graph, configuration and tokenizer: all that a runtime reads. One band of one tensor is in memory."""
+    weights, quantised = _place(decoder, folder, precision, blocks, link, progress)
+    rotary = write_rotary(folder, decoder.frequencies, decoder.rotary_scale, decoder.positions, precision.dtype)
+    graph = emit(decoder, weights, quantised, rotary, precision.dtype)
+    (folder / GRAPH).write_bytes(graph.SerializeToString())
+    copy_companions(decoder.folder, folder)
+    config = {key: value for key, value in decoder.config.items() if key != "auto_map"}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    (folder / GENAI).write_text(json.dumps(genai_config(decoder), indent=2) + "\n", "utf-8")
 
 
 def _check_graph(folder: Path) -> None:

@@ -1,0 +1,77 @@
+"""The uniform mask is chosen by measuring: several head scores, every shape, each repaired, judged by the guard texts.
+
+A uniform cut takes the same share from every layer, from those that bear it and from those that do not. What remains
+depends on the repair more than on the score, and no score ranks heads best under every budget: on the embedded model
+those that look at one layer by itself (`greedy-output`, `probe-pruning`, `wanda`) are ahead at half the heads and
+below, the eliminating one above. Each of these costs a forward pass over the texts that fit the repair. Nestedness is
+not lost: uniform masks are not nested in the budget anyway (compile/layouts.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sspcompile.compile.budget import merit
+from sspcompile.compile.layouts import Choice, Shape, uniform_choices
+from sspcompile.criteria.look import Granularity
+from sspcompile.criteria.measuring import measure
+from sspcompile.pipeline.compiling import Ranking
+from sspcompile.pipeline.judging import Judge
+
+CONTENDERS = ("greedy-output", "probe-pruning", "wanda")
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One mask of the shortlist: mean KL from the dense model on the guard texts, nats per token."""
+
+    criterion: str
+    shape: Shape
+    guard_kl: float
+
+
+@dataclass(frozen=True)
+class Shortlisted:
+    """The winner and everything that was tried, best first."""
+
+    ranking: Ranking
+    choice: Choice
+    tried: tuple[Tried, ...]
+
+
+def contenders(judge: Judge, own: Ranking, granularity: Granularity = "head") -> tuple[Ranking, ...]:
+    """The scenario's own ranking, and one by each of CONTENDERS from the texts that fit the repair."""
+    found = [own]
+    for name in CONTENDERS:
+        scores = measure(judge.loaded, name, judge.sentences, seed=judge.seed, granularity=granularity)
+        found.append(Ranking(name, scores.by_domain(1)[..., 0]))
+    return tuple(found)
+
+
+def best_uniform(
+    judge: Judge, ranked: Sequence[Ranking], whitelist: np.ndarray, keep: float, *, groups_only: bool = False,
+    holds: Callable[[Choice], bool] = lambda _: True,
+) -> Shortlisted | None:
+    """The uniform mask within `keep` that diverges least on the guard texts once repaired; ties go to the earlier one.
+
+    `whitelist` is bool [layers, heads]. `holds` says whether a class can hold a mask; None when it holds none.
+    """
+    kv_heads = judge.loaded.geometry.kv_heads
+    masks: dict[bytes, tuple[Ranking, Choice]] = {}
+    for ranking in ranked:
+        for choice in uniform_choices(merit(ranking.values, whitelist), kv_heads, keep, groups_only=groups_only):
+            if holds(choice):
+                masks.setdefault(choice.kept.tobytes(), (ranking, choice))
+    found = []
+    for number, (ranking, choice) in enumerate(masks.values()):
+        judge.progress("comparing uniform masks", number, len(masks))
+        found.append((judge.guarded(choice.kept), number, ranking, choice))
+    judge.progress("comparing uniform masks", len(masks), len(masks))
+    if not found:
+        return None
+    found.sort(key=lambda one: one[:2])
+    tried = tuple(Tried(ranking.name, choice.shapes[0], kl) for kl, _, ranking, choice in found)
+    return Shortlisted(found[0][2], found[0][3], tried)
