@@ -32,7 +32,7 @@ from sspcompile.checkpoint import Checkpoint, OutputTensor, fingerprint, write_c
 from sspcompile.checkpoint.source import WORD_BYTES
 from sspcompile.cli.slice import byte_size
 from sspcompile.compile.layouts import choose
-from sspcompile.compile.mask import HeadMask, dump_mask, kept_of
+from sspcompile.compile.mask import HeadMask, Layout, dump_mask, kept_of
 
 GIGA = 10**9
 SHARD_BYTES = 1 * GIGA
@@ -102,13 +102,13 @@ def make_sparse(folder: Path, target: int) -> Path:
     return folder
 
 
-def write_mask(model: Path, path: Path, keep: float) -> Path:
+def write_mask(model: Path, path: Path, keep: float, layout: Layout = "per-layer") -> Path:
     checkpoint = Checkpoint(model)
     g = checkpoint.geometry
     scores = np.random.default_rng(0).random((g.layers, g.heads))
-    choice = choose(scores, g.kv_heads, keep, "per-layer")
+    choice = choose(scores, g.kv_heads, keep, layout)
     mask = HeadMask(
-        fingerprint(checkpoint), g.layers, g.heads, g.kv_heads, kept_of(choice.kept), "per-layer", keep, choice.ratio,
+        fingerprint(checkpoint), g.layers, g.heads, g.kv_heads, kept_of(choice.kept), layout, keep, choice.ratio,
         tuple(map(tuple, scores.tolist())), (), "random", {},
     )  # fmt: skip
     path.write_text(dump_mask(mask))

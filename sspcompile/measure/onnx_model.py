@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from sspcompile.errors import ArtifactError, InputError, RunError
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue
 
-GRAPH = "model.onnx"
+GRAPH, SETTINGS = "model.onnx", "genai_config.json"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
@@ -37,9 +38,11 @@ class Cache:
 class OnnxModel:
     """A folder that `sspcompile export --format onnx` wrote, open in a session of its own."""
 
-    def __init__(self, session: InferenceSession, device: str) -> None:
+    def __init__(self, session: InferenceSession, device: str, head_size: int | None = None) -> None:
+        """`head_size` is needed for graphs that leave it open, as onnxruntime-genai's builder does."""
         self.session = session
         self.device = device
+        self._head_size = head_size
         self._past = [value for value in session.get_inputs() if value.name.startswith("past_key_values.")]
 
     @classmethod
@@ -66,11 +69,21 @@ class OnnxModel:
         except _opening_errors() as error:
             reason = str(error).strip().splitlines()[0]
             raise ArtifactError(f"ONNX Runtime cannot open {folder}: {reason}", hint="Export it again.") from error
-        return cls(session, provider)
+        return cls(session, provider, _head_size(folder / SETTINGS))
 
     @property
     def vocab(self) -> int:
         return self.session.get_outputs()[0].shape[2]
+
+    def cache_shapes(self, batch: int, room: int) -> dict[str, tuple[tuple[int, ...], type[np.floating]]]:
+        """Input name -> ([batch, kv heads, room, D], dtype) of every layer's keys and values."""
+        return {
+            value.name: (
+                (batch, value.shape[1], room, value.shape[3] if isinstance(value.shape[3], int) else self._head_size),
+                NUMPY[value.type],
+            )
+            for value in self._past
+        }
 
     def prefill(
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, *, capacity: int | None = None
@@ -84,11 +97,10 @@ class OnnxModel:
         batch, length = input_ids.shape
         mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
         room = max(length, capacity or 0)
-        buffers = {}
-        for value in self._past:
-            shape = (batch, value.shape[1], room, value.shape[3])
-            zeros = np.zeros(shape, dtype=NUMPY[value.type])
-            buffers[value.name] = ort.OrtValue.ortvalue_from_numpy(zeros, self.device, 0)
+        buffers = {
+            name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), self.device, 0)
+            for name, (shape, dtype) in self.cache_shapes(batch, room).items()
+        }
         cache = Cache(buffers, np.zeros((batch, 0), dtype=np.int64))
         return self._run(input_ids, mask, cache), cache
 
@@ -119,6 +131,16 @@ class OnnxModel:
     def logits(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
         """Logits fp32 [B, S, V] of whole texts."""
         return self.prefill(input_ids, attention_mask)[0]
+
+
+def _head_size(settings: Path) -> int | None:
+    """From genai_config.json, where there is one that can be read."""
+    if not settings.is_file():
+        return None
+    try:
+        return int(json.loads(settings.read_text("utf-8"))["model"]["decoder"]["head_size"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{settings} is damaged.", hint="Export it again.") from error
 
 
 def demand_runtime() -> None:

@@ -14,12 +14,10 @@ from torch import Tensor
 
 from sspcompile.errors import ArtifactError
 from sspcompile.loaded import Chooser, Rows
-from sspcompile.measure.onnx_model import GRAPH, OnnxModel
+from sspcompile.measure.onnx_model import GRAPH, SETTINGS, OnnxModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-SETTINGS = "genai_config.json"
 
 
 @dataclass(frozen=True)

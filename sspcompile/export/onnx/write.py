@@ -31,11 +31,10 @@ from sspcompile.export.onnx.weights import (
     used_tensors,
     write_rotary,
 )
-from sspcompile.measure.onnx_model import GRAPH, demand_runtime
+from sspcompile.measure.onnx_model import GRAPH, SETTINGS, demand_runtime
 from sspcompile.tensors import EMBEDDING, LM_HEAD
 
 Progress = Callable[[str, int, int], None]
-GENAI = "genai_config.json"
 CHECKS = "check.json"
 
 
@@ -119,7 +118,7 @@ def write_graph(
     copy_companions(decoder.folder, folder)
     config = {key: value for key, value in decoder.config.items() if key != "auto_map"}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
-    (folder / GENAI).write_text(json.dumps(genai_config(decoder), indent=2) + "\n", "utf-8")
+    (folder / SETTINGS).write_text(json.dumps(genai_config(decoder), indent=2) + "\n", "utf-8")
 
 
 def _check_graph(folder: Path) -> None:

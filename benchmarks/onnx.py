@@ -1,0 +1,274 @@
+"""ONNX exports against their peers, as ratios of one run: python -m benchmarks.onnx [--sizes 207M,1.2B] [--rounds 3].
+
+Random weights of a Qwen3 shape (207 M parameters) and of Llama-3.2-1B's; `pruned` keeps half of the heads, the same in
+every layer, `uneven` as many with counts that differ by layer. Measured are
+
+* the export: writing an fp32 graph with its weights copied, and linked, against `cp` of the weights, in processes that
+  have imported their libraries before the clock starts; peak resident memory;
+* decoding one token at a context of 128 and of 1,024, and reading 512 tokens, for transformers (sdpa, fp32), for our
+  graphs in fp32, int8 and int4, and for the graphs that onnxruntime-genai's own builder makes of the pruned model.
+
+Every contender runs in a process of its own, with the same number of threads and OMP_WAIT_POLICY=PASSIVE (otherwise
+torch's waiting threads slow ONNX Runtime); the order is turned round from round to round, ratios are taken within a
+round. Writes benchmarks/results/onnx/SIZE.json, one finished round at a time, and prints the tables. Run it on a
+machine that does nothing else; the large size takes minutes per round.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.slice import write_mask
+from sspcompile.checkpoint import Checkpoint, OutputTensor, write_checkpoint
+from sspcompile.compile.mask import load_mask
+from sspcompile.slicing.plan import make_plan
+from sspcompile.slicing.write import write_model
+
+RESULTS = Path("benchmarks/results/onnx")
+COMMON = {"torch_dtype": "float32", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "hidden_act": "silu"}
+SHAPES: Mapping[str, dict[str, object]] = {
+    "207M": {
+        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": 1024, "intermediate_size": 3072,
+        "num_hidden_layers": 12, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64,
+        "vocab_size": 27648, "tie_word_embeddings": False, "rope_theta": 10000.0, "attention_bias": False, **COMMON,
+    },
+    "1.2B": {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 2048, "intermediate_size": 8192,
+        "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+        "vocab_size": 128256, "tie_word_embeddings": True, "rope_theta": 500000.0, **COMMON,
+    },
+    "tiny": {
+        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": 128, "intermediate_size": 256,
+        "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "vocab_size": 1000,
+        "tie_word_embeddings": False, "rope_theta": 10000.0, **COMMON,
+    },
+}  # fmt: skip
+PROMPT, CONTEXTS = 512, (128, 1024)
+SPREAD = 0.02
+BASE = "transformers, dense"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A row of the table: how it is run, and the folder."""
+
+    name: str
+    kind: str
+    folder: Path
+
+
+def make_model(folder: Path, shape: Mapping[str, object]) -> Path:
+    """Normal weights of a small spread, streamed; norms are ones."""
+    folder.mkdir(parents=True)
+    config = {**shape, "rope_parameters": {"rope_type": "default", "rope_theta": shape["rope_theta"]}}
+    (folder / "config.json").write_text(json.dumps(config))
+
+    def content(dims: tuple[int, ...], seed: int) -> Iterator[memoryview]:
+        rng = np.random.default_rng(seed)
+        step = max(1, (1 << 22) // int(np.prod(dims[1:], dtype=int)))
+        for start in range(0, dims[0], step):
+            size = (min(step, dims[0] - start), *dims[1:])
+            values = np.ones(size, np.float32) if len(dims) == 1 else SPREAD * rng.standard_normal(size, np.float32)
+            yield memoryview(np.ascontiguousarray(values, dtype=np.float32)).cast("B")
+
+    tensors = [
+        OutputTensor(name, "F32", dims, lambda dims=dims, seed=seed: content(dims, seed))
+        for seed, (name, (dims, _)) in enumerate(Checkpoint(folder).expected().items())
+    ]
+    write_checkpoint(folder, tensors, max_shard_bytes=2 * 10**9)
+    return folder
+
+
+def cut(model: Path, out: Path, layout: str) -> Path:
+    """Half of the heads."""
+    mask = load_mask(write_mask(model, out.with_suffix(".json"), 0.5, layout))
+    checkpoint = Checkpoint(model)
+    write_model(checkpoint, make_plan(checkpoint, mask), out)
+    return out
+
+
+EXPORT = """
+import json, resource, sys, time
+from pathlib import Path
+from sspcompile.export.onnx.decoder import read_decoder
+from sspcompile.export.onnx.write import PRECISIONS, Blocks, write_graph
+import transformers.modeling_rope_utils
+model, out, precision, link = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4] == "link"
+if PRECISIONS[precision].bits: import onnxruntime.quantization.matmul_nbits_quantizer
+from transformers import CONFIG_MAPPING; CONFIG_MAPPING["llama"], CONFIG_MAPPING["qwen3"]
+imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+out.mkdir(parents=True)
+start = time.perf_counter()
+write_graph(read_decoder(model), out, PRECISIONS[precision], Blocks(), link=link)
+took = time.perf_counter() - start
+print(json.dumps([took, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 1024 * imported]))
+"""
+
+
+def exported(model: Path, out: Path, precision: str, *, link: bool = False) -> tuple[float, int, int]:
+    """(seconds, peak resident bytes, resident bytes after the imports) of an export that nothing checks."""
+    command = [sys.executable, "-c", EXPORT, str(model), str(out), precision, "link" if link else "copy"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    took, peak, imported = json.loads(done.stdout.strip().splitlines()[-1])
+    return took, peak, imported
+
+
+def copied(model: Path, out: Path) -> float:
+    start = time.perf_counter()
+    subprocess.run(["sh", "-c", 'mkdir "$2" && cp "$1"/*.safetensors "$2"', "sh", str(model), str(out)], check=True)
+    return time.perf_counter() - start
+
+
+def export_rounds(model: Path, folder: Path, rounds: int) -> dict[str, object]:
+    """Seconds of exports and of `cp`, in turn; the files are removed after each."""
+    kept: dict[str, list[float]] = {"export, copied": [], "export, linked": [], "cp": []}
+    peaks: dict[str, int] = {}
+    for number in range(rounds + 1):
+        for name in (*kept,) if number % 2 else (*kept,)[::-1]:
+            out = folder / "out"
+            if name == "cp":
+                took = copied(model, out)
+            else:
+                took, peak, imported = exported(model, out, "fp32", link=name == "export, linked")
+                peaks = {"peak_bytes": max(peak, peaks.get("peak_bytes", 0)), "imported_bytes": imported}
+            shutil.rmtree(out)
+            if number:  # the first one warms the page cache
+                kept[name].append(took)
+    return {**kept, **peaks}
+
+
+def built(model: Path, out: Path, precision: str) -> Path | None:
+    """The graph of onnxruntime-genai's builder, or None where it cannot make one."""
+    command = [
+        sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(model), "-o", str(out), "-p", precision,
+        "-e", "cpu", "-c", str(out.parent / "cache"),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        click.echo(f"the builder failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}", err=True)
+        return None
+    return out
+
+
+def contenders(folder: Path, shape: Mapping[str, object], *, peers: bool) -> list[Contender]:
+    """Make the models and every form of them."""
+    dense = make_model(folder / "dense", shape)
+    models = {"dense": dense, "pruned": cut(dense, folder / "pruned", "uniform")}
+    models["uneven"] = cut(dense, folder / "uneven", "per-layer")
+    rows = [Contender(f"transformers, {name}", "transformers", path) for name, path in models.items()]
+    for precision in ("fp32", "int8", "int4"):
+        for name, path in models.items():
+            if name == "uneven" and precision == "int8":
+                continue
+            out = folder / f"{name}-{precision}"
+            exported(path, out, precision, link=True)
+            rows.append(Contender(f"ours {precision}, {name}", "onnx", out))
+    if peers:
+        _tokenizer(models["pruned"])
+        for precision in ("fp32", "int4"):
+            out = built(models["pruned"], folder / f"built-{precision}", precision)
+            if out is not None:
+                rows.append(Contender(f"genai builder {precision}, pruned", "onnx", out))
+    return rows
+
+
+def _tokenizer(model: Path) -> None:
+    """The builder copies one."""
+    from sspcompile.checkpoint import embedded_model
+
+    for file in embedded_model().glob("tokenizer*"):
+        shutil.copyfile(file, model / file.name)
+
+
+def timed(contender: Contender, threads: int, steps: int) -> dict[str, object]:
+    request = {"threads": threads, "prompt": PROMPT, "contexts": CONTEXTS, "steps": steps}
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads)}
+    program = [sys.executable, "-m", "benchmarks.onnx_worker"]
+    command = [*program, contender.kind, str(contender.folder), json.dumps(request)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise click.ClickException(f"{contender.name}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def weight_bytes(folder: Path) -> int:
+    return sum(
+        file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".data")
+    )
+
+
+@click.command()
+@click.option("--sizes", default="207M,1.2B", show_default=True, help="Of the shapes above.")
+@click.option("--rounds", default=3, show_default=True, help="How often every contender runs.")
+@click.option("--steps", default=16, show_default=True, help="Decoding steps per context and round.")
+@click.option("--threads", default=2, show_default=True)
+@click.option("--peers/--no-peers", default=True, help="Also build the graphs of onnxruntime-genai's builder.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Where the models are made (a temporary folder).")
+def main(sizes: str, rounds: int, steps: int, threads: int, peers: bool, folder: Path | None) -> None:
+    """Measure everything."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for size in sizes.split(","):
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            rows = contenders(Path(place), SHAPES[size], peers=peers)
+            bytes_of = {row.name: weight_bytes(row.folder) for row in rows}
+            export = export_rounds(Path(place) / "dense", Path(place), rounds)
+            found: list[dict[str, object]] = []
+            for number in range(rounds):
+                order = rows if number % 2 == 0 else rows[::-1]
+                found.append({row.name: timed(row, threads, steps) for row in order})
+                result = {"size": size, "threads": threads, "bytes": bytes_of, "export": export, "rounds": found}
+                (RESULTS / f"{size}.json").write_text(json.dumps(result, indent=1) + "\n")
+        show(result)
+
+
+def ratios(result: Mapping[str, object], what: str, row: str, base: str = BASE) -> np.ndarray:
+    """Per round: how many times faster than `base`."""
+    return np.array([np.median(one[base][what]) / np.median(one[row][what]) for one in result["rounds"]])
+
+
+def show(result: Mapping[str, object]) -> None:
+    """Print what README and docs quote."""
+    console = Console(width=120)
+    export = result["export"]
+    cp = np.median(export["cp"])
+    console.print(
+        f"{result['size']}: export fp32 {np.median(export['export, copied']):.2f} s = "
+        f"{np.median(np.array(export['export, copied']) / np.array(export['cp'])):.2f} x cp ({cp:.2f} s), linked "
+        f"{np.median(export['export, linked']):.2f} s; peak {export['peak_bytes'] / 1e6:.0f} MB, "
+        f"{export['imported_bytes'] / 1e6:.0f} MB of it imports"
+    )
+    table = Table("contender", "MB", "prefill", *(f"decode at {c}" for c in CONTEXTS), "peak MB", title=f"times {BASE}")
+    for row in result["bytes"]:
+        cells = []
+        for what in ("prefill", *(f"step {c}" for c in CONTEXTS)):
+            found = ratios(result, what, row)
+            cells.append(f"{np.median(found):.2f} ({found.min():.2f}-{found.max():.2f})")
+        peak = max(one[row]["peak_bytes"] for one in result["rounds"])
+        table.add_row(row, f"{result['bytes'][row] / 1e6:.0f}", *cells, f"{peak / 1e6:.0f}")
+    console.print(table)
+    for precision in ("fp32", "int4"):
+        dense, pruned = (f"ours {precision}, {name}" for name in ("dense", "pruned"))
+        predicted = result["bytes"][dense] / result["bytes"][pruned]
+        gained = ratios(result, f"step {CONTEXTS[0]}", pruned, dense)
+        console.print(
+            f"{precision}: bytes predict {predicted:.3f} times at context {CONTEXTS[0]}, measured "
+            f"{np.median(gained):.3f} ({gained.min():.3f}-{gained.max():.3f})"
+        )
+
+
+if __name__ == "__main__":
+    main()

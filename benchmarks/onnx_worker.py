@@ -1,0 +1,93 @@
+"""One contender of `onnx.py` in a process of its own: python -m benchmarks.onnx_worker KIND FOLDER REQUEST.
+
+KIND is `transformers` (sdpa, fp32) or `onnx` (any graph with the usual names, in ONNX Runtime). Prints JSON: seconds of
+loading, of one prefill, of every decoding step by context, and the peak resident memory. Steps start from a cache of
+random content, which costs what a real one costs.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+WARM_STEPS = 3
+
+
+def transformers_steps(folder: Path, threads: int, prompt: int, contexts: list[int], steps: int) -> dict[str, object]:
+    import torch
+    from transformers import AutoModelForCausalLM, DynamicCache
+
+    from sspcompile.slicing.configuration import MODELING_FILE
+
+    torch.set_num_threads(threads)
+    start = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=(folder / MODELING_FILE).is_file()
+    ).eval()
+    found: dict[str, object] = {"load": time.perf_counter() - start}
+    size = model.config.head_dim
+    counts = [layer.self_attn.k_proj.out_features // size for layer in model.model.layers]
+    with torch.inference_mode():
+        ids = torch.arange(prompt)[None]
+        model(input_ids=ids[:, :16], use_cache=True, logits_to_keep=1)
+        start = time.perf_counter()
+        model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        found["prefill"] = time.perf_counter() - start
+        for context in contexts:
+            cache, times = DynamicCache(), []
+            for layer, heads in enumerate(counts):
+                cache.update(torch.randn(1, heads, context, size), torch.randn(1, heads, context, size), layer)
+            for step in range(WARM_STEPS + steps):
+                start = time.perf_counter()
+                model(
+                    input_ids=torch.tensor([[7]]), position_ids=torch.tensor([[context + step]]), past_key_values=cache,
+                    use_cache=True,
+                )
+                times.append(time.perf_counter() - start)
+            found[f"step {context}"] = times[WARM_STEPS:]
+    return found
+
+
+def onnx_steps(folder: Path, threads: int, prompt: int, contexts: list[int], steps: int) -> dict[str, object]:
+    import onnxruntime as ort
+
+    from sspcompile.measure.onnx_model import Cache, OnnxModel
+
+    start = time.perf_counter()
+    model = OnnxModel.open(folder, threads=threads)
+    found: dict[str, object] = {"load": time.perf_counter() - start}
+    ids = np.arange(prompt)[None]
+    model.prefill(ids[:, :16])
+    start = time.perf_counter()
+    model.prefill(ids)
+    found["prefill"] = time.perf_counter() - start
+    rng = np.random.default_rng(0)
+    for context in contexts:
+        buffers, times = {}, []
+        for name, (shape, dtype) in model.cache_shapes(1, context + WARM_STEPS + steps).items():
+            content = rng.standard_normal(shape, dtype=np.float32).astype(dtype)
+            buffers[name] = ort.OrtValue.ortvalue_from_numpy(content)
+        cache = Cache(buffers, np.ones((1, context), dtype=np.int64))
+        for _ in range(WARM_STEPS + steps):
+            start = time.perf_counter()
+            model.step(np.array([7]), cache)
+            times.append(time.perf_counter() - start)
+        found[f"step {context}"] = times[WARM_STEPS:]
+    return found
+
+
+def main(kind: str, folder: str, request: str) -> None:
+    asked = json.loads(request)
+    run = {"transformers": transformers_steps, "onnx": onnx_steps}[kind]
+    found = run(Path(folder), asked["threads"], asked["prompt"], asked["contexts"], asked["steps"])
+    found["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
