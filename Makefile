@@ -3,14 +3,15 @@
 PYTHON ?= python3.11
 VENV := .venv
 COMPAT := .venv-compat
+OPTIMUM := .venv-optimum
 HARNESS := .venv-lm-eval
 BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
 # Two test processes: as many as the smallest machine that this is meant for has cores.
 WORKERS ?= 2
 
-.PHONY: demo test test-compat test-wheel test-shapes test-lm-eval lint format train bench-compile bench-prepare \
-	bench-quality bench-slice clean
+.PHONY: demo test test-compat test-optimum test-wheel test-shapes test-lm-eval lint format train bench-compile bench-prepare \
+	bench-quality bench-slice bench-onnx clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +34,15 @@ test: $(VENV)/.done lint  ## The suite: no network beyond the package registries
 test-compat: $(VENV)/.done $(COMPAT)/.done  ## What transformers 5 wrote, loaded by transformers 4.57.
 	$(BIN)/python tests/compat/write.py $(COMPAT)/fixtures
 	COMPAT_FIXTURES=$(COMPAT)/fixtures $(COMPAT)/bin/python -P -m pytest --confcutdir tests/compat tests/compat
+
+$(OPTIMUM)/.done: constraints-optimum.txt
+	$(PYTHON) -m venv $(OPTIMUM)
+	$(OPTIMUM)/bin/pip install $(PIP_FLAGS) --requirement constraints-optimum.txt
+	touch $@
+
+test-optimum: $(VENV)/.done $(OPTIMUM)/.done  ## ONNX exports in optimum's ORTModelForCausalLM.
+	$(BIN)/python tests/optimum/write.py $(OPTIMUM)/fixtures
+	OPTIMUM_FIXTURES=$(OPTIMUM)/fixtures $(OPTIMUM)/bin/python -P -m pytest --confcutdir tests/optimum tests/optimum
 
 test-wheel: $(VENV)/.done  ## The wheel in an empty environment, from another folder.
 	$(BIN)/python -m pytest tests/test_wheel.py -m slow
@@ -67,6 +77,9 @@ bench-quality: $(VENV)/.done  ## Quality at a given size: every head score, both
 bench-compile: $(VENV)/.done  ## How long compiling a scenario takes once everything is loaded.
 	$(BIN)/python benchmarks/compile.py
 
+bench-onnx: $(VENV)/.done  ## ONNX exports against transformers and onnxruntime-genai's own builder.
+	$(BIN)/python -m benchmarks.onnx
+
 bench-slice: $(VENV)/.done  ## What cutting a checkpoint costs against copying what it writes.
 	$(BIN)/python benchmarks/slice.py
 
@@ -74,4 +87,4 @@ bench-prepare: $(VENV)/.done  ## What learning a model costs, in bare forward pa
 	$(BIN)/python benchmarks/prepare.py
 
 clean:
-	rm -rf $(VENV) $(COMPAT) $(HARNESS) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(COMPAT) $(OPTIMUM) $(HARNESS) build dist .pytest_cache .ruff_cache .hypothesis

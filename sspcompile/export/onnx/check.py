@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from sspcompile.errors import ParityError
+from sspcompile.export.onnx.agreement import Agreement, Gate
 from sspcompile.loaded import TextModel, load_cut
 from sspcompile.measure.onnx_model import OnnxModel
 from sspcompile.measure.quality import divergence
@@ -17,36 +17,6 @@ from sspcompile.measure.quality import divergence
 NEW_TOKENS = 32
 PROBE_TOKENS = 128
 PROBES = 6
-
-
-@dataclass(frozen=True)
-class Gate:
-    """What must hold of an export: `bound` on the difference of logits in shares of their scale, the same text."""
-
-    bound: float
-    same_text: bool
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Of the graph in ONNX Runtime with the model in transformers, fp32, over all probes.
-
-    `max_difference` of logits at real tokens and decoding steps, `logit_scale` their largest absolute value there;
-    `same_text`: every greedy continuation of `new_tokens` tokens agrees, `texts` many, a batch padded on the left
-    among them. `mean_kl` (nats per token) and `top1_agreement` are those of the next token.
-    """
-
-    max_difference: float
-    logit_scale: float
-    same_text: bool
-    texts: int
-    new_tokens: int
-    mean_kl: float
-    top1_agreement: float
-
-    @property
-    def relative(self) -> float:
-        return self.max_difference / self.logit_scale if self.logit_scale else self.max_difference
 
 
 def check_runs(

@@ -16,7 +16,7 @@ import onnx
 import sspcompile
 from sspcompile.checkpoint import Manifest, copy_companions, staged, write_manifest
 from sspcompile.errors import InputError
-from sspcompile.export.onnx.check import Agreement, Gate, check_runs
+from sspcompile.export.onnx.agreement import Agreement, Gate
 from sspcompile.export.onnx.decoder import Decoder, read_decoder
 from sspcompile.export.onnx.genai import genai_config
 from sspcompile.export.onnx.graph import emit
@@ -36,6 +36,8 @@ from sspcompile.tensors import EMBEDDING, LM_HEAD
 
 Progress = Callable[[str, int, int], None]
 CHECKS = "check.json"
+# How optimum, which lives in another environment, opens the folder.
+OPTIMUM = "optimum_model.py"
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,9 @@ def export_onnx(
     """
     if out.resolve().is_relative_to(model.resolve()):
         raise InputError(f"{out} lies inside {model}.", hint="Give an --out outside of it.")
+    # Writing needs neither torch nor the model classes, and little memory; running against transformers does.
+    from sspcompile.export.onnx.check import check_runs
+
     demand_runtime()
     decoder = read_decoder(model, positions=positions)
     with staged(out, overwrite=overwrite) as folder:
@@ -116,6 +121,7 @@ def write_graph(
     graph = emit(decoder, weights, quantised, rotary, precision.dtype)
     (folder / GRAPH).write_bytes(graph.SerializeToString())
     copy_companions(decoder.folder, folder)
+    shutil.copyfile(Path(__file__).with_name(OPTIMUM), folder / OPTIMUM)
     config = {key: value for key, value in decoder.config.items() if key != "auto_map"}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
     (folder / SETTINGS).write_text(json.dumps(genai_config(decoder), indent=2) + "\n", "utf-8")
