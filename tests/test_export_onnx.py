@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,19 @@ def test_export_computes_what_transformers_computes_in_a_padded_batch(variant, l
     caches = {f"past_key_values.{n}.{part}" for n in range(layers) for part in ("key", "value")}
     assert {value.name for value in graph.input} == {"input_ids", "attention_mask"} | caches
     assert set(check_manifest(tmp_path / "out").files) == names(tmp_path / "out") - {"manifest.json"}
+
+
+def test_largest_counts_of_two_layers_need_not_fit_each_other(tmp_path):
+    """4 heads in 4 groups beside 6 heads in 3: config.json then says 6 query heads for 4 key/value heads."""
+    model = make(tmp_path / "dense", "qwen2")
+    checkpoint = Checkpoint(model)
+    kept = ((0, 2, 4, 6), (0, 1, 2, 3, 6, 7), (1, 3))
+    mask = replace(mask_for(checkpoint, 0.6, "per-layer", 0), kept=kept)
+    write_model(checkpoint, make_plan(checkpoint, mask), tmp_path / "cut")
+    config = json.loads((tmp_path / "cut" / "config.json").read_text())
+    assert (config["num_attention_heads"], config["num_key_value_heads"]) == (6, 4)
+    export(tmp_path / "cut", tmp_path / "out")
+    assert_same(tmp_path / "cut", tmp_path / "out", [PROBES[1], PROBES[2]])
 
 
 @settings(max_examples=15, deadline=None)

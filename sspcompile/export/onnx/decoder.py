@@ -71,6 +71,8 @@ def read_decoder(folder: Path, *, positions: int | None = None) -> Decoder:
     config = json.loads((folder / "config.json").read_text("utf-8"))
     by_layer = config.get("per_layer_config") or {}
     plain = {key: value for key, value in config.items() if key not in ("per_layer_config", "auto_map")}
+    if by_layer:  # the global counts are the largest of any layer, and need not fit each other
+        plain["num_attention_heads"] = plain["num_key_value_heads"]
     g = geometry_of(plain)
     stock = _stock_config(plain)
     _refuse_unfit(g, stock)
