@@ -101,8 +101,9 @@ def cut(model: Path, out: Path, layout: str) -> Path:
     return out
 
 
+# VmHWM, not ru_maxrss: that one remembers the process which started this one.
 EXPORT = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 from sspcompile.export.onnx.decoder import read_decoder
 from sspcompile.export.onnx.write import PRECISIONS, Blocks, write_graph
@@ -110,12 +111,13 @@ import transformers.modeling_rope_utils
 model, out, precision, link = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4] == "link"
 if PRECISIONS[precision].bits: import onnxruntime.quantization.matmul_nbits_quantizer
 from transformers import CONFIG_MAPPING; CONFIG_MAPPING["llama"], CONFIG_MAPPING["qwen3"]
-imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = lambda: 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+imported = peak()
 out.mkdir(parents=True)
 start = time.perf_counter()
 write_graph(read_decoder(model), out, PRECISIONS[precision], Blocks(), link=link)
 took = time.perf_counter() - start
-print(json.dumps([took, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 1024 * imported]))
+print(json.dumps([took, peak(), imported]))
 """
 
 
