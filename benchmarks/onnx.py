@@ -44,7 +44,8 @@ SHAPES: Mapping[str, dict[str, object]] = {
     "207M": {
         "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": 1024, "intermediate_size": 3072,
         "num_hidden_layers": 12, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64,
-        "vocab_size": 27648, "tie_word_embeddings": False, "rope_theta": 10000.0, "attention_bias": False, **COMMON,
+        "vocab_size": 27648, "tie_word_embeddings": False, "rope_theta": 10000.0, "attention_bias": False,
+        "use_sliding_window": False, **COMMON,
     },
     "1.2B": {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 2048, "intermediate_size": 8192,
@@ -107,10 +108,10 @@ import json, sys, time
 from pathlib import Path
 from sspcompile.export.onnx.decoder import read_decoder
 from sspcompile.export.onnx.write import PRECISIONS, Blocks, write_graph
-import transformers.modeling_rope_utils
+import torch
 model, out, precision, link = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4] == "link"
 if PRECISIONS[precision].bits: import onnxruntime.quantization.matmul_nbits_quantizer
-from transformers import CONFIG_MAPPING; CONFIG_MAPPING["llama"], CONFIG_MAPPING["qwen3"]
+
 peak = lambda: 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 imported = peak()
 out.mkdir(parents=True)

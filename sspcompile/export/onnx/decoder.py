@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 # Static position scalings: the frequencies do not depend on how long the text has become.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# Families whose class has sliding windows, and those where they must be switched on.
+WINDOWED = ("mistral", "phi3", "qwen2", "qwen3", "smollm3")
+SWITCHED = ("qwen2", "qwen3", "smollm3")
 ROTARY_MULTIPLE = 16
 PLAIN_MULTIPLE = 8
 
@@ -74,68 +78,99 @@ def read_decoder(folder: Path, *, positions: int | None = None) -> Decoder:
     if by_layer:  # the global counts are the largest of any layer, and need not fit each other
         plain["num_attention_heads"] = plain["num_key_value_heads"]
     g = geometry_of(plain)
-    stock = _stock_config(plain)
-    _refuse_unfit(g, stock)
-    layers = tuple(_layer(g, stock, index, by_layer.get(str(index), {})) for index in range(g.layers))
+    said = _Settings(plain)
+    _refuse_unfit(g, said)
+    layers = tuple(_layer(g, said, index, by_layer.get(str(index), {})) for index in range(g.layers))
     for index, layer in enumerate(layers):
         _refuse_kernel(index, layer, g.head_dim)
     tensors = tensor_table(folder)
     _check(tensors, g, layers, folder)
-    frequencies, scale = _rotary(g, stock)
-    longest = int(stock.max_position_embeddings)
+    frequencies, scale = _rotary(g, said)
+    longest = int(said["max_position_embeddings"])
     if positions is not None and positions > longest:
         raise UnsupportedModelError(
             f"The model was made for {longest} positions, not {positions}.", hint=f"Give at most {longest}."
         )
     return Decoder(
         folder=folder, config=config, geometry=g, tensors=tensors, layers=layers,
-        epsilon=float(stock.rms_norm_eps), positions=positions or longest, frequencies=frequencies,
+        epsilon=float(said["rms_norm_eps"]), positions=positions or longest, frequencies=frequencies,
         rotary_scale=scale,
-        embedding=float(getattr(stock, "embedding_multiplier", 1.0)),
-        attention=float(getattr(stock, "attention_multiplier", g.head_dim**-0.5)),
-        residual=float(getattr(stock, "residual_multiplier", 1.0)),
-        logits=float(getattr(stock, "logits_scaling", 1.0)),
+        **_multipliers(g, said),
     )  # fmt: skip
 
 
-def _stock_config(plain: Mapping[str, Any]) -> PreTrainedConfig:
-    """The configuration with the defaults of its class filled in."""
-    from transformers import CONFIG_MAPPING
-
-    values = {key: value for key, value in plain.items() if key != "allow_global_per_layer_attribute_access"}
-    try:
-        return CONFIG_MAPPING[plain["model_type"]](**values)
-    except (ValueError, KeyError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"transformers cannot read config.json: {reason}", hint="Check the file.") from error
+def _multipliers(g: Geometry, said: _Settings) -> dict[str, float]:
+    if g.family.model_type != "granite":
+        return {"embedding": 1.0, "attention": g.head_dim**-0.5, "residual": 1.0, "logits": 1.0}
+    names = {
+        "embedding": "embedding_multiplier", "attention": "attention_multiplier", "residual": "residual_multiplier",
+        "logits": "logits_scaling",
+    }  # fmt: skip
+    return {name: float(said[key]) for name, key in names.items()}
 
 
-def _refuse_unfit(g: Geometry, stock: PreTrainedConfig) -> None:
+class _Settings:
+    """config.json, and where it is silent the defaults of its class in transformers.
+
+    Checkpoints say what matters, and the class is loaded only for one that does not: it takes 300 MB.
+    """
+
+    def __init__(self, plain: Mapping[str, Any]) -> None:
+        self._plain = plain
+
+    def __getitem__(self, key: str) -> Any:
+        value = self._plain.get(key)
+        return value if value is not None else getattr(self.stock, key, None)
+
+    def says(self, key: str) -> Any:
+        """The value when config.json has the key, None included; else the class's default."""
+        return self._plain[key] if key in self._plain else getattr(self.stock, key, None)
+
+    @cached_property
+    def stock(self) -> PreTrainedConfig:
+        """The configuration as its class reads it. Raises CheckpointError."""
+        from transformers import CONFIG_MAPPING
+
+        # Not a key of any class, only of how per-layer folders are opened.
+        values = {key: value for key, value in self._plain.items() if key != "allow_global_per_layer_attribute_access"}
+        try:
+            return CONFIG_MAPPING[self._plain["model_type"]](**values)
+        except (ValueError, KeyError, TypeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(f"transformers cannot read config.json: {reason}", hint="Check the file.") from error
+
+
+def _refuse_unfit(g: Geometry, said: _Settings) -> None:
     family = g.family
     if family.model_type not in ONNX_FAMILIES:
         raise UnsupportedModelError(
             f"The ONNX export does not know {family.architecture}.",
             hint=f"Accepted: {', '.join(ONNX_FAMILIES)}; --format hf takes every family.",
         )
-    if getattr(stock, "hidden_act", "silu") != "silu" or family.mlp not in (GATED, FUSED_GATED):
+    if said["hidden_act"] != "silu" or family.mlp not in (GATED, FUSED_GATED):
         raise UnsupportedModelError(
-            f"The ONNX export knows SwiGLU layers, not {stock.hidden_act!r}.", hint="Use --format hf."
+            f"The ONNX export knows SwiGLU layers, not {said['hidden_act']!r}.", hint="Use --format hf."
         )
 
 
-def _layer(g: Geometry, stock: PreTrainedConfig, index: int, counts: Mapping[str, int]) -> Layer:
-    kinds = getattr(stock, "layer_types", None)
-    sliding = kinds[index] == "sliding_attention" if kinds else True
-    window = getattr(stock, "sliding_window", None)
-    if g.family.window == "use_sliding_window" and not getattr(stock, "use_sliding_window", False):
-        window = None
-    without_positions = getattr(stock, "no_rope_layers", None)
+def _layer(g: Geometry, said: _Settings, index: int, counts: Mapping[str, int]) -> Layer:
+    without_positions = said["no_rope_layers"] if g.family.model_type == "smollm3" else None
     return Layer(
         heads=counts.get("num_attention_heads", g.heads),
         kv_heads=counts.get("num_key_value_heads", g.kv_heads),
         rotary=bool(without_positions[index]) if without_positions else True,
-        window=int(window) if window and sliding else None,
+        window=_window(g, said, index),
     )
+
+
+def _window(g: Geometry, said: _Settings, index: int) -> int | None:
+    """The sliding window of a layer, where it has one."""
+    kind = g.family.model_type
+    if kind not in WINDOWED or (kind in SWITCHED and not said["use_sliding_window"]):
+        return None
+    window = said.says("sliding_window")
+    kinds = said["layer_types"] if window and kind in SWITCHED else None
+    return int(window) if window and (not kinds or kinds[index] == "sliding_attention") else None
 
 
 def _refuse_kernel(index: int, layer: Layer, head_dim: int) -> None:
@@ -167,15 +202,14 @@ def _check(tensors: Mapping[str, TensorInfo], g: Geometry, layers: tuple[Layer, 
             )
 
 
-def _rotary(g: Geometry, stock: PreTrainedConfig) -> tuple[np.ndarray, float]:
+def _rotary(g: Geometry, said: _Settings) -> tuple[np.ndarray, float]:
     """Angles per position, fp32 [head_dim / 2], and the factor of sines and cosines.
 
     Source: Su et al., RoFormer (2021), section 3.2; scaled kinds as transformers computes them.
     """
     import torch
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    parameters = dict(stock.rope_parameters or {})
+    parameters = _rope_parameters(said)
     kind = parameters.get("rope_type", "default")
     if kind not in ROPE_TYPES or parameters.get("partial_rotary_factor", 1.0) != 1.0:
         what = f"{kind!r} positions" if kind not in ROPE_TYPES else "rotary positions on a part of the head"
@@ -184,7 +218,17 @@ def _rotary(g: Geometry, stock: PreTrainedConfig) -> tuple[np.ndarray, float]:
             hint=f"Accepted: {', '.join(ROPE_TYPES)} on whole heads; --format hf takes every kind.",
         )
     if kind == "default":
+        # By torch, whose powers differ from numpy's in the last bit, which is 1e-3 of an angle at position 30,000.
         exponents = torch.arange(0, g.head_dim, 2, dtype=torch.int64).float() / g.head_dim
         return (1.0 / float(parameters["rope_theta"]) ** exponents).numpy(), 1.0
-    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](stock, device="cpu")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](said.stock, device="cpu")
     return frequencies.float().numpy(), float(scale)
+
+
+def _rope_parameters(said: _Settings) -> dict[str, Any]:
+    """As transformers 5 spells them; a configuration in the older spelling says them only through its class."""
+    if isinstance(said.says("rope_parameters"), Mapping) and "rope_theta" in said["rope_parameters"]:
+        return dict(said["rope_parameters"])
+    return dict(said.stock.rope_parameters or {})

@@ -109,7 +109,7 @@ def convert(tensors: Mapping[str, TensorInfo], data: DataFile, dtype: str) -> di
 def quantise(
     tensors: Mapping[str, TensorInfo], data: DataFile, dtype: str, *, bits: int, block_size: int, accuracy_level: int
 ) -> dict[str, Quantised]:
-    """Write matrices [out, in] in blocks of `block_size` along their input, one matrix in memory at a time.
+    """Write matrices [out, in] in blocks of `block_size` along their input, a band of rows in memory at a time.
 
     The rounding is ONNX Runtime's own (asymmetric, so that every block has a zero point); scales have the dtype of the
     activations.
@@ -127,11 +127,21 @@ def quantise(
     rounding = DefaultWeightOnlyQuantizer(config)
     found = {}
     for name, info in tensors.items():
-        # The quantiser wants [in, out], and floats of the dtype that the scales shall have.
-        parts = rounding.qbits_block_quant(np.ascontiguousarray(as_float(info, name, dtype).T))
-        kinds = ("U8", dtype, "U8")
-        stored = tuple(data.append([part], kind, part.shape) for part, kind in zip(parts, kinds, strict=True))
-        found[name] = Quantised(*info.shape, bits, block_size, accuracy_level, stored)
+        rows, columns = info.shape
+        blocks = -(-columns // block_size)
+        beside: list[tuple[np.ndarray, np.ndarray]] = []
+
+        def packed(info: TensorInfo = info, name: str = name, beside: list = beside) -> Iterator[np.ndarray]:
+            for band in _bands(info, name, dtype):
+                # The quantiser wants [in, out], and floats of the dtype that the scales shall have.
+                codes, scales, zeros = rounding.qbits_block_quant(np.ascontiguousarray(band.T))
+                beside.append((scales, zeros))
+                yield codes
+
+        codes = data.append(packed(), "U8", (rows, blocks, block_size * bits // 8))
+        scales, zeros = (np.concatenate(parts) for parts in zip(*beside, strict=True))
+        stored = (codes, data.append([scales], dtype, scales.shape), data.append([zeros], "U8", zeros.shape))
+        found[name] = Quantised(rows, columns, bits, block_size, accuracy_level, stored)
     return found
 
 
