@@ -7,8 +7,7 @@ heads and fits repairs; the masked model then answers held-out items of that dom
 the other five. No prompt that chose or repaired is ever asked. Exact match is that of greedy decoding.
 
 Rows are scores, and `auto`, the product's default: `fisher-rounds` per-layer; uniform, the mask that its shortlist
-(pipeline/shortlist.py) finds best on a quarter of the scenario's own prompts, repaired with all of them like the
-others.
+(pipeline/shortlist.py) finds best by cross-fitting on the scenario's own prompts.
 
 Work is done in jobs whose results are kept in the output folder, so an interrupted run goes on where it stopped;
 `quality_tables.py` turns them into the tables and the figure.
@@ -37,7 +36,7 @@ from sspcompile.embedded.corpus import DOMAINS, items
 from sspcompile.loaded import LoadedModel, head_gates
 from sspcompile.measure.answers import EncodedItems, answer_scores, encode_items
 from sspcompile.pipeline.compiling import AUTO_CRITERION, Ranking, open_subject
-from sspcompile.pipeline.evidence import HOLD_EVERY, Evidence, fit_part
+from sspcompile.pipeline.evidence import Evidence, fit_part
 from sspcompile.pipeline.judging import Judge
 from sspcompile.pipeline.shortlist import best_uniform, contenders
 from sspcompile.prepare import prepare
@@ -179,17 +178,34 @@ def judge_job(seed: int, domain: str, count: int, out: Path) -> None:
 
 
 def shortlisted(texts: Texts, scores: np.ndarray, seed: int) -> dict[float, Choice]:
-    """The default's uniform mask for every keep ratio, chosen on every fourth of the prompts (`split` of a build)."""
-    fit = tuple(prompt for number, prompt in enumerate(texts.prompts) if number % HOLD_EVERY != HOLD_EVERY - 1)
-    guard = texts.prompts[HOLD_EVERY - 1 :: HOLD_EVERY]
+    """The default's uniform mask for every keep ratio."""
     judge = Judge(
-        model(), Evidence(fit, guard, (), len(fit), len(guard), 0), max_tokens=MAX_TOKENS,
+        model(), Evidence(texts.prompts, (), (), len(texts.prompts), 0, 0), max_tokens=MAX_TOKENS,
         new_tokens=CONTINUATION_TOKENS, seed=seed, repair="least-squares", dtype=torch.float32,
         progress=lambda *_: None,
     )  # fmt: skip
     ranked = contenders(judge, Ranking(RANKED_BY, scores))
     nobody = np.zeros(scores.shape, dtype=bool)
     return {keep: best_uniform(judge, ranked, nobody, keep).choice for keep in KEEPS}
+
+
+def mixed_job(seed: int, out: Path) -> None:
+    """The default's uniform masks for prompts of all domains."""
+    path = out / f"mixed-{seed}.npz"
+    if path.exists():
+        return
+    found = shortlisted(mixed(seed), np.load(out / f"scores-{seed}-{RANKED_BY}.npy").mean(-1), seed)
+    kept = {f"{keep:g}": choice.kept for keep, choice in found.items()}
+    shapes = {f"shape-{keep:g}": np.array(choice.shapes) for keep, choice in found.items()}
+    _store(path, lambda part: np.savez_compressed(part, **kept, **shapes))
+
+
+def mixed_masks(seed: int, out: Path) -> dict[float, Choice]:
+    with np.load(out / f"mixed-{seed}.npz") as found:
+        return {
+            keep: Choice(found[f"{keep:g}"], tuple((int(g), int(r)) for g, r in found[f"shape-{keep:g}"]))
+            for keep in KEEPS
+        }
 
 
 def default_job(seed: int, domain: str, count: int, out: Path) -> None:
@@ -199,7 +215,7 @@ def default_job(seed: int, domain: str, count: int, out: Path) -> None:
         return
     scores, own = np.load(out / f"scores-{seed}-{RANKED_BY}.npy"), scenario(domain, seed)
     mine, free = scores[..., DOMAINS.index(domain)], scores.mean(-1)
-    masks = {id(own): shortlisted(own, mine, seed), id(mixed(seed)): shortlisted(mixed(seed), free, seed)}
+    masks = {id(own): shortlisted(own, mine, seed), id(mixed(seed)): mixed_masks(seed, out)}
     cells: dict[str, np.ndarray] = {}
     for row, merit, chosen_on, texts in (
         (OURS, mine, own, own), (DOMAIN_FREE, free, mixed(seed), mixed(seed)),
@@ -242,6 +258,8 @@ def main(seeds: int, count: int, workers: int, out: Path) -> None:
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         scoring = [pool.submit(score_job, seed, name, unit, out) for seed in range(seeds) for name in names]
         for job in track(scoring, "scoring heads"):
+            job.result()
+        for job in [pool.submit(mixed_job, seed, out) for seed in range(seeds)]:
             job.result()
         judging = [
             pool.submit(job, seed, domain, count, out)

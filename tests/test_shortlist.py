@@ -20,7 +20,7 @@ from sspcompile.loaded import load
 from sspcompile.pipeline.compiling import Ranking
 from sspcompile.pipeline.evidence import Evidence
 from sspcompile.pipeline.judging import Judge
-from sspcompile.pipeline.shortlist import CONTENDERS, best_uniform, contenders
+from sspcompile.pipeline.shortlist import CONTENDERS, Folds, best_uniform, contenders
 
 grids = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(0, 1000))
 
@@ -61,10 +61,10 @@ def test_winner_has_the_least_divergence_of_all_that_were_tried(judge):
     ranked = contenders(judge, Ranking("mine", rng.random((3, 8))))
     assert [ranking.name for ranking in ranked] == ["mine", *CONTENDERS]
     found = best_uniform(judge, ranked, np.zeros((3, 8), dtype=bool), 0.5)
-    values = [one.guard_kl for one in found.tried]
+    values = [one.distance for one in found.tried]
     assert values == sorted(values) and len(found.tried) >= 3
     assert {one.shape for one in found.tried} == {(4, 1), (2, 2)}
-    assert judge.guarded(found.choice.kept) == values[0] and found.ranking.name == found.tried[0].criterion
+    assert Folds(judge).distance(found.choice.kept) == values[0] and found.ranking.name == found.tried[0].criterion
     # A mask that is the same by two rankings is measured once, and is the earlier one's.
     again = best_uniform(judge, [ranked[0], Ranking("twin", ranked[0].values)], np.zeros((3, 8), dtype=bool), 0.5)
     assert {one.criterion for one in again.tried} == {"mine"}
@@ -90,6 +90,6 @@ def test_default_build_records_what_it_tried_and_a_named_criterion_tries_nothing
         masks.append(json.loads((tmp_path / more[1] / "mask.json").read_text()))
     tried = masks[0]["scenario"]["tried"]
     assert masks[0]["criterion"] == tried[0]["criterion"] and len(tried) >= 3
-    assert min(one["guard_kl"] for one in tried) == tried[0]["guard_kl"]
+    assert min(one["distance"] for one in tried) == tried[0]["distance"]
     assert masks[1]["criterion"] == "fisher-rounds" and "tried" not in masks[1]["scenario"]
     assert Path(tmp_path / "auto" / "model" / "config.json").is_file()

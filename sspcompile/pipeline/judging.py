@@ -84,44 +84,50 @@ class Judge:
         )
         self.fit, self.guard, self.held = (batches_of(loaded, part) for part in (self.sentences, *others))
         self._dense = {
-            part: [_logits(loaded, batch) for batch in getattr(self, part)] for part in ("guard", "held")
+            part: [logits_at(loaded, batch) for batch in getattr(self, part)] for part in ("guard", "held")
         }
 
     def figures(self, kept: np.ndarray, repair: Repair | None = None) -> Figures:
         """Of the masked model, `kept` bool [layers, heads]."""
-        gates = torch.from_numpy(kept).float().to(self.loaded.device)
-        with head_gates(self.loaded, gates), repaired(self.loaded, repair):
-            return Figures(self._divergence(self.guard, "guard"), self._divergence(self.held, "held"))
+        return Figures(*(
+            divergence_of(self.loaded, kept, repair, getattr(self, part), self._dense[part], seed=self.seed)
+            for part in ("guard", "held")
+        ))  # fmt: skip
 
-    def _divergence(self, batches: Sequence[Batch], part: str) -> Divergence:
-        collected = DivergenceAccumulator()
-        for batch, dense in zip(batches, self._dense[part], strict=True):
-            owner = torch.tensor(batch.rows)[batch.score_mask.nonzero()[:, 0].cpu()]
-            collected.add(dense, _logits(self.loaded, batch), owner)
-        return collected.result(seed=self.seed)
-
-    def guarded(self, kept: np.ndarray) -> float:
-        """Mean KL on the guard texts of the mask `kept` (bool [layers, heads]) with its repair, where there is one."""
-        repair = None
-        if self.repair != "none" and not kept.all():
-            repair = FITS[self.repair](self.loaded, kept, self.fit, dtype=self.dtype)
-        gates = torch.from_numpy(kept).float().to(self.loaded.device)
-        with head_gates(self.loaded, gates), repaired(self.loaded, repair):
-            return self._divergence(self.guard, "guard").mean_kl
+    def fitted(
+        self, kept: np.ndarray, batches: Sequence[Batch], report: Callable[[int, int], None] | None = None
+    ) -> Repair | None:
+        """The repair of a mask (bool [layers, heads]) on other texts than usual; None where there is none."""
+        if self.repair == "none" or kept.all():
+            return None
+        return FITS[self.repair](self.loaded, kept, batches, dtype=self.dtype, progress=report)
 
     def candidate(self, layout: Layout, choice: Choice, *, name: str | None = None) -> Candidate:
         """Measure one choice, and once more with a repair when repairs are on and something was cut."""
         plain = self.figures(choice.kept)
-        if self.repair == "none" or choice.kept.all():
-            return Candidate(layout, choice, plain, None, None)
-        fitted = FITS[self.repair](
-            self.loaded, choice.kept, self.fit, dtype=self.dtype,
-            progress=lambda done, total: self.progress(f"repair ({name or layout})", done, total),
+        fitted = self.fitted(
+            choice.kept, self.fit, lambda done, total: self.progress(f"repair ({name or layout})", done, total)
         )
+        if fitted is None:
+            return Candidate(layout, choice, plain, None, None)
         return Candidate(layout, choice, plain, fitted, self.figures(choice.kept, fitted))
 
 
-def _logits(loaded: LoadedModel, batch: Batch) -> Tensor:
+def divergence_of(
+    loaded: LoadedModel, kept: np.ndarray, repair: Repair | None, batches: Sequence[Batch], dense: Sequence[Tensor],
+    *, seed: int = 0,
+) -> Divergence:
+    """Of the masked, repaired model from the dense one, whose logits at the scored positions are `dense`."""
+    collected = DivergenceAccumulator()
+    gates = torch.from_numpy(kept).float().to(loaded.device)
+    with head_gates(loaded, gates), repaired(loaded, repair):
+        for batch, expected in zip(batches, dense, strict=True):
+            owner = torch.tensor(batch.rows)[batch.score_mask.nonzero()[:, 0].cpu()]
+            collected.add(expected, logits_at(loaded, batch), owner)
+    return collected.result(seed=seed)
+
+
+def logits_at(loaded: LoadedModel, batch: Batch) -> Tensor:
     """Logits at the scored positions, [S, V] fp32 on the CPU."""
     return loaded.scored_logits(batch.input_ids, batch.attention_mask, batch.score_mask).cpu()
 

@@ -1,10 +1,14 @@
-"""The uniform mask is chosen by measuring: several head scores, every shape, each repaired, judged by the guard texts.
+"""The uniform mask is chosen by measuring: several head scores, every shape, each repaired, compared by cross-fitting.
 
 A uniform cut takes the same share from every layer, from those that bear it and from those that do not. What remains
 depends on the repair more than on the score, and no score ranks heads best under every budget: on the embedded model
 those that look at one layer by itself (`greedy-output`, `probe-pruning`, `wanda`) are ahead at half the heads and
 below, the eliminating one above. Each of these costs a forward pass over the texts that fit the repair. Nestedness is
 not lost: uniform masks are not nested in the budget anyway (compile/layouts.py).
+
+Masks are compared on the texts that fit the repair, each text under a repair that has not seen it; the guard texts
+stay fresh for the layout. The measure is the mean of sqrt(KL): up to a constant it bounds the total variation between
+the two predictions (Pinsker), so a text that is lost anyway does not outvote those that are not.
 """
 
 from __future__ import annotations
@@ -19,18 +23,20 @@ from sspcompile.compile.layouts import Choice, Shape, uniform_choices
 from sspcompile.criteria.look import Granularity
 from sspcompile.criteria.measuring import measure
 from sspcompile.pipeline.compiling import Ranking
-from sspcompile.pipeline.judging import Judge
+from sspcompile.pipeline.judging import Judge, divergence_of, logits_at
+from sspcompile.prepare.text import Batch, batches_of
 
+FOLDS = 4
 CONTENDERS = ("greedy-output", "probe-pruning", "wanda")
 
 
 @dataclass(frozen=True)
 class Tried:
-    """One mask of the shortlist: mean KL from the dense model on the guard texts, nats per token."""
+    """One mask of the shortlist: the mean over texts of the root of the KL from the dense model (nats per token)."""
 
     criterion: str
     shape: Shape
-    guard_kl: float
+    distance: float
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,29 @@ class Shortlisted:
     ranking: Ranking
     choice: Choice
     tried: tuple[Tried, ...]
+
+
+class Folds:
+    """The texts that fit the repair, in FOLDS parts; each part is measured under a repair that the others fit."""
+
+    def __init__(self, judge: Judge) -> None:
+        self._judge = judge
+        texts = judge.sentences
+        count = min(FOLDS, len(texts)) if judge.repair != "none" else 1
+        self._parts: list[tuple[list[Batch], list[Batch]]] = []
+        for fold in range(count):
+            held = [text for number, text in enumerate(texts) if number % count == fold]
+            fit = [text for number, text in enumerate(texts) if number % count != fold]
+            self._parts.append((batches_of(judge.loaded, fit), batches_of(judge.loaded, held)))
+        self._dense = [[logits_at(judge.loaded, batch) for batch in held] for _, held in self._parts]
+
+    def distance(self, kept: np.ndarray) -> float:
+        """Mean over texts of sqrt(KL) of the mask `kept` (bool [layers, heads]), repaired."""
+        roots: list[float] = []
+        for (fit, held), dense in zip(self._parts, self._dense, strict=True):
+            found = divergence_of(self._judge.loaded, kept, self._judge.fitted(kept, fit), held, dense)
+            roots += np.sqrt(np.maximum(found.kl_per_prompt, 0.0)).tolist()
+        return float(np.mean(roots))
 
 
 def contenders(judge: Judge, own: Ranking, granularity: Granularity = "head") -> tuple[Ranking, ...]:
@@ -55,7 +84,7 @@ def best_uniform(
     judge: Judge, ranked: Sequence[Ranking], whitelist: np.ndarray, keep: float, *, groups_only: bool = False,
     holds: Callable[[Choice], bool] = lambda _: True,
 ) -> Shortlisted | None:
-    """The uniform mask within `keep` that diverges least on the guard texts once repaired; ties go to the earlier one.
+    """The uniform mask within `keep` that diverges least once repaired; ties go to the earlier one.
 
     `whitelist` is bool [layers, heads]. `holds` says whether a class can hold a mask; None when it holds none.
     """
@@ -65,13 +94,13 @@ def best_uniform(
         for choice in uniform_choices(merit(ranking.values, whitelist), kv_heads, keep, groups_only=groups_only):
             if holds(choice):
                 masks.setdefault(choice.kept.tobytes(), (ranking, choice))
-    found = []
+    folds, found = Folds(judge), []
     for number, (ranking, choice) in enumerate(masks.values()):
         judge.progress("comparing uniform masks", number, len(masks))
-        found.append((judge.guarded(choice.kept), number, ranking, choice))
+        found.append((folds.distance(choice.kept), number, ranking, choice))
     judge.progress("comparing uniform masks", len(masks), len(masks))
     if not found:
         return None
     found.sort(key=lambda one: one[:2])
-    tried = tuple(Tried(ranking.name, choice.shapes[0], kl) for kl, _, ranking, choice in found)
+    tried = tuple(Tried(ranking.name, choice.shapes[0], value) for value, _, ranking, choice in found)
     return Shortlisted(found[0][2], found[0][3], tried)
