@@ -5,8 +5,10 @@ every layer, `uneven` as many with counts that differ by layer. Measured are
 
 * the export: writing an fp32 graph with its weights copied, and linked, against `cp` of the weights, in processes that
   have imported their libraries before the clock starts; peak resident memory;
+* what the exports of torch.onnx (dynamo) and, where `make test-optimum` has made its environment, of optimum take;
 * decoding one token at a context of 128 and of 1,024, and reading 512 tokens, for transformers (sdpa, fp32), for our
-  graphs in fp32, int8 and int4, and for the graphs that onnxruntime-genai's own builder makes of the pruned model.
+  graphs in fp32, int8 and int4, for the graphs that onnxruntime-genai's own builder makes of the pruned model, and for
+  those of torch.onnx and optimum (whose exporter cannot hold a pruned model, so it gets the dense one).
 
 Every contender runs in a process of its own, with the same number of threads and OMP_WAIT_POLICY=PASSIVE (otherwise
 torch's waiting threads slow ONNX Runtime); the order is turned round from round to round, ratios are taken within a
@@ -39,6 +41,7 @@ from sspcompile.slicing.plan import make_plan
 from sspcompile.slicing.write import write_model
 
 RESULTS = Path("benchmarks/results/onnx")
+OPTIMUM = Path(".venv-optimum/bin/python")
 COMMON = {"torch_dtype": "float32", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "hidden_act": "silu"}
 SHAPES: Mapping[str, dict[str, object]] = {
     "207M": {
@@ -55,7 +58,7 @@ SHAPES: Mapping[str, dict[str, object]] = {
     "tiny": {
         "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": 128, "intermediate_size": 256,
         "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "vocab_size": 1000,
-        "tie_word_embeddings": False, "rope_theta": 10000.0, **COMMON,
+        "tie_word_embeddings": False, "rope_theta": 10000.0, "use_sliding_window": False, **COMMON,
     },
 }  # fmt: skip
 PROMPT, CONTEXTS = 512, (128, 1024)
@@ -167,8 +170,11 @@ def built(model: Path, out: Path, precision: str) -> Path | None:
     return out
 
 
-def contenders(folder: Path, shape: Mapping[str, object], *, peers: bool) -> list[Contender]:
-    """Make the models and every form of them."""
+def contenders(
+    folder: Path, shape: Mapping[str, object], *, peers: bool
+) -> tuple[list[Contender], dict[str, list[float]]]:
+    """Make the models and every form of them; and what the exports of others took, [seconds, peak bytes]."""
+    costs: dict[str, list[float]] = {}
     dense = make_model(folder / "dense", shape)
     models = {"dense": dense, "pruned": cut(dense, folder / "pruned", "uniform")}
     models["uneven"] = cut(dense, folder / "uneven", "per-layer")
@@ -186,7 +192,32 @@ def contenders(folder: Path, shape: Mapping[str, object], *, peers: bool) -> lis
             out = built(models["pruned"], folder / f"built-{precision}", precision)
             if out is not None:
                 rows.append(Contender(f"genai builder {precision}, pruned", "onnx", out))
-    return rows
+        for kind, name, python in (
+            ("dynamo", "dense", sys.executable), ("dynamo", "pruned", sys.executable), ("optimum", "dense", OPTIMUM),
+        ):  # fmt: skip
+            cost = exported_by(kind, python, models[name], folder / f"{kind}-{name}")
+            if cost is not None:
+                costs[f"{kind}, {name}"] = cost
+                rows.append(Contender(f"{LABEL[kind]}, {name}", "growing", folder / f"{kind}-{name}"))
+    return rows, costs
+
+
+LABEL = {"dynamo": "torch.onnx", "optimum": "optimum"}
+
+
+def exported_by(kind: str, python: str | Path, model: Path, out: Path) -> list[float] | None:
+    """[seconds, peak resident bytes] of a peer's export, None where it cannot make one."""
+    if not Path(python).is_file():
+        return None
+    # -P: the folder of this script has an onnx.py.
+    command = [str(python), "-P", "benchmarks/onnx_peers.py", kind, str(model), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        click.echo(f"{kind} failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}", err=True)
+        return None
+    g = Checkpoint(model).geometry
+    (out / "heads.json").write_text(json.dumps([g.kv_heads, g.head_dim]))
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def _tokenizer(model: Path) -> None:
@@ -209,9 +240,8 @@ def timed(contender: Contender, threads: int, steps: int) -> dict[str, object]:
 
 
 def weight_bytes(folder: Path) -> int:
-    return sum(
-        file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".data")
-    )
+    kinds = (".safetensors", ".data", ".onnx_data")
+    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in kinds)
 
 
 @click.command()
@@ -226,14 +256,17 @@ def main(sizes: str, rounds: int, steps: int, threads: int, peers: bool, folder:
     RESULTS.mkdir(parents=True, exist_ok=True)
     for size in sizes.split(","):
         with tempfile.TemporaryDirectory(dir=folder) as place:
-            rows = contenders(Path(place), SHAPES[size], peers=peers)
+            rows, costs = contenders(Path(place), SHAPES[size], peers=peers)
             bytes_of = {row.name: weight_bytes(row.folder) for row in rows}
             export = export_rounds(Path(place) / "dense", Path(place), rounds)
             found: list[dict[str, object]] = []
             for number in range(rounds):
                 order = rows if number % 2 == 0 else rows[::-1]
                 found.append({row.name: timed(row, threads, steps) for row in order})
-                result = {"size": size, "threads": threads, "bytes": bytes_of, "export": export, "rounds": found}
+                result = {
+                    "size": size, "threads": threads, "bytes": bytes_of, "export": export, "peers": costs,
+                    "rounds": found,
+                }  # fmt: skip
                 (RESULTS / f"{size}.json").write_text(json.dumps(result, indent=1) + "\n")
         show(result)
 
@@ -254,6 +287,8 @@ def show(result: Mapping[str, object]) -> None:
         f"{np.median(export['export, linked']):.2f} s; peak {export['peak_bytes'] / 1e6:.0f} MB, "
         f"{export['imported_bytes'] / 1e6:.0f} MB of it imports"
     )
+    for name, (took, peak) in result["peers"].items():
+        console.print(f"export by {name}: {took:.1f} s, peak {peak / 1e6:.0f} MB")
     table = Table("contender", "MB", "prefill", *(f"decode at {c}" for c in CONTEXTS), "peak MB", title=f"times {BASE}")
     for row in result["bytes"]:
         cells = []

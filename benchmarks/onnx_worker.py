@@ -1,6 +1,7 @@
 """One contender of `onnx.py` in a process of its own: python -m benchmarks.onnx_worker KIND FOLDER REQUEST.
 
-KIND is `transformers` (sdpa, fp32) or `onnx` (any graph with the usual names, in ONNX Runtime). Prints JSON: seconds of
+KIND is `transformers` (sdpa, fp32), `onnx` (a graph whose cache can be one buffer, in ONNX Runtime) or `growing` (one
+whose cache grows by concatenation). Prints JSON: seconds of
 loading, of one prefill, of every decoding step by context, and the peak resident memory. Steps start from a cache of
 random content, which costs what a real one costs.
 """
@@ -80,9 +81,56 @@ def onnx_steps(folder: Path, threads: int, prompt: int, contexts: list[int], ste
     return found
 
 
+def growing_steps(folder: Path, threads: int, prompt: int, contexts: list[int], steps: int) -> dict[str, object]:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    start = time.perf_counter()
+    session = ort.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+    found: dict[str, object] = {"load": time.perf_counter() - start}
+    heads = json.loads((folder / "heads.json").read_text())  # [kv heads, head size]
+    names = [value.name for value in session.get_inputs()]
+    past_names = [name for name in names if name.startswith("past_key_values.")]
+
+    def run(ids: np.ndarray, past: dict[str, object], length: int) -> dict[str, object]:
+        binding = session.io_binding()
+        binding.bind_cpu_input("input_ids", ids)
+        if "attention_mask" in names:
+            binding.bind_cpu_input("attention_mask", np.ones((1, length + ids.shape[1]), dtype=np.int64))
+        if "position_ids" in names:
+            binding.bind_cpu_input("position_ids", np.arange(length, length + ids.shape[1])[None])
+        for name, value in past.items():
+            binding.bind_ortvalue_input(name, value)
+        for output in session.get_outputs():
+            binding.bind_output(output.name, "cpu")
+        session.run_with_iobinding(binding)
+        kept = dict(zip((value.name for value in session.get_outputs()), binding.get_outputs(), strict=True))
+        return {name: kept[name.replace("past_key_values.", "present.")] for name in past_names}
+
+    rng = np.random.default_rng(0)
+
+    def cache(length: int) -> dict[str, object]:
+        shape = (1, heads[0], length, heads[1])
+        return {n: ort.OrtValue.ortvalue_from_numpy(rng.standard_normal(shape, dtype=np.float32)) for n in past_names}
+
+    run(np.arange(16)[None], cache(1), 1)
+    start = time.perf_counter()
+    run(np.arange(prompt)[None], cache(1), 1)
+    found["prefill"] = time.perf_counter() - start
+    for context in contexts:
+        past, times = cache(context), []
+        for step in range(WARM_STEPS + steps):
+            start = time.perf_counter()
+            past = run(np.array([[7]]), past, context + step)
+            times.append(time.perf_counter() - start)
+        found[f"step {context}"] = times[WARM_STEPS:]
+    return found
+
+
 def main(kind: str, folder: str, request: str) -> None:
     asked = json.loads(request)
-    run = {"transformers": transformers_steps, "onnx": onnx_steps}[kind]
+    run = {"transformers": transformers_steps, "onnx": onnx_steps, "growing": growing_steps}[kind]
     found = run(Path(folder), asked["threads"], asked["prompt"], asked["contexts"], asked["steps"])
     # Not ru_maxrss: that one remembers the process which started this one.
     found["peak_bytes"] = 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
