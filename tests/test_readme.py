@@ -31,7 +31,8 @@ def test_the_readme_shows_the_two_commands_first():
 
 
 def test_pictures_and_linked_files_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
+    prose = re.sub(r"(`+).*?\1", "", README, flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#]+)\)", prose):
         if not target.startswith("http"):
             assert (REPOSITORY / target).exists(), target
 

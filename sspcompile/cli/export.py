@@ -31,19 +31,19 @@ Examples:
 )
 @click.argument("artifact", required=False)
 @click.option("--format", "form", default="hf", show_default=True, metavar="[hf|onnx]",
-              help="hf is a model folder for transformers and vLLM, onnx one for ONNX Runtime and its genai.")
+              help="Write a model folder for transformers and vLLM (hf), or for ONNX Runtime and its genai (onnx).")
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Output folder (default exported/NAME-FORMAT).")
 @host_option
 @click.option("--precision", metavar="[fp32|fp16|int8|int4]",
-              help="onnx: numbers of the graph (fp32); int8 and int4 round matrices in blocks and cost quality.")
+              help="ONNX: the numbers of the graph (fp32); int8 and int4 round matrices in blocks and cost quality.")
 @click.option("--block-size", type=click.Choice(["16", "32", "64", "128", "256"]),
-              help="onnx, int8 and int4: how many inputs of a matrix share a scale (32).")
+              help="ONNX in int8 or int4: how many inputs of a matrix share a scale (32).")
 @click.option("--accuracy-level", type=click.Choice(["0", "1", "4"]),
-              help="onnx, int8 and int4: multiply in int8 (4, the default and fastest) or in floats (0, 1).")
+              help="ONNX in int8 or int4: multiply in int8 (4, the default and fastest) or in floats (0, 1).")
 @click.option("--context-length", type=click.IntRange(min=1), metavar="N",
-              help="onnx: make the graph for N positions instead of all that the model has.")
-@click.option("--hard-link", is_flag=True, help="onnx: share unchanged weight files with the source.")
-@click.option("--model", "-m", metavar="MODEL", help="onnx: export this checkpoint as it is instead of an artifact.")
+              help="ONNX: make the graph for N positions instead of all that the model has.")
+@click.option("--hard-link", is_flag=True, help="ONNX: share unchanged weight files with the source.")
+@click.option("--model", "-m", metavar="MODEL", help="ONNX: export this checkpoint as it is instead of an artifact.")
 @overwrite_option
 @json_option
 @quiet_option

@@ -31,14 +31,14 @@ Examples:
 @click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, metavar="N",
               help="Stop after N tokens at the latest.")
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, metavar="T",
-              help="0 takes the likeliest token; above, tokens are drawn.")
+              help="Take the likeliest token (0), or draw among them (above 0).")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, metavar="P",
               help="Draw among the likeliest tokens that make up this share.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, metavar="N",
               help="Seed of the draws.")
 @click.option("--raw", is_flag=True, help="Leave the chat template out.")
 @click.option("--dense", is_flag=True, help="Use the model that the artifact was cut from, to compare.")
-@click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu, or cuda.")
+@click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="Run on cpu, or on cuda.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that a model folder of others brings along.")
 @json_option
 @quiet_option
