@@ -180,7 +180,7 @@ def judge_job(seed: int, domain: str, count: int, out: Path) -> None:
 def shortlisted(texts: Texts, scores: np.ndarray, seed: int) -> dict[float, Choice]:
     """The default's uniform mask for every keep ratio."""
     judge = Judge(
-        model(), Evidence(texts.prompts, (), (), len(texts.prompts), 0, 0), max_tokens=MAX_TOKENS,
+        model(), Evidence(texts.prompts, (), (), (), len(texts.prompts), 0, 0), max_tokens=MAX_TOKENS,
         new_tokens=CONTINUATION_TOKENS, seed=seed, repair="least-squares", dtype=torch.float32,
         progress=lambda *_: None,
     )  # fmt: skip

@@ -1,53 +1,87 @@
-"""`sspcompile bench`: the dense model against the sliced one."""
+"""`sspcompile bench`: the dense model against the sliced ones."""
 
 from __future__ import annotations
 
 import json
+import os
 
 import click
 
-from sspcompile.cli.options import here, json_option, model_option, quiet_option
+from sspcompile.cli.options import COUNTS, byte_size, here, json_option, model_option, quiet_option
 
 
 @click.command(
-    short_help="Measure an artifact against its dense model.",
+    short_help="Measure artifacts against their dense model.",
     epilog="""\b
 Examples:
   sspcompile bench --quick
-  sspcompile bench artifacts/chemistry-helpdesk --prompt-tokens 512 --new-tokens 64 --batch 8
+  sspcompile bench artifacts/chemistry-helpdesk --prompt-tokens 128,512 --new-tokens 64 --batch 1,8
+  sspcompile bench artifacts/chemistry-helpdesk --runtimes hf,onnx
+  sspcompile bench exported/chemistry-helpdesk-onnx-int4
+  sspcompile bench keep-half keep-third --json > samples.json
 """
 )
-@click.argument("artifact", required=False)
+@click.argument("artifacts", metavar="[ARTIFACT ...]", nargs=-1)
+@click.option("--against", metavar="WHAT", default="dense", show_default=True,
+              help="Compare with the dense model, or with this artifact, export or model folder.")
 @model_option
+@click.option("--runtimes", metavar="LIST", default="hf", show_default=True,
+              help="Run artifacts in transformers (hf), in ONNX Runtime (onnx), or in both (hf,onnx).")
 @click.option("--quick", is_flag=True, help="Few tokens and repeats: seconds instead of minutes on a small model.")
-@click.option("--prompt-tokens", type=click.IntRange(1), metavar="N", help="Tokens of each prompt.")
-@click.option("--new-tokens", type=click.IntRange(1), metavar="N", help="Tokens decoded after each prompt.")
-@click.option("--batch", type=click.IntRange(1), metavar="N", help="Sequences at once.")
-@click.option("--repeats", type=click.IntRange(2), metavar="N", help="Counted trials of each contender.")
+@click.option("--prompt-tokens", type=COUNTS, metavar="N[,N...]", help="Tokens of each prompt (512).")
+@click.option("--new-tokens", type=click.IntRange(2), metavar="N", help="Tokens decoded after each prompt (64).")
+@click.option("--batch", type=COUNTS, metavar="N[,N...]", help="Sequences at once (1).")
+@click.option("--repeats", type=click.IntRange(1), metavar="N",
+              help="Counted trials of each contender under each load, over all processes (20).")
+@click.option("--processes", "sessions", type=click.IntRange(1), metavar="N",
+              help="Fresh processes of each contender (5); intervals are taken over them.")
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads of each contender (all cores).")
+@click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="Run on cpu, or on cuda.")
+@click.option("--memory", metavar="SIZE",
+              help="Say what context and batch fit into this much, as 16GB (default: all that the machine has).")
+@click.option("--fresh", is_flag=True, help="Begin anew instead of going on where an interrupted run stopped.")
 @json_option
 @quiet_option
 def bench(
-    artifact: str | None, model: str | None, quick: bool, as_json: bool, quiet: bool, **sizes: int | None
+    artifacts: tuple[str, ...], against: str, model: str | None, runtimes: str, quick: bool,
+    prompt_tokens: tuple[int, ...] | None, new_tokens: int | None, batch: tuple[int, ...] | None, repeats: int | None,
+    sessions: int | None, threads: int | None, device: str, memory: str | None, fresh: bool, as_json: bool, quiet: bool,
 ) -> None:
-    """Measure prefill, decode, memory and KV bytes of an artifact against its dense model, and write the report.
+    """Measure prefill, decode, memory and KV bytes of artifacts against their dense model, and write their reports.
 
-    Each contender runs in a process of its own, in alternation, with equal threads; every sample is kept. Without
-    ARTIFACT, the last build is measured.
+    Each contender runs in processes of its own, in alternation, with equal threads; every sample is kept in bench.json.
+    ARTIFACT may also be an exported folder. Without one, the last build is measured.
     """
     from sspcompile.cli.progress import stages
+    from sspcompile.pipeline.benching import Wish
     from sspcompile.pipeline.benching import bench as run
     from sspcompile.workspace import Workspace
 
-    folder = Workspace(here()).find(artifact)
+    wish = Wish(
+        quick=quick, runtimes=_runtimes(runtimes), batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
+        repeats=repeats, sessions=sessions, threads=threads, device=device, memory=byte_size(memory, "--memory"),
+    )
     with stages(quiet) as progress:
-        result = run(folder, model, quick=quick, sizes=sizes, progress=progress)
+        done = run(
+            artifacts or (None,), wish, Workspace(here()), os.cpu_count() or 1, against=against, model=model,
+            fresh=fresh, progress=progress,
+        )
     if as_json:
-        click.echo(json.dumps(result.to_json(), indent=1))
+        click.echo(json.dumps(done.result.to_json(), indent=1))
         return
     from sspcompile.cli.tables import print_report
-    from sspcompile.report.json import read_report
-    from sspcompile.workspace import REPORT
 
-    print_report(read_report(folder / REPORT), only=("verdict", "latency"))
-    click.echo(f"Report: {folder / 'report.html'}", err=True)
+    print_report(done.report, only=("verdict", "latency"))
+    for folder in done.artifacts:
+        click.echo(f"Report: {folder / 'report.html'}", err=True)
+
+
+def _runtimes(given: str) -> tuple[str, ...]:
+    from sspcompile.errors import InputError
+    from sspcompile.pipeline.benching import RUNTIMES
+
+    wanted = tuple(dict.fromkeys(part.strip() for part in given.split(",")))
+    for name in wanted:
+        if name not in RUNTIMES:
+            raise InputError(f"There is no runtime {name!r}.", hint=f"Accepted: {', '.join(RUNTIMES)}, or both.")
+    return wanted

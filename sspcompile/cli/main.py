@@ -14,6 +14,7 @@ import click
 import sspcompile
 from sspcompile.cli.bench import bench
 from sspcompile.cli.build import build
+from sspcompile.cli.compare import compare
 from sspcompile.cli.criteria import criteria
 from sspcompile.cli.doctor import doctor
 from sspcompile.cli.eval import evaluate
@@ -46,7 +47,9 @@ def cli() -> None:
     """
 
 
-for command in (build, plan, prepare, inspect, verify, export, run, bench, evaluate, recipe, criteria, doctor):
+for command in (
+    build, plan, prepare, inspect, verify, export, run, bench, compare, evaluate, recipe, criteria, doctor,
+):  # fmt: skip
     cli.add_command(command)
 cli.add_command(slice_command, "slice")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,6 +23,40 @@ BUILD_OPTIONS = (
     "model", "keep", "strength", "layout", "host", "pools", "axes", "criterion", "granularity", "importance_from",
     "repair", "without", "max_tokens", "continuation_tokens", "seed",
 )  # fmt: skip
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+
+class Counts(click.ParamType):
+    """Whole numbers from 1, separated by commas, as a tuple."""
+
+    name = "counts"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = [part.strip() for part in str(value).split(",")]
+        if not all(part.isdecimal() and int(part) >= 1 for part in parts):
+            self.fail(f"{value!r} is no list of whole numbers from 1, as 1,8.", param, ctx)
+        return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+COUNTS = Counts()
+
+
+def byte_size(text: str | None, option: str) -> int | None:
+    """`5GB`, `200MiB` or `1000000` as bytes. Raises InputError."""
+    from sspcompile.errors import InputError
+
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)?", text.strip(), re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise InputError(f"{option} {text!r} is no size.", hint="Type 5GB, 200MiB or a number of bytes.")
+    return max(1, int(float(found[1]) * UNITS[(found[2] or "").upper()]))
+
 
 CRITERIA_HELP = f"Or {', '.join(list(CRITERIA)[:5])}, ...; `sspcompile criteria` lists all {len(CRITERIA)}."
 

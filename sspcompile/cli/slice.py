@@ -3,26 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import click
 
-from sspcompile.cli.options import host_option, json_option, model_option, overwrite_option, quiet_option
-
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-
-
-def byte_size(text: str | None) -> int | None:
-    """`5GB`, `200MiB` or `1000000` as bytes. Raises InputError."""
-    from sspcompile.errors import InputError
-
-    if text is None:
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)?", text.strip(), re.IGNORECASE)
-    if found is None or float(found[1]) == 0:
-        raise InputError(f"--max-shard-size {text!r} is no size.", hint="Type 5GB, 200MiB or a number of bytes.")
-    return max(1, int(float(found[1]) * UNITS[(found[2] or "").upper()]))
+from sspcompile.cli.options import byte_size, host_option, json_option, model_option, overwrite_option, quiet_option
 
 
 @click.command(
@@ -59,7 +44,7 @@ def slice_command(
     from sspcompile.pipeline.cutting import open_cut, write_cut
     from sspcompile.slicing.hosts import named_host
 
-    limit = byte_size(max_shard_size)
+    limit = byte_size(max_shard_size, "--max-shard-size")
     refuse_existing(out, overwrite=overwrite)
     cut = open_cut(model, mask, host=named_host(host), any_model=any_model)
     if not dry_run:

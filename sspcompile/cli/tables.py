@@ -27,8 +27,9 @@ def print_report(report: Report, *, as_json: bool = False, only: Collection[str]
         print(render_json(report), end="")
         return
     from sspcompile.report.text import render_text
+    from sspcompile.report.view import report_page
 
-    render_text(report, Console(), only=only)
+    render_text(report_page(report), Console(), only=only)
 
 
 def print_plan(plan: SlicePlan, *, by_layer: bool = False) -> None:

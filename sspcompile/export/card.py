@@ -9,48 +9,96 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
     from sspcompile.compile.mask import HeadMask
+
+LICENCE_KEYS = ("license", "license_name", "license_link")
+TASK = "text-generation"
+CARD = "README.md"
+
+
+def licence_of(folder: Path) -> dict[str, str]:
+    """`license`, and where it is `other` its name and link, from the header of a model folder's README.md.
+
+    Empty where there is none to inherit: whoever publishes the model has to say.
+    """
+    from huggingface_hub import ModelCard
+
+    path = folder / CARD
+    if not path.is_file():
+        return {}
+    try:
+        found = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, UnicodeDecodeError):  # a README that is no card
+        return {}
+    return {key: str(found[key]) for key in LICENCE_KEYS if found.get(key)}
 
 
 def model_card(report: Mapping[str, Any], plan: Mapping[str, Any], origin: Mapping[str, Any], name: str) -> str:
-    """Markdown with a metadata header. `report`, `plan` and `origin` are the artifact's own files."""
-    source = str(origin["source_name"])
-    quality = {row["name"]: row for row in report["quality"]}
-    return _card("card.md", source, name=name, report=report, plan=plan, quality=quality)
+    """Markdown with a metadata header. `report`, `plan` and `origin` are the artifact's own."""
+    return _card("card.md", origin, name=name, report=report, plan=plan)
 
 
-def slice_card(plan: Mapping[str, Any], mask: HeadMask, source: str, name: str) -> str:
+def slice_card(plan: Mapping[str, Any], mask: HeadMask, origin: Mapping[str, Any], name: str) -> str:
     """The card of a model that was cut by a mask alone, with nothing measured. `plan` is plan.json."""
-    return _card("sliced.md", source, name=name, plan=plan, scenario=mask.scenario.get("name"))
+    return _card("sliced.md", origin, name=name, plan=plan, report=None, scenario=mask.scenario.get("name"))
 
 
 def onnx_card(
-    source: str, name: str, agreement: Any, precision: Any, *, report: Mapping[str, Any] | None,
+    origin: Mapping[str, Any], name: str, agreement: Any, precision: Any, *, report: Mapping[str, Any] | None,
     plan: Mapping[str, Any] | None,
 ) -> str:
     """The card of an export for ONNX Runtime. `report` and `plan` are an artifact's, None for a plain checkpoint."""
-    quality = report["quality"] if report is not None else []
     return _card(
-        "onnx.md", source, library="onnx", name=name, agreement=agreement, precision=precision, report=report,
-        plan=plan, quality=quality,
+        "onnx.md", origin, library="onnx", name=name, agreement=agreement, precision=precision, report=report, plan=plan
     )
 
 
-def _card(template: str, source: str, *, library: str = "transformers", **values: Any) -> str:
+def _card(
+    template: str, origin: Mapping[str, Any], *, name: str, report: Mapping[str, Any] | None,
+    library: str = "transformers", **values: Any,
+) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
+    source = str(origin["source_name"])
     # A local folder's path is the builder's business and no hub name.
     is_hub_name = source.count("/") == 1 and not Path(source).is_absolute() and not source.startswith(".")
+    measured = _metrics(report)
     data = ModelCardData(
         base_model=source if is_hub_name else None,
         library_name=library,
-        pipeline_tag="text-generation",
+        pipeline_tag=TASK,
         tags=["sspcompile", "pruned", "attention-head-pruning"],
+        model_name=name if measured else None,
+        eval_results=measured or None,
+        **origin.get("licence", {}),
     )
     # Plain Markdown, not HTML: nothing to escape but what could end a table cell or a code span.
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, autoescape=False,
         trim_blocks=True, lstrip_blocks=True,
     )
-    body = environment.get_template(template).render(source=source if is_hub_name else Path(source).name, **values)
+    body = environment.get_template(template).render(
+        source=source if is_hub_name else Path(source).name, name=name, report=report,
+        licence=origin.get("licence", {}), **values,
+    )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
+
+
+def _metrics(report: Mapping[str, Any] | None) -> list[EvalResult]:
+    """The build's own figures, in the form in which the hub shows them."""
+    from huggingface_hub import EvalResult
+
+    ours = next((row for row in (report or {}).get("quality", []) if row["role"] == "ours"), None)
+    if report is None or ours is None:
+        return []
+    scenario = str((report.get("scenario") or {}).get("name", "scenario"))
+    named = {"mean_kl": "mean KL from the dense model (nats per token)", "top1_agreement": "same next token"}
+    return [
+        EvalResult(
+            task_type=TASK, dataset_type="sspcompile-scenario", dataset_name=f"held-out texts of {scenario}",
+            metric_type=metric, metric_name=label, metric_value=round(ours[metric]["value"], 6),
+        )
+        for metric, label in named.items()
+    ]  # fmt: skip

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
 
 from sspcompile.measure.intervals import Interval, Summary, ratio_interval
 from sspcompile.measure.metrics import METRICS, Metric
 
 Verdict = Literal["better", "worse", "no measurable change", "equal", "too few samples"]
+# Two copies of one model differ by about this much from process to process, whatever their intervals say.
+NOISE = 0.01
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """median(reference) / median(contender) of one metric.
+    """Reference / contender of one metric, the geometric mean over sessions of the ratio of their medians.
 
-    `improvement` is the same turned so that above 1 is good whichever direction the metric prefers; `interval` and
-    `improvement_interval` are None for counted metrics and for fewer than five pairs.
+    `load` is None for metrics of a process or a model. `improvement` is the same turned so that above 1 is good
+    whichever direction the metric prefers; `interval` and `improvement_interval` are None for counted metrics and for
+    fewer than three sessions.
     """
 
     metric: str
+    load: str | None
     reference: str
     contender: str
     ratio: float
@@ -31,19 +37,29 @@ class Ratio:
 
 
 def compare(
-    metric: Metric, reference: Summary, contender: Summary, *, names: tuple[str, str], seed: int = 0
+    metric: Metric, reference: Summary, contender: Summary, *, sessions: int, names: tuple[str, str],
+    load: str | None = None,
 ) -> Ratio | None:
-    """The ratio of one metric, or None when the contender's median is 0 and there is none."""
+    """The ratio of one metric, or None when a median is 0 and there is none.
+
+    The samples of both lie session after session, equally many in each.
+    """
     if contender.median == 0 or reference.median == 0:
         return None
-    value = reference.median / contender.median
-    interval = None if metric.exact else ratio_interval(reference.samples, contender.samples, seed=seed)
+    if metric.exact:
+        value, interval = reference.median / contender.median, None
+    else:
+        value, interval = ratio_interval(_medians(reference.samples, sessions), _medians(contender.samples, sessions))
     improvement = value if metric.lower_is_better else 1 / value
     turned = interval
     if interval and not metric.lower_is_better:
         turned = Interval(1 / interval.high, 1 / interval.low)
     verdict = _verdict(metric, improvement, turned)
-    return Ratio(metric.name, *names, value, interval, improvement, turned, verdict)
+    return Ratio(metric.name, load, *names, value, interval, improvement, turned, verdict)
+
+
+def _medians(samples: Sequence[float], sessions: int) -> list[float]:
+    return [float(np.median(part)) for part in np.split(np.asarray(samples), sessions)]
 
 
 def _verdict(metric: Metric, improvement: float, interval: Interval | None) -> Verdict:
@@ -51,15 +67,18 @@ def _verdict(metric: Metric, improvement: float, interval: Interval | None) -> V
         return "equal" if improvement == 1 else "better" if improvement > 1 else "worse"
     if interval is None:
         return "too few samples"
-    if interval.covers(1.0):
+    if interval.covers(1.0) or abs(improvement - 1) < NOISE:
         return "no measurable change"
     return "better" if improvement > 1 else "worse"
 
 
 def compare_all(
-    reference: Mapping[str, Summary], contender: Mapping[str, Summary], *, names: tuple[str, str], seed: int = 0
+    reference: Mapping[str, Summary], contender: Mapping[str, Summary], *, sessions: int, names: tuple[str, str],
+    load: str | None = None,
 ) -> tuple[Ratio, ...]:
     """The ratios of every metric that both have, in the order of METRICS."""
     shared = [metric for name, metric in METRICS.items() if name in reference and name in contender]
-    ratios = (compare(m, reference[m.name], contender[m.name], names=names, seed=seed) for m in shared)
+    ratios = (
+        compare(m, reference[m.name], contender[m.name], sessions=sessions, names=names, load=load) for m in shared
+    )
     return tuple(ratio for ratio in ratios if ratio is not None)

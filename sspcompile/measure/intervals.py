@@ -13,6 +13,8 @@ RESAMPLES = 4000
 BLOCK_ELEMENTS = 4_000_000
 # Below this the bootstrap has too few distinct resamples to say anything.
 FEWEST_SAMPLES = 5
+# Two pairs give an interval as wide as the sky.
+FEWEST_PAIRS = 3
 # A 99th percentile of fewer samples is an extrapolation.
 FEWEST_FOR_P99 = 100
 
@@ -76,15 +78,17 @@ def mean_interval(values: Sequence[float] | np.ndarray, *, seed: int) -> Interva
     return bootstrap(lambda index: array[index].mean(axis=1), len(array), seed=seed)
 
 
-def ratio_interval(
-    numerator: Sequence[float] | np.ndarray, denominator: Sequence[float] | np.ndarray, *, seed: int
-) -> Interval | None:
-    """Interval of median(numerator) / median(denominator), resampled in pairs: trial i of both ran back to back."""
-    top, bottom = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
-    if top.shape != bottom.shape:
-        raise ValueError(f"{top.size} samples against {bottom.size}: pairs are needed")
+def ratio_interval(numerator: Sequence[float], denominator: Sequence[float]) -> tuple[float, Interval | None]:
+    """Geometric mean of numerator / denominator over pairs, with Student's interval of its logarithm.
 
-    def ratio(index: np.ndarray) -> np.ndarray:
-        return np.median(top[index], axis=1) / np.median(bottom[index], axis=1)
-
-    return bootstrap(ratio, len(top), seed=seed)
+    Pairs are fresh processes: what differs from process to process (where memory came to lie) is part of the interval,
+    which resampling trials of one process would leave out. None below FEWEST_PAIRS.
+    """
+    if len(numerator) != len(denominator):
+        raise ValueError(f"{len(numerator)} values against {len(denominator)}: pairs are needed")
+    logs = np.log(np.asarray(numerator, dtype=np.float64) / np.asarray(denominator, dtype=np.float64))
+    mean = float(logs.mean())
+    if len(logs) < FEWEST_PAIRS:
+        return float(np.exp(mean)), None
+    reach = float(stats.t.ppf((1 + LEVEL) / 2, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs)))
+    return float(np.exp(mean)), Interval(float(np.exp(mean - reach)), float(np.exp(mean + reach)))

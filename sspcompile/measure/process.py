@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,7 +25,7 @@ REASON_CHARACTERS = 300
 class Worker:
     """A live worker process. A context manager: leaving it ends the process whatever happened."""
 
-    def __init__(self, name: str, *, threads: int) -> None:
+    def __init__(self, name: str, runtime: str, *, threads: int) -> None:
         self.name = name
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed in __exit__
         count = str(threads)
@@ -32,17 +35,25 @@ class Worker:
             "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "PYTHONPATH": os.pathsep.join(paths),
         }  # fmt: skip
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "sspcompile.measure.worker"],
+            [sys.executable, "-P", "-m", "sspcompile.measure.worker", runtime],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             env=environment,
             encoding="utf-8",
+            start_new_session=True,  # its forks end with it, and an interrupt of the terminal reaches the parent alone
         )
 
     def wait_ready(self) -> None:
         """Wait until its imports are done. Raises RunError if it dies."""
         self._read()
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """A fresh process behind this worker, for the time being. Raises RunError if it dies."""
+        self.ask("session")
+        yield
+        self.ask("end")
 
     def ask(self, do: str, **request: Any) -> dict[str, Any]:
         """Send one request and wait for its reply. Raises RunError with the last line of its log if it dies."""
@@ -66,6 +77,13 @@ class Worker:
         ended = f"was killed by signal {-code} (out of memory?)" if code < 0 else f"ended with code {code}"
         return RunError(f"The measurement of {self.name!r} {ended}: {reason[:REASON_CHARACTERS]}")
 
+    def _kill(self) -> None:
+        if sys.platform == "win32":
+            self._process.kill()
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
     def __enter__(self) -> Self:
         return self
 
@@ -74,10 +92,10 @@ class Worker:
     ) -> None:
         # Closing stdin ends an idle worker; one that is computing is not waited for.
         if kind is not None:
-            self._process.kill()
+            self._kill()
         try:
             self._process.communicate(timeout=STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self._kill()
             self._process.communicate()
         self._log.close()

@@ -1,155 +1,106 @@
-"""One contender in a process of its own: `python -m sspcompile.measure.worker`, JSON lines on stdin and stdout.
+"""One contender in processes of its own: `python -m sspcompile.measure.worker RUNTIME`, JSON lines on stdin and stdout.
 
-Requests: `{"do": "load", ...}` once, then `{"do": "trial", ...}` as often as wanted, `{"do": "memory"}`,
-`{"do": "quit"}`. Each gets one line in reply. Computing happens between a request and its reply only, so that two
-live workers never compete. An exception ends the process; its traceback is on stderr.
+`{"do": "session"}` starts a fresh process, which answers until `{"do": "end"}`: `{"do": "load", ...}` first, then
+`{"do": "trial", ...}` as often as wanted, `{"do": "memory"}` and `{"do": "bandwidth"}`. Each gets one line in reply.
+The process that was started only imports the libraries, once, and forks: a fresh copy costs milliseconds instead of
+seconds. Where the system cannot fork safely (anywhere but Linux) all sessions share one process. Computing happens
+between a request and its reply only, so that two live workers never compete. An exception ends the process; its
+traceback is on stderr.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
-import time
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, Protocol, TextIO
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
+from sspcompile.measure.memory import peak_resident_bytes
 
 
-class Runner:
-    """A loaded model and its fixed token ids."""
+class Runner(Protocol):
+    """A loaded contender."""
 
-    def __init__(self, request: Mapping[str, Any]) -> None:
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+    def facts(self) -> dict[str, Any]: ...
 
-        torch.set_num_threads(request["threads"])
-        self.device = torch.device(request["device"])
-        trust = request["trust_remote_code"]
-        config = AutoConfig.from_pretrained(request["path"], trust_remote_code=trust, local_files_only=True)
-        # transformers imports a model's module when it is first needed, seconds that are not loading. A model without
-        # storage brings the import forward.
-        with torch.device("meta"):
-            AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-        start = time.perf_counter()
-        model = AutoModelForCausalLM.from_pretrained(
-            request["path"], dtype="auto", trust_remote_code=trust, local_files_only=True
-        )
-        self.model: nn.Module = model.requires_grad_(False).eval().to(self.device)
-        self._synchronize()
-        self.load_seconds = time.perf_counter() - start
-        self.seed = request["seed"]
+    def trial(self, batch: int, prompt_tokens: int, new_tokens: int) -> dict[str, Any]: ...
 
-    def facts(self) -> dict[str, Any]:
-        """Sizes in bytes; tied tensors are one parameter of the module and count once."""
-        parameters = list(self.model.parameters())
-        config = self.model.config.get_text_config()
-        return {
-            "load_seconds": self.load_seconds,
-            "parameters": sum(p.numel() for p in parameters),
-            "weight_bytes": sum(p.numel() * p.element_size() for p in parameters),
-            "max_position_embeddings": getattr(config, "max_position_embeddings", None),
-            "architecture": type(self.model).__name__,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-        }
-
-    def trial(self, prompt_tokens: int, new_tokens: int, batch: int) -> dict[str, Any]:
-        """One prefill and `new_tokens - 1` decode steps; the ids are fixed, so end-of-sequence has no effect."""
-        import torch
-
-        ids = self._ids(batch, prompt_tokens + new_tokens)
-        steps = []
-        with torch.inference_mode():
-            self._synchronize()
-            start = time.perf_counter()
-            out = self.model(input_ids=ids[:, :prompt_tokens], use_cache=True, logits_to_keep=1)
-            out.logits[:, -1].argmax(-1).tolist()  # tolist() waits for the device
-            prefill = time.perf_counter() - start
-            cache = out.past_key_values
-            kv_bytes = kv_bytes_per_token(cache)
-            for position in range(prompt_tokens, prompt_tokens + new_tokens - 1):
-                start = time.perf_counter()
-                out = self.model(input_ids=ids[:, position : position + 1], past_key_values=cache, use_cache=True)
-                out.logits[:, -1].argmax(-1).tolist()
-                steps.append(time.perf_counter() - start)
-        return {"prefill_seconds": prefill, "decode_seconds": steps, "kv_bytes_per_token": kv_bytes}
-
-    def memory(self) -> dict[str, Any]:
-        """Peak bytes so far, resident and (with a device) allocated there."""
-        import torch
-
-        device = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
-        return {"peak_resident_bytes": peak_resident_bytes(), "peak_device_bytes": device}
-
-    def _ids(self, batch: int, tokens: int) -> torch.Tensor:
-        import torch
-
-        generator = torch.Generator().manual_seed(self.seed)
-        vocab = self.model.config.get_text_config().vocab_size
-        return torch.randint(0, vocab, (batch, tokens), generator=generator).to(self.device)
-
-    def _synchronize(self) -> None:
-        import torch
-
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+    def device_bytes(self) -> int | None: ...
 
 
-def kv_bytes_per_token(cache: Any) -> int:
-    """Bytes that one token of one sequence takes in a transformers cache, summed over layers.
-
-    Keys and values are [batch, kv_heads, tokens, head_dim]; a layer without attention holds none.
-    """
-    total = 0
-    for layer in cache.layers:
-        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-            if tensor is not None and tensor.numel():
-                total += tensor.shape[1] * tensor.shape[3] * tensor.element_size()
-    return total
+def import_libraries(runtime: str) -> None:
+    """What the sessions of a runtime need: they start with it in memory, so that imports are in no measurement."""
+    if runtime == "hf":
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    else:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
 
 
-def peak_resident_bytes() -> int:
-    """Peak resident memory of this process since it started, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not ru_maxrss: Linux carries the *parent's* resident size over fork and exec into it.
-        line = next(line for line in status.read_text("ascii", "replace").splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    import psutil
+def load(runtime: str, request: Mapping[str, Any]) -> Runner:
+    """The contender at `request["path"]`, ready to run."""
+    if runtime == "hf":
+        from sspcompile.measure.torch_runner import TorchRunner
 
-    info = psutil.Process().memory_info()
-    if hasattr(info, "peak_wset"):
-        return int(info.peak_wset)
-    import resource
+        return TorchRunner(request)
+    from sspcompile.measure.onnx_runner import OnnxRunner
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
+    return OnnxRunner(request)
 
 
-def serve(requests: TextIO, replies: TextIO) -> None:
-    """Answer requests until `quit` or the end of the input (the parent has gone)."""
-    runner: Runner | None = None
-    import torch  # noqa: F401  the imports happen before the first request, so that two workers import side by side
-    import transformers  # noqa: F401
-
+def serve(runtime: str, requests: TextIO, replies: TextIO) -> None:
+    """Answer requests until the end of the input: the parent has gone, or wants no more."""
+    import_libraries(runtime)
     _reply(replies, {"ready": True})
     for line in requests:
+        if json.loads(line)["do"] != "session":
+            raise RuntimeError("a request was made outside of a session")
+        if sys.platform != "linux":
+            _session(runtime, requests, replies)
+            continue
+        # The parent waits for each reply, so nothing lies read ahead in `requests` when the child takes it over.
+        child = os.fork()
+        if child == 0:
+            _session(runtime, requests, replies)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status:
+            _die_like(status)
+
+
+def _session(runtime: str, requests: TextIO, replies: TextIO) -> None:
+    _reply(replies, {"started": True})
+    runner: Runner | None = None
+    for line in requests:
         request = json.loads(line)
-        if request["do"] == "quit":
+        what = request.pop("do")
+        if what == "end":
+            _reply(replies, {"ended": True})
             return
-        if request["do"] == "load":
-            runner = Runner(request)
+        if what == "bandwidth":
+            from sspcompile.measure.bandwidth import read_bandwidth
+
+            _reply(replies, {"bytes_per_second": read_bandwidth(**request)})
+        elif what == "load":
+            runner = load(runtime, request)
             _reply(replies, runner.facts())
         elif runner is None:
             raise RuntimeError("a trial was asked for before a load")
-        elif request["do"] == "trial":
-            _reply(replies, runner.trial(request["prompt_tokens"], request["new_tokens"], request["batch"]))
-        elif request["do"] == "memory":
-            _reply(replies, runner.memory())
+        elif what == "trial":
+            _reply(replies, runner.trial(**request))
+        elif what == "memory":
+            _reply(replies, {"peak_resident_bytes": peak_resident_bytes(), "peak_device_bytes": runner.device_bytes()})
+
+
+def _die_like(status: int) -> None:
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL) if -code not in (signal.SIGKILL, signal.SIGSTOP) else None
+        os.kill(os.getpid(), -code)
+    raise SystemExit(code)
 
 
 def _reply(replies: TextIO, value: Mapping[str, Any]) -> None:
@@ -161,7 +112,7 @@ def main() -> None:
     # Libraries print to stdout; the protocol gets a descriptor of its own and theirs goes to stderr.
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    serve(sys.stdin, replies)
+    serve(sys.argv[1], sys.stdin, replies)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ from sspcompile.compile.mask import HeadMask, dump_mask
 from sspcompile.criteria.chance import first_layer_kept
 from sspcompile.domains import pools_fingerprint
 from sspcompile.errors import CheckpointError, InputError, ParityError, UnsupportedModelError
+from sspcompile.export.card import CARD, licence_of, model_card
 from sspcompile.loaded import LoadedModel
-from sspcompile.measure.quality import Divergence, average
+from sspcompile.measure.quality import average
 from sspcompile.pipeline.compiling import (
     STANDARD_CRITERIA,
     Compiled,
@@ -33,7 +34,7 @@ from sspcompile.pipeline.compiling import (
     score_key,
     toolkit_for,
 )
-from sspcompile.pipeline.judging import Candidate, Judge, decide
+from sspcompile.pipeline.judging import Candidate, Judge, Reported, decide
 from sspcompile.pipeline.outcome import Outcome
 from sspcompile.pipeline.pools import pools_of
 from sspcompile.pipeline.reporting import report_of
@@ -84,7 +85,8 @@ def build(
         parity = _write_and_prove(folder, subject, loaded, mask, plan, decision.chosen, judge, progress)
         outcome = Outcome(
             folder=out, subject=subject, options=options, compiled=compiled, decision=decision, mask=mask, plan=plan,
-            parity=parity, baselines=_baselines(judge, compiled, options, toolkit, decision.chosen),
+            parity=parity, ours=judge.reported(decision.chosen),
+            baselines=_baselines(judge, compiled, options, toolkit, decision.chosen),
             evidence=judge.evidence.counts(), toolkit=toolkit,
         )
         _describe(folder, outcome, progress)
@@ -164,19 +166,19 @@ def _probe_ids(judge: Judge) -> list[list[int]]:
 
 def _baselines(
     judge: Judge, compiled: Compiled, options: Recipe, toolkit: Toolkit, chosen: Candidate
-) -> dict[str, Divergence]:
+) -> dict[str, Reported]:
     """What else could have been cut at this budget and in this layout, from the same texts and with the same repair."""
     kv_heads = judge.loaded.geometry.kv_heads
 
-    def at_this_budget(name: str, values: np.ndarray) -> Divergence:
+    def at_this_budget(name: str, values: np.ndarray) -> Reported:
         choice = choose(values, kv_heads, compiled.keep, chosen.layout, groups_only=compiled.groups_only)
-        return judge.candidate(chosen.layout, choice, name=name).final.judge
+        return judge.reported(judge.candidate(chosen.layout, choice, name=name))
 
     random = [
         at_this_budget(f"random {n}", first_layer_kept(compiled.merit.shape, judge.seed + n))
         for n in range(BASELINE_SEEDS)
     ]
-    found = {f"random, first layer kept ({BASELINE_SEEDS}x)": average(random, seed=judge.seed)}
+    found = {f"random, first layer kept ({BASELINE_SEEDS}x)": _average(random, judge.seed)}
     free = toolkit.importance[compiled.criterion].mean(-1)
     found["domain-free mask"] = at_this_budget("domain-free", merit(free, compiled.whitelist))
     for name in STANDARD_CRITERIA:
@@ -186,14 +188,22 @@ def _baselines(
     return found
 
 
+def _average(models: list[Reported], seed: int) -> Reported:
+    off = [model.off for model in models if model.off is not None]
+    return Reported(average([model.own for model in models], seed=seed), average(off, seed=seed) if off else None)
+
+
 def _describe(folder: Path, outcome: Outcome, progress: Progress) -> None:
     """Everything beside the weights: recipe, mask, plan, report, manifest."""
     (folder / RECIPE).write_text(dump_recipe(outcome.options), "utf-8")
     (folder / MASK).write_text(dump_mask(outcome.mask), "utf-8")
     (folder / PLAN).write_text(json.dumps(plan_json(outcome.plan), indent=1) + "\n", "utf-8")
-    write_report(report_of(outcome), folder)
+    report, origin = report_of(outcome), origin_of(outcome)
+    write_report(report, folder)
+    card = model_card(report.model_dump(mode="json"), plan_json(outcome.plan), origin, outcome.folder.name)
+    (folder / MODEL / CARD).write_text(card, "utf-8")
     progress("describing", 0, 1)
-    write_manifest(folder, origin_of(outcome))
+    write_manifest(folder, origin)
     progress("describing", 1, 1)
 
 
@@ -203,6 +213,7 @@ def origin_of(outcome: Outcome) -> dict[str, Any]:
         "sspcompile": sspcompile.__version__,
         "source": outcome.subject.fingerprint,
         "source_name": outcome.subject.place,
+        "licence": licence_of(outcome.subject.checkpoint.path),
         "pools": pools_fingerprint(pools_of(outcome.options).candidates),
         "seed": outcome.options.seed,
         "versions": outcome.toolkit.meta.get("versions", {}),

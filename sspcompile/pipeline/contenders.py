@@ -42,8 +42,12 @@ class Contenders:
         return dense, sliced
 
 
-def find_contenders(given: str | None, against: str | None, workspace: Workspace) -> Contenders:
+def find_contenders(
+    given: str | None, against: str | None, workspace: Workspace, *, option: str = "--against"
+) -> Contenders:
     """An artifact (by folder, by name, or the last one), an exported folder, or a plain folder with `against`.
+
+    `against` is the dense model, which the command calls `option`; None is where the build found it.
 
     Raises ArtifactError for damaged files or another dense model, InputError for a plain folder without `against`.
     """
@@ -57,5 +61,5 @@ def find_contenders(given: str | None, against: str | None, workspace: Workspace
     elif against is not None:
         dense = open_dense(against)
     else:
-        raise InputError(f"{folder} does not say what it was cut from.", hint="Name the dense model with --against.")
+        raise InputError(f"{folder} does not say what it was cut from.", hint=f"Name the dense model with {option}.")
     return Contenders(folder.resolve().name, folder, ships_code(folder), None, dense)

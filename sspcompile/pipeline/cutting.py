@@ -12,7 +12,7 @@ from sspcompile.checkpoint import Checkpoint, Manifest, fingerprint, locate, sta
 from sspcompile.checkpoint.locate import EMBEDDED
 from sspcompile.compile.mask import HeadMask, dump_mask, load_mask
 from sspcompile.errors import ArtifactError, CheckpointError
-from sspcompile.export.card import slice_card
+from sspcompile.export.card import licence_of, slice_card
 from sspcompile.slicing.plan import SlicePlan, make_plan, plan_json
 from sspcompile.slicing.write import write_model
 from sspcompile.workspace import MASK, PLAN
@@ -85,6 +85,9 @@ def write_cut(
         plan = plan_json(cut.plan)
         (folder / MASK).write_text(dump_mask(cut.mask), "utf-8")
         (folder / PLAN).write_text(json.dumps(plan, indent=1) + "\n", "utf-8")
-        (folder / "README.md").write_text(slice_card(plan, cut.mask, cut.source, out.name), "utf-8")
-        origin = {"sspcompile": sspcompile.__version__, "source": cut.fingerprint, "source_name": cut.source}
+        origin = {
+            "sspcompile": sspcompile.__version__, "source": cut.fingerprint, "source_name": cut.source,
+            "licence": licence_of(cut.checkpoint.path),
+        }
+        (folder / "README.md").write_text(slice_card(plan, cut.mask, origin, out.name), "utf-8")
         return write_manifest(folder, origin, hash_weights=checksums)

@@ -18,6 +18,9 @@ from sspcompile.domains import DomainPool
 FIT_PROMPTS = 96
 GUARD_PROMPTS = 32
 JUDGE_PROMPTS = 32
+OFF_PROMPTS = 32
+# A domain is another one where it has less than this share of an equal part of the mixture.
+FOREIGN = 0.5
 # Of the scenario's own prompts no more than this are used; more would cost time and change little.
 OWN_FIT_PROMPTS = 256
 OWN_GUARD_PROMPTS = 96
@@ -28,7 +31,8 @@ HOLD_EVERY = 4
 
 @dataclass(frozen=True)
 class Evidence:
-    """`fit` chooses heads and fits the repair, `guard` decides between layouts and repairs, `judge` is reported only.
+    """`fit` chooses heads and fits the repair, `guard` decides between layouts and repairs, `judge` is reported only,
+    and so is `off`: held-out prompts of the domains that the scenario is not about (none where it is about all).
 
     The first `own_fit`, `own_guard` and `own_judge` of them are the scenario's own prompts.
     """
@@ -36,6 +40,7 @@ class Evidence:
     fit: tuple[str, ...]
     guard: tuple[str, ...]
     judge: tuple[str, ...]
+    off: tuple[str, ...]
     own_fit: int
     own_guard: int
     own_judge: int
@@ -44,7 +49,7 @@ class Evidence:
         """How many texts each part has, and how many of them are the scenario's own."""
         return {
             "fit": len(self.fit), "guard": len(self.guard), "judge": len(self.judge),
-            "own_fit": self.own_fit, "own_guard": self.own_guard, "own_judge": self.own_judge,
+            "off": len(self.off), "own_fit": self.own_fit, "own_guard": self.own_guard, "own_judge": self.own_judge,
         }
 
 
@@ -81,17 +86,28 @@ def gather(prompts: Sequence[str], mixture: Mixture, pools: Sequence[DomainPool]
     own_guard, own_judge = _thinned(own_guard, OWN_GUARD_PROMPTS), _thinned(own_judge, OWN_JUDGE_PROMPTS)
     rng = np.random.default_rng(seed)
 
-    def fill(part: int, have: int, wanted: int) -> tuple[str, ...]:
-        drawn: list[str] = []
-        for share, pool in zip(whole_shares(mixture.parts, wanted - have), pools, strict=True):
+    def drawn(part: int, weights: np.ndarray, count: int) -> tuple[str, ...]:
+        found: list[str] = []
+        for share, pool in zip(whole_shares(weights, count), pools, strict=True):
             texts = [text for text in split(pool.prompts)[part] if text not in own]
-            drawn += [texts[index] for index in np.sort(rng.permutation(len(texts))[:share])]
-        return tuple(drawn)
+            found += [texts[index] for index in np.sort(rng.permutation(len(texts))[:share])]
+        return tuple(found)
 
+    def fill(part: int, have: int, wanted: int) -> tuple[str, ...]:
+        return drawn(part, mixture.parts, wanted - have)
+
+    strange = (mixture.parts < FOREIGN / len(pools)).astype(float)
+    fit, guard, judge = (
+        fill(part, len(have), wanted)
+        for part, (have, wanted) in enumerate(
+            ((own_fit, FIT_PROMPTS), (own_guard, GUARD_PROMPTS), (own_judge, JUDGE_PROMPTS))
+        )
+    )
     return Evidence(
-        fit=own_fit + fill(0, len(own_fit), FIT_PROMPTS),
-        guard=own_guard + fill(1, len(own_guard), GUARD_PROMPTS),
-        judge=own_judge + fill(2, len(own_judge), JUDGE_PROMPTS),
+        fit=own_fit + fit,
+        guard=own_guard + guard,
+        judge=own_judge + judge,
+        off=drawn(2, strange, OFF_PROMPTS) if strange.any() else (),
         own_fit=len(own_fit),
         own_guard=len(own_guard),
         own_judge=len(own_judge),

@@ -12,7 +12,7 @@ import numpy as np
 
 from sspcompile.checkpoint import check_manifest, locate
 from sspcompile.checkpoint.locate import EMBEDDED
-from sspcompile.export.card import onnx_card
+from sspcompile.export.card import licence_of, onnx_card
 from sspcompile.export.onnx import Blocks, Exported, Precision, export_onnx
 from sspcompile.slicing.configuration import MODELING_FILE, ships_code
 from sspcompile.workspace import MODEL, PLAN, PROBES, REPORT
@@ -26,7 +26,6 @@ class Source:
     """A model folder to export, and what is known of it. `report` and `plan` are an artifact's own files, or None."""
 
     model: Path
-    name: str
     origin: Mapping[str, Any]
     probes: list[list[int]]
     report: Mapping[str, Any] | None = None
@@ -38,7 +37,7 @@ def of_artifact(artifact: Path) -> Source:
     """The model of an artifact, its checksums checked. Raises ArtifactError."""
     manifest = check_manifest(artifact)
     return Source(
-        model=artifact / MODEL, name=str(manifest.origin["source_name"]),
+        model=artifact / MODEL,
         origin={**manifest.origin, "artifact": artifact.name},
         probes=_read(artifact / PROBES)["probes"], report=_read(artifact / REPORT), plan=_read(artifact / PLAN),
         custom_code=ships_code(artifact / MODEL),
@@ -52,7 +51,8 @@ def of_checkpoint(model: str) -> Source:
     rng = np.random.default_rng(0)
     probes = [rng.integers(0, vocab, length).tolist() for length in RANDOM_PROBE_LENGTHS]
     ours = (path / MODELING_FILE).is_file() and ships_code(path)
-    return Source(model=path, name=model, origin={"source_name": model}, probes=probes, custom_code=ours)
+    origin = {"source_name": model, "licence": licence_of(path)}
+    return Source(model=path, origin=origin, probes=probes, custom_code=ours)
 
 
 def to_onnx(
@@ -63,7 +63,7 @@ def to_onnx(
     return export_onnx(
         source.model, out, precision=precision, blocks=blocks, probes=source.probes, origin=source.origin,
         card=lambda agreement: onnx_card(
-            source.name, out.name, agreement, precision, report=source.report, plan=source.plan
+            source.origin, out.name, agreement, precision, report=source.report, plan=source.plan
         ),
         trust_remote_code=source.custom_code, positions=positions, link=link, overwrite=overwrite, progress=progress,
     )

@@ -38,6 +38,16 @@ class Figures:
 
 
 @dataclass(frozen=True)
+class Reported:
+    """Divergence from the dense model on held-out texts of the scenario, and of the domains that it is not about
+    (None where it is about all).
+    """
+
+    own: Divergence
+    off: Divergence | None
+
+
+@dataclass(frozen=True)
 class Candidate:
     """One layout's mask: measured plain and, where a repair was fitted, repaired."""
 
@@ -80,11 +90,12 @@ class Judge:
         self.dtype = dtype
         self.progress = progress
         self.sentences, *others = (
-            continued(loaded, part, new_tokens, max_tokens) for part in (evidence.fit, evidence.guard, evidence.judge)
+            continued(loaded, part, new_tokens, max_tokens)
+            for part in (evidence.fit, evidence.guard, evidence.judge, evidence.off)
         )
-        self.fit, self.guard, self.held = (batches_of(loaded, part) for part in (self.sentences, *others))
+        self.fit, self.guard, self.held, self.off = (batches_of(loaded, part) for part in (self.sentences, *others))
         self._dense = {
-            part: [logits_at(loaded, batch) for batch in getattr(self, part)] for part in ("guard", "held")
+            part: [logits_at(loaded, batch) for batch in getattr(self, part)] for part in ("guard", "held", "off")
         }
 
     def figures(self, kept: np.ndarray, repair: Repair | None = None) -> Figures:
@@ -93,6 +104,16 @@ class Judge:
             divergence_of(self.loaded, kept, repair, getattr(self, part), self._dense[part], seed=self.seed)
             for part in ("guard", "held")
         ))  # fmt: skip
+
+    def reported(self, candidate: Candidate) -> Reported:
+        """A candidate's figures on the texts that decide nothing, on the scenario and off it."""
+        off = None
+        if self.off:
+            off = divergence_of(
+                self.loaded, candidate.choice.kept, candidate.final_repair, self.off, self._dense["off"],
+                seed=self.seed,
+            )
+        return Reported(candidate.final.judge, off)
 
     def fitted(
         self, kept: np.ndarray, batches: Sequence[Batch], report: Callable[[int, int], None] | None = None

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sspcompile.compile.mask import HeadMask
-from sspcompile.measure.quality import Divergence
 from sspcompile.pipeline.compiling import Compiled, Subject
-from sspcompile.pipeline.judging import Decision
+from sspcompile.pipeline.judging import Decision, Reported
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.recipe import Recipe
 from sspcompile.slicing.parity import Parity
@@ -28,6 +27,7 @@ class Outcome:
     mask: HeadMask
     plan: SlicePlan
     parity: Parity
-    baselines: Mapping[str, Divergence]
+    ours: Reported
+    baselines: Mapping[str, Reported]
     evidence: Mapping[str, int]
     toolkit: Toolkit

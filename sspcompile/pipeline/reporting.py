@@ -84,21 +84,23 @@ def mask_section(mask: HeadMask) -> MaskSection:
     )
 
 
-def _row(name: str, figures: Divergence, role: Role, reference: Divergence) -> QualityRow:
+def _row(
+    name: str, figures: Divergence, role: Role, reference: Divergence, off: Divergence | None = None
+) -> QualityRow:
     above = None if figures is reference else compare_divergences(figures, reference)
-    return quality_row(name, figures, role=role, above_ours=above)
+    return quality_row(name, figures, role=role, above_ours=above, off=off)
 
 
 def _quality(outcome: Outcome) -> Iterator[QualityRow]:
     """Ours first; the baselines have the same budget, layout and repair."""
     chosen = outcome.decision.chosen
     ours = chosen.final.judge
-    yield _row("this build", ours, "ours", ours)
+    yield _row("this build", ours, "ours", ours, outcome.ours.off)
     if chosen.final is not chosen.plain:
         yield _row("this build, without repair", chosen.plain.judge, "other", ours)
     for name, figures in outcome.baselines.items():
         role: Role = "random" if name.startswith("random") else "domain-free" if "free" in name else "criterion"
-        yield _row(name, figures, role, ours)
+        yield _row(name, figures.own, role, ours, figures.off)
 
 
 def _layout(outcome: Outcome) -> LayoutSection:
@@ -152,6 +154,8 @@ def _notes(outcome: Outcome) -> Iterator[str]:
         f"{e['guard']} others ({e['own_guard']} own); judged on {e['judge']} that decided nothing ({e['own_judge']} "
         "own). The rest are domain pool prompts in the proportion of the mixture."
     )
+    if e["off"]:
+        yield f"Off domain are {e['off']} held-out pool prompts of the domains that the scenario is not about."
     yield _importance(outcome.compiled.scores)
     if outcome.compiled.without:
         yield f"Switched off with --without: {', '.join(outcome.compiled.without)}."

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from sspcompile.measure.compare import Ratio
-from sspcompile.measure.intervals import Interval
+from sspcompile.measure.intervals import Interval, Summary
 from sspcompile.measure.latency import BenchResult, ContenderResult
 from sspcompile.measure.metrics import METRICS
 from sspcompile.measure.quality import Difference, Divergence
-from sspcompile.report.model import Estimate, LatencyRow, LatencySection, QualityRow, Role
+from sspcompile.report.model import (
+    CapacityRow,
+    Estimate,
+    LatencyRow,
+    LatencySection,
+    PredictionRow,
+    QualityRow,
+    Role,
+    RooflineRow,
+)
 
 
 def estimate(value: float, interval: Interval | None) -> Estimate:
@@ -22,8 +33,11 @@ def quality_row(
     role: Role = "other",
     above_ours: Difference | None = None,
     exact_match: Estimate | None = None,
+    off: Divergence | None = None,
 ) -> QualityRow:
-    """`above_ours` is `compare_divergences(this, ours)`; `exact_match` a share of right answers."""
+    """`above_ours` is `compare_divergences(this, ours)`; `exact_match` a share of right answers; `off` the divergence
+    on domains that the scenario is not about.
+    """
     return QualityRow(
         name=name,
         role=role,
@@ -31,34 +45,58 @@ def quality_row(
         top1_agreement=estimate(divergence.top1_agreement, divergence.top1_agreement_interval),
         kl_above_ours=estimate(above_ours.mean, above_ours.interval) if above_ours else None,
         exact_match=exact_match,
+        off_kl=estimate(off.mean_kl, off.mean_kl_interval) if off else None,
+        off_agreement=estimate(off.top1_agreement, off.top1_agreement_interval) if off else None,
     )
 
 
-def latency_section(result: BenchResult) -> LatencySection:
-    """One row per ratio of the benchmark."""
-    contenders = {contender.name: contender for contender in result.contenders}
-    rows = tuple(_row(r, contenders[r.reference], contenders[r.contender]) for r in result.ratios)
-    settings = result.settings
+def latency_section(result: BenchResult, only: Collection[str] | None = None) -> LatencySection:
+    """One row per ratio of the benchmark, and what the bytes say; `only` of these contenders and their references."""
+    settings, contenders = result.settings, {contender.name: contender for contender in result.contenders}
+    ratios = [r for r in result.ratios if only is None or r.contender in only]
+    pairs = {(r.reference, r.contender) for r in ratios}
+    shown = {name for pair in pairs for name in pair} or set(contenders)
     return LatencySection(
         settings={
-            "prompt tokens": settings.prompt_tokens,
-            "new tokens": settings.new_tokens,
-            "batch": settings.batch,
-            "trials": settings.repeats,
+            "loads": "; ".join(load.label for load in settings.loads),
+            "processes of each": settings.sessions,
+            "trials in each": settings.trials,
             "warm-up trials, discarded": settings.warmup,
             "threads": settings.threads,
             "device": settings.device,
             "dtype": ", ".join(sorted({contender.dtype for contender in result.contenders})),
         },
-        rows=rows,
-    )
+        rows=tuple(_row(r, contenders[r.reference], contenders[r.contender]) for r in ratios),
+        rooflines=tuple(
+            RooflineRow(
+                contender=contender.name, load=under.load.label, bytes_per_step=line.bytes_per_step,
+                flops_per_token=line.flops_per_token, floor_seconds=line.floor_seconds,
+                measured_seconds=line.measured_seconds,
+            )
+            for contender in result.contenders if contender.name in shown
+            for under in contender.loads for line in (under.roofline,)
+        ),
+        predictions=tuple(
+            PredictionRow(
+                load=p.load, reference=p.reference, contender=p.contender, predicted=p.predicted,
+                measured=estimate(p.measured, p.interval), realised=p.realised, reference_share=p.reference_share,
+            )
+            for p in result.predictions if (p.reference, p.contender) in pairs
+        ),
+        capacities=tuple(CapacityRow(contender=c.contender, context=c.context, batch=c.batch)
+                         for c in result.capacities if c.contender in shown),
+        bandwidth=result.bandwidth.median,
+        memory=settings.memory,
+        tokens=settings.loads[-1].positions,
+    )  # fmt: skip
 
 
 def _row(ratio: Ratio, reference: ContenderResult, contender: ContenderResult) -> LatencyRow:
     metric = METRICS[ratio.metric]
-    top, bottom = reference.metrics[ratio.metric], contender.metrics[ratio.metric]
+    top, bottom = _summary(reference, ratio), _summary(contender, ratio)
     return LatencyRow(
         metric=metric.label,
+        load=ratio.load,
         unit=metric.unit,
         reference=reference.name,
         contender=contender.name,
@@ -73,3 +111,9 @@ def _row(ratio: Ratio, reference: ContenderResult, contender: ContenderResult) -
         verdict=ratio.verdict,
         definition=metric.definition,
     )
+
+
+def _summary(contender: ContenderResult, ratio: Ratio) -> Summary:
+    if ratio.load is None:
+        return contender.metrics[ratio.metric]
+    return next(under for under in contender.loads if under.load.label == ratio.load).metrics[ratio.metric]

@@ -1,4 +1,4 @@
-"""The report as one HTML file: no scripts, nothing fetched, light and dark, everything from prompts escaped."""
+"""A page as one HTML file: no scripts, nothing fetched, light and dark, everything from prompts escaped."""
 
 from __future__ import annotations
 
@@ -7,18 +7,15 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from sspcompile.report.model import Report
-from sspcompile.report.svg import render_svg
 from sspcompile.report.text import ALARMS
-from sspcompile.report.view import blocks
-from sspcompile.report.words import clean
+from sspcompile.report.view import Page
 
 
-def render_html(report: Report) -> str:
+def render_html(page: Page) -> str:
     """A complete document. Its content security policy forbids scripts and every request."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.tests["alarming"] = lambda sentence: any(alarm in sentence for alarm in ALARMS)
+    # Drawings are made of numbers, and what is text in them is escaped where they are drawn.
+    environment.filters["drawing"] = lambda picture: Markup(picture.svg)
     template = environment.from_string(Path(__file__).with_name("template.html").read_text("utf-8"))
-    # The picture is made of numbers only (svg.py escapes the rest), so it may pass unescaped.
-    picture = Markup(render_svg(report.mask)) if report.mask else None
-    return template.render(title=clean(report.title), blocks=blocks(report), mask_svg=picture)
+    return template.render(page=page)

@@ -1,21 +1,19 @@
-"""The report as GitHub-flavoured Markdown."""
+"""A page as GitHub-flavoured Markdown."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 
-from sspcompile.report.model import Report
-from sspcompile.report.view import Block, Table, blocks
-from sspcompile.report.words import clean
+from sspcompile.report.view import Block, Page, Table
 
 SPECIAL = re.compile(r"([\\`*_\[\]|~#!])")
 
 
-def render_markdown(report: Report) -> str:
+def render_markdown(page: Page) -> str:
     """Text from prompts cannot start a heading, a link, a table cell or HTML."""
-    lines = [f"# {escape(clean(report.title))}", ""]
-    for block in blocks(report):
+    lines = [f"# {escape(page.title)}", ""]
+    for block in page.blocks:
         lines += _block(block)
     return "\n".join(lines).rstrip() + "\n"
 
@@ -32,8 +30,8 @@ def _block(block: Block) -> Iterator[str]:
         yield f"- {escape(sentence)}"
     if block.sentences:
         yield ""
-    if block.has_mask:
-        yield from ("![kept and removed heads](mask.svg)", "")
+    if block.picture:
+        yield from (f"![{block.picture.label}]({block.picture.file})", "")
     for table in block.tables:
         yield from _table(table)
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Section(BaseModel):
@@ -75,7 +75,8 @@ class QualityRow(Section):
 
     `mean_kl` in nats per token, `top1_agreement` a share. `kl_above_ours`: its KL minus ours on the same prompts,
     paired, so above 0 is worse than ours; without it only overlapping intervals can be compared. `exact_match`: the
-    share of right greedy answers, where answers are known.
+    share of right greedy answers, where answers are known. `off_kl` and `off_agreement` are the same figures on prompts
+    of domains that the scenario is not about.
     """
 
     name: str
@@ -84,6 +85,8 @@ class QualityRow(Section):
     top1_agreement: Estimate
     kl_above_ours: Estimate | None = None
     exact_match: Estimate | None = None
+    off_kl: Estimate | None = None
+    off_agreement: Estimate | None = None
 
 
 class LayoutSection(Section):
@@ -143,9 +146,13 @@ class RuntimeRow(Section):
 
 
 class LatencyRow(Section):
-    """One metric of two contenders: medians with p10 and p90, and how many times better the second one is."""
+    """One metric of two contenders: medians with p10 and p90, and how many times better the second one is.
+
+    `load` says how many sequences of how many tokens, and is None for metrics of a process or of the model itself.
+    """
 
     metric: str
+    load: str | None = None
     unit: str
     reference: str
     contender: str
@@ -161,17 +168,60 @@ class LatencyRow(Section):
     definition: str = ""
 
 
+class RooflineRow(Section):
+    """What one decode step must read and compute, the time that reading takes at least, and the time it took."""
+
+    contender: str
+    load: str
+    bytes_per_step: float
+    flops_per_token: float | None = None
+    floor_seconds: float
+    measured_seconds: float
+
+
+class PredictionRow(Section):
+    """How many times faster a decode step is by the bytes alone, and as measured.
+
+    `realised`: the share of the predicted saving of time that arrived. `reference_share`: of the reference's time, what
+    reading its bytes takes.
+    """
+
+    load: str
+    reference: str
+    contender: str
+    predicted: float
+    measured: Estimate
+    realised: float | None = None
+    reference_share: float
+
+
+class CapacityRow(Section):
+    """The longest context of one sequence, and the largest batch, by weights and cache alone."""
+
+    contender: str
+    context: int
+    batch: int
+
+
 class LatencySection(Section):
-    """`settings` say under what conditions the rows hold."""
+    """`settings` say under what conditions the rows hold. `bandwidth` in bytes per second; `memory` in bytes and
+    `tokens` are what the capacities are for.
+    """
 
     settings: dict[str, int | str]
     rows: tuple[LatencyRow, ...]
+    rooflines: tuple[RooflineRow, ...] = ()
+    predictions: tuple[PredictionRow, ...] = ()
+    capacities: tuple[CapacityRow, ...] = ()
+    bandwidth: float | None = None
+    memory: float | None = None
+    tokens: int | None = None
 
 
 class Report(Section):
     """Everything that is known about one build."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     title: str
     model: str | None = None
     scenario: ScenarioSection | None = None

@@ -1,4 +1,4 @@
-"""The report on a terminal."""
+"""A page on a terminal."""
 
 from __future__ import annotations
 
@@ -9,20 +9,18 @@ from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from sspcompile.report.model import Report
-from sspcompile.report.view import Table, blocks
-from sspcompile.report.words import clean
+from sspcompile.report.view import Page, Table
 
-ALARMS = ("LOSS", "FAILED", "FURTHER")
+ALARMS = ("LOSS", "FAILED", "FURTHER", "DO NOT SHIP", "FOR THIS SCENARIO ONLY", "NO MEASURABLE GAIN")
 
 
-def render_text(report: Report, console: Console, *, only: Collection[str] | None = None) -> None:
-    """Print the report, or only the blocks with these keys.
+def render_text(page: Page, console: Console, *, only: Collection[str] | None = None) -> None:
+    """Print the page, or only the blocks with these keys.
 
     Everything goes through Text objects, so that brackets in prompts are no markup.
     """
-    console.print(Text(clean(report.title), style="bold"))
-    for block in blocks(report):
+    console.print(Text(page.title, style="bold"))
+    for block in page.blocks:
         if only is not None and block.key not in only:
             continue
         console.print()

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sspcompile.report.model import Estimate, LatencyRow, QualityRow, Report
+from sspcompile.report.model import Estimate, LatencyRow, LatencySection, PredictionRow, QualityRow, Report
 from sspcompile.report.words import change, figures, percent, with_interval
 
 # Below this share of agreement more than every tenth token differs: nobody would call that the same model.
 FEW_AGREE = 0.9
 # As in compile/mixture.py, which a report does not import.
 MUCH_UNKNOWN = 1 / 3
+# When this share of a decode step is no reading of memory, it is what keeps the saving from arriving.
+MUCH_ELSE = 0.25
+HEADLINE_METRICS = ("time to first token", "inter-token latency")
+SPOKEN_METRICS = (*HEADLINE_METRICS, "load", "peak resident memory", "peak device memory")
 
 
 def verdict(report: Report) -> tuple[str, ...]:
-    """Sentences in the order of what matters: is it exact, what is lost, what is gained, what is not known."""
+    """The conclusion, then sentences in the order of what matters: is it exact, what is lost, what is gained, what is
+    not known.
+    """
     sentences = (
+        *filter(None, (headline(report),)),
         *_parity(report),
         *_quality(report),
         *_baselines(report),
@@ -25,6 +32,56 @@ def verdict(report: Report) -> tuple[str, ...]:
         *_scenario(report),
     )
     return sentences or ("Nothing was measured.",)
+
+
+def headline(report: Report) -> str | None:
+    """One conclusion from the numbers; None without a quality measurement of a build."""
+    ours, parity = _ours(report), report.parity
+    if ours is None:
+        return None
+    if parity is not None and not parity.holds:
+        return "DO NOT SHIP: the files do not compute what the masked model computes."
+    if ours.top1_agreement.value < FEW_AGREE:
+        differs = percent(1 - ours.top1_agreement.value)
+        return f"DO NOT SHIP: {differs} of the next tokens on the scenario's own domain differ from the dense model's."
+    narrow = _narrow(ours)
+    if narrow is not None:
+        return f"SHIP FOR THIS SCENARIO ONLY: loses quality off domain, {narrow}."
+    if report.latency is None:
+        return "QUALITY HOLDS, speed is not known: run `sspcompile bench`."
+    faster = _faster(report.latency)
+    if not faster:
+        return f"NO MEASURABLE GAIN IN SPEED{_smaller(report)}."
+    return f"SHIP: faster where it was measured ({faster}){_smaller(report)}."
+
+
+def _narrow(ours: QualityRow) -> str | None:
+    """What is lost off domain beyond the own domain; None where the intervals meet or nothing was measured there."""
+    off = ours.off_kl
+    if off is None or ours.off_agreement is None or off.low is None or ours.mean_kl.high is None:
+        return None
+    if off.low <= ours.mean_kl.high:
+        return None
+    return (
+        f"where {percent(1 - ours.off_agreement.value)} of the next tokens differ, "
+        f"against {percent(1 - ours.top1_agreement.value)} on its own"
+    )
+
+
+def _faster(latency: LatencySection) -> str:
+    gains = [
+        f"{row.metric} {with_interval(row.improvement)} times, {row.load}"
+        for row in latency.rows
+        if row.metric in HEADLINE_METRICS and row.verdict == "better" and row.improvement is not None
+    ]
+    return "; ".join(gains)
+
+
+def _smaller(report: Report) -> str:
+    if report.sizes is None:
+        return ""
+    weights, cache = report.sizes.weight_bytes, report.sizes.kv_bytes_per_token
+    return f"; weights {change(weights.dense, weights.sliced)}, KV cache {change(cache.dense, cache.sliced)}"
 
 
 def _parity(report: Report) -> Iterator[str]:
@@ -133,8 +190,32 @@ def _latency(report: Report) -> Iterator[str]:
         yield "Speed was not measured."
         return
     for row in report.latency.rows:
-        if row.unit == "s" or row.metric.startswith("peak"):
-            yield f"{row.contender}, {row.metric}: {_speed(row)}."
+        if row.metric in SPOKEN_METRICS:
+            under = f" ({row.load})" if row.load else ""
+            yield f"{row.contender} against {row.reference}, {row.metric}{under}: {_speed(row)}."
+    for prediction in report.latency.predictions:
+        yield _predicted(prediction)
+
+
+def _predicted(p: PredictionRow) -> str:
+    """What the bytes predict, what came, and from the numbers why it is not more."""
+    told = (
+        f"Decoding, {p.contender} against {p.reference} ({p.load}): its bytes predict {figures(p.predicted)} times, "
+        f"measured were {with_interval(p.measured)}"
+    )
+    if p.measured.low is None or p.measured.high is None:
+        return f"{told}, from too few processes for an interval."
+    if p.measured.low <= p.predicted <= p.measured.high:
+        return f"{told}, which agrees."
+    if p.measured.low > p.predicted:
+        return f"{told}, more than reading saves: there is also less to compute and to call."
+    rest = 1 - p.reference_share
+    if rest > MUCH_ELSE:
+        return (
+            f"{told}; reading bytes takes {percent(p.reference_share)} of a step of {p.reference}, and the other "
+            f"{percent(rest)} do not shrink with the heads."
+        )
+    return f"{told}; this runtime does not turn the saved bytes into time."
 
 
 def _speed(row: LatencyRow) -> str:
@@ -147,7 +228,7 @@ def _speed(row: LatencyRow) -> str:
             low=1 / inverse.high if inverse.high else None,
             high=1 / inverse.low if inverse.low else None,
         )
-        return f"LOSS: {with_interval(turned)} times the dense model's"
+        return f"LOSS: {with_interval(turned)} times that of {row.reference}"
     word = "faster" if row.unit == "s" else "smaller"
     return f"{with_interval(row.improvement)} times {word}"
 

@@ -1,13 +1,14 @@
-"""The report as titled blocks of sentences and tables of plain text: what every renderer shows, in one order."""
+"""A page as titled blocks of sentences, pictures and tables of plain text: what every renderer shows, in one order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from sspcompile.report.model import LatencyRow, Pair, QualityRow, Report
+from sspcompile.report.model import LatencyRow, LatencySection, Pair, QualityRow, Report
+from sspcompile.report.svg import render_svg
 from sspcompile.report.verdict import verdict
-from sspcompile.report.words import change, clean, count, figures, percent, quantity, size, with_interval
+from sspcompile.report.words import change, clean, count, figures, percent, quantity, seconds, size, with_interval
 
 PROMPTS_SHOWN = 5
 PROMPT_CHARACTERS = 300
@@ -23,18 +24,40 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """`svg` is a self-contained drawing made of numbers and escaped text, `file` the name it goes by beside a page."""
+
+    file: str
+    svg: str
+    label: str
+
+
+@dataclass(frozen=True)
 class Block:
-    """`key` is stable and fit for an anchor. `has_mask` marks the place of the picture."""
+    """`key` is stable and fit for an anchor."""
 
     key: str
     title: str
     sentences: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
-    has_mask: bool = False
+    picture: Picture | None = None
 
 
-def blocks(report: Report) -> tuple[Block, ...]:
-    """All blocks that the report has something for. Every text in them is cleaned of control characters."""
+@dataclass(frozen=True)
+class Page:
+    """What a renderer takes. Every text in it is cleaned of control characters."""
+
+    title: str
+    blocks: tuple[Block, ...]
+
+
+def page(title: str, blocks: Iterable[Block | None]) -> Page:
+    """A page of the blocks that are there."""
+    return Page(clean(title), tuple(_cleaned(block) for block in blocks if block is not None))
+
+
+def report_page(report: Report) -> Page:
+    """All blocks that the report has something for."""
     found = (
         Block("verdict", "Verdict", verdict(report)),
         _scenario(report),
@@ -46,7 +69,7 @@ def blocks(report: Report) -> tuple[Block, ...]:
         _checks(report),
         _reproduce(report),
     )
-    return tuple(_cleaned(block) for block in found if block is not None)
+    return page(report.title, found)
 
 
 def _cleaned(block: Block) -> Block:
@@ -54,7 +77,7 @@ def _cleaned(block: Block) -> Block:
         Table(clean(t.caption), tuple(map(clean, t.headers)), tuple(tuple(map(clean, row)) for row in t.rows))
         for t in block.tables
     )
-    return Block(block.key, clean(block.title), tuple(map(clean, block.sentences)), tables, block.has_mask)
+    return Block(block.key, clean(block.title), tuple(map(clean, block.sentences)), tables, block.picture)
 
 
 def _scenario(report: Report) -> Block | None:
@@ -87,6 +110,11 @@ def _quality_table(caption: str, rows: Sequence[QualityRow]) -> Table:
     ]
     if any(row.kl_above_ours for row in rows):
         columns.append(("KL above ours", lambda row: with_interval(row.kl_above_ours) if row.kl_above_ours else "-"))
+    if any(row.off_kl for row in rows):
+        columns.append(("KL off domain", lambda row: with_interval(row.off_kl) if row.off_kl else "-"))
+        columns.append(
+            ("same off domain", lambda row: with_interval(row.off_agreement, percent) if row.off_agreement else "-")
+        )
     if any(row.exact_match for row in rows):
         columns.append(
             ("right answers", lambda row: with_interval(row.exact_match, percent) if row.exact_match else "-")
@@ -139,11 +167,12 @@ def _latency(report: Report) -> Block | None:
     tables = [
         Table(
             f"{reference} against {contender}: medians, with p10 to p90; improvement above 1 is good",
-            ("metric", reference, contender, "improvement", "verdict"),
+            ("metric", "load", reference, contender, "improvement", "verdict"),
             tuple(_latency_row(row) for row in latency.rows if _pair(row) == (reference, contender)),
         )
         for reference, contender in dict.fromkeys(_pair(row) for row in latency.rows)
     ]
+    tables += [*_predicted(latency), *_capacity(latency)]
     tables.append(Table("What is measured", ("metric", "definition"), tuple(definitions.items())))
     return Block("latency", "Speed and memory", (f"Conditions: {conditions}.",), tuple(tables))
 
@@ -159,11 +188,49 @@ def _latency_row(row: LatencyRow) -> tuple[str, ...]:
 
     return (
         row.metric,
+        row.load or "",
         spread(row.reference_median, row.reference_p10, row.reference_p90),
         spread(row.contender_median, row.contender_p10, row.contender_p90),
         with_interval(row.improvement) if row.improvement else "-",
         row.verdict,
     )
+
+
+def _predicted(latency: LatencySection) -> Iterator[Table]:
+    if latency.rooflines and latency.bandwidth is not None:
+        yield Table(
+            f"Decoding against reading memory, {size(latency.bandwidth)}/s as measured here: what a step must read",
+            ("model", "load", "bytes per step", "FLOPs per token", "reading them takes", "a step took", "share"),
+            tuple(
+                (
+                    row.contender, row.load, size(row.bytes_per_step),
+                    "-" if row.flops_per_token is None else count(row.flops_per_token), seconds(row.floor_seconds),
+                    seconds(row.measured_seconds), percent(row.floor_seconds / row.measured_seconds),
+                )
+                for row in latency.rooflines
+            ),
+        )  # fmt: skip
+    if latency.predictions:
+        yield Table(
+            "Decoding, times faster: by the bytes alone, and as measured",
+            ("pair", "load", "predicted", "measured", "of the saving arrived"),
+            tuple(
+                (
+                    f"{row.contender} against {row.reference}", row.load, figures(row.predicted),
+                    with_interval(row.measured), "-" if row.realised is None else percent(row.realised),
+                )
+                for row in latency.predictions
+            ),
+        )  # fmt: skip
+
+
+def _capacity(latency: LatencySection) -> Iterator[Table]:
+    if latency.capacities and latency.memory is not None:
+        yield Table(
+            f"What fits into {size(latency.memory)} by weights and cache; activations come on top",
+            ("model", "longest context of one sequence", f"largest batch at {latency.tokens} tokens"),
+            tuple((row.contender, count(row.context), count(row.batch)) for row in latency.capacities),
+        )
 
 
 def _mask(report: Report) -> Block | None:
@@ -176,7 +243,8 @@ def _mask(report: Report) -> Block | None:
         sentences.append(_budget_sentence(report))
     rows = tuple((str(layer), str(len(row)), _ranges(row)) for layer, row in enumerate(mask.kept))
     table = Table("Kept query heads per layer", ("layer", "kept", "heads"), rows)
-    return Block("mask", "Heads", tuple(sentences), (table,), has_mask=True)
+    picture = Picture("mask.svg", render_svg(mask), "kept and removed heads")
+    return Block("mask", "Heads", tuple(sentences), (table,), picture)
 
 
 def _budget_block(report: Report) -> Block | None:

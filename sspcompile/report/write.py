@@ -1,4 +1,4 @@
-"""The report's files in a folder."""
+"""Pages and their data in a folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sspcompile.report.html import render_html
 from sspcompile.report.json import render_json
 from sspcompile.report.markdown import render_markdown
 from sspcompile.report.model import Report
-from sspcompile.report.svg import render_svg
+from sspcompile.report.view import Page, report_page
 
 
 def write_report(report: Report, folder: Path) -> tuple[Path, ...]:
@@ -16,13 +16,13 @@ def write_report(report: Report, folder: Path) -> tuple[Path, ...]:
 
     The folder must exist; the same report gives the same bytes.
     """
-    contents = {
-        "report.json": render_json(report),
-        "report.md": render_markdown(report),
-        "report.html": render_html(report),
-    }
-    if report.mask:
-        contents["mask.svg"] = render_svg(report.mask)
-    for name, content in contents.items():
-        (folder / name).write_bytes(content.encode("utf-8"))
-    return tuple(folder / name for name in contents)
+    return write_page(report_page(report), render_json(report), folder, "report")
+
+
+def write_page(page: Page, data: str, folder: Path, name: str) -> tuple[Path, ...]:
+    """Write `data` as NAME.json, the page as NAME.md and NAME.html, and its pictures. Returns their paths."""
+    contents = {f"{name}.json": data, f"{name}.md": render_markdown(page), f"{name}.html": render_html(page)}
+    contents |= {block.picture.file: block.picture.svg for block in page.blocks if block.picture}
+    for file, content in contents.items():
+        (folder / file).write_bytes(content.encode("utf-8"))
+    return tuple(folder / file for file in contents)
