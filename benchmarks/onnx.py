@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -171,7 +172,7 @@ def built(model: Path, out: Path, precision: str) -> Path | None:
 
 
 def contenders(
-    folder: Path, shape: Mapping[str, object], *, peers: bool
+    folder: Path, shape: Mapping[str, object], *, peers: bool, only: re.Pattern[str]
 ) -> tuple[list[Contender], dict[str, list[float]]]:
     """Make the models and every form of them; and what the exports of others took, [seconds, peak bytes]."""
     costs: dict[str, list[float]] = {}
@@ -179,9 +180,10 @@ def contenders(
     models = {"dense": dense, "pruned": cut(dense, folder / "pruned", "uniform")}
     models["uneven"] = cut(dense, folder / "uneven", "per-layer")
     rows = [Contender(f"transformers, {name}", "transformers", path) for name, path in models.items()]
+    rows = [row for row in rows if only.search(row.name)]
     for precision in ("fp32", "int8", "int4"):
         for name, path in models.items():
-            if name == "uneven" and precision == "int8":
+            if (name == "uneven" and precision == "int8") or not only.search(f"ours {precision}, {name}"):
                 continue
             out = folder / f"{name}-{precision}"
             exported(path, out, precision, link=True)
@@ -189,12 +191,16 @@ def contenders(
     if peers:
         _tokenizer(models["pruned"])
         for precision in ("fp32", "int4"):
+            if not only.search(f"genai builder {precision}, pruned"):
+                continue
             out = built(models["pruned"], folder / f"built-{precision}", precision)
             if out is not None:
                 rows.append(Contender(f"genai builder {precision}, pruned", "onnx", out))
         for kind, name, python in (
             ("dynamo", "dense", sys.executable), ("dynamo", "pruned", sys.executable), ("optimum", "dense", OPTIMUM),
         ):  # fmt: skip
+            if not only.search(f"{LABEL[kind]}, {name}"):
+                continue
             cost = exported_by(kind, python, models[name], folder / f"{kind}-{name}")
             if cost is not None:
                 costs[f"{kind}, {name}"] = cost
@@ -240,7 +246,7 @@ def timed(contender: Contender, threads: int, steps: int) -> dict[str, object]:
 
 
 def weight_bytes(folder: Path) -> int:
-    kinds = (".safetensors", ".data", ".onnx_data")
+    kinds = (".safetensors", ".data", ".onnx_data", ".onnx")
     return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in kinds)
 
 
@@ -250,13 +256,14 @@ def weight_bytes(folder: Path) -> int:
 @click.option("--steps", default=16, show_default=True, help="Decoding steps per context and round.")
 @click.option("--threads", default=2, show_default=True)
 @click.option("--peers/--no-peers", default=True, help="Also build the graphs of onnxruntime-genai's builder.")
+@click.option("--only", default="", help="Run the contenders whose name this regular expression finds.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Where the models are made (a temporary folder).")
-def main(sizes: str, rounds: int, steps: int, threads: int, peers: bool, folder: Path | None) -> None:
+def main(sizes: str, rounds: int, steps: int, threads: int, peers: bool, only: str, folder: Path | None) -> None:
     """Measure everything."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     for size in sizes.split(","):
         with tempfile.TemporaryDirectory(dir=folder) as place:
-            rows, costs = contenders(Path(place), SHAPES[size], peers=peers)
+            rows, costs = contenders(Path(place), SHAPES[size], peers=peers, only=re.compile(only))
             bytes_of = {row.name: weight_bytes(row.folder) for row in rows}
             export = export_rounds(Path(place) / "dense", Path(place), rounds)
             found: list[dict[str, object]] = []

@@ -230,17 +230,27 @@ def test_rounded_graph_computes_what_the_model_with_rounded_matrices_computes(pr
     weights = OnnxWeights(tmp_path / "out")
     tensors = load_file(model / "model.safetensors")
     tied = "lm_head.weight" not in tensors
+    shapes = {name: value.shape for name, value in tensors.items() if value.ndim == 2}
     rounded = {
-        name: weights.rounded(name, 8 if precision == "int8" else 4, shape[1])
-        for name, shape in ((name, value.shape) for name, value in tensors.items())
-        if len(shape) == 2 and not (name.startswith("model.embed") and not tied)
+        name: weights.rounded(name, 8 if precision == "int8" else 4, shapes)
+        for name in shapes if not (name.startswith("model.embed") and not tied)
     }
-    head = rounded.pop("model.embed_tokens.weight") if tied else rounded["lm_head.weight"]
+    head = rounded["model.embed_tokens.weight" if tied else "lm_head.weight"]
     assert all(0 < np.abs(value - tensors[name]).max() < 0.3 for name, value in rounded.items())
     config = json.loads((model / "config.json").read_text()) | {"tie_word_embeddings": False}
     (model / "config.json").write_text(json.dumps(config))
     save_file(tensors | rounded | {"lm_head.weight": head}, model / "model.safetensors", metadata={"format": "pt"})
     assert_same(model, tmp_path / "out", [PROBES[1], PROBES[2]])
+
+
+def test_a_tied_table_is_rounded_once_unless_embeddings_are_kept(tmp_path):
+    model = make(tmp_path / "model", "qwen2 tied")
+    shared = export(model, tmp_path / "shared", "int4").agreement
+    kept = export(model, tmp_path / "kept", "int4", Blocks(16, keep_embeddings=True)).agreement
+    assert kept.mean_kl < shared.mean_kl
+    sizes = [(tmp_path / name / "model.onnx.data").stat().st_size for name in ("shared", "kept")]
+    config = json.loads((model / "config.json").read_text())
+    assert 0 <= sizes[1] - sizes[0] - 4 * config["vocab_size"] * config["hidden_size"] < 64 * 4
 
 
 def test_products_in_int8_cost_more_and_the_cost_is_reported(tmp_path):
@@ -273,6 +283,9 @@ def test_rounding_is_onnx_runtimes_own_to_the_bit(tmp_path):
         assert np.array_equal(weights[f"{name}.{part}"].ravel(), theirs[theirs_name].ravel())
 
 
+JOINED = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj"}
+
+
 class OnnxWeights:
     """The initializers of an export, read from its files."""
 
@@ -285,8 +298,18 @@ class OnnxWeights:
     def __getitem__(self, name: str) -> np.ndarray:
         return self._arrays[name]
 
-    def rounded(self, name: str, bits: int, columns: int) -> np.ndarray:
-        """The matrix that packed codes, scales and zero points stand for: scale * (code - zero point)."""
+    def rounded(self, name: str, bits: int, shapes: dict[str, tuple[int, ...]]) -> np.ndarray:
+        """The matrix that packed codes, scales and zero points stand for: scale * (code - zero point).
+
+        Matrices with the same input lie one below the other in a joined one.
+        """
+        stem, part = name.removesuffix(".weight").rpartition(".")[::2]
+        together = next((parts for parts in JOINED if part in parts), ())
+        joined = f"{stem}.{JOINED[together]}.weight" if together else name
+        above = [shapes[f"{stem}.{other}.weight"][0] for other in together[: together.index(part)]] if together else []
+        return self._whole(joined, bits, shapes[name][1])[sum(above) :][: shapes[name][0]]
+
+    def _whole(self, name: str, bits: int, columns: int) -> np.ndarray:
         packed, scales, zeros = (self[f"{name}.{part}"] for part in ("packed", "scales", "zeros"))
 
         def unpacked(codes: np.ndarray, count: int) -> np.ndarray:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sspcompile.export.onnx import Blocks, Exported, Precision
 
 FORMATS = ("hf", "onnx")
-ONNX_ONLY = ("precision", "block_size", "accuracy_level", "context_length", "hard_link", "model")
+ONNX_ONLY = ("precision", "block_size", "accuracy_level", "keep_embeddings", "context_length", "hard_link", "model")
 
 
 @click.command(
@@ -40,6 +40,8 @@ Examples:
               help="ONNX in int8 or int4: how many inputs of a matrix share a scale (32).")
 @click.option("--accuracy-level", type=click.Choice(["0", "1", "4"]),
               help="ONNX in int8 or int4: multiply in int8 (4, the default and fastest) or in floats (0, 1).")
+@click.option("--keep-embeddings", is_flag=True,
+              help="ONNX in int8 or int4: leave a table that is embedding and head at once in floats for the former.")
 @click.option("--context-length", type=click.IntRange(min=1), metavar="N",
               help="ONNX: make the graph for N positions instead of all that the model has.")
 @click.option("--hard-link", is_flag=True, help="ONNX: share unchanged weight files with the source.")
@@ -125,13 +127,13 @@ def _rounding(onnx: dict[str, object]) -> tuple[Precision, Blocks]:
         raise InputError(f"There is no precision {name!r}.", hint=f"Accepted: {', '.join(PRECISIONS)}.")
     precision = PRECISIONS[name]
     if precision.bits is None:
-        for option in ("block_size", "accuracy_level"):
-            if onnx[option] is not None:
+        for option in ("block_size", "accuracy_level", "keep_embeddings"):
+            if onnx[option]:
                 raise InputError(
                     f"--{option.replace('_', '-')} is about rounded matrices.", hint="Add --precision int8 or int4."
                 )
     size, level = onnx["block_size"] or Blocks.size, onnx["accuracy_level"] or Blocks.accuracy_level
-    return precision, Blocks(int(str(size)), int(str(level)))
+    return precision, Blocks(int(str(size)), int(str(level)), bool(onnx["keep_embeddings"]))
 
 
 def _measured(done: Exported, precision: Precision) -> dict[str, object]:

@@ -32,6 +32,9 @@ ELEMENT = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "U8": TensorPro
 COSINES, SINES = "rotary.cos", "rotary.sin"
 
 
+_PARTS = ("packed", "scales", "zeros")
+
+
 @dataclass
 class Graph:
     """Nodes and initializers as they are emitted. `weights`: where each tensor lies; `dtype`: of the activations."""
@@ -77,9 +80,35 @@ class Graph:
             out = self.node("FusedMatMul", inputs, name + ".out", domain=MICROSOFT, transB=1)
         return self.node("Add", [out, self.weight(name + ".bias")], name + ".biased") if bias else out
 
+    def split(self, source: str, name: str, parts: Mapping[str, int], *, bias: bool) -> list[str]:
+        """Products with several matrices that lie one below the other in NAME; `parts`: name -> rows of each."""
+        joined = self._quantised(source, name)
+        self.node("Split", [joined, self.integers(*parts.values())], name + ".parts", outputs=len(parts), axis=-1)
+        found = [name + ".parts", *(f"{name}.parts.{number}" for number in range(1, len(parts)))]
+        if not bias:
+            return found
+        return [
+            self.node("Add", [out, self.weight(part + ".bias")], part + ".biased")
+            for out, part in zip(found, parts, strict=True)
+        ]
+
+    def lookup(self, ids: str, table: str, name: str) -> str:
+        """Rows of a table: of the rounded one where the head has rounded it already, of its own otherwise."""
+        q = self.quantised.get(table)
+        if q is None or table in self.weights:
+            return self.node("Gather", [self.weight(table), ids], name)
+        names = [f"{table}.{part}" for part in ("table", *_PARTS[1:])]
+        for part, placed in zip(names, q.as_table(), strict=True):
+            self.initializers[part] = placed.reference(part)
+        inputs = [names[0], ids, *names[1:]]
+        return self.node(
+            "GatherBlockQuantized", inputs, name, domain=MICROSOFT, gather_axis=0, quantize_axis=1, bits=q.bits,
+            block_size=q.block_size,
+        )
+
     def _quantised(self, source: str, weight: str) -> str:
         q = self.quantised[weight]
-        names = [weight + "." + part for part in ("packed", "scales", "zeros")[: len(q.parts)]]
+        names = [weight + "." + part for part in _PARTS]
         for name, part in zip(names, q.parts, strict=True):
             self.initializers[name] = part.reference(name)
         return self.node(
@@ -117,7 +146,7 @@ def emit(
         graph.initializers[name] = placed.reference(name)
     lengths, total, start = _positions(graph)
     ids = _rolled(graph, start)
-    stream = graph.node("Gather", [graph.weight(EMBEDDING), ids], "embedded")
+    stream = graph.lookup(ids, EMBEDDING, "embedded")
     stream = graph.times(stream, decoder.embedding, "embedded.scaled")
     normed = graph.norm(stream, layer_prefix(0) + "input_layernorm", decoder.epsilon)
     for index, layer in enumerate(decoder.layers):
@@ -178,8 +207,13 @@ def _attention(
 ) -> str:
     """[B, S, hidden] -> [B, S, hidden], the layer's cache beside it."""
     g, prefix = decoder.geometry, layer_prefix(index) + "self_attn."
-    if g.family.fused_qkv:
-        queries, keys, values = graph.linear(source, prefix + "qkv_proj", bias=g.qkv_bias), "", ""
+    joined = prefix + "qkv_proj"
+    if g.family.fused_qkv or (joined + ".weight" in graph.quantised and not (g.qkv_bias or g.family.qk_norm)):
+        queries, keys, values = graph.linear(source, joined, bias=g.qkv_bias), "", ""
+    elif joined + ".weight" in graph.quantised:
+        sizes = (layer.heads * g.head_dim, layer.kv_heads * g.head_dim, layer.kv_heads * g.head_dim)
+        parts = {prefix + part: size for part, size in zip(_QKV, sizes, strict=True)}
+        queries, keys, values = graph.split(source, joined + ".weight", parts, bias=g.qkv_bias)
     else:
         queries, keys, values = (graph.linear(source, prefix + part, bias=g.qkv_bias) for part in _QKV)
     if g.family.qk_norm:
@@ -213,10 +247,14 @@ def _head_norm(graph: Graph, decoder: Decoder, source: str, name: str, heads: in
 def _mlp(graph: Graph, decoder: Decoder, prefix: str, source: str) -> str:
     """SwiGLU: down(silu(gate) * up)."""
     bias, size = decoder.geometry.mlp_bias, decoder.geometry.intermediate
+    joined = prefix + "gate_up_proj"
     if decoder.fused_mlp:
-        both = graph.linear(source, prefix + "gate_up_proj", bias=bias)
+        both = graph.linear(source, joined, bias=bias)
         gate = graph.node("Split", [both, graph.integers(size, size)], prefix + "halves", outputs=2, axis=-1)
         up = gate + ".1"
+    elif joined + ".weight" in graph.quantised:
+        parts = {prefix + "gate_proj": size, prefix + "up_proj": size}
+        gate, up = graph.split(source, joined + ".weight", parts, bias=bias)
     else:
         gate = graph.linear(source, prefix + "gate_proj", bias=bias)
         up = graph.linear(source, prefix + "up_proj", bias=bias)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ FLOATS = ("F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class Placed:
-    """A tensor in a file beside the graph: `offset` in bytes."""
+    """A tensor in a file beside the graph: `offset` in bytes. Several may be views of the same bytes."""
 
     file: str
     dtype: str
@@ -57,6 +57,11 @@ class Quantised:
     block_size: int
     accuracy_level: int
     parts: tuple[Placed, ...]
+
+    def as_table(self) -> tuple[Placed, ...]:
+        """The same bytes as GatherBlockQuantized reads them: codes [rows, bytes of a row]."""
+        codes, *beside = self.parts
+        return replace(codes, shape=(self.rows, codes.nbytes // self.rows)), *beside
 
 
 def placed(info: TensorInfo) -> Placed:
@@ -107,12 +112,13 @@ def convert(tensors: Mapping[str, TensorInfo], data: DataFile, dtype: str) -> di
 
 
 def quantise(
-    tensors: Mapping[str, TensorInfo], data: DataFile, dtype: str, *, bits: int, block_size: int, accuracy_level: int
+    matrices: Mapping[str, Mapping[str, TensorInfo]], data: DataFile, dtype: str, *, bits: int, block_size: int,
+    accuracy_level: int,
 ) -> dict[str, Quantised]:
     """Write matrices [out, in] in blocks of `block_size` along their input, a band of rows in memory at a time.
 
-    The rounding is ONNX Runtime's own (asymmetric, so that every block has a zero point); scales have the dtype of the
-    activations.
+    Each consists of one or several tensors of the checkpoint, one below the other. The rounding is ONNX Runtime's own
+    (asymmetric, so that every block has a zero point); scales have the dtype of the activations.
     """
     from onnxruntime.quantization.matmul_nbits_quantizer import (
         DefaultWeightOnlyQuantConfig,
@@ -126,20 +132,21 @@ def quantise(
     )
     rounding = DefaultWeightOnlyQuantizer(config)
     found = {}
-    for name, info in tensors.items():
-        rows, columns = info.shape
+    for name, parts in matrices.items():
+        rows = sum(info.shape[0] for info in parts.values())
+        columns = next(iter(parts.values())).shape[1]
         blocks = -(-columns // block_size)
         beside: list[tuple[np.ndarray, np.ndarray]] = []
 
-        def packed(info: TensorInfo = info, name: str = name, beside: list = beside) -> Iterator[np.ndarray]:
-            for band in _bands(info, name, dtype):
+        def packed(parts: Mapping[str, TensorInfo] = parts, beside: list = beside) -> Iterator[np.ndarray]:
+            for band in (band for part, info in parts.items() for band in _bands(info, part, dtype)):
                 # The quantiser wants [in, out], and floats of the dtype that the scales shall have.
                 codes, scales, zeros = rounding.qbits_block_quant(np.ascontiguousarray(band.T))
                 beside.append((scales, zeros))
                 yield codes
 
         codes = data.append(packed(), "U8", (rows, blocks, block_size * bits // 8))
-        scales, zeros = (np.concatenate(parts) for parts in zip(*beside, strict=True))
+        scales, zeros = (np.concatenate(pieces) for pieces in zip(*beside, strict=True))
         stored = (codes, data.append([scales], dtype, scales.shape), data.append([zeros], "U8", zeros.shape))
         found[name] = Quantised(rows, columns, bits, block_size, accuracy_level, stored)
     return found

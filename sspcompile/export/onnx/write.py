@@ -15,6 +15,7 @@ import onnx
 
 import sspcompile
 from sspcompile.checkpoint import Manifest, copy_companions, staged, write_manifest
+from sspcompile.checkpoint.source import TensorInfo
 from sspcompile.errors import InputError
 from sspcompile.export.onnx.agreement import Agreement, Gate
 from sspcompile.export.onnx.decoder import Decoder, read_decoder
@@ -32,12 +33,17 @@ from sspcompile.export.onnx.weights import (
     write_rotary,
 )
 from sspcompile.measure.onnx_model import GRAPH, SETTINGS, demand_runtime
-from sspcompile.tensors import EMBEDDING, LM_HEAD
+from sspcompile.tensors import EMBEDDING
 
 Progress = Callable[[str, int, int], None]
 CHECKS = "check.json"
 # How optimum, which lives in another environment, opens the folder.
 OPTIMUM = "optimum_model.py"
+# Matrices of one input, in the order in which they lie below each other.
+JOINED: Mapping[str, str] = {
+    "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,10 +73,14 @@ PRECISIONS: Mapping[str, Precision] = {
 
 @dataclass(frozen=True)
 class Blocks:
-    """How matrices are rounded: `size` inputs share a scale; `accuracy_level` 4 multiplies in int8, 0 in floats."""
+    """How matrices are rounded: `size` inputs share a scale; `accuracy_level` 4 multiplies in int8, 0 in floats.
+
+    A table that is embedding and head at once is rounded for both unless `keep_embeddings`.
+    """
 
     size: int = 32
     accuracy_level: int = 4
+    keep_embeddings: bool = False
 
 
 @dataclass(frozen=True)
@@ -161,14 +171,30 @@ def _place(
     with DataFile(folder / DATA_FILE, wrote) as data:
         if precision.bits is None:
             return convert(tensors, data, precision.dtype), {}
-        # A tied head is rounded as a matrix of its own; the embeddings stay as they are.
-        head = {EMBEDDING if decoder.geometry.tied else LM_HEAD}
-        matrices = {
-            name: info for name, info in tensors.items() if len(info.shape) == 2 and (name != EMBEDDING or name in head)
-        }
-        rest = {name: info for name, info in tensors.items() if name not in matrices or name == EMBEDDING}
+        matrices = _matrices(tensors, tied=decoder.geometry.tied)
+        rounded = {name for parts in matrices.values() for name in parts}
+        # Of a tied table the embeddings are looked up in the rounded head, where its rows are whole blocks.
+        shared = not blocks.keep_embeddings and decoder.geometry.hidden % blocks.size == 0
+        rest = {n: info for n, info in tensors.items() if n not in rounded or (n == EMBEDDING and not shared)}
         return convert(rest, data, precision.dtype), quantise(
             matrices, data, precision.dtype, bits=precision.bits, block_size=blocks.size,
             accuracy_level=blocks.accuracy_level,
         )
 
+
+def _matrices(tensors: Mapping[str, TensorInfo], *, tied: bool) -> dict[str, dict[str, TensorInfo]]:
+    """What is rounded, by the name of the product: the head, every matrix of a layer, and those with the same input as
+    one, because a product costs a call and one rounding of its input.
+    """
+    found: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in tensors.items():
+        if len(info.shape) != 2 or (name == EMBEDDING and not tied):
+            continue
+        stem, _, part = name.removesuffix(".weight").rpartition(".")
+        joined = JOINED.get(part)
+        found.setdefault(f"{stem}.{joined}.weight" if joined else name, {})[name] = info
+    order = {part: number for number, part in enumerate(JOINED)}
+    return {
+        name: dict(sorted(parts.items(), key=lambda one: order.get(one[0].split(".")[-2], 0)))
+        for name, parts in found.items()
+    }
