@@ -4,14 +4,15 @@ PYTHON ?= python3.11
 VENV := .venv
 COMPAT := .venv-compat
 OPTIMUM := .venv-optimum
+BROWSER := .venv-browser
 HARNESS := .venv-lm-eval
 BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
 # Two test processes: as many as the smallest machine that this is meant for has cores.
 WORKERS ?= 2
 
-.PHONY: demo test test-compat test-optimum test-wheel test-shapes test-lm-eval lint format train bench-compile bench-prepare \
-	bench-quality bench-slice bench-onnx clean
+.PHONY: demo test test-compat test-optimum test-browser screenshots fuzz test-kills test-wheel test-shapes test-lm-eval schemas lint format train bench-compile bench-prepare \
+	bench-quality bench-slice bench-onnx bench-bench clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +45,27 @@ test-optimum: $(VENV)/.done $(OPTIMUM)/.done  ## ONNX exports in optimum's ORTMo
 	$(BIN)/python tests/optimum/write.py $(OPTIMUM)/fixtures
 	OPTIMUM_FIXTURES=$(OPTIMUM)/fixtures $(OPTIMUM)/bin/python -P -m pytest --confcutdir tests/optimum tests/optimum
 
+$(BROWSER)/.done: constraints-browser.txt
+	$(PYTHON) -m venv $(BROWSER)
+	$(BROWSER)/bin/pip install $(PIP_FLAGS) --requirement constraints-browser.txt
+	touch $@
+
+test-browser: $(VENV)/.done $(BROWSER)/.done  ## Reports in headless Chromium (Debian: chromium), with axe.
+	$(BIN)/python tests/browser/write.py $(BROWSER)/pages
+	BROWSER_PAGES=$(BROWSER)/pages $(BROWSER)/bin/python -P -m pytest --confcutdir tests/browser tests/browser
+
+screenshots: $(VENV)/.done $(BROWSER)/.done  ## The pictures of the README, of the embedded demo.
+	$(BIN)/python tests/browser/write.py $(BROWSER)/pages
+	SCREENSHOTS=docs/images BROWSER_PAGES=$(BROWSER)/pages $(BROWSER)/bin/python -P -m pytest -k screenshots \
+	    --confcutdir tests/browser tests/browser
+
+test-kills: $(VENV)/.done  ## Builds and exports killed at fifty random moments.
+	$(BIN)/python -m pytest tests/test_kills.py -m slow -s
+
+fuzz: $(VENV)/.done  ## Over a million executions of everything that reads files, coverage-guided (Linux, CPython 3.11).
+	$(BIN)/pip install $(PIP_FLAGS) --constraint constraints.txt atheris
+	$(BIN)/python -P tests/fuzz/campaign.py
+
 test-wheel: $(VENV)/.done  ## The wheel in an empty environment, from another folder.
 	$(BIN)/python -m pytest tests/test_wheel.py -m slow
 
@@ -58,6 +80,9 @@ $(HARNESS)/.done: pyproject.toml constraints.txt constraints-lm-eval.txt
 
 test-lm-eval: $(HARNESS)/.done  ## lm-evaluation-harness on an artifact, with a task that needs no download.
 	$(HARNESS)/bin/python -m pytest tests/test_lm_eval.py -m slow
+
+schemas: $(VENV)/.done  ## The published JSON schemas of what reports and benchmarks write.
+	$(BIN)/python -m sspcompile.report.schema docs/schemas
 
 lint: $(VENV)/.done
 	$(BIN)/ruff check .
@@ -76,6 +101,9 @@ bench-quality: $(VENV)/.done  ## Quality at a given size: every head score, both
 
 bench-compile: $(VENV)/.done  ## How long compiling a scenario takes once everything is loaded.
 	$(BIN)/python benchmarks/compile.py
+
+bench-bench: $(VENV)/.done  ## Whether `bench` repeats itself and tells a model from itself.
+	$(BIN)/python -m benchmarks.bench
 
 bench-onnx: $(VENV)/.done  ## ONNX exports against transformers and onnxruntime-genai's own builder.
 	$(BIN)/python -m benchmarks.onnx

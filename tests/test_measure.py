@@ -13,12 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sspcompile.errors import CheckpointError, InputError, RunError
+from sspcompile.measure.capacity import capacity
 from sspcompile.measure.compare import compare, compare_all
 from sspcompile.measure.intervals import FEWEST_SAMPLES, Interval, mean_interval, ratio_interval, summarize
 from sspcompile.measure.latency import Contender, bench
+from sspcompile.measure.load import Load, Settings
+from sspcompile.measure.memory import kv_bytes_per_token, peak_resident_bytes
 from sspcompile.measure.metrics import METRICS
 from sspcompile.measure.quality import DivergenceAccumulator, compare_divergences, divergence
-from sspcompile.measure.worker import kv_bytes_per_token, peak_resident_bytes
+from sspcompile.measure.roofline import predict, roofline
 
 # ---- intervals ----------------------------------------------------------------------------------------------
 
@@ -45,17 +48,29 @@ def test_an_interval_lies_within_the_samples_and_is_repeatable(values: list[floa
 
 def test_few_samples_give_no_interval() -> None:
     assert mean_interval([1.0, 2.0], seed=0) is None
-    assert ratio_interval([1.0] * 4, [1.0] * 4, seed=0) is None
+    assert ratio_interval([2.0, 2.0], [1.0, 1.0]) == (2.0, None)
     with pytest.raises(ValueError, match="pairs"):
-        ratio_interval([1.0] * 6, [1.0] * 5, seed=0)
+        ratio_interval([1.0] * 6, [1.0] * 5)
 
 
 def test_pairing_removes_what_both_share() -> None:
     """A machine that slows down over the trials makes both slower; the ratio must not notice."""
     drift = np.linspace(1, 3, 20)
-    interval = ratio_interval(2 * drift, drift, seed=0)
+    value, interval = ratio_interval(2 * drift, drift)
     assert interval is not None
-    assert interval.low == interval.high == pytest.approx(2)
+    assert value == interval.low == interval.high == pytest.approx(2)
+
+
+@pytest.mark.parametrize("pairs", [3, 5])
+def test_the_interval_of_a_ratio_covers_the_truth_about_as_often_as_it_says(pairs: int) -> None:
+    rng = np.random.default_rng(2)
+    covered = 0
+    for _ in range(400):
+        top, bottom = np.exp(rng.normal(0.4, 0.1, pairs)), np.exp(rng.normal(0.0, 0.1, pairs))
+        interval = ratio_interval(top, bottom)[1]
+        assert interval is not None
+        covered += interval.covers(math.exp(0.4))
+    assert 0.92 <= covered / 400 <= 0.98
 
 
 def test_summaries_keep_samples_and_publish_no_p99_from_few() -> None:
@@ -71,16 +86,33 @@ def test_summaries_keep_samples_and_publish_no_p99_from_few() -> None:
 # ---- ratios -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("repeats", [7, 20])
-def test_a_contender_against_itself_shows_no_measurable_change(repeats: int) -> None:
+SESSIONS, TRIALS = 5, 4
+
+
+@pytest.mark.parametrize("process", [0.0, 0.05])
+def test_a_contender_against_itself_shows_no_measurable_change(process: float) -> None:
+    """Also where processes differ among themselves, which trials of one process cannot show."""
     rng = np.random.default_rng(0)
+
+    def timings() -> list[float]:
+        levels = np.repeat(rng.normal(0, process, SESSIONS), TRIALS)
+        return list(np.exp(levels + rng.normal(0, 0.1, SESSIONS * TRIALS)))
+
     alarms = 0
-    for _ in range(200):
-        a, b = (summarize(list(np.exp(rng.normal(0, 0.1, repeats)))) for _ in range(2))
-        found = compare(METRICS["prefill_seconds"], a, b, names=("a", "b"))
+    for _ in range(400):
+        a, b = summarize(timings()), summarize(timings())
+        found = compare(METRICS["prefill_seconds"], a, b, sessions=SESSIONS, names=("a", "b"))
         assert found is not None
         alarms += found.verdict != "no measurable change"
-    assert alarms / 200 <= 0.08
+    assert alarms / 400 <= 0.05
+
+
+def test_less_than_a_percent_is_no_change_however_exactly_it_was_measured() -> None:
+    a, b = summarize([1.0, 1.001, 0.999]), summarize([1.006, 1.007, 1.005])
+    found = compare(METRICS["prefill_seconds"], a, b, sessions=3, names=("a", "b"))
+    assert found is not None and found.interval is not None
+    assert found.interval.high < 1
+    assert found.verdict == "no measurable change"
 
 
 @pytest.mark.parametrize(
@@ -94,7 +126,8 @@ def test_a_contender_against_itself_shows_no_measurable_change(repeats: int) -> 
 )
 def test_better_and_worse_follow_the_metrics_direction(metric, dense, sliced, verdict) -> None:
     noise = np.linspace(0.98, 1.02, 9)
-    found = compare(METRICS[metric], summarize(list(dense * noise)), summarize(list(sliced * noise)), names=("d", "s"))
+    samples = summarize(list(dense * noise)), summarize(list(sliced * noise))
+    found = compare(METRICS[metric], *samples, sessions=3, names=("d", "s"))
     assert found is not None
     assert found.ratio == pytest.approx(dense / sliced)
     assert found.verdict == verdict
@@ -114,7 +147,7 @@ def test_counted_metrics_need_no_interval_and_single_timings_claim_nothing() -> 
         "load_seconds": summarize([0.5]),
         "peak_device_bytes": summarize([0.0]),
     }
-    found = {r.metric: r for r in compare_all(dense, sliced, names=("d", "s"))}
+    found = {r.metric: r for r in compare_all(dense, sliced, sessions=1, names=("d", "s"))}
     assert found["weight_bytes"].verdict == "better"
     assert found["weight_bytes"].interval is None
     assert found["load_seconds"].verdict == "too few samples"
@@ -234,76 +267,147 @@ def ship_own_code(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-SHAPE = {"prompt_tokens": 8, "new_tokens": 3, "batch": 2, "repeats": 5, "threads": 1}
+def settings_of(**changes: object) -> Settings:
+    load = Load(2, changes.pop("prompt_tokens", 8), changes.pop("new_tokens", 3))
+    usual = {
+        "loads": (load, Load(1, 4, 3)), "sessions": 3, "trials": 2, "warmup": 1, "threads": 1, "seed": 0,
+        "device": "cpu", "memory": 10**6,
+    }  # fmt: skip
+    return Settings(**(usual | changes))
 
 
 def test_bench_from_end_to_end(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
     said: list[tuple[int, int, str]] = []
-    contenders = [Contender(name, path, trust_remote_code=name == "sliced") for name, path in models.items()]
-    result = bench(contenders, **SHAPE, warmup=1, progress=lambda *args: said.append(args))
+    contenders = [
+        Contender(name, path, trust_remote_code=name == "sliced", flops=(1000, 10)) for name, path in models.items()
+    ]
+    kept: list[dict] = []
+    result = bench(contenders, settings_of(), progress=lambda *args: said.append(args), keep=kept.append)
     dense, sliced = result.contenders
     assert [what for _, _, what in said[:4]] == [
         "warm-up of dense", "warm-up of sliced", "trial of dense", "trial of sliced",
     ]  # fmt: skip
-    assert said[-1][0] == said[-1][1] == 12
+    assert said[13][2] == "warm-up of sliced", "the next session turns the order round"
+    assert said[-1][0] == said[-1][1] == 36
     assert sliced.architecture == "OwnForCausalLM"
     assert dense.metrics["kv_bytes_per_token"].median == 2 * LAYERS * 2 * HEAD_DIM * 4
     assert sliced.metrics["kv_bytes_per_token"].median == 2 * LAYERS * 1 * HEAD_DIM * 4
     stored = models["dense"].joinpath("model.safetensors").stat().st_size
+    assert dense.metrics["disk_bytes"].median == stored
     assert 0 < stored - dense.metrics["weight_bytes"].median < 4096, "tied weights count once, as in the file"
     for contender in result.contenders:
-        assert len(contender.metrics["prefill_seconds"].samples) == 5
-        assert len(contender.warmup["prefill_seconds"]) == 1
+        assert len(contender.metrics["peak_resident_bytes"].samples) == 3, "one per process"
         assert contender.metrics["peak_resident_bytes"].median > 5e7
-        prefill = contender.metrics["prefill_seconds"].samples[0]
-        assert contender.metrics["prefill_tokens_per_second"].samples[0] == pytest.approx(16 / prefill)
-    ratios = {ratio.metric: ratio for ratio in result.ratios}
-    assert ratios["kv_bytes_per_token"].ratio == 2
-    assert ratios["prefill_seconds"].interval is not None
+        under = contender.loads[0]
+        assert len(under.metrics["prefill_seconds"].samples) == 6
+        assert len(under.warmup["prefill_seconds"]) == 3
+        prefill = under.metrics["prefill_seconds"].samples[0]
+        assert under.metrics["prefill_tokens_per_second"].samples[0] == pytest.approx(16 / prefill)
+        p50, p90 = (under.metrics[f"inter_token_{p}_seconds"].samples for p in ("p50", "p90"))
+        assert all(a <= b for a, b in zip(p50, p90, strict=True))
+        assert under.roofline.flops_per_token == 1000 + 9.5 * 10
+        kv = contender.metrics["kv_bytes_per_token"].median
+        assert under.roofline.bytes_per_step == pytest.approx(1000 / 2 * 4 + 2 * 9.5 * kv)
+    ratios = {(ratio.metric, ratio.load): ratio for ratio in result.ratios}
+    assert ratios["kv_bytes_per_token", None].ratio == 2
+    assert ratios["prefill_seconds", "batch 2, 8+3 tokens"].interval is not None
+    assert {p.load for p in result.predictions} == {"batch 2, 8+3 tokens", "batch 1, 4+3 tokens"}
+    assert [c.context for c in result.capacities] == [64, 64]
     value = json.loads(json.dumps(result.to_json(), allow_nan=False))
-    assert value["contenders"][0]["metrics"]["inter_token_seconds"]["samples"]
+    assert value["contenders"][0]["loads"][0]["metrics"]["inter_token_seconds"]["samples"]
     assert value["definitions"]["prefill_seconds"]["unit"] == "s"
     assert {"low", "high"} == set(value["ratios"][0]["interval"])
+    assert len(kept) == 3
+    done = json.loads(json.dumps(kept))
+    again = bench(contenders, settings_of(), done=done, progress=lambda *args: said.append(args))
+    assert again == result, "a finished measurement is not taken anew"
+    assert said[-1][2] == "done" and len(said) == 39
+
+
+def test_an_onnx_contender_is_measured_like_the_others(tmp_path: Path) -> None:
+    from builders import family_config, save_random
+
+    from sspcompile.export.onnx import PRECISIONS, Blocks
+    from sspcompile.pipeline.exporting import of_checkpoint, to_onnx
+
+    model = save_random(tmp_path / "model", family_config("qwen2", bias=True), seed=1)
+    to_onnx(of_checkpoint(str(model)), tmp_path / "onnx", PRECISIONS["fp32"], blocks=Blocks())
+    to_onnx(of_checkpoint(str(model)), tmp_path / "int4", PRECISIONS["int4"], blocks=Blocks(16))
+    contenders = [
+        Contender("dense", model), Contender("dense, onnx", tmp_path / "onnx", "onnx"),
+        Contender("int4, onnx", tmp_path / "int4", "onnx"),
+    ]  # fmt: skip
+    result = bench(contenders, settings_of())
+    torch_model, plain, rounded = result.contenders
+    assert (plain.dtype, rounded.dtype) == ("float32", "int4")
+    assert plain.metrics["kv_bytes_per_token"] == torch_model.metrics["kv_bytes_per_token"]
+    assert rounded.metrics["weight_bytes"].median < plain.metrics["weight_bytes"].median
+    steps = [c.loads[0].roofline.bytes_per_step for c in result.contenders]
+    assert steps[1] == pytest.approx(steps[0], rel=0.05), "the same matrices, and the rotary tables"
+    assert steps[2] < steps[1]
+    assert {(r.reference, r.contender) for r in result.ratios} == {
+        ("dense", "dense, onnx"), ("dense", "int4, onnx"), ("dense, onnx", "int4, onnx"),
+    }  # fmt: skip
 
 
 def test_a_worker_that_dies_is_one_line_with_its_reason(tmp_path: Path, models: dict[str, Path]) -> None:
     config = (models["dense"] / "config.json").read_text()
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(RunError, match=r"measurement of 'broken' ended with code 1: .*safetensors") as caught:
-        bench([Contender("broken", tmp_path)], **SHAPE)
+        bench([Contender("broken", tmp_path)], settings_of())
     assert "\n" not in caught.value.message
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"repeats": 0}, "--repeats is 0"),
+        ({"trials": 0}, "--repeats is 0"),
         ({"new_tokens": 1}, "--new-tokens is 1"),
         ({"threads": 0}, "--threads is 0"),
         ({"prompt_tokens": 62}, "62 + 3 tokens exceed dense's 64 positions"),
+        ({"loads": ()}, "at least one load"),
     ],
 )
 def test_impossible_settings_are_refused_before_any_process_starts(models, change, expected) -> None:
     with pytest.raises(InputError) as caught:
-        bench([Contender("dense", models["dense"])], **(SHAPE | change))
+        bench([Contender("dense", models["dense"])], settings_of(**change))
     assert expected in str(caught.value)
 
 
 def test_folders_that_cannot_be_measured_are_refused(tmp_path: Path, models: dict[str, Path]) -> None:
     with pytest.raises(CheckpointError, match="no config"):
-        bench([Contender("x", tmp_path)], **SHAPE)
+        bench([Contender("x", tmp_path)], settings_of())
     config = tmp_path / "config.json"
     config.write_text("{")
     with pytest.raises(CheckpointError, match="not JSON"):
-        bench([Contender("x", tmp_path)], **SHAPE)
+        bench([Contender("x", tmp_path)], settings_of())
     config.write_text('{"auto_map": {"AutoModelForCausalLM": "m.M"}}')
     with pytest.raises(InputError, match="--trust-remote-code"):
-        bench([Contender("x", tmp_path)], **SHAPE)
+        bench([Contender("x", tmp_path)], settings_of())
     twice = Contender("x", models["dense"])
     for contenders in ([], [twice, twice]):
         with pytest.raises(InputError, match="at least one contender"):
-            bench(contenders, **SHAPE)
+            bench(contenders, settings_of())
+
+
+def test_what_the_bytes_predict_by_hand() -> None:
+    """1000 bytes against 800 at 100 bytes a second: 1.25 times; of 10 s against 9 s half of the saving arrived."""
+    samples = summarize([10.0] * 3), summarize([9.0] * 3)
+    ratio = compare(METRICS["inter_token_seconds"], *samples, sessions=3, names=("d", "s"), load="l")
+    assert ratio is not None
+    found = predict(roofline(1000, None, 200, 10.0), roofline(800, None, 200, 9.0), ratio)
+    assert found.predicted == 1.25
+    assert found.measured == pytest.approx(10 / 9)
+    assert found.realised == pytest.approx((1 - 0.9) / 0.2)
+    assert found.reference_share == 0.5
+
+
+def test_what_fits_into_a_memory_by_hand() -> None:
+    found = capacity("x", memory=1000, weight_bytes=400, kv_bytes_per_token=10, tokens=7, positions=50)
+    assert (found.context, found.batch) == (50, 8)
+    small = capacity("x", memory=300, weight_bytes=400, kv_bytes_per_token=10, tokens=7, positions=None)
+    assert (small.context, small.batch) == (0, 0)
 
 
 def test_kv_bytes_skip_layers_that_hold_nothing() -> None:

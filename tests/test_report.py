@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import xml.etree.ElementTree as ElementTree
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,10 +15,13 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from sspcompile.errors import ArtifactError
+from sspcompile.measure.capacity import Capacity
 from sspcompile.measure.compare import compare_all
 from sspcompile.measure.intervals import Interval, summarize
-from sspcompile.measure.latency import BenchResult, ContenderResult, Settings
+from sspcompile.measure.latency import BenchResult, ContenderResult, LoadResult
+from sspcompile.measure.load import Load, Settings
 from sspcompile.measure.quality import Difference, Divergence
+from sspcompile.measure.roofline import predict, roofline
 from sspcompile.report import Report, write_report
 from sspcompile.report.build import latency_section, quality_row
 from sspcompile.report.html import render_html
@@ -38,9 +40,12 @@ from sspcompile.report.model import (
     ScenarioSection,
     SizesSection,
 )
+from sspcompile.report.points import comparison_page, frontier_page, points_of, render_points
+from sspcompile.report.schema import SCHEMAS, schema_text
 from sspcompile.report.svg import render_svg
 from sspcompile.report.text import render_text
-from sspcompile.report.verdict import verdict
+from sspcompile.report.verdict import headline, verdict
+from sspcompile.report.view import report_page
 from sspcompile.report.words import change, clean, figures, percent, seconds, size
 
 EVIL = "<script>alert(1)</script> \x1b[31mred\x07 [bold]x[/bold] | a\n# head ![i](http://x.y/z.png) \u202eabc &amp;"
@@ -100,24 +105,39 @@ def bench_result(prefill: float = 0.5, decode: float = 1.0) -> BenchResult:
     """Synthetic samples: sliced prefill and decode are the given multiples of the dense ones."""
     noise = [1.0, 1.02, 0.99, 1.01, 0.98, 1.03, 0.97, 1.0]
 
-    def metrics(p: float, d: float) -> dict:
-        return {
-            "prefill_seconds": summarize([p * x for x in noise]),
-            "inter_token_seconds": summarize([d * x for x in noise]),
-            "peak_resident_bytes": summarize([4e8 * p]),
-            "weight_bytes": summarize([4e6]),
-        }
-
-    dense = ContenderResult("dense", "d", "A", "float32", metrics(0.1, 0.01), {})
-    sliced = ContenderResult("sliced", "s", "A", "float32", metrics(0.1 * prefill, 0.01 * decode), {})
     # An unpaired wobble, so that equal speeds are equal only within their noise.
-    wobble = summarize([0.01 * decode * x for x in noise[::-1]])
-    sliced = replace(sliced, metrics=dict(sliced.metrics) | {"inter_token_seconds": wobble})
-    ratios = compare_all(dense.metrics, sliced.metrics, names=("dense", "sliced"))
-    return BenchResult(Settings(64, 16, 1, 8, 2, 1, 0, "cpu"), (dense, sliced), ratios, {"torch": "2"})
+    def under(p: float, d: float, wobble: list[float]) -> LoadResult:
+        timed = {
+            "prefill_seconds": summarize([p * x for x in noise]),
+            "inter_token_seconds": summarize([d * x for x in wobble]),
+        }
+        return LoadResult(LOAD, timed, {}, roofline(4e6 * p, 1e6, 4e9, d))
+
+    def contender(name: str, p: float, d: float, wobble: list[float]) -> ContenderResult:
+        once = {"peak_resident_bytes": summarize([4e8 * p]), "weight_bytes": summarize([4e6])}
+        return ContenderResult(name, name, "hf", "A", "float32", once, (under(p, d, wobble),))
+
+    dense = contender("dense", 0.1, 0.01, noise)
+    sliced = contender("sliced", 0.1 * prefill, 0.01 * decode, noise[::-1])
+    names = ("dense", "sliced")
+    tops, bottoms = dense.loads[0].metrics, sliced.loads[0].metrics
+    ratios = (
+        *compare_all(tops, bottoms, sessions=4, names=names, load=LOAD.label),
+        *compare_all(dense.metrics, sliced.metrics, sessions=1, names=names),
+    )
+    decoding = next(ratio for ratio in ratios if ratio.metric == "inter_token_seconds")
+    predicted = predict(dense.loads[0].roofline, sliced.loads[0].roofline, decoding)
+    return BenchResult(
+        Settings((LOAD,), 4, 2, 1, 1, 0, "cpu", 10**9), (dense, sliced), ratios, (predicted,),
+        (Capacity("dense", 10**9, 80, 512, 99), Capacity("sliced", 10**9, 80, 512, 199)), summarize([4e9]),
+        {"torch": "2"},
+    )
 
 
-class Page(HTMLParser):
+LOAD = Load(1, 64, 16)
+
+
+class Markup(HTMLParser):
     """Collects tags and attributes."""
 
     def __init__(self, html: str) -> None:
@@ -133,13 +153,13 @@ class Page(HTMLParser):
 
 def text_of(report: Report, width: int = 100) -> str:
     stream = io.StringIO()
-    render_text(report, Console(file=stream, width=width, force_terminal=False, no_color=True))
+    render_text(report_page(report), Console(file=stream, width=width, force_terminal=False, no_color=True))
     return stream.getvalue()
 
 
 def test_html_escapes_prompts_and_fetches_nothing() -> None:
-    html = render_html(full_report(EVIL))
-    page = Page(html)
+    html = render_html(report_page(full_report(EVIL)))
+    page = Markup(html)
     assert "script" not in page.tags
     assert "&lt;script&gt;alert(1)" in html
     assert "img" not in page.tags and "link" not in page.tags
@@ -148,8 +168,8 @@ def test_html_escapes_prompts_and_fetches_nothing() -> None:
 
 
 def test_html_is_accessible_and_knows_light_and_dark() -> None:
-    html = render_html(full_report())
-    page = Page(html)
+    html = render_html(report_page(full_report()))
+    page = Markup(html)
     assert ("name", "viewport") in page.attributes
     assert "prefers-color-scheme:dark" in html
     assert page.tags.count("caption") == page.tags.count("table") > 5
@@ -161,13 +181,14 @@ def test_html_is_accessible_and_knows_light_and_dark() -> None:
 
 def test_no_output_carries_terminal_control_sequences() -> None:
     report = full_report(EVIL)
-    for output in (text_of(report), render_markdown(report), render_html(report), render_json(report)):
+    page = report_page(report)
+    for output in (text_of(report), render_markdown(page), render_html(page), render_json(report)):
         assert "\x1b" not in output and "\x07" not in output and "\u202e" not in output
     assert "[bold]" in text_of(report, 400), "brackets of a prompt are text, not markup"
 
 
 def test_markdown_keeps_prompts_out_of_its_structure() -> None:
-    markdown = render_markdown(full_report(EVIL))
+    markdown = render_markdown(report_page(full_report(EVIL)))
     assert "<script>" not in markdown
     assert "\n# head" not in markdown
     assert "![i](" not in markdown
@@ -180,11 +201,11 @@ def test_markdown_keeps_prompts_out_of_its_structure() -> None:
 @given(st.text(max_size=40))
 def test_any_text_gives_well_formed_output(text: str) -> None:
     report = full_report("x" + text.encode("utf-8", "replace").decode())
-    Page(render_html(report))
+    Markup(render_html(report_page(report)))
     json.loads(render_json(report))
     assert all(c.isprintable() or c in " \u200c\u200d" for c in clean(text))
     text_of(report)
-    render_markdown(report)
+    render_markdown(report_page(report))
 
 
 @pytest.mark.parametrize(("layers", "heads", "kv_heads"), [(8, 8, 4), (48, 40, 8), (2, 4, 4), (3, 6, 1), (1, 1, 1)])
@@ -315,11 +336,11 @@ def test_parity_verdicts(parity: ParitySection, expected: str) -> None:
 
 def test_speed_verdicts_say_faster_slower_or_nothing() -> None:
     text = verdict_of(latency=latency_section(bench_result(prefill=0.5, decode=1.0)))
-    assert "time to first token: 2.00" in text and "times faster" in text
-    assert "inter-token latency: no measurable change" in text
+    assert "time to first token (batch 1, 64+16 tokens): 2.00" in text and "times faster" in text
+    assert "inter-token latency (batch 1, 64+16 tokens): no measurable change" in text
     assert "peak resident memory: too few samples" in text
     slower = verdict_of(latency=latency_section(bench_result(prefill=1.0, decode=2.0)))
-    assert "inter-token latency: LOSS: 2.0" in slower
+    assert "inter-token latency (batch 1, 64+16 tokens): LOSS: 2.0" in slower
 
 
 def test_size_repair_and_unknown_verdicts() -> None:
@@ -357,3 +378,89 @@ def test_measured_values_become_rows() -> None:
 )
 def test_numbers_as_words(text: str, expected: str) -> None:
     assert text == expected
+
+
+def test_one_conclusion_follows_from_the_numbers() -> None:
+    def concluded(**sections: object) -> str:
+        return headline(Report(title="x", **sections)) or ""
+
+    ours = quality("ours", 0.1, "ours")
+    assert headline(Report(title="x")) is None
+    assert concluded(quality=(ours,)).startswith("QUALITY HOLDS, speed is not known")
+    broken = ParitySection(max_difference=1.0, logit_scale=1, tolerance=1e-5)
+    assert concluded(quality=(ours,), parity=broken).startswith("DO NOT SHIP: the files")
+    assert concluded(quality=(quality("ours", 1.0, "ours", agreement=0.5),)).startswith("DO NOT SHIP: 50 %")
+    off = {"off_kl": Estimate(value=0.5, low=0.4, high=0.6), "off_agreement": Estimate(value=0.7)}
+    narrow = concluded(quality=(ours.model_copy(update=off),))
+    assert narrow == (
+        "SHIP FOR THIS SCENARIO ONLY: loses quality off domain, where 30 % of the next tokens differ, against 5 % on "
+        "its own."
+    )
+    near = {"off_kl": Estimate(value=0.11, low=0.1, high=0.2), "off_agreement": Estimate(value=0.9)}
+    assert "SCENARIO ONLY" not in concluded(quality=(ours.model_copy(update=near),))
+    faster = latency_section(bench_result(prefill=0.5, decode=1.0))
+    assert concluded(quality=(ours,), latency=faster).startswith("SHIP: faster where it was measured (time to")
+    same = latency_section(bench_result(prefill=1.0, decode=1.0))
+    assert concluded(quality=(ours,), latency=same, sizes=sizes()) == (
+        "NO MEASURABLE GAIN IN SPEED; weights -12.5 %, KV cache -50 %."
+    )
+
+
+def test_what_the_bytes_predict_is_told_with_the_reason_why_it_is_not_more() -> None:
+    report = full_report()
+    assert report.latency is not None
+    prediction = report.latency.predictions[0]
+
+    def told(**change: object) -> str:
+        latency = report.latency.model_copy(update={"predictions": (prediction.model_copy(update=change),)})
+        return verdict_of(latency=latency)
+
+    near = Estimate(value=1.2, low=1.1, high=1.3)
+    assert "which agrees" in told(predicted=1.25, measured=near)
+    assert "cannot tell that from no change" in told(predicted=1.25, measured=Estimate(value=1.1, low=0.9, high=1.3))
+    assert "more than reading saves" in told(predicted=1.05, measured=near)
+    assert "the other 90 % do not shrink" in told(predicted=2.0, measured=near, reference_share=0.1)
+    assert "does not turn the saved bytes into time" in told(predicted=2.0, measured=near, reference_share=0.9)
+    assert "too few processes" in told(predicted=2.0, measured=Estimate(value=1.2))
+
+
+def test_builds_side_by_side_mark_those_that_nothing_beats() -> None:
+    big, small, worse = full_report("big"), full_report("small"), full_report("worse")
+    fewer = sizes().model_copy(update={"weight_bytes": Pair(dense=4_194_304, sliced=2_000_000)})
+    small = small.model_copy(update={"sizes": fewer, "quality": (quality("ours", 0.5, "ours"),)})
+    worse = worse.model_copy(update={"quality": (quality("ours", 0.3, "ours"),)})
+    points = points_of("three", {"big": big, "small": small, "worse": worse})
+    assert [point.frontier for point in points.points] == [True, True, False]
+    assert any("different scenarios" in note for note in points.notes)
+    assert json.loads(render_points(points))["points"][0]["decode"]["value"] == pytest.approx(1.0, abs=0.05)
+    for page in (comparison_page(points), frontier_page(points)):
+        assert "worse" in render_markdown(page)
+        Markup(render_html(page))
+    drawn = [frontier_page(points).blocks[0].picture for _ in range(2)]
+    assert drawn[0] == drawn[1], "the same points give the same bytes"
+    assert drawn[0] is not None
+    ElementTree.fromstring(drawn[0].svg)
+
+
+def test_points_of_unmeasured_builds_say_so() -> None:
+    bare = full_report().model_copy(update={"latency": None})
+    points = points_of("x", {"a": bare, "b": full_report()})
+    assert points.points[0].decode is None
+    assert any(note.startswith("Not measured for speed: a.") for note in points.notes)
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_published_schemas_are_those_of_the_code(name: str) -> None:
+    published = Path(__file__).parents[1] / "docs" / "schemas" / name
+    assert published.read_text("utf-8") == schema_text(name), "run `make schemas`"
+
+
+def test_reports_and_samples_follow_their_schemas() -> None:
+    import jsonschema
+
+    for name, value in {
+        "report.schema.json": json.loads(render_json(full_report(EVIL))),
+        "bench.schema.json": bench_result().to_json(),
+        "points.schema.json": json.loads(render_points(points_of("x", {"a": full_report()}))),
+    }.items():
+        jsonschema.validate(value, json.loads(schema_text(name)))

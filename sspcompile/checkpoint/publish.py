@@ -51,6 +51,24 @@ def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         os.close(lock)
 
 
+@contextlib.contextmanager
+def scratch(parent: Path, name: str) -> Iterator[Path]:
+    """Yield an empty folder in `parent` that is removed afterwards; what a killed run left of this name is removed
+    before. Raises InputError when the place cannot be written to.
+    """
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(parent / name)
+        folder, lock = _begin(parent / name)
+    except OSError as error:
+        raise InputError(f"Cannot write in {parent}: {error.strerror}.", hint="Give another place.") from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
 def refuse_existing(out: Path, *, overwrite: bool) -> None:
     """Raise OutputExistsError unless `out` is free, or may be replaced and is a folder of this package's making."""
     if not out.exists() and not out.is_symlink():

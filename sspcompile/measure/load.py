@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from sspcompile.errors import InputError
 
 LEAST = {"sessions": 1, "trials": 1, "warmup": 0, "threads": 1}
+FLAGS = {"trials": "repeats", "sessions": "processes"}
 LEAST_LOAD = {"batch": 1, "prompt_tokens": 1, "new_tokens": 2}
 
 
@@ -58,5 +59,5 @@ class Settings:
         values += [(name, getattr(load, name), low) for load in self.loads for name, low in LEAST_LOAD.items()]
         for name, value, low in values:
             if value < low:
-                flag = "--" + name.replace("_", "-")
-                raise InputError(f"{flag} is {value}.", hint=f"It must be at least {low}.")
+                flag = FLAGS.get(name, name.replace("_", "-"))
+                raise InputError(f"--{flag} is {value}.", hint=f"It must be at least {low}.")

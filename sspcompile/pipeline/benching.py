@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import platform
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ import psutil
 import sspcompile
 from sspcompile.checkpoint.manifest import NAME as MANIFEST
 from sspcompile.checkpoint.manifest import check_manifest, write_manifest
-from sspcompile.checkpoint.publish import write_atomically
+from sspcompile.checkpoint.publish import scratch, write_atomically
 from sspcompile.errors import ArtifactError, InputError
 from sspcompile.measure.latency import BenchResult, Contender, Runtime, check
 from sspcompile.measure.latency import bench as measure
@@ -103,10 +101,10 @@ def bench(
     reference = None if against in (None, DENSE) else find_contenders(against, model, workspace, option="--model")
     dense = _one_dense([*entries, *([reference] if reference else [])])
     settings = wish.settings(dense.checkpoint.config.get("max_position_embeddings"), cores)
-    with contextlib.ExitStack() as stack:
-        scratch = stack.enter_context(_scratch(workspace))
-        own = [list(_of(entry, _name(entry, entries), wish, scratch)) for entry in entries]
-        contenders = [*_reference(reference, dense, entries, wish, scratch), *(c for part in own for c in part)]
+    # Graphs that only this measurement needs lie where weights can be linked.
+    with scratch(workspace.artifacts, "bench") as place:
+        own = [list(_of(entry, _name(entry, entries), wish, place)) for entry in entries]
+        contenders = [*_reference(reference, dense, entries, wish, place), *(c for part in own for c in part)]
         check(contenders, settings)
         notes = _Notes(workspace, _key(contenders, entries, dense, settings))
         result = measure(
@@ -144,10 +142,10 @@ def _name(entry: Contenders, entries: Sequence[Contenders]) -> str:
 
 
 def _reference(
-    reference: Contenders | None, dense: Subject, entries: Sequence[Contenders], wish: Wish, scratch: Path
+    reference: Contenders | None, dense: Subject, entries: Sequence[Contenders], wish: Wish, place: Path
 ) -> Iterator[Contender]:
     if reference is not None:
-        yield from _of(reference, reference.name, wish, scratch)
+        yield from _of(reference, reference.name, wish, place)
         return
     runtimes = dict.fromkeys(runtime for entry in entries for runtime in _runtimes(entry, wish))
     sizes = plan_counts(dense.checkpoint, 1.0, "per-layer").dense
@@ -155,12 +153,12 @@ def _reference(
     for runtime in runtimes:
         path = dense.checkpoint.path
         if runtime == "onnx":
-            path = scratch / DENSE
+            path = place / DENSE
             _as_onnx(of_checkpoint(str(dense.checkpoint.path)), path)
         yield Contender(_labelled(DENSE, runtime, len(runtimes)), path, runtime, flops=flops)
 
 
-def _of(entry: Contenders, name: str, wish: Wish, scratch: Path) -> Iterator[Contender]:
+def _of(entry: Contenders, name: str, wish: Wish, place: Path) -> Iterator[Contender]:
     runtimes = _runtimes(entry, wish)
     flops = None
     if entry.artifact is not None:
@@ -173,7 +171,7 @@ def _of(entry: Contenders, name: str, wish: Wish, scratch: Path) -> Iterator[Con
                 raise InputError(
                     f"{path} is no ONNX export.", hint="Name an artifact, or a folder of `export --format onnx`."
                 )
-            path = scratch / hashlib.sha256(name.encode()).hexdigest()[:8]
+            path = place / hashlib.sha256(name.encode()).hexdigest()[:8]
             _as_onnx(of_artifact(entry.artifact), path)
         yield Contender(_labelled(name, runtime, len(runtimes)), path, runtime, entry.custom_code, flops)
 
@@ -190,14 +188,6 @@ def _as_onnx(source: Source, out: Path) -> None:
     from sspcompile.export.onnx import PRECISIONS, Blocks
 
     to_onnx(source, out, PRECISIONS["fp32"], blocks=Blocks(), link=True)
-
-
-@contextlib.contextmanager
-def _scratch(workspace: Workspace) -> Iterator[Path]:
-    """A folder for graphs that only this measurement needs, where weights can be linked."""
-    workspace.artifacts.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".bench-", dir=workspace.artifacts) as folder:
-        yield Path(folder)
 
 
 def _key(

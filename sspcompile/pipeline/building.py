@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-import sspcompile
 from sspcompile.checkpoint import staged, write_manifest
 from sspcompile.compile.budget import merit
 from sspcompile.compile.layouts import Choice, choose
 from sspcompile.compile.mask import HeadMask, dump_mask
 from sspcompile.criteria.chance import first_layer_kept
-from sspcompile.domains import pools_fingerprint
 from sspcompile.errors import CheckpointError, InputError, ParityError, UnsupportedModelError
-from sspcompile.export.card import CARD, licence_of, model_card
+from sspcompile.export.card import CARD, model_card
 from sspcompile.loaded import LoadedModel
 from sspcompile.measure.quality import average
 from sspcompile.pipeline.compiling import (
@@ -36,8 +33,7 @@ from sspcompile.pipeline.compiling import (
 )
 from sspcompile.pipeline.judging import Candidate, Judge, Reported, decide
 from sspcompile.pipeline.outcome import Outcome
-from sspcompile.pipeline.pools import pools_of
-from sspcompile.pipeline.reporting import report_of
+from sspcompile.pipeline.reporting import origin_of, report_of
 from sspcompile.pipeline.scoring import score_heads
 from sspcompile.pipeline.shortlist import Shortlisted, best_uniform, contenders
 from sspcompile.prepare.toolkit import Toolkit
@@ -47,7 +43,7 @@ from sspcompile.scenario import Scenario
 from sspcompile.slicing.hosts import named_host
 from sspcompile.slicing.parity import Parity, compare, demand, unchanged_tensors
 from sspcompile.slicing.plan import SlicePlan, host_of, make_plan, plan_json
-from sspcompile.slicing.repair import MIN_PROMPTS, demand_place
+from sspcompile.slicing.repair import demand_place
 from sspcompile.slicing.write import write_model
 from sspcompile.workspace import MASK, MODEL, PLAN, PROBES, RECIPE, Workspace
 
@@ -205,18 +201,3 @@ def _describe(folder: Path, outcome: Outcome, progress: Progress) -> None:
     progress("describing", 0, 1)
     write_manifest(folder, origin)
     progress("describing", 1, 1)
-
-
-def origin_of(outcome: Outcome) -> dict[str, Any]:
-    """What the artifact was made from; the same origin gives the same bytes."""
-    return {
-        "sspcompile": sspcompile.__version__,
-        "source": outcome.subject.fingerprint,
-        "source_name": outcome.subject.place,
-        "licence": licence_of(outcome.subject.checkpoint.path),
-        "pools": pools_fingerprint(pools_of(outcome.options).candidates),
-        "seed": outcome.options.seed,
-        "versions": outcome.toolkit.meta.get("versions", {}),
-        "evidence": dict(outcome.evidence),
-        "min_prompts_for_repair": MIN_PROMPTS,
-    }

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
+from typing import Any
 
+import sspcompile
 from sspcompile.compile.mask import HeadMask
+from sspcompile.domains import pools_fingerprint
+from sspcompile.export.card import licence_of
 from sspcompile.measure.quality import Divergence, compare_divergences
 from sspcompile.pipeline.outcome import Outcome
+from sspcompile.pipeline.pools import pools_of
 from sspcompile.pipeline.scoring import HeadScores
 from sspcompile.report.build import quality_row
 from sspcompile.report.model import (
@@ -28,6 +33,9 @@ from sspcompile.slicing.parity import TOLERANCE
 from sspcompile.slicing.plan import SlicePlan
 from sspcompile.slicing.repair import MIN_PROMPTS
 from sspcompile.workspace import RECIPE
+
+# The rest of the origin is told elsewhere in the report.
+ORIGIN_SHOWN = ("sspcompile", "source", "pools", "seed")
 
 
 def report_of(outcome: Outcome) -> Report:
@@ -64,6 +72,7 @@ def report_of(outcome: Outcome) -> Report:
         notes=tuple(_notes(outcome)),
         # Sorted: a toolkit just made and the same one read back list them in different orders.
         versions={str(k): str(v) for k, v in sorted(outcome.toolkit.meta.get("versions", {}).items())},
+        origin={name: str(value) for name, value in origin_of(outcome).items() if name in ORIGIN_SHOWN},
         command=_command(),
     )
 
@@ -178,3 +187,18 @@ def _importance(scores: HeadScores) -> str:
 def _command() -> str:
     """The command that repeats the build from the recipe in the artifact, typed there: equal builds, equal reports."""
     return shlex.join(["sspcompile", "build", "--scenario", RECIPE, "--out", "NEW_FOLDER"])
+
+
+def origin_of(outcome: Outcome) -> dict[str, Any]:
+    """What the artifact was made from; the same origin gives the same bytes."""
+    return {
+        "sspcompile": sspcompile.__version__,
+        "source": outcome.subject.fingerprint,
+        "source_name": outcome.subject.place,
+        "licence": licence_of(outcome.subject.checkpoint.path),
+        "pools": pools_fingerprint(pools_of(outcome.options).candidates),
+        "seed": outcome.options.seed,
+        "versions": outcome.toolkit.meta.get("versions", {}),
+        "evidence": dict(outcome.evidence),
+        "min_prompts_for_repair": MIN_PROMPTS,
+    }

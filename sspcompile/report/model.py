@@ -219,7 +219,7 @@ class LatencySection(Section):
 
 
 class Report(Section):
-    """Everything that is known about one build."""
+    """Everything that is known about one build. `origin`: fingerprints and seeds of what it was made from."""
 
     schema_version: Literal[2] = SCHEMA_VERSION
     title: str
@@ -236,4 +236,5 @@ class Report(Section):
     latency: LatencySection | None = None
     notes: tuple[str, ...] = ()
     versions: dict[str, str] = {}
+    origin: dict[str, str] = {}
     command: str | None = None

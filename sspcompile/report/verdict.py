@@ -206,6 +206,8 @@ def _predicted(p: PredictionRow) -> str:
     if p.measured.low is None or p.measured.high is None:
         return f"{told}, from too few processes for an interval."
     if p.measured.low <= p.predicted <= p.measured.high:
+        if p.measured.low <= 1 <= p.measured.high:
+            return f"{told}, which cannot tell that from no change."
         return f"{told}, which agrees."
     if p.measured.low > p.predicted:
         return f"{told}, more than reading saves: there is also less to compute and to call."

@@ -294,8 +294,11 @@ def _checks(report: Report) -> Block | None:
 def _reproduce(report: Report) -> Block | None:
     sentences = tuple(_reproduce_sentences(report))
     tables = ()
+    if report.origin:
+        tables = (Table("Made from (manifest.json has the sha256 of every file)", ("", "fingerprint"),
+                        tuple(report.origin.items())),)  # fmt: skip
     if report.versions:
-        tables = (Table("Versions", ("package", "version"), tuple(sorted(report.versions.items()))),)
+        tables = (*tables, Table("Versions", ("package", "version"), tuple(sorted(report.versions.items()))))
     return Block("reproduce", "How to get it again", sentences, tables) if sentences or tables else None
 
 

@@ -85,18 +85,20 @@ def demand(parity: Parity) -> None:
 def _fresh(
     folder: Path, prompts: list[list[int]], custom_code: bool, attention: str
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    with tempfile.TemporaryDirectory() as scratch:
-        request, answer = Path(scratch) / "request.json", Path(scratch) / "answer.npz"
-        asked = {
-            "prompts": prompts, "new_tokens": NEW_TOKENS, "custom_code": custom_code,
-            "threads": torch.get_num_threads(), "attention": attention,
-        }
-        request.write_text(json.dumps(asked), "utf-8")
-        command = [sys.executable, "-m", "sspcompile.slicing.reload", str(folder), str(request), str(answer)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    asked = {
+        "prompts": prompts, "new_tokens": NEW_TOKENS, "custom_code": custom_code, "threads": torch.get_num_threads(),
+        "attention": attention,
+    }
+    # A file without a name: logits are too many for a pipe's buffer, and a killed run leaves nothing.
+    with tempfile.TemporaryFile() as answer:
+        command = [sys.executable, "-m", "sspcompile.slicing.reload", str(folder), str(answer.fileno())]
+        done = subprocess.run(
+            command, input=json.dumps(asked), capture_output=True, text=True, check=False, pass_fds=(answer.fileno(),)
+        )
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise RunError(f"The written model does not load in a fresh process: {reason}")
+        answer.seek(0)
         with np.load(answer) as arrays:
             return [(arrays[f"logits.{n}"], arrays[f"tokens.{n}"]) for n in range(len(prompts))]
 

@@ -1,4 +1,6 @@
-"""Load a written model in a process of its own and say what it computes: `python -m sspcompile.slicing.reload`.
+"""Load a written model in a process of its own and say what it computes.
+
+`python -m sspcompile.slicing.reload FOLDER ANSWER`, the request on stdin; ANSWER is the number of an open file.
 
 Only files and transformers' own loading take part: nothing that the building process patched or cached can help.
 """
@@ -6,21 +8,21 @@ Only files and transformers' own loading take part: nothing that the building pr
 from __future__ import annotations
 
 import json
+import os
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 
 
-def main(folder: str, request: str, answer: str) -> None:
+def main(folder: str, answer: str) -> None:
     """Read {"prompts": [[token ids]], "new_tokens", "custom_code", "threads", "attention"}.
 
     Writes logits and greedy tokens of every prompt.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    asked = json.loads(Path(request).read_text("utf-8"))
+    asked = json.load(sys.stdin)
     torch.set_num_threads(asked["threads"])
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation=asked["attention"], trust_remote_code=asked["custom_code"]
@@ -30,7 +32,8 @@ def main(folder: str, request: str, answer: str) -> None:
     for number, ids in enumerate(asked["prompts"]):
         logits, tokens = respond(model, ids, asked["new_tokens"])
         arrays[f"logits.{number}"], arrays[f"tokens.{number}"] = logits, tokens
-    np.savez(answer, **arrays)
+    with os.fdopen(int(answer), "wb") as stream:
+        np.savez(stream, **arrays)
 
 
 @torch.inference_mode()

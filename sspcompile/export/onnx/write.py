@@ -142,8 +142,8 @@ def _check_graph(folder: Path) -> None:
 
     It refuses files with several names, which hard links are, so it sees files of the same sizes that hold nothing.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        for file in folder.iterdir():
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        for file in filter(Path.is_file, folder.iterdir()):
             if file.name == GRAPH:
                 shutil.copyfile(file, Path(scratch) / GRAPH)
             else:
