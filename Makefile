@@ -59,7 +59,7 @@ screenshots: $(VENV)/.done $(BROWSER)/.done  ## The pictures of the README, of t
 	SCREENSHOTS=docs/images BROWSER_PAGES=$(BROWSER)/pages $(BROWSER)/bin/python -P -m pytest -k screenshots \
 	    --confcutdir tests/browser tests/browser
 
-test-kills: $(VENV)/.done  ## Builds and exports killed at fifty random moments.
+test-kills: $(VENV)/.done  ## Fifty kills at random moments, signals, full and read-only disks, two builds at once.
 	$(BIN)/python -m pytest tests/test_kills.py -m slow -s
 
 fuzz: $(VENV)/.done  ## Over a million executions of everything that reads files, coverage-guided (Linux, CPython 3.11).

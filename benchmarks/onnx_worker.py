@@ -34,7 +34,7 @@ def transformers_steps(folder: Path, threads: int, prompt: int, contexts: list[i
     counts = [layer.self_attn.k_proj.out_features // size for layer in model.model.layers]
     with torch.inference_mode():
         ids = torch.arange(prompt)[None]
-        model(input_ids=ids[:, :16], use_cache=True, logits_to_keep=1)
+        model(input_ids=ids, use_cache=True, logits_to_keep=1)
         start = time.perf_counter()
         model(input_ids=ids, use_cache=True, logits_to_keep=1)
         found["prefill"] = time.perf_counter() - start
@@ -62,7 +62,7 @@ def onnx_steps(folder: Path, threads: int, prompt: int, contexts: list[int], ste
     model = OnnxModel.open(folder, threads=threads)
     found: dict[str, object] = {"load": time.perf_counter() - start}
     ids = np.arange(prompt)[None]
-    model.prefill(ids[:, :16])
+    model.prefill(ids)
     start = time.perf_counter()
     model.prefill(ids)
     found["prefill"] = time.perf_counter() - start
@@ -114,7 +114,7 @@ def growing_steps(folder: Path, threads: int, prompt: int, contexts: list[int], 
         shape = (1, heads[0], length, heads[1])
         return {n: ort.OrtValue.ortvalue_from_numpy(rng.standard_normal(shape, dtype=np.float32)) for n in past_names}
 
-    run(np.arange(16)[None], cache(1), 1)
+    run(np.arange(prompt)[None], cache(1), 1)
     start = time.perf_counter()
     run(np.arange(prompt)[None], cache(1), 1)
     found["prefill"] = time.perf_counter() - start

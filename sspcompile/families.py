@@ -277,15 +277,29 @@ def family_of(config: Mapping[str, Any]) -> Family:
     )
 
 
+# Far beyond any model, and small enough that what is counted by them fits into memory.
+LARGEST_SIZE = 1 << 31
+LARGEST = {
+    "num_hidden_layers": 4096, "num_attention_heads": 1 << 16, "num_key_value_heads": 1 << 16, "num_experts": 4096,
+    "num_local_experts": 4096, "n_routed_experts": 4096, "num_experts_per_tok": 4096,
+}  # fmt: skip
+
+
 def _positive(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
     value = config.get(key)
     if value is None:
         value = default
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    most = LARGEST.get(key, LARGEST_SIZE)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
         raise CheckpointError(
-            f"config.json has {key} = {value!r}.", hint=f"{key} must be a whole number of at least 1."
+            f"config.json has {key} = {_shortly(value)}.", hint=f"{key} must be a whole number from 1 to {most:,}."
         )
     return value
+
+
+def _shortly(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:60] + "..."
 
 
 def _switch(family: Family, rule: str | bool, config: Mapping[str, Any]) -> bool:

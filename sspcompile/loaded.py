@@ -158,6 +158,15 @@ def load_cut(path: Path, *, device: str = "cpu", trust_remote_code: bool = False
     return TextModel(model, tokenizer)
 
 
+def demand_json(path: Path) -> None:
+    """Raise CheckpointError for a file that is no JSON: the tokenizers library throws a bare Exception at it."""
+    try:
+        if path.exists():
+            json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON.", hint="Download it again.") from error
+
+
 def load(
     path: Path, *, fingerprint: str, device: str = "cpu", device_map: str | None = None,
     trust_remote_code: bool = False,
@@ -174,9 +183,8 @@ def load(
     if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise CheckpointError(f"{path} has no tokenizer.", hint="Copy tokenizer.json beside config.json.")
     spread = loading_options(device_map)
+    demand_json(path / "tokenizer.json")
     try:
-        if (path / "tokenizer.json").exists():  # the tokenizers library throws a bare Exception at broken JSON
-            json.loads((path / "tokenizer.json").read_text("utf-8"))
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, attn_implementation=geometry.family.attention,

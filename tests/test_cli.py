@@ -595,16 +595,17 @@ def test_flap_bias_goes_the_whole_way_where_o_proj_has_a_bias(run, tmp_path):
     assert run("verify", "out", home=tmp_path).code == 0
 
 
-def test_interrupted_build_exits_130_and_leaves_nothing(tiny, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_build_leaves_nothing(number, code, tiny, tmp_path):
     command = [sys.executable, "-m", "sspcompile.cli.main", *BUILD, "--model", str(tiny), "--out", "deep/out"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob("deep/.partial-*")) and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(1.0)  # somewhere inside loading or preparing
-        running.send_signal(signal.SIGINT)
+        running.send_signal(number)
         out, err = running.communicate(timeout=60)
-    assert running.returncode == 130 and out == "" and "Traceback" not in err
+    assert running.returncode == code and out == "" and "Traceback" not in err
     assert err.strip().splitlines()[-1] == "Error: Interrupted; nothing was published."
     assert listing(tmp_path) == set()
 

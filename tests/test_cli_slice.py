@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from sspcompile.checkpoint import Checkpoint, fingerprint
 from sspcompile.cli.main import main
-from sspcompile.cli.slice import byte_size
+from sspcompile.cli.options import byte_size
 from sspcompile.compile.mask import HeadMask, dump_mask, load_mask
 from sspcompile.errors import ArtifactError, InputError
 
@@ -159,10 +159,11 @@ def test_mask_with_an_empty_layer_is_cut_with_a_silent_head(run, tmp_path):
 
 
 def test_sizes_are_read_as_they_are_typed():
-    assert [byte_size(text) for text in ("5GB", "200 MiB", "1000", "1.5kb")] == [5 * 10**9, 200 << 20, 1000, 1500]
+    sizes = {"5GB": 5 * 10**9, "200 MiB": 200 << 20, "1000": 1000, "1.5kb": 1500}
+    assert {text: byte_size(text, "--max-shard-size") for text in sizes} == sizes
     for text in ("", "x", "5TB", "-1", "0", "GB"):
         with pytest.raises(InputError, match="--max-shard-size"):
-            byte_size(text)
+            byte_size(text, "--max-shard-size")
 
 
 def test_max_shard_size_bounds_every_file(run, model, mask, tmp_path):

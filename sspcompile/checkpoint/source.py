@@ -29,6 +29,7 @@ WORD_BYTES: Mapping[str, int] = {
     "U32": 4, "I32": 4, "F32": 4,
     "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
+FLOATS = ("F16", "BF16", "F32", "F64")
 WORD_DTYPE = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 DTYPE_OF_CONFIG = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 # The format's own limit: the reference implementation refuses longer headers.
@@ -257,6 +258,10 @@ def _check_against(table: Mapping[str, TensorInfo], geometry: Geometry, folder: 
         if name not in table:
             raise CheckpointError(
                 f"{folder} lacks the tensor {name}, which its config.json demands.", hint="Download it again."
+            )
+        if table[name].dtype not in FLOATS:
+            raise UnsupportedModelError(
+                f"{folder} stores {name} as {table[name].dtype}.", hint=f"Accepted: {', '.join(FLOATS)}."
             )
         if table[name].shape != shape:
             raise CheckpointError(

@@ -26,12 +26,12 @@ from sspcompile.cli.recipe import recipe
 from sspcompile.cli.run import run
 from sspcompile.cli.slice import slice_command
 from sspcompile.cli.verify import verify
-from sspcompile.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_INTERRUPTED, RunError, SspError
+from sspcompile.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_TERMINATED, RunError, SspError
 
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="Exit codes: 0 done, 1 failure, 2 bad input, 3 a gate failed (parity, budget), 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 failure, 2 bad input, 3 a gate failed (parity, budget), 130 interrupted, 143 terminated.",
 )
 @click.version_option(sspcompile.__version__, prog_name="sspcompile")
 def cli() -> None:
@@ -56,8 +56,9 @@ cli.add_command(slice_command, "slice")
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point: runs the command line and exits with the codes of the errors' classes."""
+    arrived: list[int] = []
     try:
-        with _interruptible():
+        with _interruptible(arrived):
             code = cli.main(args=argv, prog_name="sspcompile", standalone_mode=False)
     except SspError as error:
         _fail(str(error), error.exit_code)
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        _exit_interrupted(in_process=argv is not None)
+        _exit_interrupted(signal.SIGTERM in arrived, in_process=argv is not None)
     except MemoryError:
         _fail("Out of memory.", EXIT_FAILURE)
     except OSError as error:
@@ -80,24 +81,23 @@ def main(argv: list[str] | None = None) -> None:
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let every failure after a SIGINT leave as KeyboardInterrupt.
+def _interruptible(arrived: list[int]) -> Iterator[None]:
+    """Let SIGINT and SIGTERM, which go into `arrived`, and every failure after them leave as KeyboardInterrupt.
 
-    An interrupt inside a library need not come out as one: Python 3.11 wraps what `__set_name__` raises, extension
-    modules turn it into an ImportError, and the error message would then blame the checkpoint.
+    So both take the way on which the scratch folders are removed. An interrupt inside a library need not come out as
+    one: Python 3.11 wraps what `__set_name__` raises, extension modules turn it into an ImportError, and the error
+    message would then blame the checkpoint.
     """
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler:  # ignored by whoever started us, or somebody else's
-        yield
-        return
-    arrived = False
 
     def note(number: int, frame: FrameType | None) -> None:
-        nonlocal arrived
-        arrived = True
+        arrived.append(number)
         signal.default_int_handler(number, frame)
 
-    signal.signal(signal.SIGINT, note)
+    # What whoever started us ignores, or handles, stays so.
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    ours = [number for number, handler in usual.items() if signal.getsignal(number) is handler]
+    for number in ours:
+        signal.signal(number, note)
     try:
         yield
     except Exception as error:
@@ -105,21 +105,23 @@ def _interruptible() -> Iterator[None]:
             raise KeyboardInterrupt from error
         raise
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number in ours:
+            signal.signal(number, usual[number])
 
 
-def _exit_interrupted(*, in_process: bool) -> None:
-    """Say so and leave with 130. Everything was cleaned up on the way here.
+def _exit_interrupted(terminated: bool, *, in_process: bool) -> None:
+    """Say so and leave with 130, or with 143 after SIGTERM. Everything was cleaned up on the way here.
 
     Once transformers has loaded a model, something in the process answers the interpreter's ordinary end with SIGINT
     again, and the shell would see a signal instead of the code; so the program itself ends without that stage.
     """
     click.echo("Error: Interrupted; nothing was published.", err=True)
+    code = EXIT_TERMINATED if terminated else EXIT_INTERRUPTED
     if in_process:
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(EXIT_INTERRUPTED)
+    os._exit(code)
 
 
 def _fail(message: str, code: int) -> None:

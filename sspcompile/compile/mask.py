@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from sspcompile.errors import ArtifactError
 
@@ -55,6 +56,9 @@ class HeadMask:
         return tuple(sorted({head // self.group_size for head in self.kept[layer]}))
 
 
+_MASK = TypeAdapter(HeadMask)
+
+
 def kept_of(array: np.ndarray) -> tuple[tuple[int, ...], ...]:
     """Bool [layers, heads] -> per layer the ascending kept heads."""
     return tuple(tuple(int(head) for head in np.flatnonzero(row)) for row in array)
@@ -82,13 +86,11 @@ def load_mask(path: Path, *, empty_layers: bool = False) -> HeadMask:
         value = json.loads(path.read_text("utf-8"))
         if value.pop("schema_version") != SCHEMA_VERSION:
             raise ArtifactError(f"{path} is of another schema version.", hint=f"This version reads {SCHEMA_VERSION}.")
-        value["kept"] = tuple(tuple(row) for row in value["kept"])
-        value["scores"] = tuple(tuple(row) for row in value["scores"])
-        value["whitelist"] = tuple((layer, head) for layer, head in value["whitelist"])
-        mask = HeadMask(**value)
+        # JSON knows no tuples, which the strictness of JSON mode allows for.
+        mask = _MASK.validate_json(json.dumps(value, allow_nan=False), strict=True)
     except FileNotFoundError as error:
         raise ArtifactError(f"There is no mask {path}.", hint="Run `sspcompile build` first.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{path} is no mask.json.", hint="Run `sspcompile build` again.") from error
     check_mask(mask, source=str(path), empty_layers=empty_layers)
     return mask
@@ -106,6 +108,8 @@ def check_mask(mask: HeadMask, *, source: str = "The mask", empty_layers: bool =
     def refuse(problem: str) -> ArtifactError:
         return ArtifactError(f"{source}: {problem}.", hint="Compile the mask again with `sspcompile build`.")
 
+    if min(mask.layers, mask.heads, mask.kv_heads) < 1:
+        raise refuse(f"{mask.layers} layers of {mask.heads} heads ({mask.kv_heads} kv)")
     if len(mask.kept) != mask.layers or mask.heads % mask.kv_heads:
         raise refuse(f"{len(mask.kept)} rows for {mask.layers} layers of {mask.heads} heads ({mask.kv_heads} kv)")
     for layer, kept in enumerate(mask.kept):

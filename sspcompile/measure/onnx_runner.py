@@ -19,6 +19,8 @@ class OnnxRunner:
     """An open session and its fixed token ids. Requests and replies are those of `worker`."""
 
     def __init__(self, request: Mapping[str, Any]) -> None:
+        import onnxruntime  # noqa: F401  an import is not loading
+
         folder = Path(request["path"])
         start = time.perf_counter()
         self.model = OnnxModel.open(folder, provider=request["device"], threads=request["threads"])

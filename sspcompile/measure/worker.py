@@ -31,13 +31,15 @@ class Runner(Protocol):
 
 
 def import_libraries(runtime: str) -> None:
-    """What the sessions of a runtime need: they start with it in memory, so that imports are in no measurement."""
+    """What the sessions of a runtime need and takes long to import: they start with it in memory.
+
+    Not onnxruntime: its import starts threads, and a fork without them waits for them forever.
+    """
     if runtime == "hf":
         import torch  # noqa: F401
         import transformers  # noqa: F401
     else:
         import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
 
 
 def load(runtime: str, request: Mapping[str, Any]) -> Runner:

@@ -163,7 +163,10 @@ def emit(
     head = (EMBEDDING if g.tied else LM_HEAD).removesuffix(".weight")
     logits = graph.linear(hidden, head, bias=False)
     logits = graph.times(logits, 1.0 / decoder.logits, "logits.scaled")
-    graph.node("Cast", [logits], "logits", to=TensorProto.FLOAT)
+    if dtype == "F32":
+        graph.nodes[-1].output[0] = "logits"
+    else:
+        graph.node("Cast", [logits], "logits", to=TensorProto.FLOAT)
     return _model(graph, decoder)
 
 
