@@ -31,7 +31,7 @@ from sspcompile.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_INTERRUPTED, EX
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="Exit codes: 0 done, 1 failure, 2 bad input, 3 a gate failed (parity, budget), 130 interrupted, 143 terminated.",
+    epilog="Exit codes: 0 done, 1 failure, 2 bad input, 3 a gate failed (parity, budget), 130 SIGINT, 143 SIGTERM.",
 )
 @click.version_option(sspcompile.__version__, prog_name="sspcompile")
 def cli() -> None:
