@@ -406,3 +406,8 @@ def test_strange_prompts_are_taken_as_they_are(name, good, tmp_path, monkeypatch
 
 def test_the_table_is_as_long_as_promised():
     assert len(CASES) >= 60
+
+
+def test_the_documents_list_every_case():
+    documents = (Path(__file__).parents[1] / "docs" / "reliability.md").read_text("utf-8")
+    assert [name for name in CASES if name not in documents] == []
