@@ -1,6 +1,7 @@
 """Every target in turn, and a table of what was run: python tests/fuzz/campaign.py [--scale 1.0].
 
-Writes benchmarks/results/fuzz.json and the corpus: what was there and every input that reached something new. A finding ends with exit code 1.
+Writes benchmarks/results/fuzz.json and the corpus: what was there and every input that reached something new. A
+finding ends with exit code 1.
 """
 
 from __future__ import annotations
