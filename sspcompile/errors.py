@@ -24,7 +24,9 @@ class SspError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        return f"{self.message} {self.hint}" if self.hint else self.message
+        """One printable line: names out of a file could hold line ends, escape sequences or lone surrogates."""
+        text = f"{self.message} {self.hint}" if self.hint else self.message
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class RunError(SspError):

@@ -237,6 +237,9 @@ CASES: Mapping[str, Case] = {
     ),
     "index pointing to a number": Case(index(lambda m: m.update({Q: 7})), PLAN, "points to 7"),
     "tensor in two shards": Case(duplicated, PLAN, "stands in two shards"),
+    "index naming a file with escape sequences": Case(
+        index(lambda m: m.update({Q: "a\n\x1b[31mb\ud800.safetensors"})), PLAN, r"a\\n\\x1b\[31mb\\ud800"
+    ),
     "index without a map": Case(
         sharded_and(lambda m: (m / "model.safetensors.index.json").write_text("{}")), PLAN, "no weight_map"
     ),

@@ -32,7 +32,7 @@ def fuzz(target: str, runs: int, folder: Path) -> dict[str, Any]:
     """One target from its kept corpus, to which libFuzzer adds what reaches something new."""
     corpus, findings = folder / "corpus", HERE / "findings" / target
     for path in (corpus, findings):
-        path.mkdir(parents=True)
+        path.mkdir(parents=True, exist_ok=True)
     kept = HERE / "corpus" / f"{target}.zip"
     with zipfile.ZipFile(kept) as archive:
         archive.extractall(corpus)
