@@ -6,7 +6,8 @@ Adding a family is one row here and one row in the tests. Nothing in this module
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -343,11 +344,25 @@ def geometry_of(config: Mapping[str, Any]) -> Geometry:
         mlp_bias=_switch(family, family.mlp_bias, config),
         # 4.x writes torch_dtype, 5.x writes dtype.
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
-        residual_multiplier=float(config.get(family.residual_multiplier or "", 1.0)),
+        residual_multiplier=_multiplier(family.residual_multiplier, config),
         windowed=_switch(family, family.window or False, config),
         fixed_heads=family.longrope_by_heads and _scaled_by_factors(config),
         **_sparse(family, config, layers),
     )
+
+
+def _multiplier(key: str | None, config: Mapping[str, Any]) -> float:
+    value = 1.0 if key is None else config.get(key, 1.0)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        raise CheckpointError(f"config.json has {key} = {_shortly(value)}.", hint=f"{key} must be a finite number.")
+    return float(value)
+
+
+def _layer_numbers(key: str, config: Mapping[str, Any]) -> Sequence[int]:
+    value = config.get(key) or ()
+    if not isinstance(value, list | tuple) or not all(isinstance(number, int) for number in value):
+        raise CheckpointError(f"config.json has {key} = {_shortly(value)}.", hint=f"{key} must list layer numbers.")
+    return value
 
 
 def _scaled_by_factors(config: Mapping[str, Any]) -> bool:
@@ -361,7 +376,7 @@ def _sparse(family: Family, config: Mapping[str, Any], layers: int) -> dict[str,
         return {}
     key = next((key for key in family.experts.counts if config.get(key) is not None), family.experts.counts[0])
     step = _positive(config, "decoder_sparse_step", default=1)
-    dense = set(config.get("mlp_only_layers") or ())
+    dense = set(_layer_numbers("mlp_only_layers", config))
     return {
         "experts": _positive(config, key),
         "active_experts": _positive(config, "num_experts_per_tok"),

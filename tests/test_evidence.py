@@ -40,15 +40,17 @@ def mixture(*weights: float, unknown: float = 0.0) -> Mixture:
 @pytest.mark.parametrize("own", [0, 1, 3, 4, 20, 200, 5000])
 def test_no_text_chooses_and_guards_or_judges(own):
     evidence = gather([f"mine {n}" for n in range(own)], mixture(0.7, 0.3, 0.0), POOLS, 0)
-    parts = [set(evidence.fit), set(evidence.guard), set(evidence.judge)]
+    parts = [set(evidence.fit), set(evidence.guard), set(evidence.judge), set(evidence.off)]
     assert all(not one & other for one, other in itertools.combinations(parts, 2))
     learned = {prompt for pool in fit_part(POOLS) for prompt in pool.prompts}
-    assert not learned & (parts[1] | parts[2])
+    assert not learned & (parts[1] | parts[2] | parts[3])
+    assert evidence.off and all(text.startswith("c") for text in evidence.off), "of the domain that it is not about"
     assert len(evidence.fit) <= max(FIT_PROMPTS, OWN_FIT_PROMPTS)
     assert 0 < len(evidence.guard) <= max(GUARD_PROMPTS, OWN_GUARD_PROMPTS)
     assert 0 < len(evidence.judge) <= max(JUDGE_PROMPTS, OWN_JUDGE_PROMPTS)
     assert evidence.counts() == {
         "fit": len(evidence.fit), "guard": len(evidence.guard), "judge": len(evidence.judge),
+        "off": len(evidence.off),
         "own_fit": sum(text.startswith("mine") for text in evidence.fit),
         "own_guard": sum(text.startswith("mine") for text in evidence.guard),
         "own_judge": sum(text.startswith("mine") for text in evidence.judge),

@@ -268,6 +268,12 @@ CASES: Mapping[str, Case] = {
     "layers more than the weights have": Case(config(num_hidden_layers=3), PLAN, r"lacks the tensor model\.layers\.2"),
     "hidden size missing": Case(config(hidden_size=None), PLAN, "hidden_size"),
     "hidden size a fraction": Case(config(hidden_size=32.5), PLAN, "hidden_size"),
+    "residual multiplier as text": Case(
+        config(model_type="granite", residual_multiplier="half"), PLAN, "residual_multiplier must be a finite number"
+    ),
+    "dense layers that are no list": Case(
+        config(model_type="qwen3_moe", num_experts=2, mlp_only_layers={"0": 1}), PLAN, "mlp_only_layers must list"
+    ),
     "model type missing": Case(config(model_type=None), PLAN, "model_type"),
     "model type unknown": Case(config(model_type="nonsense"), PLAN, "nonsense.*Accepted"),
     "architecture that must be refused": Case(config(model_type="olmo2"), PLAN, "q_norm spans all heads"),
