@@ -446,9 +446,10 @@ def test_second_build_is_refused_without_overwrite_and_keeps_the_first(run, buil
 
 
 def test_same_build_gives_the_same_bytes_in_another_folder(run, built, home):
-    done = run(*BUILD, "--keep", "0.5", *FAST, "--json", "--quiet", "--out", "artifacts/second", home=home)
+    done = run(*BUILD, "--keep", "0.5", *FAST, "--json", "--quiet", "--out", "elsewhere/first", home=home)
     assert done.code == 0, done.err
-    first, second = (json.loads((built.parent / name / "manifest.json").read_text()) for name in ("first", "second"))
+    places = (home / "artifacts", home / "elsewhere")
+    first, second = (json.loads((place / "first" / "manifest.json").read_text()) for place in places)
     differing = [n for n in first["files"] if first["files"][n] != second["files"].get(n)]
     assert not differing and first == second
 

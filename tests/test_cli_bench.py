@@ -139,7 +139,7 @@ def test_an_interrupted_measurement_goes_on_unless_its_input_changed(home):
         return json.loads(path.read_text())
 
     first = interrupted()
-    samples = first["sessions"][0]["dense"]["trials"]["batch 1, 16+24 tokens"]
+    samples = first["sessions"][0]["dense"]["trials"]["batch 1, 16+12 tokens"]
     done = shell(home, *args)
     assert done.returncode == 0, done.stderr
     taken = json.loads(done.stdout)["contenders"][0]["loads"][0]["metrics"]["prefill_seconds"]["samples"]

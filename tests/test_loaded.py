@@ -29,7 +29,7 @@ def refused(folder, match: str) -> None:
 
 def test_broken_tokenizer_is_refused_in_one_line(folder):
     (folder / "tokenizer.json").write_text('{"version": "1.0", "model"')
-    refused(folder, "cannot load")
+    refused(folder, "tokenizer.json is not valid JSON")
 
 
 def test_tokenizer_with_more_tokens_than_the_model_is_refused(folder):
