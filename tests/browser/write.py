@@ -32,7 +32,7 @@ def main(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for command in COMMANDS:
-        subprocess.run([*PROGRAM, *command, "-q"], cwd=folder, check=True, stdout=subprocess.DEVNULL, env=os.environ)
+        subprocess.run([*PROGRAM, *command], cwd=folder, check=True, stdout=subprocess.DEVNULL, env=os.environ)
     for name, page in PAGES.items():
         shutil.copyfile(folder / page, folder / name)
 
