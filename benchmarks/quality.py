@@ -42,7 +42,8 @@ from sspcompile.pipeline.shortlist import best_uniform, contenders
 from sspcompile.prepare import prepare
 from sspcompile.prepare.importance import probe_directions
 from sspcompile.prepare.text import MAX_TOKENS, Batch, Sentence, batches_of, continued
-from sspcompile.slicing.repair import Repair, fit_bias, fit_repair, repaired
+from sspcompile.slicing.fitting import fit_biases, fit_repairs
+from sspcompile.slicing.repair import Repair, repaired
 
 KEEPS = (0.75, 0.5, 0.375, 0.25)
 LAYOUTS = ("per-layer", "uniform")
@@ -129,11 +130,11 @@ def candidates(out: Path, seed: int, domain: str) -> Iterator[tuple[str, np.ndar
 def repairs(row: str, choice: Choice, texts: Texts) -> Iterator[tuple[str, Repair | None]]:
     """The repairs that a row is judged with: two for every row, more for some."""
     yield "none", None
-    yield "least-squares", fit_repair(model(), choice.kept, texts.batches, dtype=torch.float32)
+    yield "least-squares", *fit_repairs(model(), [choice.kept], texts.batches, dtype=torch.float32)
     if row in (OURS, RANKED_BY, RANKED_FREE, FIRST_LAYER):
-        yield "least-squares-mlp", fit_repair(model(), choice.kept, texts.batches, dtype=torch.float32, mlp=True)
+        yield "least-squares-mlp", *fit_repairs(model(), [choice.kept], texts.batches, dtype=torch.float32, mlp=True)
     if row in (RANKED_BY, "flap"):
-        yield "flap-bias", fit_bias(model(), choice.kept, texts.batches, dtype=torch.float32)
+        yield "flap-bias", *fit_biases(model(), [choice.kept], texts.batches, dtype=torch.float32)
 
 
 @dataclass(frozen=True)

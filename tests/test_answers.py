@@ -14,7 +14,8 @@ from sspcompile.errors import InputError
 from sspcompile.loaded import LoadedModel, head_gates
 from sspcompile.measure.answers import answer_scores, encode_items, encode_references
 from sspcompile.prepare.text import encode, greedy, sentences
-from sspcompile.slicing.repair import fit_repair, repaired
+from sspcompile.slicing.fitting import fit_repairs
+from sspcompile.slicing.repair import repaired
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def test_teacher_forced_exact_match_is_what_greedy_decoding_writes(embedded, ask
 def test_repaired_model_is_scored_as_it_decodes_and_differs_from_the_plain_one(embedded, asked):
     encoded, gates = encode_items(embedded, asked), random_gates(embedded, 0.8, 5)
     texts = encode(embedded, [item.prompt for item in asked])
-    repair = fit_repair(embedded, gates.bool().numpy(), texts, dtype=torch.float32)
+    (repair,) = fit_repairs(embedded, [gates.bool().numpy()], texts, dtype=torch.float32)
     with head_gates(embedded, gates):
         plain = answer_scores(embedded, encoded)
         with repaired(embedded, repair):

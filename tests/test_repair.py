@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sspcompile.prepare.text import Batch
-from sspcompile.slicing.repair import SCORED_SHARE, _Normal, _position_weights
+from sspcompile.slicing.fitting import SCORED_SHARE, _Normal, _position_weights
 
 
 def batch(lengths, scored):

@@ -22,14 +22,14 @@ from sspcompile.errors import ParityError, UnsupportedModelError
 from sspcompile.families import geometry_of
 from sspcompile.loaded import head_gates, load
 from sspcompile.prepare.text import with_continuations
+from sspcompile.slicing import fitting
+from sspcompile.slicing.fitting import fit_biases, fit_repairs
 from sspcompile.slicing.parity import TOLERANCE, compare, demand, repair_of
 from sspcompile.slicing.plan import make_plan, plan_counts
 from sspcompile.slicing.reload import respond
 from sspcompile.slicing.repair import (
     Repair,
     demand_place,
-    fit_bias,
-    fit_repair,
     is_linear,
     repaired,
     written_biases,
@@ -149,7 +149,8 @@ def test_repaired_model_equals_its_oracle_in_a_fresh_process(family, mlp, tmp_pa
     checkpoint = Checkpoint(source)
     loaded = load(source, fingerprint="")
     mask = mask_for(checkpoint, 0.5, "per-layer", 3)
-    repair = fit_repair(loaded, mask.as_array(), with_continuations(loaded, PROMPTS, 4), dtype=torch.float32, mlp=mlp)
+    texts = with_continuations(loaded, PROMPTS, 4)
+    (repair,) = fit_repairs(loaded, [mask.as_array()], texts, dtype=torch.float32, mlp=mlp)
     plan = make_plan(checkpoint, mask)
     write_model(checkpoint, plan, tmp_path / "cut", replaced=repair.replaced(mask.kept, plan.geometry.head_dim))
     # The oracle is rebuilt from the written files, as `verify` does it; it must be the one that was fitted.
@@ -196,12 +197,12 @@ def test_repair_brings_the_residual_closer_on_its_own_texts(tmp_path):
     checkpoint = Checkpoint(source)
     kept = mask_for(checkpoint, 0.5, "per-layer", 4).as_array()
     batches = with_continuations(loaded, PROMPTS, 4)
-    repair = fit_repair(loaded, kept, batches, dtype=torch.float32)
+    (repair,) = fit_repairs(loaded, [kept], batches, dtype=torch.float32)
 
     def error(fitted) -> float:
         return residual_error(loaded, kept, batches, fitted)
 
-    both = fit_repair(loaded, kept, batches, dtype=torch.float32, mlp=True)
+    (both,) = fit_repairs(loaded, [kept], batches, dtype=torch.float32, mlp=True)
     assert error(both) < error(repair) < 0.7 * error(None)
     assert loaded.model.model.layers[0].self_attn.o_proj.weight.shape == (64, 128)
 
@@ -225,7 +226,7 @@ def test_flap_bias_restores_the_mean_that_removed_heads_put_out(family, bias, tm
     kept = np.ones((2, 8), dtype=bool)
     kept[0, 2:6] = False
     batches = with_continuations(loaded, PROMPTS, 4)
-    repair = fit_bias(loaded, kept, batches, dtype=torch.float32)
+    (repair,) = fit_biases(loaded, [kept], batches, dtype=torch.float32)
     assert set(repair.biases) == {0} and not repair.weights
     before, bias_before = mean_output(loaded, batches, 0), loaded.layers[0].self_attn.o_proj.bias
     with head_gates(loaded, torch.from_numpy(kept).float()):
@@ -239,7 +240,7 @@ def test_flap_bias_is_written_where_o_proj_has_one_and_equals_its_oracle(tmp_pat
     source = make_checkpoint(tmp_path / "dense", Shape(family="qwen3", bias=True, kv_heads=4, layers=3))
     checkpoint, loaded = Checkpoint(source), load(source, fingerprint="")
     mask = mask_for(checkpoint, 0.5, "per-layer", 3)
-    repair = fit_bias(loaded, mask.as_array(), with_continuations(loaded, PROMPTS, 4), dtype=torch.float32)
+    (repair,) = fit_biases(loaded, [mask.as_array()], with_continuations(loaded, PROMPTS, 4), dtype=torch.float32)
     plan = make_plan(checkpoint, mask)
     write_model(checkpoint, plan, tmp_path / "cut", replaced=repair.replaced(mask.kept, plan.geometry.head_dim))
     read_back = Repair(repair_of(tmp_path / "cut", plan, mask).weights, written_biases(tmp_path / "cut", plan.geometry))
@@ -274,8 +275,32 @@ def test_a_residual_multiplier_is_part_of_the_repair(mlp, tmp_path):
     kept = mask_for(checkpoint, 0.5, "per-layer", 3).as_array()
     batches = with_continuations(loaded, PROMPTS, 2)
     plain = residual_error(loaded, kept, batches, None)
-    fitted = fit_repair(loaded, kept, batches, dtype=torch.float32, mlp=mlp)
+    (fitted,) = fit_repairs(loaded, [kept], batches, dtype=torch.float32, mlp=mlp)
     assert residual_error(loaded, kept, batches, fitted) < 0.7 * plain
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+@pytest.mark.parametrize("mlp", [False, True])
+def test_masks_repaired_together_are_repaired_as_if_alone(mlp, rounds, tmp_path, monkeypatch):
+    source = make_checkpoint(tmp_path / "dense", Shape(layers=3, kv_heads=4))
+    checkpoint, loaded = Checkpoint(source), load(source, fingerprint="")
+    masks = [mask_for(checkpoint, 0.5, "per-layer", seed).as_array() for seed in range(3)]
+    # Nothing cut in the first layer: this one is the dense model until there.
+    masks[1][0] = True
+    batches = with_continuations(loaded, PROMPTS, 2)
+    alone = [fit_repairs(loaded, [kept], batches, dtype=torch.float32, mlp=mlp)[0] for kept in masks]
+    if rounds > 1:
+        monkeypatch.setattr(fitting, "STREAM_BYTES", 1)
+    steps = []
+    together = fit_repairs(
+        loaded, masks, batches, dtype=torch.float32, mlp=mlp, progress=lambda done, total: steps.append((done, total))
+    )
+    assert steps == [(step + 1, 3 * rounds) for step in range(3 * rounds)]
+    assert 0 not in together[1].weights
+    for one, other in zip(alone, together, strict=True):
+        for mine, theirs in ((one.weights, other.weights), (one.down, other.down)):
+            assert mine.keys() == theirs.keys()
+            assert all(torch.equal(mine[layer], theirs[layer]) for layer in mine)
 
 
 def test_no_refit_where_a_norm_stands_behind_o_proj():

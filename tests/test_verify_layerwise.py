@@ -13,11 +13,11 @@ from sspcompile.errors import ParityError
 from sspcompile.families import FAMILIES
 from sspcompile.loaded import head_gates, load
 from sspcompile.prepare.text import with_continuations
+from sspcompile.slicing.fitting import fit_repairs
 from sspcompile.slicing.layerwise import compare_layerwise
 from sspcompile.slicing.parity import TOLERANCE
 from sspcompile.slicing.plan import make_plan
 from sspcompile.slicing.reload import respond
-from sspcompile.slicing.repair import fit_repair
 from sspcompile.slicing.write import write_model
 
 PROBES = [IDS, IDS[:5], IDS[3:4]]
@@ -44,7 +44,8 @@ def test_layerwise_proof_of_a_repaired_cut(mlp, tmp_path):
     source = save_random(tmp_path / "dense", family_config("qwen2", layers=2), seed=1)
     checkpoint, loaded = Checkpoint(source), load(source, fingerprint="")
     mask = mask_for(checkpoint, 0.5, "uniform", 3)
-    repair = fit_repair(loaded, mask.as_array(), with_continuations(loaded, PROMPTS, 2), dtype=torch.float32, mlp=mlp)
+    texts = with_continuations(loaded, PROMPTS, 2)
+    (repair,) = fit_repairs(loaded, [mask.as_array()], texts, dtype=torch.float32, mlp=mlp)
     plan = make_plan(checkpoint, mask)
     write_model(checkpoint, plan, tmp_path / "cut", replaced=repair.replaced(mask.kept, plan.geometry.head_dim))
     cut = tmp_path / "cut"

@@ -6,7 +6,6 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from sspcompile.checkpoint import staged, write_manifest
@@ -72,7 +71,7 @@ def build(
         if "uniform" in choices and options.criterion == AUTO and not choices["uniform"].kept.all():
             shortlist = _shortlist(judge, compiled, subject, host)
             choices["uniform"] = shortlist.choice if shortlist is not None else choices["uniform"]
-        decision = decide({layout: judge.candidate(layout, choice) for layout, choice in choices.items()})
+        decision = decide(dict(zip(choices, judge.candidates(list(choices.items()), "layouts"), strict=True)))
         ranking = shortlist.ranking if shortlist is not None and decision.chosen.layout == "uniform" else None
         mask = mask_of(compiled, subject, decision.chosen.choice, decision.chosen.layout, ranking)
         if ranking is not None:
@@ -164,24 +163,23 @@ def _baselines(
     judge: Judge, compiled: Compiled, options: Recipe, toolkit: Toolkit, chosen: Candidate
 ) -> dict[str, Reported]:
     """What else could have been cut at this budget and in this layout, from the same texts and with the same repair."""
-    kv_heads = judge.loaded.geometry.kv_heads
-
-    def at_this_budget(name: str, values: np.ndarray) -> Reported:
-        choice = choose(values, kv_heads, compiled.keep, chosen.layout, groups_only=compiled.groups_only)
-        return judge.reported(judge.candidate(chosen.layout, choice, name=name))
-
-    random = [
-        at_this_budget(f"random {n}", first_layer_kept(compiled.merit.shape, judge.seed + n))
-        for n in range(BASELINE_SEEDS)
-    ]
-    found = {f"random, first layer kept ({BASELINE_SEEDS}x)": _average(random, judge.seed)}
-    free = toolkit.importance[compiled.criterion].mean(-1)
-    found["domain-free mask"] = at_this_budget("domain-free", merit(free, compiled.whitelist))
+    random = [first_layer_kept(compiled.merit.shape, judge.seed + number) for number in range(BASELINE_SEEDS)]
+    named = {"domain-free mask": merit(toolkit.importance[compiled.criterion].mean(-1), compiled.whitelist)}
     for name in STANDARD_CRITERIA:
         if name != compiled.criterion:
             scores = score_heads(compiled.scenario, compiled.used, options, toolkit, judge.loaded, name)
-            found[f"criterion {name}"] = at_this_budget(name, merit(scores.values, compiled.whitelist))
-    return found
+            named[f"criterion {name}"] = merit(scores.values, compiled.whitelist)
+    kv_heads = judge.loaded.geometry.kv_heads
+    choices = [
+        (chosen.layout, choose(values, kv_heads, compiled.keep, chosen.layout, groups_only=compiled.groups_only))
+        for values in (*random, *named.values())
+    ]
+    reported = [judge.reported(one) for one in judge.candidates(choices, "baselines")]
+    averaged = _average(reported[:BASELINE_SEEDS], judge.seed)
+    return {
+        f"random, first layer kept ({BASELINE_SEEDS}x)": averaged,
+        **dict(zip(named, reported[BASELINE_SEEDS:], strict=True)),
+    }
 
 
 def _average(models: list[Reported], seed: int) -> Reported:

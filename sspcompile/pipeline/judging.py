@@ -19,13 +19,14 @@ from sspcompile.loaded import LoadedModel, head_gates
 from sspcompile.measure.quality import Difference, Divergence, DivergenceAccumulator, compare_divergences
 from sspcompile.pipeline.evidence import Evidence
 from sspcompile.prepare.text import Batch, batches_of, continued
-from sspcompile.slicing.repair import MIN_PROMPTS, Repair, fit_bias, fit_repair, is_linear, repaired
+from sspcompile.slicing.fitting import fit_biases, fit_repairs
+from sspcompile.slicing.repair import MIN_PROMPTS, Repair, is_linear, repaired
 
 Progress = Callable[[str, int, int], None]
 
 
-FITS: Mapping[str, Callable[..., Repair]] = {
-    "least-squares": fit_repair, "least-squares-mlp": partial(fit_repair, mlp=True), "flap-bias": fit_bias,
+FITS: Mapping[str, Callable[..., list[Repair]]] = {
+    "least-squares": fit_repairs, "least-squares-mlp": partial(fit_repairs, mlp=True), "flap-bias": fit_biases,
 }  # fmt: skip
 
 
@@ -116,22 +117,30 @@ class Judge:
         return Reported(candidate.final.judge, off)
 
     def fitted(
-        self, kept: np.ndarray, batches: Sequence[Batch], report: Callable[[int, int], None] | None = None
-    ) -> Repair | None:
-        """The repair of a mask (bool [layers, heads]) on other texts than usual; None where there is none."""
-        if self.repair == "none" or kept.all():
-            return None
-        return FITS[self.repair](self.loaded, kept, batches, dtype=self.dtype, progress=report)
+        self, masks: Sequence[np.ndarray], batches: Sequence[Batch], report: Callable[[int, int], None] | None = None
+    ) -> list[Repair | None]:
+        """The repairs of masks (each bool [layers, heads]) on other texts than usual; None where there is none."""
+        cut = [kept for kept in masks if self.repair != "none" and not kept.all()]
+        fit = FITS[self.repair](self.loaded, cut, batches, dtype=self.dtype, progress=report) if cut else []
+        repairs = iter(fit)
+        return [None if self.repair == "none" or kept.all() else next(repairs) for kept in masks]
 
-    def candidate(self, layout: Layout, choice: Choice, *, name: str | None = None) -> Candidate:
-        """Measure one choice, and once more with a repair when repairs are on and something was cut."""
-        plain = self.figures(choice.kept)
+    def candidates(self, choices: Sequence[tuple[Layout, Choice]], what: str) -> list[Candidate]:
+        """Measure choices, and once more with a repair when repairs are on and something was cut.
+
+        `what` they are is shown while they are repaired.
+        """
         fitted = self.fitted(
-            choice.kept, self.fit, lambda done, total: self.progress(f"repair ({name or layout})", done, total)
-        )
-        if fitted is None:
-            return Candidate(layout, choice, plain, None, None)
-        return Candidate(layout, choice, plain, fitted, self.figures(choice.kept, fitted))
+            [choice.kept for _, choice in choices], self.fit,
+            lambda done, total: self.progress(f"repair ({what})", done, total),
+        )  # fmt: skip
+        return [
+            Candidate(
+                layout, choice, self.figures(choice.kept), repair,
+                self.figures(choice.kept, repair) if repair is not None else None,
+            )
+            for (layout, choice), repair in zip(choices, fitted, strict=True)
+        ]
 
 
 def divergence_of(

@@ -62,13 +62,16 @@ class Folds:
             self._parts.append((batches_of(judge.loaded, fit), batches_of(judge.loaded, held)))
         self._dense = [[logits_at(judge.loaded, batch) for batch in held] for _, held in self._parts]
 
-    def distance(self, kept: np.ndarray) -> float:
-        """Mean over texts of sqrt(KL) of the mask `kept` (bool [layers, heads]), repaired."""
-        roots: list[float] = []
-        for (fit, held), dense in zip(self._parts, self._dense, strict=True):
-            found = divergence_of(self._judge.loaded, kept, self._judge.fitted(kept, fit), held, dense)
-            roots += np.sqrt(np.maximum(found.kl_per_prompt, 0.0)).tolist()
-        return float(np.mean(roots))
+    def distances(self, masks: Sequence[np.ndarray]) -> list[float]:
+        """Mean over texts of sqrt(KL) of each mask (bool [layers, heads]), repaired."""
+        roots: list[list[float]] = [[] for _ in masks]
+        for part, ((fit, held), dense) in enumerate(zip(self._parts, self._dense, strict=True)):
+            self._judge.progress("comparing uniform masks", part, len(self._parts))
+            for mine, kept, repair in zip(roots, masks, self._judge.fitted(masks, fit), strict=True):
+                found = divergence_of(self._judge.loaded, kept, repair, held, dense)
+                mine += np.sqrt(np.maximum(found.kl_per_prompt, 0.0)).tolist()
+        self._judge.progress("comparing uniform masks", len(self._parts), len(self._parts))
+        return [float(np.mean(mine)) for mine in roots]
 
 
 def contenders(judge: Judge, own: Ranking, granularity: Granularity = "head") -> tuple[Ranking, ...]:
@@ -94,13 +97,13 @@ def best_uniform(
         for choice in uniform_choices(merit(ranking.values, whitelist), kv_heads, keep, groups_only=groups_only):
             if holds(choice):
                 masks.setdefault(choice.kept.tobytes(), (ranking, choice))
-    folds, found = Folds(judge), []
-    for number, (ranking, choice) in enumerate(masks.values()):
-        judge.progress("comparing uniform masks", number, len(masks))
-        found.append((folds.distance(choice.kept), number, ranking, choice))
-    judge.progress("comparing uniform masks", len(masks), len(masks))
-    if not found:
+    if not masks:
         return None
+    distances = Folds(judge).distances([choice.kept for _, choice in masks.values()])
+    found = [
+        (distance, number, ranking, choice)
+        for number, (distance, (ranking, choice)) in enumerate(zip(distances, masks.values(), strict=True))
+    ]
     found.sort(key=lambda one: one[:2])
     tried = tuple(Tried(ranking.name, choice.shapes[0], value) for value, _, ranking, choice in found)
     return Shortlisted(found[0][2], found[0][3], tried)
