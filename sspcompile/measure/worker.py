@@ -37,7 +37,9 @@ def import_libraries(runtime: str) -> None:
     """
     if runtime == "hf":
         import torch  # noqa: F401
-        import transformers  # noqa: F401
+
+        # The package itself is lazy; what takes long comes with these two.
+        from transformers import GenerationMixin, PreTrainedModel  # noqa: F401
     else:
         import onnx  # noqa: F401
 
