@@ -6,12 +6,13 @@ COMPAT := .venv-compat
 OPTIMUM := .venv-optimum
 BROWSER := .venv-browser
 HARNESS := .venv-lm-eval
+AUDIT := .venv-audit
 BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
 # Two test processes: as many as the smallest machine that this is meant for has cores.
 WORKERS ?= 2
 
-.PHONY: demo test test-compat test-optimum test-browser screenshots fuzz test-kills test-wheel test-shapes test-lm-eval schemas lint format train bench-compile bench-prepare \
+.PHONY: demo test audit test-compat test-optimum test-browser screenshots fuzz test-kills test-wheel test-shapes test-lm-eval schemas lint format train bench-compile bench-prepare \
 	bench-quality bench-slice bench-onnx bench-bench clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -31,6 +32,15 @@ demo: $(VENV)/.done  ## Build, export, verify and benchmark on the embedded mode
 
 test: $(VENV)/.done lint  ## The suite: no network beyond the package registries, no GPU.
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+
+$(AUDIT)/.done:
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/pip install $(PIP_FLAGS) pip-audit==2.10.1
+	touch $@
+
+audit: $(VENV)/.done $(AUDIT)/.done  ## Do the pinned dependencies agree, and has one of them a known vulnerability?
+	$(BIN)/pip check
+	$(AUDIT)/bin/python .ci/audit.py
 
 test-compat: $(VENV)/.done $(COMPAT)/.done  ## What transformers 5 wrote, loaded by transformers 4.57.
 	$(BIN)/python tests/compat/write.py $(COMPAT)/fixtures
@@ -60,7 +70,7 @@ screenshots: $(VENV)/.done $(BROWSER)/.done  ## The pictures of the README, of t
 	    --confcutdir tests/browser tests/browser
 
 test-kills: $(VENV)/.done  ## Fifty kills at random moments, signals, full and read-only disks, two builds at once.
-	$(BIN)/python -m pytest tests/test_kills.py -m slow -s
+	$(BIN)/python -m pytest tests/test_kills.py tests/test_surroundings.py -m slow -s
 
 fuzz: $(VENV)/.done  ## Over a million executions of everything that reads files, coverage-guided (Linux, CPython 3.11).
 	$(BIN)/pip install $(PIP_FLAGS) --constraint constraints.txt atheris

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -588,6 +591,36 @@ def test_small_files_are_replaced_as_a_whole(tmp_path):
     write_atomically(tmp_path / "last", "one\n")
     write_atomically(tmp_path / "last", "two\n")
     assert (tmp_path / "last").read_text() == "two\n" and len(list(tmp_path.iterdir())) == 1
+
+
+def write_many_times(path, text):
+    for _ in range(200):
+        write_atomically(path, text)
+
+
+def test_small_files_that_several_processes_replace_are_whole_at_every_moment(tmp_path):
+    texts = [letter * length for letter, length in (("a", 10), ("b", 5_000), ("c", 100_000))]
+    path = tmp_path / "last"
+    write_atomically(path, texts[0])
+    with ProcessPoolExecutor(len(texts), mp_context=get_context("spawn")) as pool:
+        writing = [pool.submit(write_many_times, path, text) for text in texts]
+        while not all(one.done() for one in writing):
+            assert path.read_text() in texts
+        for one in writing:
+            one.result()
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    write_atomically(tmp_path / "last", "old")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(tmp_path / "last", "new")
+    assert (tmp_path / "last").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
 # --- Manifests -------------------------------------------------------------------------------------------------------

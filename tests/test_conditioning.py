@@ -22,6 +22,7 @@ from sspcompile.pipeline.evidence import fit_part, own_fit_part, split
 from sspcompile.pipeline.scoring import score_heads
 from sspcompile.prepare import features, importance_by_domain, importance_of, prepare, with_importance
 from sspcompile.prepare.direct import relative_variance, spread_by_domain
+from sspcompile.prepare.stages import Stages
 from sspcompile.recipe import Recipe, resolve
 from sspcompile.scenario import Scenario, as_recipe
 
@@ -252,7 +253,7 @@ def test_a_mixture_says_when_it_fits_no_domain():
 
 def test_whole_groups_are_scored_and_cut_when_they_are_asked_for(model, toolkit):
     key = "fisher-greedy.group"
-    both = with_importance(toolkit, key, *importance_by_domain(model, toolkit, pools(40), key))
+    both = with_importance(toolkit, key, *importance_by_domain(Stages(model), toolkit, pools(40), key))
     found = compiled(model, both, scenario(prompts=PROMPTS), granularity="group", keep=0.5)
     per_group = found.scores.values.reshape(3, 2, 2)
     np.testing.assert_allclose(per_group[..., 0], per_group[..., 1])
@@ -264,7 +265,7 @@ def test_whole_groups_are_scored_and_cut_when_they_are_asked_for(model, toolkit)
 
 
 def test_a_score_of_all_prompts_together_is_weighed_by_their_number(model, toolkit):
-    both = with_importance(toolkit, "wanda", *importance_by_domain(model, toolkit, pools(40), "wanda"))
+    both = with_importance(toolkit, "wanda", *importance_by_domain(Stages(model), toolkit, pools(40), "wanda"))
     both = replace(both, spread={**both.spread, "fisher": both.spread["fisher-greedy"]})
     weights = []
     for count in (4, 40):

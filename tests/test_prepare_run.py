@@ -21,6 +21,7 @@ from sspcompile.prepare import (
     probes,
     with_importance,
 )
+from sspcompile.prepare.stages import Stages
 from sspcompile.prepare.toolkit import check
 
 
@@ -124,7 +125,7 @@ def test_fault_offline_and_online_features_are_the_same_function(model, monkeypa
         seen.extend(prompts)
         return original(loaded, prompts, *rest)
 
-    monkeypatch.setattr("sspcompile.prepare.run.features", spy)
+    monkeypatch.setattr("sspcompile.prepare.capture.features", spy)
     prepare(model, pools(), outside(), continuation_tokens=0)
     assert set(pools()[0].prompts) <= set(seen) and set(outside()[0].prompts) <= set(seen)
     assert features is original
@@ -144,11 +145,11 @@ def test_every_criterion_in_one_run_and_one_added_later(model, toolkit):
     assert (whole.importance["subspace"] <= 1).all() and (whole.importance["subspace-probe"] <= 1).all()
     fewer = prepare(model, pools(10), outside(), continuation_tokens=2)
     for name in ("kl", "subspace", "flap", "greedy-kl"):
-        added = with_importance(fewer, name, *importance_by_domain(model, fewer, pools(10), name))
+        added = with_importance(fewer, name, *importance_by_domain(Stages(model), fewer, pools(10), name))
         np.testing.assert_allclose(added.importance[name], whole.importance[name], rtol=1e-4, atol=1e-7)
         np.testing.assert_allclose(added.spread[name], whole.spread[name], rtol=1e-3, atol=1e-5)
     with pytest.raises(InputError, match="changed"):
-        importance_by_domain(model, fewer, pools(11), "kl")
+        importance_by_domain(Stages(model), fewer, pools(11), "kl")
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])

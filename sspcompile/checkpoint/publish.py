@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from sspcompile.checkpoint.source import sync_folder
 from sspcompile.errors import InputError, OutputExistsError
@@ -86,9 +87,15 @@ def refuse_existing(out: Path, *, overwrite: bool) -> None:
 
 def _begin(out: Path) -> tuple[Path, int]:
     """A fresh folder beside `out`, and the lock that says that its run is alive."""
-    partial = Path(tempfile.mkdtemp(prefix=f"{PARTIAL_PREFIX}{out.name}-", dir=out.parent))
-    lock = os.open(partial, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    while True:
+        partial = Path(tempfile.mkdtemp(prefix=f"{PARTIAL_PREFIX}{out.name}-", dir=out.parent))
+        # Until it is locked, another run that begins here takes it for what a killed one left.
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(partial, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if partial.exists():
+                break
+            os.close(lock)
     # mkdtemp lets nobody else in; the finished folder has the permissions of any other.
     umask = os.umask(0)
     os.umask(umask)
@@ -147,8 +154,27 @@ def _sync_tree(folder: Path) -> None:
     sync_folder(folder)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace one small text file as a whole."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace one file as a whole; of several runs that do so at once, each writes all of it."""
     temporary = path.with_name(f"{PARTIAL_PREFIX}{path.name}")
-    temporary.write_text(text, "utf-8")
-    temporary.replace(path)
+    with contextlib.closing(_locked(temporary)) as file:
+        try:
+            file.truncate(0)
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _locked(path: Path) -> BinaryIO:
+    """The file at `path`, made if need be, which no other run holds until it is closed."""
+    while True:
+        file = path.open("ab")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        # Whoever held it before has renamed it: then this is the finished file, which is not to be written again.
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()

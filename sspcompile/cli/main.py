@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import FrameType, TracebackType
 
 import click
 
@@ -29,12 +33,22 @@ from sspcompile.cli.verify import verify
 from sspcompile.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_TERMINATED, RunError, SspError
 
 
+@dataclass
+class Run:
+    """What is known of one run of the command line: the signals that arrived, and whether tracebacks are wanted."""
+
+    arrived: list[int] = field(default_factory=list)
+    debug: bool = False
+
+
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="Exit codes: 0 done, 1 failure, 2 bad input, 3 a gate failed (parity, budget), 130 SIGINT, 143 SIGTERM.",
 )
 @click.version_option(sspcompile.__version__, prog_name="sspcompile")
-def cli() -> None:
+@click.option("--debug", is_flag=True, help="Show where an error came from: `sspcompile --debug build ...`.")
+@click.pass_obj
+def cli(run: Run, debug: bool) -> None:
     """Cut the attention heads that a deployment does not need out of a decoder LLM.
 
     Takes a scenario and a frozen model, finds the heads that the scenario needs, slices the others out of
@@ -45,6 +59,7 @@ def cli() -> None:
       sspcompile build --scenario "A helpdesk for questions about chemistry"
       sspcompile bench
     """
+    run.debug = debug
 
 
 for command in (
@@ -56,12 +71,14 @@ cli.add_command(slice_command, "slice")
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point: runs the command line and exits with the codes of the errors' classes."""
-    arrived: list[int] = []
+    run = Run()
+    if argv is None:
+        sys.excepthook = partial(_unexpected, run)
     try:
-        with _interruptible(arrived):
-            code = cli.main(args=argv, prog_name="sspcompile", standalone_mode=False)
+        with _interruptible(run.arrived):
+            code = cli.main(args=argv, prog_name="sspcompile", standalone_mode=False, obj=run)
     except SspError as error:
-        _fail(str(error), error.exit_code)
+        _fail(run, error, str(error), error.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         sys.exit(EXIT_BAD_INPUT)
@@ -69,12 +86,12 @@ def main(argv: list[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        _exit_interrupted(signal.SIGTERM in arrived, in_process=argv is not None)
-    except MemoryError:
-        _fail("Out of memory.", EXIT_FAILURE)
+        _exit_interrupted(signal.SIGTERM in run.arrived, in_process=argv is not None)
+    except MemoryError as error:
+        _fail(run, error, "Out of memory.", EXIT_FAILURE)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        _fail(str(RunError(f"{error.strerror or error}{where}.")), EXIT_FAILURE)
+        _fail(run, error, str(RunError(f"{error.strerror or error}{where}.")), EXIT_FAILURE)
     else:
         # Without standalone mode click returns the code of ctx.exit() instead of raising.
         sys.exit(code if isinstance(code, int) else 0)
@@ -124,9 +141,25 @@ def _exit_interrupted(terminated: bool, *, in_process: bool) -> None:
     os._exit(code)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(run: Run, error: BaseException, message: str, code: int) -> None:
+    if run.debug:
+        traceback.print_exception(error)
     click.echo(f"Error: {message}", err=True)
     sys.exit(code)
+
+
+def _unexpected(run: Run, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What no class of errors stands for is a defect of ours; it ends the interpreter with exit code 1."""
+    if run.debug:
+        sys.__excepthook__(kind, error, trace)
+        return
+    last = traceback.extract_tb(trace)[-1] if trace is not None else None
+    where = f" at {Path(last.filename).name}:{last.lineno}" if last is not None else ""
+    said = RunError(
+        f"Unexpected {kind.__name__}{where}: {error}.",
+        hint="This is a defect; please report what `sspcompile --debug ...` prints for the same command.",
+    )
+    click.echo(f"Error: {said}", err=True)
 
 
 if __name__ == "__main__":

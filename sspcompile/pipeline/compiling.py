@@ -23,6 +23,7 @@ from sspcompile.pipeline.evidence import Evidence, fit_part, gather
 from sspcompile.pipeline.pools import PoolSet, pools_of, pools_suffix
 from sspcompile.pipeline.scoring import HeadScores, score_heads
 from sspcompile.prepare import parallel
+from sspcompile.prepare.stages import Stages, beside
 from sspcompile.prepare.text import TEXT_VERSION
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.recipe import AUTO, DEFAULTS, Recipe
@@ -116,20 +117,22 @@ def toolkit_for(
     candidates = fit_part(given.candidates)
     toolkit = _stored(folder, subject, options, given)
     fresh = toolkit is None
+    stages = Stages(loaded, beside(folder))
     if toolkit is None:
         toolkit = preparing.prepare(
             loaded, candidates, given.outside, axes=given.axes, criteria=criteria, seed=options.seed or 0,
             max_tokens=options.max_tokens or 0, continuation_tokens=options.continuation_tokens or 0,
-            progress=progress,
+            stages=stages, progress=progress,
         )
     missing = [name for name in criteria if name not in toolkit.importance]
     for name in missing:
         chosen = fit_part(given.named(toolkit.domains))
-        mean, spread = preparing.importance_by_domain(loaded, toolkit, chosen, name, progress)
+        mean, spread = preparing.importance_by_domain(stages, toolkit, chosen, name, progress)
         toolkit = preparing.with_importance(toolkit, name, mean, spread)
     # Under torchrun all processes have learned the same.
     if (fresh or missing) and parallel.current().first:
         preparing.save(toolkit, folder)
+        stages.finish()
     return toolkit, fresh
 
 

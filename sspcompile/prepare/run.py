@@ -16,15 +16,9 @@ from sspcompile.errors import InputError
 from sspcompile.loaded import LoadedModel
 from sspcompile.prepare import axes as domain_axes
 from sspcompile.prepare import calibration, importance, probes
-from sspcompile.prepare.capture import features
 from sspcompile.prepare.direct import spread_by_domain
-from sspcompile.prepare.text import (
-    CONTINUATION_TOKENS,
-    MAX_TOKENS,
-    TEXT_VERSION,
-    Sentence,
-    continued,
-)
+from sspcompile.prepare.stages import Stages
+from sspcompile.prepare.text import CONTINUATION_TOKENS, MAX_TOKENS, TEXT_VERSION
 from sspcompile.prepare.toolkit import Toolkit, check
 from sspcompile.prepare.whitelist import FALSE_DISCOVERY, Whitelist, whitelist
 
@@ -58,9 +52,12 @@ def prepare(
     seed: int = 0,
     max_tokens: int = MAX_TOKENS,
     continuation_tokens: int = CONTINUATION_TOKENS,
+    stages: Stages | None = None,
     progress: Progress | None = None,
 ) -> Toolkit:
     """Learn everything that compiling scenarios for this model needs. The same inputs give the same Toolkit.
+
+    `stages` says where an interrupted run kept what it had measured; without it, nothing is kept.
 
     `axes` of the `pools` become domains (all of them without it), and the others join `outside`: text of none of the
     domains, for the out-of-domain temperature; without any, that regime stays uncalibrated and `meta` says so. The
@@ -68,24 +65,26 @@ def prepare(
     few, too small or share a name, for unknown criteria, and when none of them scores every prompt.
     """
     _validate(pools, criteria, axes)
-    report = progress or _silent
+    report, stages = progress or _silent, stages or Stages(loaded)
     facts = _given_facts(pools, outside, axes)
     if axes is not None and axes < len(pools):
-        pools, rest, selection = _selected(loaded, pools, axes, max_tokens, report)
+        pools, rest, selection = _selected(stages, pools, axes, max_tokens, report)
         facts, outside = facts | {"axes": selection}, (*outside, *rest)
     corpus = _corpus(pools)
-    found = features(loaded, corpus.texts, max_tokens, _stage(report, "features"))
+    found = stages.features(corpus.texts, max_tokens, _stage(report, "features"))
     directions, axes_facts = _axes(found, corpus, pools)
     fitted, held_out = _probes(found, corpus, len(pools), seed, report)
     auc, described_auc = _aucs(fitted, found, corpus, held_out)
-    fits = _calibrate(loaded, fitted, found, corpus, held_out, outside, seed, max_tokens, report)
+    fits = _calibrate(stages, fitted, found, corpus, held_out, outside, seed, max_tokens, report)
     unit = importance.probe_directions(fitted.weight, fitted.scale)
     prompts = [corpus.texts[row] for row in corpus.prompt_rows]
     labels = corpus.labels[corpus.prompt_rows]
     report("continuations", 0, 1)
-    texts = continued(loaded, prompts, continuation_tokens, max_tokens)
+    texts = stages.continued(prompts, continuation_tokens, max_tokens, _stage(report, "continuations"))
     report("continuations", 1, 1)
-    scores = {key: _scored(loaded, key, texts, labels, unit, seed, report) for key in dict.fromkeys(criteria)}
+    scores = {
+        key: stages.scored(key, texts, labels, unit, seed, _stage(report, key)) for key in dict.fromkeys(criteria)
+    }
     cached = {key: _cached(found, len(pools)) for key, found in scores.items()}
     tested = next(key for key in scores if of_key(key)[0].per == "prompt")
     confirmed = whitelist(scores[tested].own_axis(), scores[tested].labels)
@@ -117,7 +116,7 @@ def prepare(
 
 
 def importance_by_domain(
-    loaded: LoadedModel, toolkit: Toolkit, pools: Sequence[DomainPool], name: str, progress: Progress | None = None
+    stages: Stages, toolkit: Toolkit, pools: Sequence[DomainPool], name: str, progress: Progress | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Importance and spread of one more criterion for an existing toolkit, [L, H, K] each, as `prepare` would have
     measured them; see `with_importance`.
@@ -127,26 +126,15 @@ def importance_by_domain(
     if pools_fingerprint(pools) != toolkit.meta["pools_fingerprint"]:
         raise InputError("The domain pools changed since the toolkit was prepared.", hint="Prepare again.")
     corpus = _corpus(pools)
-    texts = continued(
-        loaded, [corpus.texts[row] for row in corpus.prompt_rows],
-        toolkit.meta["continuation_tokens"], toolkit.meta["max_tokens"],
+    report = progress or _silent
+    texts = stages.continued(
+        [corpus.texts[row] for row in corpus.prompt_rows], toolkit.meta["continuation_tokens"],
+        toolkit.meta["max_tokens"], _stage(report, "continuations"),
     )
     unit = importance.probe_directions(toolkit.probe_weight, toolkit.feature_scale)
     labels = corpus.labels[corpus.prompt_rows]
-    scores = _scored(loaded, name, texts, labels, unit, toolkit.meta["seed"], progress or _silent)
+    scores = stages.scored(name, texts, labels, unit, toolkit.meta["seed"], _stage(report, name))
     return _cached(scores, len(pools))
-
-
-def _scored(
-    loaded: LoadedModel, key: str, texts: Sequence[Sentence], labels: np.ndarray, unit: np.ndarray, seed: int,
-    report: Progress,
-) -> measuring.Scores:
-    """Scores under the name by which they are cached, see `of_key`."""
-    chosen, granularity = of_key(key)
-    return measuring.measure(
-        loaded, chosen.name, texts, labels=labels, directions=unit, seed=seed, granularity=granularity,
-        progress=_stage(report, key),
-    )  # fmt: skip
 
 
 def _cached(scores: measuring.Scores, domains: int) -> tuple[np.ndarray, np.ndarray]:
@@ -222,12 +210,12 @@ def _axes(
 
 
 def _selected(
-    loaded: LoadedModel, pools: Sequence[DomainPool], axes: int, max_tokens: int, report: Progress
+    stages: Stages, pools: Sequence[DomainPool], axes: int, max_tokens: int, report: Progress
 ) -> tuple[tuple[DomainPool, ...], tuple[DomainPool, ...], dict[str, Any]]:
     """The pools that become domains, the others, and what the selection looked at."""
     prompts = [prompt for pool in pools for prompt in pool.prompts]
     labels = np.repeat(range(len(pools)), [len(pool.prompts) for pool in pools])
-    found = features(loaded, prompts, max_tokens, _stage(report, "candidates"))
+    found = stages.features(prompts, max_tokens, _stage(report, "candidates"))
     directions = domain_axes.domain_axes(found, labels, len(pools))
     chosen = domain_axes.select(directions, axes)
     inside = tuple(pools[k] for k in chosen.indices)
@@ -260,7 +248,7 @@ def _aucs(
 
 
 def _calibrate(
-    loaded: LoadedModel, fitted: probes.Probes, found: np.ndarray, corpus: _Corpus, held_out: np.ndarray,
+    stages: Stages, fitted: probes.Probes, found: np.ndarray, corpus: _Corpus, held_out: np.ndarray,
     outside: Sequence[DomainPool], seed: int, max_tokens: int, report: Progress,
 ) -> dict[str, calibration.RegimeFit]:
     """Temperatures on text that the probes were not trained on: held-out rows, joined pairs of them, outside pools."""
@@ -274,15 +262,15 @@ def _calibrate(
         for fold in range(calibration.FOLDS)
     ]
     pairs = [pair for fold in by_fold for pair in fold]
-    joined = features(
-        loaded, [f"{corpus.texts[a]} {corpus.texts[b]}" for a, b in pairs], max_tokens, _stage(report, "cross text")
+    joined = stages.features(
+        [f"{corpus.texts[a]} {corpus.texts[b]}" for a, b in pairs], max_tokens, _stage(report, "cross text")
     )
     both = np.array([targets[corpus.labels[a]] + targets[corpus.labels[b]] for a, b in pairs])
     pair_folds = np.repeat(range(calibration.FOLDS), [len(fold) for fold in by_fold])
     fits["cross"] = calibration.fit_regime(fitted.logits(joined), both, pair_folds)
     other = [prompt for pool in outside for prompt in pool.prompts]
     if other:
-        foreign = features(loaded, other, max_tokens, _stage(report, "outside text"))
+        foreign = stages.features(other, max_tokens, _stage(report, "outside text"))
         none = np.zeros((len(other), len(targets)))
         # Judged on subjects that did not fit it, where there are two; unknown text is of yet another subject.
         subjects = np.repeat(range(len(outside)), [len(pool.prompts) for pool in outside])

@@ -1,0 +1,128 @@
+"""The stages of `prepare` that run the model. What a stage found is kept until the toolkit is finished.
+
+An interrupted `prepare` so goes on where it stopped. Each file carries in its name the digest of everything that the
+stage was measured from; when any of it changes, the stage is measured again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+import sspcompile
+from sspcompile.checkpoint.publish import write_atomically
+from sspcompile.criteria import measuring
+from sspcompile.criteria.table import of_key
+from sspcompile.errors import ToolkitError
+from sspcompile.loaded import LoadedModel
+from sspcompile.prepare import capture, parallel, text
+from sspcompile.prepare.text import TEXT_VERSION, Sentence
+
+PREFIX = ".unfinished-"
+Report = Callable[[int, int], None]
+Arrays = Mapping[str, np.ndarray]
+
+
+def beside(folder: Path) -> Path:
+    """Where the stages of an unfinished toolkit lie."""
+    return folder.with_name(f"{PREFIX}{folder.name}")
+
+
+class Stages:
+    """Measures a model's stages, or reads what an earlier run measured in `folder`; without one nothing is kept.
+
+    Under torchrun every process reads, the first one writes: all see the same files, because a stage is written only
+    after every process has taken part in it.
+    """
+
+    def __init__(self, loaded: LoadedModel, folder: Path | None = None) -> None:
+        self._loaded = loaded
+        self._folder = folder
+        versions = (sspcompile.__version__, torch.__version__, transformers.__version__)
+        self._identity = [loaded.fingerprint, TEXT_VERSION, *versions]
+
+    def features(self, texts: Sequence[str], max_tokens: int, report: Report) -> np.ndarray:
+        """As `prepare.capture.features`, [N, L, d]."""
+        def measure() -> Arrays:
+            return {"features": capture.features(self._loaded, texts, max_tokens, report)}
+
+        return self._stage("features", [list(texts), max_tokens], measure, report)["features"]
+
+    def continued(self, prompts: Sequence[str], new_tokens: int, max_tokens: int, report: Report) -> list[Sentence]:
+        """As `prepare.text.continued`."""
+        def measure() -> Arrays:
+            found = text.continued(self._loaded, prompts, new_tokens, max_tokens)
+            return {
+                "ids": np.array([token for item in found for token in item.ids]),
+                "lengths": np.array([(len(item.ids), item.prompt) for item in found]),
+            }
+
+        found = self._stage("continuations", [list(prompts), new_tokens, max_tokens], measure, report)
+        ends = np.cumsum(found["lengths"][:, 0])
+        return [
+            Sentence(tuple(found["ids"][end - length : end].tolist()), int(prompt))
+            for end, (length, prompt) in zip(ends, found["lengths"], strict=True)
+        ]
+
+    def scored(
+        self, key: str, texts: Sequence[Sentence], labels: np.ndarray, directions: np.ndarray, seed: int,
+        report: Report,
+    ) -> measuring.Scores:
+        """As `criteria.measuring.measure`, under the name by which scores are cached, see `of_key`."""
+        chosen, granularity = of_key(key)
+
+        def measure() -> Arrays:
+            scores = measuring.measure(
+                self._loaded, chosen.name, texts, labels=labels, directions=directions, seed=seed,
+                granularity=granularity, progress=report,
+            )
+            return {"values": scores.values, "labels": scores.labels, "prompts": np.array([scores.prompts])}
+
+        read = [[(item.ids, item.prompt) for item in texts], labels.tolist(), _digest(directions.tobytes()), seed]
+        found = self._stage(key, read, measure, report)
+        return measuring.Scores(found["values"], found["labels"], chosen.per, int(found["prompts"][0]))
+
+    def finish(self) -> None:
+        """The toolkit is written: what was kept on the way is not needed any more."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _stage(self, name: str, inputs: object, measure: Callable[[], Arrays], report: Report) -> Arrays:
+        if self._folder is None:
+            return measure()
+        digest = _digest(json.dumps([self._identity, name, inputs]).encode())
+        path = self._folder / f"{name}-{digest}.safetensors"
+        kept = _read(path)
+        if kept is not None:
+            report(1, 1)
+            return kept
+        found = measure()
+        if parallel.current().first:
+            # Another run that prepared the same has finished, and has removed what neither of them needs.
+            with contextlib.suppress(FileNotFoundError):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, save({key: np.ascontiguousarray(array) for key, array in found.items()}))
+        return found
+
+
+def _read(path: Path) -> Arrays | None:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        return None
+    except SafetensorError as error:
+        raise ToolkitError(f"{path} cannot be read: {error}.", hint=f"Remove {path.parent}.") from error
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
