@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol, TextIO
 
 from sspcompile.measure.memory import peak_resident_bytes
+from sspcompile.startup import spare_the_collector
 
 
 class Runner(Protocol):
@@ -116,6 +117,7 @@ def main() -> None:
     # Libraries print to stdout; the protocol gets a descriptor of its own and theirs goes to stderr.
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    spare_the_collector()
     serve(sys.argv[1], sys.stdin, replies)
 
 

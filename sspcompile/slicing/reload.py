@@ -14,12 +14,15 @@ import sys
 import numpy as np
 import torch
 
+from sspcompile.startup import spare_the_collector
+
 
 def main(folder: str, answer: str) -> None:
     """Read {"prompts": [[token ids]], "new_tokens", "custom_code", "threads", "attention"}.
 
     Writes logits and greedy tokens of every prompt.
     """
+    spare_the_collector()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     asked = json.load(sys.stdin)
