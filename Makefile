@@ -31,7 +31,7 @@ demo: $(VENV)/.done  ## Build, export, verify and benchmark on the embedded mode
 	$(BIN)/sspcompile bench --quick
 
 test: $(VENV)/.done lint  ## The suite: no network beyond the package registries, no GPU.
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 $(AUDIT)/.done:
 	$(PYTHON) -m venv $(AUDIT)

@@ -24,6 +24,15 @@ settings.register_profile(
 settings.load_profile("steady")
 
 
+# Minutes each: a worker that begins one of them last would be waited for by the others.
+LONG = ("test_readme.py", "test_cli_onnx.py", "test_cli_bench.py", "test_cli.py", "test_eval.py", "test_shortlist.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first; order inside a file stays."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _quiet_transformers() -> None:
     import torch

@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from builders import Shape, make_checkpoint
+from builders import family_config, save_random
+from transformers import AutoTokenizer
+
+from sspcompile.embedded import MODEL_DIR
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text("utf-8")
@@ -40,8 +43,14 @@ def test_pictures_and_linked_files_exist():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("readme")
-    shape = Shape(family="llama", layers=3, hidden=96, kv_heads=4, group_size=2, head_dim=16)
-    make_checkpoint(place / "my-model", shape)
+    config = family_config("llama", layers=3, hidden=96)
+    # Words for tokens, as real models have them: with bytes the texts are five times as long.
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    config.vocab_size = len(tokenizer)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+    save_random(place / "my-model", config)
+    tokenizer.save_pretrained(place / "my-model")
     (place / "prompts.txt").write_text("".join(f"What is {n} plus {2 * n}?\n" for n in range(24)))
     (place / "questions.jsonl").write_text('{"prompt": "What is 50 plus 2?", "answer": "52"}\n' * 3)
     return place
