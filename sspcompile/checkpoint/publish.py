@@ -175,6 +175,7 @@ def _locked(path: Path) -> BinaryIO:
         file = path.open("ab")
         fcntl.flock(file, fcntl.LOCK_EX)
         # Whoever held it before has renamed it: then this is the finished file, which is not to be written again.
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            return file
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
         file.close()

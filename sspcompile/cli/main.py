@@ -48,8 +48,8 @@ class Run:
 )
 @click.version_option(sspcompile.__version__, prog_name="sspcompile")
 @click.option("--debug", is_flag=True, help="Show where an error came from: `sspcompile --debug build ...`.")
-@click.pass_obj
-def cli(run: Run, debug: bool) -> None:
+@click.pass_context
+def cli(context: click.Context, debug: bool) -> None:
     """Cut the attention heads that a deployment does not need out of a decoder LLM.
 
     Takes a scenario and a frozen model, finds the heads that the scenario needs, slices the others out of
@@ -60,7 +60,7 @@ def cli(run: Run, debug: bool) -> None:
       sspcompile build --scenario "A helpdesk for questions about chemistry"
       sspcompile bench
     """
-    run.debug = debug
+    context.ensure_object(Run).debug = debug
 
 
 for command in (
