@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,16 +79,17 @@ def test_killed_at_random_moments_nothing_looks_finished_and_the_next_run_succee
     code, _, err = finish(home, *command)
     assert code == 0, err
     usual = time.monotonic() - begin
+    whole = home / "whole"
+    shutil.copytree(place / out, whole)
     moments = random.Random(7)
     left_behind = finished = 0
     for number in range(KILLS):
         # Each kill meets an empty place or, every other time, a finished folder that is being replaced.
         replacing = number % 2 == 1
-        process = start(home, *command, "--overwrite") if replacing else None
-        if process is None:
-            for path in place.glob(out):
-                subprocess.run(["rm", "-r", str(path)], check=True)
-            process = start(home, *command)
+        shutil.rmtree(place / out, ignore_errors=True)
+        if replacing:
+            shutil.copytree(whole, place / out)
+        process = start(home, *command, *(("--overwrite",) if replacing else ()))
         time.sleep(moments.uniform(0.0, usual))
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -104,6 +106,7 @@ def test_killed_at_random_moments_nothing_looks_finished_and_the_next_run_succee
             assert any(name.startswith(f".replaced-{out}-") for name in new)
             for path in place.glob(f".replaced-{out}-*"):
                 check_manifest(path)
+    shutil.rmtree(whole)
     code, _, err = finish(home, *command, "--overwrite")
     assert code == 0, err
     check_manifest(place / out)
@@ -188,6 +191,31 @@ def test_a_toolkit_that_vanishes_is_made_again(home):
     code, _, err = finish(home, *BUILD, "--out", "artifacts/again")
     assert code == 0, err
     assert list((home / "artifacts" / "toolkits").iterdir())
+
+
+def test_a_killed_prepare_goes_on_with_what_it_had_measured(home):
+    toolkits = home / "artifacts" / "toolkits"
+    prepare = ("prepare", "--model", "model", *FAST)
+    for path in toolkits.iterdir():
+        shutil.rmtree(path)
+    process = start(home, *prepare)
+    deadline = time.monotonic() + 60
+    while not list(toolkits.glob(".unfinished-*/features-*.safetensors")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert [path.name[:12] for path in toolkits.iterdir()] == [".unfinished-"]
+    # It goes on there: a stage that cannot be read would be told.
+    stage = next(toolkits.glob(".unfinished-*/features-*.safetensors"))
+    whole = stage.read_bytes()
+    stage.write_bytes(whole[:100])
+    code, _, err = finish(home, *prepare)
+    assert code == 2 and stage.name in err and err.count("\n") == 1
+    stage.write_bytes(whole)
+    code, _, err = finish(home, *prepare)
+    assert code == 0, err
+    assert [path.name for path in toolkits.iterdir() if path.name.startswith(".")] == []
 
 
 def test_two_builds_at_once_do_not_spoil_each_other(home):
