@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +109,31 @@ def test_offline_means_that_nothing_is_asked_for_a_hub_name_either(home):
     done = surrounded(home, NO_NETWORK, *name, HF_HOME=str(home / "cache"))
     assert done.returncode == 2 and "unreachable" in done.stderr, done.stderr
     assert "huggingface.co" in asked(home)
+
+
+def test_code_of_others_runs_with_the_flag_only(built, tmp_path):
+    """A checkpoint that brings a class of its own, and an artifact whose modeling file was changed."""
+    theirs, proof = tmp_path / "theirs", tmp_path / "ran"
+    shutil.copytree(built / "model", theirs)
+    config = json.loads((theirs / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_theirs.Theirs"}
+    (theirs / "config.json").write_text(json.dumps(config))
+    (theirs / "modeling_theirs.py").write_text(
+        f"from transformers import LlamaForCausalLM as Theirs\nopen({str(proof)!r}, 'w').close()\n"
+    )
+    write = ("run", theirs, "--prompt", "What is iron?", "--max-new-tokens", "2", "-q")
+    surrounded(built, "", *BUILD[:-1], "--model", theirs, "--out", tmp_path / "cut", "-q")
+    surrounded(built, "", *write)
+    assert not proof.exists()
+    trusted = surrounded(built, "", *write, "--trust-remote-code", HF_MODULES_CACHE=str(tmp_path / "modules"))
+    assert trusted.returncode == 0 and proof.exists(), trusted.stderr
+    tampered = tmp_path / "tampered"
+    shutil.copytree(built / "artifacts" / "offline" / "model", tampered)
+    with (tampered / "modeling_sspcompile.py").open("a") as code:
+        code.write(f"open({str(tmp_path / 'tampered-ran')!r}, 'w').close()\n")
+    done = surrounded(built, "", "run", tampered, "--prompt", "What is iron?", "-q")
+    assert done.returncode == 2 and "it is not run" in done.stderr
+    assert not (tmp_path / "tampered-ran").exists()
 
 
 @pytest.mark.slow

@@ -179,10 +179,10 @@ def draw_frontier(points: Points) -> str:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    panels: tuple[tuple[str, Callable[[Point], float | None]], ...] = (
-        ("weights, MiB", lambda p: None if p.weight_bytes is None else p.weight_bytes / (1 << 20)),
-        ("KV cache per token, KiB", lambda p: None if p.kv_bytes_per_token is None else p.kv_bytes_per_token / 1024),
-        ("inter-token latency, times faster", lambda p: p.decode.value if p.decode else None),
+    panels: tuple[tuple[str, Callable[[Point], Estimate | None]], ...] = (
+        ("weights, MiB", lambda p: _exact(p.weight_bytes, 1 << 20)),
+        ("KV cache per token, KiB", lambda p: _exact(p.kv_bytes_per_token, 1024)),
+        ("inter-token latency, times faster", lambda p: p.decode),
     )
     with matplotlib.rc_context({"svg.hashsalt": "frontier", "svg.fonttype": "none", "font.family": "sans-serif"}):
         figure, axes = pyplot.subplots(1, len(panels), figsize=(10.5, 3.4), sharey=True)
@@ -190,15 +190,13 @@ def draw_frontier(points: Points) -> str:
             found = [(x, p) for p in points.points if (x := place(p)) is not None and p.mean_kl is not None]
             for x, point in found:
                 kl = point.mean_kl
-                low, high = (kl.low, kl.high) if kl.low is not None and kl.high is not None else (kl.value, kl.value)
-                spread = [[max(0.0, kl.value - low)], [max(0.0, high - kl.value)]]
                 axis.errorbar(
-                    [x], [kl.value], yerr=spread, fmt="o" if point.frontier else "x", color="#1f66a5", capsize=2,
-                    markersize=5,
+                    [x.value], [kl.value], xerr=_spread(x), yerr=_spread(kl), fmt="o" if point.frontier else "x",
+                    color="#1f66a5", capsize=2, markersize=5,
                 )  # fmt: skip
                 if point.keep_achieved is not None:
                     axis.annotate(
-                        f"{point.keep_achieved:.2f}", (x, kl.value), textcoords="offset points", xytext=(5, 5),
+                        f"{point.keep_achieved:.2f}", (x.value, kl.value), textcoords="offset points", xytext=(5, 5),
                         fontsize=8,
                     )  # fmt: skip
             axis.set_xlabel(label)
@@ -210,3 +208,14 @@ def draw_frontier(points: Points) -> str:
         pyplot.close(figure)
     text = drawn.getvalue()
     return text[text.index("<svg") :]
+
+
+def _exact(value: float | None, unit: int) -> Estimate | None:
+    return None if value is None else Estimate(value=value / unit)
+
+
+def _spread(estimate: Estimate) -> list[list[float]]:
+    """Lengths of the two error bars; zero without an interval."""
+    if estimate.low is None or estimate.high is None:
+        return [[0.0], [0.0]]
+    return [[max(0.0, estimate.value - estimate.low)], [max(0.0, estimate.high - estimate.value)]]
