@@ -32,9 +32,9 @@ Examples:
 @click.option("--new-tokens", type=click.IntRange(2), metavar="N", help="Tokens decoded after each prompt (64).")
 @click.option("--batch", type=COUNTS, metavar="N[,N...]", help="Sequences at once (1).")
 @click.option("--repeats", type=click.IntRange(1), metavar="N",
-              help="Counted trials of each contender under each load, over all processes (20; 30 with --quick).")
+              help="Counted trials of each contender under each load, over all processes (24; 32 with --quick).")
 @click.option("--processes", "sessions", type=click.IntRange(1), metavar="N",
-              help="Fresh processes of each contender (5; 10 with --quick); intervals are taken over them.")
+              help="Fresh processes of each contender (8; 16 with --quick); intervals are taken over them.")
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads of each contender (all cores).")
 @click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="Run on cpu, or on cuda.")
 @click.option("--memory", metavar="SIZE",

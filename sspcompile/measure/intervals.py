@@ -9,6 +9,8 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.95
+# A report asks a dozen ratios at once whether something changed: at 95 % every other one would call noise a change.
+RATIO_LEVEL = 0.99
 RESAMPLES = 4000
 BLOCK_ELEMENTS = 4_000_000
 # Below this the bootstrap has too few distinct resamples to say anything.
@@ -21,7 +23,7 @@ FEWEST_FOR_P99 = 100
 
 @dataclass(frozen=True)
 class Interval:
-    """A two-sided 95 % interval."""
+    """A two-sided interval: of LEVEL, of a ratio of RATIO_LEVEL."""
 
     low: float
     high: float
@@ -79,7 +81,7 @@ def mean_interval(values: Sequence[float] | np.ndarray, *, seed: int) -> Interva
 
 
 def ratio_interval(numerator: Sequence[float], denominator: Sequence[float]) -> tuple[float, Interval | None]:
-    """Geometric mean of numerator / denominator over pairs, with Student's interval of its logarithm.
+    """Geometric mean of numerator / denominator over pairs, with Student's 99 % interval of its logarithm.
 
     Pairs are fresh processes: what differs from process to process (where memory came to lie) is part of the interval,
     which resampling trials of one process would leave out. None below FEWEST_PAIRS.
@@ -90,5 +92,5 @@ def ratio_interval(numerator: Sequence[float], denominator: Sequence[float]) -> 
     mean = float(logs.mean())
     if len(logs) < FEWEST_PAIRS:
         return float(np.exp(mean)), None
-    reach = float(stats.t.ppf((1 + LEVEL) / 2, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs)))
+    reach = float(stats.t.ppf((1 + RATIO_LEVEL) / 2, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs)))
     return float(np.exp(mean)), Interval(float(np.exp(mean - reach)), float(np.exp(mean + reach)))

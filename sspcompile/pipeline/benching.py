@@ -59,8 +59,8 @@ class Wish:
         if positions is not None and self.prompt_tokens is None:
             prompts = tuple(max(1, min(tokens, positions - new_tokens)) for tokens in prompts)
         # Processes narrow the intervals most; a large model is loaded anew in each, so only a quick look takes many.
-        repeats = self.repeats or (30 if self.quick else 20)
-        sessions = min(self.sessions or (10 if self.quick else 5), repeats)
+        repeats = self.repeats or (32 if self.quick else 24)
+        sessions = min(self.sessions or (16 if self.quick else 8), repeats)
         return Settings(
             loads=tuple(Load(b, p, new_tokens) for b in self.batch or (1,) for p in prompts), sessions=sessions,
             trials=-(-repeats // sessions), warmup=1, threads=self.threads or cores, seed=0, device=self.device,

@@ -16,7 +16,7 @@ class Section(BaseModel):
 
 
 class Estimate(Section):
-    """A measured value with its 95 % interval, where there were enough samples for one."""
+    """A measured value with its interval (95 %, ratios of speed and memory 99 %), where enough samples gave one."""
 
     value: float
     low: float | None = None

@@ -166,7 +166,7 @@ def _latency(report: Report) -> Block | None:
     definitions = {row.metric: row.definition for row in latency.rows if row.definition}
     tables = [
         Table(
-            f"{reference} against {contender}: medians, with p10 to p90; improvement above 1 is good",
+            f"{reference} against {contender}: medians, with p10 to p90; improvement above 1 is good, 99 % intervals",
             ("metric", "load", reference, contender, "improvement", "verdict"),
             tuple(_latency_row(row) for row in latency.rows if _pair(row) == (reference, contender)),
         )
