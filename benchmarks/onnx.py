@@ -38,6 +38,7 @@ from rich.table import Table
 from benchmarks.slice import write_mask
 from sspcompile.checkpoint import Checkpoint, OutputTensor, write_checkpoint
 from sspcompile.compile.mask import load_mask
+from sspcompile.measure.intervals import ratio_interval
 from sspcompile.slicing.plan import make_plan
 from sspcompile.slicing.write import write_model
 
@@ -147,6 +148,8 @@ def export_rounds(model: Path, folder: Path, rounds: int) -> dict[str, object]:
     for number in range(rounds + 1):
         for name in (*kept,) if number % 2 else (*kept,)[::-1]:
             out = folder / "out"
+            # Otherwise each waits for the disk to take what the one before it wrote.
+            os.sync()
             if name == "cp":
                 took = copied(model, out)
             else:
@@ -257,8 +260,11 @@ def weight_bytes(folder: Path) -> int:
 @click.option("--threads", default=2, show_default=True)
 @click.option("--peers/--no-peers", default=True, help="Also build the graphs of onnxruntime-genai's builder.")
 @click.option("--only", default="", help="Run the contenders whose name this regular expression finds.")
+@click.option("--name", help="Of the file of results (the size).")
 @click.option("--folder", type=click.Path(path_type=Path), help="Where the models are made (a temporary folder).")
-def main(sizes: str, rounds: int, steps: int, threads: int, peers: bool, only: str, folder: Path | None) -> None:
+def main(
+    sizes: str, rounds: int, steps: int, threads: int, peers: bool, only: str, name: str | None, folder: Path | None
+) -> None:
     """Measure everything."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     for size in sizes.split(","):
@@ -274,7 +280,7 @@ def main(sizes: str, rounds: int, steps: int, threads: int, peers: bool, only: s
                     "size": size, "threads": threads, "bytes": bytes_of, "export": export, "peers": costs,
                     "rounds": found,
                 }  # fmt: skip
-                (RESULTS / f"{size}.json").write_text(json.dumps(result, indent=1) + "\n")
+                (RESULTS / f"{name or size}.json").write_text(json.dumps(result, indent=1) + "\n")
         show(result)
 
 
@@ -306,7 +312,15 @@ def show(result: Mapping[str, object]) -> None:
         table.add_row(row, f"{result['bytes'][row] / 1e6:.0f}", *cells, f"{peak / 1e6:.0f}")
     console.print(table)
     for precision in ("fp32", "int4"):
+        ours, builder = f"ours {precision}, pruned", f"genai builder {precision}, pruned"
+        for context in CONTEXTS if {ours, builder} <= set(result["bytes"]) else ():
+            steps = ([np.median(one[row][f"step {context}"]) for one in result["rounds"]] for row in (builder, ours))
+            ratio, interval = ratio_interval(*steps)
+            spread = f" ({interval.low:.3f} to {interval.high:.3f}, 99 %)" if interval else ""
+            console.print(f"{precision}, decode at {context}: {ratio:.3f}{spread} times as fast as the builder's graph")
         dense, pruned = (f"ours {precision}, {name}" for name in ("dense", "pruned"))
+        if not {dense, pruned} <= set(result["bytes"]):
+            continue
         predicted = result["bytes"][dense] / result["bytes"][pruned]
         gained = ratios(result, f"step {CONTEXTS[0]}", pruned, dense)
         console.print(
