@@ -288,13 +288,12 @@ def test_masks_repaired_together_are_repaired_as_if_alone(mlp, rounds, tmp_path,
     # Nothing cut in the first layer: this one is the dense model until there.
     masks[1][0] = True
     batches = with_continuations(loaded, PROMPTS, 2)
-    alone = [fit_repairs(loaded, [kept], batches, dtype=torch.float32, mlp=mlp)[0] for kept in masks]
+    alone = [next(fit_repairs(loaded, [kept], batches, dtype=torch.float32, mlp=mlp)) for kept in masks]
     if rounds > 1:
-        monkeypatch.setattr(fitting, "STREAM_BYTES", 1)
+        monkeypatch.setattr(fitting, "ROUND_BYTES", 1)
     steps = []
-    together = fit_repairs(
-        loaded, masks, batches, dtype=torch.float32, mlp=mlp, progress=lambda done, total: steps.append((done, total))
-    )
+    report = lambda done, total: steps.append((done, total))  # noqa: E731
+    together = list(fit_repairs(loaded, masks, batches, dtype=torch.float32, mlp=mlp, progress=report))
     assert steps == [(step + 1, 3 * rounds) for step in range(3 * rounds)]
     assert 0 not in together[1].weights
     for one, other in zip(alone, together, strict=True):

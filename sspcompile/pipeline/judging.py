@@ -5,7 +5,7 @@ What is decided here (layout, repair) is decided on the guard texts; the figures
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,7 +25,7 @@ from sspcompile.slicing.repair import MIN_PROMPTS, Repair, is_linear, repaired
 Progress = Callable[[str, int, int], None]
 
 
-FITS: Mapping[str, Callable[..., list[Repair]]] = {
+FITS: Mapping[str, Callable[..., Iterable[Repair]]] = {
     "least-squares": fit_repairs, "least-squares-mlp": partial(fit_repairs, mlp=True), "flap-bias": fit_biases,
 }  # fmt: skip
 
@@ -118,14 +118,18 @@ class Judge:
 
     def fitted(
         self, masks: Sequence[np.ndarray], batches: Sequence[Batch], report: Callable[[int, int], None] | None = None
-    ) -> list[Repair | None]:
-        """The repairs of masks (each bool [layers, heads]) on other texts than usual; None where there is none."""
-        cut = [kept for kept in masks if self.repair != "none" and not kept.all()]
-        fit = FITS[self.repair](self.loaded, cut, batches, dtype=self.dtype, progress=report) if cut else []
-        repairs = iter(fit)
-        return [None if self.repair == "none" or kept.all() else next(repairs) for kept in masks]
+    ) -> Iterator[Repair | None]:
+        """The repairs of masks (each bool [layers, heads]) on other texts than usual; None where there is none.
 
-    def candidates(self, choices: Sequence[tuple[Layout, Choice]], what: str) -> list[Candidate]:
+        Whoever takes them one by one holds no more than a few in memory.
+        """
+        cut = [kept for kept in masks if self.repair != "none" and not kept.all()]
+        fit = FITS[self.repair](self.loaded, cut, batches, dtype=self.dtype, progress=report) if cut else ()
+        repairs = iter(fit)
+        for kept in masks:
+            yield None if self.repair == "none" or kept.all() else next(repairs)
+
+    def candidates(self, choices: Sequence[tuple[Layout, Choice]], what: str) -> Iterator[Candidate]:
         """Measure choices, and once more with a repair when repairs are on and something was cut.
 
         `what` they are is shown while they are repaired.
@@ -134,13 +138,9 @@ class Judge:
             [choice.kept for _, choice in choices], self.fit,
             lambda done, total: self.progress(f"repair ({what})", done, total),
         )  # fmt: skip
-        return [
-            Candidate(
-                layout, choice, self.figures(choice.kept), repair,
-                self.figures(choice.kept, repair) if repair is not None else None,
-            )
-            for (layout, choice), repair in zip(choices, fitted, strict=True)
-        ]
+        for (layout, choice), repair in zip(choices, fitted, strict=True):
+            mended = self.figures(choice.kept, repair) if repair is not None else None
+            yield Candidate(layout, choice, self.figures(choice.kept), repair, mended)
 
 
 def divergence_of(

@@ -25,13 +25,12 @@ MLP_RIDGE = 1e-1
 # Of the weight of all positions. On the embedded model, unweighted positions (about a tenth) leave up to 15 points of
 # exact match behind, and a share near 1 forgets how the prompt is read.
 SCORED_SHARE = 0.5
-# Of hidden states that the masks of one round may hold together; what does not fit is fitted in further rounds.
-STREAM_BYTES = 1 << 30
+# That the hidden states and weights of the masks of one round may take; what does not fit is fitted in further rounds.
+ROUND_BYTES = 1 << 30
 
 Report = Callable[[int, int], None]
 
 
-@torch.inference_mode()
 def fit_repairs(
     loaded: LoadedModel,
     masks: Sequence[np.ndarray],
@@ -41,29 +40,44 @@ def fit_repairs(
     ridge: float = RIDGE,
     mlp: bool = False,
     progress: Report | None = None,
-) -> list[Repair]:
+) -> Iterator[Repair]:
     """Refit o_proj, and with `mlp` down_proj too, for each mask (bool [layers, heads]) on the texts of `batches`.
 
-    Held are the hidden states of all batches, [B, T, d]: twice for the dense model, once per mask. In each round of
-    masks every layer runs twice dense, and per mask once as far as o_proj and once whole, with `mlp` once more.
-    `dtype` is the dtype that the weights will be written in.
+    Held are the hidden states of all batches, [B, T, d], twice for the dense model and once per mask, and the weights
+    of the masks of a round. In each round every layer runs twice dense, and per mask once as far as o_proj and once
+    whole, with `mlp` once more. A round begins when the first of its repairs is asked for. `dtype` is the dtype that
+    the weights will be written in.
     """
-    layers = len(loaded.layers)
     states = sum(batch.input_ids.numel() for batch in batches) * loaded.geometry.hidden * 4
-    at_once = max(1, STREAM_BYTES // max(1, states))
+    refitted = [o_proj(layer).weight for layer in loaded.layers]
+    refitted += [down_proj(layer).weight for layer in loaded.layers] if mlp else []
+    weights = sum(weight.numel() for weight in refitted) * dtype.itemsize
+    at_once = max(1, ROUND_BYTES // max(1, states + weights))
     rounds = [masks[start : start + at_once] for start in range(0, len(masks), at_once)]
-    found: list[Repair] = []
+    layers = len(loaded.layers)
     for turn, together in enumerate(rounds):
-        dense = _Dense(loaded, batches)
-        streams = [_Stream(kept, list(dense.hidden)) for kept in together]
-        for index in range(layers):
-            dense.advance(index)
-            for stream in streams:
-                stream.advance(index, dense, ridge, dtype, mlp=mlp)
+        before = turn * layers
+
+        def report(done: int, before: int = before) -> None:
             if progress is not None:
-                progress(turn * layers + index + 1, len(rounds) * layers)
-        found += [Repair(stream.weights, down=stream.down) for stream in streams]
-    return found
+                progress(before + done, len(rounds) * layers)
+
+        yield from _fit_round(loaded, together, batches, dtype, ridge, mlp=mlp, report=report)
+
+
+@torch.inference_mode()
+def _fit_round(
+    loaded: LoadedModel, masks: Sequence[np.ndarray], batches: Sequence[Batch], dtype: torch.dtype, ridge: float, *,
+    mlp: bool, report: Callable[[int], None],
+) -> list[Repair]:
+    dense = _Dense(loaded, batches)
+    streams = [_Stream(kept, list(dense.hidden)) for kept in masks]
+    for index in range(len(loaded.layers)):
+        dense.advance(index)
+        for stream in streams:
+            stream.advance(index, dense, ridge, dtype, mlp=mlp)
+        report(index + 1)
+    return [Repair(stream.weights, down=stream.down) for stream in streams]
 
 
 class _Dense:
