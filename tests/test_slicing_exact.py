@@ -292,8 +292,9 @@ def test_masks_repaired_together_are_repaired_as_if_alone(mlp, rounds, tmp_path,
     if rounds > 1:
         monkeypatch.setattr(fitting, "ROUND_BYTES", 1)
     steps = []
-    report = lambda done, total: steps.append((done, total))  # noqa: E731
-    together = list(fit_repairs(loaded, masks, batches, dtype=torch.float32, mlp=mlp, progress=report))
+    together = list(fit_repairs(
+        loaded, masks, batches, dtype=torch.float32, mlp=mlp, progress=lambda *step: steps.append(step)
+    ))  # fmt: skip
     assert steps == [(step + 1, 3 * rounds) for step in range(3 * rounds)]
     assert 0 not in together[1].weights
     for one, other in zip(alone, together, strict=True):

@@ -123,11 +123,12 @@ class Judge:
 
         Whoever takes them one by one holds no more than a few in memory.
         """
-        cut = [kept for kept in masks if self.repair != "none" and not kept.all()]
+        wanted = [self.repair != "none" and not kept.all() for kept in masks]
+        cut = [kept for kept, mend in zip(masks, wanted, strict=True) if mend]
         fit = FITS[self.repair](self.loaded, cut, batches, dtype=self.dtype, progress=report) if cut else ()
         repairs = iter(fit)
-        for kept in masks:
-            yield None if self.repair == "none" or kept.all() else next(repairs)
+        for mend in wanted:
+            yield next(repairs) if mend else None
 
     def candidates(self, choices: Sequence[tuple[Layout, Choice]], what: str) -> Iterator[Candidate]:
         """Measure choices, and once more with a repair when repairs are on and something was cut.

@@ -84,7 +84,7 @@ class _Dense:
     """The dense model on the texts, one layer at a time; all hidden states are [B, T, d] per batch.
 
     `hidden` is what the current layer puts out (before the first: what enters it), `after` its residual stream after
-    attention, `index` its number.
+    attention. `real` marks what is not padding, `weights` holds what those positions count.
     """
 
     def __init__(self, loaded: LoadedModel, batches: Sequence[Batch]) -> None:
