@@ -7,8 +7,9 @@ every layer, `uneven` as many with counts that differ by layer. Measured are
   have imported their libraries before the clock starts; peak resident memory;
 * what the exports of torch.onnx (dynamo) and, where `make test-optimum` has made its environment, of optimum take;
 * decoding one token at a context of 128 and of 1,024, and reading 512 tokens, for transformers (sdpa, fp32), for our
-  graphs in fp32, int8 and int4, for the graphs that onnxruntime-genai's own builder makes of the pruned model, and for
-  those of torch.onnx and optimum (whose exporter cannot hold a pruned model, so it gets the dense one).
+  graphs in fp32, int8 and int4 (of the pruned model also with the logits of the last token alone, which is what
+  transformers computes when it reads), for the graphs that onnxruntime-genai's own builder makes of the pruned model,
+  and for those of torch.onnx and optimum (whose exporter cannot hold a pruned model, so it gets the dense one).
 
 Every contender runs in a process of its own, with the same number of threads and OMP_WAIT_POLICY=PASSIVE (otherwise
 torch's waiting threads slow ONNX Runtime); the order is turned round from round to round, ratios are taken within a
@@ -114,22 +115,26 @@ from pathlib import Path
 from sspcompile.export.onnx.decoder import read_decoder
 from sspcompile.export.onnx.write import PRECISIONS, Blocks, write_graph
 import torch
-model, out, precision, link = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4] == "link"
+model, out, precision = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+link, last_logits = sys.argv[4] == "link", sys.argv[5] == "last"
 if PRECISIONS[precision].bits: import onnxruntime.quantization.matmul_nbits_quantizer
 
 peak = lambda: 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 imported = peak()
 out.mkdir(parents=True)
 start = time.perf_counter()
-write_graph(read_decoder(model), out, PRECISIONS[precision], Blocks(), link=link)
+write_graph(read_decoder(model), out, PRECISIONS[precision], Blocks(), last_logits=last_logits, link=link)
 took = time.perf_counter() - start
 print(json.dumps([took, peak(), imported]))
 """
 
 
-def exported(model: Path, out: Path, precision: str, *, link: bool = False) -> tuple[float, int, int]:
+def exported(
+    model: Path, out: Path, precision: str, *, link: bool = False, last_logits: bool = False
+) -> tuple[float, int, int]:
     """(seconds, peak resident bytes, resident bytes after the imports) of an export that nothing checks."""
-    command = [sys.executable, "-c", EXPORT, str(model), str(out), precision, "link" if link else "copy"]
+    options = ["link" if link else "copy", "last" if last_logits else "all"]
+    command = [sys.executable, "-c", EXPORT, str(model), str(out), precision, *options]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     took, peak, imported = json.loads(done.stdout.strip().splitlines()[-1])
     return took, peak, imported
@@ -191,6 +196,11 @@ def contenders(
             out = folder / f"{name}-{precision}"
             exported(path, out, precision, link=True)
             rows.append(Contender(f"ours {precision}, {name}", "onnx", out))
+    for precision in ("fp32", "int4"):
+        if only.search(f"ours {precision} last logits, pruned"):
+            out = folder / f"pruned-{precision}-last"
+            exported(models["pruned"], out, precision, link=True, last_logits=True)
+            rows.append(Contender(f"ours {precision} last logits, pruned", "onnx", out))
     if peers:
         _tokenizer(models["pruned"])
         for precision in ("fp32", "int4"):

@@ -145,6 +145,15 @@ def test_eval_asks_the_export_itself(run):
     assert rounded["sliced"]["mean_kl"] != pytest.approx(exact["sliced"]["mean_kl"], rel=1e-3)
 
 
+def test_export_of_last_logits_writes_and_does_not_score(run):
+    done = run("export", "--format", "onnx", "--last-logits", "--out", "exported/last", "--json", "-q")
+    assert done[0] == 0 and json.loads(done[1])["agreement"]["same_text"], done
+    assert "last token alone" in Path("exported/last/README.md").read_text()
+    assert run("run", "exported/last", "--prompt", GOLD, "-q") == (0, " Au\n", "")
+    asked = ("--scenario", "chemistry-helpdesk", "--items", "4", "-q")
+    refused(run("eval", "exported/last", *asked), 2, "last token alone", "without --last-logits")
+
+
 def test_plain_checkpoint_is_exported_as_it_is(run, tmp_path):
     model = make_checkpoint(tmp_path / "model", Shape(family="llama", head_dim=16))
     done = run("export", "--format", "onnx", "--model", model, "--out", tmp_path / "out", "--json", "-q")

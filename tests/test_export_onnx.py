@@ -170,6 +170,34 @@ def exported(tmp_path_factory) -> tuple[Path, Path]:
     return model, folder / "out"
 
 
+@pytest.mark.parametrize("right", [False, True], ids=["padded on the left", "padded on the right"])
+def test_last_logits_are_those_of_every_rows_last_token(right, exported, tmp_path):
+    model, whole = exported
+    done = export(model, tmp_path / "out", last_logits=True)
+    assert done.manifest.origin["last_logits"] and done.agreement.same_text
+    ids, mask = padded(PROBES, 258)
+    last = np.full(len(PROBES), ids.shape[1] - 1)
+    if right:
+        last = mask.sum(axis=1) - 1
+        ids, mask = (np.stack([np.roll(line, -int((row == 0).sum())) for line, row in zip(values, mask, strict=True)])
+                     for values in (ids, mask))
+    expected = OnnxModel.open(whole).logits(ids, mask)[np.arange(len(last)), last]
+    session = OnnxModel.open(tmp_path / "out")
+    found, _ = session.prefill(ids, mask)
+    assert found.shape == (len(PROBES), 1, session.vocab)
+    assert np.abs(found[:, 0] - expected).max() <= SCALE_BOUND * np.abs(expected).max()
+    with pytest.raises(InputError, match="last token alone"):
+        session.logits(ids, mask)
+
+
+def test_a_graph_of_last_logits_that_is_wrong_is_not_published(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr("sspcompile.export.onnx.graph._last", lambda graph, hidden, tail: graph.node(
+        "Slice", [hidden, graph.integers(0), graph.integers(1), graph.integers(1)], "hidden.first"))
+    with pytest.raises(ParityError):
+        export(exported[0], tmp_path / "out", last_logits=True)
+    assert names(tmp_path) == set()
+
+
 def test_steps_after_a_prefill_equal_one_prefill(exported):
     session = OnnxModel.open(exported[1])
     ids = np.array([PROBES[2]])
@@ -182,8 +210,12 @@ def test_steps_after_a_prefill_equal_one_prefill(exported):
         session.step(ids[:, 0], cache)
 
 
-def test_genai_writes_the_same_text_with_head_counts_that_differ_by_layer(exported):
+@pytest.mark.parametrize("last_logits", [False, True], ids=["all logits", "last logits"])
+def test_genai_writes_the_same_text_with_head_counts_that_differ_by_layer(last_logits, exported, tmp_path):
     model, out = exported
+    if last_logits:
+        out = tmp_path / "out"
+        export(model, out, last_logits=True)
     counts = json.loads((model / "config.json").read_text())["per_layer_config"].values()
     assert len({tuple(pair.values()) for pair in counts}) > 1
     prompt = PROBES[1]

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from sspcompile.export.onnx import Blocks, Exported, Precision
 
 FORMATS = ("hf", "onnx")
-ONNX_ONLY = ("precision", "block_size", "accuracy_level", "keep_embeddings", "context_length", "hard_link", "model")
+ONNX_ONLY = (
+    "precision", "block_size", "accuracy_level", "keep_embeddings", "context_length", "last_logits", "hard_link",
+    "model",
+)  # fmt: skip
 
 
 @click.command(
@@ -44,6 +47,9 @@ Examples:
               help="ONNX in int8 or int4: leave a table that is embedding and head at once in floats for the former.")
 @click.option("--context-length", type=click.IntRange(min=1), metavar="N",
               help="ONNX: make the graph for N positions instead of all that the model has.")
+@click.option("--last-logits", is_flag=True,
+              help="ONNX: compute the logits of the last token alone, which is all that generating needs: less time "
+                   "and memory for long prompts. Such an export cannot score texts.")
 @click.option("--hard-link", is_flag=True, help="ONNX: share unchanged weight files with the source.")
 @click.option("--model", "-m", metavar="MODEL", help="ONNX: export this checkpoint as it is instead of an artifact.")
 @overwrite_option
@@ -107,8 +113,8 @@ def _to_onnx(
     with stages(quiet) as progress:
         source = of_artifact(folder) if model is None else of_checkpoint(str(model))
         done = to_onnx(
-            source, out, precision, blocks=blocks, positions=onnx["context_length"], link=bool(onnx["hard_link"]),
-            overwrite=overwrite, progress=progress,
+            source, out, precision, blocks=blocks, positions=onnx["context_length"],
+            last_logits=bool(onnx["last_logits"]), link=bool(onnx["hard_link"]), overwrite=overwrite, progress=progress,
         )
     sizes = {name: entry["size"] for name, entry in done.manifest.files.items()}
     _say(folder, out, sizes, as_json, _measured(done, precision))

@@ -47,11 +47,12 @@ def slice_card(plan: Mapping[str, Any], mask: HeadMask, origin: Mapping[str, Any
 
 def onnx_card(
     origin: Mapping[str, Any], name: str, agreement: Any, precision: Any, *, report: Mapping[str, Any] | None,
-    plan: Mapping[str, Any] | None,
+    plan: Mapping[str, Any] | None, last_logits: bool = False,
 ) -> str:
     """The card of an export for ONNX Runtime. `report` and `plan` are an artifact's, None for a plain checkpoint."""
     return _card(
-        "onnx.md", origin, library="onnx", name=name, agreement=agreement, precision=precision, report=report, plan=plan
+        "onnx.md", origin, library="onnx", name=name, agreement=agreement, precision=precision, report=report,
+        plan=plan, last_logits=last_logits,
     )
 
 

@@ -75,6 +75,11 @@ class OnnxModel:
     def vocab(self) -> int:
         return self.session.get_outputs()[0].shape[2]
 
+    @property
+    def last_logits(self) -> bool:
+        """Whether the graph computes the logits of every row's last token alone."""
+        return self.session.get_outputs()[0].shape[1] == 1
+
     def cache_shapes(self, batch: int, room: int) -> dict[str, tuple[tuple[int, ...], type[np.floating]]]:
         """Input name -> ([batch, kv heads, room, D], dtype) of every layer's keys and values."""
         return {
@@ -88,7 +93,7 @@ class OnnxModel:
     def prefill(
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, *, capacity: int | None = None
     ) -> tuple[np.ndarray, Cache]:
-        """Read tokens [B, S], padded on the left or not at all; returns logits fp32 [B, S, V] and the cache.
+        """Read tokens [B, S], padded on the left or not at all; returns logits fp32 [B, S or 1, V] and the cache.
 
         `capacity`: columns that the cache will have room for, S by default.
         """
@@ -129,7 +134,12 @@ class OnnxModel:
         return binding.get_outputs()[0].numpy()
 
     def logits(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
-        """Logits fp32 [B, S, V] of whole texts."""
+        """Logits fp32 [B, S, V] of whole texts. Raises InputError where the graph has only those of the last token."""
+        if self.last_logits:
+            raise InputError(
+                "The export computes the logits of the last token alone, which can generate but not score a text.",
+                hint="Export without --last-logits for this.",
+            )
         return self.prefill(input_ids, attention_mask)[0]
 
 

@@ -1,6 +1,7 @@
 """Write what the optimum environment will load: `python tests/optimum/write.py FOLDER`.
 
-For each case an ONNX export, with the greedy text that transformers writes behind a batch padded on the left.
+For each case an ONNX export (Llama's with the logits of the last token alone), with the greedy text that transformers
+writes behind a batch padded on the left.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def write(folder: Path, family: str, layout: str) -> None:
     write_model(checkpoint, make_plan(checkpoint, mask_for(checkpoint, 0.6, layout, 5)), folder / "cut")
     export_onnx(
         folder / "cut", folder / "onnx", precision=PRECISIONS["fp32"], blocks=Blocks(), probes=ROWS, origin={},
-        card=lambda _: "card\n", trust_remote_code=True,
+        card=lambda _: "card\n", trust_remote_code=True, last_logits=family == "llama",
     )
     width = max(map(len, ROWS))
     ids = [[PAD] * (width - len(row)) + row for row in ROWS]

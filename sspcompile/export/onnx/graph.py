@@ -1,8 +1,8 @@
 """The graph of a decoder for ONNX Runtime, node by node; weights are references into files.
 
 Inputs `input_ids` [B, S], `attention_mask` [B, T] (int64; ones at the last S columns that are read, zeros at padding)
-and `past_key_values.N.key/value` [B, kv heads, P, D]; outputs `logits` [B, S, vocabulary] in fp32 and
-`present.N.key/value` [B, kv heads, T, D].
+and `past_key_values.N.key/value` [B, kv heads, P, D]; outputs `logits` in fp32, [B, S, vocabulary] or, of every row's
+last real token, [B, 1, vocabulary], and `present.N.key/value` [B, kv heads, T, D].
 
 com.microsoft.GroupQueryAttention computes the positions itself, from how many tokens of a row are real, and expects
 every row to start at once. Rows that are padded on the left are therefore rolled to the left on the way in, and their
@@ -138,13 +138,16 @@ class Graph:
 
 def emit(
     decoder: Decoder, weights: Mapping[str, Placed], quantised: Mapping[str, Quantised], rotary: Mapping[str, Placed],
-    dtype: str,
+    dtype: str, *, last_logits: bool = False,
 ) -> ModelProto:
-    """The model; `dtype` ("F32", "F16") is that of activations and cache."""
+    """The model; `dtype` ("F32", "F16") is that of activations and cache.
+
+    `last_logits`: the head reads only the last real token of every row that is read.
+    """
     graph, g = Graph(weights, quantised, dtype), decoder.geometry
     for name, placed in rotary.items():
         graph.initializers[name] = placed.reference(name)
-    lengths, total, start = _positions(graph)
+    lengths, total, tail, start = _positions(graph)
     ids = _rolled(graph, start)
     stream = graph.lookup(ids, EMBEDDING, "embedded")
     stream = graph.times(stream, decoder.embedding, "embedded.scaled")
@@ -159,7 +162,7 @@ def emit(
         last = index + 1 == len(decoder.layers)
         following = FINAL_NORM if last else layer_prefix(index + 1) + "input_layernorm"
         normed, stream = graph.joined_norm(stream, changed, following, decoder.epsilon)
-    hidden = _rolled_back(graph, normed, start)
+    hidden = _last(graph, normed, tail) if last_logits else _rolled_back(graph, normed, start)
     head = (EMBEDDING if g.tied else LM_HEAD).removesuffix(".weight")
     logits = graph.linear(hidden, head, bias=False)
     logits = graph.times(logits, 1.0 / decoder.logits, "logits.scaled")
@@ -167,11 +170,11 @@ def emit(
         graph.nodes[-1].output[0] = "logits"
     else:
         graph.node("Cast", [logits], "logits", to=TensorProto.FLOAT)
-    return _model(graph, decoder)
+    return _model(graph, decoder, last_logits=last_logits)
 
 
-def _positions(graph: Graph) -> tuple[str, str, str]:
-    """(real tokens of every row less one [B], length of the mask, padding before every row's new tokens [B])."""
+def _positions(graph: Graph) -> tuple[str, str, str, str]:
+    """(real tokens of a row less 1 [B], length of the mask, mask of new tokens [B, S], padding before them [B, 1])."""
     total = graph.node("Shape", ["attention_mask"], "mask.length", start=1, end=2)
     new = graph.node("Shape", ["input_ids"], "new.length", start=1, end=2)
     real = graph.node("ReduceSum", ["attention_mask", graph.integers(1)], "mask.real", keepdims=0)
@@ -182,7 +185,7 @@ def _positions(graph: Graph) -> tuple[str, str, str]:
     before = graph.node("Sub", [total, new], "mask.before")
     tail = graph.node("Slice", ["attention_mask", before, total, graph.integers(1)], "mask.new")
     start = graph.node("ArgMax", [tail], "mask.start", axis=1, keepdims=1)
-    return lengths, scalar, start
+    return lengths, scalar, tail, start
 
 
 def _order(graph: Graph, start: str, op: str, name: str) -> str:
@@ -203,6 +206,14 @@ def _rolled_back(graph: Graph, hidden: str, start: str) -> str:
     order = _order(graph, start, "Sub", "unroll")
     order = graph.node("Unsqueeze", [order, graph.integers(-1)], "unroll.index")
     return graph.node("GatherND", [hidden, order], "hidden.unrolled", batch_dims=1)
+
+
+def _last(graph: Graph, hidden: str, tail: str) -> str:
+    """[B, S, hidden], rolled -> [B, 1, hidden] of every row's last real token; `tail` is the mask [B, S]."""
+    real = graph.node("ReduceSum", [tail, graph.integers(1)], "new.real", keepdims=1)
+    place = graph.node("Sub", [real, graph.integers(1)], "new.last")
+    place = graph.node("Unsqueeze", [place, graph.integers(-1)], "new.last.index")
+    return graph.node("GatherND", [hidden, place], "hidden.last", batch_dims=1)
 
 
 def _attention(
@@ -267,12 +278,13 @@ def _mlp(graph: Graph, decoder: Decoder, prefix: str, source: str) -> str:
     return graph.linear(product, prefix + "down_proj", bias=bias)
 
 
-def _model(graph: Graph, decoder: Decoder) -> ModelProto:
+def _model(graph: Graph, decoder: Decoder, *, last_logits: bool) -> ModelProto:
     inputs = [
         _value("input_ids", TensorProto.INT64, "batch", "new"),
         _value("attention_mask", TensorProto.INT64, "batch", "total"),
     ]
-    outputs = [_value("logits", TensorProto.FLOAT, "batch", "new", decoder.geometry.vocab)]
+    read = 1 if last_logits else "new"
+    outputs = [_value("logits", TensorProto.FLOAT, "batch", read, decoder.geometry.vocab)]
     for index, layer in enumerate(decoder.layers):
         for part in ("key", "value"):
             shape = ("batch", layer.kv_heads, "{}", decoder.geometry.head_dim)

@@ -92,13 +92,15 @@ class Exported:
 def export_onnx(
     model: Path, out: Path, *, precision: Precision, blocks: Blocks, probes: list[list[int]],
     origin: Mapping[str, Any], card: Callable[[Agreement], str], trust_remote_code: bool,
-    positions: int | None = None, link: bool = False, overwrite: bool = False, progress: Progress = lambda *_: None,
+    positions: int | None = None, last_logits: bool = False, link: bool = False, overwrite: bool = False,
+    progress: Progress = lambda *_: None,
 ) -> Exported:
     """Publish the model folder `model` for ONNX Runtime and onnxruntime-genai.
 
-    `probes`: token ids to run before publishing. `positions` shortens the context. With `link` unchanged weight files
-    become second names of the source's. Raises UnsupportedModelError for what the kernels cannot compute,
-    ParityError when the graph does not compute what transformers does, InputError for an `out` inside `model`.
+    `probes`: token ids to run before publishing. `positions` shortens the context, `last_logits` computes those of the
+    last token alone. With `link` unchanged weight files become second names of the source's. Raises
+    UnsupportedModelError for what the kernels cannot compute, ParityError when the graph does not compute what
+    transformers does, InputError for an `out` inside `model`.
     """
     if out.resolve().is_relative_to(model.resolve()):
         raise InputError(f"{out} lies inside {model}.", hint="Give an --out outside of it.")
@@ -108,7 +110,7 @@ def export_onnx(
     demand_runtime()
     decoder = read_decoder(model, positions=positions)
     with staged(out, overwrite=overwrite) as folder:
-        write_graph(decoder, folder, precision, blocks, link=link, progress=progress)
+        write_graph(decoder, folder, precision, blocks, last_logits=last_logits, link=link, progress=progress)
         _check_graph(folder)
         agreement = check_runs(
             folder, model, probes, gate=precision.gate, trust_remote_code=trust_remote_code, progress=progress
@@ -118,17 +120,19 @@ def export_onnx(
         described = {"sspcompile": sspcompile.__version__, **origin, "format": "onnx", "precision": precision.name}
         if precision.bits is not None:
             described |= asdict(blocks)
+        if last_logits:
+            described["last_logits"] = True
         return Exported(write_manifest(folder, described), agreement)
 
 
 def write_graph(
-    decoder: Decoder, folder: Path, precision: Precision, blocks: Blocks, *, link: bool = False,
-    progress: Progress = lambda *_: None,
+    decoder: Decoder, folder: Path, precision: Precision, blocks: Blocks, *, last_logits: bool = False,
+    link: bool = False, progress: Progress = lambda *_: None,
 ) -> None:
     """Weights, graph, configuration and tokenizer: all that a runtime reads. One band of one tensor is in memory."""
     weights, quantised = _place(decoder, folder, precision, blocks, link, progress)
     rotary = write_rotary(folder, decoder.frequencies, decoder.rotary_scale, decoder.positions, precision.dtype)
-    graph = emit(decoder, weights, quantised, rotary, precision.dtype)
+    graph = emit(decoder, weights, quantised, rotary, precision.dtype, last_logits=last_logits)
     (folder / GRAPH).write_bytes(graph.SerializeToString())
     copy_companions(decoder.folder, folder)
     shutil.copyfile(Path(__file__).with_name(OPTIMUM), folder / OPTIMUM)
