@@ -165,6 +165,7 @@ REFUSED = {
     "unknown precision": (("--format", "onnx", "--precision", "int3"), "Accepted: fp32, fp16, int8, int4"),
     "precision of another format": (("--precision", "fp16"), "--precision belongs to --format onnx"),
     "host of another format": (("--format", "onnx", "--host", "granite"), "--host belongs to --format hf"),
+    "activations of floats": (("--format", "onnx", "--activations", "fp16"), "Add --precision int8 or int4"),
     "blocks of floats": (("--format", "onnx", "--block-size", "64"), "Add --precision int8 or int4"),
     "two sources": (("artifacts/desk", "--format", "onnx", "--model", "embedded"), "exclude each other"),
     "too long a context": (("--format", "onnx", "--context-length", "513", "--out", "new"), "at most 512"),

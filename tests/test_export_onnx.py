@@ -22,7 +22,7 @@ from sspcompile.errors import CheckpointError, InputError, ParityError, Unsuppor
 from sspcompile.export.onnx import PRECISIONS, Blocks, Exported, export_onnx
 from sspcompile.export.onnx.check import padded
 from sspcompile.families import ONNX_FAMILIES
-from sspcompile.measure.onnx_model import OnnxModel
+from sspcompile.measure.onnx_model import OnnxModel, demand_kernels
 from sspcompile.measure.onnx_text import load_onnx
 from sspcompile.slicing.plan import make_plan
 from sspcompile.slicing.write import write_model
@@ -196,6 +196,29 @@ def test_a_graph_of_last_logits_that_is_wrong_is_not_published(exported, tmp_pat
     with pytest.raises(ParityError):
         export(exported[0], tmp_path / "out", last_logits=True)
     assert names(tmp_path) == set()
+
+
+def test_cuda_is_refused_where_it_would_attend_on_the_processor(exported, tmp_path):
+    with pytest.raises(InputError, match="this export computes in fp32"):
+        demand_kernels(OnnxModel.open(exported[1]).session, "cuda")
+    export(exported[0], tmp_path / "half", "fp16")
+    demand_kernels(OnnxModel.open(tmp_path / "half").session, "cuda")
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_rounded_matrices_between_fp16_activations(bits, exported, tmp_path):
+    model, _ = exported
+    cost = {}
+    for dtype in ("F32", "F16"):
+        done = export_onnx(
+            model, tmp_path / dtype, precision=replace(PRECISIONS[bits], dtype=dtype), blocks=SMALL_BLOCKS,
+            probes=PROBES, origin={}, card=lambda _: "card\n", trust_remote_code=True,
+        )
+        assert done.manifest.origin["activations"] == dtype
+        cost[dtype] = done.agreement.mean_kl
+        caches = {value.type for value in OnnxModel.open(tmp_path / dtype).session.get_inputs()[2:]}
+        assert caches == {{"F32": "tensor(float)", "F16": "tensor(float16)"}[dtype]}
+    assert cost["F16"] == pytest.approx(cost["F32"], rel=0.2)
 
 
 def test_steps_after_a_prefill_equal_one_prefill(exported):

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 FORMATS = ("hf", "onnx")
 ONNX_ONLY = (
-    "precision", "block_size", "accuracy_level", "keep_embeddings", "context_length", "last_logits", "hard_link",
-    "model",
+    "precision", "block_size", "accuracy_level", "activations", "keep_embeddings", "context_length", "last_logits",
+    "hard_link", "model",
 )  # fmt: skip
 
 
@@ -43,6 +43,8 @@ Examples:
               help="ONNX in int8 or int4: how many inputs of a matrix share a scale (32).")
 @click.option("--accuracy-level", type=click.Choice(["0", "1", "4"]),
               help="ONNX in int8 or int4: multiply in int8 (4, the default and fastest) or in floats (0, 1).")
+@click.option("--activations", type=click.Choice(["fp32", "fp16"]),
+              help="ONNX in int8 or int4: the numbers between the products (fp32); fp16 is what CUDA takes.")
 @click.option("--keep-embeddings", is_flag=True,
               help="ONNX in int8 or int4: leave a table that is embedding and head at once in floats for the former.")
 @click.option("--context-length", type=click.IntRange(min=1), metavar="N",
@@ -125,6 +127,8 @@ def _to_onnx(
 
 
 def _rounding(onnx: dict[str, object]) -> tuple[Precision, Blocks]:
+    from dataclasses import replace
+
     from sspcompile.errors import InputError
     from sspcompile.export.onnx import PRECISIONS, Blocks
 
@@ -133,11 +137,13 @@ def _rounding(onnx: dict[str, object]) -> tuple[Precision, Blocks]:
         raise InputError(f"There is no precision {name!r}.", hint=f"Accepted: {', '.join(PRECISIONS)}.")
     precision = PRECISIONS[name]
     if precision.bits is None:
-        for option in ("block_size", "accuracy_level", "keep_embeddings"):
+        for option in ("block_size", "accuracy_level", "activations", "keep_embeddings"):
             if onnx[option]:
                 raise InputError(
                     f"--{option.replace('_', '-')} is about rounded matrices.", hint="Add --precision int8 or int4."
                 )
+    elif onnx["activations"] == "fp16":
+        precision = replace(precision, dtype="F16")
     size, level = onnx["block_size"] or Blocks.size, onnx["accuracy_level"] or Blocks.accuracy_level
     return precision, Blocks(int(str(size)), int(str(level)), bool(onnx["keep_embeddings"]))
 

@@ -66,6 +66,7 @@ class OnnxModel:
             options.intra_op_num_threads = threads
         try:
             session = ort.InferenceSession(folder / GRAPH, options, providers=[PROVIDERS[provider]])
+            demand_kernels(session, provider)
         except _opening_errors() as error:
             reason = str(error).strip().splitlines()[0]
             raise ArtifactError(f"ONNX Runtime cannot open {folder}: {reason}", hint="Export it again.") from error
@@ -141,6 +142,19 @@ class OnnxModel:
                 hint="Export without --last-logits for this.",
             )
         return self.prefill(input_ids, attention_mask)[0]
+
+
+def demand_kernels(session: InferenceSession, provider: str) -> None:
+    """Raise InputError for a graph whose attention the provider would hand to the processor, layer after layer.
+
+    CUDA's GroupQueryAttention is registered for 16-bit floats alone (ONNX Runtime, docs/OperatorKernels.md).
+    """
+    caches = {value.type for value in session.get_inputs() if value.name.startswith("past_key_values.")}
+    if provider == "cuda" and "tensor(float)" in caches:
+        raise InputError(
+            "ONNX Runtime attends in fp16 on CUDA, and this export computes in fp32.",
+            hint="Export with --precision fp16, or int4 and int8 with --activations fp16.",
+        )
 
 
 def _head_size(settings: Path) -> int | None:
