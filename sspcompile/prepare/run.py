@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,48 +71,50 @@ def prepare(
         pools, rest, selection = _selected(stages, pools, axes, max_tokens, report)
         facts, outside = facts | {"axes": selection}, (*outside, *rest)
     corpus = _corpus(pools)
-    found = stages.features(corpus.texts, max_tokens, _stage(report, "features"))
-    directions, axes_facts = _axes(found, corpus, pools)
-    fitted, held_out = _probes(found, corpus, len(pools), seed, report)
-    auc, described_auc = _aucs(fitted, found, corpus, held_out)
-    fits = _calibrate(stages, fitted, found, corpus, held_out, outside, seed, max_tokens, report)
-    unit = importance.probe_directions(fitted.weight, fitted.scale)
+    told = _recognition(stages, corpus, pools, outside, seed, max_tokens, report)
     prompts = [corpus.texts[row] for row in corpus.prompt_rows]
     labels = corpus.labels[corpus.prompt_rows]
     report("continuations", 0, 1)
     texts = stages.continued(prompts, continuation_tokens, max_tokens, _stage(report, "continuations"))
     report("continuations", 1, 1)
+    unit = importance.probe_directions(told.fitted.weight, told.fitted.scale)
     scores = {
         key: stages.scored(key, texts, labels, unit, seed, _stage(report, key)) for key in dict.fromkeys(criteria)
     }
-    cached = {key: _cached(found, len(pools)) for key, found in scores.items()}
     tested = next(key for key in scores if of_key(key)[0].per == "prompt")
     confirmed = whitelist(scores[tested].own_axis(), scores[tested].labels)
-    meta = _versions() | {"axes": axes_facts} | facts | {
+    meta = _versions() | told.facts() | facts | {
         "seed": seed, "text_version": TEXT_VERSION, "max_tokens": max_tokens,
         "continuation_tokens": continuation_tokens, "pools_fingerprint": pools_fingerprint(pools),
         "outside_fingerprint": pools_fingerprint(outside),
         "prompts": {pool.name: len(pool.prompts) for pool in pools},
-        "probes": _probe_facts(auc, described_auc, held_out),
         "format_confound": probes.format_confound(prompts, labels, seed),
-        "calibration": _calibration_facts(fits),
         "importance_prompts": {name: found.prompts for name, found in scores.items()},
         "whitelist": _whitelist_facts(tested, confirmed),
     }
-    toolkit = Toolkit(
+    cached = {key: _cached(found, len(pools)) for key, found in scores.items()}
+    toolkit = _toolkit(loaded, pools, told, cached, confirmed, meta)
+    check(toolkit)
+    return toolkit
+
+
+def _toolkit(
+    loaded: LoadedModel, pools: Sequence[DomainPool], told: _Recognition,
+    cached: Mapping[str, tuple[np.ndarray, np.ndarray]], confirmed: Whitelist, meta: dict[str, Any],
+) -> Toolkit:
+    fitted = told.fitted
+    return Toolkit(
         fingerprint=loaded.fingerprint,
         domains=tuple(pool.name for pool in pools),
-        axes=_f32(directions), gram=_f32(domain_axes.gram(directions)),
+        axes=_f32(told.directions), gram=_f32(domain_axes.gram(told.directions)),
         feature_mean=_f32(fitted.mean), feature_scale=_f32(fitted.scale),
-        probe_weight=_f32(fitted.weight), probe_bias=_f32(fitted.bias), probe_auc=_f32(auc),
-        layer_weight=_f32(probes.layer_weights(auc)),
-        log_temperature=_f32(calibration.log_temperatures(fits, loaded.geometry.layers)),
+        probe_weight=_f32(fitted.weight), probe_bias=_f32(fitted.bias), probe_auc=_f32(told.auc),
+        layer_weight=_f32(probes.layer_weights(told.auc)),
+        log_temperature=_f32(calibration.log_temperatures(told.fits, loaded.geometry.layers)),
         importance={key: mean for key, (mean, _) in cached.items()},
         spread={key: spread for key, (_, spread) in cached.items()},
         whitelist_p=_f32(confirmed.p), whitelist=confirmed.chosen, meta=meta,
     )
-    check(toolkit)
-    return toolkit
 
 
 def importance_by_domain(
@@ -198,6 +200,41 @@ def _axes_facts(
         "orthogonality": chosen.orthogonality, "coverage": chosen.coverage,
         "whole_orthogonality": whole.orthogonality, "whole_coverage": whole.coverage,
     }
+
+
+@dataclass(frozen=True)
+class _Recognition:
+    """How the model's states tell the domains apart: `directions` [K, d], probes, and how sure each layer is.
+
+    `held_out` [N] are the rows that the probes were not trained on, `auc` [L, K] theirs on prompts, `described_auc` on
+    descriptions where every domain has some.
+    """
+
+    directions: np.ndarray
+    axes: dict[str, Any]
+    fitted: probes.Probes
+    held_out: np.ndarray
+    auc: np.ndarray
+    described_auc: np.ndarray | None
+    fits: dict[str, calibration.RegimeFit]
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "axes": self.axes, "probes": _probe_facts(self.auc, self.described_auc, self.held_out),
+            "calibration": _calibration_facts(self.fits),
+        }
+
+
+def _recognition(
+    stages: Stages, corpus: _Corpus, pools: Sequence[DomainPool], outside: Sequence[DomainPool], seed: int,
+    max_tokens: int, report: Progress,
+) -> _Recognition:
+    found = stages.features(corpus.texts, max_tokens, _stage(report, "features"))
+    directions, axes = _axes(found, corpus, pools)
+    fitted, held_out = _probes(found, corpus, len(pools), seed, report)
+    auc, described_auc = _aucs(fitted, found, corpus, held_out)
+    fits = _calibrate(stages, fitted, found, corpus, held_out, outside, seed, max_tokens, report)
+    return _Recognition(directions, axes, fitted, held_out, auc, described_auc, fits)
 
 
 def _axes(
