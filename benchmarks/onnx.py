@@ -11,6 +11,10 @@ every layer, `uneven` as many with counts that differ by layer. Measured are
   transformers computes when it reads), for the graphs that onnxruntime-genai's own builder makes of the pruned model,
   and for those of torch.onnx and optimum (whose exporter cannot hold a pruned model, so it gets the dense one).
 
+* what must be compared closely (PAIRS: our graph with the builder's, the pruned model with the dense one) also side by
+  side: both graphs in one process, which goes from one to the other and back, because what else uses the memory of a
+  shared machine changes from minute to minute by more than these differ.
+
 Every contender runs in a process of its own, with the same number of threads and OMP_WAIT_POLICY=PASSIVE (otherwise
 torch's waiting threads slow ONNX Runtime); the order is turned round from round to round, ratios are taken within a
 round. Writes benchmarks/results/onnx/SIZE.json, one finished round at a time, and prints the tables. Run it on a
@@ -67,6 +71,11 @@ SHAPES: Mapping[str, dict[str, object]] = {
 PROMPT, CONTEXTS = 512, (128, 1024)
 SPREAD = 0.02
 BASE = "transformers, dense"
+PAIRS = tuple(
+    (f"{base} {precision}, {of}", f"ours {precision}, pruned")
+    for precision in ("fp32", "int4") for base, of in (("genai builder", "pruned"), ("ours", "dense"))
+)  # fmt: skip
+PAIR_STEPS, PAIR_VISITS = 5, 25
 
 
 @dataclass(frozen=True)
@@ -247,11 +256,12 @@ def _tokenizer(model: Path) -> None:
         shutil.copyfile(file, model / file.name)
 
 
-def timed(contender: Contender, threads: int, steps: int) -> dict[str, object]:
-    request = {"threads": threads, "prompt": PROMPT, "contexts": CONTEXTS, "steps": steps}
+def timed(contender: Contender, **request: object) -> dict[str, object]:
+    """What the worker prints; `request` are the arguments of its kind."""
+    threads = request["threads"]
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads)}
     program = [sys.executable, "-m", "benchmarks.onnx_worker"]
-    command = [*program, contender.kind, str(contender.folder), json.dumps(request)]
+    command = [*program, contender.kind, str(contender.folder), json.dumps({**request, "contexts": CONTEXTS})]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise click.ClickException(f"{contender.name}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
@@ -282,14 +292,21 @@ def main(
             rows, costs = contenders(Path(place), SHAPES[size], peers=peers, only=re.compile(only))
             bytes_of = {row.name: weight_bytes(row.folder) for row in rows}
             export = export_rounds(Path(place) / "dense", Path(place), rounds)
-            found: list[dict[str, object]] = []
+            result: dict[str, object] = {
+                "size": size, "threads": threads, "bytes": bytes_of, "export": export, "peers": costs, "rounds": [],
+            }  # fmt: skip
+            folders = {row.name: row.folder for row in rows}
+            result["pairs"] = {
+                f"{base} | {row}": timed(
+                    Contender(row, "pair", folders[base]), threads=threads, steps=PAIR_STEPS, visits=PAIR_VISITS,
+                    other=str(folders[row]),
+                )
+                for base, row in PAIRS if {base, row} <= folders.keys()
+            }  # fmt: skip
             for number in range(rounds):
                 order = rows if number % 2 == 0 else rows[::-1]
-                found.append({row.name: timed(row, threads, steps) for row in order})
-                result = {
-                    "size": size, "threads": threads, "bytes": bytes_of, "export": export, "peers": costs,
-                    "rounds": found,
-                }  # fmt: skip
+                once = {row.name: timed(row, threads=threads, prompt=PROMPT, steps=steps) for row in order}
+                result["rounds"].append(once)
                 (RESULTS / f"{name or size}.json").write_text(json.dumps(result, indent=1) + "\n")
         show(result)
 
@@ -321,22 +338,15 @@ def show(result: Mapping[str, object]) -> None:
         peak = max(one[row]["peak_bytes"] for one in result["rounds"])
         table.add_row(row, f"{result['bytes'][row] / 1e6:.0f}", *cells, f"{peak / 1e6:.0f}")
     console.print(table)
-    for precision in ("fp32", "int4"):
-        ours, builder = f"ours {precision}, pruned", f"genai builder {precision}, pruned"
-        for context in CONTEXTS if {ours, builder} <= set(result["bytes"]) else ():
-            steps = ([np.median(one[row][f"step {context}"]) for one in result["rounds"]] for row in (builder, ours))
-            ratio, interval = ratio_interval(*steps)
-            spread = f" ({interval.low:.3f} to {interval.high:.3f}, 99 %)" if interval else ""
-            console.print(f"{precision}, decode at {context}: {ratio:.3f}{spread} times as fast as the builder's graph")
-        dense, pruned = (f"ours {precision}, {name}" for name in ("dense", "pruned"))
-        if not {dense, pruned} <= set(result["bytes"]):
-            continue
-        predicted = result["bytes"][dense] / result["bytes"][pruned]
-        gained = ratios(result, f"step {CONTEXTS[0]}", pruned, dense)
-        console.print(
-            f"{precision}: bytes predict {predicted:.3f} times at context {CONTEXTS[0]}, measured "
-            f"{np.median(gained):.3f} ({gained.min():.3f}-{gained.max():.3f})"
-        )
+    for names, found in result["pairs"].items():
+        base, row = names.split(" | ")
+        predicted = result["bytes"][base] / result["bytes"][row]
+        for what, (before, after) in found.items():
+            ratio, interval = ratio_interval(before, after)
+            console.print(
+                f"{row} against {base}, {what}: {ratio:.3f} ({interval.low:.3f} to {interval.high:.3f}, 99 %) times as "
+                f"fast; the bytes of their weights predict {predicted:.3f}"
+            )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """One contender of `onnx.py` in a process of its own: python -m benchmarks.onnx_worker KIND FOLDER REQUEST.
 
 KIND is `transformers` (sdpa, fp32), `onnx` (a graph whose cache can be one buffer, in ONNX Runtime) or `growing` (one
-whose cache grows by concatenation). Prints JSON: seconds of
-loading, of one prefill, of every decoding step by context, and the peak resident memory. Steps start from a cache of
-random content, which costs what a real one costs.
+whose cache grows by concatenation). Prints JSON: seconds of loading, of one prefill, of every decoding step by context,
+and the peak resident memory. Steps start from a cache of random content, which costs what a real one costs.
+
+KIND `pair` holds two graphs (the second folder is REQUEST's `other`) in one process and goes from one to the other and
+back: what the machine does in the meantime happens to both.
 """
 
 from __future__ import annotations
@@ -12,8 +14,12 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from sspcompile.measure.onnx_model import Cache, OnnxModel
 
 WARM_STEPS = 3
 
@@ -54,9 +60,7 @@ def transformers_steps(folder: Path, threads: int, prompt: int, contexts: list[i
 
 
 def onnx_steps(folder: Path, threads: int, prompt: int, contexts: list[int], steps: int) -> dict[str, object]:
-    import onnxruntime as ort
-
-    from sspcompile.measure.onnx_model import Cache, OnnxModel
+    from sspcompile.measure.onnx_model import OnnxModel
 
     start = time.perf_counter()
     model = OnnxModel.open(folder, threads=threads)
@@ -66,19 +70,54 @@ def onnx_steps(folder: Path, threads: int, prompt: int, contexts: list[int], ste
     start = time.perf_counter()
     model.prefill(ids)
     found["prefill"] = time.perf_counter() - start
-    rng = np.random.default_rng(0)
     for context in contexts:
-        buffers, times = {}, []
-        for name, (shape, dtype) in model.cache_shapes(1, context + WARM_STEPS + steps).items():
-            content = rng.standard_normal(shape, dtype=np.float32).astype(dtype)
-            buffers[name] = ort.OrtValue.ortvalue_from_numpy(content)
-        cache = Cache(buffers, np.ones((1, context), dtype=np.int64))
+        cache, times = random_cache(model, context, WARM_STEPS + steps), []
         for _ in range(WARM_STEPS + steps):
             start = time.perf_counter()
             model.step(np.array([7]), cache)
             times.append(time.perf_counter() - start)
         found[f"step {context}"] = times[WARM_STEPS:]
     return found
+
+
+def pair_steps(
+    folder: Path, threads: int, contexts: list[int], steps: int, other: str, visits: int
+) -> dict[str, list[list[float]]]:
+    """By context, for either graph the median seconds of `steps` steps at each of its visits."""
+    from sspcompile.measure.onnx_model import OnnxModel
+
+    models = [OnnxModel.open(place, threads=threads) for place in (folder, Path(other))]
+    found: dict[str, list[list[float]]] = {}
+    for context in contexts:
+        caches = [random_cache(model, context, steps + 1) for model in models]
+        medians: list[list[float]] = [[], []]
+        for visit in range(visits):
+            for which in (0, 1) if visit % 2 else (1, 0):
+                model, cache = models[which], caches[which]
+                cache.mask = cache.mask[:, :context]
+                model.step(np.array([7]), cache)  # the other graph's weights fill the processor's cache
+                times = []
+                for _ in range(steps):
+                    start = time.perf_counter()
+                    model.step(np.array([7]), cache)
+                    times.append(time.perf_counter() - start)
+                medians[which].append(float(np.median(times)))
+        found[f"step {context}"] = medians
+    return found
+
+
+def random_cache(model: OnnxModel, context: int, room: int) -> Cache:
+    """Room for `room` more tokens behind `context` tokens of random keys and values."""
+    import onnxruntime as ort
+
+    from sspcompile.measure.onnx_model import Cache
+
+    rng = np.random.default_rng(0)
+    buffers = {}
+    for name, (shape, dtype) in model.cache_shapes(1, context + room).items():
+        content = rng.standard_normal(shape, dtype=np.float32).astype(dtype)
+        buffers[name] = ort.OrtValue.ortvalue_from_numpy(content)
+    return Cache(buffers, np.ones((1, context), dtype=np.int64))
 
 
 def growing_steps(folder: Path, threads: int, prompt: int, contexts: list[int], steps: int) -> dict[str, object]:
@@ -129,9 +168,8 @@ def growing_steps(folder: Path, threads: int, prompt: int, contexts: list[int], 
 
 
 def main(kind: str, folder: str, request: str) -> None:
-    asked = json.loads(request)
-    run = {"transformers": transformers_steps, "onnx": onnx_steps, "growing": growing_steps}[kind]
-    found = run(Path(folder), asked["threads"], asked["prompt"], asked["contexts"], asked["steps"])
+    run = {"transformers": transformers_steps, "onnx": onnx_steps, "growing": growing_steps, "pair": pair_steps}[kind]
+    found = run(Path(folder), **json.loads(request))
     # Not ru_maxrss: that one remembers the process which started this one.
     found["peak_bytes"] = 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
     print(json.dumps(found))
