@@ -341,11 +341,11 @@ def show(result: Mapping[str, object]) -> None:
     for names, found in result["pairs"].items():
         base, row = names.split(" | ")
         predicted = result["bytes"][base] / result["bytes"][row]
-        for what, (before, after) in found.items():
-            ratio, interval = ratio_interval(before, after)
+        for context in CONTEXTS:
+            ratio, interval = ratio_interval(*found[f"step {context}"])
             console.print(
-                f"{row} against {base}, {what}: {ratio:.3f} ({interval.low:.3f} to {interval.high:.3f}, 99 %) times as "
-                f"fast; the bytes of their weights predict {predicted:.3f}"
+                f"{row} against {base}, decode at {context}: {ratio:.3f} times as fast ({interval.low:.3f} to "
+                f"{interval.high:.3f}, 99 %); the bytes of their weights predict {predicted:.3f}"
             )
 
 
