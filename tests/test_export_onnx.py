@@ -106,7 +106,7 @@ def greedy(session: OnnxModel, ids: np.ndarray, mask: np.ndarray, count: int) ->
 def assert_same(model: Path, out: Path, rows: list[list[int]]) -> None:
     ids, mask = padded(rows, 258)
     logits, text = expected(model, ids, mask)
-    session = OnnxModel.open(out)
+    session = OnnxModel.open(out, spin=False)
     found = session.logits(ids, mask)
     real = mask.astype(bool)
     assert np.abs(found - logits)[real].max() <= SCALE_BOUND * np.abs(logits[real]).max()
@@ -155,7 +155,7 @@ def test_padding_on_either_side_changes_nothing(lengths, right, seed, exported):
     if right:
         ids, mask = (np.stack([np.roll(line, -int((row == 0).sum())) for line, row in zip(values, mask, strict=True)])
                      for values in (ids, mask))
-    session = OnnxModel.open(out)
+    session = OnnxModel.open(out, spin=False)
     together = session.logits(ids, mask)
     for row, alone in enumerate(rows):
         single = session.logits(np.array([alone]))[0]
@@ -222,7 +222,7 @@ def test_rounded_matrices_between_fp16_activations(bits, exported, tmp_path):
 
 
 def test_steps_after_a_prefill_equal_one_prefill(exported):
-    session = OnnxModel.open(exported[1])
+    session = OnnxModel.open(exported[1], spin=False)
     ids = np.array([PROBES[2]])
     whole = session.logits(ids)
     first, cache = session.prefill(ids[:, :25], capacity=ids.shape[1])

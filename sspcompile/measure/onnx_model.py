@@ -46,8 +46,13 @@ class OnnxModel:
         self._past = [value for value in session.get_inputs() if value.name.startswith("past_key_values.")]
 
     @classmethod
-    def open(cls, folder: Path, *, provider: str = "cpu", threads: int | None = None) -> OnnxModel:
+    def open(
+        cls, folder: Path, *, provider: str = "cpu", threads: int | None = None, spin: bool = True
+    ) -> OnnxModel:
         """Open MODEL.onnx of a folder. `threads` None leaves the number to ONNX Runtime.
+
+        With `spin` its threads wait for work in a loop, which makes a step a little faster and, where others use the
+        processor too, everything several times slower.
 
         Raises InputError when ONNX Runtime or the provider is not installed, ArtifactError for a folder that it cannot
         open.
@@ -62,6 +67,8 @@ class OnnxModel:
             raise ArtifactError(f"{folder} holds no {GRAPH}.", hint="Run `sspcompile export --format onnx`.")
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        if not spin:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if threads is not None:
             options.intra_op_num_threads = threads
         try:

@@ -69,11 +69,14 @@ def is_onnx(folder: Path) -> bool:
     return (folder / GRAPH).is_file()
 
 
-def load_onnx(folder: Path, *, provider: str = "cpu", threads: int | None = None) -> OnnxText:
-    """Open an export with its tokenizer. Raises ArtifactError for a damaged one, and what `OnnxModel.open` raises."""
+def load_onnx(folder: Path, *, provider: str = "cpu", spin: bool = True) -> OnnxText:
+    """Open an export with its tokenizer, as `OnnxModel.open` does.
+
+    Raises ArtifactError for a damaged one, and what `OnnxModel.open` raises.
+    """
     from transformers import AutoTokenizer
 
-    session = OnnxModel.open(folder, provider=provider, threads=threads)
+    session = OnnxModel.open(folder, provider=provider, spin=spin)
     try:
         model = json.loads((folder / SETTINGS).read_text("utf-8"))["model"]
         tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -31,7 +31,7 @@ class Contenders:
         """Both in memory. Raises InputError when their tokenizers differ: their tokens could not be compared."""
         dense = self.dense.load()
         if is_onnx(self.model):
-            sliced: TextModel | OnnxText = load_onnx(self.model)
+            sliced: TextModel | OnnxText = load_onnx(self.model, spin=False)
         else:
             sliced = load_cut(self.model, trust_remote_code=self.custom_code)
         if dense.tokenizer.get_vocab() != sliced.tokenizer.get_vocab() or dense.vocab != sliced.vocab:

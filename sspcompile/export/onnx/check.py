@@ -32,7 +32,7 @@ def check_runs(
     if len(rows) > 1:
         batches.append([min(rows, key=len), max(rows, key=len)])
     reference = load_cut(model, trust_remote_code=trust_remote_code)
-    session = OnnxModel.open(folder)
+    session = OnnxModel.open(folder, spin=False)
     expected, found, prompts = [], [], []
     same = True
     for number, batch in enumerate(batches):
