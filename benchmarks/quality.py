@@ -47,6 +47,7 @@ from sspcompile.slicing.repair import Repair, repaired
 
 KEEPS = (0.75, 0.5, 0.375, 0.25)
 LAYOUTS = ("per-layer", "uniform")
+CELLS = tuple((layout, keep) for layout in LAYOUTS for keep in KEEPS)
 PROMPTS = 96
 """Prompts of a scenario. They come from the generator's training split, as a user's would from the user's logs."""
 PROMPT_SEED, ITEM_SEED = 7000, 8000
@@ -127,14 +128,15 @@ def candidates(out: Path, seed: int, domain: str) -> Iterator[tuple[str, np.ndar
     yield RANKED_FREE_MASK, free, own
 
 
-def repairs(row: str, choice: Choice, texts: Texts) -> Iterator[tuple[str, Repair | None]]:
-    """The repairs that a row is judged with: two for every row, more for some."""
-    yield "none", None
-    yield "least-squares", *fit_repairs(model(), [choice.kept], texts.batches, dtype=torch.float32)
+def repairs(row: str, masks: list[np.ndarray], texts: Texts) -> dict[str, list[Repair | None]]:
+    """The repairs that a row is judged with, one per mask: two for every row, more for some."""
+    fit = functools.partial(fit_repairs, model(), masks, texts.batches, dtype=torch.float32)
+    found: dict[str, list[Repair | None]] = {"none": [None] * len(masks), "least-squares": list(fit())}
     if row in (OURS, RANKED_BY, RANKED_FREE, FIRST_LAYER):
-        yield "least-squares-mlp", *fit_repairs(model(), [choice.kept], texts.batches, dtype=torch.float32, mlp=True)
+        found["least-squares-mlp"] = list(fit(mlp=True))
     if row in (RANKED_BY, "flap"):
-        yield "flap-bias", *fit_biases(model(), [choice.kept], texts.batches, dtype=torch.float32)
+        found["flap-bias"] = list(fit_biases(model(), masks, texts.batches, dtype=torch.float32))
+    return found
 
 
 @dataclass(frozen=True)
@@ -166,14 +168,13 @@ def judge_job(seed: int, domain: str, count: int, out: Path) -> None:
     add(cells, "dense/-/1/none", 1.0, answer(np.ones(shape, dtype=bool), None, domain, seed, count))
     seen: dict[tuple[bytes, int, str], Answers] = {}
     for row, scores, texts in candidates(out, seed, domain):
-        for layout in LAYOUTS:
-            for keep in KEEPS:
-                choice = choose(scores, model().geometry.kv_heads, keep, layout)
-                for name, repair in repairs(row, choice, texts):
-                    same = (choice.kept.tobytes(), id(texts), name)
-                    if same not in seen:
-                        seen[same] = answer(choice.kept, repair, domain, seed, count)
-                    add(cells, f"{row}/{layout}/{keep:g}/{name}", choice.ratio, seen[same])
+        chosen = {cell: choose(scores, model().geometry.kv_heads, cell[1], cell[0]) for cell in CELLS}
+        for name, fitted in repairs(row, [choice.kept for choice in chosen.values()], texts).items():
+            for ((layout, keep), choice), repair in zip(chosen.items(), fitted, strict=True):
+                same = (choice.kept.tobytes(), id(texts), name)
+                if same not in seen:
+                    seen[same] = answer(choice.kept, repair, domain, seed, count)
+                add(cells, f"{row}/{layout}/{keep:g}/{name}", choice.ratio, seen[same])
     cells["counts"] = np.array([count, OFF_DOMAIN_ITEMS * (len(DOMAINS) - 1)])
     _store(path, lambda part: np.savez_compressed(part, **cells))
 
@@ -222,14 +223,12 @@ def default_job(seed: int, domain: str, count: int, out: Path) -> None:
         (OURS, mine, own, own), (DOMAIN_FREE, free, mixed(seed), mixed(seed)),
         (DOMAIN_FREE_MASK, free, mixed(seed), own),
     ):  # fmt: skip
-        for layout in LAYOUTS:
-            for keep in KEEPS:
-                choice = masks[id(chosen_on)][keep]
-                if layout == "per-layer":
-                    choice = choose(merit, model().geometry.kv_heads, keep, layout)
-                for name, repair in repairs(row, choice, texts):
-                    found = answer(choice.kept, repair, domain, seed, count)
-                    add(cells, f"{row}/{layout}/{keep:g}/{name}", choice.ratio, found)
+        chosen = {cell: choose(merit, model().geometry.kv_heads, cell[1], cell[0]) for cell in CELLS}
+        chosen |= {("uniform", keep): choice for keep, choice in masks[id(chosen_on)].items()}
+        for name, fitted in repairs(row, [choice.kept for choice in chosen.values()], texts).items():
+            for ((layout, keep), choice), repair in zip(chosen.items(), fitted, strict=True):
+                found = answer(choice.kept, repair, domain, seed, count)
+                add(cells, f"{row}/{layout}/{keep:g}/{name}", choice.ratio, found)
     _store(path, lambda part: np.savez_compressed(part, **cells))
 
 
