@@ -9,8 +9,7 @@ every layer, `uneven` as many with counts that differ by layer. Measured are
 * decoding one token at a context of 128 and of 1,024, and reading 512 tokens, for transformers (sdpa, fp32), for our
   graphs in fp32, int8 and int4 (of the pruned model also with the logits of the last token alone, which is what
   transformers computes when it reads), for the graphs that onnxruntime-genai's own builder makes of the pruned model,
-  and for those of torch.onnx and optimum (whose exporter cannot hold a pruned model, so it gets the dense one).
-
+  and for those of torch.onnx and optimum (whose exporter cannot hold a pruned model, so it gets the dense one);
 * what must be compared closely (PAIRS: our graph with the builder's, the pruned model with the dense one) also side by
   side: both graphs in one process, which goes from one to the other and back, because what else uses the memory of a
   shared machine changes from minute to minute by more than these differ.
@@ -197,7 +196,7 @@ def contenders(
     models = {"dense": dense, "pruned": cut(dense, folder / "pruned", "uniform")}
     models["uneven"] = cut(dense, folder / "uneven", "per-layer")
     rows = [Contender(f"transformers, {name}", "transformers", path) for name, path in models.items()]
-    rows = [row for row in rows if only.search(row.name)]
+    rows = [row for row in rows if row.name == BASE or only.search(row.name)]
     for precision in ("fp32", "int8", "int4"):
         for name, path in models.items():
             if (name == "uneven" and precision == "int8") or not only.search(f"ours {precision}, {name}"):
@@ -279,7 +278,7 @@ def weight_bytes(folder: Path) -> int:
 @click.option("--steps", default=16, show_default=True, help="Decoding steps per context and round.")
 @click.option("--threads", default=2, show_default=True)
 @click.option("--peers/--no-peers", default=True, help="Also build the graphs of onnxruntime-genai's builder.")
-@click.option("--only", default="", help="Run the contenders whose name this regular expression finds.")
+@click.option("--only", default="", help="Run the contenders whose name this pattern finds, and the first one.")
 @click.option("--name", help="Of the file of results (the size).")
 @click.option("--folder", type=click.Path(path_type=Path), help="Where the models are made (a temporary folder).")
 def main(

@@ -214,7 +214,7 @@ def test_rounded_matrices_between_fp16_activations(bits, exported, tmp_path):
             model, tmp_path / dtype, precision=replace(PRECISIONS[bits], dtype=dtype), blocks=SMALL_BLOCKS,
             probes=PROBES, origin={}, card=lambda _: "card\n", trust_remote_code=True,
         )
-        assert done.manifest.origin["activations"] == dtype
+        assert done.manifest.origin["activations"] == {"F32": "fp32", "F16": "fp16"}[dtype]
         cost[dtype] = done.agreement.mean_kl
         caches = {value.type for value in OnnxModel.open(tmp_path / dtype).session.get_inputs()[2:]}
         assert caches == {{"F32": "tensor(float)", "F16": "tensor(float16)"}[dtype]}

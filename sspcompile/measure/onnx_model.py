@@ -73,20 +73,15 @@ class OnnxModel:
             options.intra_op_num_threads = threads
         try:
             session = ort.InferenceSession(folder / GRAPH, options, providers=[PROVIDERS[provider]])
-            demand_kernels(session, provider)
         except _opening_errors() as error:
             reason = str(error).strip().splitlines()[0]
             raise ArtifactError(f"ONNX Runtime cannot open {folder}: {reason}", hint="Export it again.") from error
+        demand_kernels(session, provider)
         return cls(session, provider, _head_size(folder / SETTINGS))
 
     @property
     def vocab(self) -> int:
         return self.session.get_outputs()[0].shape[2]
-
-    @property
-    def last_logits(self) -> bool:
-        """Whether the graph computes the logits of every row's last token alone."""
-        return self.session.get_outputs()[0].shape[1] == 1
 
     def cache_shapes(self, batch: int, room: int) -> dict[str, tuple[tuple[int, ...], type[np.floating]]]:
         """Input name -> ([batch, kv heads, room, D], dtype) of every layer's keys and values."""
@@ -141,13 +136,17 @@ class OnnxModel:
         cache.mask = mask
         return binding.get_outputs()[0].numpy()
 
-    def logits(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
-        """Logits fp32 [B, S, V] of whole texts. Raises InputError where the graph has only those of the last token."""
-        if self.last_logits:
+    def demand_all_logits(self) -> None:
+        """Raise InputError for a graph that computes the logits of every row's last token alone."""
+        if self.session.get_outputs()[0].shape[1] == 1:
             raise InputError(
                 "The export computes the logits of the last token alone, which can generate but not score a text.",
                 hint="Export without --last-logits for this.",
             )
+
+    def logits(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
+        """Logits fp32 [B, S, V] of whole texts. Raises InputError where the graph has only those of the last token."""
+        self.demand_all_logits()
         return self.prefill(input_ids, attention_mask)[0]
 
 

@@ -28,12 +28,18 @@ class Contenders:
     dense: Subject
 
     def load(self) -> tuple[LoadedModel, TextModel | OnnxText]:
-        """Both in memory. Raises InputError when their tokenizers differ: their tokens could not be compared."""
-        dense = self.dense.load()
+        """Both in memory.
+
+        Raises InputError when their tokenizers differ, because their tokens could not be compared, and for an export
+        that cannot score a text.
+        """
+        sliced: TextModel | OnnxText
         if is_onnx(self.model):
-            sliced: TextModel | OnnxText = load_onnx(self.model, spin=False)
+            sliced = load_onnx(self.model, spin=False)
+            sliced.session.demand_all_logits()
         else:
             sliced = load_cut(self.model, trust_remote_code=self.custom_code)
+        dense = self.dense.load()
         if dense.tokenizer.get_vocab() != sliced.tokenizer.get_vocab() or dense.vocab != sliced.vocab:
             raise InputError(
                 f"{self.model} and {self.dense.name} have different tokenizers.",

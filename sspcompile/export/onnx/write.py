@@ -119,7 +119,7 @@ def export_onnx(
         (folder / "README.md").write_text(card(agreement), "utf-8")
         described = {"sspcompile": sspcompile.__version__, **origin, "format": "onnx", "precision": precision.name}
         if precision.bits is not None:
-            described |= {**asdict(blocks), "activations": precision.dtype}
+            described |= {**asdict(blocks), "activations": precision.dtype.replace("F", "fp")}
         if last_logits:
             described["last_logits"] = True
         return Exported(write_manifest(folder, described), agreement)
