@@ -1,6 +1,7 @@
 """Tables and figure of `quality.py`: python -m benchmarks.quality_tables [--results benchmarks/results/quality].
 
-Writes `summary.json`, `tables.md` and `docs/images/quality.svg`. Differences are paired item by item. Two intervals are
+Writes `summary.json`, `tables.md` and `docs/images/quality.svg`, and the table of scores in README.md and
+docs/quality.md. Differences are paired item by item. Two intervals are
 computed: over items, taking the masks as given, and over scenarios (domain and seed), taking items with them. A loss
 counts as measurable when the narrower one says so, an advantage only when both do.
 """
@@ -8,6 +9,7 @@ counts as measurable when the narrower one says so, an advantage only when both 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +21,22 @@ from benchmarks.quality import DOMAIN_FREE, DOMAIN_FREE_MASK, FIRST_LAYER, KEEPS
 from sspcompile.measure.intervals import Interval, mean_interval
 
 FIGURE = Path("docs/images/quality.svg")
+SHOWN = {
+    "`auto` (default)": (OURS, "least-squares"),
+    "`auto`, `--repair least-squares-mlp`": (OURS, "least-squares-mlp"),
+    "`auto`, `--repair none`": (OURS, "none"),
+    "`auto`, domain-free": (DOMAIN_FREE, "least-squares"),
+    "`greedy-kl`": ("greedy-kl", "least-squares"),
+    "`kl`": ("kl", "least-squares"),
+    "`llm-pruner`": ("llm-pruner", "least-squares"),
+    "`probe-pruning`": ("probe-pruning", "least-squares"),
+    "`wanda`": ("wanda", "least-squares"),
+    "`flap`": ("flap", "least-squares"),
+    "random, first layer kept": (FIRST_LAYER, "least-squares"),
+    "`subspace` (published)": ("subspace", "least-squares"),
+}
+"""Rows of the table that the documents show: label, and the row and repair that it is about."""
+DOCUMENTS = (Path("README.md"), Path("docs/quality.md"))
 Cells = Mapping[str, np.ndarray]
 
 
@@ -161,6 +179,25 @@ def tables(rows: list[Row], found: list[Claim], dense: tuple[float, float]) -> s
     return "\n".join(lines) + "\n"
 
 
+def shown_table(rows: Mapping[tuple[str, str, float, str], float]) -> str:
+    """The table of the documents; `rows` gives exact match by name, layout, keep ratio and repair."""
+    columns = [(layout, keep) for layout in LAYOUTS for keep in KEEPS]
+    titles = [f"{layout} {keep:g}" if keep == KEEPS[0] else f"{keep:g}" for layout, keep in columns]
+    lines = ["| score | " + " | ".join(titles) + " |", "|---" * (len(columns) + 1) + "|"]
+    for label, (name, repair) in SHOWN.items():
+        values = " | ".join(f"{rows[name, layout, keep, repair]:.3f}" for layout, keep in columns)
+        lines.append(f"| {label} | {values} |")
+    return "\n".join(lines)
+
+
+def renew(path: Path, table: str) -> None:
+    """Put the table in the place of the one that a document has."""
+    text, found = re.subn(r"^\| score \|.*?(?=\n\n)", lambda _: table, path.read_text("utf-8"), flags=re.M | re.S)
+    if found != 1:
+        raise click.ClickException(f"{path} has {found} tables of scores instead of one.")
+    path.write_text(text, "utf-8")
+
+
 def figure(rows: list[Row], dense: float, path: Path) -> None:
     """Exact match over the keep ratio with repair, one panel per layout."""
     import matplotlib
@@ -211,6 +248,9 @@ def main(results: Path) -> None:
     text = tables(rows, found, (reference.own, reference.off))
     (results / "tables.md").write_text(text, "utf-8")
     figure(rows, reference.own, FIGURE)
+    shown = shown_table({(r.name, r.layout, r.keep, r.repair): r.own for r in rows})
+    for path in DOCUMENTS:
+        renew(path, shown)
     click.echo(text)
 
 

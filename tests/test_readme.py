@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from builders import family_config, save_random
 from transformers import AutoTokenizer
 
+from benchmarks.quality_tables import DOCUMENTS, shown_table
 from sspcompile.embedded import MODEL_DIR
 
 REPOSITORY = Path(__file__).parents[1]
@@ -38,6 +40,13 @@ def test_pictures_and_linked_files_exist():
     for target in re.findall(r"\]\(([^)#]+)\)", prose):
         if not target.startswith("http"):
             assert (REPOSITORY / target).exists(), target
+
+
+def test_the_tables_of_scores_show_what_was_measured():
+    summary = json.loads((REPOSITORY / "benchmarks/results/quality/summary.json").read_text("utf-8"))
+    table = shown_table({(r["name"], r["layout"], r["keep"], r["repair"]): r["own"] for r in summary["rows"]})
+    for path in DOCUMENTS:
+        assert f"\n{table}\n" in (REPOSITORY / path).read_text("utf-8"), path
 
 
 @pytest.fixture(scope="module")
