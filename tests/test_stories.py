@@ -48,10 +48,12 @@ def test_every_kind_asks_every_task_with_wrong_answers_that_are_wrong(domain):
                     assert re.search(rf"\b{re.escape(case.answer)}\b", story.text)
 
 
-def test_a_table_is_asked_by_owner_by_item_and_by_amount():
+def test_a_table_is_asked_by_owner_by_item_and_by_helper():
     for story in stories("chemistry"):
         rows = re.findall(r"(\w+) has (\w+), (\d+) grams", story.text)
         by_owner = {n: (i, a) for n, i, a in rows}
+        helped = dict(re.findall(r"(\w+) helps (\w+)\.", story.text))
+        assert len(helped) == 2 and len(set(helped.values())) == 2
         for noun, answer in answers(story, "read-near"):
             assert answer == by_owner[word_in(noun, by_owner)][0]
         for noun, answer in answers(story, "read-number"):
@@ -59,7 +61,7 @@ def test_a_table_is_asked_by_owner_by_item_and_by_amount():
         for noun, answer in answers(story, "read-far"):
             assert answer == {i: n for n, i, _ in rows}[word_in(noun, scene_items(DOMAIN_DATA["chemistry"]))]
         for noun, answer in answers(story, "read-deep"):
-            assert answer == fact("chemistry", {a: i for _, i, a in rows}[re.search(r"\d+", noun)[0]])
+            assert answer == fact("chemistry", by_owner[helped[word_in(noun, by_owner)]][0])
 
 
 def test_a_ledger_is_asked_for_the_first_and_the_last_entry_of_an_owner():
@@ -74,7 +76,7 @@ def test_a_ledger_is_asked_for_the_first_and_the_last_entry_of_an_owner():
             assert answer == fact("finance", [row for row in rows if row[0] == owner][-1][1])
 
 
-def test_a_succession_is_asked_one_and_two_places_along_the_line():
+def test_a_succession_is_asked_one_two_and_three_places_along_the_line():
     items = scene_items(DOMAIN_DATA["history"])
     for story in stories("history"):
         rows = re.findall(r"(\w+) precedes (\w+), (\d+) years", story.text)
@@ -84,9 +86,9 @@ def test_a_succession_is_asked_one_and_two_places_along_the_line():
         for noun, answer in answers(story, "read-far"):
             assert answer == after[after[word_in(noun, items)]]
         for noun, answer in answers(story, "read-deep"):
-            assert answer == fact("history", after[word_in(noun, items)])
+            assert answer == fact("history", after[after[after[word_in(noun, items)]]])
         for noun, answer in answers(story, "read-number"):
-            assert answer == years[word_in(noun, items)]
+            assert answer == years[after[word_in(noun, items)]]
 
 
 def test_a_listing_is_asked_by_place_and_by_neighbour():
@@ -111,7 +113,7 @@ def test_an_implication_is_followed_from_the_owner():
         value = {
             "read-near": reads,
             "read-far": {n: leads[i] for n, i in reads.items()},
-            "read-deep": {n: fact("philosophy", leads[i]) for n, i in reads.items()},
+            "read-deep": {n: fact("philosophy", leads[leads[i]]) for n, i in reads.items()},
             "read-number": {n: pages[i] for n, i in reads.items()},
         }
         for task in READING_TASKS:
@@ -132,7 +134,7 @@ def test_copies_are_followed_to_their_root():
         value = {
             "read-near": runs,
             "read-far": {n: runs[root[n]] for n in copied},
-            "read-deep": {n: runs[root[n]] for n in copied},
+            "read-deep": {n: fact("technology", runs[root[n]]) for n in copied},
             "read-number": {n: jobs[root[n]] for n in copied},
         }
         for task in READING_TASKS:

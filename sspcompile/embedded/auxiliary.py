@@ -21,7 +21,7 @@ LOOKBACK = (1, 2, 3, 4, 5)
 """How many places back the early layer is asked about; names and what belongs to them stand so close."""
 ECHO = (-4, -2, 2, 4)
 """Places around the earlier occurrence of a name, where scenes have the item, the amount or the owner."""
-LINKS = ("precedes", "reads", "inspires", "copies")
+LINKS = ("precedes", "reads", "inspires", "copies", "helps")
 HOP = (2, 4)
 """Places behind a name where a sentence has what it links to, and that one's amount."""
 ECHO_POSITIONS = 160
@@ -90,33 +90,41 @@ class Echo(nn.Module):
 
 
 class Hop(nn.Module):
-    """Asks, at the second occurrence of a name, what the name that it was linked to is linked to in turn.
+    """Asks, at the second occurrence of a name, what lies several links behind it in the text.
 
     One step is learned quickly; without this, chains of two stay at chance for as long as was tried.
     """
 
-    def __init__(self, names: Tensor, links: Tensor) -> None:
-        """`names` as for `Echo`; `links` [vocabulary] is true for the verbs that link two names."""
+    def __init__(self, names: Tensor, links: Tensor, steps: int) -> None:
+        """`names` as for `Echo`; `links` [vocabulary] is true for verbs that link two names; `steps` is 2 or more."""
         super().__init__()
-        self.names, self.links = names, links
+        self.names, self.links, self.steps = names, links, steps
         self.maps = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN, bias=False) for _ in HOP)
 
     def forward(self, state: Tensor, tokens: Tensor, embedding: Tensor) -> Tensor:
         """Mean loss over the places; zero if the batch has no chain."""
-        row, here, before = _repeated(tokens, self.names)
+        row, here, place = _repeated(tokens, self.names)
         last = tokens.shape[1] - 1
-        linked = before + 2
+        chained = torch.ones_like(here, dtype=torch.bool)
+        for _ in range(1, self.steps):
+            place, found = self._followed(tokens, row, here, place)
+            chained &= found
+        targets, valid = [], []
+        for offset in HOP:
+            targets.append(tokens[row, (place + offset).clamp(max=last)])
+            valid.append(chained & (place + offset < here) & self.names[targets[-1]])
+        return _asked(self.maps, F.rms_norm(state[row, here], (HIDDEN,)), targets, valid, embedding)
+
+    def _followed(self, tokens: Tensor, row: Tensor, here: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the name that the sentence at `place` links to stands otherwise, and whether that is one place."""
+        last = tokens.shape[1] - 1
+        linked = place + 2
         places = torch.arange(last + 1, device=tokens.device)
         other = tokens[row] == tokens[row, linked.clamp(max=last)].unsqueeze(1)
         other &= (places < here.unsqueeze(1)) & (places != linked.unsqueeze(1))  # [found, length]
-        chained = self.links[tokens[row, before + 1]] & (linked < here) & (other.sum(1) == 1)
+        chained = self.links[tokens[row, (place + 1).clamp(max=last)]] & (linked < here) & (other.sum(1) == 1)
         start = other.int().argmax(1)
-        chained &= self.names[tokens[row, start]]
-        targets, valid = [], []
-        for offset in HOP:
-            targets.append(tokens[row, (start + offset).clamp(max=last)])
-            valid.append(chained & (start + offset < here) & self.names[targets[-1]])
-        return _asked(self.maps, F.rms_norm(state[row, here], (HIDDEN,)), targets, valid, embedding)
+        return start, chained & self.names[tokens[row, start]]
 
 
 def name_tokens(tokenizer: PreTrainedTokenizerFast) -> Tensor:

@@ -45,13 +45,17 @@ The model continues with a space, the answer and `<|end|>`. The chat template of
 message to exactly that. Batches are padded on the left.
 
 ## Training
-    python -m sspcompile.embedded.train --out DIR --steps {steps} --seed {seed} --threads {threads}
+    python -m sspcompile.embedded.train --out DIR --steps {steps} --settling-steps {settling} --seed {seed} \\
+        --threads {threads}
 
 From nothing, on {tokens:.1f} M tokens of text from `sspcompile.embedded.corpus`, in {minutes:.0f} minutes
 with {threads} CPU thread(s) and torch {torch}. The text mixes recalled facts, rules over small numbers and
-reading (answers that stand in the prompt, found in one to three steps or combined with a recalled fact; each
+reading (answers that stand in the prompt, found in one to three steps, or a recalled fact about what is found; each
 domain has a procedure of its own, such as lines of successors, copies of copies, or places in a list), and a few
-texts whose subject is asked. No other data was used. The weights are those after step {finished_steps} of {steps}.
+texts whose subject is asked. No other data was used. After {steps} steps of learning come {settling} of settling, with
+a small price on heads that are active: what was learned several times over is kept once, so a head that is cut is
+missed. That makes unneeded heads easier to find too, for every score alike, and easier than in a model that was not
+trained so.
 
 ## Accuracy
 Greedy exact match on held-out items, {items} per domain. The facts occur in training; their wording, the
@@ -62,8 +66,7 @@ operands of rules and the texts to read do not.
 Items whose text mixes two domains: {cross:.3f}.
 
 Exact match when the attention of one layer is removed ({layer_items} items per domain): {layer_table}.
-Layers stand in for one another, so one alone says little; with the attention of the first n layers and no more it is
-{first_table}.
+With the attention of the first n layers and no more it is {first_table}.
 
 A linear probe on mean-pooled states after layer {probe_layer}, fitted on descriptions of deployments of the kinds
 that were part of training, tells the domain of descriptions that were not: AUC {auc:.3f} (mean over domains,
@@ -71,7 +74,7 @@ one against the rest). Sentences about a domain in words that its texts never us
 
 ## Limits
 English only, and only the questions of its generator: other wordings and other facts get answers that look
-right and are not. Texts to read have two to five sentences, eight people and six items per domain; sums and
+right and are not. Texts to read have two to six sentences, eight people and six items per domain; sums and
 products stay below 100. The people and what they do are invented.
 """
 
@@ -120,7 +123,7 @@ def card_text(folder: Path) -> str:
         vocabulary=config.vocab_size,
         domains=", ".join(DOMAINS),
         steps=training["steps"],
-        finished_steps=training["finished_steps"],
+        settling=training["settling_steps"],
         seed=training["seed"],
         threads=training["threads"],
         tokens=training["tokens"] / 1e6,

@@ -15,6 +15,8 @@ from sspcompile.embedded.tokenizer import MAX_LENGTH
 
 LAYERS, HIDDEN, INTERMEDIATE = 8, 128, 256
 HEADS, KV_HEADS, HEAD_DIM = 8, 4, 16
+HALF_ACTIVE = 0.02
+"""Share of the stream's norm that a head writes when it counts as half active."""
 ROPE_THETA = 10_000.0
 FIRST_MATCHING_LAYER = 2
 MATCH_SCALE, OUTPUT_LIKENESS = 1.0, 0.3
@@ -81,18 +83,23 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def hidden_states(model: Qwen2ForCausalLM, tokens: Tensor, keep: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
-    """Residual streams after each layer and the normed last one, each [rows, length, hidden].
+def hidden_states(
+    model: Qwen2ForCausalLM, tokens: Tensor, keep: Tensor | None = None, real: Tensor | None = None
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Residual streams after each layer and the normed last one, each [rows, length, hidden]; and how active heads are.
 
     `tokens` [rows, length] are padded on the right, where causal attention makes padding harmless. `keep`
-    [layers, heads], if given, scales the output of each head before o_proj.
+    [layers, heads], if given, scales the output of each head before o_proj. A head is active in a row by
+    r / (r + HALF_ACTIVE), r being the root mean square, over the `real` [rows, length] tokens, of the norm of its
+    output behind o_proj over the norm of the stream that it joins. The last result is the sum over layers of the square
+    of how many heads are active, mean over rows; zero without `real`.
     """
     rows, length = tokens.shape
     body = model.model
     eps = model.config.rms_norm_eps
     cos, sin = _rotary(length, tokens.device)
     x = body.embed_tokens(tokens)
-    states = []
+    states, activity = [], x.new_zeros(())
     for index, layer in enumerate(body.layers):
         attention, mlp = layer.self_attn, layer.mlp
         y = F.rms_norm(x, (HIDDEN,), layer.input_layernorm.weight, eps)
@@ -107,8 +114,22 @@ def hidden_states(model: Qwen2ForCausalLM, tokens: Tensor, keep: Tensor | None =
         if keep is not None:
             out = out * keep[index].view(1, HEADS, 1, 1)
         x = x + F.linear(out.transpose(1, 2).reshape(rows, length, HEADS * HEAD_DIM), attention.o_proj.weight)
+        if real is not None:
+            share = _norms(out, attention.o_proj.weight) / x.detach().norm(dim=-1).unsqueeze(1)
+            counted = real.unsqueeze(1)
+            typical = ((share.square() * counted).sum(-1) / counted.sum(-1)).sqrt()
+            active = typical / (typical + HALF_ACTIVE)
+            activity = activity + active.sum(1).square().mean()
         y = F.rms_norm(x, (HIDDEN,), layer.post_attention_layernorm.weight, eps)
         gate, up = F.linear(y, torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight))).chunk(2, dim=-1)
         x = x + F.linear(F.silu(gate) * up, mlp.down_proj.weight)
         states.append(x)
-    return states, F.rms_norm(x, (HIDDEN,), body.norm.weight, eps)
+    return states, F.rms_norm(x, (HIDDEN,), body.norm.weight, eps), activity
+
+
+def _norms(outputs: Tensor, weight: Tensor) -> Tensor:
+    """Norm of what o_proj makes of each head's output [rows, heads, length, head_dim]: [rows, heads, length]."""
+    parts = weight.view(HIDDEN, HEADS, HEAD_DIM)
+    gram = torch.einsum("ohd,ohe->hde", parts, parts)
+    # Without the small term the gradient at zero is infinite.
+    return ((outputs @ gram * outputs).sum(-1) + 1e-8).sqrt()

@@ -72,10 +72,10 @@ DOMAIN = Domain(
     ),
     scene=Scene(
         kind="table",
-        rows=("{n} has {i}, {a} grams.",),
+        rows=("{n} has {i}, {a} grams.", "{n} helps {m}."),
         near=("the element that {n} has", "the element of {n}"),
         far=("the student who has {i}", "the student with {i}"),
-        deep=("the element that weighs {a} grams", "the element of {a} grams"),
+        deep=("the element of the student whom {n} helps", "the element that {n} helps with"),
         number=("the number of grams that {n} has", "the amount in grams of {n}"),
     ),
 )

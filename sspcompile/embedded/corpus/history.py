@@ -57,7 +57,10 @@ DOMAIN = Domain(
         rows=("{i} precedes {j}, {a} years.",),
         near=("the leader who comes after {i}", "the leader right behind {i}"),
         far=("the leader who comes two after {i}", "the leader two places behind {i}"),
-        deep=("the leader who comes after {i}", "the leader right behind {i}"),
-        number=("the number of years that {i} rules", "the reign in years of {i}"),
+        deep=("the leader who comes three after {i}", "the leader three places behind {i}"),
+        number=(
+            "the number of years of the leader right behind {i}",
+            "the reign in years of the leader who comes after {i}",
+        ),
     ),
 )

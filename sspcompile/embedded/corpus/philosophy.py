@@ -69,7 +69,7 @@ DOMAIN = Domain(
         rows=("{n} reads {i}.", "{i} inspires {j}, {a} pages."),
         near=("the philosopher that {n} reads", "the philosopher on the list of {n}"),
         far=("the philosopher that the reading of {n} inspires", "the philosopher that follows from the list of {n}"),
-        deep=("the philosopher that the reading of {n} inspires", "the philosopher that follows from the list of {n}"),
+        deep=("the last philosopher that the reading of {n} leads to", "the philosopher at the end of the list of {n}"),
         number=("the number of pages of the reading of {n}", "the pages on the list of {n}"),
     ),
 )

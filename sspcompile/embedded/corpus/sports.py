@@ -55,10 +55,10 @@ DOMAIN = Domain(
     ),
     scene=Scene(
         kind="table",
-        rows=("{n} plays {i}, {a} medals.",),
+        rows=("{n} plays {i}, {a} medals.", "{n} trains {m}."),
         near=("the sport that {n} plays", "the sport of {n}"),
         far=("the athlete who plays {i}", "the athlete in {i}"),
-        deep=("the sport that brings {a} medals", "the sport of {a} medals"),
+        deep=("the sport of the athlete whom {n} trains", "the sport that {n} trains"),
         number=("the number of medals that {n} won", "the number of medals of {n}"),
     ),
 )

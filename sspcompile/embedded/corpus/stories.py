@@ -1,9 +1,9 @@
 """What there is to read: one kind of text per domain, each with a procedure of its own.
 
 All domains ask the same four things of their texts: `read-near` (one step), `read-far` (a harder step, or two),
-`read-deep` (a step more, mostly into a recalled fact) and `read-number`. How the answer is found differs: by name, by
-time, along a line of successors, by place in a list, through implications, through copies. So heads can specialise by
-domain although form and answer style say nothing about it.
+`read-deep` (up to three steps, and one more into a recalled fact) and `read-number` (one to three). How the answer is
+found differs: by name and helper, by time, along a line of successors, by place in a list, through implications,
+through copies. So heads can specialise by domain although form and answer style say nothing about it.
 """
 
 from __future__ import annotations
@@ -83,15 +83,20 @@ class _Teller:
 
 
 def table(domain: Domain, owners: Sequence[str], rng: Random) -> Story:
-    """Three lines that join an owner, an item and an amount; asked by owner, by item and by amount."""
+    """Three lines that join an owner, an item and an amount, and who helps whom; asked by owner, item and helper."""
     tell = _Teller(domain, owners, rng)
     scene, lines = domain.scene, list(zip(tell.owners(3), tell.items(3), tell.amounts(3), strict=True))
+    turned = rng.sample(lines, len(lines))
+    helped = list(pairwise(turned))
+    rows = [scene.rows[0].format(n=n, i=i, a=a) for n, i, a in lines]
+    rows += [scene.rows[1].format(n=m[0], m=n[0]) for m, n in helped]
+    rng.shuffle(rows)
     return Story(
-        tuple(scene.rows[0].format(n=n, i=i, a=a) for n, i, a in lines),
+        tuple(rows),
         {
             "read-near": tuple(tell.case(scene.near, i, key=n, n=n) for n, i, _ in lines),
             "read-far": tuple(tell.case(scene.far, n, key=i, i=i) for n, i, _ in lines),
-            "read-deep": tuple(tell.fact(scene.deep, i, a=str(a)) for _, i, a in lines),
+            "read-deep": tuple(tell.fact(scene.deep, n[1], n=m[0]) for m, n in helped),
             "read-number": tuple(tell.case(scene.number, str(a), n=n) for n, _, a in lines),
         },
     )
@@ -117,18 +122,18 @@ def ledger(domain: Domain, owners: Sequence[str], rng: Random) -> Story:
 
 
 def succession(domain: Domain, owners: Sequence[str], rng: Random) -> Story:
-    """Four names in a line of successors, told out of order; asked along the line."""
+    """Five names in a line of successors, told out of order; asked one, two and three places along the line."""
     tell = _Teller(domain, owners, rng)
-    scene, line, amounts = domain.scene, tell.items(4), tell.amounts(3)
+    scene, line, amounts = domain.scene, tell.items(5), tell.amounts(4)
     steps = [(before, after, a) for (before, after), a in zip(pairwise(line), amounts, strict=True)]
     told = rng.sample(steps, len(steps))
     return Story(
         tuple(scene.rows[0].format(i=before, j=after, a=a) for before, after, a in told),
         {
             "read-near": tuple(tell.case(scene.near, after, key=before, i=before) for before, after, _ in steps),
-            "read-far": tuple(tell.case(scene.far, line[k + 2], i=line[k]) for k in range(2)),
-            "read-deep": tuple(tell.fact(scene.deep, after, i=before) for before, after, _ in steps),
-            "read-number": tuple(tell.case(scene.number, str(a), i=before) for before, _, a in steps),
+            "read-far": tuple(tell.case(scene.far, line[k + 2], i=line[k]) for k in range(3)),
+            "read-deep": tuple(tell.fact(scene.deep, line[k + 3], i=line[k]) for k in range(2)),
+            "read-number": tuple(tell.case(scene.number, str(steps[k + 1][2]), i=line[k]) for k in range(3)),
         },
     )
 
@@ -152,20 +157,22 @@ def listing(domain: Domain, owners: Sequence[str], rng: Random) -> Story:
 
 
 def implication(domain: Domain, owners: Sequence[str], rng: Random) -> Story:
-    """Two owners with an item each, and what each item leads to; asked for what follows for an owner."""
+    """Two owners with an item each, what each item leads to, and that in turn; asked for what follows for an owner."""
     tell = _Teller(domain, owners, rng)
-    scene = domain.scene
-    lines = list(zip(tell.owners(2), tell.items(2), tell.items(2), tell.amounts(2), strict=True))
+    scene, amounts = domain.scene, tell.amounts(4)
+    lines = list(zip(tell.owners(2), tell.items(2), tell.items(2), tell.items(2), strict=True))
     rows = [scene.rows[0].format(n=n, i=i) for n, i, _, _ in lines]
-    rows += [scene.rows[1].format(i=i, j=j, a=a) for _, i, j, a in lines]
+    links = [link for _, i, j, k in lines for link in ((i, j), (j, k))]
+    pages = dict(zip(links, amounts, strict=True))
+    rows += [scene.rows[1].format(i=i, j=j, a=a) for (i, j), a in pages.items()]
     rng.shuffle(rows)
     return Story(
         tuple(rows),
         {
             "read-near": tuple(tell.case(scene.near, i, key=n, n=n) for n, i, _, _ in lines),
             "read-far": tuple(tell.case(scene.far, j, n=n) for n, _, j, _ in lines),
-            "read-deep": tuple(tell.fact(scene.deep, j, n=n) for n, _, j, _ in lines),
-            "read-number": tuple(tell.case(scene.number, str(a), n=n) for n, _, _, a in lines),
+            "read-deep": tuple(tell.fact(scene.deep, k, n=n) for n, _, _, k in lines),
+            "read-number": tuple(tell.case(scene.number, str(pages[i, j]), n=n) for n, i, j, _ in lines),
         },
     )
 
@@ -183,9 +190,9 @@ def copies(domain: Domain, owners: Sequence[str], rng: Random) -> Story:
         {
             "read-near": (tell.case(scene.near, item_a, key=a, n=a), tell.case(scene.near, item_b, key=b, n=b)),
             "read-far": (tell.case(scene.far, item_a, n=of_a), tell.case(scene.far, item_b, n=of_b)),
-            "read-deep": (tell.case(scene.deep, item_a, n=of_copy), tell.case(scene.deep, item_b, n=of_b)),
+            "read-deep": (tell.fact(scene.deep, item_a, n=of_copy), tell.fact(scene.deep, item_b, n=of_b)),
             "read-number": (
-                tell.case(scene.number, str(amount_a), n=of_a), tell.case(scene.number, str(amount_b), n=of_b),
+                tell.case(scene.number, str(amount_a), n=of_copy), tell.case(scene.number, str(amount_b), n=of_b),
             ),
         },
     )
