@@ -6,8 +6,8 @@ For each of the six domains of the embedded model a scenario of PROMPTS generate
 heads and fits repairs; the masked model then answers held-out items of that domain and, for the price of it, items of
 the other five. No prompt that chose or repaired is ever asked. Exact match is that of greedy decoding.
 
-Rows are scores, and `auto`, the product's default: `fisher-rounds` per-layer; uniform, the mask that its shortlist
-(pipeline/shortlist.py) finds best by cross-fitting on the scenario's own prompts.
+Rows are scores, and `auto`, the product's default: the mask that its shortlist (pipeline/shortlist.py) finds best by
+cross-fitting on the scenario's own prompts.
 
 Work is done in jobs whose results are kept in the output folder, so an interrupted run goes on where it stopped;
 `quality_tables.py` turns them into the tables and the figure.
@@ -29,6 +29,7 @@ import torch
 from rich.progress import track
 
 from sspcompile.compile.layouts import Choice, choose
+from sspcompile.compile.mask import Layout
 from sspcompile.criteria import CRITERIA
 from sspcompile.criteria.measuring import measure
 from sspcompile.domains import load_outside, load_pools
@@ -38,16 +39,17 @@ from sspcompile.measure.answers import EncodedItems, answer_scores, encode_items
 from sspcompile.pipeline.compiling import AUTO_CRITERION, Ranking, open_subject
 from sspcompile.pipeline.evidence import Evidence, fit_part
 from sspcompile.pipeline.judging import Judge
-from sspcompile.pipeline.shortlist import best_uniform, contenders
+from sspcompile.pipeline.shortlist import best_mask, contenders
 from sspcompile.prepare import prepare
 from sspcompile.prepare.importance import probe_directions
 from sspcompile.prepare.text import MAX_TOKENS, Batch, Sentence, batches_of, continued
 from sspcompile.slicing.fitting import fit_biases, fit_repairs
 from sspcompile.slicing.repair import Repair, repaired
 
+Cell = tuple[Layout, float]
 KEEPS = (0.75, 0.5, 0.375, 0.25)
-LAYOUTS = ("per-layer", "uniform")
-CELLS = tuple((layout, keep) for layout in LAYOUTS for keep in KEEPS)
+LAYOUTS: tuple[Layout, ...] = ("per-layer", "uniform")
+CELLS: tuple[Cell, ...] = tuple((layout, keep) for layout in LAYOUTS for keep in KEEPS)
 PROMPTS = 96
 """Prompts of a scenario. They come from the generator's training split, as a user's would from the user's logs."""
 PROMPT_SEED, ITEM_SEED = 7000, 8000
@@ -179,34 +181,39 @@ def judge_job(seed: int, domain: str, count: int, out: Path) -> None:
     _store(path, lambda part: np.savez_compressed(part, **cells))
 
 
-def shortlisted(texts: Texts, scores: np.ndarray, seed: int) -> dict[float, Choice]:
-    """The default's uniform mask for every keep ratio."""
+def shortlisted(texts: Texts, scores: np.ndarray, seed: int) -> dict[Cell, Choice]:
+    """The default's masks."""
     judge = Judge(
         model(), Evidence(texts.prompts, (), (), (), len(texts.prompts), 0, 0), max_tokens=MAX_TOKENS,
         new_tokens=CONTINUATION_TOKENS, seed=seed, repair="least-squares", dtype=torch.float32,
         progress=lambda *_: None,
     )  # fmt: skip
-    ranked = contenders(judge, Ranking(RANKED_BY, scores))
+    ranked = contenders(judge, Ranking(RANKED_BY, scores), LAYOUTS)
     nobody = np.zeros(scores.shape, dtype=bool)
-    return {keep: best_uniform(judge, ranked, nobody, keep).choice for keep in KEEPS}
+    return {(layout, keep): best_mask(judge, ranked, layout, nobody, keep).choice for layout, keep in CELLS}
 
 
 def mixed_job(seed: int, out: Path) -> None:
-    """The default's uniform masks for prompts of all domains."""
+    """The default's masks for prompts of all domains."""
     path = out / f"mixed-{seed}.npz"
     if path.exists():
         return
     found = shortlisted(mixed(seed), np.load(out / f"scores-{seed}-{RANKED_BY}.npy").mean(-1), seed)
-    kept = {f"{keep:g}": choice.kept for keep, choice in found.items()}
-    shapes = {f"shape-{keep:g}": np.array(choice.shapes) for keep, choice in found.items()}
-    _store(path, lambda part: np.savez_compressed(part, **kept, **shapes))
+    arrays = {}
+    for (layout, keep), choice in found.items():
+        arrays |= {f"kept-{layout}-{keep:g}": choice.kept, f"shapes-{layout}-{keep:g}": np.array(choice.shapes)}
+    _store(path, lambda part: np.savez_compressed(part, **arrays))
 
 
-def mixed_masks(seed: int, out: Path) -> dict[float, Choice]:
+def mixed_masks(seed: int, out: Path) -> dict[Cell, Choice]:
+    """What `mixed_job` left."""
     with np.load(out / f"mixed-{seed}.npz") as found:
         return {
-            keep: Choice(found[f"{keep:g}"], tuple((int(g), int(r)) for g, r in found[f"shape-{keep:g}"]))
-            for keep in KEEPS
+            (layout, keep): Choice(
+                found[f"kept-{layout}-{keep:g}"],
+                tuple((int(g), int(r)) for g, r in found[f"shapes-{layout}-{keep:g}"]),
+            )
+            for layout, keep in CELLS
         }
 
 
@@ -216,15 +223,9 @@ def default_job(seed: int, domain: str, count: int, out: Path) -> None:
     if path.exists():
         return
     scores, own = np.load(out / f"scores-{seed}-{RANKED_BY}.npy"), scenario(domain, seed)
-    mine, free = scores[..., DOMAINS.index(domain)], scores.mean(-1)
-    masks = {id(own): shortlisted(own, mine, seed), id(mixed(seed)): mixed_masks(seed, out)}
+    mine, free = shortlisted(own, scores[..., DOMAINS.index(domain)], seed), mixed_masks(seed, out)
     cells: dict[str, np.ndarray] = {}
-    for row, merit, chosen_on, texts in (
-        (OURS, mine, own, own), (DOMAIN_FREE, free, mixed(seed), mixed(seed)),
-        (DOMAIN_FREE_MASK, free, mixed(seed), own),
-    ):  # fmt: skip
-        chosen = {cell: choose(merit, model().geometry.kv_heads, cell[1], cell[0]) for cell in CELLS}
-        chosen |= {("uniform", keep): choice for keep, choice in masks[id(chosen_on)].items()}
+    for row, chosen, texts in ((OURS, mine, own), (DOMAIN_FREE, free, mixed(seed)), (DOMAIN_FREE_MASK, free, own)):
         for name, fitted in repairs(row, [choice.kept for choice in chosen.values()], texts).items():
             for ((layout, keep), choice), repair in zip(chosen.items(), fitted, strict=True):
                 found = answer(choice.kept, repair, domain, seed, count)

@@ -86,9 +86,9 @@ class Recipe(BaseModel):
     heads are scored by the domains' cached importance, on the scenario's own prompts, or by both where there are any.
     `without`: parts of the method that are switched off. `pools`: a folder of domain pools beside the shipped ones.
     `axes`: how many of all pools become domains; None for the shipped six and those of `pools`.
-    `criterion`: what ranks the heads; `auto` takes `fisher-rounds`, and for a uniform cut the best of several by
-    measurement (pipeline/shortlist.py). `granularity`: cut single heads, or whole key/value groups only. `host`: the
-    family whose stock class loads a uniform cut; `auto` takes the model's own where that can hold it.
+    `criterion`: what ranks the heads; `auto` takes the best of several by measurement (pipeline/shortlist.py), and
+    `fisher-rounds` where nothing is measured. `granularity`: cut single heads, or whole key/value groups only.
+    `host`: the family whose stock class loads a uniform cut; `auto` takes the model's own where that can hold it.
     `model`: a folder or a hub name, None for the embedded model. `continuation_tokens`: how many tokens the model
     writes after each prompt when heads are scored.
     """

@@ -58,6 +58,10 @@ def texts(loaded):
     return continued(loaded, PROMPTS, 2)
 
 
+DRAWN = {"fisher", "fisher-sampled", "fisher-rounds", "fisher-midway"}
+"""They draw random numbers per batch."""
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_every_criterion_scores_heads_and_groups_of_every_domain(name, family):
@@ -88,13 +92,12 @@ def test_every_criterion_scores_heads_and_groups_of_every_domain(name, family):
 def test_the_same_seed_gives_the_same_scores(loaded, texts, name):
     one, same, other = (measure(loaded, name, texts, directions=directions(), seed=s).values for s in (1, 1, 2))
     np.testing.assert_array_equal(one, same)
-    seeded = {"random", "random-first-layer", "fisher", "fisher-sampled", "fisher-rounds", "bonsai"}
+    seeded = {"random", "random-first-layer", "bonsai", *DRAWN}
     assert np.array_equal(one, other) == (name not in seeded)
 
 
-@pytest.mark.parametrize("name", sorted(set(DATA_DRIVEN) - {"fisher", "fisher-sampled", "fisher-rounds"}))
+@pytest.mark.parametrize("name", sorted(set(DATA_DRIVEN) - DRAWN))
 def test_batching_changes_no_score(loaded, name):
-    """The three left out draw random numbers per batch."""
     together, alone = look(loaded), look(loaded, batch_tokens=1)
     assert len(together.batches) == 1 and len(alone.batches) == len(PROMPTS)
     found = [CRITERIA[name].measure(loaded, x) for x in (together, alone)]
@@ -112,7 +115,10 @@ def test_what_stands_in_the_padding_changes_no_score(loaded, name):
     np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-6 * found[0].max())
 
 
-SILENT = ("fisher", "fisher-sampled", "fisher-greedy", "fisher-rounds", "kl", "greedy-kl", "llm-pruner", "wanda", "ria")
+SILENT = (
+    "fisher", "fisher-sampled", "fisher-greedy", "fisher-rounds", "fisher-midway", "kl", "greedy-kl", "llm-pruner",
+    "wanda", "ria",
+)
 
 
 @pytest.mark.parametrize("name", [*SILENT, "probe-pruning", "greedy-output", "flap"])
@@ -432,7 +438,8 @@ def test_passes_are_what_was_promised(loaded, texts, name):
 
 def test_the_table_agrees_with_the_modules_and_describes_every_entry():
     assert CRITERIA["fisher"].passes(64, 1).backward == fisher.DRAWS
-    assert CRITERIA["fisher-rounds"].passes(64, 1).backward == fisher.ROUNDS * fisher.DRAWS
+    for name in ("fisher-rounds", "fisher-midway"):
+        assert CRITERIA[name].passes(64, 1).backward == fisher.ROUNDS * fisher.DRAWS
     for units in (3, 64, 1000):
         assert CRITERIA["bonsai"].passes(units, 1).forward == 1 + bonsai.mask_count(units)
     assert str(greedy_kl.WINDOW) in CRITERIA["greedy-kl"].cost and str(greedy_kl.STEPS) in CRITERIA["greedy-kl"].cost

@@ -92,19 +92,22 @@ def objective(loaded, batch, gates, target):
     return torch.log_softmax(found.double(), -1).gather(1, target[:, None])[:, 0]
 
 
+@pytest.mark.parametrize("opening", [1.0, 0.5])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gate_gradient_per_sequence_equals_finite_difference(family):
+def test_gate_gradient_per_sequence_equals_finite_difference(family, opening):
     loaded = tiny(family, layers=2, seed=3)
     batch = text.with_continuations(loaded, PROMPTS, 3)[-1]
-    (gradient,) = fisher.gate_gradients(loaded, batch, Units(2, 4, 1), "greedy", 1, torch.Generator())
-    ones, step = torch.ones(2, 4), 3e-3
-    with torch.no_grad():
+    stand, step = opening * torch.ones(2, 4), 3e-3
+    (gradient,) = fisher.gate_gradients(
+        loaded, batch, Units(2, 4, 1), "greedy", 1, torch.Generator(), opened=stand.numpy()
+    )
+    with torch.no_grad(), head_gates(loaded, stand):
         target = logits.scored_logits(loaded, logits.decoder_output(loaded, batch), batch.score_mask).argmax(-1)
     owner = batch.score_mask.nonzero()[:, 0]
     for layer, head in [(0, 0), (0, 3), (1, 1)]:
         shift = torch.zeros(2, 4)
         shift[layer, head] = step
-        difference = objective(loaded, batch, ones + shift, target) - objective(loaded, batch, ones - shift, target)
+        difference = objective(loaded, batch, stand + shift, target) - objective(loaded, batch, stand - shift, target)
         numeric = torch.zeros(len(batch.rows), dtype=torch.float64).index_add_(0, owner, difference) / (2 * step)
         torch.testing.assert_close(gradient[:, layer, head].double(), numeric, rtol=2e-2, atol=2e-3)
 
@@ -118,17 +121,18 @@ def test_cotangents_have_the_covariance_of_the_fisher_information(targets):
     torch.testing.assert_close(draws.mean(0), torch.zeros(4), rtol=0, atol=1e-2)
 
 
-def test_fisher_estimates_agree_with_the_exact_diagonal():
+@pytest.mark.parametrize("opening", [1.0, 0.5])
+def test_fisher_estimates_agree_with_the_exact_diagonal(opening):
     loaded = tiny(layers=2, seed=3)
     (batch,) = text.encode(loaded, PROMPTS[:1])
-    gates = torch.ones(2, 1, 4, requires_grad=True)
+    gates = torch.full((2, 1, 4), opening, requires_grad=True)
     with head_gates(loaded, gates):
         scored = logits.scored_logits(loaded, logits.decoder_output(loaded, batch), batch.score_mask)[0]
     rows = torch.stack([torch.autograd.grad(x, gates, retain_graph=True)[0].flatten() for x in scored])
     p = torch.softmax(scored, -1).detach()
     exact = torch.einsum("vh,v,vh->h", rows, p, rows) - (p @ rows) ** 2
     for targets in ("normal", "sampled"):
-        found = fisher.information(loaded, Look([batch], 1), targets, draws=600)[0].ravel()
+        found = fisher.information(loaded, Look([batch], 1), targets, 600, np.full((2, 4), opening))[0].ravel()
         np.testing.assert_allclose(found, exact.numpy(), rtol=0.35, atol=float(exact.max()) * 0.02)
 
 

@@ -1,4 +1,4 @@
-"""The uniform mask of a default build: every shape of several rankings, the best on guard texts."""
+"""The masks of a default build: several rankings, every shape of a uniform one, the best by cross-fitting."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sspcompile.loaded import load
 from sspcompile.pipeline.compiling import Ranking
 from sspcompile.pipeline.evidence import Evidence
 from sspcompile.pipeline.judging import Judge
-from sspcompile.pipeline.shortlist import CONTENDERS, Folds, best_uniform, contenders
+from sspcompile.pipeline.shortlist import CONTENDERS, WITHIN_LAYERS, Folds, best_mask, contenders
 
 grids = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(0, 1000))
 
@@ -58,24 +58,37 @@ def judge(tmp_path_factory) -> Judge:
 
 def test_winner_has_the_least_divergence_of_all_that_were_tried(judge):
     rng = np.random.default_rng(0)
-    ranked = contenders(judge, Ranking("mine", rng.random((3, 8))))
-    assert [ranking.name for ranking in ranked] == ["mine", *CONTENDERS]
-    found = best_uniform(judge, ranked, np.zeros((3, 8), dtype=bool), 0.5)
+    ranked = contenders(judge, Ranking("mine", rng.random((3, 8))), ("per-layer", "uniform"))
+    assert [ranking.name for ranking in ranked] == ["mine", *CONTENDERS, *WITHIN_LAYERS]
+    found = best_mask(judge, ranked, "uniform", np.zeros((3, 8), dtype=bool), 0.5)
     values = [one.distance for one in found.tried]
     assert values == sorted(values) and len(found.tried) >= 3
     assert {one.shape for one in found.tried} == {(4, 1), (2, 2)}
     assert Folds(judge).distances([found.choice.kept]) == values[:1] and found.ranking.name == found.tried[0].criterion
     # A mask that is the same by two rankings is measured once, and is the earlier one's.
-    again = best_uniform(judge, [ranked[0], Ranking("twin", ranked[0].values)], np.zeros((3, 8), dtype=bool), 0.5)
+    twins = [ranked[0], Ranking("twin", ranked[0].values)]
+    again = best_mask(judge, twins, "uniform", np.zeros((3, 8), dtype=bool), 0.5)
     assert {one.criterion for one in again.tried} == {"mine"}
+
+
+def test_scores_of_single_layers_take_no_part_where_layers_share_a_budget(judge):
+    rng = np.random.default_rng(1)
+    ranked = contenders(judge, Ranking("mine", rng.random((3, 8))), ("per-layer",))
+    assert [ranking.name for ranking in ranked] == ["mine", *CONTENDERS]
+    ranked = (*ranked, Ranking(WITHIN_LAYERS[0], rng.random((3, 8))))
+    found = best_mask(judge, ranked, "per-layer", np.zeros((3, 8), dtype=bool), 0.5)
+    assert {one.criterion for one in found.tried} == {"mine", *CONTENDERS}
+    assert {one.shape for one in found.tried} == {None}
+    best = next(ranking for ranking in ranked if ranking.name == found.tried[0].criterion)
+    np.testing.assert_array_equal(found.choice.kept, choose(best.values, 4, 0.5, "per-layer").kept)
 
 
 def test_a_shape_that_no_class_holds_is_left_out(judge):
     ranked = [Ranking("mine", np.random.default_rng(0).random((3, 8)))]
     nobody = np.zeros((3, 8), dtype=bool)
-    found = best_uniform(judge, ranked, nobody, 0.5, holds=lambda choice: choice.shapes[0] != (4, 1))
+    found = best_mask(judge, ranked, "uniform", nobody, 0.5, holds=lambda choice: choice.shapes[0] != (4, 1))
     assert {one.shape for one in found.tried} == {(2, 2)}
-    assert best_uniform(judge, ranked, nobody, 0.5, holds=lambda _: False) is None
+    assert best_mask(judge, ranked, "uniform", nobody, 0.5, holds=lambda _: False) is None
 
 
 def test_default_build_records_what_it_tried_and_a_named_criterion_tries_nothing(tmp_path):

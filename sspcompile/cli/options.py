@@ -108,8 +108,8 @@ def build_options(command: Command) -> Command:
             axes_option,
             click.option(
                 "--criterion", metavar="NAME",
-                help="Score of the heads; auto (default) takes fisher-rounds, and for a uniform cut the best of some "
-                f"on held-out texts. {CRITERIA_HELP}",
+                help="Score of the heads; auto (default) takes the best of some by measuring their masks, and "
+                f"fisher-rounds where nothing is measured (plan). {CRITERIA_HELP}",
             ),
             click.option(
                 "--granularity", metavar="[head|group]",

@@ -7,6 +7,11 @@ gradient of the task's loss). Targets come from the model's own prediction, so n
 
 `rounds` measures the same on the model that earlier rounds left (iterative pruning as in Molchanov et al., Importance
 Estimation for Neural Network Pruning, arXiv 1906.10771, section 3). A key/value group has one gate.
+
+An expansion at 1 does not see a head whose work is saturated: one that copies a token with a wide margin changes no
+prediction until it is nearly closed. `midway` therefore does the same with all gates that are left at one half, the
+middle of the path from open to closed (as attributions along a path do: Sundararajan et al., Axiomatic Attribution for
+Deep Networks, arXiv 1703.01365, section 3; their integral, by the midpoint rule).
 """
 
 from __future__ import annotations
@@ -43,6 +48,16 @@ def greedy(loaded: LoadedModel, look: Look) -> np.ndarray:
 
 
 def rounds(loaded: LoadedModel, look: Look) -> np.ndarray:
+    """[L, U], see `eliminated`."""
+    return eliminated(loaded, look, opening=1.0)
+
+
+def midway(loaded: LoadedModel, look: Look) -> np.ndarray:
+    """[L, U], see `eliminated`."""
+    return eliminated(loaded, look, opening=0.5)
+
+
+def eliminated(loaded: LoadedModel, look: Look, opening: float) -> np.ndarray:
     """Eliminate a quarter of all units per round, the least informative of the model as it then is; [L, U].
 
     A unit's score is its information in the round that removed it (mean over prompts); what is left in the last round
@@ -53,7 +68,7 @@ def rounds(loaded: LoadedModel, look: Look) -> np.ndarray:
     order: list[int] = []
     costs: list[float] = []
     for number in range(1, ROUNDS + 1):
-        found = information(loaded, look, "normal", DRAWS, kept, quiet=True).mean(0).ravel()
+        found = information(loaded, look, "normal", DRAWS, kept * opening, quiet=True).mean(0).ravel()
         alive = np.flatnonzero(kept)
         ranked = alive[np.argsort(found[alive], kind="stable")]
         removed = ranked[: units.total * number // ROUNDS - len(order)]
@@ -67,11 +82,11 @@ def rounds(loaded: LoadedModel, look: Look) -> np.ndarray:
 
 
 def information(
-    loaded: LoadedModel, look: Look, targets: str, draws: int, kept: np.ndarray | None = None, *, quiet: bool = False
+    loaded: LoadedModel, look: Look, targets: str, draws: int, opened: np.ndarray | None = None, *, quiet: bool = False
 ) -> np.ndarray:
     """Diagonal Fisher information of the unit gates per prompt and scored position, [N, L, U] float64.
 
-    `kept` bool [L, U]: the gates stand at 1 there and at 0 elsewhere. Draws at different positions are independent
+    `opened` [L, U] is where the gates stand, 1 everywhere unless given. Draws at different positions are independent
     with mean zero, so the square of the summed gradient has the expectation of the sum of squares; divided by the
     number of positions, long answers do not count for more.
     """
@@ -82,7 +97,7 @@ def information(
         # A stream for every batch: what is drawn does not depend on which process looks at which batches.
         stream = np.random.SeedSequence((look.seed, batch.rows[0])).generate_state(1, np.uint64)
         generator.manual_seed(int(stream[0]))
-        drawn = gate_gradients(loaded, batch, units, targets, draws, generator, kept)
+        drawn = gate_gradients(loaded, batch, units, targets, draws, generator, opened)
         squares = sum(x.double().square() for x in drawn)
         positions = batch.score_mask.sum(-1).view(-1, 1, 1)
         found[list(batch.rows)] = (squares / (draws * positions)).cpu().numpy()
@@ -93,15 +108,15 @@ def information(
 
 def gate_gradients(
     loaded: LoadedModel, batch: Batch, units: Units, targets: str, draws: int, generator: torch.Generator,
-    kept: np.ndarray | None = None,
+    opened: np.ndarray | None = None,
 ) -> Iterator[Tensor]:
     """One tensor [B, L, U] per draw: gradient of each sequence's objective with respect to its own gates.
 
     Gates stand per sequence, so one backward pass of the summed objective gives every sequence's gradient.
     """
     gates = torch.ones(units.layers, len(batch.rows), units.count, device=loaded.device)
-    if kept is not None:
-        gates *= torch.from_numpy(kept).to(gates).unsqueeze(1)
+    if opened is not None:
+        gates *= torch.from_numpy(opened).to(gates).unsqueeze(1)
     gates.requires_grad_()
     with torch.enable_grad(), head_gates(loaded, units.gates(gates)):
         logits = scored_logits(loaded, decoder_output(loaded, batch), batch.score_mask)

@@ -148,6 +148,15 @@ _ALL = (
         lambda _: Passes(_FISHER_ROUNDS, _FISHER_ROUNDS * _FISHER_DRAWS),
     ),
     Criterion(
+        "fisher-midway",
+        "fisher-rounds with the gates half closed: it sees heads whose work is saturated when they are open",
+        "see fisher-rounds; the midpoint of a path as in Sundararajan et al., arXiv 1703.01365, section 3",
+        "score = information in the round of removal, kept in the order of removal",
+        "4 forward and 16 backward passes",
+        "fisher.midway", "prompts, a backward pass",
+        lambda _: Passes(_FISHER_ROUNDS, _FISHER_ROUNDS * _FISHER_DRAWS),
+    ),
+    Criterion(
         "subspace",
         "published: squared share of the head's write along the probe direction, norm in the hidden space",
         _SUBSPACE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from sspcompile.checkpoint import staged, write_manifest
 from sspcompile.compile.budget import merit
 from sspcompile.compile.layouts import Choice, choose
-from sspcompile.compile.mask import HeadMask, dump_mask
+from sspcompile.compile.mask import HeadMask, Layout, dump_mask
 from sspcompile.criteria.chance import first_layer_kept
 from sspcompile.errors import CheckpointError, InputError, ParityError, UnsupportedModelError
 from sspcompile.export.card import CARD, model_card
@@ -34,7 +35,7 @@ from sspcompile.pipeline.judging import Candidate, Judge, Reported, decide
 from sspcompile.pipeline.outcome import Outcome
 from sspcompile.pipeline.reporting import origin_of, report_of
 from sspcompile.pipeline.scoring import score_heads
-from sspcompile.pipeline.shortlist import Shortlisted, best_uniform, contenders
+from sspcompile.pipeline.shortlist import Shortlisted, best_mask, contenders
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.recipe import AUTO, Recipe, dump_recipe
 from sspcompile.report import write_report
@@ -67,14 +68,13 @@ def build(
         compiled = compile_scenario(scenario, options, toolkit, loaded, progress)
         choices = dict(choices_for(compiled, subject, options.layout or AUTO, host=host))
         judge = _judge(loaded, subject, compiled, options, progress)
-        shortlist = None
-        if "uniform" in choices and options.criterion == AUTO and not choices["uniform"].kept.all():
-            shortlist = _shortlist(judge, compiled, subject, host)
-            choices["uniform"] = shortlist.choice if shortlist is not None else choices["uniform"]
+        shortlists = _shortlists(judge, compiled, subject, choices, host) if options.criterion == AUTO else {}
+        choices |= {layout: found.choice for layout, found in shortlists.items()}
         decision = decide(dict(zip(choices, judge.candidates(list(choices.items()), "layouts"), strict=True)))
-        ranking = shortlist.ranking if shortlist is not None and decision.chosen.layout == "uniform" else None
+        shortlist = shortlists.get(decision.chosen.layout)
+        ranking = shortlist.ranking if shortlist is not None else None
         mask = mask_of(compiled, subject, decision.chosen.choice, decision.chosen.layout, ranking)
-        if ranking is not None:
+        if shortlist is not None:
             mask = replace(mask, scenario={**mask.scenario, "tried": [asdict(one) for one in shortlist.tried]})
         plan = make_plan(subject.checkpoint, mask, host=host)
         parity = _write_and_prove(folder, subject, loaded, mask, plan, decision.chosen, judge, progress)
@@ -89,7 +89,14 @@ def build(
     return outcome
 
 
-def _shortlist(judge: Judge, compiled: Compiled, subject: Subject, host: str | None) -> Shortlisted | None:
+def _shortlists(
+    judge: Judge, compiled: Compiled, subject: Subject, choices: Mapping[Layout, Choice], host: str | None
+) -> dict[Layout, Shortlisted]:
+    """The measured choice of every layout in which something is cut and a class holds one."""
+    cut = [layout for layout, choice in choices.items() if not choice.kept.all()]
+    if not cut:
+        return {}
+
     def holds(choice: Choice) -> bool:
         try:
             host_of(subject.checkpoint.geometry, choice.shapes, host)
@@ -98,10 +105,14 @@ def _shortlist(judge: Judge, compiled: Compiled, subject: Subject, host: str | N
         return True
 
     own = Ranking(compiled.criterion, compiled.scores.values)
-    ranked = contenders(judge, own, "group" if compiled.groups_only else "head")
-    return best_uniform(
-        judge, ranked, compiled.whitelist, compiled.keep, groups_only=compiled.groups_only, holds=holds
-    )
+    ranked = contenders(judge, own, cut, "group" if compiled.groups_only else "head")
+    found = {
+        layout: best_mask(
+            judge, ranked, layout, compiled.whitelist, compiled.keep, groups_only=compiled.groups_only, holds=holds
+        )
+        for layout in cut
+    }
+    return {layout: one for layout, one in found.items() if one is not None}
 
 
 def _judge(

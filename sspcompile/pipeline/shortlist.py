@@ -1,10 +1,12 @@
-"""The uniform mask is chosen by measuring: several head scores, every shape, each repaired, compared by cross-fitting.
+"""The default's masks are chosen by measuring: several head scores, each repaired, compared by cross-fitting.
 
-A uniform cut takes the same share from every layer, from those that bear it and from those that do not. What remains
-depends on the repair more than on the score, and no score ranks heads best under every budget: on the embedded model
-those that look at one layer by itself (`greedy-output`, `probe-pruning`, `wanda`) are ahead at half the heads and
-below, the eliminating one above. Each of these costs a forward pass over the texts that fit the repair. Nestedness is
-not lost: uniform masks are not nested in the budget anyway (compile/layouts.py).
+No score ranks heads best in every model and under every budget. `fisher-midway` sees heads whose work is saturated,
+`fisher-rounds` leaves the dense model's own neighbourhood less; which of them is ahead differs by model. A uniform cut
+takes the same share from every layer, from those that bear it and from those that do not: what remains depends on the
+repair more than on the score, so every shape is tried, and scores that look at one layer by itself (`greedy-output`,
+`probe-pruning`, `wanda`) take part. The two Fisher scores cost a few backward passes over the texts that fit the
+repair, the others a forward pass each. The price is that masks of two budgets may come from different scores, and then
+one is not part of the other.
 
 Masks are compared on the texts that fit the repair, each text under a repair that has not seen it; the guard texts
 stay fresh for the layout. The measure is the mean of sqrt(KL): up to a constant it bounds the total variation between
@@ -13,13 +15,14 @@ the two predictions (Pinsker), so a text that is lost anyway does not outvote th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from sspcompile.compile.budget import merit
-from sspcompile.compile.layouts import Choice, Shape, uniform_choices
+from sspcompile.compile.layouts import Choice, Shape, choose, uniform_choices
+from sspcompile.compile.mask import Layout
 from sspcompile.criteria.look import Granularity
 from sspcompile.criteria.measuring import measure
 from sspcompile.pipeline.compiling import Ranking
@@ -27,15 +30,20 @@ from sspcompile.pipeline.judging import Judge, divergence_of, logits_at
 from sspcompile.prepare.text import Batch, batches_of
 
 FOLDS = 4
-CONTENDERS = ("greedy-output", "probe-pruning", "wanda")
+CONTENDERS = ("fisher-midway",)
+WITHIN_LAYERS = ("greedy-output", "probe-pruning", "wanda")
+"""Scores that compare the heads of one layer; they know nothing of what a layer is worth."""
 
 
 @dataclass(frozen=True)
 class Tried:
-    """One mask of the shortlist: the mean over texts of the root of the KL from the dense model (nats per token)."""
+    """One mask of the shortlist: the mean over texts of the root of the KL from the dense model (nats per token).
+
+    `shape` is None where it differs by layer.
+    """
 
     criterion: str
-    shape: Shape
+    shape: Shape | None
     distance: float
 
 
@@ -66,35 +74,45 @@ class Folds:
         """Mean over texts of sqrt(KL) of each mask (bool [layers, heads]), repaired."""
         roots: list[list[float]] = [[] for _ in masks]
         for part, ((fit, held), dense) in enumerate(zip(self._parts, self._dense, strict=True)):
-            self._judge.progress("comparing uniform masks", part, len(self._parts))
+            self._judge.progress("comparing masks", part, len(self._parts))
             for mine, kept, repair in zip(roots, masks, self._judge.fitted(masks, fit), strict=True):
                 found = divergence_of(self._judge.loaded, kept, repair, held, dense)
                 mine += np.sqrt(np.maximum(found.kl_per_prompt, 0.0)).tolist()
-        self._judge.progress("comparing uniform masks", len(self._parts), len(self._parts))
+        self._judge.progress("comparing masks", len(self._parts), len(self._parts))
         return [float(np.mean(mine)) for mine in roots]
 
 
-def contenders(judge: Judge, own: Ranking, granularity: Granularity = "head") -> tuple[Ranking, ...]:
-    """The scenario's own ranking, and one by each of CONTENDERS from the texts that fit the repair."""
+def contenders(
+    judge: Judge, own: Ranking, layouts: Iterable[Layout], granularity: Granularity = "head"
+) -> tuple[Ranking, ...]:
+    """The scenario's own ranking, and one by each score that `layouts` call for from the texts that fit the repair."""
+    names = (*CONTENDERS, *WITHIN_LAYERS) if "uniform" in layouts else CONTENDERS
     found = [own]
-    for name in CONTENDERS:
+    for name in names:
         scores = measure(judge.loaded, name, judge.sentences, seed=judge.seed, granularity=granularity)
         found.append(Ranking(name, scores.by_domain(1)[..., 0]))
     return tuple(found)
 
 
-def best_uniform(
-    judge: Judge, ranked: Sequence[Ranking], whitelist: np.ndarray, keep: float, *, groups_only: bool = False,
-    holds: Callable[[Choice], bool] = lambda _: True,
+def best_mask(
+    judge: Judge, ranked: Sequence[Ranking], layout: Layout, whitelist: np.ndarray, keep: float, *,
+    groups_only: bool = False, holds: Callable[[Choice], bool] = lambda _: True,
 ) -> Shortlisted | None:
-    """The uniform mask within `keep` that diverges least once repaired; ties go to the earlier one.
+    """The mask of a layout within `keep` that diverges least once repaired; ties go to the earlier one.
 
     `whitelist` is bool [layers, heads]. `holds` says whether a class can hold a mask; None when it holds none.
     """
     kv_heads = judge.loaded.geometry.kv_heads
     masks: dict[bytes, tuple[Ranking, Choice]] = {}
     for ranking in ranked:
-        for choice in uniform_choices(merit(ranking.values, whitelist), kv_heads, keep, groups_only=groups_only):
+        if layout == "per-layer" and ranking.name in WITHIN_LAYERS:
+            continue
+        values = merit(ranking.values, whitelist)
+        if layout == "uniform":
+            choices = uniform_choices(values, kv_heads, keep, groups_only=groups_only)
+        else:
+            choices = (choose(values, kv_heads, keep, layout, groups_only=groups_only),)
+        for choice in choices:
             if holds(choice):
                 masks.setdefault(choice.kept.tobytes(), (ranking, choice))
     if not masks:
@@ -105,5 +123,8 @@ def best_uniform(
         for number, (distance, (ranking, choice)) in enumerate(zip(distances, masks.values(), strict=True))
     ]
     found.sort(key=lambda one: one[:2])
-    tried = tuple(Tried(ranking.name, choice.shapes[0], value) for value, _, ranking, choice in found)
+    tried = tuple(
+        Tried(ranking.name, choice.shapes[0] if layout == "uniform" else None, value)
+        for value, _, ranking, choice in found
+    )
     return Shortlisted(found[0][2], found[0][3], tried)
