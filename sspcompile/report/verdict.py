@@ -111,11 +111,13 @@ def _quality(report: Report) -> Iterator[str]:
     if agreement.value == 1 and ours.mean_kl.value == 0:
         yield "On held-out prompts of the scenario no difference from the dense model was found."
         return
-    yield (
-        f"LOSS: on held-out prompts of the scenario the next token differs from the dense model's in "
-        f"{percent(1 - agreement.value)} of the positions{_turned(agreement)}, "
-        f"with a mean KL of {with_interval(ours.mean_kl)} nats."
-    )
+    found = "On held-out prompts of the scenario every next token is the dense model's"
+    if agreement.value < 1:
+        found = (
+            "LOSS: on held-out prompts of the scenario the next token differs from the dense model's in "
+            f"{percent(1 - agreement.value)} of the positions{_turned(agreement)}"
+        )
+    yield f"{found}, with a mean KL of {with_interval(ours.mean_kl)} nats."
     if agreement.value < FEW_AGREE:
         yield "That is a different model in use, not a smaller copy: try a larger --keep before shipping it."
     yield from _exact_match(report, ours)
