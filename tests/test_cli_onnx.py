@@ -32,7 +32,9 @@ def shell(home: Path, *args: object, stdin: str | None = None) -> subprocess.Com
 def home(tmp_path_factory) -> Path:
     """A build of the embedded model in two exports."""
     home = tmp_path_factory.mktemp("home")
-    fast = ("--max-tokens", "48", "--continuation-tokens", "8", "--criterion", "fisher", "--layout", "per-layer")
+    # A cut that loses something: divergences of 1e-10 are rounding.
+    cut = ("--criterion", "fisher", "--layout", "per-layer", "--keep", "0.25")
+    fast = ("--max-tokens", "48", "--continuation-tokens", "8", *cut)
     done = shell(home, "build", "--scenario", "chemistry-helpdesk", *fast, "--out", "artifacts/desk", "-q")
     assert done.returncode == 0, done.stderr
     for precision in ("fp32", "int8"):
