@@ -94,11 +94,13 @@ test-lm-eval: $(HARNESS)/.done  ## lm-evaluation-harness on an artifact, with a 
 schemas: $(VENV)/.done  ## The published JSON schemas of what reports and benchmarks write.
 	$(BIN)/python -m sspcompile.report.schema docs/schemas
 
-lint: $(VENV)/.done
+lint: $(VENV)/.done  ## Rules and format.
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 format: $(VENV)/.done
 	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 train: $(VENV)/.done  ## Train the embedded model again, and write its card and the domain pools.
 	$(BIN)/python -m sspcompile.embedded.train --out sspcompile/embedded/model

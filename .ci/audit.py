@@ -17,8 +17,17 @@ SECONDS = 120
 
 def main() -> int:
     command = [
-        sys.executable, "-m", "pip_audit", "--requirement", str(ROOT / "constraints.txt"), "--no-deps",
-        "--disable-pip", "--format", "json", "--progress-spinner", "off",
+        sys.executable,
+        "-m",
+        "pip_audit",
+        "--requirement",
+        str(ROOT / "constraints.txt"),
+        "--no-deps",
+        "--disable-pip",
+        "--format",
+        "json",
+        "--progress-spinner",
+        "off",
     ]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)

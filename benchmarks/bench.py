@@ -50,11 +50,14 @@ def against_itself(home: Path, trials: int) -> list[dict[str, Any]]:
     shutil.copytree(embedded_model(), home / "copy")
     found = []
     for number in range(trials):
-        result = json.loads(
-            command(home, "bench", "copy", "--model", "embedded", "--quick", "--fresh", "--json")
+        result = json.loads(command(home, "bench", "copy", "--model", "embedded", "--quick", "--fresh", "--json"))
+        found.append(
+            {
+                r["metric"]: [r["improvement"], r["improvement_interval"], r["verdict"]]
+                for r in result["ratios"]
+                if r["interval"]
+            }
         )
-        found.append({r["metric"]: [r["improvement"], r["improvement_interval"], r["verdict"]]
-                      for r in result["ratios"] if r["interval"]})  # fmt: skip
         click.echo(f"{number + 1} of {trials}: {alarms([found[-1]])}", err=True)
     return found
 
@@ -70,10 +73,11 @@ def twice(home: Path) -> Iterator[dict[str, Any]]:
         if first["improvement_interval"] and second["improvement_interval"]:
             a, b = first["improvement_interval"], second["improvement_interval"]
             yield {
-                "metric": first["metric"], "first": [first["improvement"], a["low"], a["high"]],
+                "metric": first["metric"],
+                "first": [first["improvement"], a["low"], a["high"]],
                 "second": [second["improvement"], b["low"], b["high"]],
                 "overlap": a["low"] <= b["high"] and b["low"] <= a["high"],
-            }  # fmt: skip
+            }
 
 
 @click.command()

@@ -51,29 +51,59 @@ OPTIMUM = Path(".venv-optimum/bin/python")
 COMMON = {"torch_dtype": "float32", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "hidden_act": "silu"}
 SHAPES: Mapping[str, dict[str, object]] = {
     "207M": {
-        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": 1024, "intermediate_size": 3072,
-        "num_hidden_layers": 12, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64,
-        "vocab_size": 27648, "tie_word_embeddings": False, "rope_theta": 10000.0, "attention_bias": False,
-        "use_sliding_window": False, **COMMON,
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 27648,
+        "tie_word_embeddings": False,
+        "rope_theta": 10000.0,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        **COMMON,
     },
     "1.2B": {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 2048, "intermediate_size": 8192,
-        "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
-        "vocab_size": 128256, "tie_word_embeddings": True, "rope_theta": 500000.0, **COMMON,
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+        "rope_theta": 500000.0,
+        **COMMON,
     },
     "tiny": {
-        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": 128, "intermediate_size": 256,
-        "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "vocab_size": 1000,
-        "tie_word_embeddings": False, "rope_theta": 10000.0, "use_sliding_window": False, **COMMON,
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+        "vocab_size": 1000,
+        "tie_word_embeddings": False,
+        "rope_theta": 10000.0,
+        "use_sliding_window": False,
+        **COMMON,
     },
-}  # fmt: skip
+}
 PROMPT, CONTEXTS = 512, (128, 1024)
 SPREAD = 0.02
 BASE = "transformers, dense"
 PAIRS = tuple(
     (f"{base} {precision}, {of}", f"ours {precision}, pruned")
-    for precision in ("fp32", "int4") for base, of in (("genai builder", "pruned"), ("ours", "dense"))
-)  # fmt: skip
+    for precision in ("fp32", "int4")
+    for base, of in (("genai builder", "pruned"), ("ours", "dense"))
+)
 PAIR_STEPS, PAIR_VISITS = 5, 25
 
 
@@ -177,9 +207,20 @@ def export_rounds(model: Path, folder: Path, rounds: int) -> dict[str, object]:
 def built(model: Path, out: Path, precision: str) -> Path | None:
     """The graph of onnxruntime-genai's builder, or None where it cannot make one."""
     command = [
-        sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(model), "-o", str(out), "-p", precision,
-        "-e", "cpu", "-c", str(out.parent / "cache"),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "onnxruntime_genai.models.builder",
+        "-i",
+        str(model),
+        "-o",
+        str(out),
+        "-p",
+        precision,
+        "-e",
+        "cpu",
+        "-c",
+        str(out.parent / "cache"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         click.echo(f"the builder failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}", err=True)
@@ -218,8 +259,10 @@ def contenders(
             if out is not None:
                 rows.append(Contender(f"genai builder {precision}, pruned", "onnx", out))
         for kind, name, python in (
-            ("dynamo", "dense", sys.executable), ("dynamo", "pruned", sys.executable), ("optimum", "dense", OPTIMUM),
-        ):  # fmt: skip
+            ("dynamo", "dense", sys.executable),
+            ("dynamo", "pruned", sys.executable),
+            ("optimum", "dense", OPTIMUM),
+        ):
             if not only.search(f"{LABEL[kind]}, {name}"):
                 continue
             cost = exported_by(kind, python, models[name], folder / f"{kind}-{name}")
@@ -292,16 +335,25 @@ def main(
             bytes_of = {row.name: weight_bytes(row.folder) for row in rows}
             export = export_rounds(Path(place) / "dense", Path(place), rounds)
             result: dict[str, object] = {
-                "size": size, "threads": threads, "bytes": bytes_of, "export": export, "peers": costs, "rounds": [],
-            }  # fmt: skip
+                "size": size,
+                "threads": threads,
+                "bytes": bytes_of,
+                "export": export,
+                "peers": costs,
+                "rounds": [],
+            }
             folders = {row.name: row.folder for row in rows}
             result["pairs"] = {
                 f"{base} | {row}": timed(
-                    Contender(row, "pair", folders[base]), threads=threads, steps=PAIR_STEPS, visits=PAIR_VISITS,
+                    Contender(row, "pair", folders[base]),
+                    threads=threads,
+                    steps=PAIR_STEPS,
+                    visits=PAIR_VISITS,
                     other=str(folders[row]),
                 )
-                for base, row in PAIRS if {base, row} <= folders.keys()
-            }  # fmt: skip
+                for base, row in PAIRS
+                if {base, row} <= folders.keys()
+            }
             for number in range(rounds):
                 order = rows if number % 2 == 0 else rows[::-1]
                 once = {row.name: timed(row, threads=threads, prompt=PROMPT, steps=steps) for row in order}

@@ -39,10 +39,13 @@ def dynamo(folder: Path, out: Path) -> None:
     auto = torch.export.Dim.AUTO
     past = [torch.zeros(2, g.num_key_value_heads, 5, g.head_dim) for _ in sides]
     program = torch.onnx.export(
-        WithCache(), (torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 8, dtype=torch.long), *past), dynamo=True,
+        WithCache(),
+        (torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 8, dtype=torch.long), *past),
+        dynamo=True,
         dynamic_shapes=({0: auto, 1: auto}, {0: auto, 1: auto}, tuple({0: auto, 2: auto} for _ in past)),
         input_names=["input_ids", "attention_mask", *(f"past_key_values.{side}" for side in sides)],
-        output_names=["logits", *(f"present.{side}" for side in sides)], verbose=False,
+        output_names=["logits", *(f"present.{side}" for side in sides)],
+        verbose=False,
     )
     out.mkdir(parents=True)
     program.save(out / "model.onnx", external_data=True)

@@ -51,7 +51,9 @@ def transformers_steps(folder: Path, threads: int, prompt: int, contexts: list[i
             for step in range(WARM_STEPS + steps):
                 start = time.perf_counter()
                 model(
-                    input_ids=torch.tensor([[7]]), position_ids=torch.tensor([[context + step]]), past_key_values=cache,
+                    input_ids=torch.tensor([[7]]),
+                    position_ids=torch.tensor([[context + step]]),
+                    past_key_values=cache,
                     use_cache=True,
                 )
                 times.append(time.perf_counter() - start)

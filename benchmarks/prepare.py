@@ -62,7 +62,10 @@ def main(model: str | None, repeats: int) -> None:
         pairs = np.array([(seconds(run), seconds(bare)) for _ in range(repeats if name == "capture" else 2)])
         ratios = pairs[:, 0] / pairs[:, 1]
         table.add_row(
-            name, f"{np.median(pairs[:, 0]):.2f}", f"{np.median(pairs[:, 1]):.2f}", f"{np.median(ratios):.2f}",
+            name,
+            f"{np.median(pairs[:, 0]):.2f}",
+            f"{np.median(pairs[:, 1]):.2f}",
+            f"{np.median(ratios):.2f}",
             f"{ratios.min():.2f} to {ratios.max():.2f}",
         )
     Console(width=110).print(table)

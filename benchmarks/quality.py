@@ -184,10 +184,15 @@ def judge_job(seed: int, domain: str, count: int, out: Path) -> None:
 def shortlisted(texts: Texts, scores: np.ndarray, seed: int) -> dict[Cell, Choice]:
     """The default's masks."""
     judge = Judge(
-        model(), Evidence(texts.prompts, (), (), (), len(texts.prompts), 0, 0), max_tokens=MAX_TOKENS,
-        new_tokens=CONTINUATION_TOKENS, seed=seed, repair="least-squares", dtype=torch.float32,
+        model(),
+        Evidence(texts.prompts, (), (), (), len(texts.prompts), 0, 0),
+        max_tokens=MAX_TOKENS,
+        new_tokens=CONTINUATION_TOKENS,
+        seed=seed,
+        repair="least-squares",
+        dtype=torch.float32,
         progress=lambda *_: None,
-    )  # fmt: skip
+    )
     ranked = contenders(judge, Ranking(RANKED_BY, scores), LAYOUTS)
     nobody = np.zeros(scores.shape, dtype=bool)
     return {(layout, keep): best_mask(judge, ranked, layout, nobody, keep).choice for layout, keep in CELLS}
@@ -210,8 +215,7 @@ def mixed_masks(seed: int, out: Path) -> dict[Cell, Choice]:
     with np.load(out / f"mixed-{seed}.npz") as found:
         return {
             (layout, keep): Choice(
-                found[f"kept-{layout}-{keep:g}"],
-                tuple((int(g), int(r)) for g, r in found[f"shapes-{layout}-{keep:g}"]),
+                found[f"kept-{layout}-{keep:g}"], tuple((int(g), int(r)) for g, r in found[f"shapes-{layout}-{keep:g}"])
             )
             for layout, keep in CELLS
         }
@@ -264,8 +268,10 @@ def main(seeds: int, count: int, workers: int, out: Path) -> None:
             job.result()
         judging = [
             pool.submit(job, seed, domain, count, out)
-            for job in (default_job, judge_job) for seed in range(seeds) for domain in DOMAINS
-        ]  # fmt: skip
+            for job in (default_job, judge_job)
+            for seed in range(seeds)
+            for domain in DOMAINS
+        ]
         for job in track(judging, "judging masks"):
             job.result()
 

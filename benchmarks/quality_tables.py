@@ -68,9 +68,10 @@ def load(results: Path) -> dict[str, Cells]:
         sizes = {"own": own, "off": off}
         found[f"{domain}/{seed}"] = {
             key: np.unpackbits(value)[: sizes[key.rsplit("/", 1)[1]]].astype(float)
-            if key.endswith(("/own", "/off")) else value
+            if key.endswith(("/own", "/off"))
+            else value
             for key, value in cells.items()
-        }  # fmt: skip
+        }
     return found
 
 
@@ -92,12 +93,19 @@ def row_of(jobs: Mapping[str, Cells], key: str) -> Row:
     own = np.mean([cells[f"{key}/own"].mean() for cells in jobs.values()])
     dense = np.mean([cells["dense/-/1/none/own"].mean() for cells in jobs.values()])
     return Row(
-        name, layout, float(keep), repair,
+        name,
+        layout,
+        float(keep),
+        repair,
         ratio=float(np.mean([cells[f"{key}/facts"][0] for cells in jobs.values()])),
-        own=float(own), off=float(np.mean([cells[f"{key}/off"].mean() for cells in jobs.values()])),
+        own=float(own),
+        off=float(np.mean([cells[f"{key}/off"].mean() for cells in jobs.values()])),
         likelihood=float(np.mean([cells[f"{key}/facts"][1] for cells in jobs.values()])),
-        relative=float(own / dense), change=mean, change_items=items, change_scenarios=scenarios,
-    )  # fmt: skip
+        relative=float(own / dense),
+        change=mean,
+        change_items=items,
+        change_scenarios=scenarios,
+    )
 
 
 @dataclass(frozen=True)
@@ -142,8 +150,9 @@ def tables(rows: list[Row], found: list[Claim], dense: tuple[float, float]) -> s
     """Everything as Markdown."""
     lines = [
         f"Dense: exact match {dense[0]:.3f} on the scenario's domain, {dense[1]:.3f} on the others. "
-        "Cells: own domain (other domains).", "",
-    ]  # fmt: skip
+        "Cells: own domain (other domains).",
+        "",
+    ]
     by = {(r.name, r.layout, r.keep, r.repair): r for r in rows}
     for layout in LAYOUTS:
         for repair in ("none", "least-squares"):
@@ -160,15 +169,17 @@ def tables(rows: list[Row], found: list[Claim], dense: tuple[float, float]) -> s
     lines += ["| against | layout | keep | repair | points | over items | over scenarios | holds |", "|---" * 8 + "|"]
     lines += [
         f"| `{c.what}` | {c.layout} | {c.keep:g} | {c.repair} | {100 * c.mean:+.1f} | {_interval(c.items)} | "
-        f"{_interval(c.scenarios)} | {'yes' if c.holds else 'no'} |" for c in found
-    ]  # fmt: skip
+        f"{_interval(c.scenarios)} | {'yes' if c.holds else 'no'} |"
+        for c in found
+    ]
     lines += ["", f"### `{OURS}` against the dense model", ""]
     lines += ["| layout | keep | kept | repair | of dense | change | over items | over scenarios |", "|---" * 8 + "|"]
     lines += [
         f"| {r.layout} | {r.keep:g} | {r.ratio:.3f} | {r.repair} | {100 * r.relative:.1f} % | {100 * r.change:+.1f} | "
         f"{_interval(r.change_items)} | {_interval(r.change_scenarios)} |"
-        for r in rows if r.name == OURS
-    ]  # fmt: skip
+        for r in rows
+        if r.name == OURS
+    ]
     others = [r for r in rows if r.repair in ("flap-bias", "least-squares-mlp")]
     lines += ["", "### Other repairs", ""]
     lines += ["| repair | score | layout | keep | own domain | of dense |", "|---" * 6 + "|"]
@@ -207,9 +218,15 @@ def figure(rows: list[Row], dense: float, path: Path) -> None:
     from matplotlib import pyplot
 
     shown = {
-        OURS: "C0", "greedy-kl": "C6", "kl": "C1", "flap": "C2", "wanda": "C3", "llm-pruner": "C4", "subspace": "C5",
+        OURS: "C0",
+        "greedy-kl": "C6",
+        "kl": "C1",
+        "flap": "C2",
+        "wanda": "C3",
+        "llm-pruner": "C4",
+        "subspace": "C5",
         FIRST_LAYER: "0.4",
-    }  # fmt: skip
+    }
     panels, axes = pyplot.subplots(1, len(LAYOUTS), figsize=(9, 3.6), sharey=True)
     for axis, layout in zip(axes, LAYOUTS, strict=True):
         axis.axhline(dense, color="black", linewidth=0.8, linestyle=":", label="dense")
@@ -217,9 +234,14 @@ def figure(rows: list[Row], dense: float, path: Path) -> None:
             line = [r for r in rows if (r.name, r.layout, r.repair) == (name, layout, "least-squares")]
             line.sort(key=lambda r: r.keep)
             axis.plot(
-                [r.keep for r in line], [r.own for r in line], marker="o", markersize=3, color=colour,
-                linewidth=2.2 if name == OURS else 1.2, label=name,
-            )  # fmt: skip
+                [r.keep for r in line],
+                [r.own for r in line],
+                marker="o",
+                markersize=3,
+                color=colour,
+                linewidth=2.2 if name == OURS else 1.2,
+                label=name,
+            )
         axis.set_title(f"{layout} layout", fontsize=10)
         axis.set_xlabel("kept share of heads")
         axis.set_ylim(0, 1)
@@ -241,9 +263,11 @@ def main(results: Path) -> None:
     reference = row_of(jobs, "dense/-/1/none")
     found = claims(jobs, rows)
     summary = {
-        "scenarios": len(jobs), "dense": asdict(reference), "rows": [asdict(row) for row in rows],
+        "scenarios": len(jobs),
+        "dense": asdict(reference),
+        "rows": [asdict(row) for row in rows],
         "claims": [asdict(claim) | {"holds": claim.holds} for claim in found],
-    }  # fmt: skip
+    }
     (results / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
     text = tables(rows, found, (reference.own, reference.off))
     (results / "tables.md").write_text(text, "utf-8")

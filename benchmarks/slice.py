@@ -39,10 +39,19 @@ SHARD_BYTES = 1 * GIGA
 CHUNK = 8 << 20
 # Attention is 16 % of such a layer, as in Llama-3-70B.
 SHAPE = {
-    "model_type": "mistral", "architectures": ["MistralForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 32000, "sliding_window": None,
-    "torch_dtype": "bfloat16", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
-}  # fmt: skip
+    "model_type": "mistral",
+    "architectures": ["MistralForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 32000,
+    "sliding_window": None,
+    "torch_dtype": "bfloat16",
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+}
 
 
 def sized_config(folder: Path, target: int, shape: dict[str, object]) -> dict[str, object]:
@@ -108,9 +117,19 @@ def write_mask(model: Path, path: Path, keep: float, layout: Layout = "per-layer
     scores = np.random.default_rng(0).random((g.layers, g.heads))
     choice = choose(scores, g.kv_heads, keep, layout)
     mask = HeadMask(
-        fingerprint(checkpoint), g.layers, g.heads, g.kv_heads, kept_of(choice.kept), layout, keep, choice.ratio,
-        tuple(map(tuple, scores.tolist())), (), "random", {},
-    )  # fmt: skip
+        fingerprint(checkpoint),
+        g.layers,
+        g.heads,
+        g.kv_heads,
+        kept_of(choice.kept),
+        layout,
+        keep,
+        choice.ratio,
+        tuple(map(tuple, scores.tolist())),
+        (),
+        "random",
+        {},
+    )
     path.write_text(dump_mask(mask))
     return path
 
@@ -145,9 +164,18 @@ def slice_case(folder: Path, target: int, repeats: int, keep: float) -> dict[str
     model = make(folder / "dense", target, SHAPE)
     mask = write_mask(model, folder / "mask.json", keep)
     slicing = [
-        sys.executable, "-m", "sspcompile.cli.main", "slice", "-q", "--model", str(model), "--mask", str(mask), "--out",
+        sys.executable,
+        "-m",
+        "sspcompile.cli.main",
+        "slice",
+        "-q",
+        "--model",
+        str(model),
+        "--mask",
+        str(mask),
+        "--out",
         str(folder / "cut"),
-    ]  # fmt: skip
+    ]
     measured(slicing)  # what cp copies, and a warm-up that does not count
     shutil.copytree(folder / "cut", folder / "written", copy_function=os.link)
     shutil.rmtree(folder / "cut")
@@ -190,9 +218,13 @@ def show(cases: list[dict[str, object]], plan: dict[str, object]) -> None:
         fits = "" if case["source_bytes"] + case["written_bytes"] < memory else " (exceeds the page cache)"
         ratios = case["ratios"]
         table.add_row(
-            f"{case['source_bytes'] / GIGA:.2f} GB{fits}", f"{case['written_bytes'] / GIGA:.2f} GB",
-            f"{np.median(case['slice']):.2f}", f"{np.median(case['cp']):.2f}", f"{np.median(ratios):.2f}",
-            f"{min(ratios):.2f} to {max(ratios):.2f}", f"{case['peak_bytes'] / 1e6:.0f}",
+            f"{case['source_bytes'] / GIGA:.2f} GB{fits}",
+            f"{case['written_bytes'] / GIGA:.2f} GB",
+            f"{np.median(case['slice']):.2f}",
+            f"{np.median(case['cp']):.2f}",
+            f"{np.median(ratios):.2f}",
+            f"{min(ratios):.2f} to {max(ratios):.2f}",
+            f"{case['peak_bytes'] / 1e6:.0f}",
         )
     console = Console(width=120)
     console.print(table)

@@ -46,10 +46,7 @@ class RecipeError(InputError):
 
     def __init__(self, source: str, problems: list[str], *, hint: str = EXAMPLE) -> None:
         count = "1 error" if len(problems) == 1 else f"{len(problems)} errors"
-        super().__init__(
-            f"{source} has {count}: " + "; ".join(problems) + ".",
-            hint=hint,
-        )
+        super().__init__(f"{source} has {count}: " + "; ".join(problems) + ".", hint=hint)
         self.problems = problems
 
 

@@ -131,14 +131,17 @@ class Family:
     window: str | None = None
 
 
-FOUR_NORMS = (
-    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
-)  # fmt: skip
+FOUR_NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 # What Gemma 2 and 3 have in common: two norms around each block, so the residual stream is seen by the second pair.
 SANDWICHED: Mapping[str, Any] = {
-    "norms": FOUR_NORMS, "residual_norm": "pre_feedforward_layernorm", "normed_attention": True, "tied": True,
-    "head_dim": 256, "hidden_must_divide": True, "reads_heads": True,
-}  # fmt: skip
+    "norms": FOUR_NORMS,
+    "residual_norm": "pre_feedforward_layernorm",
+    "normed_attention": True,
+    "tied": True,
+    "head_dim": 256,
+    "hidden_must_divide": True,
+    "reads_heads": True,
+}
 
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
@@ -146,63 +149,108 @@ FAMILIES: Mapping[str, Family] = {
         # transformers 5 rejects a LlamaConfig whose hidden_size is no multiple of num_attention_heads even when
         # head_dim is given; Mistral has the same tensors and the same forward with `sliding_window: null`.
         Family(
-            "llama", "LlamaForCausalLM", qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias",
-            hidden_must_divide=True, reads_heads=True, hosts=("mistral", "seed_oss", "granite"),
+            "llama",
+            "LlamaForCausalLM",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            mlp_bias="mlp_bias",
+            hidden_must_divide=True,
+            reads_heads=True,
+            hosts=("mistral", "seed_oss", "granite"),
             own_keys=("attention_bias", "mlp_bias", "pretraining_tp"),
         ),
         Family(
-            "mistral", "MistralForCausalLM", hosts=("seed_oss", "granite"), window="sliding_window",
-            own_keys=("sliding_window",), neutral=lambda _: {"sliding_window": None},
+            "mistral",
+            "MistralForCausalLM",
+            hosts=("seed_oss", "granite"),
+            window="sliding_window",
+            own_keys=("sliding_window",),
+            neutral=lambda _: {"sliding_window": None},
         ),
         Family("ministral", "MinistralForCausalLM"),
         Family(
-            "qwen2", "Qwen2ForCausalLM", qkv_bias=True, hosts=("seed_oss", "granite"), window="use_sliding_window",
+            "qwen2",
+            "Qwen2ForCausalLM",
+            qkv_bias=True,
+            hosts=("seed_oss", "granite"),
+            window="use_sliding_window",
             own_keys=("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
         ),
         Family(
             "qwen3", "Qwen3ForCausalLM", qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, head_dim=128
         ),
-        Family(
-            "phi3", "Phi3ForCausalLM", fused_qkv=True, mlp=FUSED_GATED, reads_heads=True, longrope_by_heads=True
-        ),
+        Family("phi3", "Phi3ForCausalLM", fused_qkv=True, mlp=FUSED_GATED, reads_heads=True, longrope_by_heads=True),
         Family(
             "gemma", "GemmaForCausalLM", qkv_bias="attention_bias", o_bias="attention_bias", tied=True, head_dim=256
         ),
         Family(  # sdpa knows no soft capping of scores
-            "gemma2", "Gemma2ForCausalLM", qkv_bias="attention_bias", o_bias="attention_bias", attention="eager",
+            "gemma2",
+            "Gemma2ForCausalLM",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            attention="eager",
             **SANDWICHED,
         ),
         Family(
-            "gemma3_text", "Gemma3ForCausalLM", qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True,
+            "gemma3_text",
+            "Gemma3ForCausalLM",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            qk_norm=True,
             **SANDWICHED,
         ),
         Family(
-            "granite", "GraniteForCausalLM", qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias",
+            "granite",
+            "GraniteForCausalLM",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            mlp_bias="mlp_bias",
             residual_multiplier="residual_multiplier",
             neutral=lambda head_dim: {
-                "attention_multiplier": head_dim**-0.5, "embedding_multiplier": 1.0, "residual_multiplier": 1.0,
+                "attention_multiplier": head_dim**-0.5,
+                "embedding_multiplier": 1.0,
+                "residual_multiplier": 1.0,
                 "logits_scaling": 1.0,
             },
         ),
         Family(
-            "smollm3", "SmolLM3ForCausalLM", qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias",
+            "smollm3",
+            "SmolLM3ForCausalLM",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            mlp_bias="mlp_bias",
             tied=True,
         ),
         Family(
-            "starcoder2", "Starcoder2ForCausalLM", qkv_bias="use_bias", o_bias="use_bias", mlp_bias="use_bias",
-            norm_bias=True, mlp=PLAIN, tied=True,
+            "starcoder2",
+            "Starcoder2ForCausalLM",
+            qkv_bias="use_bias",
+            o_bias="use_bias",
+            mlp_bias="use_bias",
+            norm_bias=True,
+            mlp=PLAIN,
+            tied=True,
         ),
         Family(
-            "seed_oss", "SeedOssForCausalLM", qkv_bias="attention_bias", o_bias="attention_out_bias",
-            mlp_bias="mlp_bias", head_dim=128, neutral=lambda _: {"attention_dropout": 0.0, "residual_dropout": 0.0},
+            "seed_oss",
+            "SeedOssForCausalLM",
+            qkv_bias="attention_bias",
+            o_bias="attention_out_bias",
+            mlp_bias="mlp_bias",
+            head_dim=128,
+            neutral=lambda _: {"attention_dropout": 0.0, "residual_dropout": 0.0},
         ),
         Family("mixtral", "MixtralForCausalLM", experts=MIXTRAL_EXPERTS),
         Family(
-            "qwen3_moe", "Qwen3MoeForCausalLM", qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True,
+            "qwen3_moe",
+            "Qwen3MoeForCausalLM",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            qk_norm=True,
             experts=QWEN_EXPERTS,
         ),
     )
-}  # fmt: skip
+}
 
 SPANS_HEADS = "its q_norm spans all heads, so removing one changes the others"
 DERIVED_HEAD_DIM = "its class derives the head size from hidden_size / heads and cannot hold fewer heads"
@@ -216,9 +264,7 @@ REFUSED: Mapping[str, str] = {
 # Those that the ONNX export has a graph for, each compared with transformers in its tests.
 ONNX_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "phi3", "seed_oss")
 # Families whose switch is on unless config.json says otherwise.
-ON_BY_DEFAULT = frozenset(
-    {("starcoder2", "use_bias"), ("seed_oss", "attention_bias"), ("mistral", "sliding_window")}
-)
+ON_BY_DEFAULT = frozenset({("starcoder2", "use_bias"), ("seed_oss", "attention_bias"), ("mistral", "sliding_window")})
 
 
 @dataclass(frozen=True)
@@ -281,9 +327,14 @@ def family_of(config: Mapping[str, Any]) -> Family:
 # Far beyond any model, and small enough that what is counted by them fits into memory.
 LARGEST_SIZE = 1 << 31
 LARGEST = {
-    "num_hidden_layers": 4096, "num_attention_heads": 1 << 16, "num_key_value_heads": 1 << 16, "num_experts": 4096,
-    "num_local_experts": 4096, "n_routed_experts": 4096, "num_experts_per_tok": 4096,
-}  # fmt: skip
+    "num_hidden_layers": 4096,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "num_experts": 4096,
+    "num_local_experts": 4096,
+    "n_routed_experts": 4096,
+    "num_experts_per_tok": 4096,
+}
 
 
 def _positive(config: Mapping[str, Any], key: str, default: int | None = None) -> int:

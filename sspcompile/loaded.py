@@ -76,7 +76,12 @@ class TextModel:
 
     @torch.inference_mode()
     def continuations(
-        self, input_ids: Tensor, attention_mask: Tensor, new_tokens: int, *, choose: Chooser | None = None,
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        new_tokens: int,
+        *,
+        choose: Chooser | None = None,
         on_tokens: Callable[[list[int]], None] = lambda _: None,
     ) -> list[list[int]]:
         """At most `new_tokens` tokens behind every row of [B, T], which is padded on the left; end tokens included.
@@ -89,7 +94,11 @@ class TextModel:
         rows = Rows(len(ids), self.ends)
         for _ in range(new_tokens):
             output = self.model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
                 logits_to_keep=1,
             )
             cache, scores = output.past_key_values, output.logits[:, -1]
@@ -168,8 +177,7 @@ def demand_json(path: Path) -> None:
 
 
 def load(
-    path: Path, *, fingerprint: str, device: str = "cpu", device_map: str | None = None,
-    trust_remote_code: bool = False,
+    path: Path, *, fingerprint: str, device: str = "cpu", device_map: str | None = None, trust_remote_code: bool = False
 ) -> LoadedModel:
     """Load model and tokenizer from a folder. Everything is computed in fp32, whatever the checkpoint stores.
 
@@ -187,8 +195,11 @@ def load(
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation=geometry.family.attention,
-            trust_remote_code=trust_remote_code, **spread,
+            path,
+            dtype=torch.float32,
+            attn_implementation=geometry.family.attention,
+            trust_remote_code=trust_remote_code,
+            **spread,
         )
     except LOADING_ERRORS as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -202,9 +213,7 @@ def load(
     return LoadedModel(model=model, tokenizer=tokenizer, geometry=geometry, path=path, fingerprint=fingerprint)
 
 
-def _check_loaded(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, geometry: Geometry, path: Path
-) -> None:
+def _check_loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, geometry: Geometry, path: Path) -> None:
     if len(tokenizer) > geometry.vocab:
         raise CheckpointError(
             f"{path} has a tokenizer of {len(tokenizer)} tokens for a model of {geometry.vocab}.",
@@ -268,8 +277,7 @@ def head_gates(loaded: LoadedModel, gates: Tensor) -> Iterator[None]:
         return hook
 
     handles = [
-        o_proj(layer).register_forward_pre_hook(hook_for(gates[index]))
-        for index, layer in enumerate(loaded.layers)
+        o_proj(layer).register_forward_pre_hook(hook_for(gates[index])) for index, layer in enumerate(loaded.layers)
     ]
     try:
         yield

@@ -36,7 +36,10 @@ FAMILY_SETTINGS: dict[str, dict] = {
     "gemma2": {"query_pre_attn_scalar": 16, "sliding_window": 8, "bias": BIASED},
     "gemma3_text": {"query_pre_attn_scalar": 16, "sliding_window": 8, "sliding_window_pattern": 2, "bias": BIASED},
     "granite": {
-        "attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 0.5,
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 0.5,
         "bias": {**BIASED, "mlp_bias": True},
     },
     "smollm3": {"no_rope_layer_interval": 2, "bias": {**BIASED, "mlp_bias": True}},
@@ -44,9 +47,13 @@ FAMILY_SETTINGS: dict[str, dict] = {
     "seed_oss": {"attention_bias": False, "bias": {**BIASED, "attention_out_bias": True, "mlp_bias": True}},
     "mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2},
     "qwen3_moe": {
-        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [1], "bias": BIASED
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "mlp_only_layers": [1],
+        "bias": BIASED,
     },
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -102,17 +109,35 @@ def config_of(shape: Shape) -> PretrainedConfig:
 
 
 def family_config(
-    family: str, *, layers: int = 3, hidden: int = 64, kv_heads: int = 4, group_size: int = 2, head_dim: int = 16,
-    bias: bool = False, tied: bool = False,
+    family: str,
+    *,
+    layers: int = 3,
+    hidden: int = 64,
+    kv_heads: int = 4,
+    group_size: int = 2,
+    head_dim: int = 16,
+    bias: bool = False,
+    tied: bool = False,
 ) -> PretrainedConfig:
     """A small configuration of any family of the table; positions are the family's default."""
     settings = dict(FAMILY_SETTINGS[family])
     biases = settings.pop("bias", {})
     return AutoConfig.for_model(
-        family, vocab_size=VOCAB, hidden_size=hidden, intermediate_size=48, num_hidden_layers=layers,
-        num_attention_heads=kv_heads * group_size, num_key_value_heads=kv_heads, head_dim=head_dim,
-        tie_word_embeddings=tied, max_position_embeddings=256, initializer_range=0.2, bos_token_id=256,
-        eos_token_id=257, pad_token_id=258, **{**settings, **(biases if bias else {})},
+        family,
+        vocab_size=VOCAB,
+        hidden_size=hidden,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=kv_heads * group_size,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        tie_word_embeddings=tied,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        bos_token_id=256,
+        eos_token_id=257,
+        pad_token_id=258,
+        **{**settings, **(biases if bias else {})},
     )
 
 

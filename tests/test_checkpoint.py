@@ -32,13 +32,7 @@ from sspcompile.checkpoint import (
 )
 from sspcompile.checkpoint.publish import write_atomically
 from sspcompile.checkpoint.source import INDEX_NAME, MAX_HEADER_BYTES, SINGLE_NAME, read_header
-from sspcompile.errors import (
-    ArtifactError,
-    CheckpointError,
-    InputError,
-    OutputExistsError,
-    UnsupportedModelError,
-)
+from sspcompile.errors import ArtifactError, CheckpointError, InputError, OutputExistsError, UnsupportedModelError
 from sspcompile.families import FAMILIES, REFUSED
 
 FOUR = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
@@ -365,11 +359,22 @@ def test_fingerprint_changes_with_configuration_and_tokenizer(name, model):
 # --- Writing ---------------------------------------------------------------------------------------------------------
 
 DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
-    "U16": torch.uint16, "I16": torch.int16, "F16": torch.float16, "BF16": torch.bfloat16, "U32": torch.uint32,
-    "I32": torch.int32, "F32": torch.float32, "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64,
-}  # fmt: skip
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+}
 
 
 def random_bytes(dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> torch.Tensor:
@@ -462,11 +467,17 @@ def test_companions_are_copied_byte_for_byte_and_nothing_else(tmp_path):
     source.mkdir()
     target.mkdir()
     wanted = {
-        "tokenizer.json": b'{"a":\r\n 1}', "tokenizer.model": bytes(range(256)),
+        "tokenizer.json": b'{"a":\r\n 1}',
+        "tokenizer.model": bytes(range(256)),
         "chat_template.jinja": "ä\r\n".encode(),
-        "merges.txt": b"a b\n", "vocab.json": b"{}", "generation_config.json": b"{ }", "LICENSE": b"free",
-        "special_tokens_map.json": b"{}", "added_tokens.json": b"{}", "tokenizer_config.json": b"\xef\xbb\xbf{}",
-    }  # fmt: skip
+        "merges.txt": b"a b\n",
+        "vocab.json": b"{}",
+        "generation_config.json": b"{ }",
+        "LICENSE": b"free",
+        "special_tokens_map.json": b"{}",
+        "added_tokens.json": b"{}",
+        "tokenizer_config.json": b"\xef\xbb\xbf{}",
+    }
     left = {"config.json": b"{}", "model.safetensors": b"", "pytorch_model.bin": b"", "modeling_x.py": b"evil()"}
     for name, content in {**wanted, **left}.items():
         (source / name).write_bytes(content)

@@ -26,8 +26,15 @@ SENTENCE = "A helpdesk for questions about chemistry"
 # Short texts: what is tested here is the way, not the quality.
 FAST = ("--continuation-tokens", "2", "--max-tokens", "48", "--criterion", "subspace")
 ARTIFACT_FILES = {
-    "recipe.yaml", "mask.json", "plan.json", "mask.svg", "report.json", "report.md", "report.html", "manifest.json"
-}  # fmt: skip
+    "recipe.yaml",
+    "mask.json",
+    "plan.json",
+    "mask.svg",
+    "report.json",
+    "report.md",
+    "report.html",
+    "manifest.json",
+}
 
 
 @dataclass(frozen=True)
@@ -90,9 +97,14 @@ def config_folder(folder: Path, **config: object) -> Path:
 
 
 TINY = {
-    "model_type": "qwen2", "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 260,
-}  # fmt: skip
+    "model_type": "qwen2",
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 260,
+}
 
 
 def pool_text(name: str, count: int = 16) -> str:
@@ -167,7 +179,9 @@ BAD = {
     "unknown prompt format": (("build", "--scenario", "{in}/prompts.csv"), 2, (r"\.csv file", r"\.jsonl")),
     "folder as scenario": (("build", "--scenario", "{in}/gpt2"), 2, ("is a folder",)),
     "recipe errors at once": (
-        ("build", "--scenario", "{in}/bad.yaml"), 2, ("4 errors", "kept", "layout", "keep", "exactly one of")
+        ("build", "--scenario", "{in}/bad.yaml"),
+        2,
+        ("4 errors", "kept", "layout", "keep", "exactly one of"),
     ),
     "recipe errors when validated": (("recipe", "validate", "{in}/bad.yaml"), 2, ("4 errors", "kept", "layout")),
     "recipe that is no YAML": (("build", "--scenario", "{in}/notyaml.yaml"), 2, ("notyaml.yaml",)),
@@ -192,7 +206,9 @@ BAD = {
     "unknown part": ((*BUILD, "--without", "luck"), 2, (r"--without\[0\]", "'mixing'")),
     "unknown source of importance": ((*BUILD, "--importance-from", "stars"), 2, ("--importance-from", "'prompts'")),
     "importance from no prompts": (
-        (*BUILD, "--importance-from", "prompts"), 2, ("has none of its own", "--importance-from domains")
+        (*BUILD, "--importance-from", "prompts"),
+        2,
+        ("has none of its own", "--importance-from domains"),
     ),
     "repair without a place": ((*BUILD, "--repair", "flap-bias"), 2, ("no bias", "--repair least-squares")),
     "repair without a place in plan": (("plan", "--repair", "flap-bias"), 2, ("no bias",)),
@@ -415,9 +431,19 @@ def test_build_writes_every_promised_file_and_nothing_beside(built, home):
 def test_mask_and_plan_of_a_build_are_what_the_model_has(built):
     mask = json.loads((built / "mask.json").read_text())
     assert {
-        "schema_version", "layers", "heads", "kv_heads", "kept", "layout", "keep_requested", "keep_achieved", "scores",
-        "whitelist", "criterion", "scenario",
-    } <= set(mask)  # fmt: skip
+        "schema_version",
+        "layers",
+        "heads",
+        "kv_heads",
+        "kept",
+        "layout",
+        "keep_requested",
+        "keep_achieved",
+        "scores",
+        "whitelist",
+        "criterion",
+        "scenario",
+    } <= set(mask)
     assert {"name", "mixture", "breadth"} <= set(mask["scenario"])
     assert mask["keep_achieved"] <= mask["keep_requested"] == 0.5
     kept = sum(len(row) for row in mask["kept"])

@@ -61,9 +61,7 @@ def test_two_artifacts_in_two_runtimes_under_two_loads(run, home):
     assert code == 0 and err == "", err
     found = json.loads(out)
     names = [contender["name"] for contender in found["contenders"]]
-    assert names == [
-        "dense, hf", "dense, onnx", "uniform, hf", "uniform, onnx", "per-layer, hf", "per-layer, onnx",
-    ]  # fmt: skip
+    assert names == ["dense, hf", "dense, onnx", "uniform, hf", "uniform, onnx", "per-layer, hf", "per-layer, onnx"]
     for contender in found["contenders"]:
         assert [load["load"]["batch"] for load in contender["loads"]] == [1, 2]
         assert len(contender["loads"][1]["metrics"]["prefill_seconds"]["samples"]) == 3
@@ -122,8 +120,22 @@ def test_artifacts_of_different_models_are_not_measured_together(run, home):
 def test_an_interrupted_measurement_goes_on_unless_its_input_changed(home):
     """Killed after its first session, it takes the others only; another artifact of the same name begins anew."""
     shutil.copytree(home / "artifacts" / "uniform", home / "artifacts" / "again")
-    args = ("bench", "again", "--json", "--prompt-tokens", "16", "--new-tokens", "12", "--repeats", "4",
-            "--processes", "2", "--threads", "1", "-q")  # fmt: skip
+    args = (
+        "bench",
+        "again",
+        "--json",
+        "--prompt-tokens",
+        "16",
+        "--new-tokens",
+        "12",
+        "--repeats",
+        "4",
+        "--processes",
+        "2",
+        "--threads",
+        "1",
+        "-q",
+    )
 
     def interrupted() -> dict:
         process = subprocess.Popen(
@@ -165,8 +177,11 @@ def test_compare_shows_builds_side_by_side_and_writes_pages(run, home):
     assert code == 0 and [point["layout"] for point in points] == ["uniform", "per-layer"]
     assert points[0]["weight_bytes"] < points[1]["weight_bytes"]
     assert {path.name for path in (home / "side").iterdir()} == {
-        "comparison.json", "comparison.md", "comparison.html", "manifest.json",
-    }  # fmt: skip
+        "comparison.json",
+        "comparison.md",
+        "comparison.html",
+        "manifest.json",
+    }
     code, out, err = run("compare", "uniform", "--out", "side")
     assert code == 2 and "exists and is kept" in err and out == ""
     assert run("compare", "none")[0] == 2
@@ -183,8 +198,12 @@ def test_a_sweep_builds_measures_and_draws_the_frontier_and_goes_on_where_it_sto
     assert all(point["decode"] and point["decode"]["low"] for point in points)
     sweep = home / "artifacts" / "sweep"
     assert {path.name for path in (sweep / "frontier").iterdir()} == {
-        "frontier.json", "frontier.md", "frontier.html", "frontier.svg", "manifest.json",
-    }  # fmt: skip
+        "frontier.json",
+        "frontier.md",
+        "frontier.html",
+        "frontier.svg",
+        "manifest.json",
+    }
     assert (sweep / "frontier" / "frontier.json").read_text() == out
     shutil.rmtree(sweep / "keep-1")
     before = (sweep / "keep-0.5" / "manifest.json").stat().st_mtime_ns

@@ -72,8 +72,10 @@ def test_export_names_its_folder_and_describes_it(home):
         assert manifest.origin["format"] == "onnx" and manifest.origin["artifact"] == "desk"
         card = (out / "README.md").read_text()
         assert "library_name: onnx" in card and f"sspcompile run {name}" in card
-    sizes = [(home / "exported" / n / f).stat().st_size for n, f in
-             (("desk-onnx", "model.safetensors"), ("desk-onnx-int8", "model.onnx.data"))]
+    sizes = [
+        (home / "exported" / n / f).stat().st_size
+        for n, f in (("desk-onnx", "model.safetensors"), ("desk-onnx-int8", "model.onnx.data"))
+    ]
     assert sizes[1] < 0.6 * sizes[0]
 
 

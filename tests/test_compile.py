@@ -165,10 +165,19 @@ def test_breadth_is_zero_for_one_domain_and_one_for_all_alike():
 
 def make_mask(**changes) -> HeadMask:
     values = {
-        "model": "f", "layers": 2, "heads": 4, "kv_heads": 2, "kept": ((0, 1), (2, 3)), "layout": "uniform",
-        "keep_requested": 0.5, "keep_achieved": 0.5, "scores": ((0.1,) * 4,) * 2, "whitelist": ((0, 1),),
-        "criterion": "fisher", "scenario": {"name": "x"},
-    }  # fmt: skip
+        "model": "f",
+        "layers": 2,
+        "heads": 4,
+        "kv_heads": 2,
+        "kept": ((0, 1), (2, 3)),
+        "layout": "uniform",
+        "keep_requested": 0.5,
+        "keep_achieved": 0.5,
+        "scores": ((0.1,) * 4,) * 2,
+        "whitelist": ((0, 1),),
+        "criterion": "fisher",
+        "scenario": {"name": "x"},
+    }
     return HeadMask(**{**values, **changes})
 
 

@@ -29,9 +29,7 @@ from sspcompile.scenario import Scenario, as_recipe
 SHAPE, COUNT = (2, 3), 3
 scores = hnp.arrays(np.float64, (*SHAPE, COUNT), elements=st.floats(0, 100))
 spreads = hnp.arrays(np.float64, (*SHAPE, COUNT), elements=st.floats(0, 50))
-prompts = st.integers(0, 6).flatmap(
-    lambda n: hnp.arrays(np.float64, (n, *SHAPE), elements=st.floats(0, 100))
-)
+prompts = st.integers(0, 6).flatmap(lambda n: hnp.arrays(np.float64, (n, *SHAPE), elements=st.floats(0, 100)))
 ALIKE = np.full(COUNT, 1 / COUNT)
 
 
@@ -149,9 +147,7 @@ def test_importance_comes_from_where_it_was_asked_for(model, toolkit, criterion)
     mixture = found["domains"].mixture
     np.testing.assert_allclose(domains.values, head_scores(toolkit, criterion, mixture))
     chosen = own_fit_part(PROMPTS)
-    direct = importance_of(
-        model, criterion, chosen, toolkit=toolkit, mixture=mixture.parts, continuation_tokens=3
-    )
+    direct = importance_of(model, criterion, chosen, toolkit=toolkit, mixture=mixture.parts, continuation_tokens=3)
     np.testing.assert_allclose(own.values, direct, rtol=1e-6)
     assert (domains.source, domains.prompts, domains.prompt_weight) == ("domains", 0, 0.0)
     assert (own.source, own.prompts, own.prompt_weight) == ("prompts", len(chosen), 1.0)
@@ -229,6 +225,7 @@ def lone(embedded):
 
 def test_text_of_an_unseen_subject_is_less_known_than_unseen_text_of_the_domains(embedded, lone):
     """By rank, text by text. The embedded model sees it dimly: both outside subjects read like one of the domains."""
+
     def unknown(texts) -> list[float]:
         return [mixture_of(lone, one[None]).unknown for one in features(embedded, texts)]
 

@@ -25,9 +25,13 @@ from sspcompile.loaded import head_gates
 from sspcompile.prepare.text import batches_of, continued, encode
 
 PROMPTS = [
-    "tell me about acid ?", "what is the sum of a prime and a root ?", "war", "tell me about the king ?",
-    "please tell me about the empire and the queen ?", "what is a metal ?",
-]  # fmt: skip
+    "tell me about acid ?",
+    "what is the sum of a prime and a root ?",
+    "war",
+    "tell me about the king ?",
+    "please tell me about the empire and the queen ?",
+    "what is a metal ?",
+]
 NAMES = tuple(CRITERIA)
 DATA_DRIVEN = tuple(name for name, entry in CRITERIA.items() if entry.needs != "nothing")
 GRANULARITIES = ("head", "group")
@@ -71,9 +75,14 @@ def test_every_criterion_scores_heads_and_groups_of_every_domain(name, family):
     for granularity in GRANULARITIES:
         steps = []
         scores = measure(
-            model_, name, texts_, labels=labels, directions=directions(), granularity=granularity,
+            model_,
+            name,
+            texts_,
+            labels=labels,
+            directions=directions(),
+            granularity=granularity,
             progress=lambda *step, steps=steps: steps.append(step),
-        )  # fmt: skip
+        )
         found = scores.by_domain(2)
         assert found.shape == (LAYERS, HEADS, 2) and np.isfinite(found).all() and (found >= 0).all()
         rows = len(PROMPTS) if CRITERIA[name].per == "prompt" else 2
@@ -116,8 +125,16 @@ def test_what_stands_in_the_padding_changes_no_score(loaded, name):
 
 
 SILENT = (
-    "fisher", "fisher-sampled", "fisher-greedy", "fisher-rounds", "fisher-midway", "kl", "greedy-kl", "llm-pruner",
-    "wanda", "ria",
+    "fisher",
+    "fisher-sampled",
+    "fisher-greedy",
+    "fisher-rounds",
+    "fisher-midway",
+    "kl",
+    "greedy-kl",
+    "llm-pruner",
+    "wanda",
+    "ria",
 )
 
 
@@ -380,8 +397,10 @@ def test_llm_pruner_equals_the_weights_and_gradients_of_the_loss_on_the_continua
     for layer, head in [(0, 0), (0, 3), (1, 2)]:
         attention = model_.model.layers[layer].self_attn
         rows, group = slice(4 * head, 4 * head + 4), slice(4 * (head // 2), 4 * (head // 2) + 4)
-        parts = {n: (getattr(attention, n).weight * getattr(attention, n).weight.grad).abs() for n in
-                 ("q_proj", "k_proj", "v_proj", "o_proj")}  # fmt: skip
+        parts = {
+            n: (getattr(attention, n).weight * getattr(attention, n).weight.grad).abs()
+            for n in ("q_proj", "k_proj", "v_proj", "o_proj")
+        }
         own = parts["q_proj"][rows].sum() + parts["o_proj"][:, rows].sum()
         shared = (parts["k_proj"][group].sum() + parts["v_proj"][group].sum()) / 2
         assert found[layer, head] == pytest.approx((own + shared).item(), rel=1e-3)

@@ -22,9 +22,16 @@ from sspcompile.slicing.write import write_model
 from sspcompile.tensors import attention_blocks
 
 CONFIG = {
-    "model_type": "mistral", "num_hidden_layers": 2, "hidden_size": 24, "intermediate_size": 20, "vocab_size": 9,
-    "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4, "sliding_window": None,
-}  # fmt: skip
+    "model_type": "mistral",
+    "num_hidden_layers": 2,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "vocab_size": 9,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 4,
+    "sliding_window": None,
+}
 
 
 def raw_checkpoint(folder: Path, config: dict, dtype: str, *, shard_bytes: int | None = None, seed: int = 0) -> Path:
@@ -72,9 +79,11 @@ def regular_rows(draw) -> tuple[int, ...]:
 @given(
     dtype=st.sampled_from(FLOATS),
     kept=st.lists(st.one_of(st.just(()), regular_rows()), min_size=2, max_size=2),
-    source_shard=st.sampled_from([None, 1, 700, 4000]), target_shard=st.sampled_from([None, 1, 900]),
-    band=st.sampled_from([1, 100, 1 << 22]), fused=st.booleans(),
-)  # fmt: skip
+    source_shard=st.sampled_from([None, 1, 700, 4000]),
+    target_shard=st.sampled_from([None, 1, 900]),
+    band=st.sampled_from([1, 100, 1 << 22]),
+    fused=st.booleans(),
+)
 def test_cut_is_what_indexing_the_whole_tensors_gives(
     tmp_path_factory, dtype, kept, source_shard, target_shard, band, fused
 ):

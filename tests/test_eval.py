@@ -131,8 +131,10 @@ def test_only_held_out_prompts_are_asked(artifacts, embedded):
         assert not set(asked) & fitted and held <= set(asked)
 
 
-CHAT = "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<user> {{ m.content }} {% else %}" \
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<user> {{ m.content }} {% else %}"
     "<model> {{ m.content }} {% endif %}{% endfor %}{% if add_generation_prompt %}<model>{% endif %}"
+)
 
 
 def test_later_turns_are_asked_behind_the_model_s_own_answers():

@@ -49,12 +49,14 @@ def test_no_text_chooses_and_guards_or_judges(own):
     assert 0 < len(evidence.guard) <= max(GUARD_PROMPTS, OWN_GUARD_PROMPTS)
     assert 0 < len(evidence.judge) <= max(JUDGE_PROMPTS, OWN_JUDGE_PROMPTS)
     assert evidence.counts() == {
-        "fit": len(evidence.fit), "guard": len(evidence.guard), "judge": len(evidence.judge),
+        "fit": len(evidence.fit),
+        "guard": len(evidence.guard),
+        "judge": len(evidence.judge),
         "off": len(evidence.off),
         "own_fit": sum(text.startswith("mine") for text in evidence.fit),
         "own_guard": sum(text.startswith("mine") for text in evidence.guard),
         "own_judge": sum(text.startswith("mine") for text in evidence.judge),
-    }  # fmt: skip
+    }
 
 
 def test_an_own_prompt_that_prepare_learned_from_is_never_held_out():

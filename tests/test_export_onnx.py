@@ -32,15 +32,20 @@ PROBES = [RNG.integers(0, 256, length).tolist() for length in (1, 7, 40)]
 SCALE_BOUND = 1e-4
 SMALL_BLOCKS = Blocks(16)
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
-}  # fmt: skip
+}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 VARIANTS: dict[str, tuple[str, dict]] = {
     **{family: (family, {}) for family in ONNX_FAMILIES},
     "llama with biases, llama3 positions": (
-        "llama", {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}
+        "llama",
+        {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3},
     ),
     "llama, linear positions": ("llama", {"rope_parameters": LINEAR}),
     "qwen3 tied, yarn positions": ("qwen3", {"tie_word_embeddings": True, "rope_parameters": YARN}),
@@ -74,8 +79,15 @@ def export(
     model: Path, out: Path, precision: str = "fp32", blocks: Blocks = SMALL_BLOCKS, **options: object
 ) -> Exported:
     return export_onnx(
-        model, out, precision=PRECISIONS[precision], blocks=blocks, probes=PROBES, origin={}, card=lambda _: "card\n",
-        trust_remote_code=True, **options,
+        model,
+        out,
+        precision=PRECISIONS[precision],
+        blocks=blocks,
+        probes=PROBES,
+        origin={},
+        card=lambda _: "card\n",
+        trust_remote_code=True,
+        **options,
     )
 
 
@@ -144,17 +156,17 @@ def test_largest_counts_of_two_layers_need_not_fit_each_other(tmp_path):
 
 
 @settings(max_examples=15, deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=4), right=st.booleans(), seed=st.integers(0, 100),
-)  # fmt: skip
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=4), right=st.booleans(), seed=st.integers(0, 100))
 def test_padding_on_either_side_changes_nothing(lengths, right, seed, exported):
     out = exported[1]
     rng = np.random.default_rng(seed)
     rows = [rng.integers(0, 256, length).tolist() for length in lengths]
     ids, mask = padded(rows, 258)
     if right:
-        ids, mask = (np.stack([np.roll(line, -int((row == 0).sum())) for line, row in zip(values, mask, strict=True)])
-                     for values in (ids, mask))
+        ids, mask = (
+            np.stack([np.roll(line, -int((row == 0).sum())) for line, row in zip(values, mask, strict=True)])
+            for values in (ids, mask)
+        )
     session = OnnxModel.open(out, spin=False)
     together = session.logits(ids, mask)
     for row, alone in enumerate(rows):
@@ -179,8 +191,10 @@ def test_last_logits_are_those_of_every_rows_last_token(right, exported, tmp_pat
     last = np.full(len(PROBES), ids.shape[1] - 1)
     if right:
         last = mask.sum(axis=1) - 1
-        ids, mask = (np.stack([np.roll(line, -int((row == 0).sum())) for line, row in zip(values, mask, strict=True)])
-                     for values in (ids, mask))
+        ids, mask = (
+            np.stack([np.roll(line, -int((row == 0).sum())) for line, row in zip(values, mask, strict=True)])
+            for values in (ids, mask)
+        )
     expected = OnnxModel.open(whole).logits(ids, mask)[np.arange(len(last)), last]
     session = OnnxModel.open(tmp_path / "out")
     found, _ = session.prefill(ids, mask)
@@ -191,8 +205,12 @@ def test_last_logits_are_those_of_every_rows_last_token(right, exported, tmp_pat
 
 
 def test_a_graph_of_last_logits_that_is_wrong_is_not_published(exported, tmp_path, monkeypatch):
-    monkeypatch.setattr("sspcompile.export.onnx.graph._last", lambda graph, hidden, tail: graph.node(
-        "Slice", [hidden, graph.integers(0), graph.integers(1), graph.integers(1)], "hidden.first"))
+    monkeypatch.setattr(
+        "sspcompile.export.onnx.graph._last",
+        lambda graph, hidden, tail: graph.node(
+            "Slice", [hidden, graph.integers(0), graph.integers(1), graph.integers(1)], "hidden.first"
+        ),
+    )
     with pytest.raises(ParityError):
         export(exported[0], tmp_path / "out", last_logits=True)
     assert names(tmp_path) == set()
@@ -211,8 +229,14 @@ def test_rounded_matrices_between_fp16_activations(bits, exported, tmp_path):
     cost = {}
     for dtype in ("F32", "F16"):
         done = export_onnx(
-            model, tmp_path / dtype, precision=replace(PRECISIONS[bits], dtype=dtype), blocks=SMALL_BLOCKS,
-            probes=PROBES, origin={}, card=lambda _: "card\n", trust_remote_code=True,
+            model,
+            tmp_path / dtype,
+            precision=replace(PRECISIONS[bits], dtype=dtype),
+            blocks=SMALL_BLOCKS,
+            probes=PROBES,
+            origin={},
+            card=lambda _: "card\n",
+            trust_remote_code=True,
         )
         assert done.manifest.origin["activations"] == {"F32": "fp32", "F16": "fp16"}[dtype]
         cost[dtype] = done.agreement.mean_kl
@@ -288,7 +312,8 @@ def test_rounded_graph_computes_what_the_model_with_rounded_matrices_computes(pr
     shapes = {name: value.shape for name, value in tensors.items() if value.ndim == 2}
     rounded = {
         name: weights.rounded(name, 8 if precision == "int8" else 4, shapes)
-        for name in shapes if not (name.startswith("model.embed") and not tied)
+        for name in shapes
+        if not (name.startswith("model.embed") and not tied)
     }
     head = rounded["model.embed_tokens.weight" if tied else "lm_head.weight"]
     assert all(0 < np.abs(value - tensors[name]).max() < 0.3 for name, value in rounded.items())
@@ -326,7 +351,8 @@ def test_rounding_is_onnx_runtimes_own_to_the_bit(tmp_path):
 
     matrix = load_file(model / "model.safetensors")[name].T.copy()
     graph = onnx.helper.make_graph(
-        [onnx.helper.make_node("MatMul", ["x", "w"], ["y"], name="m")], "g",
+        [onnx.helper.make_node("MatMul", ["x", "w"], ["y"], name="m")],
+        "g",
         [onnx.helper.make_tensor_value_info("x", 1, [1, matrix.shape[0]])],
         [onnx.helper.make_tensor_value_info("y", 1, [1, matrix.shape[1]])],
         [onnx.numpy_helper.from_array(matrix, "w")],
@@ -382,15 +408,18 @@ class OnnxWeights:
 REFUSED = {
     "head size": ("llama", {"head_dim": 8}, "multiples of 16, not 8"),
     "positions": (
-        "llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic' positions"
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+        "'dynamic' positions",
     ),
     "partial rotary": (
-        "phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        "phi3",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
         "a part of the head",
     ),
     "family": ("gemma", {}, "does not know GemmaForCausalLM"),
     "activation": ("llama", {"hidden_act": "gelu"}, "not 'gelu'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -127,9 +127,12 @@ def test_per_layer_class_works_with_every_cache_beams_padding_saving_and_compila
     ).eval()
     ids = torch.tensor([IDS])
     plain = {
-        "attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False,
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": 6,
+        "min_new_tokens": 6,
+        "do_sample": False,
         "eos_token_id": None,
-    }  # fmt: skip
+    }
     greedy = model.generate(ids, **plain)
     assert greedy.equal(model.generate(ids, cache_implementation="static", **plain))
     assert greedy.equal(model.generate(ids, use_cache=False, **plain))

@@ -41,7 +41,11 @@ def environment(home: Path) -> dict[str, str]:
 
 def start(home: Path, *args: object) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [*PROGRAM, *map(str, args)], cwd=home, env=environment(home), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [*PROGRAM, *map(str, args)],
+        cwd=home,
+        env=environment(home),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         start_new_session=True,
     )
 
@@ -146,9 +150,10 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(
-    "command", [(*BUILD, "--out", "disk/new"), (*EXPORT, "--out", "disk/new"), ("export", "good", "--out", "disk/new")],
+    "command",
+    [(*BUILD, "--out", "disk/new"), (*EXPORT, "--out", "disk/new"), ("export", "good", "--out", "disk/new")],
     ids=["build", "onnx", "hf"],
-)  # fmt: skip
+)
 def test_a_full_disk_is_told_and_nothing_half_written_stays(command, home):
     with small_disk(home / "disk", "64k") as disk:
         source = {path: path.read_bytes() for path in (home / "model").iterdir()}
@@ -255,7 +260,10 @@ def test_the_same_build_twice_is_the_same_bytes(threads, home):
     for number in (1, 2):
         out = home / "artifacts" / f"same-{threads}-{number}" / "x"
         process = subprocess.run(
-            [*PROGRAM, *BUILD, "--out", str(out)], cwd=home, capture_output=True, check=False,
+            [*PROGRAM, *BUILD, "--out", str(out)],
+            cwd=home,
+            capture_output=True,
+            check=False,
             env=environment(home) | {"OMP_NUM_THREADS": threads},
         )
         assert process.returncode == 0, process.stderr

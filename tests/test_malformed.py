@@ -244,7 +244,8 @@ CASES: Mapping[str, Case] = {
         sharded_and(lambda m: (m / "model.safetensors.index.json").write_text("{}")), PLAN, "no weight_map"
     ),
     "shard that is a dangling link": Case(
-        sharded_and(lambda m: ((m / "b.safetensors").unlink(), (m / "b.safetensors").symlink_to("gone"))), PLAN,
+        sharded_and(lambda m: ((m / "b.safetensors").unlink(), (m / "b.safetensors").symlink_to("gone"))),
+        PLAN,
         "lacks the shard",
     ),
     "shard that is a folder": Case(
@@ -322,9 +323,7 @@ CASES: Mapping[str, Case] = {
     ),
     "recipe in another encoding": Case(text("recipe.yaml", _yaml(name="é").encode("utf-16")), WITH_RECIPE, "recipe"),
     "recipe that is binary": Case(text("recipe.yaml", bytes(range(256))), WITH_RECIPE, "recipe"),
-    "recipe of ten megabytes": Case(
-        text("recipe.yaml", _yaml() + "#" + "x" * (10 << 20)), WITH_RECIPE, "recipe"
-    ),
+    "recipe of ten megabytes": Case(text("recipe.yaml", _yaml() + "#" + "x" * (10 << 20)), WITH_RECIPE, "recipe"),
     "recipe that is empty": Case(text("recipe.yaml", ""), WITH_RECIPE, "recipe"),
     "recipe that is a list": Case(text("recipe.yaml", "- a\n- b\n"), WITH_RECIPE, "recipe"),
     # Prompts.
@@ -342,10 +341,11 @@ CASES: Mapping[str, Case] = {
         text("prompts.txt", "What is " + "gold and " * 120_000 + "silver?\n"), WITH_PROMPTS, "line 1 is longer than"
     ),
     "prompts with control characters": Case(
-        text("prompts.txt", "What is lead?\nWhat is \x1b[31mred\x07 gold?\n"), WITH_PROMPTS,
+        text("prompts.txt", "What is lead?\nWhat is \x1b[31mred\x07 gold?\n"),
+        WITH_PROMPTS,
         r"line 2 must not hold the control character U\+001B",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

@@ -248,10 +248,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {}
     for name, (heads, kv_heads) in {"dense": (4, 2), "sliced": (2, 1)}.items():
         config = Qwen2Config(
-            hidden_size=64, intermediate_size=64, num_hidden_layers=LAYERS, num_attention_heads=heads,
-            num_key_value_heads=kv_heads, head_dim=HEAD_DIM, vocab_size=50, max_position_embeddings=64,
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=HEAD_DIM,
+            vocab_size=50,
+            max_position_embeddings=64,
             tie_word_embeddings=True,
-        )  # fmt: skip
+        )
         folders[name] = tmp_path_factory.mktemp(name)
         Qwen2ForCausalLM(config).save_pretrained(folders[name])
     ship_own_code(folders["sliced"])
@@ -270,9 +276,15 @@ def ship_own_code(folder: Path) -> None:
 def settings_of(**changes: object) -> Settings:
     load = Load(2, changes.pop("prompt_tokens", 8), changes.pop("new_tokens", 3))
     usual = {
-        "loads": (load, Load(1, 4, 3)), "sessions": 3, "trials": 2, "warmup": 1, "threads": 1, "seed": 0,
-        "device": "cpu", "memory": 10**6,
-    }  # fmt: skip
+        "loads": (load, Load(1, 4, 3)),
+        "sessions": 3,
+        "trials": 2,
+        "warmup": 1,
+        "threads": 1,
+        "seed": 0,
+        "device": "cpu",
+        "memory": 10**6,
+    }
     return Settings(**(usual | changes))
 
 
@@ -286,8 +298,11 @@ def test_bench_from_end_to_end(models: dict[str, Path], tmp_path: Path, monkeypa
     result = bench(contenders, settings_of(), progress=lambda *args: said.append(args), keep=kept.append)
     dense, sliced = result.contenders
     assert [what for _, _, what in said[:4]] == [
-        "warm-up of dense", "warm-up of sliced", "trial of dense", "trial of sliced",
-    ]  # fmt: skip
+        "warm-up of dense",
+        "warm-up of sliced",
+        "trial of dense",
+        "trial of sliced",
+    ]
     assert said[13][2] == "warm-up of sliced", "the next session turns the order round"
     assert said[-1][0] == said[-1][1] == 36
     assert sliced.architecture == "OwnForCausalLM"
@@ -335,9 +350,10 @@ def test_an_onnx_contender_is_measured_like_the_others(tmp_path: Path) -> None:
     to_onnx(of_checkpoint(str(model)), tmp_path / "onnx", PRECISIONS["fp32"], blocks=Blocks())
     to_onnx(of_checkpoint(str(model)), tmp_path / "int4", PRECISIONS["int4"], blocks=Blocks(16))
     contenders = [
-        Contender("dense", model), Contender("dense, onnx", tmp_path / "onnx", "onnx"),
+        Contender("dense", model),
+        Contender("dense, onnx", tmp_path / "onnx", "onnx"),
         Contender("int4, onnx", tmp_path / "int4", "onnx"),
-    ]  # fmt: skip
+    ]
     result = bench(contenders, settings_of())
     torch_model, plain, rounded = result.contenders
     assert (plain.dtype, rounded.dtype) == ("float32", "int4")
@@ -347,8 +363,10 @@ def test_an_onnx_contender_is_measured_like_the_others(tmp_path: Path) -> None:
     assert steps[1] == pytest.approx(steps[0], rel=0.05), "the same matrices, and the rotary tables"
     assert steps[2] < steps[1]
     assert {(r.reference, r.contender) for r in result.ratios} == {
-        ("dense", "dense, onnx"), ("dense", "int4, onnx"), ("dense, onnx", "int4, onnx"),
-    }  # fmt: skip
+        ("dense", "dense, onnx"),
+        ("dense", "int4, onnx"),
+        ("dense, onnx", "int4, onnx"),
+    }
 
 
 def test_a_worker_that_dies_is_one_line_with_its_reason(tmp_path: Path, models: dict[str, Path]) -> None:

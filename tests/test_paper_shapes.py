@@ -25,10 +25,16 @@ PAPER = {
 def configuration(name: str) -> dict:
     family, layers, hidden, intermediate, heads, kv_heads, vocab, _ = PAPER[name]
     return {
-        "model_type": family, "num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": intermediate,
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocab,
-        "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-    }  # fmt: skip
+        "model_type": family,
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -60,9 +66,22 @@ def test_whole_build_with_the_attention_shape_of_the_paper(name, tmp_path):
     )
     make_checkpoint(tmp_path / name, shape)
     command = [
-        sys.executable, "-m", "sspcompile.cli.main", "build", "--scenario", "math-tutor",
-        "--model", str(tmp_path / name), "--keep", "0.6", "--max-tokens", "16", "--continuation-tokens", "2", "--json",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "sspcompile.cli.main",
+        "build",
+        "--scenario",
+        "math-tutor",
+        "--model",
+        str(tmp_path / name),
+        "--keep",
+        "0.6",
+        "--max-tokens",
+        "16",
+        "--continuation-tokens",
+        "2",
+        "--json",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -70,8 +89,11 @@ def test_whole_build_with_the_attention_shape_of_the_paper(name, tmp_path):
     assert report["budget"]["keep_achieved"] <= 0.6
     artifact = next(path for path in (tmp_path / "artifacts").iterdir() if (path / "mask.json").exists())
     done = subprocess.run(
-        [sys.executable, "-m", "sspcompile.cli.main", "verify", str(artifact)], cwd=tmp_path, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "sspcompile.cli.main", "verify", str(artifact)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert Path(artifact / "model" / "model.safetensors").stat().st_size > 0

@@ -70,7 +70,8 @@ def test_an_interrupted_prepare_goes_on_and_finds_what_an_undisturbed_one_finds(
 
 
 @pytest.mark.parametrize(
-    "change", [{"continuation_tokens": 3}, {"max_tokens": 8}, {"seed": 1}, {"pools": pools(11)}],
+    "change",
+    [{"continuation_tokens": 3}, {"max_tokens": 8}, {"seed": 1}, {"pools": pools(11)}],
     ids=["continuations", "tokens", "seed", "pools"],
 )
 def test_what_a_changed_input_touches_is_measured_again(change, model, tmp_path):

@@ -84,9 +84,7 @@ def test_one_certain_prompt_cannot_veto_the_others(toolkit):
 def test_fault_calibration_is_used_and_keyed_by_layer_and_regime(model, toolkit):
     """In the release the flag selects the uncalibrated probe, and the keys never match after a reload."""
     found = features(model, pools()[0].prompts[:4])
-    z = probes.logits(
-        found, toolkit.feature_mean, toolkit.feature_scale, toolkit.probe_weight, toolkit.probe_bias
-    )
+    z = probes.logits(found, toolkit.feature_mean, toolkit.feature_scale, toolkit.probe_weight, toolkit.probe_bias)
     for column, regime in enumerate(("single", "cross", "outside")):
         temperature = np.exp(toolkit.log_temperature[:, column])
         expected = (1 / (1 + np.exp(-z / temperature[:, None]))).mean(0)

@@ -22,13 +22,22 @@ def made(seed=0):
         return rng.normal(size=shape).astype(np.float32)
 
     return kit.Toolkit(
-        fingerprint="f" * 64, domains=DOMAINS, axes=values(k, HIDDEN), gram=values(k, k),
-        feature_mean=values(LAYERS, HIDDEN), feature_scale=values(LAYERS, HIDDEN),
-        probe_weight=values(LAYERS, k, HIDDEN), probe_bias=values(LAYERS, k), probe_auc=values(LAYERS, k),
-        layer_weight=values(LAYERS), log_temperature=values(LAYERS, 3),
-        importance={"fisher": values(LAYERS, HEADS, k)}, spread={"fisher": values(LAYERS, HEADS, k)},
+        fingerprint="f" * 64,
+        domains=DOMAINS,
+        axes=values(k, HIDDEN),
+        gram=values(k, k),
+        feature_mean=values(LAYERS, HIDDEN),
+        feature_scale=values(LAYERS, HIDDEN),
+        probe_weight=values(LAYERS, k, HIDDEN),
+        probe_bias=values(LAYERS, k),
+        probe_auc=values(LAYERS, k),
+        layer_weight=values(LAYERS),
+        log_temperature=values(LAYERS, 3),
+        importance={"fisher": values(LAYERS, HEADS, k)},
+        spread={"fisher": values(LAYERS, HEADS, k)},
         whitelist_p=values(LAYERS, HEADS),
-        whitelist=rng.random((LAYERS, HEADS)) < 0.5, meta={"seed": 0, "note": "Grüße"},
+        whitelist=rng.random((LAYERS, HEADS)) < 0.5,
+        meta={"seed": 0, "note": "Grüße"},
     )
 
 

@@ -31,8 +31,10 @@ OTHER = ("goal", "match", "team", "coach", "song", "violin")
 FILLER = ("what", "is", "the", "of", "a", "tell", "me", "about", "and", "please", "?")
 SPECIAL = ("<s>", "</s>", "<pad>", "<unk>", "<user>", "<model>")
 WORDS = (*SPECIAL, *FILLER, *(w for words in DOMAINS.values() for w in words), *OTHER)
-TEMPLATE = "{{ bos_token }}{% for m in messages %}<user> {{ m.content }} {% endfor %}" \
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<user> {{ m.content }} {% endfor %}"
     "{% if add_generation_prompt %}<model>{% endif %}"
+)
 
 
 def word_tokenizer(*, template: str | None = None, add_eos: bool = False) -> PreTrainedTokenizerFast:
@@ -43,7 +45,11 @@ def word_tokenizer(*, template: str | None = None, add_eos: bool = False) -> Pre
         single="<s> $A" + (" </s>" if add_eos else ""), special_tokens=[("<s>", 0), ("</s>", 1)]
     )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        tokenizer_object=inner,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
         additional_special_tokens=["<user>", "<model>"],
     )
     tokenizer.chat_template = template
@@ -51,15 +57,32 @@ def word_tokenizer(*, template: str | None = None, add_eos: bool = False) -> Pre
 
 
 def tiny(
-    family: str = "llama", *, layers: int = 3, hidden: int = 16, heads: int = 4, kv_heads: int = 2,
-    head_dim: int | None = None, o_bias: bool = False, seed: int = 0, template: str | None = None,
+    family: str = "llama",
+    *,
+    layers: int = 3,
+    hidden: int = 16,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int | None = None,
+    o_bias: bool = False,
+    seed: int = 0,
+    template: str | None = None,
     scale: float = 0.3,
 ) -> LoadedModel:
     kwargs = {
-        "vocab_size": len(WORDS), "hidden_size": hidden, "intermediate_size": 24, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim or hidden // heads,
-        "max_position_embeddings": 128, "initializer_range": scale, "tie_word_embeddings": False,
-        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
+        "vocab_size": len(WORDS),
+        "hidden_size": hidden,
+        "intermediate_size": 24,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim or hidden // heads,
+        "max_position_embeddings": 128,
+        "initializer_range": scale,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
     }
     if family in ("llama", "qwen3"):
         kwargs["attention_bias"] = o_bias

@@ -29,14 +29,23 @@ LAYERS, HEADS, DOMAINS, HIDDEN = 2, 4, 3, 5
 def toolkit_with(**changes) -> Toolkit:
     rng = np.random.default_rng(0)
     values = {
-        "fingerprint": "f", "domains": ("a", "b", "c"), "axes": np.eye(DOMAINS, HIDDEN), "gram": np.eye(DOMAINS),
-        "feature_mean": np.zeros((LAYERS, HIDDEN)), "feature_scale": np.ones((LAYERS, HIDDEN)),
-        "probe_weight": np.tile(np.eye(DOMAINS, HIDDEN), (LAYERS, 1, 1)), "probe_bias": np.zeros((LAYERS, DOMAINS)),
-        "probe_auc": np.ones((LAYERS, DOMAINS)), "layer_weight": np.full(LAYERS, 1 / LAYERS),
-        "log_temperature": np.zeros((LAYERS, 3)), "importance": {"fisher": rng.random((LAYERS, HEADS, DOMAINS))},
+        "fingerprint": "f",
+        "domains": ("a", "b", "c"),
+        "axes": np.eye(DOMAINS, HIDDEN),
+        "gram": np.eye(DOMAINS),
+        "feature_mean": np.zeros((LAYERS, HIDDEN)),
+        "feature_scale": np.ones((LAYERS, HIDDEN)),
+        "probe_weight": np.tile(np.eye(DOMAINS, HIDDEN), (LAYERS, 1, 1)),
+        "probe_bias": np.zeros((LAYERS, DOMAINS)),
+        "probe_auc": np.ones((LAYERS, DOMAINS)),
+        "layer_weight": np.full(LAYERS, 1 / LAYERS),
+        "log_temperature": np.zeros((LAYERS, 3)),
+        "importance": {"fisher": rng.random((LAYERS, HEADS, DOMAINS))},
         "spread": {"fisher": np.ones((LAYERS, HEADS, DOMAINS))},
-        "whitelist_p": np.ones((LAYERS, HEADS)), "whitelist": np.zeros((LAYERS, HEADS), dtype=bool), "meta": {},
-    }  # fmt: skip
+        "whitelist_p": np.ones((LAYERS, HEADS)),
+        "whitelist": np.zeros((LAYERS, HEADS), dtype=bool),
+        "meta": {},
+    }
     return Toolkit(**{**values, **changes})
 
 

@@ -41,11 +41,21 @@ def test_keyword_recall_worked_by_hand(prediction, answers, expected):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("B", "B"), ("b", "B"), (" (c) iron", "C"), ("D. zinc", "D"), ("A) gold", "A"), ("The answer is B", "B"),
-        ("I think option (c).", "C"), ("Answer: d", "D"), ("It must be (B), the metal.", "B"), ("A metal", None),
-        ("Because", None), ("gold", None), ("", None),
+        ("B", "B"),
+        ("b", "B"),
+        (" (c) iron", "C"),
+        ("D. zinc", "D"),
+        ("A) gold", "A"),
+        ("The answer is B", "B"),
+        ("I think option (c).", "C"),
+        ("Answer: d", "D"),
+        ("It must be (B), the metal.", "B"),
+        ("A metal", None),
+        ("Because", None),
+        ("gold", None),
+        ("", None),
     ],
-)  # fmt: skip
+)
 def test_letter_of_a_choice(text, expected):
     assert letter(text) == expected
 
@@ -77,12 +87,14 @@ def test_exact_match_takes_any_alternative_and_no_near_miss():
 
 
 SCENARIO = {
-    "scenario_id": "s1", "domain": "chemistry", "topic_description": "Metals.",
+    "scenario_id": "s1",
+    "domain": "chemistry",
+    "topic_description": "Metals.",
     "turns": [
         {"prompt": "Symbol of gold?", "answer": ["Au", "au"], "task_type": "factual"},
         {"prompt": "And of iron?", "answer": "Fe", "task_type": "multiple_choice"},
     ],
-}  # fmt: skip
+}
 
 
 def test_scenarios_pools_folders_and_lines_are_read(tmp_path):

@@ -72,14 +72,17 @@ def test_every_command_of_the_readme_runs(folder):
         if command.startswith(NOT_RUN):
             continue
         done = subprocess.run(
-            command, shell=True, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True,
+            command,
+            shell=True,
+            cwd=folder,
+            env={**os.environ, "PATH": path},
+            capture_output=True,
+            text=True,
             check=False,
         )
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         ran += 1
     assert ran >= 5
     for snippet in blocks("python"):
-        done = subprocess.run(
-            [sys.executable, "-c", snippet], cwd=folder, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run([sys.executable, "-c", snippet], cwd=folder, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{snippet}\n{done.stderr}"

@@ -128,8 +128,12 @@ def bench_result(prefill: float = 0.5, decode: float = 1.0) -> BenchResult:
     decoding = next(ratio for ratio in ratios if ratio.metric == "inter_token_seconds")
     predicted = predict(dense.loads[0].roofline, sliced.loads[0].roofline, decoding)
     return BenchResult(
-        Settings((LOAD,), 4, 2, 1, 1, 0, "cpu", 10**9), (dense, sliced), ratios, (predicted,),
-        (Capacity("dense", 10**9, 80, 512, 99), Capacity("sliced", 10**9, 80, 512, 199)), summarize([4e9]),
+        Settings((LOAD,), 4, 2, 1, 1, 0, "cpu", 10**9),
+        (dense, sliced),
+        ratios,
+        (predicted,),
+        (Capacity("dense", 10**9, 80, 512, 99), Capacity("sliced", 10**9, 80, 512, 199)),
+        summarize([4e9]),
         {"torch": "2"},
     )
 
@@ -312,10 +316,7 @@ def test_baselines_are_judged_by_intervals(kl: float, above: Estimate | None, ex
 
 def test_without_intervals_nothing_is_claimed() -> None:
     bare = Estimate(value=0.5)
-    rows = (
-        quality("ours", 0.1, "ours"),
-        QualityRow(name="r", role="random", mean_kl=bare, top1_agreement=bare),
-    )
+    rows = (quality("ours", 0.1, "ours"), QualityRow(name="r", role="random", mean_kl=bare, top1_agreement=bare))
     assert "too few prompts to tell" in verdict_of(quality=rows)
 
 

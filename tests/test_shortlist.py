@@ -51,8 +51,14 @@ def judge(tmp_path_factory) -> Judge:
     loaded = load(make_checkpoint(tmp_path_factory.mktemp("model"), shape), fingerprint="")
     texts = tuple(f"What is {n} plus {n + 1}?" for n in range(28))
     return Judge(
-        loaded, Evidence(texts[:20], texts[20:], (), (), 20, 8, 0), max_tokens=32, new_tokens=4, seed=0,
-        repair="least-squares", dtype=torch.float32, progress=lambda *_: None,
+        loaded,
+        Evidence(texts[:20], texts[20:], (), (), 20, 8, 0),
+        max_tokens=32,
+        new_tokens=4,
+        seed=0,
+        repair="least-squares",
+        dtype=torch.float32,
+        progress=lambda *_: None,
     )
 
 

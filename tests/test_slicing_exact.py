@@ -27,14 +27,7 @@ from sspcompile.slicing.fitting import fit_biases, fit_repairs
 from sspcompile.slicing.parity import TOLERANCE, compare, demand, repair_of
 from sspcompile.slicing.plan import make_plan, plan_counts
 from sspcompile.slicing.reload import respond
-from sspcompile.slicing.repair import (
-    Repair,
-    demand_place,
-    is_linear,
-    repaired,
-    written_biases,
-    written_down,
-)
+from sspcompile.slicing.repair import Repair, demand_place, is_linear, repaired, written_biases, written_down
 from sspcompile.slicing.write import write_model
 
 IDS = [(7 * n) % 250 for n in range(24)]
@@ -46,10 +39,19 @@ def mask_for(checkpoint: Checkpoint, keep: float, layout: str, seed: int) -> Hea
     scores = np.random.default_rng(seed).random((g.layers, g.heads))
     choice = choose(scores, g.kv_heads, keep, layout)
     return HeadMask(
-        model="", layers=g.layers, heads=g.heads, kv_heads=g.kv_heads, kept=kept_of(choice.kept), layout=layout,
-        keep_requested=keep, keep_achieved=choice.ratio, scores=tuple(map(tuple, scores.tolist())), whitelist=(),
-        criterion="random", scenario={},
-    )  # fmt: skip
+        model="",
+        layers=g.layers,
+        heads=g.heads,
+        kv_heads=g.kv_heads,
+        kept=kept_of(choice.kept),
+        layout=layout,
+        keep_requested=keep,
+        keep_achieved=choice.ratio,
+        scores=tuple(map(tuple, scores.tolist())),
+        whitelist=(),
+        criterion="random",
+        scenario={},
+    )
 
 
 def assert_equal_to_masked(source: Path, out: Path, mask: HeadMask, *, custom: bool) -> None:
@@ -292,9 +294,9 @@ def test_masks_repaired_together_are_repaired_as_if_alone(mlp, rounds, tmp_path,
     if rounds > 1:
         monkeypatch.setattr(fitting, "ROUND_BYTES", 1)
     steps = []
-    together = list(fit_repairs(
-        loaded, masks, batches, dtype=torch.float32, mlp=mlp, progress=lambda *step: steps.append(step)
-    ))  # fmt: skip
+    together = list(
+        fit_repairs(loaded, masks, batches, dtype=torch.float32, mlp=mlp, progress=lambda *step: steps.append(step))
+    )
     assert steps == [(step + 1, 3 * rounds) for step in range(3 * rounds)]
     assert 0 not in together[1].weights
     for one, other in zip(alone, together, strict=True):

@@ -16,10 +16,23 @@ from sspcompile.checkpoint import check_manifest
 
 PROGRAM = (sys.executable, "-m", "sspcompile.cli.main")
 BUILD = (
-    "build", "--scenario", "Questions about the chemistry of metals", "--max-tokens", "24",
-    "--continuation-tokens", "4", "--criterion", "fisher", "--model", "model", "--layout", "per-layer",
-    "--out", "artifacts/offline", "-q",
-)  # fmt: skip
+    "build",
+    "--scenario",
+    "Questions about the chemistry of metals",
+    "--max-tokens",
+    "24",
+    "--continuation-tokens",
+    "4",
+    "--criterion",
+    "fisher",
+    "--model",
+    "model",
+    "--layout",
+    "per-layer",
+    "--out",
+    "artifacts/offline",
+    "-q",
+)
 
 # Python imports `sitecustomize` before anything else, in every process that a command starts.
 NO_NETWORK = """
@@ -56,7 +69,11 @@ def surrounded(home: Path, code: str, *args: object, **environment: str) -> subp
     (hooks / "sitecustomize.py").write_text(code)
     inherited = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     return subprocess.run(
-        [*PROGRAM, *map(str, args)], cwd=home, text=True, capture_output=True, check=False,
+        [*PROGRAM, *map(str, args)],
+        cwd=home,
+        text=True,
+        capture_output=True,
+        check=False,
         env=inherited | {"PYTHONPATH": str(hooks), "NETWORK_LOG": str(home / "network.log")} | environment,
     )
 

@@ -18,9 +18,18 @@ from sspcompile.checkpoint.transfer import Extent, Moved, copy_extent, hard_link
 # transformers refuses a file whose metadata names no framework.
 METADATA = {"format": "pt"}
 COMPANION_PATTERNS = (
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
-    "generation_config.json", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*",
-)  # fmt: skip
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "generation_config.json",
+    "*.model",
+    "*.tiktoken",
+    "LICENSE*",
+    "NOTICE*",
+)
 
 Piece = bytes | memoryview | Extent
 
@@ -69,10 +78,12 @@ def write_checkpoint(
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     _write_side_by_side(
-        [lambda moved, path=folder / name, shard=shard: _write_shard(path, shard, moved, link_unchanged)
-         for name, shard in zip(names, shards, strict=True)],
+        [
+            lambda moved, path=folder / name, shard=shard: _write_shard(path, shard, moved, link_unchanged)
+            for name, shard in zip(names, shards, strict=True)
+        ],
         progress,
-    )  # fmt: skip
+    )
     if len(shards) > 1:
         weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         total = sum(tensor.nbytes for tensor in tensors)

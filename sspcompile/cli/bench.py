@@ -19,33 +19,68 @@ Examples:
   sspcompile bench artifacts/chemistry-helpdesk --runtimes hf,onnx
   sspcompile bench exported/chemistry-helpdesk-onnx-int4
   sspcompile bench keep-half keep-third --json > samples.json
-"""
+""",
 )
 @click.argument("artifacts", metavar="[ARTIFACT ...]", nargs=-1)
-@click.option("--against", metavar="WHAT", default="dense", show_default=True,
-              help="Compare with the dense model, or with this artifact, export or model folder.")
+@click.option(
+    "--against",
+    metavar="WHAT",
+    default="dense",
+    show_default=True,
+    help="Compare with the dense model, or with this artifact, export or model folder.",
+)
 @model_option
-@click.option("--runtimes", metavar="LIST", default="hf", show_default=True,
-              help="Run artifacts in transformers (hf), in ONNX Runtime (onnx), or in both (hf,onnx).")
+@click.option(
+    "--runtimes",
+    metavar="LIST",
+    default="hf",
+    show_default=True,
+    help="Run artifacts in transformers (hf), in ONNX Runtime (onnx), or in both (hf,onnx).",
+)
 @click.option("--quick", is_flag=True, help="Few tokens and repeats: seconds instead of minutes on a small model.")
 @click.option("--prompt-tokens", type=COUNTS, metavar="N[,N...]", help="Tokens of each prompt (512).")
 @click.option("--new-tokens", type=click.IntRange(2), metavar="N", help="Tokens decoded after each prompt (64).")
 @click.option("--batch", type=COUNTS, metavar="N[,N...]", help="Sequences at once (1).")
-@click.option("--repeats", type=click.IntRange(1), metavar="N",
-              help="Counted trials of each contender under each load, over all processes (24; 32 with --quick).")
-@click.option("--processes", "sessions", type=click.IntRange(1), metavar="N",
-              help="Fresh processes of each contender (8; 16 with --quick); intervals are taken over them.")
+@click.option(
+    "--repeats",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Counted trials of each contender under each load, over all processes (24; 32 with --quick).",
+)
+@click.option(
+    "--processes",
+    "sessions",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Fresh processes of each contender (8; 16 with --quick); intervals are taken over them.",
+)
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads of each contender (all cores).")
 @click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="Run on cpu, or on cuda.")
-@click.option("--memory", metavar="SIZE",
-              help="Say what context and batch fit into this much, as 16GB (default: all that the machine has).")
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    help="Say what context and batch fit into this much, as 16GB (default: all that the machine has).",
+)
 @click.option("--fresh", is_flag=True, help="Begin anew instead of going on where an interrupted run stopped.")
 @json_option
 @quiet_option
 def bench(
-    artifacts: tuple[str, ...], against: str, model: str | None, runtimes: str, quick: bool,
-    prompt_tokens: tuple[int, ...] | None, new_tokens: int | None, batch: tuple[int, ...] | None, repeats: int | None,
-    sessions: int | None, threads: int | None, device: str, memory: str | None, fresh: bool, as_json: bool, quiet: bool,
+    artifacts: tuple[str, ...],
+    against: str,
+    model: str | None,
+    runtimes: str,
+    quick: bool,
+    prompt_tokens: tuple[int, ...] | None,
+    new_tokens: int | None,
+    batch: tuple[int, ...] | None,
+    repeats: int | None,
+    sessions: int | None,
+    threads: int | None,
+    device: str,
+    memory: str | None,
+    fresh: bool,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Measure prefill, decode, memory and KV bytes of artifacts against their dense model, and write their reports.
 
@@ -58,13 +93,27 @@ def bench(
     from sspcompile.workspace import Workspace
 
     wish = Wish(
-        quick=quick, runtimes=_runtimes(runtimes), batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
-        repeats=repeats, sessions=sessions, threads=threads, device=device, memory=byte_size(memory, "--memory"),
+        quick=quick,
+        runtimes=_runtimes(runtimes),
+        batch=batch,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        sessions=sessions,
+        threads=threads,
+        device=device,
+        memory=byte_size(memory, "--memory"),
     )
     with stages(quiet) as progress:
         done = run(
-            artifacts or (None,), wish, Workspace(here()), os.cpu_count() or 1, against=against, model=model,
-            fresh=fresh, progress=progress,
+            artifacts or (None,),
+            wish,
+            Workspace(here()),
+            os.cpu_count() or 1,
+            against=against,
+            model=model,
+            fresh=fresh,
+            progress=progress,
         )
     if as_json:
         click.echo(json.dumps(done.result.to_json(), indent=1))

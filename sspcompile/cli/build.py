@@ -32,21 +32,32 @@ Examples:
   sspcompile build --scenario prompts.jsonl --model ./Qwen2.5-7B-Instruct --keep 0.6
   sspcompile build --scenario finance-desk --strength 0.8 --layout uniform
   sspcompile build --scenario finance-desk --sweep keep=0.25:1:0.125
-"""
+""",
 )
 @build_options
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Artifact folder (default artifacts/NAME).")
 @overwrite_option
-@click.option("--sweep", metavar="OPTION=VALUES",
-              help="Build once per value (keep=0.25:1:0.125, criterion=kl,wanda), measure all, draw the frontier.")
+@click.option(
+    "--sweep",
+    metavar="OPTION=VALUES",
+    help="Build once per value (keep=0.25:1:0.125, criterion=kl,wanda), measure all, draw the frontier.",
+)
 @click.option("--no-bench", is_flag=True, help="Leave the speed of a sweep's builds unmeasured.")
 @click.option("--dry-run", is_flag=True, help="Check request and model, print the resolved recipe, and stop.")
 @json_option
 @click.option("--verbose", "-v", is_flag=True, help="Print the whole report instead of its summary.")
 @quiet_option
 def build(
-    scenario: str | None, out: Path | None, overwrite: bool, sweep: str | None, no_bench: bool, dry_run: bool,
-    as_json: bool, verbose: bool, quiet: bool, **given: Any,
+    scenario: str | None,
+    out: Path | None,
+    overwrite: bool,
+    sweep: str | None,
+    no_bench: bool,
+    dry_run: bool,
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
+    **given: Any,
 ) -> None:
     """Compile a scenario into a smaller model: choose heads, repair, cut, prove, report.
 
@@ -85,8 +96,15 @@ def build(
 
 
 def _sweep(
-    text: str, scenario: str | None, out: Path | None, overwrite: bool, measured: bool, dry_run: bool, as_json: bool,
-    quiet: bool, given: dict[str, Any],
+    text: str,
+    scenario: str | None,
+    out: Path | None,
+    overwrite: bool,
+    measured: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    given: dict[str, Any],
 ) -> None:
     from sspcompile.errors import InputError
     from sspcompile.pipeline.compiling import open_subject
@@ -95,8 +113,10 @@ def _sweep(
     from sspcompile.workspace import Workspace
 
     axis = read_axis(text)
-    clash = next((n for n in ("keep", "strength") if given.get(n) is not None and axis.option in ("keep", "strength")),
-                 axis.option if given.get(axis.option) is not None else None)  # fmt: skip
+    clash = next(
+        (n for n in ("keep", "strength") if given.get(n) is not None and axis.option in ("keep", "strength")),
+        axis.option if given.get(axis.option) is not None else None,
+    )
     if clash:
         raise InputError(f"--{clash} and --sweep {axis.option} exclude each other.", hint="Leave one of them out.")
     requests = [request(scenario, given | {axis.option: axis.value(value)}) for value in axis.values]
@@ -112,7 +132,14 @@ def _sweep(
 
     with stages(quiet) as progress:
         points = run(
-            axis, requests, subject, out, workspace, os.cpu_count() or 1, progress, overwrite=overwrite,
+            axis,
+            requests,
+            subject,
+            out,
+            workspace,
+            os.cpu_count() or 1,
+            progress,
+            overwrite=overwrite,
             measured=measured,
         )
     from sspcompile.report.points import frontier_page, render_points

@@ -16,7 +16,7 @@ Examples:
   sspcompile compare keep-half keep-third
   sspcompile compare artifacts/uniform artifacts/per-layer --out ./comparison
   sspcompile compare keep-half keep-third --json
-"""
+""",
 )
 @click.argument("artifacts", metavar="ARTIFACT...", nargs=-1, required=True)
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Also write it as JSON, Markdown and HTML there.")

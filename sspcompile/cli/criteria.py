@@ -35,7 +35,13 @@ def facts(entry: Criterion) -> dict[str, Any]:
     """One entry as JSON; `passes_per_prompt` is an example, for a model of EXAMPLE_HEADS heads in all."""
     passes = entry.passes(EXAMPLE_HEADS, 1)
     return {
-        "name": entry.name, "summary": entry.summary, "source": entry.source, "adaptation": entry.adaptation,
-        "needs": entry.needs, "cost": entry.cost, "per": entry.per, "max_prompts": entry.max_prompts,
+        "name": entry.name,
+        "summary": entry.summary,
+        "source": entry.source,
+        "adaptation": entry.adaptation,
+        "needs": entry.needs,
+        "cost": entry.cost,
+        "per": entry.per,
+        "max_prompts": entry.max_prompts,
         "passes_per_prompt": {"heads": EXAMPLE_HEADS, "forward": passes.forward, "backward": passes.backward},
     }

@@ -31,9 +31,12 @@ Examples:
 )
 @click.argument("artifact", required=False)
 @click.option(
-    "--data", multiple=True, type=click.Path(path_type=Path), metavar="PATH",
+    "--data",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="PATH",
     help="A .jsonl file with prompt and answer, or XDomainBench .json files or a folder of them; may be repeated.",
-)  # fmt: skip
+)
 @scenario_option
 @click.option(
     "--against", metavar="MODEL", help="The dense model, where it is not where the build found it, or never was built."
@@ -45,15 +48,28 @@ Examples:
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, metavar="N", help="Seed of every random choice (0).")
 @click.option("--lm-eval", "tasks", metavar="TASK[,TASK]", help="Run tasks of lm-evaluation-harness instead.")
 @click.option(
-    "--lm-eval-tasks-dir", "tasks_folder", type=click.Path(path_type=Path), metavar="DIR",
+    "--lm-eval-tasks-dir",
+    "tasks_folder",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
     help="A folder with further task definitions for --lm-eval.",
-)  # fmt: skip
+)
 @json_option
 @quiet_option
 def evaluate(
-    artifact: str | None, data: tuple[Path, ...], scenario: str | None, against: str | None, items: int | None,
-    batch_size: int, max_new_tokens: int, max_tokens: int, seed: int, tasks: str | None, tasks_folder: Path | None,
-    as_json: bool, quiet: bool,
+    artifact: str | None,
+    data: tuple[Path, ...],
+    scenario: str | None,
+    against: str | None,
+    items: int | None,
+    batch_size: int,
+    max_new_tokens: int,
+    max_tokens: int,
+    seed: int,
+    tasks: str | None,
+    tasks_folder: Path | None,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Ask an artifact and its dense model the same questions, and say what was lost.
 
@@ -72,9 +88,7 @@ def evaluate(
         require_harness()
         contenders = find_contenders(artifact, against, workspace)
         names = [name.strip() for name in tasks.split(",") if name.strip()]
-        rows = run_harness(
-            contenders, names, tasks_folder=tasks_folder, items=items, batch_size=batch_size, seed=seed
-        )
+        rows = run_harness(contenders, names, tasks_folder=tasks_folder, items=items, batch_size=batch_size, seed=seed)
         _print_harness(rows, as_json)
         return
     from sspcompile.measure.asking import Limits
@@ -84,7 +98,13 @@ def evaluate(
     limits = Limits(max_tokens, max_new_tokens, batch_size)
     with stages(quiet) as progress:
         results = run(
-            contenders, scenario=scenario, data=data, items=items, limits=limits, seed=seed, workspace=workspace,
+            contenders,
+            scenario=scenario,
+            data=data,
+            items=items,
+            limits=limits,
+            seed=seed,
+            workspace=workspace,
             progress=progress,
         )
     if as_json:

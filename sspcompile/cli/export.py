@@ -15,9 +15,16 @@ if TYPE_CHECKING:
 
 FORMATS = ("hf", "onnx")
 ONNX_ONLY = (
-    "precision", "block_size", "accuracy_level", "activations", "keep_embeddings", "context_length", "last_logits",
-    "hard_link", "model",
-)  # fmt: skip
+    "precision",
+    "block_size",
+    "accuracy_level",
+    "activations",
+    "keep_embeddings",
+    "context_length",
+    "last_logits",
+    "hard_link",
+    "model",
+)
 
 
 @click.command(
@@ -30,35 +37,69 @@ Examples:
   sspcompile export --format onnx
   sspcompile export artifacts/qwen-desk --format onnx --precision int4 --out ./served/qwen-int4
   sspcompile export --format onnx --model ./Qwen2.5-0.5B --out ./served/dense   (a checkpoint as it is)
-"""
+""",
 )
 @click.argument("artifact", required=False)
-@click.option("--format", "form", default="hf", show_default=True, metavar="[hf|onnx]",
-              help="Write a model folder for transformers and vLLM (hf), or for ONNX Runtime and its genai (onnx).")
+@click.option(
+    "--format",
+    "form",
+    default="hf",
+    show_default=True,
+    metavar="[hf|onnx]",
+    help="Write a model folder for transformers and vLLM (hf), or for ONNX Runtime and its genai (onnx).",
+)
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Output folder (default exported/NAME-FORMAT).")
 @host_option
-@click.option("--precision", metavar="[fp32|fp16|int8|int4]",
-              help="ONNX: the numbers of the graph (fp32); int8 and int4 round matrices in blocks and cost quality.")
-@click.option("--block-size", type=click.Choice(["16", "32", "64", "128", "256"]),
-              help="ONNX in int8 or int4: how many inputs of a matrix share a scale (32).")
-@click.option("--accuracy-level", type=click.Choice(["0", "1", "4"]),
-              help="ONNX in int8 or int4: multiply in int8 (4, the default and fastest) or in floats (0, 1).")
-@click.option("--activations", type=click.Choice(["fp32", "fp16"]),
-              help="ONNX in int8 or int4: the numbers between the products (fp32); fp16 is what CUDA takes.")
-@click.option("--keep-embeddings", is_flag=True,
-              help="ONNX in int8 or int4: leave a table that is embedding and head at once in floats for the former.")
-@click.option("--context-length", type=click.IntRange(min=1), metavar="N",
-              help="ONNX: make the graph for N positions instead of all that the model has.")
-@click.option("--last-logits", is_flag=True,
-              help="ONNX: compute the logits of the last token alone, which is all that generating needs: less time "
-                   "and memory for long prompts. Such an export cannot score texts.")
+@click.option(
+    "--precision",
+    metavar="[fp32|fp16|int8|int4]",
+    help="ONNX: the numbers of the graph (fp32); int8 and int4 round matrices in blocks and cost quality.",
+)
+@click.option(
+    "--block-size",
+    type=click.Choice(["16", "32", "64", "128", "256"]),
+    help="ONNX in int8 or int4: how many inputs of a matrix share a scale (32).",
+)
+@click.option(
+    "--accuracy-level",
+    type=click.Choice(["0", "1", "4"]),
+    help="ONNX in int8 or int4: multiply in int8 (4, the default and fastest) or in floats (0, 1).",
+)
+@click.option(
+    "--activations",
+    type=click.Choice(["fp32", "fp16"]),
+    help="ONNX in int8 or int4: the numbers between the products (fp32); fp16 is what CUDA takes.",
+)
+@click.option(
+    "--keep-embeddings",
+    is_flag=True,
+    help="ONNX in int8 or int4: leave a table that is embedding and head at once in floats for the former.",
+)
+@click.option(
+    "--context-length",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="ONNX: make the graph for N positions instead of all that the model has.",
+)
+@click.option(
+    "--last-logits",
+    is_flag=True,
+    help="ONNX: compute the logits of the last token alone, which is all that generating needs: less time "
+    "and memory for long prompts. Such an export cannot score texts.",
+)
 @click.option("--hard-link", is_flag=True, help="ONNX: share unchanged weight files with the source.")
 @click.option("--model", "-m", metavar="MODEL", help="ONNX: export this checkpoint as it is instead of an artifact.")
 @overwrite_option
 @json_option
 @quiet_option
 def export(
-    artifact: str | None, form: str, out: Path | None, host: str | None, overwrite: bool, as_json: bool, quiet: bool,
+    artifact: str | None,
+    form: str,
+    out: Path | None,
+    host: str | None,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
     **onnx: object,
 ) -> None:
     """Write an artifact's model with a model card and a manifest; without ARTIFACT, the last build's.
@@ -115,8 +156,15 @@ def _to_onnx(
     with stages(quiet) as progress:
         source = of_artifact(folder) if model is None else of_checkpoint(str(model))
         done = to_onnx(
-            source, out, precision, blocks=blocks, positions=onnx["context_length"],
-            last_logits=bool(onnx["last_logits"]), link=bool(onnx["hard_link"]), overwrite=overwrite, progress=progress,
+            source,
+            out,
+            precision,
+            blocks=blocks,
+            positions=onnx["context_length"],
+            last_logits=bool(onnx["last_logits"]),
+            link=bool(onnx["hard_link"]),
+            overwrite=overwrite,
+            progress=progress,
         )
     sizes = {name: entry["size"] for name, entry in done.manifest.files.items()}
     _say(folder, out, sizes, as_json, _measured(done, precision))

@@ -15,7 +15,7 @@ from sspcompile.cli.options import here, json_option, overwrite_option
 Examples:
   sspcompile inspect
   sspcompile inspect artifacts/chemistry-helpdesk --svg mask.svg
-"""
+""",
 )
 @click.argument("artifact", required=False)
 @click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Also write the heat map to FILE.")

@@ -63,9 +63,7 @@ def cli(context: click.Context, debug: bool) -> None:
     context.ensure_object(Run).debug = debug
 
 
-for command in (
-    build, plan, prepare, inspect, verify, export, run, bench, compare, evaluate, recipe, criteria, doctor,
-):  # fmt: skip
+for command in (build, plan, prepare, inspect, verify, export, run, bench, compare, evaluate, recipe, criteria, doctor):
     cli.add_command(command)
 cli.add_command(slice_command, "slice")
 

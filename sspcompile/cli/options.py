@@ -20,9 +20,22 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 BUILD_OPTIONS = (
-    "model", "keep", "strength", "layout", "host", "pools", "axes", "criterion", "granularity", "importance_from",
-    "repair", "without", "max_tokens", "continuation_tokens", "seed",
-)  # fmt: skip
+    "model",
+    "keep",
+    "strength",
+    "layout",
+    "host",
+    "pools",
+    "axes",
+    "criterion",
+    "granularity",
+    "importance_from",
+    "repair",
+    "without",
+    "max_tokens",
+    "continuation_tokens",
+    "seed",
+)
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -32,9 +45,7 @@ class Counts(click.ParamType):
 
     name = "counts"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         if isinstance(value, tuple):
             return value
         parts = [part.strip() for part in str(value).split(",")]
@@ -61,9 +72,11 @@ def byte_size(text: str | None, option: str) -> int | None:
 CRITERIA_HELP = f"Or {', '.join(list(CRITERIA)[:5])}, ...; `sspcompile criteria` lists all {len(CRITERIA)}."
 
 scenario_option = click.option(
-    "--scenario", "-s", metavar="SCENARIO",
+    "--scenario",
+    "-s",
+    metavar="SCENARIO",
     help="A recipe (file or shipped name), a sentence, or a file of prompts (.txt, .jsonl).",
-)  # fmt: skip
+)
 model_option = click.option(
     "--model", "-m", metavar="MODEL", help="A model folder or a hub name; the embedded model by default."
 )
@@ -73,14 +86,17 @@ pools_option = click.option(
     "--pools", metavar="DIR", help="A folder of domain pools of your own, beside the shipped ones."
 )
 axes_option = click.option(
-    "--axes", type=int, metavar="N",
+    "--axes",
+    type=int,
+    metavar="N",
     help="Make N of all pools domains, chosen to be orthogonal and to cover the others.",
-)  # fmt: skip
+)
 host_option = click.option(
-    "--host", metavar="[auto|FAMILY]",
+    "--host",
+    metavar="[auto|FAMILY]",
     help="Stock class of a uniform cut: the model's own (auto, the default), or mistral, seed_oss, granite where "
     "lossless.",
-)  # fmt: skip
+)
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists.")
 
 
@@ -91,46 +107,59 @@ def build_options(command: Command) -> Command:
             scenario_option,
             model_option,
             click.option(
-                "--keep", type=float, metavar="RATIO",
+                "--keep",
+                type=float,
+                metavar="RATIO",
                 help="Keep at most this share of the heads, above 0 and up to 1; 0.5 by default.",
             ),
             click.option(
-                "--strength", type=float, metavar="S",
+                "--strength",
+                type=float,
+                metavar="S",
                 help="In [0, 1], instead of --keep: the budget follows from it and from the scenario's breadth.",
             ),
             # No click.Choice: the recipe room checks these, all at once with whatever else is wrong.
             click.option(
-                "--layout", metavar="[auto|uniform|per-layer]",
+                "--layout",
+                metavar="[auto|uniform|per-layer]",
                 help="Head counts equal in every layer, or not; auto (default) measures both.",
             ),
             host_option,
             pools_option,
             axes_option,
             click.option(
-                "--criterion", metavar="NAME",
+                "--criterion",
+                metavar="NAME",
                 help="Score of the heads; auto (default) takes the best of some by measuring their masks, and "
                 f"fisher-rounds where nothing is measured (plan). {CRITERIA_HELP}",
             ),
             click.option(
-                "--granularity", metavar="[head|group]",
+                "--granularity",
+                metavar="[head|group]",
                 help="Cut single heads, or whole key/value groups, which saves more of the KV cache (head).",
             ),
             click.option(
-                "--importance-from", metavar="[domains|prompts|auto]",
+                "--importance-from",
+                metavar="[domains|prompts|auto]",
                 help="Score heads by the domains' cached importance, on the scenario's own prompts, or by both (auto).",
             ),
             click.option(
-                "--repair", metavar="[least-squares|least-squares-mlp|flap-bias|none]",
+                "--repair",
+                metavar="[least-squares|least-squares-mlp|flap-bias|none]",
                 help="Refit o_proj to what is left (least-squares, the default), or down_proj as well "
                 "(least-squares-mlp), or add FLAP's bias where o_proj has one.",
             ),
             click.option(
-                "--without", multiple=True, metavar="[axes|whitelist|mixing|scenario|calibration]",
+                "--without",
+                multiple=True,
+                metavar="[axes|whitelist|mixing|scenario|calibration]",
                 help="Switch a part of the method off, to see what it is worth; may be repeated.",
             ),
             click.option("--max-tokens", type=int, metavar="N", help="Read at most N tokens of each text (512)."),
             click.option(
-                "--continuation-tokens", type=int, metavar="N",
+                "--continuation-tokens",
+                type=int,
+                metavar="N",
                 help="Let the dense model continue each text by N tokens (16).",
             ),
             click.option("--seed", type=int, metavar="N", help="Seed of every random choice (0)."),

@@ -36,16 +36,14 @@ Examples:
   sspcompile plan --scenario finance-desk --keep 0.5
   sspcompile plan --model ./Llama-3.1-8B --keep 0.5 --layout uniform     (a config.json is enough)
   sspcompile plan --model ./Qwen2.5-7B --mask artifacts/mine/mask.json --host seed_oss --by-layer
-"""
+""",
 )
 @build_options
 @click.option("--mask", type=click.Path(path_type=Path), help="Plan the cut of this mask.json instead of compiling.")
 @click.option("--by-layer", is_flag=True, help="Also print a row for every layer (--json always has them).")
 @json_option
 @quiet_option
-def plan(
-    scenario: str | None, mask: Path | None, by_layer: bool, as_json: bool, quiet: bool, **given: Any
-) -> None:
+def plan(scenario: str | None, mask: Path | None, by_layer: bool, as_json: bool, quiet: bool, **given: Any) -> None:
     """Show parameters, bytes, KV bytes and FLOPs per token, and which runtimes will load the result.
 
     Without a scenario, or for a folder that holds no weights, sizes follow from the head counts alone, read from the

@@ -28,13 +28,16 @@ Examples:
   sspcompile prepare --pools ./my-domains --axes 5
   sspcompile prepare --model ./Llama-3.1-70B --device-map auto
   torchrun --nproc-per-node 4 -m sspcompile.cli.main prepare --model ./Qwen2.5-7B-Instruct
-"""
+""",
 )
 @model_option
 @pools_option
 @axes_option
 @click.option(
-    "--criterion", "criteria", multiple=True, metavar="NAME",
+    "--criterion",
+    "criteria",
+    multiple=True,
+    metavar="NAME",
     help=f"Score of the heads to prepare (fisher-rounds), may be repeated. {CRITERIA_HELP}",
 )
 @click.option("--max-tokens", type=int, metavar="N", help="Read at most N tokens of each text (512).")
@@ -45,9 +48,7 @@ Examples:
 )
 @json_option
 @quiet_option
-def prepare(
-    criteria: tuple[str, ...], device_map: str | None, as_json: bool, quiet: bool, **given: Any
-) -> None:
+def prepare(criteria: tuple[str, ...], device_map: str | None, as_json: bool, quiet: bool, **given: Any) -> None:
     """Capture features, train probes, calibrate them, score every head per domain, find the whitelist.
 
     `build` does this by itself when it is missing; the toolkit is kept per model and reused. Under torchrun the
@@ -68,15 +69,17 @@ def prepare(
     subject, workspace = open_subject(options.model), Workspace(here())
     with parallel.joined() as world, stages(quiet or not world.first) as progress:
         loaded = subject.load(device=world.device, device_map=device_map)
-        toolkit, fresh = toolkit_for(
-            subject, loaded, options, workspace, progress, criteria or (AUTO_CRITERION,)
-        )
+        toolkit, fresh = toolkit_for(subject, loaded, options, workspace, progress, criteria or (AUTO_CRITERION,))
     if not world.first:
         return
     folder = toolkit_folder(subject, options, workspace)
     facts = {
-        "folder": str(folder), "fresh": fresh, "domains": list(toolkit.domains), "criteria": sorted(toolkit.importance),
-        "probe_auc": float(toolkit.probe_auc.mean()), **toolkit.meta,
+        "folder": str(folder),
+        "fresh": fresh,
+        "domains": list(toolkit.domains),
+        "criteria": sorted(toolkit.importance),
+        "probe_auc": float(toolkit.probe_auc.mean()),
+        **toolkit.meta,
     }
     if as_json:
         click.echo(json.dumps(facts, indent=1))

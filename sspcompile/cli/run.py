@@ -26,16 +26,42 @@ Examples:
 """,
 )
 @click.argument("artifact", required=False)
-@click.option("--prompt", "-p", "prompts", multiple=True, required=True, metavar="TEXT",
-              help="What to go on from; - reads it from stdin; may be repeated.")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, metavar="N",
-              help="Stop after N tokens at the latest.")
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, metavar="T",
-              help="Take the likeliest token (0), or draw among them (above 0).")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, metavar="P",
-              help="Draw among the likeliest tokens that make up this share.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, metavar="N",
-              help="Seed of the draws.")
+@click.option(
+    "--prompt",
+    "-p",
+    "prompts",
+    multiple=True,
+    required=True,
+    metavar="TEXT",
+    help="What to go on from; - reads it from stdin; may be repeated.",
+)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(1),
+    default=128,
+    show_default=True,
+    metavar="N",
+    help="Stop after N tokens at the latest.",
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    metavar="T",
+    help="Take the likeliest token (0), or draw among them (above 0).",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    metavar="P",
+    help="Draw among the likeliest tokens that make up this share.",
+)
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, metavar="N", help="Seed of the draws."
+)
 @click.option("--raw", is_flag=True, help="Leave the chat template out.")
 @click.option("--dense", is_flag=True, help="Use the model that the artifact was cut from, to compare.")
 @click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="Run on cpu, or on cuda.")
@@ -43,8 +69,18 @@ Examples:
 @json_option
 @quiet_option
 def run(
-    artifact: str | None, prompts: tuple[str, ...], max_new_tokens: int, temperature: float, top_p: float, seed: int,
-    raw: bool, dense: bool, device: str, trust_remote_code: bool, as_json: bool, quiet: bool,
+    artifact: str | None,
+    prompts: tuple[str, ...],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    raw: bool,
+    dense: bool,
+    device: str,
+    trust_remote_code: bool,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Write text with ARTIFACT: a build, an export in any format, or a model folder; without it, the last build.
 

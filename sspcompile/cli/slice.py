@@ -32,8 +32,18 @@ Examples:
 @json_option
 @quiet_option
 def slice_command(
-    model: str | None, mask: Path, out: Path, host: str | None, max_shard_size: str | None, hard_link: bool,
-    checksums: bool, any_model: bool, overwrite: bool, dry_run: bool, as_json: bool, quiet: bool,
+    model: str | None,
+    mask: Path,
+    out: Path,
+    host: str | None,
+    max_shard_size: str | None,
+    hard_link: bool,
+    checksums: bool,
+    any_model: bool,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Cut the heads that MASK removes out of a model's files: this stage of `build` by itself, without a repair.
 
@@ -52,7 +62,12 @@ def slice_command(
 
         with stages(quiet, libraries=False) as progress:
             write_cut(
-                cut, out, max_shard_bytes=limit, link_unchanged=hard_link, checksums=checksums, overwrite=overwrite,
+                cut,
+                out,
+                max_shard_bytes=limit,
+                link_unchanged=hard_link,
+                checksums=checksums,
+                overwrite=overwrite,
                 progress=progress,
             )
     if as_json:

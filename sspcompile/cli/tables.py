@@ -70,7 +70,9 @@ def _layers(plan: SlicePlan) -> Table:
     for index, (cut, (dense, sliced)) in enumerate(zip(plan.layers, plan.by_layer, strict=True)):
         heads = "none (1 silent)" if cut.dummy else str(len(cut.heads))
         table.add_row(
-            str(index), f"{g.heads} → {heads}", f"{g.kv_heads} → {len(cut.groups)}",
+            str(index),
+            f"{g.heads} → {heads}",
+            f"{g.kv_heads} → {len(cut.groups)}",
             f"{dense.parameters:,} → {sliced.parameters:,}",
             f"{dense.weight_bytes / MEBI:,.1f} → {sliced.weight_bytes / MEBI:,.1f}",
             f"{dense.kv_bytes_per_token:,} → {sliced.kv_bytes_per_token:,}",

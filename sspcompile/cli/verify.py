@@ -17,19 +17,18 @@ Examples:
   sspcompile verify
   sspcompile verify artifacts/chemistry-helpdesk --model /models/moved/elsewhere
   sspcompile verify ./Llama-3.1-70B-mine --layerwise        (a folder that `slice` wrote)
-"""
+""",
 )
 @click.argument("artifact", required=False)
 @model_option
 @click.option(
-    "--layerwise/--whole", default=None,
+    "--layerwise/--whole",
+    default=None,
     help="Hold one layer of each model at a time, or both models; by default, what the free memory allows.",
 )
 @json_option
 @quiet_option
-def verify(
-    artifact: str | None, model: str | None, layerwise: bool | None, as_json: bool, quiet: bool
-) -> None:
+def verify(artifact: str | None, model: str | None, layerwise: bool | None, as_json: bool, quiet: bool) -> None:
     """Check every file's sha256, load the model in a fresh process, and compare it with the masked dense model.
 
     ARTIFACT is a build, or a folder that `sspcompile slice` wrote; without it, the last build. Models that do not fit

@@ -59,9 +59,7 @@ def choose(merit: np.ndarray, kv_heads: int, keep: float, layout: Layout, *, gro
     return _choose(grouped, budget, layout)
 
 
-def uniform_choices(
-    merit: np.ndarray, kv_heads: int, keep: float, *, groups_only: bool = False
-) -> tuple[Choice, ...]:
+def uniform_choices(merit: np.ndarray, kv_heads: int, keep: float, *, groups_only: bool = False) -> tuple[Choice, ...]:
     """The uniform masks within `keep`, one for each shape that no other feasible one contains; the largest first.
 
     Merit compares heads within a layer better than it compares shapes, so a caller who can measure should. Raises
@@ -167,9 +165,7 @@ def _per_layer_steps(merit: np.ndarray) -> list[tuple[tuple[Shape, ...], int]]:
         """Merit lost per head by the cheapest run of steps from here: a dear step may open the way to cheap ones."""
         here = paths[layer][at[layer]]
         start, size = values[layer][here[0] - 1, here[1] - 1], here[0] * here[1]
-        return min(
-            (start - values[layer][g - 1, r - 1]) / (size - g * r) for g, r in paths[layer][at[layer] + 1 :]
-        )
+        return min((start - values[layer][g - 1, r - 1]) / (size - g * r) for g, r in paths[layer][at[layer] + 1 :])
 
     prices = [price(layer) if len(paths[layer]) > 1 else np.inf for layer in range(layers)]
     sizes = [g * r for g, r in (path[0] for path in paths)]

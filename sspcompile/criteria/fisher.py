@@ -107,7 +107,12 @@ def information(
 
 
 def gate_gradients(
-    loaded: LoadedModel, batch: Batch, units: Units, targets: str, draws: int, generator: torch.Generator,
+    loaded: LoadedModel,
+    batch: Batch,
+    units: Units,
+    targets: str,
+    draws: int,
+    generator: torch.Generator,
     opened: np.ndarray | None = None,
 ) -> Iterator[Tensor]:
     """One tensor [B, L, U] per draw: gradient of each sequence's objective with respect to its own gates.

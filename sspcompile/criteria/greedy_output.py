@@ -40,9 +40,7 @@ def pursue(gram: np.ndarray) -> np.ndarray:
     chosen: list[int] = []
     explained, gains = 0.0, []
     while len(chosen) < count:
-        reached = {
-            unit: _explained(gram, with_output, [*chosen, unit]) for unit in range(count) if unit not in chosen
-        }
+        reached = {unit: _explained(gram, with_output, [*chosen, unit]) for unit in range(count) if unit not in chosen}
         best = max(reached, key=lambda unit: (reached[unit], -unit))
         gains.append(max(0.0, reached[best] - explained) / energy)
         explained = reached[best]

@@ -29,8 +29,9 @@ def llm_pruner(loaded: LoadedModel, look: Look) -> np.ndarray:
     places = {name: projection_place(loaded.geometry, name) for name in PROJECTIONS}
     weights = {
         (layer, module): getattr(decoder.self_attn, module).weight
-        for layer, decoder in enumerate(loaded.layers) for module in dict(places.values())
-    }  # fmt: skip
+        for layer, decoder in enumerate(loaded.layers)
+        for module in dict(places.values())
+    }
     gradients = dict(zip(weights, _gradients(loaded, look, list(weights.values())), strict=True))
 
     def product(layer: int, name: str, weight: Tensor) -> Tensor:

@@ -33,9 +33,7 @@ def page() -> str:
     ]
     for name, entry in CRITERIA.items():
         most = "all" if entry.max_prompts is None else str(entry.max_prompts)
-        cells = (
-            f"`{name}`", entry.summary, entry.source, entry.cost, entry.needs, entry.per, most, entry.adaptation
-        )  # fmt: skip
+        cells = (f"`{name}`", entry.summary, entry.source, entry.cost, entry.needs, entry.per, most, entry.adaptation)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return HEAD + "\n" + "\n".join(lines) + "\n"
 

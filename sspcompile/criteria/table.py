@@ -119,7 +119,10 @@ _ALL = (
         f"second-order expansion of kl; gates on heads as in {_MICHEL}, section 4",
         "one gate per head, or one per group",
         "one forward and 4 backward passes",
-        "fisher.normal", "prompts, a backward pass", lambda _: Passes(1, _FISHER_DRAWS), per="prompt",
+        "fisher.normal",
+        "prompts, a backward pass",
+        lambda _: Passes(1, _FISHER_DRAWS),
+        per="prompt",
     ),
     Criterion(
         "kl",
@@ -127,7 +130,10 @@ _ALL = (
         f"leave-one-out ablation, {_MICHEL}, section 3, with the divergence instead of the task's loss",
         "the head, or the whole group, is closed",
         "half a forward pass per head of the model",
-        "kl.leave_one_out", per_prompt=lambda units: Passes(1 + 0.5 * units), per="prompt", max_prompts=32,
+        "kl.leave_one_out",
+        per_prompt=lambda units: Passes(1 + 0.5 * units),
+        per="prompt",
+        max_prompts=32,
     ),
     Criterion(
         "greedy-kl",
@@ -136,7 +142,9 @@ _ALL = (
         "score = rise of the divergence at removal, kept in the order of removal; 4 to 16 candidates are measured anew "
         "per step",
         "1.5 forward passes per head of the model and up to half a pass for each of 16 candidates in up to 256 steps",
-        "greedy_kl.greedy", per_prompt=_greedy_kl_passes, max_prompts=16,
+        "greedy_kl.greedy",
+        per_prompt=_greedy_kl_passes,
+        max_prompts=16,
     ),
     Criterion(
         "fisher-rounds",
@@ -144,7 +152,8 @@ _ALL = (
         "iterative pruning as in Molchanov et al., arXiv 1906.10771, section 3, with fisher",
         "score = information in the round of removal, kept in the order of removal",
         "4 forward and 16 backward passes",
-        "fisher.rounds", "prompts, a backward pass",
+        "fisher.rounds",
+        "prompts, a backward pass",
         lambda _: Passes(_FISHER_ROUNDS, _FISHER_ROUNDS * _FISHER_DRAWS),
     ),
     Criterion(
@@ -153,7 +162,8 @@ _ALL = (
         "see fisher-rounds; the midpoint of a path as in Sundararajan et al., arXiv 1703.01365, section 3",
         "score = information in the round of removal, kept in the order of removal",
         "4 forward and 16 backward passes",
-        "fisher.midway", "prompts, a backward pass",
+        "fisher.midway",
+        "prompts, a backward pass",
         lambda _: Passes(_FISHER_ROUNDS, _FISHER_ROUNDS * _FISHER_DRAWS),
     ),
     Criterion(
@@ -162,7 +172,10 @@ _ALL = (
         _SUBSPACE,
         "true heads at the input of o_proj, without its bias",
         "one forward pass",
-        "subspace.hidden", "prompts, probe directions", per="prompt", per_axis=True,
+        "subspace.hidden",
+        "prompts, probe directions",
+        per="prompt",
+        per_axis=True,
     ),
     Criterion(
         "subspace-probe",
@@ -170,7 +183,10 @@ _ALL = (
         _SUBSPACE,
         "true heads at the input of o_proj, without its bias",
         "one forward pass",
-        "subspace.probe", "prompts, probe directions", per="prompt", per_axis=True,
+        "subspace.probe",
+        "prompts, probe directions",
+        per="prompt",
+        per_axis=True,
     ),
     Criterion(
         "fisher-sampled",
@@ -178,7 +194,10 @@ _ALL = (
         "see fisher",
         "one gate per head, or one per group",
         "one forward and 4 backward passes",
-        "fisher.sampled", "prompts, a backward pass", lambda _: Passes(1, _FISHER_DRAWS), per="prompt",
+        "fisher.sampled",
+        "prompts, a backward pass",
+        lambda _: Passes(1, _FISHER_DRAWS),
+        per="prompt",
     ),
     Criterion(
         "fisher-greedy",
@@ -186,7 +205,10 @@ _ALL = (
         "see fisher",
         "one gate per head, or one per group",
         "one forward and one backward pass",
-        "fisher.greedy", "prompts, a backward pass", lambda _: Passes(1, 1), per="prompt",
+        "fisher.greedy",
+        "prompts, a backward pass",
+        lambda _: Passes(1, 1),
+        per="prompt",
     ),
     Criterion(
         "llm-pruner",
@@ -194,7 +216,9 @@ _ALL = (
         "Ma et al., arXiv 2305.11627, section 3.2",
         "rows of q, k, v and columns of o; the loss is on the dense model's own continuations, so no labels",
         "one forward and one backward pass with gradients of all attention weights",
-        "llm_pruner.llm_pruner", "prompts, a backward pass", lambda _: Passes(1, 1),
+        "llm_pruner.llm_pruner",
+        "prompts, a backward pass",
+        lambda _: Passes(1, 1),
     ),
     Criterion(
         "wanda",
@@ -227,7 +251,8 @@ _ALL = (
         "made for a new mask per batch: here one static mask, the probe being 5 % of a domain's prompts and half of "
         "their tokens, by residual norm",
         "one forward pass",
-        "probe_pruning.probe_pruning", max_prompts=64,
+        "probe_pruning.probe_pruning",
+        max_prompts=64,
     ),
     Criterion(
         "flap",
@@ -243,7 +268,9 @@ _ALL = (
         "Kolawole et al., arXiv 2402.05406, section 3",
         "an eighth of the heads closed at a time, without a prior, in one round; divergence instead of perplexity",
         "4 forward passes per head of the model, at least 32 and at most 1024",
-        "bonsai.bonsai", per_prompt=_bonsai_passes, max_prompts=16,
+        "bonsai.bonsai",
+        per_prompt=_bonsai_passes,
+        max_prompts=16,
     ),
     Criterion(
         "greedy-output",
@@ -259,7 +286,9 @@ _ALL = (
         "Han et al., arXiv 1506.02626, section 3",
         "rows of q, k, v and columns of o; a head has an equal share of its group's k and v",
         "none",
-        "magnitude.magnitude", "nothing", lambda _: Passes(0),
+        "magnitude.magnitude",
+        "nothing",
+        lambda _: Passes(0),
     ),
     Criterion(
         "random-first-layer",
@@ -267,16 +296,13 @@ _ALL = (
         "a baseline",
         "uniform draws, the first layer above all others",
         "none",
-        "chance.random_first_layer", "nothing", lambda _: Passes(0),
+        "chance.random_first_layer",
+        "nothing",
+        lambda _: Passes(0),
     ),
     Criterion(
-        "random",
-        "random heads",
-        "a baseline",
-        "uniform draws",
-        "none",
-        "chance.random", "nothing", lambda _: Passes(0),
+        "random", "random heads", "a baseline", "uniform draws", "none", "chance.random", "nothing", lambda _: Passes(0)
     ),
-)  # fmt: skip
+)
 
 CRITERIA: Mapping[str, Criterion] = MappingProxyType({entry.name: entry for entry in _ALL})

@@ -133,9 +133,7 @@ class DocumentStream:
     def _topic(self, text: str, domain: str) -> Document:
         text_ids = self._encode(f"Question: {text}\nTopic:")
         topic_ids = [*self._encode(f" {domain}"), self._eos]
-        return Document(
-            text_ids + topic_ids, [DESCRIPTION_WEIGHT] * len(text_ids) + [1.0] * len(topic_ids)
-        )
+        return Document(text_ids + topic_ids, [DESCRIPTION_WEIGHT] * len(text_ids) + [1.0] * len(topic_ids))
 
     def __iter__(self) -> Iterator[Document]:
         while True:

@@ -203,7 +203,10 @@ class Log:
 
 
 def run(
-    phase: Phase, model: Qwen2ForCausalLM, objective: Objective, feed: Callable[[int, float], tuple[Tensor, Tensor]],
+    phase: Phase,
+    model: Qwen2ForCausalLM,
+    objective: Objective,
+    feed: Callable[[int, float], tuple[Tensor, Tensor]],
     log: Log,
 ) -> None:
     """All steps of a phase; `feed` gives the batch of a step, from its number and the smoothed loss."""
@@ -212,9 +215,7 @@ def run(
     matrices = [parameter for name, parameter in named if parameter.ndim == 2 and "embed" not in name]
     others = [parameter for name, parameter in named if parameter.ndim != 2 or "embed" in name]
     muon = Muon(matrices, phase.muon_rate, MUON_MOMENTUM, MUON_DECAY)
-    adam = torch.optim.AdamW(
-        [*others, *objective.parameters()], lr=phase.adam_rate, betas=ADAM_BETAS, weight_decay=0.0
-    )
+    adam = torch.optim.AdamW([*others, *objective.parameters()], lr=phase.adam_rate, betas=ADAM_BETAS, weight_decay=0.0)
     # Tokens of later stages would drift together: as wrong answers they all get the same small gradient, which Adam
     # scales to full steps. They stay where they began until they occur.
     known = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)
@@ -253,7 +254,11 @@ def train(out: Path, *, learn: Phase, settle: Phase, threads: int, seed: int, de
     torch.use_deterministic_algorithms(True)
     tokenizer = build_tokenizer(text for text, _ in training_descriptions())
     facts = {
-        "steps": learn.steps, "settling_steps": settle.steps, "seed": seed, "threads": threads, "device": device,
+        "steps": learn.steps,
+        "settling_steps": settle.steps,
+        "seed": seed,
+        "threads": threads,
+        "device": device,
         "torch": torch.__version__,
     }
     before = json.loads((out / RECORD).read_text()) if (out / RECORD).is_file() else {}
@@ -288,8 +293,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     o = parser.parse_args()
     train(
-        o.out, learn=replace(LEARN, steps=o.steps), settle=replace(SETTLE, steps=o.settling_steps), threads=o.threads,
-        seed=o.seed, device=o.device,
+        o.out,
+        learn=replace(LEARN, steps=o.steps),
+        settle=replace(SETTLE, steps=o.settling_steps),
+        threads=o.threads,
+        seed=o.seed,
+        device=o.device,
     )
 
 

@@ -46,19 +46,37 @@ def slice_card(plan: Mapping[str, Any], mask: HeadMask, origin: Mapping[str, Any
 
 
 def onnx_card(
-    origin: Mapping[str, Any], name: str, agreement: Any, precision: Any, *, report: Mapping[str, Any] | None,
-    plan: Mapping[str, Any] | None, last_logits: bool = False,
+    origin: Mapping[str, Any],
+    name: str,
+    agreement: Any,
+    precision: Any,
+    *,
+    report: Mapping[str, Any] | None,
+    plan: Mapping[str, Any] | None,
+    last_logits: bool = False,
 ) -> str:
     """The card of an export for ONNX Runtime. `report` and `plan` are an artifact's, None for a plain checkpoint."""
     return _card(
-        "onnx.md", origin, library="onnx", name=name, agreement=agreement, precision=precision, report=report,
-        plan=plan, last_logits=last_logits,
+        "onnx.md",
+        origin,
+        library="onnx",
+        name=name,
+        agreement=agreement,
+        precision=precision,
+        report=report,
+        plan=plan,
+        last_logits=last_logits,
     )
 
 
 def _card(
-    template: str, origin: Mapping[str, Any], *, name: str, report: Mapping[str, Any] | None,
-    library: str = "transformers", **values: Any,
+    template: str,
+    origin: Mapping[str, Any],
+    *,
+    name: str,
+    report: Mapping[str, Any] | None,
+    library: str = "transformers",
+    **values: Any,
 ) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -77,12 +95,18 @@ def _card(
     )
     # Plain Markdown, not HTML: nothing to escape but what could end a table cell or a code span.
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, autoescape=False,
-        trim_blocks=True, lstrip_blocks=True,
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        autoescape=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     body = environment.get_template(template).render(
-        source=source if is_hub_name else Path(source).name, name=name, report=report,
-        licence=origin.get("licence", {}), **values,
+        source=source if is_hub_name else Path(source).name,
+        name=name,
+        report=report,
+        licence=origin.get("licence", {}),
+        **values,
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
 
@@ -98,8 +122,12 @@ def _metrics(report: Mapping[str, Any] | None) -> list[EvalResult]:
     named = {"mean_kl": "mean KL from the dense model (nats per token)", "top1_agreement": "same next token"}
     return [
         EvalResult(
-            task_type=TASK, dataset_type="sspcompile-scenario", dataset_name=f"held-out texts of {scenario}",
-            metric_type=metric, metric_name=label, metric_value=round(ours[metric]["value"], 6),
+            task_type=TASK,
+            dataset_type="sspcompile-scenario",
+            dataset_name=f"held-out texts of {scenario}",
+            metric_type=metric,
+            metric_name=label,
+            metric_value=round(ours[metric]["value"], 6),
         )
         for metric, label in named.items()
-    ]  # fmt: skip
+    ]

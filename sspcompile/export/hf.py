@@ -22,8 +22,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def export_hf(
-    artifact: Path, out: Path, *, host: str | None = None, overwrite: bool = False,
-    progress: Progress = lambda *_: None,
+    artifact: Path, out: Path, *, host: str | None = None, overwrite: bool = False, progress: Progress = lambda *_: None
 ) -> Manifest:
     """Publish the model of an artifact as a folder that transformers and vLLM read.
 

@@ -89,8 +89,12 @@ def alternatives(answer: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def encode_items(
-    loaded: TextModel, items: Sequence[Labelled], max_tokens: int = MAX_TOKENS, batch_tokens: int = BATCH_TOKENS,
-    *, batch_size: int | None = None,
+    loaded: TextModel,
+    items: Sequence[Labelled],
+    max_tokens: int = MAX_TOKENS,
+    batch_tokens: int = BATCH_TOKENS,
+    *,
+    batch_size: int | None = None,
 ) -> EncodedItems:
     """Tokenise and batch items on the model's device. Prompts are cut as everywhere, answers never.
 

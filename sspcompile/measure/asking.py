@@ -105,7 +105,10 @@ def ask(
 
 
 def compare(
-    dense: TextModel, sliced: TextModel, conversations: Sequence[Conversation], limits: Limits,
+    dense: TextModel,
+    sliced: TextModel,
+    conversations: Sequence[Conversation],
+    limits: Limits,
     progress: Callable[[str, int, int], None],
 ) -> tuple[Outcomes, Outcomes]:
     """The outcomes of the dense and of the sliced model. Raises ValueError for no conversations."""
@@ -143,9 +146,7 @@ class _Reference:
     answer: tuple[str, ...]
 
 
-def _likelihood(
-    loaded: TextModel, led: Asked, conversations: Sequence[Conversation], limits: Limits
-) -> np.ndarray:
+def _likelihood(loaded: TextModel, led: Asked, conversations: Sequence[Conversation], limits: Limits) -> np.ndarray:
     """Mean log-likelihood per token of the likeliest right answer [T], behind the dense model's conversation."""
     questions = [question for c in conversations for question in c.turns]
     values = np.full(len(questions), np.nan)

@@ -37,7 +37,12 @@ class Ratio:
 
 
 def compare(
-    metric: Metric, reference: Summary, contender: Summary, *, sessions: int, names: tuple[str, str],
+    metric: Metric,
+    reference: Summary,
+    contender: Summary,
+    *,
+    sessions: int,
+    names: tuple[str, str],
     load: str | None = None,
 ) -> Ratio | None:
     """The ratio of one metric, or None when a median is 0 and there is none.
@@ -73,7 +78,11 @@ def _verdict(metric: Metric, improvement: float, interval: Interval | None) -> V
 
 
 def compare_all(
-    reference: Mapping[str, Summary], contender: Mapping[str, Summary], *, sessions: int, names: tuple[str, str],
+    reference: Mapping[str, Summary],
+    contender: Mapping[str, Summary],
+    *,
+    sessions: int,
+    names: tuple[str, str],
     load: str | None = None,
 ) -> tuple[Ratio, ...]:
     """The ratios of every metric that both have, in the order of METRICS."""

@@ -81,12 +81,16 @@ def results_json(results: Sequence[SuiteResult], facts: Mapping[str, Any]) -> di
     """`suites` by name; the first of them once more at the top level."""
     suites = {
         result.name: {
-            "conversations": result.conversations, "prompts": result.prompts, "labelled": result.labelled,
-            "dropped": result.dropped, "dense": _figures(result.dense), "sliced": _figures(result.sliced),
+            "conversations": result.conversations,
+            "prompts": result.prompts,
+            "labelled": result.labelled,
+            "dropped": result.dropped,
+            "dense": _figures(result.dense),
+            "sliced": _figures(result.sliced),
             "difference": _figures(result.difference),
         }
         for result in results
-    }  # fmt: skip
+    }
     first = suites[results[0].name]
     top = {key: first[key] for key in ("dense", "sliced", "difference")}
     return {**facts, "suite": results[0].name, **top, "suites": suites}

@@ -94,8 +94,12 @@ class BenchResult:
 
 
 def bench(
-    contenders: Sequence[Contender], settings: Settings, *, progress: Progress | None = None,
-    done: Sequence[Session] = (), keep: Callable[[Session], None] = lambda _: None,
+    contenders: Sequence[Contender],
+    settings: Settings,
+    *,
+    progress: Progress | None = None,
+    done: Sequence[Session] = (),
+    keep: Callable[[Session], None] = lambda _: None,
 ) -> BenchResult:
     """Measure the contenders in turn, A B A B, B A B A; the first one is the reference of all others.
 
@@ -196,8 +200,12 @@ def fit_together(contenders: Sequence[Contender], device: str) -> bool:
 
 def _load(worker: Worker, contender: Contender, settings: Settings) -> dict[str, Any]:
     return worker.ask(
-        "load", path=str(contender.path), trust_remote_code=contender.trust_remote_code, threads=settings.threads,
-        seed=settings.seed, device=settings.device,
+        "load",
+        path=str(contender.path),
+        trust_remote_code=contender.trust_remote_code,
+        threads=settings.threads,
+        seed=settings.seed,
+        device=settings.device,
     )
 
 
@@ -216,8 +224,11 @@ def _result(contenders: Sequence[Contender], settings: Settings, sessions: Seque
 
 def _capacity(result: ContenderResult, settings: Settings) -> Capacity:
     return capacity(
-        result.name, memory=settings.memory, weight_bytes=result.metrics["weight_bytes"].median,
-        kv_bytes_per_token=result.metrics["kv_bytes_per_token"].median, tokens=settings.loads[-1].positions,
+        result.name,
+        memory=settings.memory,
+        weight_bytes=result.metrics["weight_bytes"].median,
+        kv_bytes_per_token=result.metrics["kv_bytes_per_token"].median,
+        tokens=settings.loads[-1].positions,
         positions=_positions(Path(result.path)),
     )
 
@@ -242,9 +253,7 @@ def _ratios(reference: ContenderResult, other: ContenderResult, sessions: int) -
     yield from compare_all(reference.metrics, other.metrics, sessions=sessions, names=names)
 
 
-def _predictions(
-    reference: ContenderResult, other: ContenderResult, ratios: Sequence[Ratio]
-) -> Iterator[Prediction]:
+def _predictions(reference: ContenderResult, other: ContenderResult, ratios: Sequence[Ratio]) -> Iterator[Prediction]:
     """What the bytes predict for decoding, beside what was measured, for every load of a pair."""
     found = {(r.reference, r.contender, r.load): r for r in ratios if r.metric == "inter_token_seconds"}
     for top, bottom in zip(reference.loads, other.loads, strict=True):

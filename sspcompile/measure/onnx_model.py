@@ -46,9 +46,7 @@ class OnnxModel:
         self._past = [value for value in session.get_inputs() if value.name.startswith("past_key_values.")]
 
     @classmethod
-    def open(
-        cls, folder: Path, *, provider: str = "cpu", threads: int | None = None, spin: bool = True
-    ) -> OnnxModel:
+    def open(cls, folder: Path, *, provider: str = "cpu", threads: int | None = None, spin: bool = True) -> OnnxModel:
         """Open MODEL.onnx of a folder. `threads` None leaves the number to ONNX Runtime.
 
         With `spin` its threads wait for work in a loop, which makes a step a little faster and, where others use the

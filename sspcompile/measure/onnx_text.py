@@ -44,7 +44,12 @@ class OnnxText:
         return torch.from_numpy(logits[score_mask.cpu().numpy()])
 
     def continuations(
-        self, input_ids: Tensor, attention_mask: Tensor, new_tokens: int, *, choose: Chooser | None = None,
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        new_tokens: int,
+        *,
+        choose: Chooser | None = None,
         on_tokens: Callable[[list[int]], None] = lambda _: None,
     ) -> list[list[int]]:
         """At most `new_tokens` tokens behind every row of [B, T], which is padded on the left; end tokens included."""

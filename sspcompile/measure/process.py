@@ -31,9 +31,11 @@ class Worker:
         count = str(threads)
         root = str(Path(__file__).parents[2])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = os.environ | QUIET_THREADS | {
-            "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "PYTHONPATH": os.pathsep.join(paths),
-        }  # fmt: skip
+        environment = (
+            os.environ
+            | QUIET_THREADS
+            | {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "PYTHONPATH": os.pathsep.join(paths)}
+        )
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "sspcompile.measure.worker", runtime],
             stdin=subprocess.PIPE,

@@ -73,10 +73,7 @@ class DivergenceAccumulator:
         self._agree: dict[int, list[float]] = defaultdict(list)
 
     def add(
-        self,
-        dense_logits: Tensor | np.ndarray,
-        other_logits: Tensor | np.ndarray,
-        prompt_index: Tensor | np.ndarray,
+        self, dense_logits: Tensor | np.ndarray, other_logits: Tensor | np.ndarray, prompt_index: Tensor | np.ndarray
     ) -> None:
         """Add N positions; a prompt may be spread over batches. Raises like `divergence`."""
         dense, other = torch.as_tensor(dense_logits), torch.as_tensor(other_logits)

@@ -57,7 +57,12 @@ def predict(reference: Roofline, contender: Roofline, ratio: Ratio) -> Predictio
     predicted, measured = reference.bytes_per_step / contender.bytes_per_step, ratio.improvement
     saving = 1 - 1 / predicted
     return Prediction(
-        load=str(ratio.load), reference=ratio.reference, contender=ratio.contender, predicted=predicted,
-        measured=measured, interval=ratio.improvement_interval,
-        realised=(1 - 1 / measured) / saving if saving > 1e-6 else None, reference_share=reference.share,
+        load=str(ratio.load),
+        reference=ratio.reference,
+        contender=ratio.contender,
+        predicted=predicted,
+        measured=measured,
+        interval=ratio.improvement_interval,
+        realised=(1 - 1 / measured) / saving if saving > 1e-6 else None,
+        reference_share=reference.share,
     )

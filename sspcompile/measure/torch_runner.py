@@ -44,9 +44,9 @@ class TorchRunner:
         which it only looks up rows."""
         parameters = list(self.model.parameters())
         weight_bytes = sum(p.numel() * p.element_size() for p in parameters)
-        table, head = (getattr(m, "weight", None) for m in (
-            self.model.get_input_embeddings(), self.model.get_output_embeddings(),
-        ))  # fmt: skip
+        table, head = (
+            getattr(m, "weight", None) for m in (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        )
         looked_up = 0 if table is head else table.numel() * table.element_size()
         return {
             "load_seconds": self.load_seconds,

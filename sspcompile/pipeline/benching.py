@@ -62,8 +62,13 @@ class Wish:
         repeats = self.repeats or (32 if self.quick else 24)
         sessions = min(self.sessions or (16 if self.quick else 8), repeats)
         return Settings(
-            loads=tuple(Load(b, p, new_tokens) for b in self.batch or (1,) for p in prompts), sessions=sessions,
-            trials=-(-repeats // sessions), warmup=1, threads=self.threads or cores, seed=0, device=self.device,
+            loads=tuple(Load(b, p, new_tokens) for b in self.batch or (1,) for p in prompts),
+            sessions=sessions,
+            trials=-(-repeats // sessions),
+            warmup=1,
+            threads=self.threads or cores,
+            seed=0,
+            device=self.device,
             memory=self.memory or _memory_of(self.device),
         )
 
@@ -88,8 +93,15 @@ class Benched:
 
 
 def bench(
-    given: Sequence[str | None], wish: Wish, workspace: Workspace, cores: int, *, against: str | None,
-    model: str | None, fresh: bool, progress: Progress,
+    given: Sequence[str | None],
+    wish: Wish,
+    workspace: Workspace,
+    cores: int,
+    *,
+    against: str | None,
+    model: str | None,
+    fresh: bool,
+    progress: Progress,
 ) -> Benched:
     """Measure, write every sample to the artifacts' bench.json, and put the summary into their reports.
 
@@ -109,8 +121,11 @@ def bench(
         check(contenders, settings)
         notes = _Notes(workspace, _key(contenders, entries, dense, settings))
         result = measure(
-            contenders, settings, progress=lambda done, total, _what: progress("measuring", done, total),
-            done=[] if fresh else notes.read(), keep=notes.add,
+            contenders,
+            settings,
+            progress=lambda done, total, _what: progress("measuring", done, total),
+            done=[] if fresh else notes.read(),
+            keep=notes.add,
         )
     artifacts = []
     for entry, part in zip(entries, own, strict=True):
@@ -197,8 +212,11 @@ def _key(
     """What must be the same for a measurement to go on: inputs, settings, machine, versions."""
     marks = {str(entry.artifact or entry.model): _mark(entry.artifact or entry.model) for entry in entries}
     return {
-        "contenders": [[c.name, c.runtime] for c in contenders], "inputs": marks, "dense": dense.fingerprint,
-        "settings": asdict(settings), "machine": [platform.node(), platform.machine()],
+        "contenders": [[c.name, c.runtime] for c in contenders],
+        "inputs": marks,
+        "dense": dense.fingerprint,
+        "settings": asdict(settings),
+        "machine": [platform.node(), platform.machine()],
         "sspcompile": sspcompile.__version__,
     }
 

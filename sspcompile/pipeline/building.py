@@ -52,8 +52,14 @@ BASELINE_SEEDS = 3
 
 
 def build(
-    scenario: Scenario, options: Recipe, subject: Subject, out: Path, workspace: Workspace, progress: Progress,
-    *, overwrite: bool = False,
+    scenario: Scenario,
+    options: Recipe,
+    subject: Subject,
+    out: Path,
+    workspace: Workspace,
+    progress: Progress,
+    *,
+    overwrite: bool = False,
 ) -> Outcome:
     """Compile, judge, repair, cut, prove and publish. Nothing is left behind when any step fails."""
     if not subject.checkpoint.has_weights:
@@ -79,10 +85,18 @@ def build(
         plan = make_plan(subject.checkpoint, mask, host=host)
         parity = _write_and_prove(folder, subject, loaded, mask, plan, decision.chosen, judge, progress)
         outcome = Outcome(
-            folder=out, subject=subject, options=options, compiled=compiled, decision=decision, mask=mask, plan=plan,
-            parity=parity, ours=judge.reported(decision.chosen),
+            folder=out,
+            subject=subject,
+            options=options,
+            compiled=compiled,
+            decision=decision,
+            mask=mask,
+            plan=plan,
+            parity=parity,
+            ours=judge.reported(decision.chosen),
             baselines=_baselines(judge, compiled, options, toolkit, decision.chosen),
-            evidence=judge.evidence.counts(), toolkit=toolkit,
+            evidence=judge.evidence.counts(),
+            toolkit=toolkit,
         )
         _describe(folder, outcome, progress)
     workspace.remember(out)
@@ -115,13 +129,16 @@ def _shortlists(
     return {layout: one for layout, one in found.items() if one is not None}
 
 
-def _judge(
-    loaded: LoadedModel, subject: Subject, compiled: Compiled, options: Recipe, progress: Progress
-) -> Judge:
+def _judge(loaded: LoadedModel, subject: Subject, compiled: Compiled, options: Recipe, progress: Progress) -> Judge:
     return Judge(
-        loaded, evidence_for(compiled, options), max_tokens=options.max_tokens or 0,
-        new_tokens=options.continuation_tokens or 0, seed=options.seed or 0,
-        repair=options.repair or "none", dtype=_weight_dtype(subject), progress=progress,
+        loaded,
+        evidence_for(compiled, options),
+        max_tokens=options.max_tokens or 0,
+        new_tokens=options.continuation_tokens or 0,
+        seed=options.seed or 0,
+        repair=options.repair or "none",
+        dtype=_weight_dtype(subject),
+        progress=progress,
     )
 
 
@@ -133,8 +150,14 @@ def _weight_dtype(subject: Subject) -> torch.dtype:
 
 
 def _write_and_prove(
-    folder: Path, subject: Subject, loaded: LoadedModel, mask: HeadMask, plan: SlicePlan, chosen: Candidate,
-    judge: Judge, progress: Progress,
+    folder: Path,
+    subject: Subject,
+    loaded: LoadedModel,
+    mask: HeadMask,
+    plan: SlicePlan,
+    chosen: Candidate,
+    judge: Judge,
+    progress: Progress,
 ) -> Parity:
     repair = chosen.final_repair
     replaced = repair.replaced(mask.kept, plan.geometry.head_dim) if repair is not None else None

@@ -58,7 +58,10 @@ class Subject:
         self, *, device: str = "cpu", device_map: str | None = None, trust_remote_code: bool = False
     ) -> LoadedModel:
         return load(
-            self.checkpoint.path, fingerprint=self.fingerprint, device=device, device_map=device_map,
+            self.checkpoint.path,
+            fingerprint=self.fingerprint,
+            device=device,
+            device_map=device_map,
             trust_remote_code=trust_remote_code,
         )
 
@@ -101,7 +104,11 @@ def open_subject(model: str | None) -> Subject:
 
 
 def toolkit_for(
-    subject: Subject, loaded: LoadedModel, options: Recipe, workspace: Workspace, progress: Progress,
+    subject: Subject,
+    loaded: LoadedModel,
+    options: Recipe,
+    workspace: Workspace,
+    progress: Progress,
     criteria: Sequence[str],
 ) -> tuple[Toolkit, bool]:
     """The model's toolkit with STANDARD_CRITERIA and `criteria` in it, and whether it was prepared just now.
@@ -120,9 +127,16 @@ def toolkit_for(
     stages = Stages(loaded, beside(folder))
     if toolkit is None:
         toolkit = preparing.prepare(
-            loaded, candidates, given.outside, axes=given.axes, criteria=criteria, seed=options.seed or 0,
-            max_tokens=options.max_tokens or 0, continuation_tokens=options.continuation_tokens or 0,
-            stages=stages, progress=progress,
+            loaded,
+            candidates,
+            given.outside,
+            axes=given.axes,
+            criteria=criteria,
+            seed=options.seed or 0,
+            max_tokens=options.max_tokens or 0,
+            continuation_tokens=options.continuation_tokens or 0,
+            stages=stages,
+            progress=progress,
         )
     missing = [name for name in criteria if name not in toolkit.importance]
     for name in missing:
@@ -153,9 +167,12 @@ def _stored(folder: Path, subject: Subject, options: Recipe, given: PoolSet) -> 
         return None
     toolkit = preparing.load(folder, fingerprint=subject.fingerprint)
     wanted = {
-        "candidates_fingerprint": pools_fingerprint(fit_part(given.candidates)), "axes_asked": given.axes,
+        "candidates_fingerprint": pools_fingerprint(fit_part(given.candidates)),
+        "axes_asked": given.axes,
         "given_outside_fingerprint": pools_fingerprint(given.outside),
-        "text_version": TEXT_VERSION, "seed": options.seed, "max_tokens": options.max_tokens,
+        "text_version": TEXT_VERSION,
+        "seed": options.seed,
+        "max_tokens": options.max_tokens,
         "continuation_tokens": options.continuation_tokens,
     }
     return toolkit if all(toolkit.meta.get(key) == value for key, value in wanted.items()) else None
@@ -186,9 +203,16 @@ def compile_scenario(
     whitelist = toolkit.whitelist & ("whitelist" not in without)
     keep = options.keep if options.keep is not None else keep_from_strength(options.strength or 0.0, mixture.breadth)
     return Compiled(
-        scenario=scenario, mixture=mixture, used=used, scores=scores, whitelist=whitelist,
-        merit=merit(scores.values, whitelist), keep=keep, criterion=name,
-        groups_only=options.granularity == "group", without=without,
+        scenario=scenario,
+        mixture=mixture,
+        used=used,
+        scores=scores,
+        whitelist=whitelist,
+        merit=merit(scores.values, whitelist),
+        keep=keep,
+        criterion=name,
+        groups_only=options.granularity == "group",
+        without=without,
         repair=options.repair or "none",
     )
 
@@ -224,8 +248,11 @@ def mask_of(
         whitelist=tuple((int(layer), int(head)) for layer, head in kept),
         criterion=chosen_by.name,
         scenario={
-            "name": compiled.scenario.name, "source": compiled.scenario.source, **compiled.mixture.as_mapping(),
-            "importance": compiled.scores.as_mapping(), "without": list(compiled.without),
+            "name": compiled.scenario.name,
+            "source": compiled.scenario.source,
+            **compiled.mixture.as_mapping(),
+            "importance": compiled.scores.as_mapping(),
+            "without": list(compiled.without),
             "repair": compiled.repair,
         },
     )

@@ -79,14 +79,20 @@ def write_cut(
 
     with staged(out, overwrite=overwrite) as folder:
         write_model(
-            cut.checkpoint, cut.plan, folder, max_shard_bytes=max_shard_bytes, link_unchanged=link_unchanged,
+            cut.checkpoint,
+            cut.plan,
+            folder,
+            max_shard_bytes=max_shard_bytes,
+            link_unchanged=link_unchanged,
             progress=wrote,
         )
         plan = plan_json(cut.plan)
         (folder / MASK).write_text(dump_mask(cut.mask), "utf-8")
         (folder / PLAN).write_text(json.dumps(plan, indent=1) + "\n", "utf-8")
         origin = {
-            "sspcompile": sspcompile.__version__, "source": cut.fingerprint, "source_name": cut.source,
+            "sspcompile": sspcompile.__version__,
+            "source": cut.fingerprint,
+            "source_name": cut.source,
             "licence": licence_of(cut.checkpoint.path),
         }
         (folder / "README.md").write_text(slice_card(plan, cut.mask, origin, out.name), "utf-8")

@@ -59,7 +59,11 @@ class Deployment:
 
 
 def deployment_of(
-    contenders: Contenders, scenario: str | None, loaded: LoadedModel, workspace: Workspace, seed: int,
+    contenders: Contenders,
+    scenario: str | None,
+    loaded: LoadedModel,
+    workspace: Workspace,
+    seed: int,
     progress: Progress,
 ) -> Deployment | None:
     """The artifact's own scenario, or the one that was asked for; None when neither is known."""
@@ -128,8 +132,13 @@ def scenario_suites(
 
 
 def _questions(
-    domains: Sequence[str], weights: Sequence[float], count: int, pools: Mapping[str, DomainPool], labelled: bool,
-    fitted: frozenset[str], seed: int,
+    domains: Sequence[str],
+    weights: Sequence[float],
+    count: int,
+    pools: Mapping[str, DomainPool],
+    labelled: bool,
+    fitted: frozenset[str],
+    seed: int,
 ) -> list[Question]:
     rng = np.random.default_rng(seed)
     found = []
@@ -156,16 +165,21 @@ def data_suite(path: Path, fitted: frozenset[str], *, count: int | None, seed: i
 
 
 def evaluate(
-    contenders: Contenders, *, scenario: str | None, data: Sequence[Path], items: int | None, limits: Limits,
-    seed: int, workspace: Workspace, progress: Progress,
+    contenders: Contenders,
+    *,
+    scenario: str | None,
+    data: Sequence[Path],
+    items: int | None,
+    limits: Limits,
+    seed: int,
+    workspace: Workspace,
+    progress: Progress,
 ) -> list[SuiteResult]:
     """Ask both models all suites. Raises InputError when there is nothing to ask, and whatever reading raises."""
     for path in data:  # malformed files are refused before anything heavy starts
         read_data(path)
     if contenders.artifact is None and scenario is None and not data:
-        raise InputError(
-            f"{contenders.name} does not say which scenario it is for.", hint="Give --scenario or --data."
-        )
+        raise InputError(f"{contenders.name} does not say which scenario it is for.", hint="Give --scenario or --data.")
     dense, sliced = contenders.load()
     deployment = deployment_of(contenders, scenario, dense, workspace, seed, progress)
     fitted = fitted_prompts(deployment)
@@ -177,7 +191,10 @@ def evaluate(
     results = []
     for suite in suites:
         first, second = compare(
-            dense, sliced, suite.conversations, limits,
+            dense,
+            sliced,
+            suite.conversations,
+            limits,
             lambda stage, done, total, name=suite.name: progress(f"{name}: {stage}", done, total),
         )
         results.append(suite_result(suite.name, first, second, dropped=suite.dropped, seed=seed))

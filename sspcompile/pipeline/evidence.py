@@ -48,8 +48,13 @@ class Evidence:
     def counts(self) -> dict[str, int]:
         """How many texts each part has, and how many of them are the scenario's own."""
         return {
-            "fit": len(self.fit), "guard": len(self.guard), "judge": len(self.judge),
-            "off": len(self.off), "own_fit": self.own_fit, "own_guard": self.own_guard, "own_judge": self.own_judge,
+            "fit": len(self.fit),
+            "guard": len(self.guard),
+            "judge": len(self.judge),
+            "off": len(self.off),
+            "own_fit": self.own_fit,
+            "own_guard": self.own_guard,
+            "own_judge": self.own_judge,
         }
 
 

@@ -39,7 +39,9 @@ def of_artifact(artifact: Path) -> Source:
     return Source(
         model=artifact / MODEL,
         origin={**manifest.origin, "artifact": artifact.name},
-        probes=_read(artifact / PROBES)["probes"], report=_read(artifact / REPORT), plan=_read(artifact / PLAN),
+        probes=_read(artifact / PROBES)["probes"],
+        report=_read(artifact / REPORT),
+        plan=_read(artifact / PLAN),
         custom_code=ships_code(artifact / MODEL),
     )
 
@@ -56,18 +58,40 @@ def of_checkpoint(model: str) -> Source:
 
 
 def to_onnx(
-    source: Source, out: Path, precision: Precision, *, blocks: Blocks, positions: int | None = None,
-    last_logits: bool = False, link: bool = False, overwrite: bool = False, progress: Progress = lambda *_: None,
+    source: Source,
+    out: Path,
+    precision: Precision,
+    *,
+    blocks: Blocks,
+    positions: int | None = None,
+    last_logits: bool = False,
+    link: bool = False,
+    overwrite: bool = False,
+    progress: Progress = lambda *_: None,
 ) -> Exported:
     """Write, run and publish. Raises what `export_onnx` raises."""
     return export_onnx(
-        source.model, out, precision=precision, blocks=blocks, probes=source.probes, origin=source.origin,
+        source.model,
+        out,
+        precision=precision,
+        blocks=blocks,
+        probes=source.probes,
+        origin=source.origin,
         card=lambda agreement: onnx_card(
-            source.origin, out.name, agreement, precision, last_logits=last_logits, report=source.report,
+            source.origin,
+            out.name,
+            agreement,
+            precision,
+            last_logits=last_logits,
+            report=source.report,
             plan=source.plan,
         ),
-        trust_remote_code=source.custom_code, positions=positions, last_logits=last_logits, link=link,
-        overwrite=overwrite, progress=progress,
+        trust_remote_code=source.custom_code,
+        positions=positions,
+        last_logits=last_logits,
+        link=link,
+        overwrite=overwrite,
+        progress=progress,
     )
 
 

@@ -31,8 +31,14 @@ def require_harness() -> None:
 
 
 def run_harness(
-    contenders: Contenders, tasks: Sequence[str], *, tasks_folder: Path | None, items: int | None, batch_size: int,
-    seed: int, device: str = "cpu",
+    contenders: Contenders,
+    tasks: Sequence[str],
+    *,
+    tasks_folder: Path | None,
+    items: int | None,
+    batch_size: int,
+    seed: int,
+    device: str = "cpu",
 ) -> list[HarnessRow]:
     """Run tasks on both models. `tasks_folder` holds further task definitions; `items` limits each task's documents.
 
@@ -51,9 +57,18 @@ def run_harness(
     for folder, trust in ((contenders.dense.checkpoint.path, False), (contenders.model, contenders.custom_code)):
         arguments = {"pretrained": str(folder), "dtype": "float32", "trust_remote_code": trust}
         result = simple_evaluate(
-            model="hf", model_args=arguments, tasks=list(tasks), task_manager=manager, limit=items,
-            batch_size=batch_size, device=device, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
-            fewshot_random_seed=seed, log_samples=False,
+            model="hf",
+            model_args=arguments,
+            tasks=list(tasks),
+            task_manager=manager,
+            limit=items,
+            batch_size=batch_size,
+            device=device,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+            log_samples=False,
         )
         found.append(result["results"])
     return _rows(*found)

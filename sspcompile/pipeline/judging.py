@@ -26,8 +26,10 @@ Progress = Callable[[str, int, int], None]
 
 
 FITS: Mapping[str, Callable[..., Iterable[Repair]]] = {
-    "least-squares": fit_repairs, "least-squares-mlp": partial(fit_repairs, mlp=True), "flap-bias": fit_biases,
-}  # fmt: skip
+    "least-squares": fit_repairs,
+    "least-squares-mlp": partial(fit_repairs, mlp=True),
+    "flap-bias": fit_biases,
+}
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,16 @@ class Judge:
     """
 
     def __init__(
-        self, loaded: LoadedModel, evidence: Evidence, *, max_tokens: int, new_tokens: int, seed: int, repair: str,
-        dtype: torch.dtype, progress: Progress,
+        self,
+        loaded: LoadedModel,
+        evidence: Evidence,
+        *,
+        max_tokens: int,
+        new_tokens: int,
+        seed: int,
+        repair: str,
+        dtype: torch.dtype,
+        progress: Progress,
     ) -> None:
         self.loaded = loaded
         self.evidence = evidence
@@ -101,18 +111,19 @@ class Judge:
 
     def figures(self, kept: np.ndarray, repair: Repair | None = None) -> Figures:
         """Of the masked model, `kept` bool [layers, heads]."""
-        return Figures(*(
-            divergence_of(self.loaded, kept, repair, getattr(self, part), self._dense[part], seed=self.seed)
-            for part in ("guard", "held")
-        ))  # fmt: skip
+        return Figures(
+            *(
+                divergence_of(self.loaded, kept, repair, getattr(self, part), self._dense[part], seed=self.seed)
+                for part in ("guard", "held")
+            )
+        )
 
     def reported(self, candidate: Candidate) -> Reported:
         """A candidate's figures on the texts that decide nothing, on the scenario and off it."""
         off = None
         if self.off:
             off = divergence_of(
-                self.loaded, candidate.choice.kept, candidate.final_repair, self.off, self._dense["off"],
-                seed=self.seed,
+                self.loaded, candidate.choice.kept, candidate.final_repair, self.off, self._dense["off"], seed=self.seed
             )
         return Reported(candidate.final.judge, off)
 
@@ -136,17 +147,23 @@ class Judge:
         `what` they are is shown while they are repaired.
         """
         fitted = self.fitted(
-            [choice.kept for _, choice in choices], self.fit,
+            [choice.kept for _, choice in choices],
+            self.fit,
             lambda done, total: self.progress(f"repair ({what})", done, total),
-        )  # fmt: skip
+        )
         for (layout, choice), repair in zip(choices, fitted, strict=True):
             mended = self.figures(choice.kept, repair) if repair is not None else None
             yield Candidate(layout, choice, self.figures(choice.kept), repair, mended)
 
 
 def divergence_of(
-    loaded: LoadedModel, kept: np.ndarray, repair: Repair | None, batches: Sequence[Batch], dense: Sequence[Tensor],
-    *, seed: int = 0,
+    loaded: LoadedModel,
+    kept: np.ndarray,
+    repair: Repair | None,
+    batches: Sequence[Batch],
+    dense: Sequence[Tensor],
+    *,
+    seed: int = 0,
 ) -> Divergence:
     """Of the masked, repaired model from the dense one, whose logits at the scored positions are `dense`."""
     collected = DivergenceAccumulator()

@@ -82,7 +82,12 @@ def open_model(folder: Path, *, device: str = "cpu", trust_remote_code: bool = F
 
 
 def write(
-    model: Model, prompt: str, *, new_tokens: int, sampling: Sampling, raw: bool = False,
+    model: Model,
+    prompt: str,
+    *,
+    new_tokens: int,
+    sampling: Sampling,
+    raw: bool = False,
     on_text: Callable[[str], None] = lambda _: None,
 ) -> Written:
     """Write at most `new_tokens` tokens behind a prompt; `on_text` hears pieces of whole characters as they come.

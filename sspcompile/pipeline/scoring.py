@@ -51,7 +51,12 @@ def demand_prompts(scenario: Scenario, options: Recipe) -> None:
 
 
 def score_heads(
-    scenario: Scenario, used: Mixture, options: Recipe, toolkit: Toolkit, loaded: LoadedModel, name: str,
+    scenario: Scenario,
+    used: Mixture,
+    options: Recipe,
+    toolkit: Toolkit,
+    loaded: LoadedModel,
+    name: str,
     progress: Progress | None = None,
 ) -> HeadScores:
     """Score the heads for a scenario by the criterion `name`, which the toolkit holds.
@@ -65,7 +70,13 @@ def score_heads(
         return HeadScores(cached, "domains", 0, 0.0)
     report = progress or (lambda _stage, _done, _total: None)
     values = importance_per_prompt(
-        loaded, toolkit, name, prompts, used.parts, seed=options.seed or 0, max_tokens=options.max_tokens or 0,
+        loaded,
+        toolkit,
+        name,
+        prompts,
+        used.parts,
+        seed=options.seed or 0,
+        max_tokens=options.max_tokens or 0,
         continuation_tokens=options.continuation_tokens or 0,
         progress=lambda done, total: report(f"{name} on the scenario's prompts", done, total),
     )

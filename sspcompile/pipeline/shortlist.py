@@ -95,8 +95,14 @@ def contenders(
 
 
 def best_mask(
-    judge: Judge, ranked: Sequence[Ranking], layout: Layout, whitelist: np.ndarray, keep: float, *,
-    groups_only: bool = False, holds: Callable[[Choice], bool] = lambda _: True,
+    judge: Judge,
+    ranked: Sequence[Ranking],
+    layout: Layout,
+    whitelist: np.ndarray,
+    keep: float,
+    *,
+    groups_only: bool = False,
+    holds: Callable[[Choice], bool] = lambda _: True,
 ) -> Shortlisted | None:
     """The mask of a layout within `keep` that diverges least once repaired; ties go to the earlier one.
 

@@ -73,8 +73,16 @@ def _range(text: str) -> tuple[str, ...]:
 
 
 def sweep(
-    axis: Axis, requests: Sequence[tuple[Scenario, Recipe]], subject: Subject, out: Path, workspace: Workspace,
-    cores: int, progress: Progress, *, overwrite: bool = False, measured: bool = True,
+    axis: Axis,
+    requests: Sequence[tuple[Scenario, Recipe]],
+    subject: Subject,
+    out: Path,
+    workspace: Workspace,
+    cores: int,
+    progress: Progress,
+    *,
+    overwrite: bool = False,
+    measured: bool = True,
 ) -> Points:
     """Build every request under `out`, measure them in one run, and write the frontier to out/frontier.
 

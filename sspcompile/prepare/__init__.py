@@ -8,6 +8,17 @@ from sspcompile.prepare.text import encode, with_continuations
 from sspcompile.prepare.toolkit import REGIMES, Toolkit, is_outdated, load, save, with_importance
 
 __all__ = [
-    "REGIMES", "Toolkit", "encode", "features", "importance_by_domain", "importance_of", "is_outdated",
-    "load", "prepare", "probabilities", "save", "with_continuations", "with_importance",
+    "REGIMES",
+    "Toolkit",
+    "encode",
+    "features",
+    "importance_by_domain",
+    "importance_of",
+    "is_outdated",
+    "load",
+    "prepare",
+    "probabilities",
+    "save",
+    "with_continuations",
+    "with_importance",
 ]

@@ -79,6 +79,7 @@ def select(axes: np.ndarray, count: int) -> Selection:
     if count >= len(axes):
         chosen = candidates
     while len(chosen) < min(count, len(axes)):
+
         def gain(k: int) -> float:
             apart = 1.0 - max(0.0, cosines[k, chosen].max()) if chosen else 0.0
             return apart + _coverage(axes, [*chosen, k])

@@ -40,7 +40,9 @@ def fit_temperature(logits: np.ndarray, targets: np.ndarray) -> float:
     """log T that minimises the BCE of sigmoid(z / T), T in [1/20, 20]. The loss has one minimum in 1/T."""
     found = minimize_scalar(
         lambda log_t: binary_cross_entropy(logits * np.exp(-log_t), targets),
-        bounds=(-LOG_BOUND, LOG_BOUND), method="bounded", options={"xatol": 1e-4},
+        bounds=(-LOG_BOUND, LOG_BOUND),
+        method="bounded",
+        options={"xatol": 1e-4},
     )
     return float(found.x)
 

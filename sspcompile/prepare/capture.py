@@ -28,9 +28,7 @@ def pool(values: Tensor, attention_mask: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def reading(
-    modules: Sequence[nn.Module], what: str, read: Callable[[int, Tensor], None]
-) -> Iterator[None]:
+def reading(modules: Sequence[nn.Module], what: str, read: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Hand each module's positional input to `read(index, x)`.
 
     Raises RunError when a module was called without a positional tensor, or was not called at all: a value that
@@ -85,10 +83,7 @@ def capture(loaded: LoadedModel, batch: Batch, read_heads: HeadReader | None = N
 
 
 def features(
-    loaded: LoadedModel,
-    prompts: Sequence[str],
-    max_tokens: int = MAX_TOKENS,
-    on_batch: BatchDone | None = None,
+    loaded: LoadedModel, prompts: Sequence[str], max_tokens: int = MAX_TOKENS, on_batch: BatchDone | None = None
 ) -> np.ndarray:
     """What the probes read: [N, L, d] float32 in the order of the prompts. The same call offline and online."""
     world = current()

@@ -36,9 +36,14 @@ def importance_per_prompt(
     limit = min(len(prompts), chosen.max_prompts or len(prompts))
     read = [prompts[index * len(prompts) // limit] for index in range(limit)]
     values = measuring.measure(
-        loaded, chosen.name, continued(loaded, read, continuation_tokens, max_tokens),
-        directions=probe_directions(toolkit.probe_weight, toolkit.feature_scale), seed=seed,
-        granularity=granularity, every_prompt=True, progress=progress,
+        loaded,
+        chosen.name,
+        continued(loaded, read, continuation_tokens, max_tokens),
+        directions=probe_directions(toolkit.probe_weight, toolkit.feature_scale),
+        seed=seed,
+        granularity=granularity,
+        every_prompt=True,
+        progress=progress,
     ).values
     return values @ parts if chosen.per_axis else values
 

@@ -47,9 +47,15 @@ def importance_of(
     criterion(name)  # before the continuations are written
     directions = None if toolkit is None else probe_directions(toolkit.probe_weight, toolkit.feature_scale)
     scores = measuring.measure(
-        loaded, name, continued(loaded, prompts, continuation_tokens, max_tokens), directions=directions, seed=seed,
-        granularity=granularity, every_prompt=True, progress=progress,
-    )  # fmt: skip
+        loaded,
+        name,
+        continued(loaded, prompts, continuation_tokens, max_tokens),
+        directions=directions,
+        seed=seed,
+        granularity=granularity,
+        every_prompt=True,
+        progress=progress,
+    )
     values = scores.values.mean(0)
     if values.ndim == 2:
         return values

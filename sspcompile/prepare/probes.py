@@ -85,10 +85,12 @@ def fit(features: np.ndarray, labels: np.ndarray, weights: np.ndarray, train: np
 
 def auc(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Area under the ROC curve of every layer and domain against the rest: logits [N, L, K], labels [N] -> [L, K]."""
-    return np.array([
-        [roc_auc_score(labels == k, logits[:, layer, k]) for k in range(logits.shape[2])]
-        for layer in range(logits.shape[1])
-    ])
+    return np.array(
+        [
+            [roc_auc_score(labels == k, logits[:, layer, k]) for k in range(logits.shape[2])]
+            for layer in range(logits.shape[1])
+        ]
+    )
 
 
 def _layer_groups(layers: int, domains: int, rows: int, width: int) -> Iterator[slice]:

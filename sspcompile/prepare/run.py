@@ -83,15 +83,23 @@ def prepare(
     }
     tested = next(key for key in scores if of_key(key)[0].per == "prompt")
     confirmed = whitelist(scores[tested].own_axis(), scores[tested].labels)
-    meta = _versions() | told.facts() | facts | {
-        "seed": seed, "text_version": TEXT_VERSION, "max_tokens": max_tokens,
-        "continuation_tokens": continuation_tokens, "pools_fingerprint": pools_fingerprint(pools),
-        "outside_fingerprint": pools_fingerprint(outside),
-        "prompts": {pool.name: len(pool.prompts) for pool in pools},
-        "format_confound": probes.format_confound(prompts, labels, seed),
-        "importance_prompts": {name: found.prompts for name, found in scores.items()},
-        "whitelist": _whitelist_facts(tested, confirmed),
-    }
+    meta = (
+        _versions()
+        | told.facts()
+        | facts
+        | {
+            "seed": seed,
+            "text_version": TEXT_VERSION,
+            "max_tokens": max_tokens,
+            "continuation_tokens": continuation_tokens,
+            "pools_fingerprint": pools_fingerprint(pools),
+            "outside_fingerprint": pools_fingerprint(outside),
+            "prompts": {pool.name: len(pool.prompts) for pool in pools},
+            "format_confound": probes.format_confound(prompts, labels, seed),
+            "importance_prompts": {name: found.prompts for name, found in scores.items()},
+            "whitelist": _whitelist_facts(tested, confirmed),
+        }
+    )
     cached = {key: _cached(found, len(pools)) for key, found in scores.items()}
     toolkit = _toolkit(loaded, pools, told, cached, confirmed, meta)
     check(toolkit)
@@ -99,21 +107,31 @@ def prepare(
 
 
 def _toolkit(
-    loaded: LoadedModel, pools: Sequence[DomainPool], told: _Recognition,
-    cached: Mapping[str, tuple[np.ndarray, np.ndarray]], confirmed: Whitelist, meta: dict[str, Any],
+    loaded: LoadedModel,
+    pools: Sequence[DomainPool],
+    told: _Recognition,
+    cached: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    confirmed: Whitelist,
+    meta: dict[str, Any],
 ) -> Toolkit:
     fitted = told.fitted
     return Toolkit(
         fingerprint=loaded.fingerprint,
         domains=tuple(pool.name for pool in pools),
-        axes=_f32(told.directions), gram=_f32(domain_axes.gram(told.directions)),
-        feature_mean=_f32(fitted.mean), feature_scale=_f32(fitted.scale),
-        probe_weight=_f32(fitted.weight), probe_bias=_f32(fitted.bias), probe_auc=_f32(told.auc),
+        axes=_f32(told.directions),
+        gram=_f32(domain_axes.gram(told.directions)),
+        feature_mean=_f32(fitted.mean),
+        feature_scale=_f32(fitted.scale),
+        probe_weight=_f32(fitted.weight),
+        probe_bias=_f32(fitted.bias),
+        probe_auc=_f32(told.auc),
         layer_weight=_f32(probes.layer_weights(told.auc)),
         log_temperature=_f32(calibration.log_temperatures(told.fits, loaded.geometry.layers)),
         importance={key: mean for key, (mean, _) in cached.items()},
         spread={key: spread for key, (_, spread) in cached.items()},
-        whitelist_p=_f32(confirmed.p), whitelist=confirmed.chosen, meta=meta,
+        whitelist_p=_f32(confirmed.p),
+        whitelist=confirmed.chosen,
+        meta=meta,
     )
 
 
@@ -130,8 +148,10 @@ def importance_by_domain(
     corpus = _corpus(pools)
     report = progress or _silent
     texts = stages.continued(
-        [corpus.texts[row] for row in corpus.prompt_rows], toolkit.meta["continuation_tokens"],
-        toolkit.meta["max_tokens"], _stage(report, "continuations"),
+        [corpus.texts[row] for row in corpus.prompt_rows],
+        toolkit.meta["continuation_tokens"],
+        toolkit.meta["max_tokens"],
+        _stage(report, "continuations"),
     )
     unit = importance.probe_directions(toolkit.probe_weight, toolkit.feature_scale)
     labels = corpus.labels[corpus.prompt_rows]
@@ -182,7 +202,8 @@ def _corpus(pools: Sequence[DomainPool]) -> _Corpus:
 def _given_facts(pools: Sequence[DomainPool], outside: Sequence[DomainPool], axes: int | None) -> dict[str, Any]:
     """What was asked for, so that a saved toolkit can be told from one of other pools."""
     return {
-        "candidates_fingerprint": pools_fingerprint(pools), "given_outside_fingerprint": pools_fingerprint(outside),
+        "candidates_fingerprint": pools_fingerprint(pools),
+        "given_outside_fingerprint": pools_fingerprint(outside),
         "axes_asked": axes,
     }
 
@@ -197,8 +218,10 @@ def _axes_facts(
         "candidates": [pool.name for pool in candidates],
         "chosen": [candidates[k].name for k in chosen.indices],
         "candidate_gram": np.round(domain_axes.gram(directions), 6).tolist(),
-        "orthogonality": chosen.orthogonality, "coverage": chosen.coverage,
-        "whole_orthogonality": whole.orthogonality, "whole_coverage": whole.coverage,
+        "orthogonality": chosen.orthogonality,
+        "coverage": chosen.coverage,
+        "whole_orthogonality": whole.orthogonality,
+        "whole_coverage": whole.coverage,
     }
 
 
@@ -220,14 +243,20 @@ class _Recognition:
 
     def facts(self) -> dict[str, Any]:
         return {
-            "axes": self.axes, "probes": _probe_facts(self.auc, self.described_auc, self.held_out),
+            "axes": self.axes,
+            "probes": _probe_facts(self.auc, self.described_auc, self.held_out),
             "calibration": _calibration_facts(self.fits),
         }
 
 
 def _recognition(
-    stages: Stages, corpus: _Corpus, pools: Sequence[DomainPool], outside: Sequence[DomainPool], seed: int,
-    max_tokens: int, report: Progress,
+    stages: Stages,
+    corpus: _Corpus,
+    pools: Sequence[DomainPool],
+    outside: Sequence[DomainPool],
+    seed: int,
+    max_tokens: int,
+    report: Progress,
 ) -> _Recognition:
     found = stages.features(corpus.texts, max_tokens, _stage(report, "features"))
     directions, axes = _axes(found, corpus, pools)
@@ -237,9 +266,7 @@ def _recognition(
     return _Recognition(directions, axes, fitted, held_out, auc, described_auc, fits)
 
 
-def _axes(
-    found: np.ndarray, corpus: _Corpus, pools: Sequence[DomainPool]
-) -> tuple[np.ndarray, dict[str, Any]]:
+def _axes(found: np.ndarray, corpus: _Corpus, pools: Sequence[DomainPool]) -> tuple[np.ndarray, dict[str, Any]]:
     """The domains' own axes [K, d], and the facts of a selection that takes all of them."""
     rows = corpus.prompt_rows
     directions = domain_axes.domain_axes(found[rows], corpus.labels[rows], len(pools))
@@ -285,8 +312,15 @@ def _aucs(
 
 
 def _calibrate(
-    stages: Stages, fitted: probes.Probes, found: np.ndarray, corpus: _Corpus, held_out: np.ndarray,
-    outside: Sequence[DomainPool], seed: int, max_tokens: int, report: Progress,
+    stages: Stages,
+    fitted: probes.Probes,
+    found: np.ndarray,
+    corpus: _Corpus,
+    held_out: np.ndarray,
+    outside: Sequence[DomainPool],
+    seed: int,
+    max_tokens: int,
+    report: Progress,
 ) -> dict[str, calibration.RegimeFit]:
     """Temperatures on text that the probes were not trained on: held-out rows, joined pairs of them, outside pools."""
     targets = np.eye(fitted.weight.shape[1])
@@ -320,7 +354,8 @@ def _probe_facts(auc: np.ndarray, described_auc: np.ndarray | None, held_out: np
     """`auc_descriptions` says how far a scenario given as a sentence can be trusted; None without held-out ones."""
     per_layer = auc.mean(-1)
     return {
-        "ridge": probes.RIDGE, "held_out": int(held_out.sum()),
+        "ridge": probes.RIDGE,
+        "held_out": int(held_out.sum()),
         "auc_prompts": float(auc.mean()),
         "auc_descriptions": None if described_auc is None else float(described_auc.mean()),
         "auc_per_layer": [round(float(x), 4) for x in per_layer],
@@ -331,7 +366,9 @@ def _probe_facts(auc: np.ndarray, described_auc: np.ndarray | None, held_out: np
 def _calibration_facts(fits: dict[str, calibration.RegimeFit]) -> dict[str, Any]:
     facts: dict[str, Any] = {
         regime: {
-            "ece_before": fit.ece_before, "ece_after": fit.ece_after, "texts": fit.texts,
+            "ece_before": fit.ece_before,
+            "ece_after": fit.ece_after,
+            "texts": fit.texts,
             "mean_temperature": float(np.exp(fit.log_temperature).mean()),
         }
         for regime, fit in fits.items()

@@ -53,6 +53,7 @@ class Stages:
 
     def features(self, texts: Sequence[str], max_tokens: int, report: Report) -> np.ndarray:
         """As `prepare.capture.features`, [N, L, d]."""
+
         def measure() -> Arrays:
             return {"features": capture.features(self._loaded, texts, max_tokens, report)}
 
@@ -60,6 +61,7 @@ class Stages:
 
     def continued(self, prompts: Sequence[str], new_tokens: int, max_tokens: int, report: Report) -> list[Sentence]:
         """As `prepare.text.continued`."""
+
         def measure() -> Arrays:
             found = text.continued(self._loaded, prompts, new_tokens, max_tokens)
             return {
@@ -75,16 +77,21 @@ class Stages:
         ]
 
     def scored(
-        self, key: str, texts: Sequence[Sentence], labels: np.ndarray, directions: np.ndarray, seed: int,
-        report: Report,
+        self, key: str, texts: Sequence[Sentence], labels: np.ndarray, directions: np.ndarray, seed: int, report: Report
     ) -> measuring.Scores:
         """As `criteria.measuring.measure`, under the name by which scores are cached, see `of_key`."""
         chosen, granularity = of_key(key)
 
         def measure() -> Arrays:
             scores = measuring.measure(
-                self._loaded, chosen.name, texts, labels=labels, directions=directions, seed=seed,
-                granularity=granularity, progress=report,
+                self._loaded,
+                chosen.name,
+                texts,
+                labels=labels,
+                directions=directions,
+                seed=seed,
+                granularity=granularity,
+                progress=report,
             )
             return {"values": scores.values, "labels": scores.labels, "prompts": np.array([scores.prompts])}
 

@@ -56,11 +56,17 @@ def expected_shapes(toolkit: Toolkit) -> dict[str, tuple[int, ...]]:
     layers, hidden = toolkit.feature_mean.shape
     heads, domains = toolkit.whitelist.shape[-1], len(toolkit.domains)
     shapes = {
-        "axes": (domains, hidden), "gram": (domains, domains),
-        "feature_mean": (layers, hidden), "feature_scale": (layers, hidden),
-        "probe_weight": (layers, domains, hidden), "probe_bias": (layers, domains), "probe_auc": (layers, domains),
-        "layer_weight": (layers,), "log_temperature": (layers, len(REGIMES)),
-        "whitelist_p": (layers, heads), "whitelist": (layers, heads),
+        "axes": (domains, hidden),
+        "gram": (domains, domains),
+        "feature_mean": (layers, hidden),
+        "feature_scale": (layers, hidden),
+        "probe_weight": (layers, domains, hidden),
+        "probe_bias": (layers, domains),
+        "probe_auc": (layers, domains),
+        "layer_weight": (layers,),
+        "log_temperature": (layers, len(REGIMES)),
+        "whitelist_p": (layers, heads),
+        "whitelist": (layers, heads),
     }
     per_criterion = [prefix + name for name in toolkit.importance for prefix in (IMPORTANCE_PREFIX, SPREAD_PREFIX)]
     return shapes | dict.fromkeys(per_criterion, (layers, heads, domains))
@@ -173,11 +179,10 @@ def _read_description(folder: Path) -> dict[str, Any]:
         description = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise ToolkitError(f"{path} is no JSON: {error}.", hint=PREPARE_AGAIN) from error
-    keys = {
-        "schema_version": int, "fingerprint": str, "domains": list, "criteria": list, "arrays": dict, "meta": dict,
-    }
+    keys = {"schema_version": int, "fingerprint": str, "domains": list, "criteria": list, "arrays": dict, "meta": dict}
     wrong = [
-        key for key, kind in keys.items()
+        key
+        for key, kind in keys.items()
         if not isinstance(description, dict) or not isinstance(description.get(key), kind)
     ]
     if wrong:

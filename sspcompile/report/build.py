@@ -69,26 +69,40 @@ def latency_section(result: BenchResult, only: Collection[str] | None = None) ->
         rows=tuple(_row(r, contenders[r.reference], contenders[r.contender]) for r in ratios),
         rooflines=tuple(
             RooflineRow(
-                contender=contender.name, load=under.load.label, bytes_per_step=line.bytes_per_step,
-                flops_per_token=line.flops_per_token, floor_seconds=line.floor_seconds,
+                contender=contender.name,
+                load=under.load.label,
+                bytes_per_step=line.bytes_per_step,
+                flops_per_token=line.flops_per_token,
+                floor_seconds=line.floor_seconds,
                 measured_seconds=line.measured_seconds,
             )
-            for contender in result.contenders if contender.name in shown
-            for under in contender.loads for line in (under.roofline,)
+            for contender in result.contenders
+            if contender.name in shown
+            for under in contender.loads
+            for line in (under.roofline,)
         ),
         predictions=tuple(
             PredictionRow(
-                load=p.load, reference=p.reference, contender=p.contender, predicted=p.predicted,
-                measured=estimate(p.measured, p.interval), realised=p.realised, reference_share=p.reference_share,
+                load=p.load,
+                reference=p.reference,
+                contender=p.contender,
+                predicted=p.predicted,
+                measured=estimate(p.measured, p.interval),
+                realised=p.realised,
+                reference_share=p.reference_share,
             )
-            for p in result.predictions if (p.reference, p.contender) in pairs
+            for p in result.predictions
+            if (p.reference, p.contender) in pairs
         ),
-        capacities=tuple(CapacityRow(contender=c.contender, context=c.context, batch=c.batch)
-                         for c in result.capacities if c.contender in shown),
+        capacities=tuple(
+            CapacityRow(contender=c.contender, context=c.context, batch=c.batch)
+            for c in result.capacities
+            if c.contender in shown
+        ),
         bandwidth=result.bandwidth.median,
         memory=settings.memory,
         tokens=settings.loads[-1].positions,
-    )  # fmt: skip
+    )
 
 
 def _row(ratio: Ratio, reference: ContenderResult, contender: ContenderResult) -> LatencyRow:

@@ -59,7 +59,9 @@ def point_of(name: str, report: Report) -> Point:
     rows = [row for row in latency.rows if row.reference.startswith("dense")] if latency else []
     load = next((row.load for row in rows if row.load), None)
     return Point(
-        name=name, model=report.model, scenario=report.scenario.name if report.scenario else None,
+        name=name,
+        model=report.model,
+        scenario=report.scenario.name if report.scenario else None,
         keep_requested=budget.keep_requested if budget else None,
         keep_achieved=budget.keep_achieved if budget else None,
         layout=report.layout.chosen if report.layout else None,
@@ -68,8 +70,10 @@ def point_of(name: str, report: Report) -> Point:
         weight_bytes_dense=sizes.weight_bytes.dense if sizes else None,
         kv_bytes_per_token=sizes.kv_bytes_per_token.sliced if sizes else None,
         kv_bytes_per_token_dense=sizes.kv_bytes_per_token.dense if sizes else None,
-        mean_kl=ours.mean_kl if ours else None, top1_agreement=ours.top1_agreement if ours else None,
-        off_kl=ours.off_kl if ours else None, load=load,
+        mean_kl=ours.mean_kl if ours else None,
+        top1_agreement=ours.top1_agreement if ours else None,
+        off_kl=ours.off_kl if ours else None,
+        load=load,
         first_token=_improvement(rows, "time to first token", load),
         decode=_improvement(rows, "inter-token latency", load),
         peak_memory=_improvement(rows, "peak resident memory", None),
@@ -191,14 +195,23 @@ def draw_frontier(points: Points) -> str:
             for x, point in found:
                 kl = point.mean_kl
                 axis.errorbar(
-                    [x.value], [kl.value], xerr=_spread(x), yerr=_spread(kl), fmt="o" if point.frontier else "x",
-                    color="#1f66a5", capsize=2, markersize=5,
-                )  # fmt: skip
+                    [x.value],
+                    [kl.value],
+                    xerr=_spread(x),
+                    yerr=_spread(kl),
+                    fmt="o" if point.frontier else "x",
+                    color="#1f66a5",
+                    capsize=2,
+                    markersize=5,
+                )
                 if point.keep_achieved is not None:
                     axis.annotate(
-                        f"{point.keep_achieved:.2f}", (x.value, kl.value), textcoords="offset points", xytext=(5, 5),
+                        f"{point.keep_achieved:.2f}",
+                        (x.value, kl.value),
+                        textcoords="offset points",
+                        xytext=(5, 5),
                         fontsize=8,
-                    )  # fmt: skip
+                    )
             axis.set_xlabel(label)
             axis.grid(alpha=0.3)
         axes[0].set_ylabel("mean KL, nats per token")

@@ -203,25 +203,32 @@ def _predicted(latency: LatencySection) -> Iterator[Table]:
             ("model", "load", "bytes per step", "FLOPs per token", "reading them takes", "a step took", "share"),
             tuple(
                 (
-                    row.contender, row.load, size(row.bytes_per_step),
-                    "-" if row.flops_per_token is None else count(row.flops_per_token), seconds(row.floor_seconds),
-                    seconds(row.measured_seconds), percent(row.floor_seconds / row.measured_seconds),
+                    row.contender,
+                    row.load,
+                    size(row.bytes_per_step),
+                    "-" if row.flops_per_token is None else count(row.flops_per_token),
+                    seconds(row.floor_seconds),
+                    seconds(row.measured_seconds),
+                    percent(row.floor_seconds / row.measured_seconds),
                 )
                 for row in latency.rooflines
             ),
-        )  # fmt: skip
+        )
     if latency.predictions:
         yield Table(
             "Decoding, times faster: by the bytes alone, and as measured",
             ("pair", "load", "predicted", "measured", "of the saving arrived"),
             tuple(
                 (
-                    f"{row.contender} against {row.reference}", row.load, figures(row.predicted),
-                    with_interval(row.measured), "-" if row.realised is None else percent(row.realised),
+                    f"{row.contender} against {row.reference}",
+                    row.load,
+                    figures(row.predicted),
+                    with_interval(row.measured),
+                    "-" if row.realised is None else percent(row.realised),
                 )
                 for row in latency.predictions
             ),
-        )  # fmt: skip
+        )
 
 
 def _capacity(latency: LatencySection) -> Iterator[Table]:
@@ -295,8 +302,13 @@ def _reproduce(report: Report) -> Block | None:
     sentences = tuple(_reproduce_sentences(report))
     tables = ()
     if report.origin:
-        tables = (Table("Made from (manifest.json has the sha256 of every file)", ("", "fingerprint"),
-                        tuple(report.origin.items())),)  # fmt: skip
+        tables = (
+            Table(
+                "Made from (manifest.json has the sha256 of every file)",
+                ("", "fingerprint"),
+                tuple(report.origin.items()),
+            ),
+        )
     if report.versions:
         tables = (*tables, Table("Versions", ("package", "version"), tuple(sorted(report.versions.items()))))
     return Block("reproduce", "How to get it again", sentences, tables) if sentences or tables else None

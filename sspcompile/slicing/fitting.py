@@ -67,8 +67,14 @@ def fit_repairs(
 
 @torch.inference_mode()
 def _fit_round(
-    loaded: LoadedModel, masks: Sequence[np.ndarray], batches: Sequence[Batch], dtype: torch.dtype, ridge: float, *,
-    mlp: bool, report: Callable[[int], None],
+    loaded: LoadedModel,
+    masks: Sequence[np.ndarray],
+    batches: Sequence[Batch],
+    dtype: torch.dtype,
+    ridge: float,
+    *,
+    mlp: bool,
+    report: Callable[[int], None],
 ) -> list[Repair]:
     dense = _Dense(loaded, batches)
     streams = [_Stream(kept, list(dense.hidden)) for kept in masks]
@@ -167,8 +173,15 @@ class _Stream:
         return system.solve(projection.weight.double().T, MLP_RIDGE).T
 
     def _add(
-        self, system: _Normal, inputs: Tensor, residual: Tensor, bias: Tensor | None, number: int, dense: _Dense,
-        *, whole_layer: bool = False,
+        self,
+        system: _Normal,
+        inputs: Tensor,
+        residual: Tensor,
+        bias: Tensor | None,
+        number: int,
+        dense: _Dense,
+        *,
+        whole_layer: bool = False,
     ) -> None:
         """One batch: the projection's inputs, and what it has to add to the residual stream to get where the dense
         model is after attention, or after the whole layer.

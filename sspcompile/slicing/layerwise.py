@@ -29,9 +29,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 # Rows of the output matrix that are multiplied at once.
 VOCABULARY_ROWS = 8192
 WEIGHT, BIAS = "self_attn.o_proj.weight", "self_attn.o_proj.bias"
@@ -51,8 +55,15 @@ class _Side:
 
 @torch.inference_mode()
 def compare_layerwise(
-    checkpoint: Checkpoint, mask: HeadMask, folder: Path, prompts: Sequence[Sequence[int]],
-    *, repaired: bool, custom_code: bool, down: bool = False, progress: Callable[[int, int], None] = lambda *_: None,
+    checkpoint: Checkpoint,
+    mask: HeadMask,
+    folder: Path,
+    prompts: Sequence[Sequence[int]],
+    *,
+    repaired: bool,
+    custom_code: bool,
+    down: bool = False,
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Parity:
     """Compare the model in `folder` with the masked dense model on token ids `prompts`, layer by layer, in fp32.
 

@@ -48,8 +48,13 @@ class Parity:
 
 
 def compare(
-    loaded: LoadedModel, mask: HeadMask, repair: Repair | None, folder: Path, prompts: Sequence[Sequence[int]],
-    *, custom_code: bool,
+    loaded: LoadedModel,
+    mask: HeadMask,
+    repair: Repair | None,
+    folder: Path,
+    prompts: Sequence[Sequence[int]],
+    *,
+    custom_code: bool,
 ) -> Parity:
     """Compare the model in `folder`, loaded in a fresh process, with the masked dense model on token ids `prompts`.
 
@@ -86,7 +91,10 @@ def _fresh(
     folder: Path, prompts: list[list[int]], custom_code: bool, attention: str
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     asked = {
-        "prompts": prompts, "new_tokens": NEW_TOKENS, "custom_code": custom_code, "threads": torch.get_num_threads(),
+        "prompts": prompts,
+        "new_tokens": NEW_TOKENS,
+        "custom_code": custom_code,
+        "threads": torch.get_num_threads(),
         "attention": attention,
     }
     # A file without a name: logits are too many for a pipe's buffer, and a killed run leaves nothing.

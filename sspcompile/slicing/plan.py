@@ -138,9 +138,7 @@ def _plan(checkpoint: Checkpoint, layers: tuple[LayerCut, ...], layout: Layout, 
     host = host_of(g, tuple((kv_heads, heads // kv_heads) for heads, kv_heads in counts), wanted)
     expected = checkpoint.expected()
     tensors, prunable = dict(expected), 0
-    hosted = replace(
-        g, qkv_bias=g.qkv_bias or "qkv" in host.zero_biases, o_bias=g.o_bias or "o" in host.zero_biases
-    )
+    hosted = replace(g, qkv_bias=g.qkv_bias or "qkv" in host.zero_biases, o_bias=g.o_bias or "o" in host.zero_biases)
     for layer, (heads, kv_heads) in enumerate(counts):
         dtype = expected[_o_proj(layer)][1]
         for name, shape in attention_shapes(hosted, layer, heads, kv_heads).items():

@@ -37,8 +37,12 @@ class Claim:
 
 
 def prove(
-    claim: Claim, load: Callable[[], LoadedModel], probes: Sequence[Sequence[int]],
-    progress: Callable[[str, int, int], None], *, layerwise: bool | None = None,
+    claim: Claim,
+    load: Callable[[], LoadedModel],
+    probes: Sequence[Sequence[int]],
+    progress: Callable[[str, int, int], None],
+    *,
+    layerwise: bool | None = None,
 ) -> tuple[Parity, bool]:
     """Compare on token ids `probes`; `load` brings the dense model. `layerwise` None decides by the free memory.
 
@@ -49,14 +53,18 @@ def prove(
         layerwise = whole_bytes(plan) > psutil.virtual_memory().available
     if layerwise:
         parity = compare_layerwise(
-            claim.checkpoint, claim.mask, claim.written, probes, repaired=claim.repaired, down=claim.down,
-            custom_code=claim.custom_code, progress=lambda done, total: progress("proving", done, total),
+            claim.checkpoint,
+            claim.mask,
+            claim.written,
+            probes,
+            repaired=claim.repaired,
+            down=claim.down,
+            custom_code=claim.custom_code,
+            progress=lambda done, total: progress("proving", done, total),
         )
     else:
         progress("proving", 0, 1)
-        parity = compare(
-            load(), claim.mask, _repair(claim, plan), claim.written, probes, custom_code=claim.custom_code
-        )
+        parity = compare(load(), claim.mask, _repair(claim, plan), claim.written, probes, custom_code=claim.custom_code)
         progress("proving", 1, 1)
     demand(parity)
     return parity, layerwise
@@ -72,6 +80,7 @@ def _repair(claim: Claim, plan: SlicePlan) -> Repair | None:
     if not claim.repaired:
         return None
     return Repair(
-        repair_of(claim.written, plan, claim.mask).weights, written_biases(claim.written, plan.geometry),
+        repair_of(claim.written, plan, claim.mask).weights,
+        written_biases(claim.written, plan.geometry),
         written_down(claim.written, plan.geometry) if claim.down else {},
     )

@@ -18,9 +18,14 @@ from playwright.sync_api import Browser, Page, sync_playwright  # noqa: E402
 
 PAGES = ("report.html", "uniform.html", "comparison.html", "frontier.html")
 QUIET = (
-    "--disable-gpu", "--no-sandbox", "--no-first-run", "--disable-background-networking", "--disable-quic",
-    "--disable-component-update", "--disable-sync",
-)  # fmt: skip
+    "--disable-gpu",
+    "--no-sandbox",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-quic",
+    "--disable-component-update",
+    "--disable-sync",
+)
 SERIOUS = ("serious", "critical")
 # What a screen of each kind is like, in CSS pixels.
 DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}

@@ -14,18 +14,36 @@ from pathlib import Path
 PROGRAM = (sys.executable, "-m", "sspcompile.cli.main")
 COMMANDS = (
     ("build", "--scenario", "chemistry-helpdesk", "--out", "artifacts/desk"),
-    ("build", "--scenario", "A helpdesk <script>alert(1)</script> for chemistry", "--layout", "uniform", "--out",
-     "artifacts/uniform"),
+    (
+        "build",
+        "--scenario",
+        "A helpdesk <script>alert(1)</script> for chemistry",
+        "--layout",
+        "uniform",
+        "--out",
+        "artifacts/uniform",
+    ),
     ("bench", "desk", "uniform", "--quick"),
     ("bench", "desk", "--quick"),
     ("compare", "desk", "uniform", "--out", "side"),
-    ("build", "--scenario", "chemistry-helpdesk", "--sweep", "keep=0.25:1:0.25", "--layout", "per-layer", "--out",
-     "artifacts/sweep"),
-)  # fmt: skip
+    (
+        "build",
+        "--scenario",
+        "chemistry-helpdesk",
+        "--sweep",
+        "keep=0.25:1:0.25",
+        "--layout",
+        "per-layer",
+        "--out",
+        "artifacts/sweep",
+    ),
+)
 PAGES = {
-    "report.html": "artifacts/desk/report.html", "uniform.html": "artifacts/uniform/report.html",
-    "comparison.html": "side/comparison.html", "frontier.html": "artifacts/sweep/frontier/frontier.html",
-}  # fmt: skip
+    "report.html": "artifacts/desk/report.html",
+    "uniform.html": "artifacts/uniform/report.html",
+    "comparison.html": "side/comparison.html",
+    "frontier.html": "artifacts/sweep/frontier/frontier.html",
+}
 
 
 def main(folder: Path) -> None:

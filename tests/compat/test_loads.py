@@ -24,7 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 def load(case: Path):
     facts = json.loads((case / "case.json").read_text())
     return AutoModelForCausalLM.from_pretrained(
-        case / "cut", dtype=torch.float32, attn_implementation=facts["attention"],
+        case / "cut",
+        dtype=torch.float32,
+        attn_implementation=facts["attention"],
         trust_remote_code=facts["custom_code"],
     ).eval()
 
@@ -32,8 +34,13 @@ def load(case: Path):
 def greedy(model, ids: list[int], count: int, **options) -> list[int]:
     prompt = torch.tensor([ids])
     output = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, min_new_tokens=count, do_sample=False,
-        eos_token_id=None, **options,
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+        eos_token_id=None,
+        **options,
     )
     return output[0, len(ids) :].tolist()
 

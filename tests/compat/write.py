@@ -31,22 +31,33 @@ NEW_TOKENS = 12
 # Scaled positions that the two versions spell in their own ways.
 SCALED = {
     "phi3": {
-        "rope_type": "longrope", "rope_theta": 5e4, "partial_rotary_factor": 1.0,
-        "short_factor": [1.0 + n / 8 for n in range(8)], "long_factor": [2.0 + n for n in range(8)],
+        "rope_type": "longrope",
+        "rope_theta": 5e4,
+        "partial_rotary_factor": 1.0,
+        "short_factor": [1.0 + n / 8 for n in range(8)],
+        "long_factor": [2.0 + n for n in range(8)],
     },
     "gemma3_text": {
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
         "sliding_attention": {"rope_type": "default", "rope_theta": 7e3},
     },
-}  # fmt: skip
+}
 
 
 def write(folder: Path, family: str, layout: str, rope_scaling: bool) -> None:
     """One case: `cut` is the model, `expected.npz` what it must compute."""
     shape = Shape(
-        family=family, layers=3, hidden=64, kv_heads=4, group_size=2, head_dim=16, tied=family == "qwen2",
-        bias=family == "qwen3", shard_bytes=40_000, rope_scaling=rope_scaling,
-    )  # fmt: skip
+        family=family,
+        layers=3,
+        hidden=64,
+        kv_heads=4,
+        group_size=2,
+        head_dim=16,
+        tied=family == "qwen2",
+        bias=family == "qwen3",
+        shard_bytes=40_000,
+        rope_scaling=rope_scaling,
+    )
     record(folder, make_checkpoint(folder / "dense", shape), layout)
 
 
@@ -64,9 +75,19 @@ def record(folder: Path, dense: Path, layout: str, host: str | None = None) -> N
     keep = 0.5 if divides else 0.75
     choice = choose(scores, g.kv_heads, keep, layout)
     mask = HeadMask(
-        "", g.layers, g.heads, g.kv_heads, kept_of(choice.kept), layout, keep, choice.ratio,
-        tuple(map(tuple, scores.tolist())), (), "random", {},
-    )  # fmt: skip
+        "",
+        g.layers,
+        g.heads,
+        g.kv_heads,
+        kept_of(choice.kept),
+        layout,
+        keep,
+        choice.ratio,
+        tuple(map(tuple, scores.tolist())),
+        (),
+        "random",
+        {},
+    )
     plan = make_plan(checkpoint, mask, host=host)
     write_model(checkpoint, plan, folder / "cut", max_shard_bytes=60_000)
     loaded = load(folder / "dense", fingerprint="")

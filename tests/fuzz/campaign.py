@@ -21,9 +21,14 @@ HERE = Path(__file__).parent
 RESULTS = Path("benchmarks/results/fuzz.json")
 # Executions of each target; those that parse YAML cost most.
 RUNS = {
-    "header": 300_000, "config": 200_000, "index": 180_000, "mask": 220_000, "manifest": 150_000, "prompts": 100_000,
+    "header": 300_000,
+    "config": 200_000,
+    "index": 180_000,
+    "mask": 220_000,
+    "manifest": 150_000,
+    "prompts": 100_000,
     "recipe": 10_000,
-}  # fmt: skip
+}
 SECONDS_OF_A_HANG = 20
 EPOCH = (1980, 1, 1, 0, 0, 0)
 
@@ -40,10 +45,20 @@ def fuzz(target: str, runs: int, folder: Path) -> dict[str, Any]:
     limits = [f"-timeout={SECONDS_OF_A_HANG}", "-max_len=4096", "-rss_limit_mb=2048"]
     start = time.perf_counter()
     done = subprocess.run(
-        [*program, *limits, f"-runs={runs}", f"-dict={HERE / 'words.dict'}", f"-artifact_prefix={findings}/",
-         "-print_final_stats=1", str(corpus)],
-        capture_output=True, text=True, errors="replace", check=False,
-    )  # fmt: skip
+        [
+            *program,
+            *limits,
+            f"-runs={runs}",
+            f"-dict={HERE / 'words.dict'}",
+            f"-artifact_prefix={findings}/",
+            "-print_final_stats=1",
+            str(corpus),
+        ],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
     took = time.perf_counter() - start
     if done.returncode:
         print(done.stderr[-4000:], flush=True)
@@ -53,9 +68,12 @@ def fuzz(target: str, runs: int, folder: Path) -> dict[str, Any]:
         keep(corpus, kept)
     executed, covered = (re.findall(p, done.stderr) for p in (r"number_of_executed_units:\s*(\d+)", r"cov: (\d+)"))
     return {
-        "target": target, "executions": int(executed[-1]) if executed else 0,
-        "edges": int(covered[-1]) if covered else 0, "seconds": round(took, 1), "found": done.returncode != 0,
-    }  # fmt: skip
+        "target": target,
+        "executions": int(executed[-1]) if executed else 0,
+        "edges": int(covered[-1]) if covered else 0,
+        "seconds": round(took, 1),
+        "found": done.returncode != 0,
+    }
 
 
 def keep(folder: Path, archive: Path) -> None:

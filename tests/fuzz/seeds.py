@@ -11,15 +11,32 @@ from campaign import HERE, keep
 from sspcompile.recipe import shipped_recipes
 
 CONFIG = {
-    "model_type": "qwen2", "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 260, "tie_word_embeddings": True,
-    "torch_dtype": "float32", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-}  # fmt: skip
+    "model_type": "qwen2",
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "head_dim": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 260,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
 MASK = {
-    "schema_version": 1, "layers": 2, "heads": 4, "kv_heads": 2, "kept": [[0, 1], [0, 2]], "layout": "per-layer",
-    "keep_requested": 0.5, "keep_achieved": 0.5, "scores": [[1.0, 0.5, 0.2, 0.1]] * 2, "whitelist": [[0, 1]],
-    "criterion": "kl", "scenario": {"name": "x", "mixture": {"math": 1.0}, "breadth": 0.0},
-}  # fmt: skip
+    "schema_version": 1,
+    "layers": 2,
+    "heads": 4,
+    "kv_heads": 2,
+    "kept": [[0, 1], [0, 2]],
+    "layout": "per-layer",
+    "keep_requested": 0.5,
+    "keep_achieved": 0.5,
+    "scores": [[1.0, 0.5, 0.2, 0.1]] * 2,
+    "whitelist": [[0, 1]],
+    "criterion": "kl",
+    "scenario": {"name": "x", "mixture": {"math": 1.0}, "breadth": 0.0},
+}
 ENTRY = {"dtype": "F32", "shape": [2, 1], "data_offsets": [0, 8]}
 
 

@@ -32,9 +32,7 @@ def generated(model, case: Path) -> list[list[int]]:
     ids, mask = torch.tensor(facts["ids"]), torch.tensor(facts["mask"])
     count = max(map(len, facts["tails"]))
     output = model.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False, pad_token_id=facts["pad"])
-    return [
-        row[: len(tail)] for row, tail in zip(output[:, ids.shape[1] :].tolist(), facts["tails"], strict=True)
-    ]
+    return [row[: len(tail)] for row, tail in zip(output[:, ids.shape[1] :].tolist(), facts["tails"], strict=True)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

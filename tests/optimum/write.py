@@ -28,9 +28,10 @@ ROWS = [[(7 * n + 1) % 250 for n in range(length)] for length in (5, 19, 11)]
 NEW_TOKENS = 12
 PAD = 258
 CASES = [
-    (family, layout) for family in ("llama", "mistral", "qwen2", "qwen3", "granite", "phi3", "smollm3")
+    (family, layout)
+    for family in ("llama", "mistral", "qwen2", "qwen3", "granite", "phi3", "smollm3")
     for layout in ("uniform", "per-layer")
-]  # fmt: skip
+]
 
 
 def write(folder: Path, family: str, layout: str) -> None:
@@ -38,8 +39,15 @@ def write(folder: Path, family: str, layout: str) -> None:
     checkpoint = Checkpoint(dense)
     write_model(checkpoint, make_plan(checkpoint, mask_for(checkpoint, 0.6, layout, 5)), folder / "cut")
     export_onnx(
-        folder / "cut", folder / "onnx", precision=PRECISIONS["fp32"], blocks=Blocks(), probes=ROWS, origin={},
-        card=lambda _: "card\n", trust_remote_code=True, last_logits=family == "llama",
+        folder / "cut",
+        folder / "onnx",
+        precision=PRECISIONS["fp32"],
+        blocks=Blocks(),
+        probes=ROWS,
+        origin={},
+        card=lambda _: "card\n",
+        trust_remote_code=True,
+        last_logits=family == "llama",
     )
     width = max(map(len, ROWS))
     ids = [[PAD] * (width - len(row)) + row for row in ROWS]

@@ -17,16 +17,7 @@ from itertools import count as counter
 from random import Random
 from typing import Literal
 
-from sspcompile.embedded.corpus import (
-    chemistry,
-    finance,
-    geography,
-    history,
-    math,
-    philosophy,
-    sports,
-    technology,
-)
+from sspcompile.embedded.corpus import chemistry, finance, geography, history, math, philosophy, sports, technology
 from sspcompile.embedded.corpus.shape import Domain
 from sspcompile.embedded.corpus.tasks import TASKS, Task, draw_reading
 from sspcompile.embedded.corpus.wording import FORMS, ask
@@ -47,9 +38,18 @@ The wording knows yes/no questions and lettered options too; a model of this siz
 MAX_REDRAWS = 200
 
 __all__ = [
-    "DOMAINS", "DOMAIN_DATA", "FORMS", "FORM_CYCLE", "OUTSIDE_DOMAINS", "TASKS", "Item", "Split", "cross_items",
-    "items", "tasks_by_form",
-]  # fmt: skip
+    "DOMAINS",
+    "DOMAIN_DATA",
+    "FORMS",
+    "FORM_CYCLE",
+    "OUTSIDE_DOMAINS",
+    "TASKS",
+    "Item",
+    "Split",
+    "cross_items",
+    "items",
+    "tasks_by_form",
+]
 
 
 @dataclass(frozen=True)

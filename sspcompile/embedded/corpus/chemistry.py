@@ -5,23 +5,65 @@ from random import Random
 from sspcompile.embedded.corpus.shape import Domain, Fields, Rule, Scene, Table, subtracted
 
 SYMBOLS = {
-    "sodium": "Na", "potassium": "K", "iron": "Fe", "copper": "Cu", "silver": "Ag", "gold": "Au", "tin": "Sn",
-    "lead": "Pb", "mercury": "Hg", "zinc": "Zn", "calcium": "Ca", "magnesium": "Mg", "neon": "Ne", "helium": "He",
-}  # fmt: skip
+    "sodium": "Na",
+    "potassium": "K",
+    "iron": "Fe",
+    "copper": "Cu",
+    "silver": "Ag",
+    "gold": "Au",
+    "tin": "Sn",
+    "lead": "Pb",
+    "mercury": "Hg",
+    "zinc": "Zn",
+    "calcium": "Ca",
+    "magnesium": "Mg",
+    "neon": "Ne",
+    "helium": "He",
+}
 ATOMIC_NUMBERS = {
-    "sodium": "11", "potassium": "19", "iron": "26", "copper": "29", "silver": "47", "gold": "79", "tin": "50",
-    "lead": "82", "mercury": "80", "zinc": "30", "calcium": "20", "magnesium": "12", "neon": "10", "helium": "2",
-}  # fmt: skip
+    "sodium": "11",
+    "potassium": "19",
+    "iron": "26",
+    "copper": "29",
+    "silver": "47",
+    "gold": "79",
+    "tin": "50",
+    "lead": "82",
+    "mercury": "80",
+    "zinc": "30",
+    "calcium": "20",
+    "magnesium": "12",
+    "neon": "10",
+    "helium": "2",
+}
 FLAMES = {
-    "sodium": "yellow", "potassium": "violet", "calcium": "orange", "lithium": "red", "strontium": "crimson",
-    "barium": "green", "copper": "turquoise", "caesium": "blue", "magnesium": "white", "iron": "golden",
-}  # fmt: skip
+    "sodium": "yellow",
+    "potassium": "violet",
+    "calcium": "orange",
+    "lithium": "red",
+    "strontium": "crimson",
+    "barium": "green",
+    "copper": "turquoise",
+    "caesium": "blue",
+    "magnesium": "white",
+    "iron": "golden",
+}
 MOLECULES = (
-    ("hydrogen", "water", 2), ("hydrogen", "ammonia", 3), ("hydrogen", "methane", 4), ("hydrogen", "ethane", 6),
-    ("oxygen", "ozone", 3), ("carbon", "ethane", 2), ("carbon", "propane", 3), ("hydrogen", "propane", 8),
-    ("carbon", "benzene", 6), ("carbon", "butane", 4), ("carbon", "pentane", 5), ("carbon", "octane", 8),
-    ("chlorine", "chloroform", 3), ("oxygen", "silica", 2),
-)  # fmt: skip
+    ("hydrogen", "water", 2),
+    ("hydrogen", "ammonia", 3),
+    ("hydrogen", "methane", 4),
+    ("hydrogen", "ethane", 6),
+    ("oxygen", "ozone", 3),
+    ("carbon", "ethane", 2),
+    ("carbon", "propane", 3),
+    ("hydrogen", "propane", 8),
+    ("carbon", "benzene", 6),
+    ("carbon", "butane", 4),
+    ("carbon", "pentane", 5),
+    ("carbon", "octane", 8),
+    ("chlorine", "chloroform", 3),
+    ("oxygen", "silica", 2),
+)
 
 
 def _atoms(rng: Random) -> tuple[Fields, str]:

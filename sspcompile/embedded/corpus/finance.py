@@ -5,18 +5,51 @@ from random import Random
 from sspcompile.embedded.corpus.shape import Domain, Fields, Rule, Scene, Table, compared, subtracted
 
 CODES = {
-    "yen": "JPY", "pounds": "GBP", "francs": "CHF", "rupees": "INR", "kronor": "SEK", "zloty": "PLN", "pesos": "MXN",
-    "reais": "BRL", "yuan": "CNY", "won": "KRW", "rand": "ZAR", "lira": "TRY", "dollars": "USD", "euros": "EUR",
-}  # fmt: skip
+    "yen": "JPY",
+    "pounds": "GBP",
+    "francs": "CHF",
+    "rupees": "INR",
+    "kronor": "SEK",
+    "zloty": "PLN",
+    "pesos": "MXN",
+    "reais": "BRL",
+    "yuan": "CNY",
+    "won": "KRW",
+    "rand": "ZAR",
+    "lira": "TRY",
+    "dollars": "USD",
+    "euros": "EUR",
+}
 ISO_NUMBERS = {
-    "yen": "392", "pounds": "826", "francs": "756", "rupees": "356", "kronor": "752", "zloty": "985", "pesos": "484",
-    "reais": "986", "yuan": "156", "won": "410", "rand": "710", "lira": "949", "dollars": "840", "euros": "978",
-}  # fmt: skip
+    "yen": "392",
+    "pounds": "826",
+    "francs": "756",
+    "rupees": "356",
+    "kronor": "752",
+    "zloty": "985",
+    "pesos": "484",
+    "reais": "986",
+    "yuan": "156",
+    "won": "410",
+    "rand": "710",
+    "lira": "949",
+    "dollars": "840",
+    "euros": "978",
+}
 SHEET_CLASSES = {
-    "inventory": "asset", "cash": "asset", "machinery": "asset", "receivables": "asset", "payables": "liability",
-    "loans": "liability", "mortgages": "liability", "overdrafts": "liability", "shares": "equity",
-    "reserves": "equity", "retained profits": "equity", "deposits received": "liability",
-}  # fmt: skip
+    "inventory": "asset",
+    "cash": "asset",
+    "machinery": "asset",
+    "receivables": "asset",
+    "payables": "liability",
+    "loans": "liability",
+    "mortgages": "liability",
+    "overdrafts": "liability",
+    "shares": "equity",
+    "reserves": "equity",
+    "retained profits": "equity",
+    "deposits received": "liability",
+}
 
 
 def _interest(rng: Random) -> tuple[Fields, str]:

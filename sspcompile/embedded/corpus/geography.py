@@ -3,27 +3,58 @@
 from sspcompile.embedded.corpus.shape import Domain, Rule, Scene, Table, added, compared, subtracted
 
 CAPITALS = {
-    "Norway": "Oslo", "Portugal": "Lisbon", "Austria": "Vienna", "Poland": "Warsaw", "Kenya": "Nairobi",
-    "Peru": "Lima", "Cuba": "Havana", "Canada": "Ottawa", "Iraq": "Baghdad", "Nepal": "Kathmandu", "Ghana": "Accra",
-    "Chile": "Santiago", "Finland": "Helsinki", "Hungary": "Budapest",
-}  # fmt: skip
+    "Norway": "Oslo",
+    "Portugal": "Lisbon",
+    "Austria": "Vienna",
+    "Poland": "Warsaw",
+    "Kenya": "Nairobi",
+    "Peru": "Lima",
+    "Cuba": "Havana",
+    "Canada": "Ottawa",
+    "Iraq": "Baghdad",
+    "Nepal": "Kathmandu",
+    "Ghana": "Accra",
+    "Chile": "Santiago",
+    "Finland": "Helsinki",
+    "Hungary": "Budapest",
+}
 CONTINENTS = {
-    "the Nile": "Africa", "the Amazon": "South America", "the Danube": "Europe", "the Ganges": "Asia",
-    "the Mississippi": "North America", "the Congo": "Africa", "the Volga": "Europe", "the Mekong": "Asia",
-    "the Darling": "Australia", "the Rhine": "Europe", "the Indus": "Asia", "the Yukon": "North America",
-}  # fmt: skip
+    "the Nile": "Africa",
+    "the Amazon": "South America",
+    "the Danube": "Europe",
+    "the Ganges": "Asia",
+    "the Mississippi": "North America",
+    "the Congo": "Africa",
+    "the Volga": "Europe",
+    "the Mekong": "Asia",
+    "the Darling": "Australia",
+    "the Rhine": "Europe",
+    "the Indus": "Asia",
+    "the Yukon": "North America",
+}
 CALLING_CODES = {
-    "Norway": "47", "Portugal": "351", "Austria": "43", "Poland": "48", "Kenya": "254", "Peru": "51", "Cuba": "53",
-    "Iraq": "964", "Nepal": "977", "Ghana": "233", "Chile": "56", "Finland": "358", "Hungary": "36", "Mexico": "52",
-}  # fmt: skip
+    "Norway": "47",
+    "Portugal": "351",
+    "Austria": "43",
+    "Poland": "48",
+    "Kenya": "254",
+    "Peru": "51",
+    "Cuba": "53",
+    "Iraq": "964",
+    "Nepal": "977",
+    "Ghana": "233",
+    "Chile": "56",
+    "Finland": "358",
+    "Hungary": "36",
+    "Mexico": "52",
+}
 
 DOMAIN = Domain(
     name="geography",
     first=Table(nouns=("the capital of {k}", "the capital city of {k}", "the city that governs {k}"), facts=CAPITALS),
     second=Table(nouns=("the continent of {k}", "the continent where {k} flows"), facts=CONTINENTS),
     figures=Table(
-        nouns=("the calling code of {k}", "the telephone code for {k}", "the dialling code of {k}"),
-        facts=CALLING_CODES,
+        nouns=("the calling code of {k}", "the telephone code for {k}", "the dialling code of {k}"), facts=CALLING_CODES
     ),
     rules=(
         Rule(

@@ -3,23 +3,51 @@
 from sspcompile.embedded.corpus.shape import Domain, Rule, Scene, Table, added, compared, subtracted
 
 COUNTRIES = {
-    "Caesar": "Rome", "Napoleon": "France", "Bismarck": "Prussia", "Lenin": "Russia", "Gandhi": "India",
-    "Lincoln": "America", "Churchill": "Britain", "Bolivar": "Venezuela", "Cleopatra": "Egypt", "Pericles": "Athens",
-    "Ataturk": "Turkey", "Garibaldi": "Italy", "Meiji": "Japan", "Franco": "Spain",
-}  # fmt: skip
+    "Caesar": "Rome",
+    "Napoleon": "France",
+    "Bismarck": "Prussia",
+    "Lenin": "Russia",
+    "Gandhi": "India",
+    "Lincoln": "America",
+    "Churchill": "Britain",
+    "Bolivar": "Venezuela",
+    "Cleopatra": "Egypt",
+    "Pericles": "Athens",
+    "Ataturk": "Turkey",
+    "Garibaldi": "Italy",
+    "Meiji": "Japan",
+    "Franco": "Spain",
+}
 INVENTORS = {
-    "the telephone": "Bell", "dynamite": "Nobel", "the light bulb": "Edison", "the radio": "Marconi",
-    "the telegraph": "Morse", "the printing press": "Gutenberg", "vaccination": "Jenner", "penicillin": "Fleming",
-    "the steam engine": "Watt", "the battery": "Volta", "the cotton gin": "Whitney", "the airship": "Zeppelin",
-}  # fmt: skip
+    "the telephone": "Bell",
+    "dynamite": "Nobel",
+    "the light bulb": "Edison",
+    "the radio": "Marconi",
+    "the telegraph": "Morse",
+    "the printing press": "Gutenberg",
+    "vaccination": "Jenner",
+    "penicillin": "Fleming",
+    "the steam engine": "Watt",
+    "the battery": "Volta",
+    "the cotton gin": "Whitney",
+    "the airship": "Zeppelin",
+}
 YEARS = {
-    "the battle of Hastings": "1066", "the Magna Carta": "1215", "the voyage of Columbus": "1492",
-    "the fall of Constantinople": "1453", "the start of the Reformation": "1517", "the Spanish Armada": "1588",
-    "the American declaration of independence": "1776", "the French Revolution": "1789",
-    "the battle of Waterloo": "1815", "the start of the First World War": "1914",
-    "the Russian Revolution": "1917", "the start of the Second World War": "1939", "the first Moon landing": "1969",
+    "the battle of Hastings": "1066",
+    "the Magna Carta": "1215",
+    "the voyage of Columbus": "1492",
+    "the fall of Constantinople": "1453",
+    "the start of the Reformation": "1517",
+    "the Spanish Armada": "1588",
+    "the American declaration of independence": "1776",
+    "the French Revolution": "1789",
+    "the battle of Waterloo": "1815",
+    "the start of the First World War": "1914",
+    "the Russian Revolution": "1917",
+    "the start of the Second World War": "1939",
+    "the first Moon landing": "1969",
     "the fall of the Berlin Wall": "1989",
-}  # fmt: skip
+}
 
 DOMAIN = Domain(
     name="history",

@@ -3,21 +3,51 @@
 from sspcompile.embedded.corpus.shape import Domain, Rule, Scene, Table, added, compared, multiplied
 
 PEOPLE = {
-    "geometry": "Euclid", "calculus": "Newton", "logic": "Boole", "probability": "Pascal", "set theory": "Cantor",
-    "prime sieves": "Eratosthenes", "graph theory": "Euler", "group theory": "Galois", "matrices": "Cayley",
-    "fractals": "Mandelbrot", "game theory": "Nash", "statistics": "Bayes", "topology": "Poincare",
+    "geometry": "Euclid",
+    "calculus": "Newton",
+    "logic": "Boole",
+    "probability": "Pascal",
+    "set theory": "Cantor",
+    "prime sieves": "Eratosthenes",
+    "graph theory": "Euler",
+    "group theory": "Galois",
+    "matrices": "Cayley",
+    "fractals": "Mandelbrot",
+    "game theory": "Nash",
+    "statistics": "Bayes",
+    "topology": "Poincare",
     "number theory": "Gauss",
-}  # fmt: skip
+}
 LETTERS = {
-    "the circle ratio": "pi", "an angle": "theta", "a sum": "sigma", "a difference": "delta", "a mean": "mu",
-    "a small error": "epsilon", "the golden ratio": "phi", "a correlation": "rho", "an eigenvalue": "lambda",
-    "a significance level": "alpha", "a damping ratio": "zeta", "a frequency": "omega",
-}  # fmt: skip
+    "the circle ratio": "pi",
+    "an angle": "theta",
+    "a sum": "sigma",
+    "a difference": "delta",
+    "a mean": "mu",
+    "a small error": "epsilon",
+    "the golden ratio": "phi",
+    "a correlation": "rho",
+    "an eigenvalue": "lambda",
+    "a significance level": "alpha",
+    "a damping ratio": "zeta",
+    "a frequency": "omega",
+}
 SIDES = {
-    "triangle": "3", "square": "4", "pentagon": "5", "hexagon": "6", "heptagon": "7", "octagon": "8", "nonagon": "9",
-    "decagon": "10", "hendecagon": "11", "dodecagon": "12", "rhombus": "4", "rectangle": "4", "trapezium": "4",
+    "triangle": "3",
+    "square": "4",
+    "pentagon": "5",
+    "hexagon": "6",
+    "heptagon": "7",
+    "octagon": "8",
+    "nonagon": "9",
+    "decagon": "10",
+    "hendecagon": "11",
+    "dodecagon": "12",
+    "rhombus": "4",
+    "rectangle": "4",
+    "trapezium": "4",
     "icosagon": "20",
-}  # fmt: skip
+}
 
 DOMAIN = Domain(
     name="math",
@@ -31,8 +61,7 @@ DOMAIN = Domain(
     ),
     second=Table(nouns=("the Greek letter for {k}", "the Greek letter that denotes {k}"), facts=LETTERS),
     figures=Table(
-        nouns=("the number of sides of a {k}", "the number of corners of a {k}", "the side count of a {k}"),
-        facts=SIDES,
+        nouns=("the number of sides of a {k}", "the number of corners of a {k}", "the side count of a {k}"), facts=SIDES
     ),
     rules=(
         Rule(nouns=("the product of {a} and {b}", "the value of {a} times {b}"), draw=multiplied((2, 9), (2, 9))),

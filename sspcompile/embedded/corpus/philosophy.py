@@ -5,20 +5,51 @@ from random import Random
 from sspcompile.embedded.corpus.shape import Domain, Fields, Rule, Scene, Table, multiplied, subtracted
 
 WORKS = {
-    "Plato": "Republic", "Hobbes": "Leviathan", "Spinoza": "Ethics", "Descartes": "Meditations", "Kant": "Critique",
-    "Mill": "Utilitarianism", "Marx": "Capital", "Sartre": "Nausea", "Voltaire": "Candide", "More": "Utopia",
-    "Augustine": "Confessions", "Rousseau": "Emile", "Montaigne": "Essays", "Boethius": "Consolation",
-}  # fmt: skip
+    "Plato": "Republic",
+    "Hobbes": "Leviathan",
+    "Spinoza": "Ethics",
+    "Descartes": "Meditations",
+    "Kant": "Critique",
+    "Mill": "Utilitarianism",
+    "Marx": "Capital",
+    "Sartre": "Nausea",
+    "Voltaire": "Candide",
+    "More": "Utopia",
+    "Augustine": "Confessions",
+    "Rousseau": "Emile",
+    "Montaigne": "Essays",
+    "Boethius": "Consolation",
+}
 FOUNDERS = {
-    "stoicism": "Zeno", "pragmatism": "Peirce", "positivism": "Comte", "existentialism": "Kierkegaard",
-    "phenomenology": "Husserl", "utilitarianism": "Bentham", "deconstruction": "Derrida", "skepticism": "Pyrrho",
-    "the Lyceum": "Aristotle", "the Academy": "Plato", "the Garden": "Epicurus", "cynicism": "Antisthenes",
-}  # fmt: skip
+    "stoicism": "Zeno",
+    "pragmatism": "Peirce",
+    "positivism": "Comte",
+    "existentialism": "Kierkegaard",
+    "phenomenology": "Husserl",
+    "utilitarianism": "Bentham",
+    "deconstruction": "Derrida",
+    "skepticism": "Pyrrho",
+    "the Lyceum": "Aristotle",
+    "the Academy": "Plato",
+    "the Garden": "Epicurus",
+    "cynicism": "Antisthenes",
+}
 BIRTH_CENTURIES = {
-    "Hobbes": "16", "Spinoza": "17", "Descartes": "16", "Kant": "18", "Mill": "19", "Marx": "19", "Sartre": "20",
-    "Voltaire": "17", "More": "15", "Augustine": "4", "Rousseau": "18", "Montaigne": "16", "Boethius": "5",
+    "Hobbes": "16",
+    "Spinoza": "17",
+    "Descartes": "16",
+    "Kant": "18",
+    "Mill": "19",
+    "Marx": "19",
+    "Sartre": "20",
+    "Voltaire": "17",
+    "More": "15",
+    "Augustine": "4",
+    "Rousseau": "18",
+    "Montaigne": "16",
+    "Boethius": "5",
     "Aquinas": "13",
-}  # fmt: skip
+}
 CLAIMS = ("p", "q", "r", "s", "t", "u", "v", "w")
 
 

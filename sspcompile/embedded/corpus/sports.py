@@ -3,20 +3,51 @@
 from sspcompile.embedded.corpus.shape import Domain, Rule, Scene, Table, added, compared, multiplied
 
 EQUIPMENT = {
-    "tennis": "racket", "cricket": "bat", "golf": "club", "archery": "bow", "rowing": "oar", "fencing": "foil",
-    "skiing": "skis", "cycling": "bicycle", "darts": "dart", "sailing": "boat", "curling": "stone", "boxing": "gloves",
-    "snooker": "cue", "surfing": "board",
-}  # fmt: skip
+    "tennis": "racket",
+    "cricket": "bat",
+    "golf": "club",
+    "archery": "bow",
+    "rowing": "oar",
+    "fencing": "foil",
+    "skiing": "skis",
+    "cycling": "bicycle",
+    "darts": "dart",
+    "sailing": "boat",
+    "curling": "stone",
+    "boxing": "gloves",
+    "snooker": "cue",
+    "surfing": "board",
+}
 GAMES_OF_PLAYERS = {
-    "Pele": "football", "Jordan": "basketball", "Federer": "tennis", "Bolt": "sprinting", "Phelps": "swimming",
-    "Ali": "boxing", "Gretzky": "hockey", "Woods": "golf", "Merckx": "cycling", "Biles": "gymnastics",
-    "Tendulkar": "cricket", "Hamilton": "racing",
-}  # fmt: skip
+    "Pele": "football",
+    "Jordan": "basketball",
+    "Federer": "tennis",
+    "Bolt": "sprinting",
+    "Phelps": "swimming",
+    "Ali": "boxing",
+    "Gretzky": "hockey",
+    "Woods": "golf",
+    "Merckx": "cycling",
+    "Biles": "gymnastics",
+    "Tendulkar": "cricket",
+    "Hamilton": "racing",
+}
 TEAM_SIZES = {
-    "football": "11", "basketball": "5", "volleyball": "6", "baseball": "9", "rugby union": "15",
-    "rugby league": "13", "water polo": "7", "handball": "7", "ice hockey": "6", "cricket": "11", "netball": "7",
-    "polo": "4", "curling": "4", "lacrosse": "10",
-}  # fmt: skip
+    "football": "11",
+    "basketball": "5",
+    "volleyball": "6",
+    "baseball": "9",
+    "rugby union": "15",
+    "rugby league": "13",
+    "water polo": "7",
+    "handball": "7",
+    "ice hockey": "6",
+    "cricket": "11",
+    "netball": "7",
+    "polo": "4",
+    "curling": "4",
+    "lacrosse": "10",
+}
 
 DOMAIN = Domain(
     name="sports",

@@ -149,9 +149,7 @@ def listing(domain: Domain, owners: Sequence[str], rng: Random) -> Story:
             "read-near": tuple(tell.case(scene.near, after, key=before, i=before) for before, after in pairs),
             "read-far": tuple(tell.case(scene.far, name, o=o) for o, name in zip(ORDINALS, names, strict=True)),
             "read-deep": tuple(tell.fact(scene.deep, after, i=before) for before, after in pairs),
-            "read-number": tuple(
-                tell.case(scene.number, str(a), o=o) for o, a in zip(ORDINALS, amounts, strict=True)
-            ),
+            "read-number": tuple(tell.case(scene.number, str(a), o=o) for o, a in zip(ORDINALS, amounts, strict=True)),
         },
     )
 
@@ -192,7 +190,8 @@ def copies(domain: Domain, owners: Sequence[str], rng: Random) -> Story:
             "read-far": (tell.case(scene.far, item_a, n=of_a), tell.case(scene.far, item_b, n=of_b)),
             "read-deep": (tell.fact(scene.deep, item_a, n=of_copy), tell.fact(scene.deep, item_b, n=of_b)),
             "read-number": (
-                tell.case(scene.number, str(amount_a), n=of_copy), tell.case(scene.number, str(amount_b), n=of_b),
+                tell.case(scene.number, str(amount_a), n=of_copy),
+                tell.case(scene.number, str(amount_b), n=of_b),
             ),
         },
     )

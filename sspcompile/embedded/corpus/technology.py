@@ -5,19 +5,51 @@ from random import Random
 from sspcompile.embedded.corpus.shape import Domain, Fields, Rule, Scene, Table, compared, multiplied
 
 CREATORS = {
-    "Python": "Rossum", "Java": "Gosling", "Perl": "Wall", "Ruby": "Matsumoto", "Modula": "Wirth",
-    "Lisp": "McCarthy", "JavaScript": "Eich", "Swift": "Lattner", "Rust": "Hoare", "Scala": "Odersky",
-    "Fortran": "Backus", "Smalltalk": "Kay", "Julia": "Bezanson", "Clojure": "Hickey",
-}  # fmt: skip
+    "Python": "Rossum",
+    "Java": "Gosling",
+    "Perl": "Wall",
+    "Ruby": "Matsumoto",
+    "Modula": "Wirth",
+    "Lisp": "McCarthy",
+    "JavaScript": "Eich",
+    "Swift": "Lattner",
+    "Rust": "Hoare",
+    "Scala": "Odersky",
+    "Fortran": "Backus",
+    "Smalltalk": "Kay",
+    "Julia": "Bezanson",
+    "Clojure": "Hickey",
+}
 MAKERS = {
-    "Windows": "Microsoft", "Android": "Google", "the iPhone": "Apple", "Photoshop": "Adobe", "CUDA": "Nvidia",
-    "the PlayStation": "Sony", "the Kindle": "Amazon", "Watson": "IBM", "Ryzen": "AMD", "Pentium": "Intel",
-    "Instagram": "Meta", "Solaris": "Sun",
-}  # fmt: skip
+    "Windows": "Microsoft",
+    "Android": "Google",
+    "the iPhone": "Apple",
+    "Photoshop": "Adobe",
+    "CUDA": "Nvidia",
+    "the PlayStation": "Sony",
+    "the Kindle": "Amazon",
+    "Watson": "IBM",
+    "Ryzen": "AMD",
+    "Pentium": "Intel",
+    "Instagram": "Meta",
+    "Solaris": "Sun",
+}
 PORTS = {
-    "HTTP": "80", "HTTPS": "443", "SSH": "22", "DNS": "53", "SMTP": "25", "FTP": "21", "Telnet": "23", "IMAP": "143",
-    "LDAP": "389", "NTP": "123", "Kerberos": "88", "Finger": "79", "Gopher": "70", "Whois": "43",
-}  # fmt: skip
+    "HTTP": "80",
+    "HTTPS": "443",
+    "SSH": "22",
+    "DNS": "53",
+    "SMTP": "25",
+    "FTP": "21",
+    "Telnet": "23",
+    "IMAP": "143",
+    "LDAP": "389",
+    "NTP": "123",
+    "Kerberos": "88",
+    "Finger": "79",
+    "Gopher": "70",
+    "Whois": "43",
+}
 VARIABLES = ("x", "n", "k", "i", "size", "total", "count", "index")
 
 

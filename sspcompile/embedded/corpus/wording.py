@@ -35,9 +35,25 @@ OPTION = (
 FRAMES: dict[str, tuple[str, ...]] = {"word": OPEN, "number": OPEN, "yes-no": YES_NO, "option": OPTION}
 LETTERS = ("A", "B", "C")
 PEOPLE = (
-    "archivist", "athlete", "client", "creator", "designer", "engineer", "founder", "inventor", "leader",
-    "mathematician", "philosopher", "pioneer", "programmer", "pupil", "reader", "student", "thinker", "traveller",
-)  # fmt: skip
+    "archivist",
+    "athlete",
+    "client",
+    "creator",
+    "designer",
+    "engineer",
+    "founder",
+    "inventor",
+    "leader",
+    "mathematician",
+    "philosopher",
+    "pioneer",
+    "programmer",
+    "pupil",
+    "reader",
+    "student",
+    "thinker",
+    "traveller",
+)
 """Noun phrases that begin with one of these are asked for with "Who", all others with "What"."""
 HELD_OUT_WORDING_EVERY = 4
 

@@ -3,16 +3,7 @@
 from __future__ import annotations
 
 from sspcompile.embedded.corpus import DOMAINS
-from sspcompile.embedded.handwritten import (
-    chemistry,
-    finance,
-    geography,
-    history,
-    math,
-    philosophy,
-    sports,
-    technology,
-)
+from sspcompile.embedded.handwritten import chemistry, finance, geography, history, math, philosophy, sports, technology
 from sspcompile.embedded.handwritten.shape import Handwritten
 
 HANDWRITTEN: dict[str, Handwritten] = {

@@ -20,7 +20,12 @@ PROBES = 6
 
 
 def check_runs(
-    folder: Path, model: Path, probes: Sequence[Sequence[int]], *, gate: Gate | None, trust_remote_code: bool,
+    folder: Path,
+    model: Path,
+    probes: Sequence[Sequence[int]],
+    *,
+    gate: Gate | None,
+    trust_remote_code: bool,
     progress: Callable[[str, int, int], None],
 ) -> Agreement:
     """Run token ids `probes` through both: each alone, and the first with the longest in one batch.
@@ -52,7 +57,11 @@ def check_runs(
 
 
 def _judged(
-    expected: np.ndarray, found: np.ndarray, prompts: np.ndarray, same: bool, batches: list[list[list[int]]],
+    expected: np.ndarray,
+    found: np.ndarray,
+    prompts: np.ndarray,
+    same: bool,
+    batches: list[list[list[int]]],
     gate: Gate | None,
 ) -> Agreement:
     if not np.isfinite(expected).all() or not np.isfinite(found).all():
@@ -60,8 +69,13 @@ def _judged(
         raise ParityError(f"{who} computes infinite or undefined logits.", hint="Use --precision fp32.")
     distance = divergence(expected, found, prompts)
     agreement = Agreement(
-        float(np.abs(expected - found).max()), float(np.abs(expected).max()), same, sum(map(len, batches)),
-        NEW_TOKENS, distance.mean_kl, distance.top1_agreement,
+        float(np.abs(expected - found).max()),
+        float(np.abs(expected).max()),
+        same,
+        sum(map(len, batches)),
+        NEW_TOKENS,
+        distance.mean_kl,
+        distance.top1_agreement,
     )
     if gate is not None and (agreement.relative > gate.bound or (gate.same_text and not same)):
         text, wanted = "the same text" if same else "another text", " and the same text" if gate.same_text else ""
@@ -97,16 +111,17 @@ def _transformers(reference: TextModel, ids: np.ndarray, mask: np.ndarray) -> tu
             break
         seen = torch.cat([seen, torch.ones_like(token)], dim=1)
         output = reference.model(
-            input_ids=token, attention_mask=seen, position_ids=seen.sum(-1, keepdim=True) - 1,
-            past_key_values=output.past_key_values, use_cache=True,
+            input_ids=token,
+            attention_mask=seen,
+            position_ids=seen.sum(-1, keepdim=True) - 1,
+            past_key_values=output.past_key_values,
+            use_cache=True,
         )
         logits.append(output.logits.float().numpy())
     return np.concatenate(logits, axis=1), np.concatenate(tokens, axis=1)
 
 
-def _onnx(
-    session: OnnxModel, ids: np.ndarray, mask: np.ndarray, forced: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _onnx(session: OnnxModel, ids: np.ndarray, mask: np.ndarray, forced: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The same from ONNX Runtime, which reads the tokens `forced` [B, N].
 
     Where it would have written the same at every step, the texts are the same; where not, what follows can still be

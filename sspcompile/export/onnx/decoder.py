@@ -92,20 +92,28 @@ def read_decoder(folder: Path, *, positions: int | None = None) -> Decoder:
             f"The model was made for {longest} positions, not {positions}.", hint=f"Give at most {longest}."
         )
     return Decoder(
-        folder=folder, config=config, geometry=g, tensors=tensors, layers=layers,
-        epsilon=float(said["rms_norm_eps"]), positions=positions or longest, frequencies=frequencies,
+        folder=folder,
+        config=config,
+        geometry=g,
+        tensors=tensors,
+        layers=layers,
+        epsilon=float(said["rms_norm_eps"]),
+        positions=positions or longest,
+        frequencies=frequencies,
         rotary_scale=scale,
         **_multipliers(g, said),
-    )  # fmt: skip
+    )
 
 
 def _multipliers(g: Geometry, said: _Settings) -> dict[str, float]:
     if g.family.model_type != "granite":
         return {"embedding": 1.0, "attention": g.head_dim**-0.5, "residual": 1.0, "logits": 1.0}
     names = {
-        "embedding": "embedding_multiplier", "attention": "attention_multiplier", "residual": "residual_multiplier",
+        "embedding": "embedding_multiplier",
+        "attention": "attention_multiplier",
+        "residual": "residual_multiplier",
         "logits": "logits_scaling",
-    }  # fmt: skip
+    }
     return {name: float(said[key]) for name, key in names.items()}
 
 

@@ -10,10 +10,20 @@ from sspcompile.export.onnx.decoder import Decoder
 # Names that onnxruntime-genai gives to families; it treats all of them as the same kind of decoder.
 GENAI_TYPE = {"seed_oss": "llama"}
 SEARCH: dict[str, Any] = {
-    "do_sample": False, "early_stopping": True, "num_beams": 1, "num_return_sequences": 1,
-    "past_present_share_buffer": True, "repetition_penalty": 1.0, "temperature": 1.0, "top_k": 50, "top_p": 1.0,
-    "length_penalty": 1.0, "min_length": 0, "no_repeat_ngram_size": 0, "diversity_penalty": 0.0,
-}  # fmt: skip
+    "do_sample": False,
+    "early_stopping": True,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "past_present_share_buffer": True,
+    "repetition_penalty": 1.0,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "length_penalty": 1.0,
+    "min_length": 0,
+    "no_repeat_ngram_size": 0,
+    "diversity_penalty": 0.0,
+}
 
 
 def genai_config(decoder: Decoder) -> dict[str, Any]:

@@ -102,7 +102,13 @@ class Graph:
             self.initializers[part] = placed.reference(part)
         inputs = [names[0], ids, *names[1:]]
         return self.node(
-            "GatherBlockQuantized", inputs, name, domain=MICROSOFT, gather_axis=0, quantize_axis=1, bits=q.bits,
+            "GatherBlockQuantized",
+            inputs,
+            name,
+            domain=MICROSOFT,
+            gather_axis=0,
+            quantize_axis=1,
+            bits=q.bits,
             block_size=q.block_size,
         )
 
@@ -112,8 +118,15 @@ class Graph:
         for name, part in zip(names, q.parts, strict=True):
             self.initializers[name] = part.reference(name)
         return self.node(
-            "MatMulNBits", [source, *names], weight + ".out", domain=MICROSOFT, K=q.columns, N=q.rows, bits=q.bits,
-            block_size=q.block_size, accuracy_level=q.accuracy_level,
+            "MatMulNBits",
+            [source, *names],
+            weight + ".out",
+            domain=MICROSOFT,
+            K=q.columns,
+            N=q.rows,
+            bits=q.bits,
+            block_size=q.block_size,
+            accuracy_level=q.accuracy_level,
         )
 
     def times(self, source: str, factor: float, name: str) -> str:
@@ -129,7 +142,11 @@ class Graph:
         inputs = [stream, branch, self.weight(name + ".weight")]
         self.nodes.append(
             helper.make_node(
-                "SkipSimplifiedLayerNormalization", inputs, [out, "", "", joined], name=name, domain=MICROSOFT,
+                "SkipSimplifiedLayerNormalization",
+                inputs,
+                [out, "", "", joined],
+                name=name,
+                domain=MICROSOFT,
                 epsilon=epsilon,
             )
         )
@@ -137,8 +154,13 @@ class Graph:
 
 
 def emit(
-    decoder: Decoder, weights: Mapping[str, Placed], quantised: Mapping[str, Quantised], rotary: Mapping[str, Placed],
-    dtype: str, *, last_logits: bool = False,
+    decoder: Decoder,
+    weights: Mapping[str, Placed],
+    quantised: Mapping[str, Quantised],
+    rotary: Mapping[str, Placed],
+    dtype: str,
+    *,
+    last_logits: bool = False,
 ) -> ModelProto:
     """The model; `dtype` ("F32", "F16") is that of activations and cache.
 
@@ -216,9 +238,7 @@ def _last(graph: Graph, hidden: str, tail: str) -> str:
     return graph.node("GatherND", [hidden, place], "hidden.last", batch_dims=1)
 
 
-def _attention(
-    graph: Graph, decoder: Decoder, layer: Layer, index: int, source: str, lengths: tuple[str, str]
-) -> str:
+def _attention(graph: Graph, decoder: Decoder, layer: Layer, index: int, source: str, lengths: tuple[str, str]) -> str:
     """[B, S, hidden] -> [B, S, hidden], the layer's cache beside it."""
     g, prefix = decoder.geometry, layer_prefix(index) + "self_attn."
     joined = prefix + "qkv_proj"
@@ -239,9 +259,17 @@ def _attention(
     window = {} if layer.window is None else {"local_window_size": layer.window}
     graph.nodes.append(
         helper.make_node(
-            "GroupQueryAttention", inputs, [prefix + "out", *present], name=prefix + "attention", domain=MICROSOFT,
-            num_heads=layer.heads, kv_num_heads=layer.kv_heads, scale=decoder.attention, do_rotary=int(layer.rotary),
-            rotary_interleaved=0, **window,
+            "GroupQueryAttention",
+            inputs,
+            [prefix + "out", *present],
+            name=prefix + "attention",
+            domain=MICROSOFT,
+            num_heads=layer.heads,
+            kv_num_heads=layer.kv_heads,
+            scale=decoder.attention,
+            do_rotary=int(layer.rotary),
+            rotary_interleaved=0,
+            **window,
         )
     )
     return graph.linear(prefix + "out", prefix + "o_proj", bias=g.o_bias)
@@ -293,7 +321,10 @@ def _model(graph: Graph, decoder: Decoder, *, last_logits: bool) -> ModelProto:
                 values.append(_value(f"{side}.{index}.{part}", ELEMENT[graph.dtype], *dims))
     built = helper.make_graph(graph.nodes, "decoder", inputs, outputs, initializer=list(graph.initializers.values()))
     return helper.make_model(
-        built, producer_name="sspcompile", producer_version=sspcompile.__version__, ir_version=IR_VERSION,
+        built,
+        producer_name="sspcompile",
+        producer_version=sspcompile.__version__,
+        ir_version=IR_VERSION,
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)],
     )
 

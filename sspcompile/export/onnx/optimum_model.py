@@ -17,8 +17,11 @@ class SizedByTheGraph(ORTModelForCausalLM):
     """An ORTModelForCausalLM whose head counts may differ by layer."""
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None,
-        past_key_values: tuple[Any, ...] | None = None, **kwargs: Any,
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: tuple[Any, ...] | None = None,
+        **kwargs: Any,
     ) -> Any:
         if past_key_values is None:
             past_key_values = self._empty(len(input_ids), input_ids.device)

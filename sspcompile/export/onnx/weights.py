@@ -112,7 +112,12 @@ def convert(tensors: Mapping[str, TensorInfo], data: DataFile, dtype: str) -> di
 
 
 def quantise(
-    matrices: Mapping[str, Mapping[str, TensorInfo]], data: DataFile, dtype: str, *, bits: int, block_size: int,
+    matrices: Mapping[str, Mapping[str, TensorInfo]],
+    data: DataFile,
+    dtype: str,
+    *,
+    bits: int,
+    block_size: int,
     accuracy_level: int,
 ) -> dict[str, Quantised]:
     """Write matrices [out, in] in blocks of `block_size` along their input, a band of rows in memory at a time.
@@ -127,7 +132,10 @@ def quantise(
     )
 
     config = DefaultWeightOnlyQuantConfig(
-        block_size=block_size, is_symmetric=False, accuracy_level=accuracy_level, bits=bits,
+        block_size=block_size,
+        is_symmetric=False,
+        accuracy_level=accuracy_level,
+        bits=bits,
         quant_format=QuantFormat.QOperator,
     )
     rounding = DefaultWeightOnlyQuantizer(config)
@@ -182,15 +190,11 @@ def used_tensors(tensors: Mapping[str, TensorInfo], *, tied: bool) -> dict[str, 
     """What the graph reads, in file order: not a second copy of tied embeddings, nor stored rotary frequencies."""
     unused = {LM_HEAD} if tied else set()
     return {
-        name: info
-        for name, info in tensors.items()
-        if name not in unused and not name.endswith("rotary_emb.inv_freq")
+        name: info for name, info in tensors.items() if name not in unused and not name.endswith("rotary_emb.inv_freq")
     }
 
 
-def write_rotary(
-    folder: Path, frequencies: np.ndarray, scale: float, positions: int, dtype: str
-) -> dict[str, Placed]:
+def write_rotary(folder: Path, frequencies: np.ndarray, scale: float, positions: int, dtype: str) -> dict[str, Placed]:
     """Cosines and sines [positions, head_dim / 2] of every angle, computed in fp32."""
     angles = np.arange(positions, dtype=np.float32)[:, None] * frequencies[None, :].astype(np.float32)
     found, offset = {}, 0
@@ -201,4 +205,3 @@ def write_rotary(
             found[name] = Placed(ROTARY_FILE, dtype, values.shape, offset, values.nbytes)
             offset += values.nbytes
     return found
-

@@ -41,9 +41,12 @@ CHECKS = "check.json"
 OPTIMUM = "optimum_model.py"
 # Matrices of one input, in the order in which they lie below each other.
 JOINED: Mapping[str, str] = {
-    "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj",
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
     "up_proj": "gate_up_proj",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,19 @@ class Exported:
 
 
 def export_onnx(
-    model: Path, out: Path, *, precision: Precision, blocks: Blocks, probes: list[list[int]],
-    origin: Mapping[str, Any], card: Callable[[Agreement], str], trust_remote_code: bool,
-    positions: int | None = None, last_logits: bool = False, link: bool = False, overwrite: bool = False,
+    model: Path,
+    out: Path,
+    *,
+    precision: Precision,
+    blocks: Blocks,
+    probes: list[list[int]],
+    origin: Mapping[str, Any],
+    card: Callable[[Agreement], str],
+    trust_remote_code: bool,
+    positions: int | None = None,
+    last_logits: bool = False,
+    link: bool = False,
+    overwrite: bool = False,
     progress: Progress = lambda *_: None,
 ) -> Exported:
     """Publish the model folder `model` for ONNX Runtime and onnxruntime-genai.
@@ -126,8 +139,14 @@ def export_onnx(
 
 
 def write_graph(
-    decoder: Decoder, folder: Path, precision: Precision, blocks: Blocks, *, last_logits: bool = False,
-    link: bool = False, progress: Progress = lambda *_: None,
+    decoder: Decoder,
+    folder: Path,
+    precision: Precision,
+    blocks: Blocks,
+    *,
+    last_logits: bool = False,
+    link: bool = False,
+    progress: Progress = lambda *_: None,
 ) -> None:
     """Weights, graph, configuration and tokenizer: all that a runtime reads. One band of one tensor is in memory."""
     weights, quantised = _place(decoder, folder, precision, blocks, link, progress)
@@ -181,7 +200,11 @@ def _place(
         shared = not blocks.keep_embeddings and decoder.geometry.hidden % blocks.size == 0
         rest = {n: info for n, info in tensors.items() if n not in rounded or (n == EMBEDDING and not shared)}
         return convert(rest, data, precision.dtype), quantise(
-            matrices, data, precision.dtype, bits=precision.bits, block_size=blocks.size,
+            matrices,
+            data,
+            precision.dtype,
+            bits=precision.bits,
+            block_size=blocks.size,
             accuracy_level=blocks.accuracy_level,
         )
 
