@@ -23,11 +23,13 @@ from rich.console import Console
 from rich.table import Table
 
 from sspcompile import prepare
-from sspcompile.compile.layouts import choose
-from sspcompile.pipeline.compiling import compile_scenario, open_subject, score_key, toolkit_for
-from sspcompile.prepare.text import encode
-from sspcompile.recipe import Recipe, resolve
-from sspcompile.scenario import as_recipe, read_scenario
+from sspcompile.model.dense import open_dense
+from sspcompile.model.text import encode
+from sspcompile.prepare.toolkits import toolkit_for
+from sspcompile.request.recipe import Recipe, resolve
+from sspcompile.request.scenario import as_recipe, read_scenario
+from sspcompile.select.compiling import compile_scenario, score_key
+from sspcompile.slicing.layouts import choose
 from sspcompile.workspace import Workspace
 
 
@@ -55,7 +57,7 @@ def main(scenario: str, model: str | None, repeats: int) -> None:
         )
         for source in ("domains", "auto")
     )
-    subject = open_subject(options.model)
+    subject = open_dense(options.model)
     loaded = subject.load()
     workspace = Workspace(Path())
     toolkit, _ = toolkit_for(subject, loaded, options, workspace, lambda *_: None, [score_key(options)])

@@ -41,8 +41,8 @@ from rich.table import Table
 
 from benchmarks.slice import write_mask
 from sspcompile.checkpoint import Checkpoint, OutputTensor, write_checkpoint
-from sspcompile.compile.mask import load_mask
-from sspcompile.measure.intervals import ratio_interval
+from sspcompile.intervals import ratio_interval
+from sspcompile.slicing.mask import load_mask
 from sspcompile.slicing.plan import make_plan
 from sspcompile.slicing.write import write_model
 

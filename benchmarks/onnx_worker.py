@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from sspcompile.measure.onnx_model import Cache, OnnxModel
+    from sspcompile.model.onnx_session import Cache, OnnxModel
 
 WARM_STEPS = 3
 
@@ -62,7 +62,7 @@ def transformers_steps(folder: Path, threads: int, prompt: int, contexts: list[i
 
 
 def onnx_steps(folder: Path, threads: int, prompt: int, contexts: list[int], steps: int) -> dict[str, object]:
-    from sspcompile.measure.onnx_model import OnnxModel
+    from sspcompile.model.onnx_session import OnnxModel
 
     start = time.perf_counter()
     model = OnnxModel.open(folder, threads=threads)
@@ -86,7 +86,7 @@ def pair_steps(
     folder: Path, threads: int, contexts: list[int], steps: int, other: str, visits: int
 ) -> dict[str, list[list[float]]]:
     """By context, for either graph the median seconds of `steps` steps at each of its visits."""
-    from sspcompile.measure.onnx_model import OnnxModel
+    from sspcompile.model.onnx_session import OnnxModel
 
     models = [OnnxModel.open(place, threads=threads) for place in (folder, Path(other))]
     found: dict[str, list[list[float]]] = {}
@@ -112,7 +112,7 @@ def random_cache(model: OnnxModel, context: int, room: int) -> Cache:
     """Room for `room` more tokens behind `context` tokens of random keys and values."""
     import onnxruntime as ort
 
-    from sspcompile.measure.onnx_model import Cache
+    from sspcompile.model.onnx_session import Cache
 
     rng = np.random.default_rng(0)
     buffers = {}

@@ -19,12 +19,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sspcompile.domains import load_outside, load_pools
-from sspcompile.pipeline.compiling import open_subject
-from sspcompile.pipeline.evidence import fit_part
+from sspcompile.model.capture import features
+from sspcompile.model.dense import open_dense
+from sspcompile.model.text import encode
 from sspcompile.prepare import prepare
-from sspcompile.prepare.capture import features
-from sspcompile.prepare.text import encode
+from sspcompile.request.domains import load_outside, load_pools
+from sspcompile.request.splits import fit_part
 
 CRITERIA = (("fisher",), ("fisher", "subspace", "fisher-rounds"))
 
@@ -41,7 +41,7 @@ def seconds(run: Callable[[], object]) -> float:
 @click.option("--repeats", default=5, show_default=True)
 def main(model: str | None, repeats: int) -> None:
     """Time capture, and the whole of prepare."""
-    loaded = open_subject(model).load()
+    loaded = open_dense(model).load()
     pools, outside = fit_part(load_pools()), load_outside()
     prompts = [prompt for pool in pools for prompt in pool.prompts]
     batches = encode(loaded, prompts)

@@ -6,7 +6,7 @@ For each of the six domains of the embedded model a scenario of PROMPTS generate
 heads and fits repairs; the masked model then answers held-out items of that domain and, for the price of it, items of
 the other five. No prompt that chose or repaired is ever asked. Exact match is that of greedy decoding.
 
-Rows are scores, and `auto`, the product's default: the mask that its shortlist (pipeline/shortlist.py) finds best by
+Rows are scores, and `auto`, the product's default: the mask that its shortlist (select/search.py) finds best by
 cross-fitting on the scenario's own prompts.
 
 Work is done in jobs whose results are kept in the output folder, so an interrupted run goes on where it stopped;
@@ -28,23 +28,25 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from sspcompile.compile.layouts import Choice, choose
-from sspcompile.compile.mask import Layout
 from sspcompile.criteria import CRITERIA
 from sspcompile.criteria.measuring import measure
-from sspcompile.domains import load_outside, load_pools
 from sspcompile.embedded.corpus import DOMAINS, items
-from sspcompile.loaded import LoadedModel, head_gates
-from sspcompile.measure.answers import EncodedItems, answer_scores, encode_items
-from sspcompile.pipeline.compiling import AUTO_CRITERION, Ranking, open_subject
-from sspcompile.pipeline.evidence import Evidence, fit_part
-from sspcompile.pipeline.judging import Judge
-from sspcompile.pipeline.shortlist import best_mask, contenders
+from sspcompile.evaluate.answers import EncodedItems, answer_scores, encode_items
+from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.dense import open_dense
+from sspcompile.model.hooks import head_gates
+from sspcompile.model.text import MAX_TOKENS, Batch, Sentence, batches_of, continued
 from sspcompile.prepare import prepare
 from sspcompile.prepare.importance import probe_directions
-from sspcompile.prepare.text import MAX_TOKENS, Batch, Sentence, batches_of, continued
-from sspcompile.slicing.fitting import fit_biases, fit_repairs
-from sspcompile.slicing.repair import Repair, repaired
+from sspcompile.repair.fitting import fit_biases, fit_repairs
+from sspcompile.repair.repair import Repair, repaired
+from sspcompile.request.domains import load_outside, load_pools
+from sspcompile.request.splits import Evidence, fit_part
+from sspcompile.select.compiling import AUTO_CRITERION, Ranking
+from sspcompile.select.judging import Judge
+from sspcompile.select.search import best_mask, contenders
+from sspcompile.slicing.layouts import Choice, choose
+from sspcompile.slicing.mask import Layout
 
 Cell = tuple[Layout, float]
 KEEPS = (0.75, 0.5, 0.375, 0.25)
@@ -76,7 +78,7 @@ class Texts:
 def model() -> LoadedModel:
     """The embedded model, once per process."""
     torch.set_num_threads(1)
-    return open_subject(None).load()
+    return open_dense(None).load()
 
 
 @functools.cache

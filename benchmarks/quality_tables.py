@@ -18,7 +18,7 @@ import click
 import numpy as np
 
 from benchmarks.quality import DOMAIN_FREE, DOMAIN_FREE_MASK, FIRST_LAYER, KEEPS, LAYOUTS, OURS, RANKED_BY
-from sspcompile.measure.intervals import Interval, mean_interval
+from sspcompile.intervals import Interval, mean_interval
 
 FIGURE = Path("docs/images/quality.svg")
 SHOWN = {

@@ -31,8 +31,8 @@ from rich.table import Table
 from sspcompile.checkpoint import Checkpoint, OutputTensor, fingerprint, write_checkpoint
 from sspcompile.checkpoint.source import WORD_BYTES
 from sspcompile.cli.slice import byte_size
-from sspcompile.compile.layouts import choose
-from sspcompile.compile.mask import HeadMask, Layout, dump_mask, kept_of
+from sspcompile.slicing.layouts import choose
+from sspcompile.slicing.mask import HeadMask, Layout, dump_mask, kept_of
 
 GIGA = 10**9
 SHARD_BYTES = 1 * GIGA

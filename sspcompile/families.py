@@ -1,7 +1,7 @@
 """Facts per architecture, as a table: what the tensors are called, which class hosts a uniform cut, what is refused.
 
 Adding a family is one row here and one row in the tests. Nothing in this module touches weights or imports torch;
-`tensors` turns a geometry into names and shapes.
+`checkpoint.tensors` turns a geometry into names and shapes.
 """
 
 from __future__ import annotations

@@ -46,6 +46,6 @@ def _quiet_transformers() -> None:
 @pytest.fixture(scope="session")
 def embedded():
     """The embedded model in memory."""
-    from sspcompile.pipeline.compiling import open_subject
+    from sspcompile.model.dense import open_dense
 
-    return open_subject(None).load()
+    return open_dense(None).load()

@@ -11,11 +11,12 @@ from test_prepare_tools import TEMPLATE, tiny
 
 from sspcompile.embedded.corpus import DOMAINS, items
 from sspcompile.errors import InputError
-from sspcompile.loaded import LoadedModel, head_gates
-from sspcompile.measure.answers import answer_scores, encode_items, encode_references
-from sspcompile.prepare.text import encode, greedy, sentences
-from sspcompile.slicing.fitting import fit_repairs
-from sspcompile.slicing.repair import repaired
+from sspcompile.evaluate.answers import answer_scores, encode_items, encode_references
+from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.hooks import head_gates
+from sspcompile.model.text import encode, greedy, sentences
+from sspcompile.repair.fitting import fit_repairs
+from sspcompile.repair.repair import repaired
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from builders import Shape, make_checkpoint
 from sspcompile.cli import main as cli_main
 from sspcompile.cli.main import cli, main
 from sspcompile.criteria import CRITERIA
-from sspcompile.recipe import load_recipe
+from sspcompile.request.recipe import load_recipe
 
 SENTENCE = "A helpdesk for questions about chemistry"
 # Short texts: what is tested here is the way, not the quality.

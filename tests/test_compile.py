@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from sspcompile.compile.budget import WHITELIST_SHARE, keep_from_strength, merit, order_of_merit
-from sspcompile.compile.layouts import choose
-from sspcompile.compile.mask import HeadMask, check_mask, dump_mask, kept_of, load_mask
-from sspcompile.compile.mixture import breadth_of
 from sspcompile.errors import ArtifactError, BudgetError
+from sspcompile.select.budget import WHITELIST_SHARE, keep_from_strength, merit, order_of_merit
+from sspcompile.select.mixture import breadth_of
+from sspcompile.slicing.layouts import choose
+from sspcompile.slicing.mask import HeadMask, check_mask, dump_mask, kept_of, load_mask
 
 
 @st.composite

@@ -13,18 +13,18 @@ from hypothesis.extra import numpy as hnp
 from scipy.stats import mannwhitneyu
 from test_prepare_tools import DOMAINS, outside, pool_of, pools, tiny
 
-from sspcompile.compile.mixture import Mixture, ablated, head_scores, mixture_of
-from sspcompile.compile.shrinkage import shrink
-from sspcompile.domains import load_outside, load_pools
 from sspcompile.errors import ScenarioError, ToolkitError
-from sspcompile.pipeline.compiling import Compiled, compile_scenario
-from sspcompile.pipeline.evidence import fit_part, own_fit_part, split
-from sspcompile.pipeline.scoring import score_heads
 from sspcompile.prepare import features, importance_by_domain, importance_of, prepare, with_importance
 from sspcompile.prepare.direct import relative_variance, spread_by_domain
 from sspcompile.prepare.stages import Stages
-from sspcompile.recipe import Recipe, resolve
-from sspcompile.scenario import Scenario, as_recipe
+from sspcompile.request.domains import load_outside, load_pools
+from sspcompile.request.recipe import Recipe, resolve
+from sspcompile.request.scenario import Scenario, as_recipe
+from sspcompile.request.splits import fit_part, own_fit_part, split
+from sspcompile.select.compiling import Compiled, compile_scenario
+from sspcompile.select.mixture import Mixture, ablated, head_scores, mixture_of
+from sspcompile.select.scoring import score_heads
+from sspcompile.select.shrinkage import shrink
 
 SHAPE, COUNT = (2, 3), 3
 scores = hnp.arrays(np.float64, (*SHAPE, COUNT), elements=st.floats(0, 100))

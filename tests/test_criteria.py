@@ -21,8 +21,8 @@ from sspcompile.criteria.look import Look, Units, rising
 from sspcompile.criteria.measuring import drawn_rows, measure
 from sspcompile.criteria.page import page
 from sspcompile.errors import InputError
-from sspcompile.loaded import head_gates
-from sspcompile.prepare.text import batches_of, continued, encode
+from sspcompile.model.hooks import head_gates
+from sspcompile.model.text import batches_of, continued, encode
 
 PROMPTS = [
     "tell me about acid ?",

@@ -5,11 +5,12 @@ import pytest
 import torch
 from test_prepare_tools import tiny
 
-from sspcompile.criteria import fisher, kl, logits, measuring, subspace
+from sspcompile.criteria import fisher, kl, measuring, subspace
 from sspcompile.criteria.look import Look, Units
 from sspcompile.errors import InputError
-from sspcompile.loaded import head_gates
-from sspcompile.prepare import importance, text
+from sspcompile.model import logits, text
+from sspcompile.model.hooks import head_gates
+from sspcompile.prepare import importance
 
 PROMPTS = ["tell me about acid ?", "what is the sum of a prime and a root ?", "war", "tell me about the king ?"]
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral"]

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from sspcompile.checkpoint import Checkpoint, Extent, OutputTensor, write_checkpoint
 from sspcompile.checkpoint.source import FLOATS, WORD_BYTES, WORD_DTYPE, read_header
+from sspcompile.checkpoint.tensors import attention_blocks
 from sspcompile.checkpoint.transfer import _buffered_copy, copy_extent, hard_link
-from sspcompile.compile.mask import HeadMask
 from sspcompile.errors import ArtifactError, CheckpointError, InputError
 from sspcompile.slicing import cut as cutting
+from sspcompile.slicing.mask import HeadMask
 from sspcompile.slicing.plan import make_plan
 from sspcompile.slicing.write import write_model
-from sspcompile.tensors import attention_blocks
 
 CONFIG = {
     "model_type": "mistral",

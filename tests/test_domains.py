@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from sspcompile.domains import load_outside, load_pool, load_pools, pools_fingerprint, read_yaml, recipes_folder
 from sspcompile.errors import RecipeError
+from sspcompile.request.documents import read_yaml
+from sspcompile.request.domains import load_outside, load_pool, load_pools, pools_fingerprint, recipes_folder
 
 GOOD = """\
 schema_version: 1

@@ -218,9 +218,9 @@ def test_shipped_weights_answer_held_out_questions(model, tokenizer):
 def test_half_of_the_layers_are_missed():
     """A model in which one layer decides, or any layer stands in for any other, cannot tell head scores apart."""
     from sspcompile.embedded.card import layer_needs
-    from sspcompile.pipeline.compiling import open_subject
+    from sspcompile.model.dense import open_dense
 
-    needs = layer_needs(open_subject(None).load(), count=60, seed=22)
+    needs = layer_needs(open_dense(None).load(), count=60, seed=22)
     costs = [needs.first[-1] - left for left in needs.without]
     assert sum(cost >= 0.05 for cost in costs) >= len(costs) / 2, costs
     assert needs.first[0] < needs.first[-1] / 2, "the first layer alone is not half of it"

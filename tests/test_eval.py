@@ -11,12 +11,12 @@ import pytest
 from test_cli import refused, run  # noqa: F401 (a fixture)
 from test_prepare_tools import TEMPLATE, tiny
 
-from sspcompile.domains import load_pools
 from sspcompile.embedded.corpus import items
-from sspcompile.measure.asking import Limits, ask, takes_conversations
-from sspcompile.measure.evaluation import mean_over_turns
-from sspcompile.measure.questions import Conversation, Question, single
-from sspcompile.pipeline.evidence import seen_part, split
+from sspcompile.evaluate.asking import Limits, ask, takes_conversations
+from sspcompile.evaluate.questions import Conversation, Question, single
+from sspcompile.evaluate.results import mean_over_turns
+from sspcompile.request.domains import load_pools
+from sspcompile.request.splits import seen_part, split
 
 PROMPTS = [item.prompt for item in items("chemistry", "train", 77, 24)]
 FAST = ("--continuation-tokens", "2", "--max-tokens", "48", "--criterion", "subspace", "--quiet")
@@ -112,8 +112,8 @@ def test_missing_harness_is_one_line_with_the_command_to_install_it(run):  # noq
 
 
 def test_only_held_out_prompts_are_asked(artifacts, embedded):
-    from sspcompile.pipeline.contenders import find_contenders
-    from sspcompile.pipeline.evaluating import deployment_of, fitted_prompts, scenario_suites
+    from sspcompile.api.arguments import find_contenders
+    from sspcompile.api.evaluating import deployment_of, fitted_prompts, scenario_suites
     from sspcompile.workspace import Workspace
 
     workspace = Workspace(artifacts.parent)

@@ -7,12 +7,14 @@ import itertools
 import numpy as np
 import pytest
 
-from sspcompile.compile.layouts import Choice
-from sspcompile.compile.mixture import Mixture
-from sspcompile.domains import DomainPool, load_outside, load_pools
 from sspcompile.errors import InputError
-from sspcompile.measure.quality import Divergence
-from sspcompile.pipeline.evidence import (
+from sspcompile.model.divergence import Divergence
+from sspcompile.repair.repair import Repair
+from sspcompile.request.domains import DomainPool, load_outside, load_pools
+from sspcompile.request.pools import pools_of, pools_suffix
+from sspcompile.request.recipe import Recipe, resolve
+from sspcompile.request.scenario import as_recipe, read_scenario
+from sspcompile.request.splits import (
     FIT_PROMPTS,
     GUARD_PROMPTS,
     JUDGE_PROMPTS,
@@ -23,11 +25,9 @@ from sspcompile.pipeline.evidence import (
     gather,
     split,
 )
-from sspcompile.pipeline.judging import Candidate, Figures, decide
-from sspcompile.pipeline.pools import pools_of, pools_suffix
-from sspcompile.recipe import Recipe, resolve
-from sspcompile.scenario import as_recipe, read_scenario
-from sspcompile.slicing.repair import Repair
+from sspcompile.select.judging import Candidate, Figures, decide
+from sspcompile.select.mixture import Mixture
+from sspcompile.slicing.layouts import Choice
 
 NAMES = ("a", "b", "c")
 POOLS = tuple(DomainPool(name, name, (), tuple(f"{name} {n}" for n in range(100))) for name in NAMES)
@@ -39,7 +39,7 @@ def mixture(*weights: float, unknown: float = 0.0) -> Mixture:
 
 @pytest.mark.parametrize("own", [0, 1, 3, 4, 20, 200, 5000])
 def test_no_text_chooses_and_guards_or_judges(own):
-    evidence = gather([f"mine {n}" for n in range(own)], mixture(0.7, 0.3, 0.0), POOLS, 0)
+    evidence = gather([f"mine {n}" for n in range(own)], mixture(0.7, 0.3, 0.0).parts, POOLS, 0)
     parts = [set(evidence.fit), set(evidence.guard), set(evidence.judge), set(evidence.off)]
     assert all(not one & other for one, other in itertools.combinations(parts, 2))
     learned = {prompt for pool in fit_part(POOLS) for prompt in pool.prompts}
@@ -60,13 +60,13 @@ def test_no_text_chooses_and_guards_or_judges(own):
 
 
 def test_an_own_prompt_that_prepare_learned_from_is_never_held_out():
-    evidence = gather([f"a {n}" for n in (1, 5, 9, 0, 2, 4, 8, 13)], mixture(1.0, 0.0, 0.0), POOLS, 0)
+    evidence = gather([f"a {n}" for n in (1, 5, 9, 0, 2, 4, 8, 13)], mixture(1.0, 0.0, 0.0).parts, POOLS, 0)
     learned = {prompt for pool in fit_part(POOLS) for prompt in pool.prompts}
     assert not learned & {*evidence.guard, *evidence.judge}
 
 
 def test_own_prompts_come_first_and_pools_fill_up_in_the_proportion_of_the_mixture():
-    evidence = gather([f"mine {n}" for n in range(8)], mixture(0.75, 0.25, 0.0), POOLS, 0)
+    evidence = gather([f"mine {n}" for n in range(8)], mixture(0.75, 0.25, 0.0).parts, POOLS, 0)
     assert (evidence.own_fit, evidence.own_guard, evidence.own_judge) == (6, 1, 1)
     assert evidence.judge[0] == "mine 3" and evidence.guard[0] == "mine 7"
     assert evidence.fit[:6] == ("mine 0", "mine 1", "mine 2", "mine 4", "mine 5", "mine 6")
@@ -76,7 +76,7 @@ def test_own_prompts_come_first_and_pools_fill_up_in_the_proportion_of_the_mixtu
 
 
 def test_an_unknown_scenario_is_filled_up_from_all_domains_alike():
-    evidence = gather([], mixture(1.0, 0.0, 0.0, unknown=1.0), POOLS, 0)
+    evidence = gather([], mixture(1.0, 0.0, 0.0, unknown=1.0).parts, POOLS, 0)
     counts = [sum(text.startswith(name) for text in evidence.fit) for name in NAMES]
     assert counts == [FIT_PROMPTS // 3] * 3
 

@@ -22,8 +22,8 @@ from sspcompile.errors import CheckpointError, InputError, ParityError, Unsuppor
 from sspcompile.export.onnx import PRECISIONS, Blocks, Exported, export_onnx
 from sspcompile.export.onnx.check import padded
 from sspcompile.families import ONNX_FAMILIES
-from sspcompile.measure.onnx_model import OnnxModel, demand_kernels
-from sspcompile.measure.onnx_text import load_onnx
+from sspcompile.model.onnx_session import OnnxModel, demand_kernels
+from sspcompile.model.onnx_text import load_onnx
 from sspcompile.slicing.plan import make_plan
 from sspcompile.slicing.write import write_model
 

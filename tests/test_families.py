@@ -16,8 +16,9 @@ from sspcompile.checkpoint import Checkpoint
 from sspcompile.criteria.measuring import measure
 from sspcompile.errors import UnsupportedModelError
 from sspcompile.families import FAMILIES
-from sspcompile.loaded import load, residual_norm
-from sspcompile.prepare.text import continued
+from sspcompile.model.loading import load
+from sspcompile.model.modules import residual_norm
+from sspcompile.model.text import continued
 from sspcompile.slicing.plan import make_plan
 from sspcompile.slicing.write import write_model
 

@@ -11,7 +11,8 @@ from builders import FAMILY_SETTINGS, Shape, family_config, make_checkpoint, sav
 from safetensors.torch import load_file, save_file
 
 from sspcompile.errors import ArtifactError, CheckpointError
-from sspcompile.loaded import head_gates, load
+from sspcompile.model.hooks import head_gates
+from sspcompile.model.loading import load
 from sspcompile.slicing import modeling_sspcompile
 from sspcompile.slicing.configuration import ships_code
 

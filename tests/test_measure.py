@@ -12,16 +12,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sspcompile.bench.capacity import capacity
+from sspcompile.bench.latency import Contender, bench
+from sspcompile.bench.load import Load, Settings
+from sspcompile.bench.memory import kv_bytes_per_token, peak_resident_bytes
+from sspcompile.bench.metrics import METRICS
+from sspcompile.bench.ratios import compare, compare_all
+from sspcompile.bench.roofline import predict, roofline
 from sspcompile.errors import CheckpointError, InputError, RunError
-from sspcompile.measure.capacity import capacity
-from sspcompile.measure.compare import compare, compare_all
-from sspcompile.measure.intervals import FEWEST_SAMPLES, Interval, mean_interval, ratio_interval, summarize
-from sspcompile.measure.latency import Contender, bench
-from sspcompile.measure.load import Load, Settings
-from sspcompile.measure.memory import kv_bytes_per_token, peak_resident_bytes
-from sspcompile.measure.metrics import METRICS
-from sspcompile.measure.quality import DivergenceAccumulator, compare_divergences, divergence
-from sspcompile.measure.roofline import predict, roofline
+from sspcompile.intervals import FEWEST_SAMPLES, Interval, mean_interval, ratio_interval, summarize
+from sspcompile.model.divergence import DivergenceAccumulator, compare_divergences, divergence
 
 # ---- intervals ----------------------------------------------------------------------------------------------
 
@@ -343,8 +343,8 @@ def test_bench_from_end_to_end(models: dict[str, Path], tmp_path: Path, monkeypa
 def test_an_onnx_contender_is_measured_like_the_others(tmp_path: Path) -> None:
     from builders import family_config, save_random
 
+    from sspcompile.api.exporting import of_checkpoint, to_onnx
     from sspcompile.export.onnx import PRECISIONS, Blocks
-    from sspcompile.pipeline.exporting import of_checkpoint, to_onnx
 
     model = save_random(tmp_path / "model", family_config("qwen2", bias=True), seed=1)
     to_onnx(of_checkpoint(str(model)), tmp_path / "onnx", PRECISIONS["fp32"], blocks=Blocks())

@@ -10,9 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from sspcompile.criteria.channels import head_columns
 from sspcompile.errors import InputError
-from sspcompile.loaded import head_gates, load, o_proj
-from sspcompile.placement import DEVICE_MAPS, input_device, loading_options, weight_of
-from sspcompile.prepare.capture import features
+from sspcompile.model.capture import features
+from sspcompile.model.hooks import head_gates
+from sspcompile.model.loading import load
+from sspcompile.model.modules import o_proj
+from sspcompile.model.placement import DEVICE_MAPS, input_device, loading_options, weight_of
 
 PROMPTS = ["What is 3 plus 4?", "Name a metal.", "x"]
 

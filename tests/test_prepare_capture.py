@@ -6,7 +6,7 @@ import torch
 from test_prepare_tools import tiny
 
 from sspcompile.errors import RunError
-from sspcompile.prepare import capture, text
+from sspcompile.model import capture, text
 
 PROMPTS = ["tell me about acid ?", "what is the sum of a prime and a root ?", "war"]
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral"]

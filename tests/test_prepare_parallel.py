@@ -13,10 +13,10 @@ import pytest
 from builders import Shape, make_checkpoint
 
 from sspcompile.criteria.measuring import measure
-from sspcompile.loaded import load
-from sspcompile.prepare import parallel
-from sspcompile.prepare.capture import features
-from sspcompile.prepare.text import batches_of, continued
+from sspcompile.model import parallel
+from sspcompile.model.capture import features
+from sspcompile.model.loading import load
+from sspcompile.model.text import batches_of, continued
 
 PROMPTS = [f"{'What is ' * (1 + n % 5)}{n} plus {n}?" for n in range(23)]
 

@@ -7,12 +7,11 @@ import pytest
 from test_prepare_tools import DOMAINS, OTHER, outside, pool_of, pools, tiny
 
 from sspcompile.criteria import CRITERIA
-from sspcompile.domains import load_outside, load_pools, recipes_folder
 from sspcompile.embedded import MODEL_DIR
 from sspcompile.errors import InputError
-from sspcompile.loaded import load as load_model
+from sspcompile.model import capture
+from sspcompile.model.loading import load as load_model
 from sspcompile.prepare import (
-    capture,
     features,
     importance_by_domain,
     importance_of,
@@ -23,6 +22,7 @@ from sspcompile.prepare import (
 )
 from sspcompile.prepare.stages import Stages
 from sspcompile.prepare.toolkit import check
+from sspcompile.request.domains import load_outside, load_pools, recipes_folder
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_fault_offline_and_online_features_are_the_same_function(model, monkeypa
         seen.extend(prompts)
         return original(loaded, prompts, *rest)
 
-    monkeypatch.setattr("sspcompile.prepare.capture.features", spy)
+    monkeypatch.setattr("sspcompile.model.capture.features", spy)
     prepare(model, pools(), outside(), continuation_tokens=0)
     assert set(pools()[0].prompts) <= set(seen) and set(outside()[0].prompts) <= set(seen)
     assert features is original

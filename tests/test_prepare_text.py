@@ -7,7 +7,7 @@ import torch
 from test_prepare_tools import TEMPLATE, tiny, word_tokenizer
 
 from sspcompile.errors import InputError
-from sspcompile.prepare import text
+from sspcompile.model import text
 
 PROMPTS = ["tell me about acid ?", "what is the sum of a prime and a root ?", "war", "tell me about the king ?"]
 

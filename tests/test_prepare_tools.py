@@ -17,9 +17,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from sspcompile.domains import DomainPool
 from sspcompile.families import geometry_of
-from sspcompile.loaded import LoadedModel
+from sspcompile.model.decoder import LoadedModel
+from sspcompile.request.domains import DomainPool
 
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 DOMAINS = {

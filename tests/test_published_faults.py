@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from test_slicing_exact import mask_for
 
 from sspcompile.checkpoint import Checkpoint
-from sspcompile.compile.budget import keep_from_strength
-from sspcompile.compile.layouts import choose
-from sspcompile.compile.mixture import Mixture, head_scores, mixture_of
 from sspcompile.errors import CheckpointError, UnsupportedModelError
 from sspcompile.families import geometry_of
-from sspcompile.loaded import head_gates, load
+from sspcompile.model.hooks import head_gates
+from sspcompile.model.loading import load
 from sspcompile.prepare.toolkit import Toolkit
+from sspcompile.select.budget import keep_from_strength
+from sspcompile.select.mixture import Mixture, head_scores, mixture_of
+from sspcompile.slicing.layouts import choose
 from sspcompile.slicing.plan import make_plan
 from sspcompile.slicing.write import write_model
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sspcompile.errors import InputError
-from sspcompile.measure.questions import read_data
-from sspcompile.measure.recall import STOPWORDS, exact_match, keyword_recall, letter
+from sspcompile.evaluate.questions import read_data
+from sspcompile.evaluate.recall import STOPWORDS, exact_match, keyword_recall, letter
 
 
 @pytest.mark.parametrize(

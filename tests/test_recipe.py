@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sspcompile.domains import recipes_folder
 from sspcompile.errors import RecipeError
-from sspcompile.recipe import (
+from sspcompile.request.domains import recipes_folder
+from sspcompile.request.recipe import (
     PARTS,
     Recipe,
     ScenarioSpec,
@@ -20,7 +20,7 @@ from sspcompile.recipe import (
     resolve,
     shipped_recipes,
 )
-from sspcompile.scenario import read_scenario
+from sspcompile.request.scenario import read_scenario
 
 MINIMAL = """\
 schema_version: 1

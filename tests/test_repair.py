@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sspcompile.prepare.text import Batch
-from sspcompile.slicing.fitting import SCORED_SHARE, _Normal, _position_weights
+from sspcompile.model.text import Batch
+from sspcompile.repair.fitting import SCORED_SHARE, _Normal, _position_weights
 
 
 def batch(lengths, scored):

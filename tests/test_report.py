@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from rich.console import Console
 
+from sspcompile.bench.capacity import Capacity
+from sspcompile.bench.latency import BenchResult, ContenderResult, LoadResult
+from sspcompile.bench.load import Load, Settings
+from sspcompile.bench.ratios import compare_all
+from sspcompile.bench.roofline import predict, roofline
 from sspcompile.errors import ArtifactError
-from sspcompile.measure.capacity import Capacity
-from sspcompile.measure.compare import compare_all
-from sspcompile.measure.intervals import Interval, summarize
-from sspcompile.measure.latency import BenchResult, ContenderResult, LoadResult
-from sspcompile.measure.load import Load, Settings
-from sspcompile.measure.quality import Difference, Divergence
-from sspcompile.measure.roofline import predict, roofline
+from sspcompile.intervals import Interval, summarize
+from sspcompile.model.divergence import Difference, Divergence
 from sspcompile.report import Report, write_report
 from sspcompile.report.build import latency_section, quality_row
 from sspcompile.report.html import render_html

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sspcompile.errors import RecipeError, ScenarioError
-from sspcompile.recipe import resolve
-from sspcompile.scenario import LINE_BYTES, as_recipe, read_scenario, scenario_of, slug
+from sspcompile.request.recipe import resolve
+from sspcompile.request.scenario import LINE_BYTES, as_recipe, read_scenario, scenario_of, slug
 
 
 def refused(value: str | Path) -> str:

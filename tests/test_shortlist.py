@@ -14,13 +14,13 @@ from builders import Shape, make_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sspcompile.compile.layouts import choose, uniform_choices
 from sspcompile.errors import BudgetError
-from sspcompile.loaded import load
-from sspcompile.pipeline.compiling import Ranking
-from sspcompile.pipeline.evidence import Evidence
-from sspcompile.pipeline.judging import Judge
-from sspcompile.pipeline.shortlist import CONTENDERS, WITHIN_LAYERS, Folds, best_mask, contenders
+from sspcompile.model.loading import load
+from sspcompile.request.splits import Evidence
+from sspcompile.select.compiling import Ranking
+from sspcompile.select.judging import Judge
+from sspcompile.select.search import CONTENDERS, WITHIN_LAYERS, Folds, best_mask, contenders
+from sspcompile.slicing.layouts import choose, uniform_choices
 
 grids = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(0, 1000))
 

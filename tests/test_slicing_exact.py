@@ -16,18 +16,19 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sspcompile.checkpoint import Checkpoint
-from sspcompile.compile.layouts import choose
-from sspcompile.compile.mask import HeadMask, kept_of
 from sspcompile.errors import ParityError, UnsupportedModelError
 from sspcompile.families import geometry_of
-from sspcompile.loaded import head_gates, load
-from sspcompile.prepare.text import with_continuations
-from sspcompile.slicing import fitting
-from sspcompile.slicing.fitting import fit_biases, fit_repairs
-from sspcompile.slicing.parity import TOLERANCE, compare, demand, repair_of
+from sspcompile.model.hooks import head_gates
+from sspcompile.model.loading import load
+from sspcompile.model.text import with_continuations
+from sspcompile.proof.parity import TOLERANCE, compare, demand, repair_of
+from sspcompile.proof.reload import respond
+from sspcompile.repair import fitting
+from sspcompile.repair.fitting import fit_biases, fit_repairs
+from sspcompile.repair.repair import Repair, demand_place, is_linear, repaired, written_biases, written_down
+from sspcompile.slicing.layouts import choose
+from sspcompile.slicing.mask import HeadMask, kept_of
 from sspcompile.slicing.plan import make_plan, plan_counts
-from sspcompile.slicing.reload import respond
-from sspcompile.slicing.repair import Repair, demand_place, is_linear, repaired, written_biases, written_down
 from sspcompile.slicing.write import write_model
 
 IDS = [(7 * n) % 250 for n in range(24)]

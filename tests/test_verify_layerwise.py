@@ -11,13 +11,14 @@ from test_slicing_exact import IDS, PROMPTS, mask_for
 from sspcompile.checkpoint import Checkpoint
 from sspcompile.errors import ParityError
 from sspcompile.families import FAMILIES
-from sspcompile.loaded import head_gates, load
-from sspcompile.prepare.text import with_continuations
-from sspcompile.slicing.fitting import fit_repairs
-from sspcompile.slicing.layerwise import compare_layerwise
-from sspcompile.slicing.parity import TOLERANCE
+from sspcompile.model.hooks import head_gates
+from sspcompile.model.loading import load
+from sspcompile.model.text import with_continuations
+from sspcompile.proof.layerwise import compare_layerwise
+from sspcompile.proof.parity import TOLERANCE
+from sspcompile.proof.reload import respond
+from sspcompile.repair.fitting import fit_repairs
 from sspcompile.slicing.plan import make_plan
-from sspcompile.slicing.reload import respond
 from sspcompile.slicing.write import write_model
 
 PROBES = [IDS, IDS[:5], IDS[3:4]]

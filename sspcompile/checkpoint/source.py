@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from sspcompile.checkpoint.tensors import tensor_shapes
 from sspcompile.checkpoint.transfer import Extent, read_all
 from sspcompile.errors import CheckpointError, UnsupportedModelError
 from sspcompile.families import Geometry, geometry_of
-from sspcompile.tensors import tensor_shapes
 
 WORD_BYTES: Mapping[str, int] = {
     "BOOL": 1,

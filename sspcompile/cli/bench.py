@@ -87,9 +87,9 @@ def bench(
     Each contender runs in processes of its own, in alternation, with equal threads; every sample is kept in bench.json.
     ARTIFACT may also be an exported folder. Without one, the last build is measured.
     """
+    from sspcompile.api.benching import Wish
+    from sspcompile.api.benching import bench as run
     from sspcompile.cli.progress import stages
-    from sspcompile.pipeline.benching import Wish
-    from sspcompile.pipeline.benching import bench as run
     from sspcompile.workspace import Workspace
 
     wish = Wish(
@@ -126,8 +126,8 @@ def bench(
 
 
 def _runtimes(given: str) -> tuple[str, ...]:
+    from sspcompile.api.benching import RUNTIMES
     from sspcompile.errors import InputError
-    from sspcompile.pipeline.benching import RUNTIMES
 
     wanted = tuple(dict.fromkeys(part.strip() for part in given.split(",")))
     for name in wanted:

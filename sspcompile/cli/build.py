@@ -68,28 +68,28 @@ def build(
         return
     read, options = request(scenario, given)
     from sspcompile.checkpoint.publish import refuse_existing
-    from sspcompile.recipe import dump_recipe
+    from sspcompile.request.recipe import dump_recipe
     from sspcompile.workspace import Workspace
 
     workspace = Workspace(here())
     out = out or workspace.artifact(read.name)
     refuse_existing(out, overwrite=overwrite)
-    from sspcompile.pipeline.compiling import open_subject
+    from sspcompile.model.dense import open_dense
 
-    subject = open_subject(options.model)
+    subject = open_dense(options.model)
     refuse_hopeless(read, subject, options)
     if dry_run:
         as_data = json.dumps(options.model_dump(mode="json", exclude_none=True), indent=1) + "\n"
         click.echo(as_data if as_json else dump_recipe(options), nl=False)
         return
+    from sspcompile.api.building import build as run
     from sspcompile.cli.progress import stages
-    from sspcompile.pipeline.building import build as run
 
     with stages(quiet) as progress:
         outcome = run(read, options, subject, out, workspace, progress, overwrite=overwrite)
     warn_unknown(outcome.compiled.mixture)
+    from sspcompile.api.reporting import report_of
     from sspcompile.cli.tables import print_report
-    from sspcompile.pipeline.reporting import report_of
 
     print_report(report_of(outcome), as_json=as_json, only=None if verbose else SUMMARY)
     click.echo(f"Written to {out}; the whole report is {out / 'report.html'}. Next: sspcompile bench", err=True)
@@ -106,10 +106,10 @@ def _sweep(
     quiet: bool,
     given: dict[str, Any],
 ) -> None:
+    from sspcompile.api.sweeping import FRONTIER, read_axis
+    from sspcompile.api.sweeping import sweep as run
     from sspcompile.errors import InputError
-    from sspcompile.pipeline.compiling import open_subject
-    from sspcompile.pipeline.sweeping import FRONTIER, read_axis
-    from sspcompile.pipeline.sweeping import sweep as run
+    from sspcompile.model.dense import open_dense
     from sspcompile.workspace import Workspace
 
     axis = read_axis(text)
@@ -122,7 +122,7 @@ def _sweep(
     requests = [request(scenario, given | {axis.option: axis.value(value)}) for value in axis.values]
     workspace = Workspace(here())
     out = out or workspace.artifact(f"{requests[0][0].name}-sweep")
-    subject = open_subject(requests[0][1].model)
+    subject = open_dense(requests[0][1].model)
     for read, options in requests:
         refuse_hopeless(read, subject, options)
     if dry_run:

@@ -27,8 +27,8 @@ def compare(artifacts: tuple[str, ...], out: Path | None, overwrite: bool, as_js
 
     Nothing is measured anew: run `sspcompile bench` on them first, together, so that their speeds compare.
     """
-    from sspcompile.pipeline.comparing import compare as run
-    from sspcompile.pipeline.comparing import write_comparison
+    from sspcompile.api.comparing import compare as run
+    from sspcompile.api.comparing import write_comparison
     from sspcompile.report.points import comparison_page, render_points
     from sspcompile.workspace import Workspace
 

@@ -13,8 +13,8 @@ import click
 from sspcompile.cli.options import here, json_option, quiet_option, scenario_option
 
 if TYPE_CHECKING:
-    from sspcompile.pipeline.contenders import Contenders
-    from sspcompile.pipeline.harness import HarnessRow
+    from sspcompile.api.arguments import Contenders
+    from sspcompile.evaluate.harness import HarnessRow
 
 
 @click.command(
@@ -77,22 +77,24 @@ def evaluate(
     match and recall are given only where answers are known. ARTIFACT is an artifact, an exported folder, or with
     --against any model folder; without it, the last build.
     """
+    from sspcompile.api.arguments import find_contenders
     from sspcompile.cli.progress import stages
-    from sspcompile.pipeline.contenders import find_contenders
     from sspcompile.workspace import Workspace
 
     workspace = Workspace(here())
     if tasks is not None:
-        from sspcompile.pipeline.harness import require_harness, run_harness
+        from sspcompile.evaluate.harness import require_harness, run_harness
 
         require_harness()
         contenders = find_contenders(artifact, against, workspace)
         names = [name.strip() for name in tasks.split(",") if name.strip()]
-        rows = run_harness(contenders, names, tasks_folder=tasks_folder, items=items, batch_size=batch_size, seed=seed)
+        rows = run_harness(
+            contenders.folders, names, tasks_folder=tasks_folder, items=items, batch_size=batch_size, seed=seed
+        )
         _print_harness(rows, as_json)
         return
-    from sspcompile.measure.asking import Limits
-    from sspcompile.pipeline.evaluating import evaluate as run
+    from sspcompile.api.evaluating import evaluate as run
+    from sspcompile.evaluate.asking import Limits
 
     contenders = find_contenders(artifact, against, workspace)
     limits = Limits(max_tokens, max_new_tokens, batch_size)
@@ -108,7 +110,7 @@ def evaluate(
             progress=progress,
         )
     if as_json:
-        from sspcompile.measure.evaluation import results_json
+        from sspcompile.evaluate.results import results_json
 
         facts = {**_facts(contenders), "seed": seed, **asdict(limits)}
         click.echo(json.dumps(results_json(results, facts), indent=1))
@@ -126,7 +128,7 @@ def _facts(contenders: Contenders) -> dict[str, str]:
 
 def _print_harness(rows: Sequence[HarnessRow], as_json: bool) -> None:
     if as_json:
-        from sspcompile.pipeline.harness import rows_json
+        from sspcompile.evaluate.harness import rows_json
 
         click.echo(json.dumps(rows_json(rows), indent=1))
         return

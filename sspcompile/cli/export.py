@@ -148,7 +148,7 @@ def _to_onnx(
     if model is not None and artifact is not None:
         raise InputError("ARTIFACT and --model exclude each other.", hint="Name one of them.")
     precision, blocks = _rounding(onnx)
-    from sspcompile.pipeline.exporting import of_artifact, of_checkpoint, to_onnx
+    from sspcompile.api.exporting import of_artifact, of_checkpoint, to_onnx
 
     folder = Path(str(model)) if model is not None else workspace.find(artifact)
     out = out or workspace.exported / f"{folder.name}-onnx{'' if precision.name == 'fp32' else '-' + precision.name}"

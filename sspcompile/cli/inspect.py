@@ -23,15 +23,15 @@ Examples:
 @json_option
 def inspect(artifact: str | None, svg: Path | None, overwrite: bool, as_json: bool) -> None:
     """Print the mask of an artifact as a table of layers and heads; without ARTIFACT, of the last build."""
-    from sspcompile.compile.mask import dump_mask, load_mask
+    from sspcompile.slicing.mask import dump_mask, load_mask
     from sspcompile.workspace import MASK, Workspace
 
     folder = Workspace(here()).find(artifact)
     mask = load_mask(folder / MASK)
     if svg is not None:
+        from sspcompile.api.reporting import mask_section
         from sspcompile.checkpoint.publish import write_atomically
         from sspcompile.errors import InputError, OutputExistsError
-        from sspcompile.pipeline.reporting import mask_section
         from sspcompile.report.svg import render_svg
 
         if svg.is_dir() or not svg.parent.is_dir():

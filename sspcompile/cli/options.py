@@ -13,10 +13,10 @@ import click
 from sspcompile.criteria import CRITERIA
 
 if TYPE_CHECKING:
-    from sspcompile.compile.mixture import Mixture
-    from sspcompile.pipeline.compiling import Subject
-    from sspcompile.recipe import Recipe
-    from sspcompile.scenario import Scenario
+    from sspcompile.model.dense import DenseModel
+    from sspcompile.request.recipe import Recipe
+    from sspcompile.request.scenario import Scenario
+    from sspcompile.select.mixture import Mixture
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 BUILD_OPTIONS = (
@@ -172,8 +172,8 @@ def build_options(command: Command) -> Command:
 def request(scenario: str | None, given: Mapping[str, Any]) -> tuple[Scenario, Recipe]:
     """The scenario and the resolved recipe of a build or plan. Raises ScenarioError or RecipeError."""
     from sspcompile.errors import ScenarioError
-    from sspcompile.recipe import resolve
-    from sspcompile.scenario import as_recipe, read_scenario
+    from sspcompile.request.recipe import resolve
+    from sspcompile.request.scenario import as_recipe, read_scenario
 
     if scenario is None:
         raise ScenarioError(
@@ -186,17 +186,17 @@ def request(scenario: str | None, given: Mapping[str, Any]) -> tuple[Scenario, R
     return read, resolve(recipe or as_recipe(read), command_line=command_line, environment=os.environ)
 
 
-def refuse_hopeless(scenario: Scenario, subject: Subject, options: Recipe) -> None:
+def refuse_hopeless(scenario: Scenario, subject: DenseModel, options: Recipe) -> None:
     """Refuse before any heavy work what would be refused after it. Raises InputError or BudgetError."""
     import numpy as np
 
-    from sspcompile.compile.layouts import choose
     from sspcompile.criteria import of_key
-    from sspcompile.pipeline.compiling import score_key
-    from sspcompile.pipeline.pools import pools_of
-    from sspcompile.pipeline.scoring import demand_prompts
+    from sspcompile.repair.repair import demand_place, is_linear
+    from sspcompile.request.pools import pools_of
+    from sspcompile.select.compiling import score_key
+    from sspcompile.select.scoring import demand_prompts
     from sspcompile.slicing.hosts import demand_host, named_host
-    from sspcompile.slicing.repair import demand_place, is_linear
+    from sspcompile.slicing.layouts import choose
 
     of_key(score_key(options))
     demand_prompts(scenario, options)

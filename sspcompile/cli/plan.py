@@ -20,8 +20,8 @@ from sspcompile.cli.options import (
 
 if TYPE_CHECKING:
     from sspcompile.checkpoint import Checkpoint
-    from sspcompile.recipe import Recipe
-    from sspcompile.scenario import Scenario
+    from sspcompile.request.recipe import Recipe
+    from sspcompile.request.scenario import Scenario
     from sspcompile.slicing.plan import SlicePlan
 
 
@@ -71,8 +71,8 @@ def plan(scenario: str | None, mask: Path | None, by_layer: bool, as_json: bool,
 
 
 def _of_mask(model: str | None, mask: Path, scenario: str | None, host: str | None) -> SlicePlan:
+    from sspcompile.api.cutting import open_cut
     from sspcompile.errors import InputError
-    from sspcompile.pipeline.cutting import open_cut
 
     if scenario is not None:
         raise InputError("--mask and --scenario exclude each other.", hint="A mask was compiled already; give one.")
@@ -82,15 +82,15 @@ def _of_mask(model: str | None, mask: Path, scenario: str | None, host: str | No
 def _of_request(read: Scenario, options: Recipe, without_scenario: bool, quiet: bool) -> list[SlicePlan]:
     # Not through pipeline.compiling: sizes alone need neither torch nor the weights' fingerprint.
     from sspcompile.checkpoint import Checkpoint, locate
-    from sspcompile.recipe import DEFAULTS
+    from sspcompile.request.recipe import DEFAULTS
 
     checkpoint = Checkpoint(locate(options.model))
     if without_scenario or not checkpoint.has_weights:
         # What can be refused for other reasons than its sizes needs more than the headers.
         if options.criterion != DEFAULTS["criterion"] or options.repair != DEFAULTS["repair"] or options.pools:
-            from sspcompile.pipeline.compiling import open_subject
+            from sspcompile.model.dense import open_dense
 
-            refuse_hopeless(read, open_subject(options.model), options)
+            refuse_hopeless(read, open_dense(options.model), options)
         return _by_counts(checkpoint, options)
     return _by_scenario(read, options, quiet)
 
@@ -110,19 +110,14 @@ def _by_counts(checkpoint: Checkpoint, options: Recipe) -> list[SlicePlan]:
 
 def _by_scenario(read: Scenario, options: Recipe, quiet: bool) -> list[SlicePlan]:
     from sspcompile.cli.progress import stages
-    from sspcompile.pipeline.compiling import (
-        choices_for,
-        compile_scenario,
-        mask_of,
-        open_subject,
-        score_key,
-        toolkit_for,
-    )
+    from sspcompile.model.dense import open_dense
+    from sspcompile.prepare.toolkits import toolkit_for
+    from sspcompile.select.compiling import choices_for, compile_scenario, mask_of, score_key
     from sspcompile.slicing.hosts import named_host
     from sspcompile.slicing.plan import make_plan
     from sspcompile.workspace import Workspace
 
-    subject = open_subject(options.model)
+    subject = open_dense(options.model)
     refuse_hopeless(read, subject, options)
     with stages(quiet) as progress:
         loaded = subject.load()

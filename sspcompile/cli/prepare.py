@@ -54,19 +54,21 @@ def prepare(criteria: tuple[str, ...], device_map: str | None, as_json: bool, qu
     `build` does this by itself when it is missing; the toolkit is kept per model and reused. Under torchrun the
     processes share the texts, one process per GPU, and find what one alone would find.
     """
-    from sspcompile.pipeline.compiling import AUTO_CRITERION, open_subject, toolkit_folder, toolkit_for
-    from sspcompile.prepare import parallel
-    from sspcompile.recipe import resolve
-    from sspcompile.scenario import as_recipe, read_scenario
+    from sspcompile.model import parallel
+    from sspcompile.model.dense import open_dense
+    from sspcompile.prepare.toolkits import toolkit_folder, toolkit_for
+    from sspcompile.request.recipe import resolve
+    from sspcompile.request.scenario import as_recipe, read_scenario
+    from sspcompile.select.compiling import AUTO_CRITERION
     from sspcompile.workspace import Workspace
 
     scenario, _ = read_scenario("no scenario")
     options = resolve(as_recipe(scenario), command_line=given, environment=os.environ)
     from sspcompile.cli.progress import stages
-    from sspcompile.pipeline.pools import pools_of
+    from sspcompile.request.pools import pools_of
 
     pools_of(options)  # refused, if at all, before the model is loaded
-    subject, workspace = open_subject(options.model), Workspace(here())
+    subject, workspace = open_dense(options.model), Workspace(here())
     with parallel.joined() as world, stages(quiet or not world.first) as progress:
         loaded = subject.load(device=world.device, device_map=device_map)
         toolkit, fresh = toolkit_for(subject, loaded, options, workspace, progress, criteria or (AUTO_CRITERION,))

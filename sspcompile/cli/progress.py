@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
+import rich.progress
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from sspcompile import progress
 
 
 @contextlib.contextmanager
-def stages(quiet: bool, *, libraries: bool = True) -> Iterator[Callable[[str, int, int], None]]:
+def stages(quiet: bool, *, libraries: bool = True) -> Iterator[progress.Progress]:
     """Yield `report(stage, done, total)`; each stage is one bar with the time left.
 
     `libraries` says that transformers will take part, and is to be silent.
@@ -20,7 +23,7 @@ def stages(quiet: bool, *, libraries: bool = True) -> Iterator[Callable[[str, in
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bars:
+    with rich.progress.Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bars:
 
         def report(stage: str, done: int, total: int) -> None:
             if stage not in tasks:

@@ -19,7 +19,7 @@ def recipe() -> None:
 @json_option
 def ls(as_json: bool) -> None:
     """List the recipes that ship with the package."""
-    from sspcompile.recipe import load_recipe, shipped_recipes
+    from sspcompile.request.recipe import load_recipe, shipped_recipes
 
     descriptions = {path.stem: load_recipe(path).description for path in shipped_recipes()}
     if as_json:
@@ -34,7 +34,7 @@ def ls(as_json: bool) -> None:
 def show(name: str) -> None:
     """Print a shipped recipe; a good start for one of your own."""
     from sspcompile.errors import InputError
-    from sspcompile.recipe import find_recipe, shipped_recipes
+    from sspcompile.request.recipe import find_recipe, shipped_recipes
 
     path = find_recipe(name)
     if path is None:
@@ -48,7 +48,7 @@ def show(name: str) -> None:
 def validate(file: Path) -> None:
     """Check a recipe file; all its errors are named at once."""
     from sspcompile.errors import InputError
-    from sspcompile.recipe import load_recipe
+    from sspcompile.request.recipe import load_recipe
 
     if not file.is_file():
         raise InputError(f"There is no file {file}.", hint="Name a recipe, a .yaml file.")

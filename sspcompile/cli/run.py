@@ -91,7 +91,7 @@ def run(
 
     texts = [_read(prompt) for prompt in prompts]
     with stages(quiet):
-        from sspcompile.pipeline.running import Sampling, find_model, open_model, write
+        from sspcompile.api.running import Sampling, find_model, open_model, write
 
         folder = find_model(artifact, Workspace(here()), dense=dense)
         model = open_model(folder, device=device, trust_remote_code=trust_remote_code)

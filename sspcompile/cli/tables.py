@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from sspcompile.compile.mask import HeadMask
     from sspcompile.criteria import Criterion
     from sspcompile.report import Report
+    from sspcompile.slicing.mask import HeadMask
     from sspcompile.slicing.plan import SlicePlan
 
 MEBI = 1 << 20

@@ -35,8 +35,8 @@ def verify(artifact: str | None, model: str | None, layerwise: bool | None, as_j
     into memory twice are compared layer by layer, from their files. The dense model is looked for where the build
     found it; --model names another place.
     """
+    from sspcompile.api.verifying import verify as run
     from sspcompile.cli.progress import stages
-    from sspcompile.pipeline.verifying import verify as run
     from sspcompile.workspace import Workspace
 
     folder = Workspace(here()).find(artifact)

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from sklearn.linear_model import RidgeCV
 
-from sspcompile.criteria.logits import decoder_output, divergence, log_probabilities
 from sspcompile.criteria.look import Look, Units
-from sspcompile.loaded import LoadedModel, head_gates
+from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.hooks import head_gates
+from sspcompile.model.logits import decoder_output, divergence, log_probabilities
 
 CLOSED_SHARE = 1 / 8
 MASKS_PER_UNIT = 4

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from sspcompile.criteria.look import Look, Units
-from sspcompile.loaded import LoadedModel
+from sspcompile.model.decoder import LoadedModel
 
 
 def random(loaded: LoadedModel, look: Look) -> np.ndarray:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from sspcompile.criteria.look import Look
-from sspcompile.loaded import LoadedModel, projection_weight
-from sspcompile.prepare.capture import capture
+from sspcompile.model.capture import capture
+from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.modules import projection_weight
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ import torch
 
 from sspcompile.criteria.channels import head_sums, moments, output_weight
 from sspcompile.criteria.look import Look, Units
-from sspcompile.loaded import LoadedModel, projection_weight
+from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.modules import projection_weight
 
 POWER = 0.5
 

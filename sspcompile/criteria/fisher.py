@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sspcompile.criteria.logits import decoder_output, scored_logits
 from sspcompile.criteria.look import Look, Units, rising
-from sspcompile.loaded import LoadedModel, head_gates
-from sspcompile.prepare.text import Batch
+from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.hooks import head_gates
+from sspcompile.model.logits import decoder_output, scored_logits
+from sspcompile.model.text import Batch
 
 TARGETS = ("normal", "sampled", "greedy")
 DRAWS = 4

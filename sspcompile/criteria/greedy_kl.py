@@ -20,7 +20,8 @@ import numpy as np
 
 from sspcompile.criteria.kl import Closing
 from sspcompile.criteria.look import Look, Units, rising
-from sspcompile.loaded import LoadedModel
+from sspcompile.model.decoder import LoadedModel
+from sspcompile.progress import Steps, no_steps
 
 FRESH = 4
 WINDOW = 16
@@ -55,7 +56,7 @@ def eliminate(
     fresh: int = FRESH,
     window: int = WINDOW,
     steps: int = STEPS,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Steps = no_steps,
 ) -> tuple[list[int], list[float]]:
     """Order of removal of `total` units, and the rise of the cost at each removal.
 
@@ -89,6 +90,5 @@ def eliminate(
             if alive:
                 close(unit)
         measured = {}
-        if progress is not None:
-            progress(len(order), total)
+        progress(len(order), total)
     return order, costs

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sspcompile.criteria.channels import head_columns
 from sspcompile.criteria.look import Look, Units, rising
-from sspcompile.loaded import LoadedModel
-from sspcompile.prepare.capture import capture
+from sspcompile.model.capture import capture
+from sspcompile.model.decoder import LoadedModel
 
 WRITES_ELEMENTS = 2**24  # writes [tokens, H, d] held at a time
 

@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sspcompile.criteria.logits import decoder_output, divergence, log_probabilities
 from sspcompile.criteria.look import Look, Units
-from sspcompile.loaded import LayerCall, LoadedModel, head_gates, layer_output, recorded_calls
-from sspcompile.prepare.text import Batch
+from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.hooks import LayerCall, head_gates, recorded_calls
+from sspcompile.model.logits import decoder_output, divergence, log_probabilities
+from sspcompile.model.modules import layer_output
+from sspcompile.model.text import Batch
 
 
 class Closing:

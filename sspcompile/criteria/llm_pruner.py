@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sspcompile.criteria.logits import decoder_output, log_probabilities, mean_by_sequence
 from sspcompile.criteria.look import Look, Units
 from sspcompile.criteria.magnitude import PROJECTIONS, attention_sums
-from sspcompile.loaded import LoadedModel, projection_place
+from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.logits import decoder_output, log_probabilities, mean_by_sequence
+from sspcompile.model.modules import projection_place
 
 
 def llm_pruner(loaded: LoadedModel, look: Look) -> np.ndarray:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
 from sspcompile.errors import InputError
+from sspcompile.progress import Steps, no_steps
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from sspcompile.families import Geometry
-    from sspcompile.prepare.text import Batch
+    from sspcompile.model.text import Batch
 
 Granularity = Literal["head", "group"]
-Progress = Callable[[int, int], None]  # (steps done, steps in all)
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,10 @@ class Look:
     directions: np.ndarray | None = None
     seed: int = 0
     granularity: Granularity = "head"
-    progress: Progress | None = None
+    progress: Steps = no_steps
 
     def report(self, done: int, total: int) -> None:
-        if self.progress is not None:
-            self.progress(done, total)
+        self.progress(done, total)
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Units:
         return np.repeat(np.asarray(per_unit) / self.size, self.size, axis=axis)
 
     def gates(self, per_unit: Tensor) -> Tensor:
-        """Gates of units [..., U] as gates of heads [..., H], see `loaded.head_gates`."""
+        """Gates of units [..., U] as gates of heads [..., H], see `hooks.head_gates`."""
         return per_unit.repeat_interleave(self.size, dim=-1)
 
 

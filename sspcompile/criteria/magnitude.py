@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from sspcompile.criteria.look import Look, Units
-from sspcompile.loaded import LoadedModel, projection_weight
+from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.modules import projection_weight
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 ElementValue = Callable[[str, Tensor], Tensor]

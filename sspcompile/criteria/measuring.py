@@ -1,8 +1,4 @@
-"""Run a criterion on texts of one or several domains: scores of query heads, per text or per domain.
-
-Modules of `prepare` use this one, and importing any of them imports all of them; so they import this module, not names
-from it.
-"""
+"""Run a criterion on texts of one or several domains: scores of query heads, per text or per domain."""
 
 from __future__ import annotations
 
@@ -11,11 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sspcompile.criteria.look import Granularity, Look, Progress, Units
+from sspcompile.criteria.look import Granularity, Look, Units
 from sspcompile.criteria.table import criterion
-from sspcompile.loaded import LoadedModel
-from sspcompile.prepare.parallel import current, shared
-from sspcompile.prepare.text import Sentence, batches_of
+from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.parallel import current, shared
+from sspcompile.model.text import Sentence, batches_of
+from sspcompile.progress import Steps, no_steps
 
 PERCENT = 100
 
@@ -55,7 +52,7 @@ def measure(
     seed: int = 0,
     granularity: Granularity = "head",
     every_prompt: bool = False,
-    progress: Progress | None = None,
+    progress: Steps = no_steps,
 ) -> Scores:
     """Scores by the criterion `name` on texts with their continuations (see `prepare.text.continued`).
 
@@ -72,7 +69,7 @@ def measure(
     rows = np.arange(len(labels)) if every_prompt else drawn_rows(labels, chosen.max_prompts, seed)
     reads = chosen.needs != "nothing"
 
-    def look_at(part: np.ndarray, report: Progress | None) -> np.ndarray:
+    def look_at(part: np.ndarray, report: Steps) -> np.ndarray:
         read = [texts[row] for row in part] if reads else []
         # Rows of prompts are shared by batch, sets of prompts as a whole.
         run = shared(chosen.measure) if chosen.per == "prompt" else chosen.measure
@@ -87,8 +84,7 @@ def measure(
         own = {i: look_at(parts[i], _part(progress, i, len(parts))) for i in world.share(range(len(parts)))}
         measured = world.union(own)
         found = np.stack([measured[i] for i in range(len(parts))])
-        if progress is not None:
-            progress(len(parts) * PERCENT, len(parts) * PERCENT)
+        progress(len(parts) * PERCENT, len(parts) * PERCENT)
     return Scores(units.spread(found, axis=2), owners, chosen.per, len(rows) if reads else 0)
 
 
@@ -101,8 +97,6 @@ def drawn_rows(labels: np.ndarray, most: int | None, seed: int) -> np.ndarray:
     return np.sort(np.concatenate([rng.permutation(rows[labels == k])[:most] for k in np.unique(labels)]))
 
 
-def _part(progress: Progress | None, index: int, parts: int) -> Progress | None:
+def _part(progress: Steps, index: int, parts: int) -> Steps:
     """Progress of one of several equal parts, in percent of a part."""
-    if progress is None:
-        return None
     return lambda done, total: progress(index * PERCENT + PERCENT * done // total, parts * PERCENT)

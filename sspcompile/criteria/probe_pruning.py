@@ -19,9 +19,11 @@ from torch import Tensor
 
 from sspcompile.criteria.channels import head_sums, output_weight
 from sspcompile.criteria.look import Look, Units
-from sspcompile.loaded import LoadedModel, input_norm
-from sspcompile.prepare.capture import capture, reading
-from sspcompile.prepare.text import Batch
+from sspcompile.model.capture import capture
+from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.hooks import reading
+from sspcompile.model.modules import input_norm
+from sspcompile.model.text import Batch
 
 PROBE_SEQUENCES = 0.05
 PROBE_TOKENS = 0.5

@@ -13,7 +13,7 @@ import torch
 
 from sspcompile.criteria.channels import head_sums, moments, output_weight
 from sspcompile.criteria.look import Look, Units
-from sspcompile.loaded import LoadedModel
+from sspcompile.model.decoder import LoadedModel
 
 POWER = 0.5
 

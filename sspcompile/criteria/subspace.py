@@ -14,9 +14,9 @@ from torch import Tensor
 from sspcompile.criteria.channels import head_columns
 from sspcompile.criteria.look import Look, Units
 from sspcompile.errors import InputError
-from sspcompile.loaded import LoadedModel
-from sspcompile.prepare.capture import capture, pool
-from sspcompile.prepare.text import Batch
+from sspcompile.model.capture import capture, pool
+from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.text import Batch
 
 EPS = 1e-6
 NORMS = ("hidden", "probe")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from sspcompile.criteria.look import Granularity, Look
-    from sspcompile.loaded import LoadedModel
+    from sspcompile.model.decoder import LoadedModel
 
 Needs = Literal["nothing", "prompts", "prompts, a backward pass", "prompts, probe directions"]
 

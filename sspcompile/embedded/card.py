@@ -18,8 +18,10 @@ from sspcompile.embedded import MODEL_DIR
 from sspcompile.embedded.corpus import DOMAINS, cross_items, items
 from sspcompile.embedded.evaluate import EVALUATION_ITEMS, EVALUATION_SEED, evaluate, score
 from sspcompile.embedded.probe import separability
-from sspcompile.loaded import LoadedModel, head_gates, load
-from sspcompile.measure.answers import answer_scores, encode_items
+from sspcompile.evaluate.answers import answer_scores, encode_items
+from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.hooks import head_gates
+from sspcompile.model.loading import load
 
 LAYER_ITEMS = 60
 """Items per domain for the table of layers, which needs one evaluation per layer."""

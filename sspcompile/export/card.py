@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-    from sspcompile.compile.mask import HeadMask
+    from sspcompile.slicing.mask import HeadMask
 
 LICENCE_KEYS = ("license", "license_name", "license_link")
 TASK = "text-generation"

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sspcompile.checkpoint import Checkpoint, Manifest, check_manifest, staged, write_manifest
-from sspcompile.compile.mask import whole_mask
 from sspcompile.errors import InputError
 from sspcompile.export.card import model_card
-from sspcompile.loaded import load
+from sspcompile.model.loading import load
+from sspcompile.progress import Progress, silent
+from sspcompile.proof.prove import Claim, prove
+from sspcompile.slicing.mask import whole_mask
 from sspcompile.slicing.plan import make_plan, plan_json
-from sspcompile.slicing.prove import Claim, prove
 from sspcompile.slicing.write import write_model
 from sspcompile.workspace import MODEL, PLAN, PROBES, REPORT
 
-Progress = Callable[[str, int, int], None]
-
 
 def export_hf(
-    artifact: Path, out: Path, *, host: str | None = None, overwrite: bool = False, progress: Progress = lambda *_: None
+    artifact: Path, out: Path, *, host: str | None = None, overwrite: bool = False, progress: Progress = silent
 ) -> Manifest:
     """Publish the model of an artifact as a folder that transformers and vLLM read.
 

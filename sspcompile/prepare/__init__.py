@@ -1,10 +1,10 @@
 """What is learned once per model: capture -> axes -> probes -> calibration -> importance -> whitelist -> Toolkit."""
 
-from sspcompile.prepare.capture import features
+from sspcompile.model.capture import features
+from sspcompile.model.text import encode, with_continuations
 from sspcompile.prepare.importance import importance_of
 from sspcompile.prepare.probes import probabilities
 from sspcompile.prepare.run import importance_by_domain, prepare
-from sspcompile.prepare.text import encode, with_continuations
 from sspcompile.prepare.toolkit import REGIMES, Toolkit, is_outdated, load, save, with_importance
 
 __all__ = [

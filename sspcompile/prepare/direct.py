@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from sspcompile.criteria import measuring
 from sspcompile.criteria.table import of_key
-from sspcompile.loaded import LoadedModel
+from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.text import continued
 from sspcompile.prepare.importance import probe_directions
-from sspcompile.prepare.text import continued
 from sspcompile.prepare.toolkit import Toolkit
+from sspcompile.progress import Steps, no_steps
 
 
 def importance_per_prompt(
@@ -24,7 +25,7 @@ def importance_per_prompt(
     seed: int,
     max_tokens: int,
     continuation_tokens: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Steps = no_steps,
 ) -> np.ndarray:
     """Importance of every head for each of the prompts with the dense model's continuation, [N, L, H] float64.
 

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from sspcompile.criteria import measuring
-from sspcompile.criteria.look import Granularity, Progress
+from sspcompile.criteria.look import Granularity
 from sspcompile.criteria.table import criterion
-from sspcompile.loaded import LoadedModel
-from sspcompile.prepare.text import CONTINUATION_TOKENS, MAX_TOKENS, continued
+from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.text import CONTINUATION_TOKENS, MAX_TOKENS, continued
 from sspcompile.prepare.toolkit import Toolkit
+from sspcompile.progress import Steps, no_steps
 
 
 def probe_directions(probe_weight: np.ndarray, feature_scale: np.ndarray) -> np.ndarray:
@@ -37,7 +38,7 @@ def importance_of(
     granularity: Granularity = "head",
     max_tokens: int = MAX_TOKENS,
     continuation_tokens: int = CONTINUATION_TOKENS,
-    progress: Progress | None = None,
+    progress: Steps = no_steps,
 ) -> np.ndarray:
     """Importance of every head measured directly on these prompts, [L, H] float64: all of them are used.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,22 +11,21 @@ import numpy as np
 
 from sspcompile.criteria import measuring
 from sspcompile.criteria.table import CRITERIA, of_key
-from sspcompile.domains import DomainPool, pools_fingerprint
 from sspcompile.errors import InputError
-from sspcompile.loaded import LoadedModel
+from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.text import CONTINUATION_TOKENS, MAX_TOKENS, TEXT_VERSION
 from sspcompile.prepare import axes as domain_axes
 from sspcompile.prepare import calibration, importance, probes
 from sspcompile.prepare.direct import spread_by_domain
 from sspcompile.prepare.stages import Stages
-from sspcompile.prepare.text import CONTINUATION_TOKENS, MAX_TOKENS, TEXT_VERSION
 from sspcompile.prepare.toolkit import Toolkit, check
 from sspcompile.prepare.whitelist import FALSE_DISCOVERY, Whitelist, whitelist
+from sspcompile.progress import Progress, silent, stage_of
+from sspcompile.request.domains import DomainPool, pools_fingerprint
 
 MIN_PROMPTS = 8  # per domain: with fewer, a held-out part of a quarter holds less than two
 CROSS_PER_PAIR = 6
 NEAR_CHANCE = 0.6  # mean AUC of a layer below this is reported
-
-Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def prepare(
     max_tokens: int = MAX_TOKENS,
     continuation_tokens: int = CONTINUATION_TOKENS,
     stages: Stages | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Toolkit:
     """Learn everything that compiling scenarios for this model needs. The same inputs give the same Toolkit.
 
@@ -65,7 +64,7 @@ def prepare(
     few, too small or share a name, for unknown criteria, and when none of them scores every prompt.
     """
     _validate(pools, criteria, axes)
-    report, stages = progress or _silent, stages or Stages(loaded)
+    report, stages = progress, stages or Stages(loaded)
     facts = _given_facts(pools, outside, axes)
     if axes is not None and axes < len(pools):
         pools, rest, selection = _selected(stages, pools, axes, max_tokens, report)
@@ -75,11 +74,11 @@ def prepare(
     prompts = [corpus.texts[row] for row in corpus.prompt_rows]
     labels = corpus.labels[corpus.prompt_rows]
     report("continuations", 0, 1)
-    texts = stages.continued(prompts, continuation_tokens, max_tokens, _stage(report, "continuations"))
+    texts = stages.continued(prompts, continuation_tokens, max_tokens, stage_of(report, "continuations"))
     report("continuations", 1, 1)
     unit = importance.probe_directions(told.fitted.weight, told.fitted.scale)
     scores = {
-        key: stages.scored(key, texts, labels, unit, seed, _stage(report, key)) for key in dict.fromkeys(criteria)
+        key: stages.scored(key, texts, labels, unit, seed, stage_of(report, key)) for key in dict.fromkeys(criteria)
     }
     tested = next(key for key in scores if of_key(key)[0].per == "prompt")
     confirmed = whitelist(scores[tested].own_axis(), scores[tested].labels)
@@ -136,7 +135,7 @@ def _toolkit(
 
 
 def importance_by_domain(
-    stages: Stages, toolkit: Toolkit, pools: Sequence[DomainPool], name: str, progress: Progress | None = None
+    stages: Stages, toolkit: Toolkit, pools: Sequence[DomainPool], name: str, progress: Progress = silent
 ) -> tuple[np.ndarray, np.ndarray]:
     """Importance and spread of one more criterion for an existing toolkit, [L, H, K] each, as `prepare` would have
     measured them; see `with_importance`.
@@ -146,16 +145,16 @@ def importance_by_domain(
     if pools_fingerprint(pools) != toolkit.meta["pools_fingerprint"]:
         raise InputError("The domain pools changed since the toolkit was prepared.", hint="Prepare again.")
     corpus = _corpus(pools)
-    report = progress or _silent
+    report = progress
     texts = stages.continued(
         [corpus.texts[row] for row in corpus.prompt_rows],
         toolkit.meta["continuation_tokens"],
         toolkit.meta["max_tokens"],
-        _stage(report, "continuations"),
+        stage_of(report, "continuations"),
     )
     unit = importance.probe_directions(toolkit.probe_weight, toolkit.feature_scale)
     labels = corpus.labels[corpus.prompt_rows]
-    scores = stages.scored(name, texts, labels, unit, toolkit.meta["seed"], _stage(report, name))
+    scores = stages.scored(name, texts, labels, unit, toolkit.meta["seed"], stage_of(report, name))
     return _cached(scores, len(pools))
 
 
@@ -258,7 +257,7 @@ def _recognition(
     max_tokens: int,
     report: Progress,
 ) -> _Recognition:
-    found = stages.features(corpus.texts, max_tokens, _stage(report, "features"))
+    found = stages.features(corpus.texts, max_tokens, stage_of(report, "features"))
     directions, axes = _axes(found, corpus, pools)
     fitted, held_out = _probes(found, corpus, len(pools), seed, report)
     auc, described_auc = _aucs(fitted, found, corpus, held_out)
@@ -279,7 +278,7 @@ def _selected(
     """The pools that become domains, the others, and what the selection looked at."""
     prompts = [prompt for pool in pools for prompt in pool.prompts]
     labels = np.repeat(range(len(pools)), [len(pool.prompts) for pool in pools])
-    found = stages.features(prompts, max_tokens, _stage(report, "candidates"))
+    found = stages.features(prompts, max_tokens, stage_of(report, "candidates"))
     directions = domain_axes.domain_axes(found, labels, len(pools))
     chosen = domain_axes.select(directions, axes)
     inside = tuple(pools[k] for k in chosen.indices)
@@ -334,14 +333,14 @@ def _calibrate(
     ]
     pairs = [pair for fold in by_fold for pair in fold]
     joined = stages.features(
-        [f"{corpus.texts[a]} {corpus.texts[b]}" for a, b in pairs], max_tokens, _stage(report, "cross text")
+        [f"{corpus.texts[a]} {corpus.texts[b]}" for a, b in pairs], max_tokens, stage_of(report, "cross text")
     )
     both = np.array([targets[corpus.labels[a]] + targets[corpus.labels[b]] for a, b in pairs])
     pair_folds = np.repeat(range(calibration.FOLDS), [len(fold) for fold in by_fold])
     fits["cross"] = calibration.fit_regime(fitted.logits(joined), both, pair_folds)
     other = [prompt for pool in outside for prompt in pool.prompts]
     if other:
-        foreign = stages.features(other, max_tokens, _stage(report, "outside text"))
+        foreign = stages.features(other, max_tokens, stage_of(report, "outside text"))
         none = np.zeros((len(other), len(targets)))
         # Judged on subjects that did not fit it, where there are two; unknown text is of yet another subject.
         subjects = np.repeat(range(len(outside)), [len(pool.prompts) for pool in outside])
@@ -386,14 +385,6 @@ def _versions() -> dict[str, Any]:
 
     names = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
     return {"versions": {**names, "numpy": np.__version__}}
-
-
-def _stage(report: Progress, stage: str) -> Callable[[int, int], None]:
-    return lambda done, total: report(stage, done, total)
-
-
-def _silent(_stage: str, _done: int, _total: int) -> None:
-    return None
 
 
 def _f32(array: np.ndarray) -> np.ndarray:

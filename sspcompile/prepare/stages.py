@@ -24,12 +24,12 @@ from sspcompile.checkpoint.publish import write_atomically
 from sspcompile.criteria import measuring
 from sspcompile.criteria.table import of_key
 from sspcompile.errors import ToolkitError
-from sspcompile.loaded import LoadedModel
-from sspcompile.prepare import capture, parallel, text
-from sspcompile.prepare.text import TEXT_VERSION, Sentence
+from sspcompile.model import capture, parallel, text
+from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.text import TEXT_VERSION, Sentence
+from sspcompile.progress import Steps
 
 PREFIX = ".unfinished-"
-Report = Callable[[int, int], None]
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -51,7 +51,7 @@ class Stages:
         versions = (sspcompile.__version__, torch.__version__, transformers.__version__)
         self._identity = [loaded.fingerprint, TEXT_VERSION, *versions]
 
-    def features(self, texts: Sequence[str], max_tokens: int, report: Report) -> np.ndarray:
+    def features(self, texts: Sequence[str], max_tokens: int, report: Steps) -> np.ndarray:
         """As `prepare.capture.features`, [N, L, d]."""
 
         def measure() -> Arrays:
@@ -59,7 +59,7 @@ class Stages:
 
         return self._stage("features", [list(texts), max_tokens], measure, report)["features"]
 
-    def continued(self, prompts: Sequence[str], new_tokens: int, max_tokens: int, report: Report) -> list[Sentence]:
+    def continued(self, prompts: Sequence[str], new_tokens: int, max_tokens: int, report: Steps) -> list[Sentence]:
         """As `prepare.text.continued`."""
 
         def measure() -> Arrays:
@@ -77,7 +77,7 @@ class Stages:
         ]
 
     def scored(
-        self, key: str, texts: Sequence[Sentence], labels: np.ndarray, directions: np.ndarray, seed: int, report: Report
+        self, key: str, texts: Sequence[Sentence], labels: np.ndarray, directions: np.ndarray, seed: int, report: Steps
     ) -> measuring.Scores:
         """As `criteria.measuring.measure`, under the name by which scores are cached, see `of_key`."""
         chosen, granularity = of_key(key)
@@ -104,7 +104,7 @@ class Stages:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _stage(self, name: str, inputs: object, measure: Callable[[], Arrays], report: Report) -> Arrays:
+    def _stage(self, name: str, inputs: object, measure: Callable[[], Arrays], report: Steps) -> Arrays:
         if self._folder is None:
             return measure()
         digest = _digest(json.dumps([self._identity, name, inputs]).encode())

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from sspcompile.measure.compare import Ratio
-from sspcompile.measure.intervals import Interval, Summary
-from sspcompile.measure.latency import BenchResult, ContenderResult
-from sspcompile.measure.metrics import METRICS
-from sspcompile.measure.quality import Difference, Divergence
+from sspcompile.bench.latency import BenchResult, ContenderResult
+from sspcompile.bench.metrics import METRICS
+from sspcompile.bench.ratios import Ratio
+from sspcompile.intervals import Interval, Summary
+from sspcompile.model.divergence import Difference, Divergence
 from sspcompile.report.model import (
     CapacityRow,
     Estimate,

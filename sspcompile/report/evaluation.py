@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sspcompile.measure.evaluation import Mean, SuiteResult
+from sspcompile.evaluate.results import Mean, SuiteResult
 from sspcompile.report.words import clean, figures, percent
 
 ROWS: Mapping[str, tuple[str, Callable[[float], str]]] = {

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from sspcompile.measure.latency import BenchResult
+from sspcompile.bench.latency import BenchResult
 from sspcompile.report.model import Report
 from sspcompile.report.points import Points
 

@@ -9,7 +9,7 @@ from sspcompile.report.words import change, figures, percent, with_interval
 
 # Below this share of agreement more than every tenth token differs: nobody would call that the same model.
 FEW_AGREE = 0.9
-# As in compile/mixture.py, which a report does not import.
+# As in select/mixture.py, which a report does not import.
 MUCH_UNKNOWN = 1 / 3
 # When this share of a decode step is no reading of memory, it is what keeps the saving from arriving.
 MUCH_ELSE = 0.25

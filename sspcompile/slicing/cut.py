@@ -12,10 +12,10 @@ from itertools import groupby
 import numpy as np
 
 from sspcompile.checkpoint.source import WORD_DTYPE, Checkpoint, dtype_bytes, fill
+from sspcompile.checkpoint.tensors import attention_blocks
 from sspcompile.checkpoint.transfer import Extent
 from sspcompile.checkpoint.writer import OutputTensor, Piece
 from sspcompile.slicing.plan import SlicePlan
-from sspcompile.tensors import attention_blocks
 
 # Large enough for sequential reads at full speed, small enough to stay in the processor's cache between read and write.
 BAND_BYTES = 4 << 20

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from sspcompile.checkpoint.source import Checkpoint, dtype_bytes
-from sspcompile.compile.layouts import choose
-from sspcompile.compile.mask import HeadMask, Layout, check_mask, kept_of
+from sspcompile.checkpoint.tensors import attention_shapes, mlp_multiplied
 from sspcompile.errors import ArtifactError
 from sspcompile.families import Family, Geometry, layer_prefix
 from sspcompile.slicing.hosts import Host, per_layer_host, uniform_host
+from sspcompile.slicing.layouts import choose
+from sspcompile.slicing.mask import HeadMask, Layout, check_mask, kept_of
 from sspcompile.slicing.runtimes import Verdict, verdicts
-from sspcompile.tensors import attention_shapes, mlp_multiplied
 
 SCHEMA_VERSION = 1
 Tensors = Mapping[str, tuple[tuple[int, ...], str]]

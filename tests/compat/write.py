@@ -19,11 +19,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from builders import CONFIGS, FAMILY_SETTINGS, Shape, family_config, make_checkpoint, save_random
 
 from sspcompile.checkpoint import Checkpoint
-from sspcompile.compile.layouts import choose
-from sspcompile.compile.mask import HeadMask, kept_of
-from sspcompile.loaded import head_gates, load
+from sspcompile.model.hooks import head_gates
+from sspcompile.model.loading import load
+from sspcompile.proof.reload import respond
+from sspcompile.slicing.layouts import choose
+from sspcompile.slicing.mask import HeadMask, kept_of
 from sspcompile.slicing.plan import make_plan
-from sspcompile.slicing.reload import respond
 from sspcompile.slicing.write import write_model
 
 IDS = [(7 * n) % 250 for n in range(24)]

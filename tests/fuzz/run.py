@@ -18,10 +18,10 @@ import atheris
 with atheris.instrument_imports(include=["sspcompile", "ruamel.yaml"]):
     from sspcompile.checkpoint.manifest import read_manifest
     from sspcompile.checkpoint.source import Checkpoint, read_header, tensor_table
-    from sspcompile.compile.mask import load_mask
     from sspcompile.errors import SspError
-    from sspcompile.recipe import load_recipe
-    from sspcompile.scenario import read_scenario
+    from sspcompile.request.recipe import load_recipe
+    from sspcompile.request.scenario import read_scenario
+    from sspcompile.slicing.mask import load_mask
 
 PLACE = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
 SHARD = "a.safetensors"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from campaign import HERE, keep
 
-from sspcompile.recipe import shipped_recipes
+from sspcompile.request.recipe import shipped_recipes
 
 CONFIG = {
     "model_type": "qwen2",

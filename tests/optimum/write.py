@@ -20,7 +20,7 @@ from test_slicing_exact import mask_for
 
 from sspcompile.checkpoint import Checkpoint
 from sspcompile.export.onnx import PRECISIONS, Blocks, export_onnx
-from sspcompile.loaded import load_cut
+from sspcompile.model.loading import load_cut
 from sspcompile.slicing.plan import make_plan
 from sspcompile.slicing.write import write_model
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +10,11 @@ import torch
 
 from sspcompile.errors import ParityError
 from sspcompile.export.onnx.agreement import Agreement, Gate
-from sspcompile.loaded import TextModel, load_cut
-from sspcompile.measure.onnx_model import OnnxModel
-from sspcompile.measure.quality import divergence
+from sspcompile.model.decoder import TextModel
+from sspcompile.model.divergence import divergence
+from sspcompile.model.loading import load_cut
+from sspcompile.model.onnx_session import OnnxModel
+from sspcompile.progress import Progress
 
 NEW_TOKENS = 32
 PROBE_TOKENS = 128
@@ -26,7 +28,7 @@ def check_runs(
     *,
     gate: Gate | None,
     trust_remote_code: bool,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> Agreement:
     """Run token ids `probes` through both: each alone, and the first with the longest in one batch.
 

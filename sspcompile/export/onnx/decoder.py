@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sspcompile.checkpoint.source import TensorInfo, tensor_table
+from sspcompile.checkpoint.tensors import EMBEDDING, attention_shapes, mlp_shapes
 from sspcompile.errors import CheckpointError, UnsupportedModelError
 from sspcompile.families import FUSED_GATED, GATED, ONNX_FAMILIES, Geometry, geometry_of
-from sspcompile.tensors import EMBEDDING, attention_shapes, mlp_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -19,8 +19,8 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 import sspcompile
+from sspcompile.checkpoint.tensors import EMBEDDING, FINAL_NORM, LM_HEAD
 from sspcompile.families import layer_prefix
-from sspcompile.tensors import EMBEDDING, FINAL_NORM, LM_HEAD
 
 if TYPE_CHECKING:
     from sspcompile.export.onnx.decoder import Decoder, Layer

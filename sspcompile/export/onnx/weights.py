@@ -15,10 +15,10 @@ import numpy as np
 from onnx import TensorProto
 
 from sspcompile.checkpoint.source import INDEX_NAME, TensorInfo, read_words, tensor_table
+from sspcompile.checkpoint.tensors import LM_HEAD
 from sspcompile.checkpoint.transfer import hard_link, write_all
 from sspcompile.errors import CheckpointError
 from sspcompile.export.onnx.graph import COSINES, ELEMENT, SINES
-from sspcompile.tensors import LM_HEAD
 
 ROTARY_FILE, DATA_FILE = "rotary.bin", "model.onnx.data"
 # Kernels read whole cache lines.

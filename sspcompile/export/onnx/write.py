@@ -16,6 +16,7 @@ import onnx
 import sspcompile
 from sspcompile.checkpoint import Manifest, copy_companions, staged, write_manifest
 from sspcompile.checkpoint.source import TensorInfo
+from sspcompile.checkpoint.tensors import EMBEDDING
 from sspcompile.errors import InputError
 from sspcompile.export.onnx.agreement import Agreement, Gate
 from sspcompile.export.onnx.decoder import Decoder, read_decoder
@@ -32,10 +33,9 @@ from sspcompile.export.onnx.weights import (
     used_tensors,
     write_rotary,
 )
-from sspcompile.measure.onnx_model import GRAPH, SETTINGS, demand_runtime
-from sspcompile.tensors import EMBEDDING
+from sspcompile.model.onnx_session import GRAPH, SETTINGS, demand_runtime
+from sspcompile.progress import Progress, silent
 
-Progress = Callable[[str, int, int], None]
 CHECKS = "check.json"
 # How optimum, which lives in another environment, opens the folder.
 OPTIMUM = "optimum_model.py"
@@ -106,7 +106,7 @@ def export_onnx(
     last_logits: bool = False,
     link: bool = False,
     overwrite: bool = False,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> Exported:
     """Publish the model folder `model` for ONNX Runtime and onnxruntime-genai.
 
@@ -146,7 +146,7 @@ def write_graph(
     *,
     last_logits: bool = False,
     link: bool = False,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> None:
     """Weights, graph, configuration and tokenizer: all that a runtime reads. One band of one tensor is in memory."""
     weights, quantised = _place(decoder, folder, precision, blocks, link, progress)

@@ -1,0 +1,267 @@
+"""`bench`: artifacts and exports against their dense model, and the artifacts' reports brought up to date."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import sspcompile
+from sspcompile.api.arguments import Contenders, find_contenders
+from sspcompile.api.exporting import Source, of_artifact, of_checkpoint, to_onnx
+from sspcompile.bench.latency import BenchResult, Contender, Runtime, check
+from sspcompile.bench.latency import bench as measure
+from sspcompile.bench.load import Load, Settings
+from sspcompile.checkpoint.manifest import NAME as MANIFEST
+from sspcompile.checkpoint.manifest import check_manifest, write_manifest
+from sspcompile.checkpoint.publish import scratch, write_atomically
+from sspcompile.errors import ArtifactError, InputError
+from sspcompile.model.dense import DenseModel
+from sspcompile.model.onnx_text import is_onnx
+from sspcompile.progress import Progress, stage_of
+from sspcompile.report.build import latency_section
+from sspcompile.report.json import read_report
+from sspcompile.report.model import Report
+from sspcompile.report.write import write_report
+from sspcompile.slicing.plan import plan_counts
+from sspcompile.workspace import PLAN, REPORT, Workspace
+
+SAMPLES = "bench.json"
+DENSE = "dense"
+RUNTIMES: tuple[Runtime, ...] = ("hf", "onnx")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user asked for; None where nothing was said."""
+
+    quick: bool = False
+    runtimes: tuple[Runtime, ...] = ("hf",)
+    batch: tuple[int, ...] | None = None
+    prompt_tokens: tuple[int, ...] | None = None
+    new_tokens: int | None = None
+    repeats: int | None = None
+    sessions: int | None = None
+    threads: int | None = None
+    device: str = "cpu"
+    memory: int | None = None
+
+    def settings(self, positions: int | None, cores: int) -> Settings:
+        """With defaults; those of the prompt fit a model of so few positions, and the report states what was used."""
+        new_tokens = self.new_tokens or (16 if self.quick else 64)
+        prompts = self.prompt_tokens or (64 if self.quick else 512,)
+        if positions is not None and self.prompt_tokens is None:
+            prompts = tuple(max(1, min(tokens, positions - new_tokens)) for tokens in prompts)
+        # Processes narrow the intervals most; a large model is loaded anew in each, so only a quick look takes many.
+        repeats = self.repeats or (32 if self.quick else 24)
+        sessions = min(self.sessions or (16 if self.quick else 8), repeats)
+        return Settings(
+            loads=tuple(Load(b, p, new_tokens) for b in self.batch or (1,) for p in prompts),
+            sessions=sessions,
+            trials=-(-repeats // sessions),
+            warmup=1,
+            threads=self.threads or cores,
+            seed=0,
+            device=self.device,
+            memory=self.memory or _memory_of(self.device),
+        )
+
+
+def _memory_of(device: str) -> int:
+    if device == "cpu":
+        return int(psutil.virtual_memory().total)
+    import torch
+
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
+@dataclass(frozen=True)
+class Benched:
+    """The measurement, the artifacts whose reports hold it now, and the report to show: that of the only artifact, or
+    one with nothing but the measurement.
+    """
+
+    result: BenchResult
+    artifacts: tuple[Path, ...]
+    report: Report
+
+
+def bench(
+    given: Sequence[str | None],
+    wish: Wish,
+    workspace: Workspace,
+    cores: int,
+    *,
+    against: str | None,
+    model: str | None,
+    fresh: bool,
+    progress: Progress,
+) -> Benched:
+    """Measure, write every sample to the artifacts' bench.json, and put the summary into their reports.
+
+    `given` are artifacts, exports or model folders that were cut from one dense model, which is looked for at `model`
+    where it was moved. `against` is what they are compared with: None or `dense` for that model, or another folder.
+    An interrupted measurement goes on where it stopped unless `fresh`. Raises what `measure.latency.bench` raises, and
+    ArtifactError for damaged files.
+    """
+    entries = [find_contenders(one, model, workspace, option="--model") for one in given]
+    reference = None if against in (None, DENSE) else find_contenders(against, model, workspace, option="--model")
+    dense = _one_dense([*entries, *([reference] if reference else [])])
+    settings = wish.settings(dense.checkpoint.config.get("max_position_embeddings"), cores)
+    # Graphs that only this measurement needs lie where weights can be linked.
+    with scratch(workspace.artifacts, "bench") as place:
+        own = [list(_of(entry, _name(entry, entries), wish, place)) for entry in entries]
+        contenders = [*_reference(reference, dense, entries, wish, place), *(c for part in own for c in part)]
+        check(contenders, settings)
+        notes = _Notes(workspace, _key(contenders, entries, dense, settings))
+        result = measure(
+            contenders,
+            settings,
+            progress=stage_of(progress, "measuring"),
+            done=[] if fresh else notes.read(),
+            keep=notes.add,
+        )
+    artifacts = []
+    for entry, part in zip(entries, own, strict=True):
+        if entry.artifact is not None:
+            _record(entry.artifact, result, {contender.name for contender in part})
+            artifacts.append(entry.artifact)
+    notes.forget()
+    if len(artifacts) == len(entries) == 1:
+        return Benched(result, tuple(artifacts), read_report(artifacts[0] / REPORT))
+    title = f"{', '.join(entry.name for entry in entries)} against {contenders[0].name}"
+    return Benched(result, tuple(artifacts), Report(title=title, model=dense.name, latency=latency_section(result)))
+
+
+def _one_dense(entries: Sequence[Contenders]) -> DenseModel:
+    first, *others = entries
+    for other in others:
+        if other.dense.fingerprint != first.dense.fingerprint:
+            raise InputError(
+                f"{first.name} and {other.name} were not cut from the same model.", hint="Measure them one by one."
+            )
+    return first.dense
+
+
+def _name(entry: Contenders, entries: Sequence[Contenders]) -> str:
+    """`sliced` for a single one; the folder's name, and its parents where names are shared."""
+    if len(entries) == 1:
+        return "sliced"
+    alike = [other for other in entries if other.name == entry.name]
+    return entry.name if len(alike) == 1 else str(entry.artifact or entry.model)
+
+
+def _reference(
+    reference: Contenders | None, dense: DenseModel, entries: Sequence[Contenders], wish: Wish, place: Path
+) -> Iterator[Contender]:
+    if reference is not None:
+        yield from _of(reference, reference.name, wish, place)
+        return
+    runtimes = dict.fromkeys(runtime for entry in entries for runtime in _runtimes(entry, wish))
+    sizes = plan_counts(dense.checkpoint, 1.0, "per-layer").dense
+    flops = (sizes.flops_per_token, sizes.flops_per_position)
+    for runtime in runtimes:
+        path = dense.checkpoint.path
+        if runtime == "onnx":
+            path = place / DENSE
+            _as_onnx(of_checkpoint(str(dense.checkpoint.path)), path)
+        yield Contender(_labelled(DENSE, runtime, len(runtimes)), path, runtime, flops=flops)
+
+
+def _of(entry: Contenders, name: str, wish: Wish, place: Path) -> Iterator[Contender]:
+    runtimes = _runtimes(entry, wish)
+    flops = None
+    if entry.artifact is not None:
+        plan = json.loads((entry.artifact / PLAN).read_text("utf-8"))
+        flops = (int(plan["flops_per_token"]["sliced"]), int(plan["flops_per_position"]["sliced"]))
+    for runtime in runtimes:
+        path = entry.model
+        if runtime == "onnx" and not is_onnx(path):
+            if entry.artifact is None:
+                raise InputError(
+                    f"{path} is no ONNX export.", hint="Name an artifact, or a folder of `export --format onnx`."
+                )
+            path = place / hashlib.sha256(name.encode()).hexdigest()[:8]
+            _as_onnx(of_artifact(entry.artifact), path)
+        yield Contender(_labelled(name, runtime, len(runtimes)), path, runtime, entry.custom_code, flops)
+
+
+def _runtimes(entry: Contenders, wish: Wish) -> tuple[Runtime, ...]:
+    return ("onnx",) if is_onnx(entry.model) else wish.runtimes
+
+
+def _labelled(name: str, runtime: Runtime, count: int) -> str:
+    return name if runtime == "hf" and count == 1 else f"{name}, {runtime}"
+
+
+def _as_onnx(source: Source, out: Path) -> None:
+    from sspcompile.export.onnx import PRECISIONS, Blocks
+
+    to_onnx(source, out, PRECISIONS["fp32"], blocks=Blocks(), link=True)
+
+
+def _key(
+    contenders: Sequence[Contender], entries: Sequence[Contenders], dense: DenseModel, settings: Settings
+) -> dict[str, Any]:
+    """What must be the same for a measurement to go on: inputs, settings, machine, versions."""
+    marks = {str(entry.artifact or entry.model): _mark(entry.artifact or entry.model) for entry in entries}
+    return {
+        "contenders": [[c.name, c.runtime] for c in contenders],
+        "inputs": marks,
+        "dense": dense.fingerprint,
+        "settings": asdict(settings),
+        "machine": [platform.node(), platform.machine()],
+        "sspcompile": sspcompile.__version__,
+    }
+
+
+def _mark(folder: Path) -> str:
+    """Of the manifest, or of names, sizes and times where there is none. The measurement's own traces do not count."""
+    if (folder / MANIFEST).is_file():
+        manifest = check_manifest(folder)
+        files: Mapping[str, Any] = {n: e for n, e in manifest.files.items() if not n.startswith((SAMPLES, "report."))}
+    else:
+        files = {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.iterdir()) if p.is_file()}
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+class _Notes:
+    """Finished sessions of a measurement that may be interrupted, in one file of the artifacts folder."""
+
+    def __init__(self, workspace: Workspace, key: Mapping[str, Any]) -> None:
+        self._key = json.loads(json.dumps(key))
+        digest = hashlib.sha256(json.dumps(self._key, sort_keys=True).encode()).hexdigest()[:16]
+        self._path = workspace.artifacts / f".bench-{digest}.json"
+        self._sessions: list[dict[str, Any]] = []
+
+    def read(self) -> list[dict[str, Any]]:
+        try:
+            found = json.loads(self._path.read_text("utf-8"))
+        except FileNotFoundError:
+            return []
+        except ValueError as error:
+            raise ArtifactError(f"{self._path} is damaged.", hint="Remove it, or give --fresh.") from error
+        self._sessions = found["sessions"] if found["key"] == self._key else []
+        return list(self._sessions)
+
+    def add(self, session: dict[str, Any]) -> None:
+        self._sessions.append(session)
+        write_atomically(self._path, json.dumps({"key": self._key, "sessions": self._sessions}) + "\n")
+
+    def forget(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+
+def _record(folder: Path, result: BenchResult, own: Collection[str]) -> None:
+    # The manifest is written anew at the end: without this check a damaged file would be blessed there.
+    manifest = check_manifest(folder)
+    write_atomically(folder / SAMPLES, json.dumps(result.to_json(), indent=1) + "\n")
+    report = read_report(folder / REPORT)
+    write_report(report.model_copy(update={"latency": latency_section(result, own)}), folder)
+    write_manifest(folder, manifest.origin)

@@ -1,0 +1,204 @@
+"""From a finished build, and later its benchmark, to the one value that all renderers read."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from typing import Any
+
+import sspcompile
+from sspcompile.api.outcome import Outcome
+from sspcompile.export.card import licence_of
+from sspcompile.model.divergence import Divergence, compare_divergences
+from sspcompile.proof.parity import TOLERANCE
+from sspcompile.repair.repair import MIN_PROMPTS
+from sspcompile.report.build import quality_row
+from sspcompile.report.model import (
+    BudgetSection,
+    LayoutSection,
+    MaskSection,
+    Pair,
+    ParitySection,
+    QualityRow,
+    RepairSection,
+    Report,
+    Role,
+    RuntimeRow,
+    ScenarioSection,
+    SizesSection,
+)
+from sspcompile.request.domains import pools_fingerprint
+from sspcompile.request.pools import pools_of
+from sspcompile.select.scoring import HeadScores
+from sspcompile.slicing.mask import HeadMask
+from sspcompile.slicing.plan import SlicePlan
+from sspcompile.workspace import RECIPE
+
+# The rest of the origin is told elsewhere in the report.
+ORIGIN_SHOWN = ("sspcompile", "source", "pools", "seed")
+
+
+def report_of(outcome: Outcome) -> Report:
+    """Everything known about a build before it is benchmarked."""
+    compiled, mixture = outcome.compiled, outcome.compiled.mixture
+    return Report(
+        title=f"{compiled.scenario.name}: {outcome.mask.keep_achieved:.1%} of the attention heads kept",
+        model=outcome.subject.name,
+        scenario=ScenarioSection(
+            name=compiled.scenario.name,
+            source=compiled.scenario.source,
+            text=compiled.scenario.text,
+            prompts=compiled.scenario.prompts,
+            mixture={name: float(w) for name, w in zip(mixture.domains, mixture.weights, strict=True)},
+            unknown=mixture.unknown,
+            breadth=mixture.breadth,
+        ),
+        mask=mask_section(outcome.mask),
+        budget=BudgetSection(
+            keep_requested=compiled.keep, keep_achieved=outcome.mask.keep_achieved, strength=outcome.options.strength
+        ),
+        layout=_layout(outcome),
+        parity=ParitySection(
+            max_difference=outcome.parity.max_difference,
+            logit_scale=outcome.parity.logit_scale,
+            tolerance=TOLERANCE,
+            texts_equal=outcome.parity.same_text,
+            after_repair=outcome.decision.chosen.final_repair is not None,
+        ),
+        repair=_repair(outcome),
+        quality=tuple(_quality(outcome)),
+        sizes=_sizes(outcome.plan),
+        runtimes=tuple(RuntimeRow(name=v.runtime, loads=v.loads, note=v.reason) for v in outcome.plan.runtimes),
+        notes=tuple(_notes(outcome)),
+        # Sorted: a toolkit just made and the same one read back list them in different orders.
+        versions={str(k): str(v) for k, v in sorted(outcome.toolkit.meta.get("versions", {}).items())},
+        origin={name: str(value) for name, value in origin_of(outcome).items() if name in ORIGIN_SHOWN},
+        command=_command(),
+    )
+
+
+def mask_section(mask: HeadMask) -> MaskSection:
+    """The mask as the heat map reads it."""
+    protected = mask.as_array() & False
+    for layer, head in mask.whitelist:
+        protected[layer, head] = True
+    return MaskSection(
+        layers=mask.layers,
+        heads=mask.heads,
+        kv_heads=mask.kv_heads,
+        kept=mask.kept,
+        scores=mask.scores,
+        whitelist=tuple(map(tuple, protected.tolist())),
+        criterion=mask.criterion,
+    )
+
+
+def _row(
+    name: str, figures: Divergence, role: Role, reference: Divergence, off: Divergence | None = None
+) -> QualityRow:
+    above = None if figures is reference else compare_divergences(figures, reference)
+    return quality_row(name, figures, role=role, above_ours=above, off=off)
+
+
+def _quality(outcome: Outcome) -> Iterator[QualityRow]:
+    """Ours first; the baselines have the same budget, layout and repair."""
+    chosen = outcome.decision.chosen
+    ours = chosen.final.judge
+    yield _row("this build", ours, "ours", ours, outcome.ours.off)
+    if chosen.final is not chosen.plain:
+        yield _row("this build, without repair", chosen.plain.judge, "other", ours)
+    for name, figures in outcome.baselines.items():
+        role: Role = "random" if name.startswith("random") else "domain-free" if "free" in name else "criterion"
+        yield _row(name, figures.own, role, ours, figures.off)
+
+
+def _layout(outcome: Outcome) -> LayoutSection:
+    decision = outcome.decision
+    reference = decision.chosen.final.judge
+    figures = tuple(
+        _row(f"{layout} ({candidate.choice.ratio:.1%} kept)", candidate.final.judge, layout, reference)
+        for layout, candidate in decision.candidates.items()
+    )
+    cost = decision.uniform_cost
+    if cost is None:
+        reason = "the only layout asked for, or the only one that a class can hold"
+    elif decision.chosen.layout == "uniform":
+        reason = "the uniform layout costs nothing measurable here, and loads with stock classes"
+    else:
+        reason = f"the uniform layout diverges by {cost.mean:.3g} nats per token more on the guard texts"
+    return LayoutSection(
+        requested=outcome.options.layout or "auto", chosen=decision.chosen.layout, figures=figures, reason=reason
+    )
+
+
+def _repair(outcome: Outcome) -> RepairSection:
+    chosen = outcome.decision.chosen
+    if outcome.options.repair == "none":
+        return RepairSection(used=False, reason="switched off with --repair none")
+    if chosen.mended is None:
+        few = outcome.evidence["fit"] < MIN_PROMPTS
+        return RepairSection(
+            used=False, reason=f"fewer than {MIN_PROMPTS} texts to fit it on" if few else "nothing was removed"
+        )
+    return RepairSection(
+        used=chosen.keeps_repair,
+        reason=None if chosen.keeps_repair else "it made the guard texts worse",
+        kl_before=chosen.plain.judge.mean_kl,
+        kl_after=chosen.mended.judge.mean_kl,
+    )
+
+
+def _sizes(plan: SlicePlan) -> SizesSection:
+    pairs = {
+        key: Pair(dense=getattr(plan.dense, key), sliced=getattr(plan.sliced, key))
+        for key in ("parameters", "weight_bytes", "kv_bytes_per_token")
+    }
+    return SizesSection(prunable_share=plan.prunable_share, **pairs)
+
+
+def _notes(outcome: Outcome) -> Iterator[str]:
+    e = outcome.evidence
+    yield (
+        f"Chosen and repaired on {e['fit']} texts ({e['own_fit']} of the scenario's own); layout and repair decided on "
+        f"{e['guard']} others ({e['own_guard']} own); judged on {e['judge']} that decided nothing ({e['own_judge']} "
+        "own). The rest are domain pool prompts in the proportion of the mixture."
+    )
+    if e["off"]:
+        yield f"Off domain are {e['off']} held-out pool prompts of the domains that the scenario is not about."
+    yield _importance(outcome.compiled.scores)
+    if outcome.compiled.without:
+        yield f"Switched off with --without: {', '.join(outcome.compiled.without)}."
+    calibration = outcome.toolkit.meta.get("calibration", {})
+    for regime in calibration.get("uncalibrated", []):
+        yield f"The probes are not calibrated for the {regime} regime."
+
+
+def _importance(scores: HeadScores) -> str:
+    if scores.source == "domains":
+        return "Heads were scored by the domains' cached importance, mixed in the proportion of the scenario."
+    if scores.source == "prompts":
+        return f"Heads were scored on {scores.prompts} of the scenario's own prompts alone."
+    return (
+        f"Heads were scored by the domains' cached importance and on {scores.prompts} of the scenario's own prompts, "
+        f"which had a weight of {scores.prompt_weight:.0%}."
+    )
+
+
+def _command() -> str:
+    """The command that repeats the build from the recipe in the artifact, typed there: equal builds, equal reports."""
+    return shlex.join(["sspcompile", "build", "--scenario", RECIPE, "--out", "NEW_FOLDER"])
+
+
+def origin_of(outcome: Outcome) -> dict[str, Any]:
+    """What the artifact was made from; the same origin gives the same bytes."""
+    return {
+        "sspcompile": sspcompile.__version__,
+        "source": outcome.subject.fingerprint,
+        "source_name": outcome.subject.place,
+        "licence": licence_of(outcome.subject.checkpoint.path),
+        "pools": pools_fingerprint(pools_of(outcome.options).candidates),
+        "seed": outcome.options.seed,
+        "versions": outcome.toolkit.meta.get("versions", {}),
+        "evidence": dict(outcome.evidence),
+        "min_prompts_for_repair": MIN_PROMPTS,
+    }

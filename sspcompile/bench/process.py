@@ -1,0 +1,103 @@
+"""The parent's side of a worker: starting it under equal conditions, asking, and explaining its death."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from sspcompile.errors import RunError
+
+# libgomp and libomp let idle threads spin by default, which slows whatever runs beside or after them.
+QUIET_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+STOP_SECONDS = 10
+REASON_CHARACTERS = 300
+
+
+class Worker:
+    """A live worker process. A context manager: leaving it ends the process whatever happened."""
+
+    def __init__(self, name: str, runtime: str, *, threads: int) -> None:
+        self.name = name
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed in __exit__
+        count = str(threads)
+        root = str(Path(__file__).parents[2])
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = (
+            os.environ
+            | QUIET_THREADS
+            | {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "PYTHONPATH": os.pathsep.join(paths)}
+        )
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "sspcompile.bench.worker", runtime],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=environment,
+            encoding="utf-8",
+            start_new_session=True,  # its forks end with it, and an interrupt of the terminal reaches the parent alone
+        )
+
+    def wait_ready(self) -> None:
+        """Wait until its imports are done. Raises RunError if it dies."""
+        self._read()
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """A fresh process behind this worker, for the time being. Raises RunError if it dies."""
+        self.ask("session")
+        yield
+        self.ask("end")
+
+    def ask(self, do: str, **request: Any) -> dict[str, Any]:
+        """Send one request and wait for its reply. Raises RunError with the last line of its log if it dies."""
+        try:
+            print(json.dumps({"do": do, **request}), file=self._process.stdin, flush=True)
+        except BrokenPipeError:
+            raise self._death() from None
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        line = self._process.stdout.readline() if self._process.stdout else ""
+        if not line:
+            raise self._death()
+        return json.loads(line)
+
+    def _death(self) -> RunError:
+        code = self._process.wait()
+        self._log.seek(0)
+        lines = self._log.read().decode("utf-8", "replace").split("\n")
+        reason = next((line.strip() for line in reversed(lines) if line.strip()), "no message")
+        ended = f"was killed by signal {-code} (out of memory?)" if code < 0 else f"ended with code {code}"
+        return RunError(f"The measurement of {self.name!r} {ended}: {reason[:REASON_CHARACTERS]}")
+
+    def _kill(self) -> None:
+        if sys.platform == "win32":
+            self._process.kill()
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Closing stdin ends an idle worker; one that is computing is not waited for.
+        if kind is not None:
+            self._kill()
+        try:
+            self._process.communicate(timeout=STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._kill()
+            self._process.communicate()
+        self._log.close()

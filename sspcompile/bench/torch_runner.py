@@ -1,0 +1,99 @@
+"""A transformers model under measurement."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sspcompile.bench.memory import kv_bytes_per_token
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+class TorchRunner:
+    """A loaded model and its fixed token ids. Requests and replies are those of `worker`."""
+
+    def __init__(self, request: Mapping[str, Any]) -> None:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        torch.set_num_threads(request["threads"])
+        self.device = torch.device(request["device"])
+        trust = request["trust_remote_code"]
+        config = AutoConfig.from_pretrained(request["path"], trust_remote_code=trust, local_files_only=True)
+        # transformers imports a model's module when it is first needed, seconds that are not loading. A model without
+        # storage brings the import forward.
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+        start = time.perf_counter()
+        model = AutoModelForCausalLM.from_pretrained(
+            request["path"], dtype="auto", trust_remote_code=trust, local_files_only=True
+        )
+        self.model: nn.Module = model.requires_grad_(False).eval().to(self.device)
+        self._synchronize()
+        self.load_seconds = time.perf_counter() - start
+        self.seed = request["seed"]
+        self.disk_bytes = sum(path.stat().st_size for path in Path(request["path"]).glob("*.safetensors"))
+
+    def facts(self) -> dict[str, Any]:
+        """Sizes in bytes; tied tensors are one parameter of the module and count once. A step reads all but a table of
+        which it only looks up rows."""
+        parameters = list(self.model.parameters())
+        weight_bytes = sum(p.numel() * p.element_size() for p in parameters)
+        table, head = (
+            getattr(m, "weight", None) for m in (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        )
+        looked_up = 0 if table is head else table.numel() * table.element_size()
+        return {
+            "load_seconds": self.load_seconds,
+            "parameters": sum(p.numel() for p in parameters),
+            "weight_bytes": weight_bytes,
+            "step_weight_bytes": weight_bytes - looked_up,
+            "disk_bytes": self.disk_bytes,
+            "architecture": type(self.model).__name__,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+        }
+
+    def trial(self, batch: int, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+        """One prefill and `new_tokens - 1` decode steps; the ids are fixed, so end-of-sequence has no effect."""
+        import torch
+
+        ids = self._ids(batch, prompt_tokens + new_tokens)
+        steps = []
+        with torch.inference_mode():
+            self._synchronize()
+            start = time.perf_counter()
+            out = self.model(input_ids=ids[:, :prompt_tokens], use_cache=True, logits_to_keep=1)
+            out.logits[:, -1].argmax(-1).tolist()  # tolist() waits for the device
+            prefill = time.perf_counter() - start
+            cache = out.past_key_values
+            kv_bytes = kv_bytes_per_token(cache)
+            for position in range(prompt_tokens, prompt_tokens + new_tokens - 1):
+                start = time.perf_counter()
+                out = self.model(input_ids=ids[:, position : position + 1], past_key_values=cache, use_cache=True)
+                out.logits[:, -1].argmax(-1).tolist()
+                steps.append(time.perf_counter() - start)
+        return {"prefill_seconds": prefill, "decode_seconds": steps, "kv_bytes_per_token": kv_bytes}
+
+    def device_bytes(self) -> int | None:
+        """Peak bytes allocated on the device so far; None on the CPU."""
+        import torch
+
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+
+    def _ids(self, batch: int, tokens: int) -> torch.Tensor:
+        import torch
+
+        generator = torch.Generator().manual_seed(self.seed)
+        vocab = self.model.config.get_text_config().vocab_size
+        return torch.randint(0, vocab, (batch, tokens), generator=generator).to(self.device)
+
+    def _synchronize(self) -> None:
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

@@ -1,0 +1,186 @@
+"""Answers that are known, scored in one forward pass: exact match and log-likelihood, teacher-forced.
+
+Greedy decoding writes the reference, token by token and then its end, exactly when the most likely token at every
+position of the reference is the reference's own: each step of decoding then has the reference so far behind it. So
+exact match costs one pass over prompt and answer, and no decoding. Two token sequences can spell the same text; only
+the tokenizer's own counts here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sspcompile.errors import InputError
+from sspcompile.model.text import (
+    BATCH_TOKENS,
+    MAX_TOKENS,
+    Batch,
+    Prompt,
+    Sentence,
+    batches_of,
+    messages,
+    render,
+    shortened,
+    token_ids,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sspcompile.model.decoder import TextModel
+
+
+class Labelled(Protocol):
+    """A question with its answer, or with all answers that count as right."""
+
+    @property
+    def prompt(self) -> Prompt: ...
+
+    @property
+    def answer(self) -> str | Sequence[str]: ...
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """Prompts with references behind them. S positions are scored, those of `batch.score_mask` row by row."""
+
+    batch: Batch
+    targets: Tensor  # int64 [S]: the reference's token at each scored position
+    reference: Tensor  # int64 [S]: the reference that each scored position belongs to
+
+
+@dataclass(frozen=True)
+class EncodedItems:
+    """Items ready to be scored by models that share the tokenizer: encode once, score as often as wanted.
+
+    Every alternative answer is a reference of its own; `owner` [R] names the item of each of the R references, and
+    `tokens` [R] counts its tokens, the end included.
+    """
+
+    batches: tuple[EncodedBatch, ...]
+    owner: np.ndarray
+    tokens: np.ndarray
+    count: int
+
+
+@dataclass(frozen=True)
+class AnswerScores:
+    """Per item: whether greedy decoding writes one of its references, and the mean log-likelihood per token of the
+    likeliest reference, in nats, its end token included."""
+
+    right: np.ndarray  # bool [N]
+    log_likelihood: np.ndarray  # float64 [N]
+
+    @property
+    def exact_match(self) -> float:
+        """The share of right items, in [0, 1]."""
+        return float(self.right.mean())
+
+
+def alternatives(answer: str | Sequence[str]) -> tuple[str, ...]:
+    """Every answer that counts as right."""
+    return (answer,) if isinstance(answer, str) else tuple(answer)
+
+
+def encode_items(
+    loaded: TextModel,
+    items: Sequence[Labelled],
+    max_tokens: int = MAX_TOKENS,
+    batch_tokens: int = BATCH_TOKENS,
+    *,
+    batch_size: int | None = None,
+) -> EncodedItems:
+    """Tokenise and batch items on the model's device. Prompts are cut as everywhere, answers never.
+
+    Raises InputError for an empty prompt or answer, and for no items.
+    """
+    pairs = [(owner, item.prompt, text) for owner, item in enumerate(items) for text in alternatives(item.answer)]
+    if len({owner for owner, _, _ in pairs}) != len(items) or not pairs:
+        raise InputError("There is an item without an answer, or no item at all.", hint="Give every item an answer.")
+    rows = encode_references(loaded, [prompt for _, prompt, _ in pairs], [text for _, _, text in pairs], max_tokens)
+    batches = tuple(_with_targets(batch) for batch in batches_of(loaded, rows, batch_tokens, batch_size))
+    return EncodedItems(
+        batches=batches,
+        owner=np.array([owner for owner, _, _ in pairs]),
+        tokens=np.array([row.scored for row in rows]),
+        count=len(items),
+    )
+
+
+def encode_references(
+    loaded: TextModel, prompts: Sequence[Prompt], answers: Sequence[str], max_tokens: int = MAX_TOKENS
+) -> list[Sentence]:
+    """Each prompt with its answer and an end token behind it; `prompt` counts the tokens before the answer."""
+    tokenizer, ends = loaded.tokenizer, loaded.ends
+    opened = render(tokenizer, prompts)
+    closed = [text + _reply(tokenizer, p, text, a) for p, text, a in zip(prompts, opened, answers, strict=True)]
+    found = []
+    both = zip(token_ids(tokenizer, opened), token_ids(tokenizer, closed), prompts, answers, strict=True)
+    for before, whole, prompt, answer in both:
+        if not before or not messages(prompt)[-1]["content"].strip() or not answer.strip():
+            raise InputError(f"A prompt or its answer is empty: {prompt!r}, {answer!r}.", hint="Fill it in.")
+        if whole[: len(before)] == before:
+            reply = whole[len(before) :]
+        else:
+            # The last token of the prompt grew into the answer. Decoding starts from the prompt's own tokens.
+            text = closed[len(found)].removeprefix(opened[len(found)])
+            reply = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = shortened(before, max_tokens)
+        found.append(Sentence(ids + _closed(reply, ends, tokenizer.eos_token_id), len(ids)))
+    return found
+
+
+def _reply(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, opened: str, answer: str) -> str:
+    """What stands behind the rendered prompt when the model gives this answer."""
+    if not tokenizer.chat_template:
+        return answer if opened[-1:].isspace() else f" {answer}"
+    turns = [*messages(prompt), {"role": "assistant", "content": answer}]
+    whole = tokenizer.apply_chat_template(turns, tokenize=False)
+    # Some templates open the reply with more than they keep of it in the history; the answer then stands alone.
+    return whole.removeprefix(opened) if whole.startswith(opened) else answer
+
+
+def _closed(reply: tuple[int, ...], ends: frozenset[int], end: int | None) -> tuple[int, ...]:
+    """The reply up to its first end token, or with one behind it."""
+    for place, token in enumerate(reply):
+        if token in ends:
+            return reply[: place + 1]
+    return reply if end is None else (*reply, end)
+
+
+def _with_targets(batch: Batch) -> EncodedBatch:
+    rows = torch.tensor(batch.rows, device=batch.input_ids.device)
+    return EncodedBatch(
+        batch=batch,
+        # Position t is scored for the token at t + 1; a reference never ends before its last scored position.
+        targets=batch.input_ids.roll(-1, dims=1)[batch.score_mask],
+        reference=rows[batch.score_mask.nonzero()[:, 0]],
+    )
+
+
+@torch.inference_mode()
+def answer_scores(loaded: TextModel, encoded: EncodedItems) -> AnswerScores:
+    """Score every item by one forward pass over its prompt and each of its references.
+
+    Runs the model as it is, so inside `head_gates` and `repaired` it scores the masked, repaired model.
+    """
+    references = len(encoded.owner)
+    wrong = torch.zeros(references, dtype=torch.int64, device=loaded.device)
+    total = torch.zeros(references, dtype=torch.float64, device=loaded.device)
+    for part in encoded.batches:
+        batch = part.batch
+        logits = loaded.scored_logits(batch.input_ids, batch.attention_mask, batch.score_mask)
+        wrong.index_add_(0, part.reference, (logits.argmax(-1) != part.targets).long())
+        likelihood = logits.log_softmax(-1).gather(1, part.targets[:, None])[:, 0]
+        total.index_add_(0, part.reference, likelihood.double())
+    right = np.zeros(encoded.count, dtype=bool)
+    np.logical_or.at(right, encoded.owner, wrong.cpu().numpy() == 0)
+    best = np.full(encoded.count, -np.inf)
+    np.maximum.at(best, encoded.owner, total.cpu().numpy() / encoded.tokens)
+    return AnswerScores(right, best)

@@ -1,0 +1,169 @@
+"""Two models asked the same conversations: what each answers, how likely the right answers are to it, and how far the
+two diverge.
+
+With a chat template that takes conversations every turn is asked with the conversation so far. For the answers each
+model goes on from *its own* previous answers, as it would in use. Divergence and log-likelihood compare the models on
+the same text, which is the conversation as *the dense model* led it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from sspcompile.evaluate.answers import answer_scores, encode_items
+from sspcompile.evaluate.questions import Conversation
+from sspcompile.evaluate.recall import exact_match, keyword_recall
+from sspcompile.model.decoder import TextModel
+from sspcompile.model.divergence import DivergenceAccumulator
+from sspcompile.model.text import Prompt, Sentence, batches_of, greedy, messages, sentences
+from sspcompile.progress import Progress, Steps
+
+METRICS = ("exact_match", "keyword_recall", "answer_log_likelihood", "mean_kl", "top1_agreement")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """At most so many tokens of a prompt, so many written behind it, and so many sequences at once."""
+
+    max_tokens: int
+    new_tokens: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one model made of conversations, turn by turn in one long row over all conversations.
+
+    `items` are the token ids read and written, `prompts` what they were made from.
+    """
+
+    prompts: tuple[Prompt, ...]
+    items: tuple[Sentence, ...]
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """One value per turn [T] and metric; NaN where a turn has no answer to be measured against.
+
+    Exact match 0 or 1, recall in [0, 1], log-likelihood and KL (from the dense model) in nats per token, agreement with
+    the dense model's next token as a share of positions. `owner` [T] names the conversation of each turn.
+    """
+
+    owner: np.ndarray
+    values: dict[str, np.ndarray]
+
+
+def takes_conversations(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template writes all turns of a conversation."""
+    if not tokenizer.chat_template:
+        return False
+    turns = ("first question", "an answer", "second question")
+    try:
+        text = tokenizer.apply_chat_template(messages(turns), tokenize=False, add_generation_prompt=True)
+    except TemplateError:
+        return False
+    return all(turn in text for turn in turns)
+
+
+def ask(loaded: TextModel, conversations: Sequence[Conversation], limits: Limits, progress: Steps) -> Asked:
+    """Greedy answers to every turn, in rounds: the first turns of all conversations, then the second ones, ...
+
+    Plain argmax decoding without any penalty, stopped at the end tokens.
+    """
+    remembers = takes_conversations(loaded.tokenizer)
+    total, done = sum(len(c.turns) for c in conversations), 0
+    found: dict[tuple[int, int], tuple[Prompt, Sentence, str]] = {}
+    histories: list[tuple[str, ...]] = [() for _ in conversations]
+    for turn in range(max((len(c.turns) for c in conversations), default=0)):
+        rows = [row for row, c in enumerate(conversations) if turn < len(c.turns)]
+        prompts: list[Prompt] = [
+            (*histories[row], conversations[row].turns[turn].prompt)
+            if remembers and turn
+            else conversations[row].turns[turn].prompt
+            for row in rows
+        ]
+        items = sentences(loaded.tokenizer, prompts, limits.max_tokens)
+        for batch in batches_of(loaded, items, batch_size=limits.batch_size):
+            tails = greedy(loaded, [items[place] for place in batch.rows], limits.new_tokens)
+            for place, tail in zip(batch.rows, tails, strict=True):
+                row, item = rows[place], items[place]
+                text = loaded.tokenizer.decode(tail, skip_special_tokens=True).strip()
+                found[row, turn] = (prompts[place], Sentence(item.ids + tail, item.prompt), text)
+                histories[row] = (*histories[row], conversations[row].turns[turn].prompt, text)
+            done += len(batch.rows)
+            progress(done, total)
+    ordered = [found[key] for key in sorted(found)]
+    return Asked(*(tuple(column) for column in zip(*ordered, strict=True)))
+
+
+def compare(
+    dense: TextModel, sliced: TextModel, conversations: Sequence[Conversation], limits: Limits, progress: Progress
+) -> tuple[Outcomes, Outcomes]:
+    """The outcomes of the dense and of the sliced model. Raises ValueError for no conversations."""
+    if not conversations:
+        raise ValueError("no conversations")
+    owner = np.array([row for row, c in enumerate(conversations) for _ in c.turns])
+    first = ask(dense, conversations, limits, lambda done, total: progress("dense answers", done, total))
+    second = ask(sliced, conversations, limits, lambda done, total: progress("sliced answers", done, total))
+    kl, agreement = _divergence(dense, sliced, first, limits, lambda n, total: progress("divergence", n, total))
+    likelihoods = [_likelihood(model, first, conversations, limits) for model in (dense, sliced)]
+    pairs = []
+    for asked, likelihood, gap in (
+        (first, likelihoods[0], (np.zeros(len(owner)), np.ones(len(owner)))),
+        (second, likelihoods[1], (kl, agreement)),
+    ):
+        exact, recall = _graded(asked, conversations)
+        values = dict(zip(METRICS, (exact, recall, likelihood, *gap), strict=True))
+        pairs.append(Outcomes(owner, values))
+    return pairs[0], pairs[1]
+
+
+def _graded(asked: Asked, conversations: Sequence[Conversation]) -> tuple[np.ndarray, np.ndarray]:
+    exact, recall = [], []
+    questions = [question for c in conversations for question in c.turns]
+    for question, text in zip(questions, asked.texts, strict=True):
+        known = bool(question.answers)
+        exact.append(float(exact_match(text, question.answers)) if known else np.nan)
+        recall.append(keyword_recall(text, question.answers, question.task_type) if known else np.nan)
+    return np.array(exact), np.array(recall)
+
+
+@dataclass(frozen=True)
+class _Reference:
+    prompt: Prompt
+    answer: tuple[str, ...]
+
+
+def _likelihood(loaded: TextModel, led: Asked, conversations: Sequence[Conversation], limits: Limits) -> np.ndarray:
+    """Mean log-likelihood per token of the likeliest right answer [T], behind the dense model's conversation."""
+    questions = [question for c in conversations for question in c.turns]
+    values = np.full(len(questions), np.nan)
+    known = [place for place, question in enumerate(questions) if question.answers]
+    if known:
+        references = [_Reference(led.prompts[place], questions[place].answers) for place in known]
+        encoded = encode_items(loaded, references, limits.max_tokens, batch_size=limits.batch_size)
+        values[known] = answer_scores(loaded, encoded).log_likelihood
+    return values
+
+
+def _divergence(
+    dense: TextModel, sliced: TextModel, led: Asked, limits: Limits, progress: Steps
+) -> tuple[np.ndarray, np.ndarray]:
+    """KL and agreement per turn [T], at the last prompt token and along the dense model's own answer."""
+    collected = DivergenceAccumulator()
+    done = 0
+    for batch in batches_of(dense, led.items, batch_size=limits.batch_size):
+        owner = torch.tensor(batch.rows)[batch.score_mask.nonzero()[:, 0].cpu()]
+        scored = (batch.input_ids, batch.attention_mask, batch.score_mask)
+        collected.add(dense.scored_logits(*scored), sliced.scored_logits(*scored), owner)
+        done += len(batch.rows)
+        progress(done, len(led.items))
+    result = collected.result()
+    return np.array(result.kl_per_prompt), np.array(result.agreement_per_prompt)

@@ -1,0 +1,1 @@
+"""Whatever runs a decoder: loading, placement, batches of text, hooks, logits and their divergence."""

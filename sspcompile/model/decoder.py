@@ -1,0 +1,133 @@
+"""A decoder in memory, with its tokenizer: logits at given positions, and text that goes on from a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from sspcompile.families import Geometry
+from sspcompile.model.placement import input_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+Chooser = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """Any decoder ready to run, dense or cut: evaluation mode, no gradients, with its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return input_device(self.model)
+
+    @property
+    def vocab(self) -> int:
+        """Width of the logits."""
+        return self.model.config.vocab_size
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Every token id that ends a sequence: those of the generation configuration and the tokenizer's."""
+        declared = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        ids = declared if isinstance(declared, list) else [declared]
+        return frozenset(i for i in (*ids, self.tokenizer.eos_token_id) if i is not None)
+
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] in fp32 of the decoder's normalised output [..., d].
+
+        Granite divides them by a constant and Gemma 2 bends them towards a bound, both behind lm_head.
+        """
+        config = self.model.config
+        logits = self.model.lm_head(hidden).float() / getattr(config, "logits_scaling", 1.0)
+        cap = getattr(config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    @torch.inference_mode()
+    def scored_logits(self, input_ids: Tensor, attention_mask: Tensor, score_mask: Tensor) -> Tensor:
+        """Logits [S, V] in fp32 at the positions that `score_mask` (bool [B, T]) marks, row after row."""
+        hidden = self.model.model(
+            input_ids=input_ids.to(self.device), attention_mask=attention_mask.to(self.device), use_cache=False
+        ).last_hidden_state
+        return self.logits_of(hidden[score_mask.to(hidden.device)]).to(self.device)
+
+    @torch.inference_mode()
+    def continuations(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        new_tokens: int,
+        *,
+        choose: Chooser | None = None,
+        on_tokens: Callable[[list[int]], None] = lambda _: None,
+    ) -> list[list[int]]:
+        """At most `new_tokens` tokens behind every row of [B, T], which is padded on the left; end tokens included.
+
+        Decoded with a cache, by argmax or by `choose` (logits fp32 [B, V] -> tokens [B]); `on_tokens` hears every step.
+        `generate` is avoided: it adopts the checkpoint's repetition penalty.
+        """
+        ids, mask = input_ids.to(self.device), attention_mask.to(self.device)
+        positions, cache = (mask.cumsum(-1) - 1).clamp(min=0), None
+        rows = Rows(len(ids), self.ends)
+        for _ in range(new_tokens):
+            output = self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache, scores = output.past_key_values, output.logits[:, -1]
+            tokens = scores.argmax(-1) if choose is None else choose(scores.float().cpu()).to(self.device)
+            on_tokens(tokens.tolist())
+            if rows.ended(tokens.tolist()):
+                break
+            ids, positions = tokens[:, None], positions[:, -1:] + 1
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        return rows.tails
+
+
+class Rows:
+    """What is written behind every row of a batch, until each has had one of `ends`."""
+
+    def __init__(self, count: int, ends: frozenset[int]) -> None:
+        self.tails: list[list[int]] = [[] for _ in range(count)]
+        self._ends = ends
+        self._running = [True] * count
+
+    def ended(self, tokens: Sequence[int]) -> bool:
+        """Take one token per row; whether no row is running any more."""
+        for row, token in enumerate(tokens):
+            if self._running[row]:
+                self.tails[row].append(token)
+                self._running[row] = token not in self._ends
+        return not any(self._running)
+
+
+@dataclass(frozen=True)
+class LoadedModel(TextModel):
+    """A dense decoder ready to run, with what is known of its build, in fp32."""
+
+    geometry: Geometry
+    path: Path
+    fingerprint: str
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        return self.model.model.layers
+
+    @property
+    def vocab(self) -> int:
+        return self.geometry.vocab

@@ -1,0 +1,142 @@
+"""Label-free quality: how far the next-token distribution of another model is from the dense model's.
+
+The unit is the prompt: positions are averaged within a prompt first, and intervals resample prompts, because the
+positions of one prompt are not independent.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sspcompile.errors import RunError
+from sspcompile.intervals import Interval, mean_interval
+
+ROW_ELEMENTS = 8_000_000  # elements of one float64 block of logits: 64 MB
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Of the other model from the dense one. KL in nats per token, agreement as a share of positions in [0, 1].
+
+    The means are over prompts. The tuples hold one value per prompt, in ascending order of `prompts`.
+    """
+
+    mean_kl: float
+    mean_kl_interval: Interval | None
+    top1_agreement: float
+    top1_agreement_interval: Interval | None
+    prompts: tuple[int, ...]
+    kl_per_prompt: tuple[float, ...]
+    agreement_per_prompt: tuple[float, ...]
+    positions_per_prompt: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean over prompts of the first model's KL minus the second's, in nats per token."""
+
+    mean: float
+    interval: Interval | None
+
+    @property
+    def measurable(self) -> bool:
+        return self.interval is not None and not self.interval.covers(0.0)
+
+
+def divergence(
+    dense_logits: Tensor | np.ndarray,
+    other_logits: Tensor | np.ndarray,
+    prompt_index: Tensor | np.ndarray,
+    *,
+    seed: int = 0,
+) -> Divergence:
+    """Divergence at N scored positions. Logits are [N, V], `prompt_index` [N] names the prompt of each position.
+
+    Raises ValueError when shapes do not fit, RunError when logits are not finite or there are no positions.
+    """
+    accumulator = DivergenceAccumulator()
+    accumulator.add(dense_logits, other_logits, prompt_index)
+    return accumulator.result(seed=seed)
+
+
+class DivergenceAccumulator:
+    """Collects batches, so that no more than one batch of logits is in memory."""
+
+    def __init__(self) -> None:
+        self._kl: dict[int, list[float]] = defaultdict(list)
+        self._agree: dict[int, list[float]] = defaultdict(list)
+
+    def add(
+        self, dense_logits: Tensor | np.ndarray, other_logits: Tensor | np.ndarray, prompt_index: Tensor | np.ndarray
+    ) -> None:
+        """Add N positions; a prompt may be spread over batches. Raises like `divergence`."""
+        dense, other = torch.as_tensor(dense_logits), torch.as_tensor(other_logits)
+        index = torch.as_tensor(prompt_index).tolist()
+        if dense.dim() != 2 or dense.shape != other.shape or len(index) != len(dense):
+            raise ValueError(f"logits {tuple(dense.shape)} and {tuple(other.shape)} for {len(index)} positions")
+        rows = max(1, ROW_ELEMENTS // max(1, dense.shape[1]))
+        for start in range(0, len(index), rows):
+            kl, agree = _compare(dense[start : start + rows], other[start : start + rows])
+            for prompt, k, a in zip(index[start : start + rows], kl.tolist(), agree.tolist(), strict=True):
+                self._kl[prompt].append(k)
+                self._agree[prompt].append(float(a))
+
+    def result(self, *, seed: int = 0) -> Divergence:
+        """Raises RunError when nothing was added."""
+        if not self._kl:
+            raise RunError("There are no scored positions to compare.", hint="Give at least one prompt.")
+        prompts = sorted(self._kl)
+        kl = [float(np.mean(self._kl[p])) for p in prompts]
+        agree = [float(np.mean(self._agree[p])) for p in prompts]
+        return Divergence(
+            mean_kl=float(np.mean(kl)),
+            mean_kl_interval=mean_interval(kl, seed=seed),
+            top1_agreement=float(np.mean(agree)),
+            top1_agreement_interval=mean_interval(agree, seed=seed),
+            prompts=tuple(prompts),
+            kl_per_prompt=tuple(kl),
+            agreement_per_prompt=tuple(agree),
+            positions_per_prompt=tuple(len(self._kl[p]) for p in prompts),
+        )
+
+
+def _compare(dense: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(dense || other) [N] in nats and equality of the greedy token [N]."""
+    # float64: the KL of nearly equal models is a difference of nearly equal numbers.
+    p, q = dense.double().log_softmax(-1), other.to(dense.device).double().log_softmax(-1)
+    if not (p.isfinite().all() and q.isfinite().all()):
+        raise RunError("The logits hold NaN or infinite values.", hint="Load the model in float32 and try again.")
+    kl = (p.exp() * (p - q)).sum(-1).clamp_min(0)
+    return kl, dense.argmax(-1) == other.to(dense.device).argmax(-1)
+
+
+def average(divergences: Sequence[Divergence], *, seed: int = 0) -> Divergence:
+    """The mean of several models on the same prompts, prompt by prompt. Raises ValueError for different prompts."""
+    first = divergences[0]
+    if any(other.prompts != first.prompts for other in divergences):
+        raise ValueError("the models were measured on different prompts")
+    kl = np.mean([d.kl_per_prompt for d in divergences], axis=0).tolist()
+    agree = np.mean([d.agreement_per_prompt for d in divergences], axis=0).tolist()
+    return replace(
+        first,
+        mean_kl=float(np.mean(kl)),
+        mean_kl_interval=mean_interval(kl, seed=seed),
+        top1_agreement=float(np.mean(agree)),
+        top1_agreement_interval=mean_interval(agree, seed=seed),
+        kl_per_prompt=tuple(kl),
+        agreement_per_prompt=tuple(agree),
+    )
+
+
+def compare_divergences(first: Divergence, second: Divergence, *, seed: int = 0) -> Difference:
+    """Paired over prompts: the KL of `first` minus the KL of `second`. Raises ValueError for different prompts."""
+    if first.prompts != second.prompts:
+        raise ValueError("the two were measured on different prompts")
+    gaps = np.subtract(first.kl_per_prompt, second.kl_per_prompt)
+    return Difference(float(gaps.mean()), mean_interval(gaps, seed=seed))

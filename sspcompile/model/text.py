@@ -1,0 +1,203 @@
+"""From prompts to padded batches: the one path that text takes, offline for the pools and online for a scenario.
+
+Sequences are right-padded: with causal attention a real token never sees padding behind it. Whoever changes what
+this module makes of a prompt raises TEXT_VERSION, because toolkits learned from the old text no longer apply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sspcompile.errors import InputError
+from sspcompile.model.parallel import current
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sspcompile.model.decoder import LoadedModel, TextModel
+
+TEXT_VERSION = 1
+MAX_TOKENS = 512
+CONTINUATION_TOKENS = 16
+BATCH_TOKENS = 4096  # padding included
+# Logits of one batch stay under 2^26 numbers (256 MiB in fp32) however large the vocabulary is.
+BATCH_LOGITS = 2**26
+
+# What a user types, or a conversation that ends with it: user and assistant in turn, the user first and last.
+Prompt = str | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """Token ids of one prompt, with the continuation behind it when there is one. `prompt` counts prompt tokens."""
+
+    ids: tuple[int, ...]
+    prompt: int
+
+    @property
+    def scored(self) -> int:
+        """Number of positions whose next-token distribution counts."""
+        return max(1, len(self.ids) - self.prompt)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded sequences of similar length. All tensors are [B, T] on the model's device."""
+
+    rows: tuple[int, ...]  # place of each sequence in the caller's list of prompts
+    input_ids: Tensor  # int64
+    attention_mask: Tensor  # int64, 1 at real tokens
+    score_mask: Tensor  # bool: the last prompt token, and the continuation tokens except the last
+
+
+def render(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[str]:
+    """The text that the model reads for each prompt: through the chat template when there is one.
+
+    Raises ValueError for a conversation without a template.
+    """
+    if tokenizer.chat_template:
+        turns = [messages(prompt) for prompt in prompts]
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError("a conversation needs a chat template")
+    return list(prompts)
+
+
+def messages(prompt: Prompt) -> list[dict[str, str]]:
+    """The turns as a chat template takes them."""
+    turns = (prompt,) if isinstance(prompt, str) else prompt
+    return [{"role": ("user", "assistant")[index % 2], "content": turn} for index, turn in enumerate(turns)]
+
+
+def sentences(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_tokens: int) -> list[Sentence]:
+    """Tokenised prompts, in the caller's order, cut as by `shortened`.
+
+    Raises InputError for a prompt without any token.
+    """
+    if not prompts:
+        return []
+    encoded = token_ids(tokenizer, render(tokenizer, prompts))
+    found = []
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if not ids or not messages(prompt)[-1]["content"].strip():
+            raise InputError(f"A prompt is empty: {prompt!r}.", hint="Remove it, or write a question.")
+        ids = shortened(ids, max_tokens)
+        found.append(Sentence(ids, len(ids)))
+    return found
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[tuple[int, ...]]:
+    """Token ids of texts that went through `render`, whole."""
+    # A chat template writes the special tokens itself; adding them again would put two BOS in front.
+    templated = bool(tokenizer.chat_template)
+    found = []
+    for ids in tokenizer(list(texts), add_special_tokens=not templated, padding=False)["input_ids"]:
+        # Some tokenizers close every text with EOS: the model would be asked what follows the end.
+        while not templated and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+            ids = ids[:-1]
+        found.append(tuple(ids))
+    return found
+
+
+def shortened(ids: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
+    """At most `max_tokens` ids: a longer text keeps its first token (where attention likes to rest) and its last ones,
+    so that the question and the template's generation prompt survive."""
+    if len(ids) <= max_tokens:
+        return ids
+    return (ids[0], *ids[len(ids) - (max_tokens - 1) :]) if max_tokens > 1 else ids[-1:]
+
+
+def batches_of(
+    loaded: TextModel, items: Sequence[Sentence], batch_tokens: int = BATCH_TOKENS, batch_size: int | None = None
+) -> list[Batch]:
+    """Batches sorted by length, each with at most `batch_tokens` tokens and a bounded number of scored logits.
+
+    `batch_size` bounds the number of sequences too.
+    """
+    scored_limit = max(1, BATCH_LOGITS // loaded.vocab)
+    order = sorted(range(len(items)), key=lambda row: (len(items[row].ids), row))
+    groups: list[list[int]] = []
+    scored = 0
+    for row in order:
+        # Sorted ascending: the newest sequence is the longest and fixes the padded width.
+        width = len(items[row].ids)
+        scored += items[row].scored
+        full = bool(groups) and len(groups[-1]) == batch_size
+        if not groups or full or (len(groups[-1]) + 1) * width > batch_tokens or scored > scored_limit:
+            groups.append([])
+            scored = items[row].scored
+        groups[-1].append(row)
+    return [_pad(loaded, [items[row] for row in group], tuple(group)) for group in groups]
+
+
+def _pad(loaded: TextModel, items: Sequence[Sentence], rows: tuple[int, ...]) -> Batch:
+    width = max(len(item.ids) for item in items)
+    pad = loaded.tokenizer.pad_token_id or 0
+    place = torch.arange(width)
+    length, first, scored = (
+        torch.tensor(column)[:, None]
+        for column in zip(*((len(item.ids), item.prompt - 1, item.scored) for item in items), strict=True)
+    )
+    # One tensor from one list: row by row, padding would cost as much as tokenising.
+    ids = torch.tensor([[*item.ids, *(pad,) * (width - len(item.ids))] for item in items])
+    mask, score = (place < length).long(), (place >= first) & (place < first + scored)
+    device = loaded.device
+    return Batch(rows, ids.to(device), mask.to(device), score.to(device))
+
+
+def encode(
+    loaded: LoadedModel, prompts: Sequence[str], max_tokens: int = MAX_TOKENS, batch_tokens: int = BATCH_TOKENS
+) -> list[Batch]:
+    """Prompts as batches; `score_mask` marks the last prompt token of each."""
+    return batches_of(loaded, sentences(loaded.tokenizer, prompts, max_tokens), batch_tokens)
+
+
+def continued(
+    loaded: LoadedModel,
+    prompts: Sequence[str],
+    new_tokens: int = CONTINUATION_TOKENS,
+    max_tokens: int = MAX_TOKENS,
+    batch_tokens: int = BATCH_TOKENS,
+) -> list[Sentence]:
+    """Prompts with the dense model's own greedy continuation behind them, in the caller's order.
+
+    A continuation stops at an end-of-sequence token and keeps it, so that *when to stop* is scored too.
+    """
+    items = sentences(loaded.tokenizer, prompts, max_tokens)
+    if new_tokens < 1:
+        return items
+    world = current()
+    own: dict[int, tuple[int, ...]] = {}
+    for batch in world.share(batches_of(loaded, items, batch_tokens)):
+        own |= zip(batch.rows, greedy(loaded, [items[row] for row in batch.rows], new_tokens), strict=True)
+    tails = world.union(own)
+    return [Sentence(item.ids + tails[row], item.prompt) for row, item in enumerate(items)]
+
+
+def with_continuations(
+    loaded: LoadedModel,
+    prompts: Sequence[str],
+    new_tokens: int = CONTINUATION_TOKENS,
+    max_tokens: int = MAX_TOKENS,
+    batch_tokens: int = BATCH_TOKENS,
+) -> list[Batch]:
+    """`continued` as batches; `score_mask` marks the last prompt token and the continuation except its last token."""
+    items = continued(loaded, prompts, new_tokens, max_tokens, batch_tokens)
+    return batches_of(loaded, items, batch_tokens)
+
+
+def greedy(loaded: TextModel, items: Sequence[Sentence], new_tokens: int) -> list[tuple[int, ...]]:
+    """At most `new_tokens` tokens behind each sentence, the end token included where one was written.
+
+    Left-padded, unlike everything else here, so that the newest token of all sequences stands in the last column.
+    """
+    width = max(len(item.ids) for item in items)
+    pad = loaded.tokenizer.pad_token_id or 0
+    ids = torch.tensor([[pad] * (width - len(item.ids)) + list(item.ids) for item in items])
+    mask = torch.tensor([[0] * (width - len(item.ids)) + [1] * len(item.ids) for item in items])
+    return [tuple(tail) for tail in loaded.continuations(ids, mask, new_tokens)]

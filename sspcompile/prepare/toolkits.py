@@ -1,0 +1,100 @@
+"""The toolkit of a model: found where an earlier build left it, or learned now."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sspcompile import prepare as preparing
+from sspcompile.criteria import of_key
+from sspcompile.model import parallel
+from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.dense import DenseModel
+from sspcompile.model.text import TEXT_VERSION
+from sspcompile.prepare.stages import Stages, beside
+from sspcompile.prepare.toolkit import Toolkit
+from sspcompile.progress import Progress
+from sspcompile.request.domains import pools_fingerprint
+from sspcompile.request.pools import PoolSet, pools_of, pools_suffix
+from sspcompile.request.recipe import DEFAULTS, Recipe
+from sspcompile.request.splits import fit_part
+from sspcompile.workspace import Workspace
+
+# Always measured, so that no figure depends on what was prepared before: the first finds the whitelist, and every
+# report shows both.
+STANDARD_CRITERIA = ("fisher", "subspace")
+
+
+def toolkit_for(
+    subject: DenseModel,
+    loaded: LoadedModel,
+    options: Recipe,
+    workspace: Workspace,
+    progress: Progress,
+    criteria: Sequence[str],
+) -> tuple[Toolkit, bool]:
+    """The model's toolkit with STANDARD_CRITERIA and `criteria` in it, and whether it was prepared just now.
+
+    A toolkit that was learned from an earlier content of the shipped pools is made anew. Raises InputError like
+    `pools_of`.
+    """
+    for key in criteria:
+        of_key(key)
+    criteria = tuple(dict.fromkeys((*STANDARD_CRITERIA, *criteria)))
+    folder = toolkit_folder(subject, options, workspace)
+    given = pools_of(options)
+    candidates = fit_part(given.candidates)
+    toolkit = _stored(folder, subject, options, given)
+    fresh = toolkit is None
+    stages = Stages(loaded, beside(folder))
+    if toolkit is None:
+        toolkit = preparing.prepare(
+            loaded,
+            candidates,
+            given.outside,
+            axes=given.axes,
+            criteria=criteria,
+            seed=options.seed or 0,
+            max_tokens=options.max_tokens or 0,
+            continuation_tokens=options.continuation_tokens or 0,
+            stages=stages,
+            progress=progress,
+        )
+    missing = [name for name in criteria if name not in toolkit.importance]
+    for name in missing:
+        chosen = fit_part(given.named(toolkit.domains))
+        mean, spread = preparing.importance_by_domain(stages, toolkit, chosen, name, progress)
+        toolkit = preparing.with_importance(toolkit, name, mean, spread)
+    # Under torchrun all processes have learned the same.
+    if (fresh or missing) and parallel.current().first:
+        preparing.save(toolkit, folder)
+        stages.finish()
+    return toolkit, fresh
+
+
+def toolkit_folder(subject: DenseModel, options: Recipe, workspace: Workspace) -> Path:
+    """Where the toolkit lies. Other than default pools, axes or settings have folders of their own; none displaces
+    another."""
+    settings = {name: getattr(options, name) for name in ("max_tokens", "continuation_tokens", "seed")}
+    suffix = "".join(f"-{name[:3]}{value}" for name, value in settings.items() if value != DEFAULTS[name])
+    return workspace.toolkit(subject.fingerprint + pools_suffix(options) + suffix)
+
+
+def _stored(folder: Path, subject: DenseModel, options: Recipe, given: PoolSet) -> Toolkit | None:
+    """The saved toolkit when it was learned from these pools with these settings; None when there is none.
+
+    Raises ToolkitError when the folder holds one that is damaged or of another model.
+    """
+    if not folder.exists() or preparing.is_outdated(folder):
+        return None
+    toolkit = preparing.load(folder, fingerprint=subject.fingerprint)
+    wanted = {
+        "candidates_fingerprint": pools_fingerprint(fit_part(given.candidates)),
+        "axes_asked": given.axes,
+        "given_outside_fingerprint": pools_fingerprint(given.outside),
+        "text_version": TEXT_VERSION,
+        "seed": options.seed,
+        "max_tokens": options.max_tokens,
+        "continuation_tokens": options.continuation_tokens,
+    }
+    return toolkit if all(toolkit.meta.get(key) == value for key, value in wanted.items()) else None

@@ -1,0 +1,24 @@
+"""How long work says how far it is: one type for whole commands, one for a single stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, steps done, steps in all)."""
+
+Steps = Callable[[int, int], None]
+"""Called with (steps done, steps in all) of one stage."""
+
+
+def silent(_stage: str, _done: int, _total: int) -> None:
+    """Nobody is told."""
+
+
+def no_steps(_done: int, _total: int) -> None:
+    """Nobody is told of a stage."""
+
+
+def stage_of(progress: Progress, stage: str) -> Steps:
+    """The steps of `stage`, told to `progress`."""
+    return lambda done, total: progress(stage, done, total)

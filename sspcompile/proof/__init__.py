@@ -1,0 +1,1 @@
+"""The proof that what was written equals the masked model."""

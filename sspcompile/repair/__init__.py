@@ -1,0 +1,1 @@
+"""Repairs: what is left makes up for the heads that were removed."""

@@ -1,0 +1,269 @@
+"""Fitting repairs: least squares on o_proj (and down_proj), and FLAP's bias; repair/repair.py has the formulas.
+
+Masks are fitted together: half of what one mask needs are passes of the dense model, which do not depend on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.hooks import input_of, recorded_calls
+from sspcompile.model.modules import down_proj, layer_output, o_proj, residual_norm
+from sspcompile.model.text import Batch
+from sspcompile.progress import Steps, no_steps
+from sspcompile.repair.repair import Repair, repaired
+
+# Relative to the mean energy of an input coordinate: small enough to fit, large enough to leave directions that the
+# prompts never excite as they were.
+RIDGE = 1e-2
+MLP_RIDGE = 1e-1
+# Of the weight of all positions. On the embedded model, unweighted positions (about a tenth) leave up to 15 points of
+# exact match behind, and a share near 1 forgets how the prompt is read.
+SCORED_SHARE = 0.5
+# That the hidden states and weights of the masks of one round may take; what does not fit is fitted in further rounds.
+ROUND_BYTES = 1 << 30
+
+
+def fit_repairs(
+    loaded: LoadedModel,
+    masks: Sequence[np.ndarray],
+    batches: Sequence[Batch],
+    *,
+    dtype: torch.dtype,
+    ridge: float = RIDGE,
+    mlp: bool = False,
+    progress: Steps = no_steps,
+) -> Iterator[Repair]:
+    """Refit o_proj, and with `mlp` down_proj too, for each mask (bool [layers, heads]) on the texts of `batches`.
+
+    Held are the hidden states of all batches, [B, T, d], twice for the dense model and once per mask, and the weights
+    of the masks of a round. In each round every layer runs twice dense, and per mask once as far as o_proj and once
+    whole, with `mlp` once more. A round begins when the first of its repairs is asked for. `dtype` is the dtype that
+    the weights will be written in.
+    """
+    states = sum(batch.input_ids.numel() for batch in batches) * loaded.geometry.hidden * 4
+    refitted = [o_proj(layer).weight for layer in loaded.layers]
+    refitted += [down_proj(layer).weight for layer in loaded.layers] if mlp else []
+    weights = sum(weight.numel() for weight in refitted) * dtype.itemsize
+    at_once = max(1, ROUND_BYTES // max(1, states + weights))
+    rounds = [masks[start : start + at_once] for start in range(0, len(masks), at_once)]
+    layers = len(loaded.layers)
+    for turn, together in enumerate(rounds):
+        before = turn * layers
+
+        def report(done: int, before: int = before) -> None:
+            progress(before + done, len(rounds) * layers)
+
+        yield from _fit_round(loaded, together, batches, dtype, ridge, mlp=mlp, report=report)
+
+
+@torch.inference_mode()
+def _fit_round(
+    loaded: LoadedModel,
+    masks: Sequence[np.ndarray],
+    batches: Sequence[Batch],
+    dtype: torch.dtype,
+    ridge: float,
+    *,
+    mlp: bool,
+    report: Callable[[int], None],
+) -> list[Repair]:
+    dense = _Dense(loaded, batches)
+    streams = [_Stream(kept, list(dense.hidden)) for kept in masks]
+    for index in range(len(loaded.layers)):
+        dense.advance(index)
+        for stream in streams:
+            stream.advance(index, dense, ridge, dtype, mlp=mlp)
+        report(index + 1)
+    return [Repair(stream.weights, down=stream.down) for stream in streams]
+
+
+class _Dense:
+    """The dense model on the texts, one layer at a time; all hidden states are [B, T, d] per batch.
+
+    `hidden` is what the current layer puts out (before the first: what enters it), `after` its residual stream after
+    attention. `real` marks what is not padding, `weights` holds what those positions count.
+    """
+
+    def __init__(self, loaded: LoadedModel, batches: Sequence[Batch]) -> None:
+        self.loaded = loaded
+        self.hidden: list[Tensor] = []
+        self.after: list[Tensor] = []
+        self.real = [batch.attention_mask.bool() for batch in batches]
+        self.weights = [w[real] for w, real in zip(_position_weights(batches), self.real, strict=True)]
+        self._calls: list[list[tuple[tuple[Any, ...], Mapping[str, Any]]]] = []
+        for batch in batches:
+            with recorded_calls(loaded) as recorded:
+                loaded.model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            # Only the first layer's hidden state is kept: all of them would be a whole forward pass in memory.
+            self.hidden.append(recorded[0].hidden)
+            self._calls.append([(recorded[index].rest, recorded[index].options) for index in range(len(recorded))])
+
+    def run(self, index: int, number: int, hidden: Tensor) -> Tensor:
+        """Another hidden state through a layer, called as the model calls it for this batch."""
+        rest, options = self._calls[number][index]
+        return layer_output(self.loaded.layers[index](hidden, *rest, **options))
+
+    def advance(self, index: int) -> None:
+        self.after = []
+        for number, hidden in enumerate(self.hidden):
+            with input_of(residual_norm(self.loaded.layers[index]), "residual norm") as seen:
+                self.hidden[number] = self.run(index, number, hidden)
+            self.after.append(seen[0])
+
+
+@dataclass
+class _Stream:
+    """One mask on its way through the layers: its hidden states, and the weights that were fitted so far."""
+
+    kept: np.ndarray
+    hidden: list[Tensor]
+    weights: dict[int, Tensor] = field(default_factory=dict)
+    down: dict[int, Tensor] = field(default_factory=dict)
+
+    def advance(self, index: int, dense: _Dense, ridge: float, dtype: torch.dtype, *, mlp: bool) -> None:
+        """Fit a layer to the dense one, and take the hidden states through what came out."""
+        loaded = dense.loaded
+        columns = torch.from_numpy(np.repeat(self.kept[index], loaded.geometry.head_dim)).to(loaded.device)
+        if not self.weights and columns.all():
+            # Nothing was cut yet, here neither: these are the dense model's own states.
+            self.hidden = list(dense.hidden)
+            return
+        layer = loaded.layers[index]
+        self.weights[index] = self._refit_attention(index, dense, columns, ridge).to(dtype)
+        mended = Repair({index: self.weights[index]})
+        if mlp:
+            with repaired(loaded, mended):
+                self.down[index] = self._refit_mlp(index, dense).to(dtype).contiguous()
+            mended = Repair(mended.weights, down={index: self.down[index]})
+        if layer is loaded.layers[-1]:
+            return
+        with repaired(loaded, mended):
+            self.hidden = [dense.run(index, number, hidden) for number, hidden in enumerate(self.hidden)]
+
+    def _refit_attention(self, index: int, dense: _Dense, columns: Tensor, ridge: float) -> Tensor:
+        """o_proj [hidden, heads * D] with refitted kept columns and zeros elsewhere: a removed head adds nothing."""
+        projection = o_proj(dense.loaded.layers[index])
+        system = _Normal(int(columns.sum()), projection.out_features, columns.device)
+        for number, hidden in enumerate(self.hidden):
+            with input_of(projection, "o_proj", then_end=True) as seen:
+                dense.run(index, number, hidden)
+            self._add(system, seen[0][..., columns], hidden, projection.bias, number, dense)
+        full = torch.zeros_like(projection.weight, dtype=torch.float64)
+        full[:, columns] = system.solve(projection.weight[:, columns].double().T, ridge).T
+        return full
+
+    def _refit_mlp(self, index: int, dense: _Dense) -> Tensor:
+        """down_proj [hidden, intermediate] of a layer whose o_proj is repaired."""
+        layer = dense.loaded.layers[index]
+        projection = down_proj(layer)
+        system = _Normal(projection.in_features, projection.out_features, projection.weight.device)
+        for number, hidden in enumerate(self.hidden):
+            with (
+                input_of(residual_norm(layer), "residual norm") as after,
+                input_of(projection, "down_proj", then_end=True) as seen,
+            ):
+                dense.run(index, number, hidden)
+            self._add(system, seen[0], after[0], projection.bias, number, dense, whole_layer=True)
+        return system.solve(projection.weight.double().T, MLP_RIDGE).T
+
+    def _add(
+        self,
+        system: _Normal,
+        inputs: Tensor,
+        residual: Tensor,
+        bias: Tensor | None,
+        number: int,
+        dense: _Dense,
+        *,
+        whole_layer: bool = False,
+    ) -> None:
+        """One batch: the projection's inputs, and what it has to add to the residual stream to get where the dense
+        model is after attention, or after the whole layer.
+        """
+        target = dense.hidden[number] if whole_layer else dense.after[number]
+        missing = (target - residual) / dense.loaded.geometry.residual_multiplier
+        if bias is not None:
+            missing = missing - bias
+        real = dense.real[number]
+        system.add(inputs[real], missing[real], dense.weights[number])
+
+
+@torch.inference_mode()
+def fit_biases(
+    loaded: LoadedModel,
+    masks: Sequence[np.ndarray],
+    batches: Sequence[Batch],
+    *,
+    dtype: torch.dtype,
+    progress: Steps = no_steps,
+) -> list[Repair]:
+    """FLAP's bias for each mask (bool [layers, heads]), from one dense forward pass over the texts of `batches`.
+
+    Works for every model in memory; only those whose o_proj has a bias can be written with it (`demand_place`).
+    """
+    g = loaded.geometry
+    total = torch.zeros(g.layers, g.heads * g.head_dim, dtype=torch.float64, device=loaded.device)
+    tokens = 0
+    for number, batch in enumerate(batches):
+        real = batch.attention_mask.bool()
+        tokens += int(real.sum())
+        with contextlib.ExitStack() as stack:
+            entering = [stack.enter_context(input_of(o_proj(layer), "o_proj")) for layer in loaded.layers]
+            loaded.model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        for index, seen in enumerate(entering):
+            total[index] += seen[0][real].double().sum(0)
+        progress(number + 1, len(batches))
+    return [Repair({}, _biases(loaded, kept, total / tokens, dtype)) for kept in masks]
+
+
+def _biases(loaded: LoadedModel, kept: np.ndarray, mean: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
+    """Biases [hidden] of o_proj by layer, from the mean inputs of o_proj, [layers, heads * D]."""
+    biases: dict[int, Tensor] = {}
+    for index, layer in enumerate(loaded.layers):
+        removed = torch.from_numpy(np.repeat(~kept[index], loaded.geometry.head_dim)).to(loaded.device)
+        if removed.any():
+            projection = o_proj(layer)
+            added = projection.weight[:, removed].double() @ mean[index, removed]
+            before = 0.0 if projection.bias is None else projection.bias.double()
+            biases[index] = (before + added).to(dtype)
+    return biases
+
+
+def _position_weights(batches: Sequence[Batch]) -> list[Tensor]:
+    """Weight of every position, [B, T] per batch: scored ones and other real ones share as SCORED_SHARE says."""
+    scored = sum(int(batch.score_mask.sum()) for batch in batches)
+    other = sum(int(batch.attention_mask.sum()) for batch in batches) - scored
+    ratio = SCORED_SHARE / (1 - SCORED_SHARE) * other / scored if other else 1.0
+    return [torch.where(batch.score_mask, ratio, 1.0) for batch in batches]
+
+
+class _Normal:
+    """Normal equations in float64: X^T diag(w) X and X^T diag(w) Y, summed over batches."""
+
+    def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
+        self.xx = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+        self.xy = torch.zeros(inputs, outputs, dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor, y: Tensor, weights: Tensor) -> None:
+        """Rows x [N, inputs] and y [N, outputs], with a weight [N] each."""
+        x, weighted = x.double(), x.double() * weights.double().unsqueeze(1)
+        self.xx += weighted.T @ x
+        self.xy += weighted.T @ y.double()
+
+    def solve(self, start: Tensor, ridge: float) -> Tensor:
+        """W^T [inputs, outputs] that minimises the ridge problem around `start`, of the same shape."""
+        size = len(self.xx)
+        strength = ridge * self.xx.diagonal().mean()
+        if not strength > 0:
+            return start
+        system = self.xx + strength * torch.eye(size, dtype=torch.float64, device=self.xx.device)
+        return torch.linalg.solve(system, self.xy + strength * start)

@@ -1,0 +1,153 @@
+"""Repairs: what is left makes up for the heads that were removed. Shapes do not change.
+
+*Least squares* refits the kept columns so that the pruned model's residual stream after attention comes as close as it
+can to the dense model's. In each layer, with X [N, kept * D] the pruned model's own input of o_proj and R [N, d] its
+residual stream before attention, the kept columns W of o_proj solve
+
+    min_W sum_n w_n |x_n W^T + r_n + b - y_n|^2 + ridge * trace(X^T diag(w) X) / (kept * D) * |W - W0|^2
+
+where Y [N, d] is the dense residual stream after attention, b the bias and W0 the columns as they were (with a residual
+multiplier, Y - R is divided by it). The weights w give the positions where the model decodes half of the total
+(fitting.py): they are what the pruned model will be asked for, and a few of them stand against a whole prompt. Layers
+are solved in order, so each sees the errors that the ones before it could not mend.
+
+*Least squares with the MLP* goes on in each layer with down_proj: its inputs are the pruned model's, its target is what
+is missing of the dense residual stream after the whole layer. It mends more where much was cut, at the price of
+rewriting weights that are not of attention; its ridge is stronger, because down_proj has more inputs than a few prompts
+excite.
+
+*FLAP's bias* (An et al. 2024, arXiv 2312.11983, section 3.3) leaves the weights alone and adds what the removed heads
+put out on average, b + W_removed mean(x_removed), the mean taken over the dense model's inputs of o_proj. It needs an
+o_proj with a bias; families.py says which architectures have one (`o_bias`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from sspcompile.checkpoint.source import WORD_DTYPE
+from sspcompile.errors import UnsupportedModelError
+from sspcompile.families import Geometry, layer_prefix
+from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.modules import o_proj
+
+# With 4 to 8 prompts a refit made things worse in earlier measurements, with 16 it helped.
+MIN_PROMPTS = 16
+
+DOWN = "mlp.down_proj.weight"
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What a repair puts into a layer; one that is missing is left as it was.
+
+    `weights`: o_proj, [hidden, heads * D] per layer in the dense shape, zero in removed columns. `biases`: of o_proj,
+    [hidden] per layer, instead of the bias that was there or of none. `down`: down_proj, [hidden, intermediate] per
+    layer. The dtype is the checkpoint's own, so that what is measured is what is written.
+    """
+
+    weights: Mapping[int, Tensor]
+    biases: Mapping[int, Tensor] = field(default_factory=dict)
+    down: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def words(self, layer: int, kept: Sequence[int], head_dim: int) -> np.ndarray:
+        """The kept columns of a layer as raw words, [hidden, kept * D], ready to be written."""
+        columns = torch.cat([torch.arange(head * head_dim, (head + 1) * head_dim) for head in kept])
+        return _words(self.weights[layer][:, columns])
+
+    def replaced(self, kept: Sequence[Sequence[int]], head_dim: int) -> dict[str, np.ndarray]:
+        """Tensor name -> words, for `cut_tensors`."""
+        weights = {
+            layer_prefix(layer) + "self_attn.o_proj.weight": self.words(layer, kept[layer], head_dim)
+            for layer in self.weights
+        }
+        biases = {layer_prefix(layer) + "self_attn.o_proj.bias": _words(bias) for layer, bias in self.biases.items()}
+        return weights | biases | {layer_prefix(layer) + DOWN: _words(weight) for layer, weight in self.down.items()}
+
+
+def _words(tensor: Tensor) -> np.ndarray:
+    return tensor.contiguous().view(torch.uint8).numpy().view(WORD_DTYPE[tensor.element_size()])
+
+
+def is_linear(geometry: Geometry) -> bool:
+    """Whether what o_proj puts out joins the residual stream as it is, up to a factor: only then can it be refitted."""
+    return not geometry.family.normed_attention
+
+
+def demand_place(geometry: Geometry, repair: str) -> None:
+    """Raise UnsupportedModelError unless the architecture has the tensor that a repair writes into."""
+    family = geometry.family
+    plain = family.experts is None and is_linear(geometry) and any(part.name == "mlp.down_proj" for part in family.mlp)
+    if repair == "least-squares-mlp" and not plain:
+        raise UnsupportedModelError(
+            f"{family.architecture} has no down_proj that --repair least-squares-mlp could refit.",
+            hint="Use --repair least-squares, or --repair none.",
+        )
+    if repair == "flap-bias" and not geometry.o_bias:
+        raise UnsupportedModelError(
+            f"The o_proj of this {geometry.family.architecture} has no bias, so --repair flap-bias cannot be written.",
+            hint="Use --repair least-squares, or --repair none.",
+        )
+
+
+@contextlib.contextmanager
+def repaired(loaded: LoadedModel, repair: Repair | None) -> Iterator[None]:
+    """Run the model with a repair in place; together with `head_gates` this is the oracle of a repaired cut.
+
+    A bias may be put where the architecture has none: such a model can be judged, but not written.
+    """
+    originals: dict[int, tuple[Tensor, nn.Parameter | None]] = {}
+    down: dict[int, Tensor] = {}
+    try:
+        for layer, weight in (repair.down if repair is not None else {}).items():
+            projection = down_proj(loaded.layers[layer])
+            down[layer] = projection.weight.data
+            projection.weight.data = weight.to(projection.weight)
+        for layer in sorted({*repair.weights, *repair.biases} if repair is not None else ()):
+            projection = o_proj(loaded.layers[layer])
+            originals[layer] = projection.weight.data, projection.bias
+            if layer in repair.weights:
+                projection.weight.data = repair.weights[layer].to(projection.weight)
+            if layer in repair.biases:
+                bias = repair.biases[layer].to(projection.weight)
+                projection.bias = nn.Parameter(bias, requires_grad=False)
+        yield
+    finally:
+        for layer, (weight, bias) in originals.items():
+            projection = o_proj(loaded.layers[layer])
+            projection.weight.data, projection.bias = weight, bias
+        for layer, weight in down.items():
+            down_proj(loaded.layers[layer]).weight.data = weight
+
+
+def down_proj(layer: nn.Module) -> nn.Linear:
+    """The MLP's output projection; its input is [batch, tokens, intermediate]."""
+    return layer.mlp.down_proj
+
+
+def written_down(folder: Path, geometry: Geometry) -> dict[int, Tensor]:
+    """The down_proj weights [hidden, intermediate] of a finished cut, by layer, in fp32."""
+    return _written(folder, {layer_prefix(layer) + DOWN: layer for layer in range(geometry.layers)})
+
+
+def written_biases(folder: Path, geometry: Geometry) -> dict[int, Tensor]:
+    """The o_proj biases [hidden] of a finished cut, by layer, in fp32; none where the architecture has none."""
+    if not geometry.o_bias:
+        return {}
+    return _written(folder, {layer_prefix(n) + "self_attn.o_proj.bias": n for n in range(geometry.layers)})
+
+
+def _written(folder: Path, names: Mapping[str, int]) -> dict[int, Tensor]:
+    found: dict[int, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            found |= {names[name]: opened.get_tensor(name).float() for name in names.keys() & set(opened.keys())}
+    return found

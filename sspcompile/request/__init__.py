@@ -1,0 +1,1 @@
+"""What a user asks for: recipe and options, scenario, domain pools, and which text may choose, guard or judge."""

@@ -1,0 +1,139 @@
+"""The texts that a build looks at: which choose and repair, which guard the decisions, and which only judge.
+
+A text is in one part only. What is decided on a text (layout, whether and how strongly to repair) looks better there
+than elsewhere, so the texts that are reported decide nothing. The scenario's own prompts come first; where they are
+few, pool prompts fill up in the proportion of the mixture, and the counts say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from sspcompile.request.domains import DomainPool
+
+FIT_PROMPTS = 96
+GUARD_PROMPTS = 32
+JUDGE_PROMPTS = 32
+OFF_PROMPTS = 32
+# A domain is another one where it has less than this share of an equal part of the mixture.
+FOREIGN = 0.5
+# Of the scenario's own prompts no more than this are used; more would cost time and change little.
+OWN_FIT_PROMPTS = 256
+OWN_GUARD_PROMPTS = 96
+OWN_JUDGE_PROMPTS = 96
+# Every fourth text is held out, in pools and in the user's own prompts alike; the held ones judge and guard in turn.
+HOLD_EVERY = 4
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """`fit` chooses heads and fits the repair, `guard` decides between layouts and repairs, `judge` is reported only,
+    and so is `off`: held-out prompts of the domains that the scenario is not about (none where it is about all).
+
+    The first `own_fit`, `own_guard` and `own_judge` of them are the scenario's own prompts.
+    """
+
+    fit: tuple[str, ...]
+    guard: tuple[str, ...]
+    judge: tuple[str, ...]
+    off: tuple[str, ...]
+    own_fit: int
+    own_guard: int
+    own_judge: int
+
+    def counts(self) -> dict[str, int]:
+        """How many texts each part has, and how many of them are the scenario's own."""
+        return {
+            "fit": len(self.fit),
+            "guard": len(self.guard),
+            "judge": len(self.judge),
+            "off": len(self.off),
+            "own_fit": self.own_fit,
+            "own_guard": self.own_guard,
+            "own_judge": self.own_judge,
+        }
+
+
+def split(texts: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """(fit, guard, judge): numbers 7, 15, ... guard and 3, 11, ... judge, so that a sorted file is split evenly."""
+    held = tuple(text for index, text in enumerate(texts) if index % HOLD_EVERY == HOLD_EVERY - 1)
+    fit = tuple(text for index, text in enumerate(texts) if index % HOLD_EVERY != HOLD_EVERY - 1)
+    return fit, held[1::2], held[::2]
+
+
+def seen_part(texts: Sequence[str]) -> tuple[str, ...]:
+    """Those of the texts that may have chosen, repaired or decided anything; what is left may be asked."""
+    fit, guard, _ = split(texts)
+    return fit + guard
+
+
+def fit_part(pools: Sequence[DomainPool]) -> tuple[DomainPool, ...]:
+    """The pools without their held-out prompts: what `prepare` may learn from."""
+    return tuple(replace(pool, prompts=split(pool.prompts)[0]) for pool in pools)
+
+
+def own_fit_part(prompts: Sequence[str]) -> tuple[str, ...]:
+    """The scenario's own prompts that may choose heads: neither repeated nor held out, OWN_FIT_PROMPTS at most."""
+    return _thinned(split(tuple(dict.fromkeys(prompts)))[0], OWN_FIT_PROMPTS)
+
+
+def gather(prompts: Sequence[str], parts: np.ndarray, pools: Sequence[DomainPool], seed: int) -> Evidence:
+    """Evidence for a scenario with these prompts of its own (none for a sentence or a given mixture).
+
+    `parts` [K] is what each of the `pools` counts for; it sums to 1.
+    """
+    own = set(prompts)
+    # A pool prompt that the user happens to ask as well was seen by `prepare`, so it may not be held out.
+    learned = {text for pool in fit_part(pools) for text in pool.prompts}
+    held = ([text for text in part if text not in learned] for part in split(tuple(dict.fromkeys(prompts)))[1:])
+    own_fit, (own_guard, own_judge) = own_fit_part(prompts), (tuple(part) for part in held)
+    own_guard, own_judge = _thinned(own_guard, OWN_GUARD_PROMPTS), _thinned(own_judge, OWN_JUDGE_PROMPTS)
+    rng = np.random.default_rng(seed)
+
+    def drawn(part: int, weights: np.ndarray, count: int) -> tuple[str, ...]:
+        found: list[str] = []
+        for share, pool in zip(whole_shares(weights, count), pools, strict=True):
+            texts = [text for text in split(pool.prompts)[part] if text not in own]
+            found += [texts[index] for index in np.sort(rng.permutation(len(texts))[:share])]
+        return tuple(found)
+
+    def fill(part: int, have: int, wanted: int) -> tuple[str, ...]:
+        return drawn(part, parts, wanted - have)
+
+    strange = (parts < FOREIGN / len(pools)).astype(float)
+    fit, guard, judge = (
+        fill(part, len(have), wanted)
+        for part, (have, wanted) in enumerate(
+            ((own_fit, FIT_PROMPTS), (own_guard, GUARD_PROMPTS), (own_judge, JUDGE_PROMPTS))
+        )
+    )
+    return Evidence(
+        fit=own_fit + fit,
+        guard=own_guard + guard,
+        judge=own_judge + judge,
+        off=drawn(2, strange, OFF_PROMPTS) if strange.any() else (),
+        own_fit=len(own_fit),
+        own_guard=len(own_guard),
+        own_judge=len(own_judge),
+    )
+
+
+def _thinned(texts: tuple[str, ...], limit: int) -> tuple[str, ...]:
+    """At most `limit` of the texts, evenly spaced."""
+    if len(texts) <= limit:
+        return texts
+    return tuple(texts[index * len(texts) // limit] for index in range(limit))
+
+
+def whole_shares(weights: np.ndarray, count: int) -> list[int]:
+    """Whole numbers in proportion to `weights` that sum to `count` (largest remainders), zeros when it is negative."""
+    if count <= 0:
+        return [0] * len(weights)
+    exact = weights / weights.sum() * count
+    shares = np.floor(exact).astype(int)
+    for index in np.argsort(-(exact - shares), kind="stable")[: count - shares.sum()]:
+        shares[index] += 1
+    return [int(share) for share in shares]

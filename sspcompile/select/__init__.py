@@ -1,0 +1,1 @@
+"""What decides: mixture, scores, budget, layouts, search and judging."""
