@@ -1,1 +1,1 @@
-"""The library: each module is one thing that users do, from arguments to values; the command line is a thin layer on it."""
+"""The library: each module is one thing that users do; the command line is a thin layer on it."""
