@@ -26,9 +26,10 @@ from sspcompile import prepare
 from sspcompile.model.dense import open_dense
 from sspcompile.model.text import encode
 from sspcompile.prepare.toolkits import toolkit_for
-from sspcompile.request.recipe import Recipe, resolve
+from sspcompile.request.recipe import Recipe
+from sspcompile.request.options import resolve
 from sspcompile.request.scenario import as_recipe, read_scenario
-from sspcompile.select.compiling import compile_scenario, score_key
+from sspcompile.select.reading import read_through, score_key
 from sspcompile.slicing.layouts import choose
 from sspcompile.workspace import Workspace
 
@@ -66,7 +67,7 @@ def main(scenario: str, model: str | None, repeats: int) -> None:
     g = subject.checkpoint.geometry
 
     def whole(chosen: Recipe) -> None:
-        compiled = compile_scenario(read, chosen, toolkit, loaded)
+        compiled = read_through(read, chosen, toolkit, loaded)
         for layout in ("uniform", "per-layer"):
             choose(compiled.merit, g.kv_heads, 0.5, layout)
 

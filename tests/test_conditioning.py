@@ -18,10 +18,11 @@ from sspcompile.prepare import features, importance_by_domain, importance_of, pr
 from sspcompile.prepare.direct import relative_variance, spread_by_domain
 from sspcompile.prepare.stages import Stages
 from sspcompile.request.domains import load_outside, load_pools
-from sspcompile.request.recipe import Recipe, resolve
+from sspcompile.request.recipe import Recipe
+from sspcompile.request.options import resolve
 from sspcompile.request.scenario import Scenario, as_recipe
 from sspcompile.request.splits import fit_part, own_fit_part, split
-from sspcompile.select.compiling import Compiled, compile_scenario
+from sspcompile.select.reading import Reading, read_through
 from sspcompile.select.mixture import Mixture, ablated, head_scores, mixture_of
 from sspcompile.select.scoring import score_heads
 from sspcompile.select.shrinkage import shrink
@@ -132,8 +133,8 @@ def options_for(read: Scenario, **options) -> Recipe:
     return resolve(as_recipe(read), command_line=options, environment={})
 
 
-def compiled(model, toolkit, read: Scenario, **options) -> Compiled:
-    return compile_scenario(read, options_for(read, **options), toolkit, model)
+def compiled(model, toolkit, read: Scenario, **options) -> Reading:
+    return read_through(read, options_for(read, **options), toolkit, model)
 
 
 @pytest.mark.parametrize("criterion", ["fisher-greedy", "subspace"])
@@ -188,7 +189,7 @@ def test_switched_off_parts_change_what_they_stand_for_and_nothing_else(model, t
     read = scenario(prompts=PROMPTS)
     whole = compiled(model, toolkit, read, importance_from="domains")
 
-    def without(*parts: str) -> Compiled:
+    def without(*parts: str) -> Reading:
         return compiled(model, toolkit, read, importance_from="domains", without=parts)
 
     free = without("scenario")

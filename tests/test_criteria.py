@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as hnp
 from test_prepare_tools import tiny
 
 from sspcompile.criteria import CRITERIA, bonsai, chance, fisher, greedy_kl, greedy_output, probe_pruning, table
-from sspcompile.criteria.look import Look, Units, rising
+from sspcompile.criteria.units import CriterionInput, Units, rising
 from sspcompile.criteria.measuring import drawn_rows, measure
 from sspcompile.criteria.page import page
 from sspcompile.errors import InputError
@@ -49,7 +49,7 @@ def directions(hidden=16, domains=2):
 
 def look(loaded, *, granularity="head", batch_tokens=4096, new_tokens=2, seed=0):
     batches = batches_of(loaded, continued(loaded, PROMPTS, new_tokens), batch_tokens)
-    return Look(batches, len(PROMPTS), directions(), seed, granularity)
+    return CriterionInput(batches, len(PROMPTS), directions(), seed, granularity)
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,7 @@ def test_greedy_kl_is_backward_elimination_by_brute_force():
 
 @settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 50)), min_size=1, max_size=greedy_kl.WINDOW))
-def test_lazy_elimination_is_exact_where_closing_more_makes_closing_dearer(units):
+def test_lazy_elimination_is_exact_where_closing_more_makes_closing_costs_more(units):
     """Cost (sum of weights)^2 + sum of prices, against measuring every candidate in every step."""
 
     def total(closed):
@@ -347,7 +347,7 @@ BY_HAND = {
 @pytest.mark.parametrize("name", BY_HAND)
 def test_formulas_by_hand_on_two_heads(name):
     model_ = constant_model()
-    given_ = Look(encode(model_, ["war", "tell me about acid ?"]), 2)
+    given_ = CriterionInput(encode(model_, ["war", "tell me about acid ?"]), 2)
     np.testing.assert_allclose(CRITERIA[name].measure(model_, given_), [BY_HAND[name]], rtol=1e-4, atol=1e-6)
 
 
@@ -358,7 +358,7 @@ def test_flap_by_hand():
     # (-2.125 + 5.875) / 2, which lie 3.75 apart before they are standardised.
     values = [[1.0, 0, 0, 0], [0, 0, 0, 0], [0.5, 0.5, 0, 0], [0.5, 2.5, 0, 0]]
     model_ = hand_model(values=values, embeddings=[[2.0, 0, 0, 0], [0, 2.0, 0, 0]])
-    found = CRITERIA["flap"].measure(model_, Look(encode(model_, ["war"]), 1))
+    found = CRITERIA["flap"].measure(model_, CriterionInput(encode(model_, ["war"]), 1))
     np.testing.assert_allclose(found, [[0, 3.75 / (46.1875 / 3) ** 0.5]], rtol=1e-4, atol=1e-9)
 
 

@@ -113,7 +113,7 @@ def test_missing_harness_is_one_line_with_the_command_to_install_it(run):  # noq
 
 def test_only_held_out_prompts_are_asked(artifacts, embedded):
     from sspcompile.api.arguments import find_contenders
-    from sspcompile.api.evaluating import deployment_of, fitted_prompts, scenario_suites
+    from sspcompile.api.evaluate import deployment_of, fitted_prompts, scenario_suites
     from sspcompile.workspace import Workspace
 
     workspace = Workspace(artifacts.parent)

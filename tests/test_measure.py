@@ -343,7 +343,7 @@ def test_bench_from_end_to_end(models: dict[str, Path], tmp_path: Path, monkeypa
 def test_an_onnx_contender_is_measured_like_the_others(tmp_path: Path) -> None:
     from builders import family_config, save_random
 
-    from sspcompile.api.exporting import of_checkpoint, to_onnx
+    from sspcompile.api.export import of_checkpoint, to_onnx
     from sspcompile.export.onnx import PRECISIONS, Blocks
 
     model = save_random(tmp_path / "model", family_config("qwen2", bias=True), seed=1)

@@ -10,16 +10,8 @@ from hypothesis import strategies as st
 
 from sspcompile.errors import RecipeError
 from sspcompile.request.domains import recipes_folder
-from sspcompile.request.recipe import (
-    PARTS,
-    Recipe,
-    ScenarioSpec,
-    dump_recipe,
-    find_recipe,
-    load_recipe,
-    resolve,
-    shipped_recipes,
-)
+from sspcompile.request.options import PARTS, resolve
+from sspcompile.request.recipe import Recipe, ScenarioSpec, dump_recipe, find_recipe, load_recipe, shipped_recipes
 from sspcompile.request.scenario import read_scenario
 
 MINIMAL = """\

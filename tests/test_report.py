@@ -40,13 +40,13 @@ from sspcompile.report.model import (
     ScenarioSection,
     SizesSection,
 )
-from sspcompile.report.points import comparison_page, frontier_page, points_of, render_points
+from sspcompile.report.comparison import comparison_page, frontier_page, points_of, render_points
 from sspcompile.report.schema import SCHEMAS, schema_text
 from sspcompile.report.svg import render_svg
 from sspcompile.report.text import render_text
 from sspcompile.report.verdict import headline, verdict
-from sspcompile.report.view import report_page
-from sspcompile.report.words import change, clean, figures, percent, seconds, size
+from sspcompile.report.page import report_page
+from sspcompile.report.format import change, clean, figures, percent, seconds, size
 
 EVIL = "<script>alert(1)</script> \x1b[31mred\x07 [bold]x[/bold] | a\n# head ![i](http://x.y/z.png) \u202eabc &amp;"
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sspcompile.errors import RecipeError, ScenarioError
-from sspcompile.request.recipe import resolve
+from sspcompile.request.options import resolve
 from sspcompile.request.scenario import LINE_BYTES, as_recipe, read_scenario, scenario_of, slug
 
 

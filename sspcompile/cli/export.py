@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sspcompile.cli.options import here, host_option, json_option, overwrite_option, quiet_option
+from sspcompile.cli.options import host_option, json_option, overwrite_option, quiet_option, workspace
 
 if TYPE_CHECKING:
     from sspcompile.export.onnx import Blocks, Exported, Precision
@@ -108,7 +108,6 @@ def export(
     transformers computes them. int8 and int4 change them by design; what that costs is printed.
     """
     from sspcompile.errors import InputError
-    from sspcompile.workspace import Workspace
 
     if form not in FORMATS:
         raise InputError(f"There is no export format {form!r}.", hint=f"Accepted: {', '.join(FORMATS)}.")
@@ -118,14 +117,14 @@ def export(
         return
     for name in ONNX_ONLY:
         _refuse(onnx[name], "--" + name.replace("_", "-"), "onnx")
-    workspace = Workspace(here())
-    folder = workspace.find(artifact)
-    out = out or workspace.exported / f"{folder.name}-{form}"
-    from sspcompile.export.hf import export_hf
+    from sspcompile.api.arguments import named
+    from sspcompile.api.export import to_hf
     from sspcompile.slicing.hosts import named_host
 
-    manifest = export_hf(folder, out, host=named_host(host), overwrite=overwrite)
-    _say(folder, out, {name: entry["size"] for name, entry in manifest.files.items()}, as_json, {})
+    found = named(artifact, workspace())
+    out = out or workspace().exported / f"{found.name}-{form}"
+    manifest = to_hf(found, out, host=named_host(host), overwrite=overwrite)
+    _say(found.folder, out, {name: entry["size"] for name, entry in manifest.files.items()}, as_json, {})
 
 
 def _refuse(value: object, option: str, form: str) -> None:
@@ -138,25 +137,24 @@ def _refuse(value: object, option: str, form: str) -> None:
 def _to_onnx(
     artifact: str | None, out: Path | None, overwrite: bool, as_json: bool, quiet: bool, onnx: dict[str, object]
 ) -> None:
+    from sspcompile.api.arguments import named
     from sspcompile.checkpoint.publish import refuse_existing
     from sspcompile.cli.progress import stages
     from sspcompile.errors import InputError
-    from sspcompile.workspace import Workspace
 
-    workspace = Workspace(here())
     model = onnx["model"]
     if model is not None and artifact is not None:
         raise InputError("ARTIFACT and --model exclude each other.", hint="Name one of them.")
     precision, blocks = _rounding(onnx)
-    from sspcompile.api.exporting import of_artifact, of_checkpoint, to_onnx
-
-    folder = Path(str(model)) if model is not None else workspace.find(artifact)
-    out = out or workspace.exported / f"{folder.name}-onnx{'' if precision.name == 'fp32' else '-' + precision.name}"
+    found = named(artifact if model is None else str(model), workspace())
+    suffix = "" if precision.name == "fp32" else f"-{precision.name}"
+    out = out or workspace().exported / f"{found.name}-onnx{suffix}"
     refuse_existing(out, overwrite=overwrite)
+    from sspcompile.api.export import source_of, to_onnx
+
     with stages(quiet) as progress:
-        source = of_artifact(folder) if model is None else of_checkpoint(str(model))
         done = to_onnx(
-            source,
+            source_of(found),
             out,
             precision,
             blocks=blocks,
@@ -167,7 +165,7 @@ def _to_onnx(
             progress=progress,
         )
     sizes = {name: entry["size"] for name, entry in done.manifest.files.items()}
-    _say(folder, out, sizes, as_json, _measured(done, precision))
+    _say(found.folder, out, sizes, as_json, _measured(done, precision))
     if not as_json:
         click.echo(_sentence(done, precision))
     if not quiet:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from sspcompile.report.format import change, clean, count, figures, percent, quantity, seconds, size, with_interval
 from sspcompile.report.model import LatencyRow, LatencySection, Pair, QualityRow, Report
 from sspcompile.report.svg import render_svg
 from sspcompile.report.verdict import verdict
-from sspcompile.report.words import change, clean, count, figures, percent, quantity, seconds, size, with_interval
 
 PROMPTS_SHOWN = 5
 PROMPT_CHARACTERS = 300

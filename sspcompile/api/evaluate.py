@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sspcompile.api.arguments import Contenders
+from sspcompile.api.arguments import CutModel
 from sspcompile.checkpoint import Checkpoint, embedded_model, fingerprint
 from sspcompile.embedded.corpus import DOMAIN_DATA
 from sspcompile.embedded.corpus import items as embedded_items
@@ -22,20 +22,19 @@ from sspcompile.evaluate.questions import Conversation, Question, read_data, sin
 from sspcompile.evaluate.results import SuiteResult, suite_result
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.prepare.toolkits import toolkit_for
-from sspcompile.progress import Progress
+from sspcompile.progress import Progress, silent
 from sspcompile.request.domains import DomainPool, load_outside, load_pools
 from sspcompile.request.pools import pools_of
-from sspcompile.request.recipe import load_recipe, resolve
-from sspcompile.request.scenario import as_recipe, read_scenario, scenario_of
+from sspcompile.request.request import built_request, read_request
 from sspcompile.request.splits import seen_part, split, whole_shares
-from sspcompile.select.compiling import compile_scenario, score_key
+from sspcompile.select.reading import read_through, score_key
 from sspcompile.slicing.mask import load_mask
 from sspcompile.workspace import MASK, RECIPE, Workspace
 
 SUITE_ITEMS = 100
 # The generator's seed for evaluation items; pools, training and the benchmarks draw with others.
 LABELLED_SEED = 5000
-RECIPE_BYTES = 256 * 1024 * 1024  # an artifact's own recipe holds all prompts of a prompt file
+DEFAULT_LIMITS = Limits(max_tokens=512, new_tokens=32, batch_size=32)
 
 
 @dataclass(frozen=True)
@@ -59,33 +58,37 @@ class Deployment:
 
 
 def deployment_of(
-    contenders: Contenders,
-    scenario: str | None,
-    loaded: LoadedModel,
-    workspace: Workspace,
-    seed: int,
-    progress: Progress,
+    model: CutModel, scenario: str | None, loaded: LoadedModel, workspace: Workspace, seed: int, progress: Progress
 ) -> Deployment | None:
-    """The artifact's own scenario, or the one that was asked for; None when neither is known."""
-    fitted: frozenset[str] = frozenset()
-    own, weights, pools = (), {}, (*load_pools(), *load_outside())
-    if contenders.artifact is not None:
-        built = load_recipe(contenders.artifact / RECIPE, limit=RECIPE_BYTES)
-        own, given = scenario_of(built).prompts, pools_of(built)
-        pools = (*given.candidates, *given.outside)
-        stated = load_mask(contenders.artifact / MASK).scenario
-        weights = _spread(stated["mixture"], stated["unknown"])
-        fitted = frozenset(seen_part(tuple(dict.fromkeys(own))))
+    """The build's own scenario, or the one that was asked for; None when neither is known."""
+    own = _built_for(model.build) if model.build is not None else None
     if scenario is None:
-        return Deployment(weights, own, fitted, pools) if contenders.artifact is not None else None
-    read, recipe = read_scenario(scenario)
-    options = resolve(recipe or as_recipe(read), command_line={"seed": seed}, environment={})
-    toolkit, _ = toolkit_for(contenders.dense, loaded, options, workspace, progress, [score_key(options)])
-    mixture = compile_scenario(read, options, toolkit, loaded).mixture
-    if contenders.artifact is None:  # it may have been built for this very scenario
-        fitted = frozenset(seen_part(tuple(dict.fromkeys(read.prompts))))
+        return own
+    request = read_request(scenario, {"seed": seed}, {})
+    toolkit, _ = toolkit_for(model.dense, loaded, request.options, workspace, progress, [score_key(request.options)])
+    mixture = read_through(request, toolkit, loaded).mixture
     shares = dict(zip(mixture.domains, map(float, mixture.weights), strict=True))
-    return Deployment(_spread(shares, mixture.unknown), read.prompts, fitted, pools)
+    prompts = request.scenario.prompts
+    return Deployment(
+        weights=_spread(shares, mixture.unknown),
+        prompts=prompts,
+        # Without a build's own record, it may have been built for this very scenario.
+        fitted=own.fitted if own is not None else frozenset(seen_part(tuple(dict.fromkeys(prompts)))),
+        pools=own.pools if own is not None else (*load_pools(), *load_outside()),
+    )
+
+
+def _built_for(folder: Path) -> Deployment:
+    """What a build was made for, from its own recipe and mask."""
+    request = built_request(folder / RECIPE)
+    given, prompts = pools_of(request.options), request.scenario.prompts
+    stated = load_mask(folder / MASK).scenario
+    return Deployment(
+        weights=_spread(stated["mixture"], stated["unknown"]),
+        prompts=prompts,
+        fitted=frozenset(seen_part(tuple(dict.fromkeys(prompts)))),
+        pools=(*given.candidates, *given.outside),
+    )
 
 
 def _spread(weights: Mapping[str, float], unknown: float) -> dict[str, float]:
@@ -165,25 +168,25 @@ def data_suite(path: Path, fitted: frozenset[str], *, count: int | None, seed: i
 
 
 def evaluate(
-    contenders: Contenders,
-    *,
-    scenario: str | None,
-    data: Sequence[Path],
-    items: int | None,
-    limits: Limits,
-    seed: int,
+    model: CutModel,
     workspace: Workspace,
-    progress: Progress,
+    progress: Progress = silent,
+    *,
+    scenario: str | None = None,
+    data: Sequence[Path] = (),
+    items: int | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+    seed: int = 0,
 ) -> list[SuiteResult]:
     """Ask both models all suites. Raises InputError when there is nothing to ask, and whatever reading raises."""
     for path in data:  # malformed files are refused before anything heavy starts
         read_data(path)
-    if contenders.artifact is None and scenario is None and not data:
-        raise InputError(f"{contenders.name} does not say which scenario it is for.", hint="Give --scenario or --data.")
-    dense, sliced = contenders.load()
-    deployment = deployment_of(contenders, scenario, dense, workspace, seed, progress)
+    if model.build is None and scenario is None and not data:
+        raise InputError(f"{model.name} does not say which scenario it is for.", hint="Give --scenario or --data.")
+    dense, sliced = model.load()
+    deployment = deployment_of(model, scenario, dense, workspace, seed, progress)
     fitted = fitted_prompts(deployment)
-    labelled = contenders.dense.fingerprint == fingerprint(Checkpoint(embedded_model()))
+    labelled = model.dense.fingerprint == fingerprint(Checkpoint(embedded_model()))
     suites = []
     if deployment is not None:
         suites += scenario_suites(deployment, fitted, labelled=labelled, count=items or SUITE_ITEMS, seed=seed)

@@ -11,16 +11,12 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
-from sspcompile.api.verifying import dense_of
-from sspcompile.checkpoint import check_manifest, locate
-from sspcompile.checkpoint.locate import EMBEDDED
+from sspcompile.api.arguments import Named
 from sspcompile.errors import InputError
 from sspcompile.model.decoder import Chooser, TextModel
 from sspcompile.model.loading import load_cut
-from sspcompile.model.onnx_text import OnnxText, is_onnx, load_onnx
+from sspcompile.model.onnx_text import OnnxText, load_onnx
 from sspcompile.model.text import render, token_ids
-from sspcompile.slicing.configuration import MODELING_FILE, ships_code
-from sspcompile.workspace import MASK, MODEL, Workspace
 
 Model = TextModel | OnnxText
 
@@ -60,26 +56,20 @@ class Sampling:
         return choose
 
 
-def find_model(given: str | None, workspace: Workspace, *, dense: bool) -> Path:
-    """The model folder behind an artifact (by folder, by name, or the last one), an export or any model.
+def open_model(
+    found: Named, *, dense: bool = False, device: str = "cpu", trust_remote_code: bool = False
+) -> tuple[Path, Model]:
+    """What an argument names, ready to write, and its folder; with `dense` the model that it was cut from.
 
-    With `dense`, of the model that an artifact or export was cut from. Raises ArtifactError or CheckpointError.
+    Code in the folder runs only when it is ours, or trusted by the user. Raises ArtifactError or CheckpointError.
     """
-    folder = Path(given) if given is not None else None
-    if folder is not None and not (folder / MASK).is_file() and ((folder / "config.json").is_file() or is_onnx(folder)):
-        return dense_of(folder, check_manifest(folder), None).checkpoint.path if dense else folder
-    if given == EMBEDDED:
-        return locate(None)
-    artifact = workspace.find(given)
-    return dense_of(artifact, check_manifest(artifact), None).checkpoint.path if dense else artifact / MODEL
-
-
-def open_model(folder: Path, *, device: str = "cpu", trust_remote_code: bool = False) -> Model:
-    """Open a model folder or an export. Code in the folder runs only when it is ours, or trusted by the user."""
-    if is_onnx(folder):
-        return load_onnx(folder, provider=device)
-    ours = (folder / MODELING_FILE).is_file() and ships_code(folder)
-    return load_cut(folder, device=device, trust_remote_code=ours or trust_remote_code)
+    if dense:
+        folder = found.dense().checkpoint.path
+        return folder, load_cut(folder, device=device, trust_remote_code=trust_remote_code)
+    if found.onnx:
+        return found.model, load_onnx(found.model, provider=device)
+    trusted = found.custom_code or trust_remote_code
+    return found.model, load_cut(found.model, device=device, trust_remote_code=trusted)
 
 
 def write(

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import sspcompile
-from sspcompile.checkpoint import Checkpoint, Manifest, fingerprint, locate, staged, write_manifest
-from sspcompile.checkpoint.locate import EMBEDDED
+from sspcompile.checkpoint import Manifest, staged, write_manifest
 from sspcompile.errors import ArtifactError, CheckpointError
 from sspcompile.export.card import licence_of, slice_card
+from sspcompile.model.dense import DenseModel, open_dense
 from sspcompile.progress import Progress, silent
 from sspcompile.slicing.mask import HeadMask, dump_mask, load_mask
 from sspcompile.slicing.plan import SlicePlan, make_plan, plan_json
@@ -22,11 +22,9 @@ from sspcompile.workspace import MASK, PLAN
 class Cut:
     """A mask that fits a checkpoint: everything that is known before a byte is written."""
 
-    checkpoint: Checkpoint
+    dense: DenseModel
     mask: HeadMask
     plan: SlicePlan
-    source: str
-    fingerprint: str
 
 
 def open_cut(model: str | None, mask: Path, *, host: str | None, any_model: bool = False) -> Cut:
@@ -35,18 +33,15 @@ def open_cut(model: str | None, mask: Path, *, host: str | None, any_model: bool
     The identity of a model is its configuration, tokenizer and weights, not its place, so a mask that was compiled on
     another machine fits a copy of its model.
     """
-    checkpoint = Checkpoint(locate(model))
+    dense = open_dense(model)
     read = load_mask(mask, empty_layers=True)
-    plan = make_plan(checkpoint, read, host=host)
-    identity = fingerprint(checkpoint)
-    if read.model and read.model != identity and not any_model:
+    plan = make_plan(dense.checkpoint, read, host=host)
+    if read.model and read.model != dense.fingerprint and not any_model:
         raise ArtifactError(
-            f"{mask} was compiled for another model than {checkpoint.path}.",
+            f"{mask} was compiled for another model than {dense.checkpoint.path}.",
             hint="Name that model with --model, or give --any-model to use the mask nevertheless.",
         )
-    typed = Path(model).expanduser() if model not in (None, EMBEDDED) else None
-    source = str(typed.absolute()) if typed is not None and typed.is_dir() else model or EMBEDDED
-    return Cut(checkpoint, read, plan, source, identity)
+    return Cut(dense, read, plan)
 
 
 def write_cut(
@@ -63,9 +58,9 @@ def write_cut(
 
     `checksums` adds the sha256 of the weight files to the manifest, which reads them once more.
     """
-    if not cut.checkpoint.has_weights:
+    if not cut.dense.checkpoint.has_weights:
         raise CheckpointError(
-            f"{cut.checkpoint.path} holds a configuration without weights.",
+            f"{cut.dense.checkpoint.path} holds a configuration without weights.",
             hint="`sspcompile plan` works without them.",
         )
     done = 0
@@ -77,7 +72,7 @@ def write_cut(
 
     with staged(out, overwrite=overwrite) as folder:
         write_model(
-            cut.checkpoint,
+            cut.dense.checkpoint,
             cut.plan,
             folder,
             max_shard_bytes=max_shard_bytes,
@@ -89,9 +84,9 @@ def write_cut(
         (folder / PLAN).write_text(json.dumps(plan, indent=1) + "\n", "utf-8")
         origin = {
             "sspcompile": sspcompile.__version__,
-            "source": cut.fingerprint,
-            "source_name": cut.source,
-            "licence": licence_of(cut.checkpoint.path),
+            "source": cut.dense.fingerprint,
+            "source_name": cut.dense.place,
+            "licence": licence_of(cut.dense.checkpoint.path),
         }
         (folder / "README.md").write_text(slice_card(plan, cut.mask, origin, out.name), "utf-8")
         return write_manifest(folder, origin, hash_weights=checksums)

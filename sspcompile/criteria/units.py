@@ -21,7 +21,7 @@ Granularity = Literal["head", "group"]
 
 
 @dataclass(frozen=True)
-class Look:
+class CriterionInput:
     """What a criterion is given: `prompts` texts, each with the dense model's own continuation, in padded `batches`.
 
     `directions` [L, K, d]: unit probe directions, for the subspace scores only. `seed` settles every random choice.

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import sspcompile
-from sspcompile.api.benching import Wish, bench
-from sspcompile.api.building import build
+from sspcompile.api.bench import BenchRequest, bench
+from sspcompile.api.build import build
 from sspcompile.checkpoint import staged, write_manifest
 from sspcompile.checkpoint.manifest import NAME as MANIFEST
 from sspcompile.checkpoint.manifest import check_manifest
 from sspcompile.errors import InputError, OutputExistsError
 from sspcompile.model.dense import DenseModel
-from sspcompile.progress import Progress
+from sspcompile.progress import Progress, silent
+from sspcompile.report.comparison import Points, frontier_page, points_of, render_points
 from sspcompile.report.json import read_report
-from sspcompile.report.points import Points, frontier_page, points_of, render_points
 from sspcompile.report.write import write_page
 from sspcompile.request.domains import pools_fingerprint
 from sspcompile.request.pools import pools_of
-from sspcompile.request.recipe import Recipe, dump_recipe
-from sspcompile.request.scenario import Scenario
+from sspcompile.request.recipe import dump_recipe
+from sspcompile.request.request import Request
 from sspcompile.workspace import RECIPE, REPORT, Workspace
 
 FRONTIER = "frontier"
@@ -62,6 +63,15 @@ def read_axis(text: str) -> Axis:
     return Axis(option, values)
 
 
+def refuse_clash(axis: Axis, given: Mapping[str, Any]) -> None:
+    """Raise InputError when an option is given that the sweep sets."""
+    budgets = ("keep", "strength")
+    swept = budgets if axis.option in budgets else (axis.option,)
+    clash = next((name for name in swept if given.get(name) is not None), None)
+    if clash is not None:
+        raise InputError(f"--{clash} and --sweep {axis.option} exclude each other.", hint="Leave one of them out.")
+
+
 def _range(text: str) -> tuple[str, ...]:
     """START:STOP:STEP, the stop included where a step ends on it."""
     start, stop, step = (float(part) for part in text.split(":"))
@@ -73,12 +83,11 @@ def _range(text: str) -> tuple[str, ...]:
 
 def sweep(
     axis: Axis,
-    requests: Sequence[tuple[Scenario, Recipe]],
-    subject: DenseModel,
+    requests: Sequence[Request],
+    dense: DenseModel,
     out: Path,
     workspace: Workspace,
-    cores: int,
-    progress: Progress,
+    progress: Progress = silent,
     *,
     overwrite: bool = False,
     measured: bool = True,
@@ -89,16 +98,16 @@ def sweep(
     OutputExistsError for a finished build of another request.
     """
     folders = []
-    for number, (value, (scenario, options)) in enumerate(zip(axis.values, requests, strict=True)):
+    for number, (value, request) in enumerate(zip(axis.values, requests, strict=True)):
         folder = out / f"{axis.option}-{value}"
         progress("sweep", number, len(requests))
-        if not _finished(folder, options, subject, overwrite):
-            build(scenario, options, subject, folder, workspace, progress, overwrite=overwrite)
+        if not _finished(folder, request, dense, overwrite):
+            build(request, dense, folder, workspace, progress, overwrite=overwrite)
         folders.append(folder)
     progress("sweep", len(requests), len(requests))
     if measured:
         given = [str(folder) for folder in folders]
-        bench(given, Wish(quick=True), workspace, cores, against=None, model=None, fresh=False, progress=progress)
+        bench(given, BenchRequest(quick=True), workspace, progress)
     points = points_of(f"Sweep of {axis.option}", {folder.name: read_report(folder / REPORT) for folder in folders})
     with staged(out / FRONTIER, overwrite=True) as folder:
         write_page(frontier_page(points), render_points(points), folder, FRONTIER)
@@ -106,12 +115,12 @@ def sweep(
     return points
 
 
-def _finished(folder: Path, options: Recipe, subject: DenseModel, overwrite: bool) -> bool:
+def _finished(folder: Path, request: Request, dense: DenseModel, overwrite: bool) -> bool:
     if overwrite or not (folder / MANIFEST).is_file():
         return False
     origin = check_manifest(folder).origin
     made = (origin.get("source"), origin.get("pools"), origin.get("sspcompile"))
-    now = (subject.fingerprint, pools_fingerprint(pools_of(options).candidates), sspcompile.__version__)
-    if (folder / RECIPE).read_text("utf-8") != dump_recipe(options) or made != now:
+    now = (dense.fingerprint, pools_fingerprint(pools_of(request.options).candidates), sspcompile.__version__)
+    if (folder / RECIPE).read_text("utf-8") != dump_recipe(request.recipe()) or made != now:
         raise OutputExistsError(f"{folder} was built from something else.", hint="Give --overwrite, or another --out.")
     return True

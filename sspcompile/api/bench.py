@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,8 +14,8 @@ from typing import Any
 import psutil
 
 import sspcompile
-from sspcompile.api.arguments import Contenders, find_contenders
-from sspcompile.api.exporting import Source, of_artifact, of_checkpoint, to_onnx
+from sspcompile.api.arguments import CutModel, Named, cut_model
+from sspcompile.api.export import source_of, to_onnx
 from sspcompile.bench.latency import BenchResult, Contender, Runtime, check
 from sspcompile.bench.latency import bench as measure
 from sspcompile.bench.load import Load, Settings
@@ -23,8 +24,7 @@ from sspcompile.checkpoint.manifest import check_manifest, write_manifest
 from sspcompile.checkpoint.publish import scratch, write_atomically
 from sspcompile.errors import ArtifactError, InputError
 from sspcompile.model.dense import DenseModel
-from sspcompile.model.onnx_text import is_onnx
-from sspcompile.progress import Progress, stage_of
+from sspcompile.progress import Progress, silent, stage_of
 from sspcompile.report.build import latency_section
 from sspcompile.report.json import read_report
 from sspcompile.report.model import Report
@@ -38,7 +38,7 @@ RUNTIMES: tuple[Runtime, ...] = ("hf", "onnx")
 
 
 @dataclass(frozen=True)
-class Wish:
+class BenchRequest:
     """What the user asked for; None where nothing was said."""
 
     quick: bool = False
@@ -94,30 +94,29 @@ class Benched:
 
 def bench(
     given: Sequence[str | None],
-    wish: Wish,
+    request: BenchRequest,
     workspace: Workspace,
-    cores: int,
+    progress: Progress = silent,
     *,
-    against: str | None,
-    model: str | None,
-    fresh: bool,
-    progress: Progress,
+    against: str | None = None,
+    model: str | None = None,
+    fresh: bool = False,
 ) -> Benched:
     """Measure, write every sample to the artifacts' bench.json, and put the summary into their reports.
 
     `given` are artifacts, exports or model folders that were cut from one dense model, which is looked for at `model`
     where it was moved. `against` is what they are compared with: None or `dense` for that model, or another folder.
-    An interrupted measurement goes on where it stopped unless `fresh`. Raises what `measure.latency.bench` raises, and
+    An interrupted measurement goes on where it stopped unless `fresh`. Raises what `bench.latency.bench` raises, and
     ArtifactError for damaged files.
     """
-    entries = [find_contenders(one, model, workspace, option="--model") for one in given]
-    reference = None if against in (None, DENSE) else find_contenders(against, model, workspace, option="--model")
+    entries = [cut_model(one, model, workspace, option="--model") for one in given]
+    reference = None if against in (None, DENSE) else cut_model(against, model, workspace, option="--model")
     dense = _one_dense([*entries, *([reference] if reference else [])])
-    settings = wish.settings(dense.checkpoint.config.get("max_position_embeddings"), cores)
+    settings = request.settings(dense.checkpoint.config.get("max_position_embeddings"), os.cpu_count() or 1)
     # Graphs that only this measurement needs lie where weights can be linked.
     with scratch(workspace.artifacts, "bench") as place:
-        own = [list(_of(entry, _name(entry, entries), wish, place)) for entry in entries]
-        contenders = [*_reference(reference, dense, entries, wish, place), *(c for part in own for c in part)]
+        own = [list(_of(entry, _name(entry, entries), request, place)) for entry in entries]
+        contenders = [*_reference(reference, dense, entries, request, place), *(c for part in own for c in part)]
         check(contenders, settings)
         notes = _Notes(workspace, _key(contenders, entries, dense, settings))
         result = measure(
@@ -129,9 +128,9 @@ def bench(
         )
     artifacts = []
     for entry, part in zip(entries, own, strict=True):
-        if entry.artifact is not None:
-            _record(entry.artifact, result, {contender.name for contender in part})
-            artifacts.append(entry.artifact)
+        if entry.build is not None:
+            _record(entry.build, result, {contender.name for contender in part})
+            artifacts.append(entry.build)
     notes.forget()
     if len(artifacts) == len(entries) == 1:
         return Benched(result, tuple(artifacts), read_report(artifacts[0] / REPORT))
@@ -139,7 +138,7 @@ def bench(
     return Benched(result, tuple(artifacts), Report(title=title, model=dense.name, latency=latency_section(result)))
 
 
-def _one_dense(entries: Sequence[Contenders]) -> DenseModel:
+def _one_dense(entries: Sequence[CutModel]) -> DenseModel:
     first, *others = entries
     for other in others:
         if other.dense.fingerprint != first.dense.fingerprint:
@@ -149,68 +148,64 @@ def _one_dense(entries: Sequence[Contenders]) -> DenseModel:
     return first.dense
 
 
-def _name(entry: Contenders, entries: Sequence[Contenders]) -> str:
+def _name(entry: CutModel, entries: Sequence[CutModel]) -> str:
     """`sliced` for a single one; the folder's name, and its parents where names are shared."""
     if len(entries) == 1:
         return "sliced"
     alike = [other for other in entries if other.name == entry.name]
-    return entry.name if len(alike) == 1 else str(entry.artifact or entry.model)
+    return entry.name if len(alike) == 1 else str(entry.found.folder)
 
 
 def _reference(
-    reference: Contenders | None, dense: DenseModel, entries: Sequence[Contenders], wish: Wish, place: Path
+    reference: CutModel | None, dense: DenseModel, entries: Sequence[CutModel], request: BenchRequest, place: Path
 ) -> Iterator[Contender]:
     if reference is not None:
-        yield from _of(reference, reference.name, wish, place)
+        yield from _of(reference, reference.name, request, place)
         return
-    runtimes = dict.fromkeys(runtime for entry in entries for runtime in _runtimes(entry, wish))
+    runtimes = dict.fromkeys(runtime for entry in entries for runtime in _runtimes(entry, request))
     sizes = plan_counts(dense.checkpoint, 1.0, "per-layer").dense
     flops = (sizes.flops_per_token, sizes.flops_per_position)
     for runtime in runtimes:
         path = dense.checkpoint.path
         if runtime == "onnx":
             path = place / DENSE
-            _as_onnx(of_checkpoint(str(dense.checkpoint.path)), path)
+            _as_onnx(Named("model", dense.checkpoint.path, dense.checkpoint.path), path)
         yield Contender(_labelled(DENSE, runtime, len(runtimes)), path, runtime, flops=flops)
 
 
-def _of(entry: Contenders, name: str, wish: Wish, place: Path) -> Iterator[Contender]:
-    runtimes = _runtimes(entry, wish)
+def _of(entry: CutModel, name: str, request: BenchRequest, place: Path) -> Iterator[Contender]:
+    runtimes = _runtimes(entry, request)
     flops = None
-    if entry.artifact is not None:
-        plan = json.loads((entry.artifact / PLAN).read_text("utf-8"))
+    if (entry.found.folder / PLAN).is_file():
+        plan = json.loads((entry.found.folder / PLAN).read_text("utf-8"))
         flops = (int(plan["flops_per_token"]["sliced"]), int(plan["flops_per_position"]["sliced"]))
     for runtime in runtimes:
-        path = entry.model
-        if runtime == "onnx" and not is_onnx(path):
-            if entry.artifact is None:
-                raise InputError(
-                    f"{path} is no ONNX export.", hint="Name an artifact, or a folder of `export --format onnx`."
-                )
+        path = entry.found.model
+        if runtime == "onnx" and not entry.found.onnx:
             path = place / hashlib.sha256(name.encode()).hexdigest()[:8]
-            _as_onnx(of_artifact(entry.artifact), path)
-        yield Contender(_labelled(name, runtime, len(runtimes)), path, runtime, entry.custom_code, flops)
+            _as_onnx(entry.found, path)
+        yield Contender(_labelled(name, runtime, len(runtimes)), path, runtime, entry.found.custom_code, flops)
 
 
-def _runtimes(entry: Contenders, wish: Wish) -> tuple[Runtime, ...]:
-    return ("onnx",) if is_onnx(entry.model) else wish.runtimes
+def _runtimes(entry: CutModel, request: BenchRequest) -> tuple[Runtime, ...]:
+    return ("onnx",) if entry.found.onnx else request.runtimes
 
 
 def _labelled(name: str, runtime: Runtime, count: int) -> str:
     return name if runtime == "hf" and count == 1 else f"{name}, {runtime}"
 
 
-def _as_onnx(source: Source, out: Path) -> None:
+def _as_onnx(found: Named, out: Path) -> None:
     from sspcompile.export.onnx import PRECISIONS, Blocks
 
-    to_onnx(source, out, PRECISIONS["fp32"], blocks=Blocks(), link=True)
+    to_onnx(source_of(found), out, PRECISIONS["fp32"], blocks=Blocks(), link=True)
 
 
 def _key(
-    contenders: Sequence[Contender], entries: Sequence[Contenders], dense: DenseModel, settings: Settings
+    contenders: Sequence[Contender], entries: Sequence[CutModel], dense: DenseModel, settings: Settings
 ) -> dict[str, Any]:
     """What must be the same for a measurement to go on: inputs, settings, machine, versions."""
-    marks = {str(entry.artifact or entry.model): _mark(entry.artifact or entry.model) for entry in entries}
+    marks = {str(entry.found.folder): _mark(entry.found.folder) for entry in entries}
     return {
         "contenders": [[c.name, c.runtime] for c in contenders],
         "inputs": marks,

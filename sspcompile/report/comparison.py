@@ -7,10 +7,10 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
+from sspcompile.report.format import change, figures, percent, size, with_interval
 from sspcompile.report.model import Estimate, LatencyRow, Report, Section
+from sspcompile.report.page import Block, Page, Picture, Table, page
 from sspcompile.report.verdict import headline
-from sspcompile.report.view import Block, Page, Picture, Table, page
-from sspcompile.report.words import change, figures, percent, size, with_interval
 
 SCHEMA_VERSION = 1
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from sspcompile.api.arguments import demand, named
 from sspcompile.checkpoint import staged, write_manifest
+from sspcompile.report.comparison import Points, comparison_page, points_of, render_points
 from sspcompile.report.json import read_report
 from sspcompile.report.model import Report
-from sspcompile.report.points import Points, comparison_page, points_of, render_points
 from sspcompile.report.write import write_page
 from sspcompile.workspace import REPORT, Workspace
 
@@ -16,8 +17,8 @@ NAME = "comparison"
 
 
 def compare(given: Sequence[str], workspace: Workspace) -> Points:
-    """The points of these artifacts. Raises ArtifactError for what is none."""
-    folders = [workspace.find(one) for one in given]
+    """The points of these builds. Raises InputError for anything else: only a build has a report."""
+    folders = [demand(named(one, workspace), "build", command="compare").folder for one in given]
     return points_of(f"{len(folders)} builds side by side", _named(folders))
 
 
