@@ -25,7 +25,9 @@ from sspcompile.embedded.corpus import (
 from sspcompile.embedded.corpus.wording import ask
 from sspcompile.embedded.handwritten import HANDWRITTEN
 from sspcompile.embedded.pools import pool_paths, pool_text
+from sspcompile.embedded.questions import QUESTIONS_FILE, questions
 from sspcompile.embedded.subjects import draw_description
+from training.questions import QUESTIONS_PER_DOMAIN, questions_text
 
 ALL_DOMAINS = (*DOMAINS, *OUTSIDE_DOMAINS)
 WEIGHT_LIMIT_BYTES = 8_000_000
@@ -129,6 +131,22 @@ def test_pool_is_large_unique_and_apart_from_evaluation(domain):
     assert len(pool["descriptions"]) == len(set(pool["descriptions"])) >= 24
     assert len(pool["prompts"]) == len(set(pool["prompts"])) >= 96
     assert set(pool["prompts"]).isdisjoint(item.prompt for item in items(domain, "heldout", 20, 400))
+
+
+def test_question_file_is_what_the_script_writes():
+    assert QUESTIONS_FILE.read_text("utf-8") == questions_text()
+
+
+@pytest.mark.parametrize("domain", ALL_DOMAINS)
+def test_shipped_questions_are_apart_from_pools_and_training(domain):
+    prompts = {question.prompt for question in questions(domain)}
+    assert len(prompts) == len(questions(domain)) == QUESTIONS_PER_DOMAIN
+    assert prompts.isdisjoint(YAML(typ="safe").load(pool_paths()[domain])["prompts"])
+    assert prompts.isdisjoint(item.prompt for item in items(domain, "train", 5, 900))
+
+
+def test_a_domain_of_the_user_s_own_has_no_shipped_questions():
+    assert questions("astrology") == ()
 
 
 def test_handwritten_questions_have_the_same_forms_in_every_domain():

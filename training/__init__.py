@@ -1,0 +1,1 @@
+"""What makes the embedded model and the text that goes with it; no part of the installed package."""
