@@ -33,7 +33,6 @@ from sspcompile.compile.mask import Layout
 from sspcompile.criteria import CRITERIA
 from sspcompile.criteria.measuring import measure
 from sspcompile.domains import load_outside, load_pools
-from sspcompile.embedded.corpus import DOMAINS, items
 from sspcompile.loaded import LoadedModel, head_gates
 from sspcompile.measure.answers import EncodedItems, answer_scores, encode_items
 from sspcompile.pipeline.compiling import AUTO_CRITERION, Ranking, open_subject
@@ -45,6 +44,7 @@ from sspcompile.prepare.importance import probe_directions
 from sspcompile.prepare.text import MAX_TOKENS, Batch, Sentence, batches_of, continued
 from sspcompile.slicing.fitting import fit_biases, fit_repairs
 from sspcompile.slicing.repair import Repair, repaired
+from training.corpus import DOMAINS, items
 
 Cell = tuple[Layout, float]
 KEEPS = (0.75, 0.5, 0.375, 0.25)

@@ -9,13 +9,13 @@ import pytest
 import torch
 from test_prepare_tools import TEMPLATE, tiny
 
-from sspcompile.embedded.corpus import DOMAINS, items
 from sspcompile.errors import InputError
 from sspcompile.loaded import LoadedModel, head_gates
 from sspcompile.measure.answers import answer_scores, encode_items, encode_references
 from sspcompile.prepare.text import encode, greedy, sentences
 from sspcompile.slicing.fitting import fit_repairs
 from sspcompile.slicing.repair import repaired
+from training.corpus import DOMAINS, items
 
 
 @dataclass(frozen=True)

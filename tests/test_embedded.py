@@ -12,22 +12,13 @@ import torch
 from ruamel.yaml import YAML
 
 from sspcompile.embedded import MODEL_DIR
-from sspcompile.embedded.corpus import (
-    DOMAIN_DATA,
-    DOMAINS,
-    FORM_CYCLE,
-    FORMS,
-    OUTSIDE_DOMAINS,
-    TASKS,
-    cross_items,
-    items,
-)
-from sspcompile.embedded.corpus.wording import ask
-from sspcompile.embedded.handwritten import HANDWRITTEN
-from sspcompile.embedded.pools import pool_paths, pool_text
 from sspcompile.embedded.questions import QUESTIONS_FILE, questions
-from sspcompile.embedded.subjects import draw_description
+from training.corpus import DOMAIN_DATA, DOMAINS, FORM_CYCLE, FORMS, OUTSIDE_DOMAINS, TASKS, cross_items, items
+from training.corpus.wording import ask
+from training.handwritten import HANDWRITTEN
+from training.pools import pool_paths, pool_text
 from training.questions import QUESTIONS_PER_DOMAIN, questions_text
+from training.subjects import draw_description
 
 ALL_DOMAINS = (*DOMAINS, *OUTSIDE_DOMAINS)
 WEIGHT_LIMIT_BYTES = 8_000_000
@@ -191,7 +182,7 @@ def test_vocabulary_of_tokenizer_and_model_agree(model, tokenizer):
 
 
 def test_training_forward_equals_the_stock_forward(model):
-    from sspcompile.embedded.network import hidden_states
+    from training.network import hidden_states
 
     tokens = torch.randint(2, model.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -201,7 +192,7 @@ def test_training_forward_equals_the_stock_forward(model):
 
 
 def test_a_head_is_active_by_the_norm_of_its_part_of_the_stream(model):
-    from sspcompile.embedded.network import HALF_ACTIVE, HEAD_DIM, HEADS, hidden_states
+    from training.network import HALF_ACTIVE, HEAD_DIM, HEADS, hidden_states
 
     tokens = torch.randint(2, model.config.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
     real = torch.ones(2, 12, dtype=torch.bool)
@@ -227,7 +218,7 @@ def test_a_head_is_active_by_the_norm_of_its_part_of_the_stream(model):
 
 
 def test_shipped_weights_answer_held_out_questions(model, tokenizer):
-    from sspcompile.embedded.evaluate import evaluate
+    from training.evaluate import evaluate
 
     accuracy = evaluate(model, tokenizer, count=40, seed=21)
     assert accuracy.mean >= TARGET, accuracy.table()
@@ -235,8 +226,8 @@ def test_shipped_weights_answer_held_out_questions(model, tokenizer):
 
 def test_half_of_the_layers_are_missed():
     """A model in which one layer decides, or any layer stands in for any other, cannot tell head scores apart."""
-    from sspcompile.embedded.card import layer_needs
     from sspcompile.pipeline.compiling import open_subject
+    from training.card import layer_needs
 
     needs = layer_needs(open_subject(None).load(), count=60, seed=22)
     costs = [needs.first[-1] - left for left in needs.without]
@@ -257,6 +248,6 @@ def test_the_subject_of_a_newly_composed_sentence_is_named(model, tokenizer):
 
 def test_the_domain_of_a_sentence_in_other_words_is_readable_above_chance(model, tokenizer):
     """Not well: the model card says how well. A sentence is only as clear as the words that the corpus knows."""
-    from sspcompile.embedded.probe import separability
+    from training.probe import separability
 
     assert separability(model, tokenizer, model.config.num_hidden_layers // 2) > 0.6

@@ -12,13 +12,13 @@ from test_cli import refused, run  # noqa: F401 (a fixture)
 from test_prepare_tools import TEMPLATE, tiny
 
 from sspcompile.domains import load_pools
-from sspcompile.embedded.corpus import items
 from sspcompile.embedded.questions import questions
 from sspcompile.measure.asking import Limits, ask, takes_conversations
 from sspcompile.measure.evaluation import mean_over_turns
 from sspcompile.measure.questions import Conversation, Question, single
 from sspcompile.pipeline.evaluating import Deployment, deployment_of, fitted_prompts, scenario_suites
 from sspcompile.pipeline.evidence import seen_part, split
+from training.corpus import items
 
 PROMPTS = [item.prompt for item in items("chemistry", "train", 77, 24)]
 FAST = ("--continuation-tokens", "2", "--max-tokens", "48", "--criterion", "subspace", "--quiet")

@@ -10,8 +10,8 @@ import argparse
 import json
 from pathlib import Path
 
-from sspcompile.embedded.corpus import DOMAIN_DATA, items
 from sspcompile.embedded.questions import QUESTIONS_FILE
+from training.corpus import DOMAIN_DATA, items
 
 QUESTION_SEED = 5000
 """Seed of the shipped questions; pools, training and the benchmarks draw with others."""
