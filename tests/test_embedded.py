@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections import Counter
 from random import Random
+from string import Formatter
 
 import pytest
 import torch
@@ -158,6 +159,15 @@ def test_configuration_is_readable_by_both_generations_of_transformers():
     assert config["architectures"] == ["Qwen2ForCausalLM"]
     tokenizer_config = json.loads((MODEL_DIR / "tokenizer_config.json").read_text())
     assert tokenizer_config["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_model_card_has_the_text_of_its_template():
+    from training.card import TEMPLATE
+
+    card, place = (MODEL_DIR / "README.md").read_text("utf-8"), 0
+    for text, *_ in Formatter().parse(TEMPLATE):
+        place = card.index(text, place) + len(text)
+    assert place == len(card)
 
 
 def test_chat_template_renders_the_prompt_format(tokenizer):
