@@ -102,10 +102,11 @@ format: $(VENV)/.done
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-train: $(VENV)/.done  ## Train the embedded model again, and write its card and the domain pools.
-	$(BIN)/python -m sspcompile.embedded.train --out sspcompile/embedded/model
-	$(BIN)/python -m sspcompile.embedded.card
-	$(BIN)/python -m sspcompile.embedded.pools
+train: $(VENV)/.done  ## Train the embedded model again, and write its card, the domain pools and its questions.
+	$(BIN)/python -m training.train --out sspcompile/embedded/model
+	$(BIN)/python -m training.card
+	$(BIN)/python -m training.pools
+	$(BIN)/python -m training.questions
 
 bench-quality: $(VENV)/.done  ## Quality at a given size: every head score, both layouts, with and without repair.
 	$(BIN)/python -m benchmarks.quality

@@ -26,8 +26,8 @@ from sspcompile import prepare
 from sspcompile.model.dense import open_dense
 from sspcompile.model.text import encode
 from sspcompile.prepare.toolkits import toolkit_for
-from sspcompile.request.recipe import Recipe
 from sspcompile.request.options import resolve
+from sspcompile.request.recipe import Recipe
 from sspcompile.request.scenario import as_recipe, read_scenario
 from sspcompile.select.reading import read_through, score_key
 from sspcompile.slicing.layouts import choose

@@ -30,7 +30,6 @@ from rich.progress import track
 
 from sspcompile.criteria import CRITERIA
 from sspcompile.criteria.measuring import measure
-from sspcompile.embedded.corpus import DOMAINS, items
 from sspcompile.evaluate.answers import EncodedItems, answer_scores, encode_items
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.dense import open_dense
@@ -42,11 +41,12 @@ from sspcompile.repair.fitting import fit_biases, fit_repairs
 from sspcompile.repair.repair import Repair, repaired
 from sspcompile.request.domains import load_outside, load_pools
 from sspcompile.request.splits import Splits, fit_part
-from sspcompile.select.reading import AUTO_CRITERION, Ranking
 from sspcompile.select.judging import Judge
+from sspcompile.select.reading import AUTO_CRITERION, Ranking
 from sspcompile.select.search import best_mask, rankings
 from sspcompile.slicing.layouts import Choice, choose
 from sspcompile.slicing.mask import Layout
+from training.corpus import DOMAINS, items
 
 Cell = tuple[Layout, float]
 KEEPS = (0.75, 0.5, 0.375, 0.25)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from test_prepare_tools import TEMPLATE, tiny
 
-from sspcompile.embedded.corpus import DOMAINS, items
 from sspcompile.errors import InputError
 from sspcompile.evaluate.answers import answer_scores, encode_items, encode_references
 from sspcompile.model.decoder import LoadedModel
@@ -17,6 +16,7 @@ from sspcompile.model.hooks import head_gates
 from sspcompile.model.text import encode, greedy, sentences
 from sspcompile.repair.fitting import fit_repairs
 from sspcompile.repair.repair import repaired
+from training.corpus import DOMAINS, items
 
 
 @dataclass(frozen=True)

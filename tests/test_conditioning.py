@@ -18,12 +18,12 @@ from sspcompile.prepare import features, importance_by_domain, importance_of, pr
 from sspcompile.prepare.direct import relative_variance, spread_by_domain
 from sspcompile.prepare.stages import Stages
 from sspcompile.request.domains import load_outside, load_pools
-from sspcompile.request.recipe import Recipe
 from sspcompile.request.options import resolve
+from sspcompile.request.recipe import Recipe
 from sspcompile.request.scenario import Scenario, as_recipe
 from sspcompile.request.splits import fit_part, own_fit_part, split
-from sspcompile.select.reading import Reading, read_through
 from sspcompile.select.mixture import Mixture, ablated, head_scores, mixture_of
+from sspcompile.select.reading import Reading, read_through
 from sspcompile.select.scoring import score_heads
 from sspcompile.select.shrinkage import shrink
 

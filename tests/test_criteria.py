@@ -17,9 +17,9 @@ from hypothesis.extra import numpy as hnp
 from test_prepare_tools import tiny
 
 from sspcompile.criteria import CRITERIA, bonsai, chance, fisher, greedy_kl, greedy_output, probe_pruning, table
-from sspcompile.criteria.units import CriterionInput, Units, rising
 from sspcompile.criteria.measuring import drawn_rows, measure
 from sspcompile.criteria.page import page
+from sspcompile.criteria.units import CriterionInput, Units, rising
 from sspcompile.errors import InputError
 from sspcompile.model.hooks import head_gates
 from sspcompile.model.text import batches_of, continued, encode

@@ -133,7 +133,9 @@ def test_fisher_estimates_agree_with_the_exact_diagonal(opening):
     p = torch.softmax(scored, -1).detach()
     exact = torch.einsum("vh,v,vh->h", rows, p, rows) - (p @ rows) ** 2
     for targets in ("normal", "sampled"):
-        found = fisher.information(loaded, CriterionInput([batch], 1), targets, 600, np.full((2, 4), opening))[0].ravel()
+        found = fisher.information(loaded, CriterionInput([batch], 1), targets, 600, np.full((2, 4), opening))[
+            0
+        ].ravel()
         np.testing.assert_allclose(found, exact.numpy(), rtol=0.35, atol=float(exact.max()) * 0.02)
 
 

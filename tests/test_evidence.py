@@ -11,11 +11,21 @@ from sspcompile.errors import InputError
 from sspcompile.model.divergence import Divergence
 from sspcompile.repair.repair import Repair
 from sspcompile.request.domains import DomainPool, load_outside, load_pools
+from sspcompile.request.options import resolve
 from sspcompile.request.pools import pools_of, pools_suffix
 from sspcompile.request.recipe import Recipe
-from sspcompile.request.options import resolve
 from sspcompile.request.scenario import as_recipe, read_scenario
-from sspcompile.request.splits import FIT_PROMPTS, GUARD_PROMPTS, JUDGE_PROMPTS, OWN_FIT_PROMPTS, OWN_GUARD_PROMPTS, OWN_JUDGE_PROMPTS, fit_part, draw_splits, split
+from sspcompile.request.splits import (
+    FIT_PROMPTS,
+    GUARD_PROMPTS,
+    JUDGE_PROMPTS,
+    OWN_FIT_PROMPTS,
+    OWN_GUARD_PROMPTS,
+    OWN_JUDGE_PROMPTS,
+    draw_splits,
+    fit_part,
+    split,
+)
 from sspcompile.select.judging import Candidate, Figures, decide
 from sspcompile.select.mixture import Mixture
 from sspcompile.slicing.layouts import Choice

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from sspcompile.errors import BudgetError
 from sspcompile.model.loading import load
 from sspcompile.request.splits import Splits
-from sspcompile.select.reading import Ranking
 from sspcompile.select.judging import Judge
+from sspcompile.select.reading import Ranking
 from sspcompile.select.search import MEASURED_SCORES, WITHIN_LAYERS, Folds, best_mask, rankings
 from sspcompile.slicing.layouts import choose, uniform_choices
 

@@ -14,8 +14,7 @@ import numpy as np
 
 from sspcompile.api.arguments import CutModel
 from sspcompile.checkpoint import Checkpoint, embedded_model, fingerprint
-from sspcompile.embedded.corpus import DOMAIN_DATA
-from sspcompile.embedded.corpus import items as embedded_items
+from sspcompile.embedded.questions import questions as known_questions
 from sspcompile.errors import InputError
 from sspcompile.evaluate.asking import Limits, compare
 from sspcompile.evaluate.questions import Conversation, Question, read_data, single
@@ -32,8 +31,6 @@ from sspcompile.slicing.mask import load_mask
 from sspcompile.workspace import MASK, RECIPE, Workspace
 
 SUITE_ITEMS = 100
-# The generator's seed for evaluation items; pools, training and the benchmarks draw with others.
-LABELLED_SEED = 5000
 DEFAULT_LIMITS = Limits(max_tokens=512, new_tokens=32, batch_size=32)
 
 
@@ -116,8 +113,8 @@ def scenario_suites(
     """`scenario`: own prompts that were held out and questions of its domains, in proportion to their weights;
     `off_domain`: questions of the other domains, as many of each. Both have about `count` prompts.
 
-    A domain is the scenario's own when its weight is at least that of an even mixture. `labelled` draws checkable
-    items from the embedded model's generator instead of held-out pool prompts.
+    A domain is the scenario's own when its weight is at least that of an even mixture. `labelled` draws the
+    checkable questions of the embedded model instead of held-out pool prompts.
     """
     names = list(deployment.weights)
     own = [name for name in names if deployment.weights[name] >= 1 / len(names) - 1e-6]
@@ -146,9 +143,11 @@ def _questions(
     rng = np.random.default_rng(seed)
     found = []
     for domain, share in zip(domains, whole_shares(np.array(weights), count), strict=True):
-        if labelled and domain in DOMAIN_DATA:
-            drawn = embedded_items(domain, "heldout", LABELLED_SEED + seed, share)
-            found += [Question(i.prompt, (i.answer,), None, domain) for i in drawn if i.prompt not in fitted]
+        if labelled and known_questions(domain):
+            known = [one for one in known_questions(domain) if one.prompt.strip() not in fitted]
+            # Neighbours, so that every kind of task is asked; the next seed's stand behind them, round and round.
+            drawn = (known[(seed * share + n) % len(known)] for n in range(min(share, len(known))))
+            found += [Question(one.prompt, (one.answer,), None, domain) for one in drawn]
         else:
             texts = [text for text in split(pools[domain].prompts)[2] if text.strip() not in fitted]
             found += [Question(texts[n], domain=domain) for n in np.sort(rng.permutation(len(texts))[:share])]
