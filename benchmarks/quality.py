@@ -40,6 +40,7 @@ from sspcompile.prepare.importance import probe_directions
 from sspcompile.repair.fitting import fit_biases, fit_repairs
 from sspcompile.repair.repair import Repair, repaired
 from sspcompile.request.domains import load_outside, load_pools
+from sspcompile.request.options import Options
 from sspcompile.request.splits import Splits, fit_part
 from sspcompile.select.judging import Judge
 from sspcompile.select.reading import AUTO_CRITERION, Ranking
@@ -188,12 +189,8 @@ def shortlisted(texts: Texts, scores: np.ndarray, seed: int) -> dict[Cell, Choic
     judge = Judge(
         model(),
         Splits(texts.prompts, (), (), (), len(texts.prompts), 0, 0),
-        max_tokens=MAX_TOKENS,
-        new_tokens=CONTINUATION_TOKENS,
-        seed=seed,
-        repair="least-squares",
+        Options(max_tokens=MAX_TOKENS, continuation_tokens=CONTINUATION_TOKENS, seed=seed),
         dtype=torch.float32,
-        progress=lambda *_: None,
     )
     ranked = rankings(judge, Ranking(RANKED_BY, scores), LAYOUTS)
     nobody = np.zeros(scores.shape, dtype=bool)

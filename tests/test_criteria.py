@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from test_prepare_tools import tiny
 
-from sspcompile.criteria import CRITERIA, bonsai, chance, fisher, greedy_kl, greedy_output, probe_pruning, table
+from sspcompile.criteria import CRITERIA, bonsai, chance, fisher, greedy_kl, greedy_output, probe_pruning
 from sspcompile.criteria.measuring import drawn_rows, measure
 from sspcompile.criteria.page import page
 from sspcompile.criteria.units import CriterionInput, Units, rising
@@ -481,15 +480,6 @@ def test_names_are_known_without_torch_and_the_room_can_be_entered_first():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-
-def test_the_room_imports_only_what_lies_below_it():
-    below = {"errors", "families", "loaded", "prepare.text", "prepare.capture", "prepare.parallel"}
-    for module in Path(table.__file__).parent.glob("*.py"):
-        for node in ast.walk(ast.parse(module.read_text("utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sspcompile."):
-                place = node.module.removeprefix("sspcompile.")
-                assert place in below or place.split(".")[0] == "criteria", f"{module.name} imports {place}"
 
 
 def test_unknown_names_are_refused(loaded, texts):

@@ -98,7 +98,7 @@ def test_prompts_without_answers_get_no_exact_match(run, artifacts, home):  # no
     ("args", "expected"),
     [
         (("eval",), ("no last build",)),
-        (("eval", "nowhere"), ("is no artifact",)),
+        (("eval", "nowhere"), ("is neither a build, a cut, an export nor a model folder",)),
         (("eval", "{cut}/model"), ("cut from", "--against")),
         (("eval", "{cut}/model", "--against", "embedded"), ("scenario", "--data")),
         (("eval", "{cut}", "--data", "none.jsonl"), ("no file", "jsonl")),
@@ -114,11 +114,11 @@ def test_missing_harness_is_one_line_with_the_command_to_install_it(run):  # noq
 
 
 def test_only_held_out_prompts_are_asked(artifacts, embedded):
-    from sspcompile.api.arguments import find_contenders
+    from sspcompile.api.arguments import cut_model
     from sspcompile.workspace import Workspace
 
     workspace = Workspace(artifacts.parent)
-    contenders = find_contenders("cut", None, workspace)
+    contenders = cut_model("cut", None, workspace, option="--against")
     deployment = deployment_of(contenders, None, embedded, workspace, 0, lambda *_: None)
     fit, guard, held = split(PROMPTS)
     fitted = fitted_prompts(deployment)

@@ -11,10 +11,8 @@ from sspcompile.errors import InputError
 from sspcompile.model.divergence import Divergence
 from sspcompile.repair.repair import Repair
 from sspcompile.request.domains import DomainPool, load_outside, load_pools
-from sspcompile.request.options import resolve
+from sspcompile.request.options import Options
 from sspcompile.request.pools import pools_of, pools_suffix
-from sspcompile.request.recipe import Recipe
-from sspcompile.request.scenario import as_recipe, read_scenario
 from sspcompile.request.splits import (
     FIT_PROMPTS,
     GUARD_PROMPTS,
@@ -124,9 +122,8 @@ def test_one_unlucky_guard_text_does_not_drop_a_repair_but_too_few_texts_do():
     assert not few.keeps_repair
 
 
-def recipe(**options) -> Recipe:
-    read, _ = read_scenario("no scenario")
-    return resolve(as_recipe(read), command_line=options, environment={})
+def recipe(**options) -> Options:
+    return Options(**options)
 
 
 def test_without_a_word_about_axes_the_shipped_domains_are_the_domains():

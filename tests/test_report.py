@@ -453,7 +453,7 @@ def test_points_of_unmeasured_builds_say_so() -> None:
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_published_schemas_are_those_of_the_code(name: str) -> None:
     published = Path(__file__).parents[1] / "docs" / "schemas" / name
-    assert published.read_text("utf-8") == schema_text(name), "run `make schemas`"
+    assert published.read_text("utf-8") == schema_text(name), "run `make generated`"
 
 
 def test_reports_and_samples_follow_their_schemas() -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from sspcompile.errors import BudgetError
 from sspcompile.model.loading import load
+from sspcompile.request.options import Options
 from sspcompile.request.splits import Splits
 from sspcompile.select.judging import Judge
 from sspcompile.select.reading import Ranking
@@ -53,10 +54,7 @@ def judge(tmp_path_factory) -> Judge:
     return Judge(
         loaded,
         Splits(texts[:20], texts[20:], (), (), 20, 8, 0),
-        max_tokens=32,
-        new_tokens=4,
-        seed=0,
-        repair="least-squares",
+        Options(max_tokens=32, continuation_tokens=4),
         dtype=torch.float32,
         progress=lambda *_: None,
     )

@@ -24,7 +24,7 @@ from sspcompile.checkpoint.manifest import check_manifest, write_manifest
 from sspcompile.checkpoint.publish import scratch, write_atomically
 from sspcompile.errors import ArtifactError, InputError
 from sspcompile.model.dense import DenseModel
-from sspcompile.progress import Progress, silent, stage_of
+from sspcompile.progress import Progress, silent
 from sspcompile.report.build import latency_section
 from sspcompile.report.json import read_report
 from sspcompile.report.model import Report
@@ -122,7 +122,7 @@ def bench(
         result = measure(
             contenders,
             settings,
-            progress=stage_of(progress, "measuring"),
+            progress=lambda _what, done, total: progress("measuring", done, total),
             done=[] if fresh else notes.read(),
             keep=notes.add,
         )
