@@ -63,7 +63,7 @@ def module_of(dotted: str) -> str:
 
 
 def room_of(module: str) -> str:
-    return (module.split(".") + [""])[1]
+    return ([*module.split("."), ""])[1]
 
 
 def test_every_room_is_known():

@@ -215,8 +215,8 @@ class Artifact:
         """Write the model in the form that a runtime takes, run it where it is ONNX, and give its folder.
 
         `precision` (fp32), `context_length` and `last_logits` are for "onnx", `host` (a family whose stock class loads
-        it) for "hf". Raises InputError for an option of the other format, ParityError for an export that computes something
-        else.
+        it) for "hf". Raises InputError for an option of the other format, and ParityError for an export that computes
+        something else.
         """
         from sspcompile.api.export import ExportRequest, export
 
