@@ -176,6 +176,6 @@ def test_interval_draws_whole_conversations():
     alone = mean_over_turns(values, np.arange(10), seed=0)
     paired = mean_over_turns(values, np.repeat(np.arange(5), 2), seed=0)
     assert alone.value == paired.value == 0.5
-    assert paired.interval.high - paired.interval.low > alone.interval.high - alone.interval.low
-    assert mean_over_turns(values, np.zeros(10), seed=0).interval is None
+    assert paired.high - paired.low > alone.high - alone.low
+    assert mean_over_turns(values, np.zeros(10), seed=0).low is None
     assert mean_over_turns(np.full(3, np.nan), np.arange(3), seed=0) is None

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sspcompile.errors import InputError
+from sspcompile.intervals import Estimate, mean_estimate
 from sspcompile.model.divergence import Divergence
 from sspcompile.repair.repair import Repair
 from sspcompile.request.domains import DomainPool, load_outside, load_pools
@@ -89,7 +90,7 @@ def test_splitting_takes_every_fourth_text_and_loses_none():
 def divergence(*kl: float) -> Divergence:
     count = len(kl)
     places = tuple(range(count))
-    return Divergence(float(np.mean(kl)), None, 1.0, None, places, kl, (1.0,) * count, (1,) * count)
+    return Divergence(mean_estimate(kl, seed=0), Estimate(1.0), places, kl, (1.0,) * count, (1,) * count)
 
 
 def candidate(layout: str, plain: Figures, with_repair: Figures | None = None) -> Candidate:

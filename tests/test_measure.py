@@ -166,9 +166,9 @@ def test_divergence_by_hand() -> None:
     assert found.kl_per_prompt == pytest.approx((0.0, kl / 2), abs=1e-7)
     assert found.agreement_per_prompt == (1.0, 0.5)
     assert found.positions_per_prompt == (1, 2)
-    assert found.mean_kl == pytest.approx(kl / 4)
-    assert found.top1_agreement == 0.75
-    assert found.mean_kl_interval is None, "two prompts are too few"
+    assert found.mean_kl.value == pytest.approx(kl / 4)
+    assert found.top1_agreement.value == 0.75
+    assert found.mean_kl.low is None, "two prompts are too few"
 
 
 @settings(max_examples=25, deadline=None)
@@ -178,12 +178,12 @@ def test_divergence_of_a_model_from_itself_is_zero_and_never_negative(n: int, vo
     a, b = (torch.randn(n, vocab, generator=generator) * 5 for _ in range(2))
     index = torch.arange(n) // 2
     same = divergence(a, a, index)
-    assert same.mean_kl == 0
-    assert same.top1_agreement == 1
+    assert same.mean_kl.value == 0
+    assert same.top1_agreement.value == 1
     other = divergence(a, b, index)
     assert min(other.kl_per_prompt) >= 0
     shifted = divergence(a, b + 3.0, index)
-    assert shifted.mean_kl == pytest.approx(other.mean_kl, rel=1e-5, abs=1e-9), (
+    assert shifted.mean_kl.value == pytest.approx(other.mean_kl.value, rel=1e-5, abs=1e-9), (
         "a constant shift changes no probability"
     )
 
@@ -202,8 +202,8 @@ def test_the_interval_is_over_prompts_and_covers_the_mean() -> None:
     dense, other = rng.normal(size=(60, 7)), rng.normal(size=(60, 7))
     found = divergence(dense, other, np.arange(60) // 3)
     assert len(found.prompts) == 20
-    assert found.mean_kl_interval is not None
-    assert found.mean_kl_interval.covers(found.mean_kl)
+    assert found.mean_kl.low is not None
+    assert found.mean_kl.low <= found.mean_kl.value <= found.mean_kl.high
 
 
 def test_divergence_refuses_what_cannot_be_compared() -> None:
@@ -227,10 +227,10 @@ def test_paired_differences_see_what_separate_intervals_do_not() -> None:
     near = divergence(dense, dense + 0.9 * hard * noise, index)
     far = divergence(dense, dense + 1.0 * hard * noise, index)
     gap = compare_divergences(far, near)
-    assert gap.mean > 0
+    assert gap.value > 0
     assert gap.measurable
-    assert near.mean_kl_interval is not None and far.mean_kl_interval is not None
-    assert far.mean_kl_interval.low < near.mean_kl_interval.high
+    assert near.mean_kl.high is not None and far.mean_kl.low is not None
+    assert far.mean_kl.low < near.mean_kl.high
     assert not compare_divergences(near, near).measurable
     with pytest.raises(ValueError, match="different prompts"):
         compare_divergences(near, divergence(dense[:2], dense[:2], index[:2]))

@@ -127,7 +127,7 @@ def _layout(outcome: Outcome) -> LayoutSection:
     elif decision.chosen.layout == "uniform":
         reason = "the uniform layout costs nothing measurable here, and loads with stock classes"
     else:
-        reason = f"the uniform layout diverges by {cost.mean:.3g} nats per token more on the guard texts"
+        reason = f"the uniform layout diverges by {cost.value:.3g} nats per token more on the guard texts"
     return LayoutSection(
         requested=outcome.request.options.layout, chosen=decision.chosen.layout, figures=figures, reason=reason
     )
@@ -145,8 +145,8 @@ def _repair(outcome: Outcome) -> RepairSection:
     return RepairSection(
         used=chosen.keeps_repair,
         reason=None if chosen.keeps_repair else "it made the guard texts worse",
-        kl_before=chosen.plain.judge.mean_kl,
-        kl_after=chosen.with_repair.judge.mean_kl,
+        kl_before=chosen.plain.judge.mean_kl.value,
+        kl_after=chosen.with_repair.judge.mean_kl.value,
     )
 
 

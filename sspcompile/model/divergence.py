@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sspcompile.errors import RunError
-from sspcompile.intervals import Interval, mean_interval
+from sspcompile.intervals import Estimate, mean_estimate
 
 ROW_ELEMENTS = 8_000_000  # elements of one float64 block of logits: 64 MB
 
@@ -27,26 +27,12 @@ class Divergence:
     The means are over prompts. The tuples hold one value per prompt, in ascending order of `prompts`.
     """
 
-    mean_kl: float
-    mean_kl_interval: Interval | None
-    top1_agreement: float
-    top1_agreement_interval: Interval | None
+    mean_kl: Estimate
+    top1_agreement: Estimate
     prompts: tuple[int, ...]
     kl_per_prompt: tuple[float, ...]
     agreement_per_prompt: tuple[float, ...]
     positions_per_prompt: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean over prompts of the first model's KL minus the second's, in nats per token."""
-
-    mean: float
-    interval: Interval | None
-
-    @property
-    def measurable(self) -> bool:
-        return self.interval is not None and not self.interval.covers(0.0)
 
 
 def divergence(
@@ -95,10 +81,8 @@ class DivergenceAccumulator:
         kl = [float(np.mean(self._kl[p])) for p in prompts]
         agree = [float(np.mean(self._agree[p])) for p in prompts]
         return Divergence(
-            mean_kl=float(np.mean(kl)),
-            mean_kl_interval=mean_interval(kl, seed=seed),
-            top1_agreement=float(np.mean(agree)),
-            top1_agreement_interval=mean_interval(agree, seed=seed),
+            mean_kl=mean_estimate(kl, seed=seed),
+            top1_agreement=mean_estimate(agree, seed=seed),
             prompts=tuple(prompts),
             kl_per_prompt=tuple(kl),
             agreement_per_prompt=tuple(agree),
@@ -125,18 +109,19 @@ def average(divergences: Sequence[Divergence], *, seed: int = 0) -> Divergence:
     agree = np.mean([d.agreement_per_prompt for d in divergences], axis=0).tolist()
     return replace(
         first,
-        mean_kl=float(np.mean(kl)),
-        mean_kl_interval=mean_interval(kl, seed=seed),
-        top1_agreement=float(np.mean(agree)),
-        top1_agreement_interval=mean_interval(agree, seed=seed),
+        mean_kl=mean_estimate(kl, seed=seed),
+        top1_agreement=mean_estimate(agree, seed=seed),
         kl_per_prompt=tuple(kl),
         agreement_per_prompt=tuple(agree),
     )
 
 
-def compare_divergences(first: Divergence, second: Divergence, *, seed: int = 0) -> Difference:
-    """Paired over prompts: the KL of `first` minus the KL of `second`. Raises ValueError for different prompts."""
+def compare_divergences(first: Divergence, second: Divergence, *, seed: int = 0) -> Estimate:
+    """Paired over prompts, in nats per token: the KL of `first` minus the KL of `second`.
+
+    Raises ValueError for different prompts.
+    """
     if first.prompts != second.prompts:
         raise ValueError("the two were measured on different prompts")
     gaps = np.subtract(first.kl_per_prompt, second.kl_per_prompt)
-    return Difference(float(gaps.mean()), mean_interval(gaps, seed=seed))
+    return mean_estimate(gaps, seed=seed)

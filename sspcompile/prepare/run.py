@@ -67,23 +67,21 @@ def prepare(
     }
     tested = next(key for key in scores if of_key(key)[0].per == "prompt")
     confirmed = whitelist(scores[tested].own_axis(), scores[tested].labels)
-    meta = (
-        _versions()
-        | told.facts()
-        | facts
-        | {
-            "seed": seed,
-            "text_version": TEXT_VERSION,
-            "max_tokens": max_tokens,
-            "continuation_tokens": continuation_tokens,
-            "pools_fingerprint": pools_fingerprint(pools),
-            "outside_fingerprint": pools_fingerprint(outside),
-            "prompts": {pool.name: len(pool.prompts) for pool in pools},
-            "format_confound": probes.format_confound(prompts, labels, seed),
-            "importance_prompts": {name: found.prompts for name, found in scores.items()},
-            "whitelist": _whitelist_facts(tested, confirmed),
-        }
-    )
+    settings = {
+        "seed": seed,
+        "text_version": TEXT_VERSION,
+        "max_tokens": max_tokens,
+        "continuation_tokens": continuation_tokens,
+        "pools_fingerprint": pools_fingerprint(pools),
+        "outside_fingerprint": pools_fingerprint(outside),
+        "prompts": {pool.name: len(pool.prompts) for pool in pools},
+    }
+    learned = {
+        "format_confound": probes.format_confound(prompts, labels, seed),
+        "importance_prompts": {name: found.prompts for name, found in scores.items()},
+        "whitelist": _whitelist_facts(tested, confirmed),
+    }
+    meta = _versions() | told.facts() | facts | settings | learned
     cached = {key: _cached(found, len(pools)) for key, found in scores.items()}
     toolkit = _toolkit(loaded, pools, told, cached, confirmed, meta)
     check(toolkit)

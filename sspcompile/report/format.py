@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable
 
-from sspcompile.report.model import Estimate
+from sspcompile.intervals import Estimate
 
 JOINERS = "\u200c\u200d"
 BYTE_STEPS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from sspcompile.intervals import Estimate
+
 SCHEMA_VERSION = 2
 
 
@@ -13,14 +15,6 @@ class Section(BaseModel):
     """NaN and infinity are refused: JSON cannot hold them, and a report with them says nothing."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Estimate(Section):
-    """A measured value with its interval (95 %, ratios of speed and memory 99 %), where enough samples gave one."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
 
 
 class ScenarioSection(Section):

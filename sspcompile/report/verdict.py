@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from sspcompile.intervals import Estimate
 from sspcompile.report.format import change, figures, percent, with_interval
-from sspcompile.report.model import Estimate, LatencyRow, LatencySection, PredictionRow, QualityRow, Report
+from sspcompile.report.model import LatencyRow, LatencySection, PredictionRow, QualityRow, Report
 
 # Below this share of agreement more than every tenth token differs: nobody would call that the same model.
 FEW_AGREE = 0.9

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sspcompile.intervals import Estimate
 from sspcompile.model.decoder import LoadedModel
-from sspcompile.model.divergence import Difference, Divergence, DivergenceAccumulator, compare_divergences
+from sspcompile.model.divergence import Divergence, DivergenceAccumulator, compare_divergences
 from sspcompile.model.hooks import head_gates
 from sspcompile.model.text import Batch, batches_of, continued
 from sspcompile.progress import Progress, Steps, no_steps, silent, stage_of
@@ -188,7 +189,7 @@ class Decision:
 
     chosen: Candidate
     candidates: Mapping[Layout, Candidate]
-    uniform_cost: Difference | None
+    uniform_cost: Estimate | None
 
 
 def decide(candidates: Mapping[Layout, Candidate]) -> Decision:
@@ -200,9 +201,9 @@ def decide(candidates: Mapping[Layout, Candidate]) -> Decision:
     return Decision(per_layer if _costs_more(cost) else uniform, candidates, cost)
 
 
-def _costs_more(cost: Difference) -> bool:
+def _costs_more(cost: Estimate) -> bool:
     """Whether a cost is above zero by more than chance; with too few texts for an interval, whether it is at all.
 
     A few texts carry most of a mean KL, so on a dozen of them its sign alone is close to a coin toss.
     """
-    return cost.mean > 0 and (cost.measurable or cost.interval is None)
+    return cost.value > 0 and (cost.measurable or cost.low is None)

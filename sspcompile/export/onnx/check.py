@@ -76,8 +76,8 @@ def _judged(
         same,
         sum(map(len, batches)),
         NEW_TOKENS,
-        distance.mean_kl,
-        distance.top1_agreement,
+        distance.mean_kl.value,
+        distance.top1_agreement.value,
     )
     if gate is not None and (agreement.relative > gate.bound or (gate.same_text and not same)):
         text, wanted = "the same text" if same else "another text", " and the same text" if gate.same_text else ""
