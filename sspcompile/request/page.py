@@ -13,7 +13,7 @@ from typing import Any
 from sspcompile.request.options import NAMES, default_of, flag, kind_of, shown_of, variable
 from sspcompile.request.recipe import Recipe
 
-KEYWORDS, PAGE, SCHEMA = "sspcompile/request/keywords.py", "docs/options.md", "docs/schemas/recipe.json"
+KEYWORDS, PAGE, SCHEMA = "sspcompile/request/keywords.py", "docs/options.md", "docs/schemas/recipe.schema.json"
 
 
 def files() -> Mapping[str, str]:
@@ -48,7 +48,7 @@ def page() -> str:
         "`build` and `plan` take them as flags, recipes as keys, `sspcompile.build` and `sspcompile.plan` as keywords, "
         "and the environment as variables. The command line goes before the environment, the environment before the "
         "recipe, the recipe before the default. This page is generated from `sspcompile/request/options.py`; the "
-        "recipe's JSON schema is [schemas/recipe.json](schemas/recipe.json).\n\n"
+        "recipe's JSON schema is [schemas/recipe.schema.json](schemas/recipe.schema.json).\n\n"
         "| flag | recipe key and keyword | variable | values | default | what it does |\n|---|---|---|---|---|---|\n"
     )
     return head + "\n".join(_rows()) + "\n"
