@@ -109,9 +109,8 @@ def _quality(outcome: Outcome) -> Iterator[QualityRow]:
     yield _row("this build", ours, "ours", ours, outcome.selection.cost.off)
     if chosen.final is not chosen.plain:
         yield _row("this build, without repair", chosen.plain.judge, "other", ours)
-    for name, figures in outcome.selection.baselines.items():
-        role: Role = "random" if name.startswith("random") else "domain-free" if "free" in name else "criterion"
-        yield _row(name, figures.own, role, ours, figures.off)
+    for other in outcome.selection.baselines:
+        yield _row(other.name, other.cost.own, other.role, ours, other.cost.off)
 
 
 def _layout(outcome: Outcome) -> LayoutSection:

@@ -294,11 +294,6 @@ def dtype_bytes(dtype: str) -> int:
     return WORD_BYTES[dtype]
 
 
-def file_order(folder: Path) -> list[Path]:
-    """The weight files of a folder, sorted by name."""
-    return [folder / name for name in sorted(_weight_files(folder))]
-
-
 def sync_folder(folder: Path) -> None:
     """Flush a directory entry to disk, so that a rename survives a power cut."""
     handle = os.open(folder, os.O_RDONLY)

@@ -18,7 +18,7 @@ from sspcompile.request.options import AUTO
 from sspcompile.request.pools import pools_of
 from sspcompile.request.request import Request
 from sspcompile.request.splits import Splits, draw_splits
-from sspcompile.select.baselines import measure_baselines
+from sspcompile.select.baselines import Baseline, measure_baselines
 from sspcompile.select.judging import Decision, Judge, Reported, decide
 from sspcompile.select.reading import Ranking, Reading, choices_for, read_through
 from sspcompile.select.search import Searched, Tried, best_mask, rankings
@@ -44,7 +44,7 @@ class Selection:
     cost: Reported
     decision: Decision
     tried: tuple[Tried, ...]
-    baselines: Mapping[str, Reported]
+    baselines: tuple[Baseline, ...]
     splits: Splits
     probes: tuple[tuple[int, ...], ...]
 
