@@ -85,7 +85,7 @@ def export(
         blocks=blocks,
         probes=PROBES,
         origin={},
-        card=lambda _: "card\n",
+        card=lambda *_: "card\n",
         trust_remote_code=True,
         **options,
     )
@@ -235,7 +235,7 @@ def test_rounded_matrices_between_fp16_activations(bits, exported, tmp_path):
             blocks=SMALL_BLOCKS,
             probes=PROBES,
             origin={},
-            card=lambda _: "card\n",
+            card=lambda *_: "card\n",
             trust_remote_code=True,
         )
         assert done.manifest.origin["activations"] == {"F32": "fp32", "F16": "fp16"}[dtype]
@@ -406,7 +406,7 @@ class OnnxWeights:
 
 
 REFUSED = {
-    "head size": ("llama", {"head_dim": 8}, "multiples of 16, not 8"),
+    "head size": ("llama", {"head_dim": 4}, "multiples of 8, not 4"),
     "positions": (
         "llama",
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
@@ -463,5 +463,5 @@ def test_context_can_be_shortened_but_not_stretched(tmp_path):
     export(model, tmp_path / "out", positions=128)
     assert json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]["context_length"] == 128
     assert (tmp_path / "out" / "rotary.bin").stat().st_size == 2 * 128 * 8 * 4
-    with pytest.raises(UnsupportedModelError, match="at most 256"):
+    with pytest.raises(InputError, match="at most 256"):
         export(model, tmp_path / "longer", positions=257)

@@ -51,11 +51,15 @@ def onnx_card(
     agreement: Any,
     precision: Any,
     *,
+    context_length: int,
     report: Mapping[str, Any] | None,
     plan: Mapping[str, Any] | None,
     last_logits: bool = False,
 ) -> str:
-    """The card of an export for ONNX Runtime. `report` and `plan` are an artifact's, None for a plain checkpoint."""
+    """The card of an export for ONNX Runtime. `report` and `plan` are an artifact's, None for a plain checkpoint.
+
+    `context_length`: tokens of the longest text.
+    """
     return _card(
         "onnx.md",
         origin,
@@ -63,6 +67,7 @@ def onnx_card(
         name=name,
         agreement=agreement,
         precision=precision,
+        context_length=context_length,
         report=report,
         plan=plan,
         last_logits=last_logits,
