@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,11 @@ from sspcompile.errors import ArtifactError
 
 MASK, PLAN, RECIPE, PROBES = "mask.json", "plan.json", "recipe.yaml", "parity.json"
 MODEL, REPORT = "model", "report.json"
+
+
+def name_of(folder: Path) -> str:
+    """What a folder is called, also where it was typed as `.` or `..`; a symbolic link has its own name."""
+    return os.path.basename(os.path.abspath(folder))  # noqa: PTH100, PTH119 (resolve() would follow the link)
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ from sspcompile.api.verifying import dense_of
 from sspcompile.checkpoint.manifest import NAME as MANIFEST
 from sspcompile.checkpoint.manifest import check_manifest
 from sspcompile.errors import InputError
+from sspcompile.model.context import shortest_context
 from sspcompile.model.decoder import LoadedModel, TextModel
 from sspcompile.model.dense import DenseModel, open_dense
 from sspcompile.model.loading import load_cut
 from sspcompile.model.onnx_text import OnnxText, is_onnx, load_onnx
 from sspcompile.slicing.configuration import ships_code
-from sspcompile.workspace import MASK, MODEL, Workspace
+from sspcompile.workspace import MASK, MODEL, Workspace, name_of
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ class Contenders:
     def folders(self) -> tuple[tuple[Path, bool], tuple[Path, bool]]:
         """The dense model and this one, each with whether code in its folder may run."""
         return (self.dense.checkpoint.path, False), (self.model, self.custom_code)
+
+    @property
+    def positions(self) -> int | None:
+        """The longest text that both models can read, in tokens; None where neither says."""
+        return shortest_context([folder for folder, _ in self.folders])
 
     def load(self) -> tuple[LoadedModel, TextModel | OnnxText]:
         """Both in memory.
@@ -66,11 +72,11 @@ def find_contenders(
     if folder is None or not (folder / "config.json").is_file() or (folder / MASK).is_file():
         folder = workspace.find(given)
         dense = dense_of(folder, check_manifest(folder), against)
-        return Contenders(folder.name, folder / MODEL, ships_code(folder / MODEL), folder, dense)
+        return Contenders(name_of(folder), folder / MODEL, ships_code(folder / MODEL), folder, dense)
     if (folder / MANIFEST).is_file():
         dense = dense_of(folder, check_manifest(folder), against)
     elif against is not None:
         dense = open_dense(against)
     else:
         raise InputError(f"{folder} does not say what it was cut from.", hint=f"Name the dense model with {option}.")
-    return Contenders(folder.resolve().name, folder, ships_code(folder), None, dense)
+    return Contenders(name_of(folder), folder, ships_code(folder), None, dense)

@@ -44,7 +44,7 @@ from sspcompile.slicing.layouts import Choice, choose
 from sspcompile.slicing.mask import HeadMask, Layout, dump_mask
 from sspcompile.slicing.plan import SlicePlan, host_of, make_plan, plan_json
 from sspcompile.slicing.write import write_model
-from sspcompile.workspace import MASK, MODEL, PLAN, PROBES, RECIPE, Workspace
+from sspcompile.workspace import MASK, MODEL, PLAN, PROBES, RECIPE, Workspace, name_of
 
 TORCH_DTYPE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 BASELINE_SEEDS = 3
@@ -227,7 +227,7 @@ def _describe(folder: Path, outcome: Outcome, progress: Progress) -> None:
     (folder / PLAN).write_text(json.dumps(plan_json(outcome.plan), indent=1) + "\n", "utf-8")
     report, origin = report_of(outcome), origin_of(outcome)
     write_report(report, folder)
-    card = model_card(report.model_dump(mode="json"), plan_json(outcome.plan), origin, outcome.folder.name)
+    card = model_card(report.model_dump(mode="json"), plan_json(outcome.plan), origin, name_of(outcome.folder))
     (folder / MODEL / CARD).write_text(card, "utf-8")
     progress("describing", 0, 1)
     write_manifest(folder, origin)

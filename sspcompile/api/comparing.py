@@ -10,7 +10,7 @@ from sspcompile.report.json import read_report
 from sspcompile.report.model import Report
 from sspcompile.report.points import Points, comparison_page, points_of, render_points
 from sspcompile.report.write import write_page
-from sspcompile.workspace import REPORT, Workspace
+from sspcompile.workspace import REPORT, Workspace, name_of
 
 NAME = "comparison"
 
@@ -23,10 +23,10 @@ def compare(given: Sequence[str], workspace: Workspace) -> Points:
 
 def _named(folders: Sequence[Path]) -> Mapping[str, Report]:
     """By folder name; by whole path where two have the same."""
-    names = [folder.name for folder in folders]
+    names = [name_of(folder) for folder in folders]
     return {
-        folder.name if names.count(folder.name) == 1 else str(folder): read_report(folder / REPORT)
-        for folder in folders
+        name if names.count(name) == 1 else str(folder): read_report(folder / REPORT)
+        for name, folder in zip(names, folders, strict=True)
     }
 
 

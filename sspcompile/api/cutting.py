@@ -15,7 +15,7 @@ from sspcompile.progress import Progress, silent
 from sspcompile.slicing.mask import HeadMask, dump_mask, load_mask
 from sspcompile.slicing.plan import SlicePlan, make_plan, plan_json
 from sspcompile.slicing.write import write_model
-from sspcompile.workspace import MASK, PLAN
+from sspcompile.workspace import MASK, PLAN, name_of
 
 
 @dataclass(frozen=True)
@@ -93,5 +93,5 @@ def write_cut(
             "source_name": cut.source,
             "licence": licence_of(cut.checkpoint.path),
         }
-        (folder / "README.md").write_text(slice_card(plan, cut.mask, origin, out.name), "utf-8")
+        (folder / "README.md").write_text(slice_card(plan, cut.mask, origin, name_of(out)), "utf-8")
         return write_manifest(folder, origin, hash_weights=checksums)

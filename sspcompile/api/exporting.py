@@ -14,9 +14,10 @@ from sspcompile.checkpoint import check_manifest, locate
 from sspcompile.checkpoint.locate import EMBEDDED
 from sspcompile.export.card import licence_of, onnx_card
 from sspcompile.export.onnx import Blocks, Exported, Precision, export_onnx
+from sspcompile.export.onnx.decoder import read_decoder
 from sspcompile.progress import Progress, silent
 from sspcompile.slicing.configuration import MODELING_FILE, ships_code
-from sspcompile.workspace import MODEL, PLAN, PROBES, REPORT
+from sspcompile.workspace import MODEL, PLAN, PROBES, REPORT, name_of
 
 RANDOM_PROBE_LENGTHS = (1, 7, 32, 96)
 
@@ -38,7 +39,7 @@ def of_artifact(artifact: Path) -> Source:
     manifest = check_manifest(artifact)
     return Source(
         model=artifact / MODEL,
-        origin={**manifest.origin, "artifact": artifact.name},
+        origin={**manifest.origin, "artifact": name_of(artifact)},
         probes=_read(artifact / PROBES)["probes"],
         report=_read(artifact / REPORT),
         plan=_read(artifact / PLAN),
@@ -47,13 +48,15 @@ def of_artifact(artifact: Path) -> Source:
 
 
 def of_checkpoint(model: str) -> Source:
-    """A checkpoint as it is: a folder, a hub name or `embedded`. Raises CheckpointError."""
+    """A checkpoint as it is: a folder, a hub name or `embedded`. Raises what `locate` and `read_decoder` raise."""
     path = locate(None if model == EMBEDDED else model)
-    vocab = int(_read(path / "config.json").get("vocab_size", 1))
     rng = np.random.default_rng(0)
+    vocab = read_decoder(path).geometry.vocab
     probes = [rng.integers(0, vocab, length).tolist() for length in RANDOM_PROBE_LENGTHS]
     ours = (path / MODELING_FILE).is_file() and ships_code(path)
-    origin = {"source_name": model, "licence": licence_of(path)}
+    # A relative path would be looked for in another folder later, and could be taken for a hub name.
+    local = model != EMBEDDED and Path(model).expanduser().is_dir()
+    origin = {"source_name": str(path.absolute()) if local else model, "licence": licence_of(path)}
     return Source(model=path, origin=origin, probes=probes, custom_code=ours)
 
 
@@ -77,11 +80,12 @@ def to_onnx(
         blocks=blocks,
         probes=source.probes,
         origin=source.origin,
-        card=lambda agreement: onnx_card(
+        card=lambda agreement, context_length: onnx_card(
             source.origin,
-            out.name,
+            name_of(out),
             agreement,
             precision,
+            context_length=context_length,
             last_logits=last_logits,
             report=source.report,
             plan=source.plan,

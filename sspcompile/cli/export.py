@@ -25,6 +25,7 @@ ONNX_ONLY = (
     "hard_link",
     "model",
 )
+NOTICEABLE_BYTES, NOTICEABLE_SHARE = 1_000_000, 0.1
 
 
 @click.command(
@@ -77,9 +78,9 @@ Examples:
 )
 @click.option(
     "--context-length",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=2),
     metavar="N",
-    help="ONNX: make the graph for N positions instead of all that the model has.",
+    help="ONNX: make the graph for texts of at most N tokens instead of all positions that the model has.",
 )
 @click.option(
     "--last-logits",
@@ -108,7 +109,7 @@ def export(
     transformers computes them. int8 and int4 change them by design; what that costs is printed.
     """
     from sspcompile.errors import InputError
-    from sspcompile.workspace import Workspace
+    from sspcompile.workspace import Workspace, name_of
 
     if form not in FORMATS:
         raise InputError(f"There is no export format {form!r}.", hint=f"Accepted: {', '.join(FORMATS)}.")
@@ -120,7 +121,7 @@ def export(
         _refuse(onnx[name], "--" + name.replace("_", "-"), "onnx")
     workspace = Workspace(here())
     folder = workspace.find(artifact)
-    out = out or workspace.exported / f"{folder.name}-{form}"
+    out = out or workspace.exported / f"{name_of(folder)}-{form}"
     from sspcompile.export.hf import export_hf
     from sspcompile.slicing.hosts import named_host
 
@@ -141,7 +142,7 @@ def _to_onnx(
     from sspcompile.checkpoint.publish import refuse_existing
     from sspcompile.cli.progress import stages
     from sspcompile.errors import InputError
-    from sspcompile.workspace import Workspace
+    from sspcompile.workspace import Workspace, name_of
 
     workspace = Workspace(here())
     model = onnx["model"]
@@ -151,7 +152,8 @@ def _to_onnx(
     from sspcompile.api.exporting import of_artifact, of_checkpoint, to_onnx
 
     folder = Path(str(model)) if model is not None else workspace.find(artifact)
-    out = out or workspace.exported / f"{folder.name}-onnx{'' if precision.name == 'fp32' else '-' + precision.name}"
+    suffix = "" if precision.name == "fp32" else f"-{precision.name}"
+    out = out or workspace.exported / f"{name_of(folder)}-onnx{suffix}"
     refuse_existing(out, overwrite=overwrite)
     with stages(quiet) as progress:
         source = of_artifact(folder) if model is None else of_checkpoint(str(model))
@@ -170,6 +172,7 @@ def _to_onnx(
     _say(folder, out, sizes, as_json, _measured(done, precision))
     if not as_json:
         click.echo(_sentence(done, precision))
+    _say_tables(done, sizes)
     if not quiet:
         click.echo(f'Next: sspcompile run {out} --prompt "..."', err=True)
 
@@ -200,7 +203,24 @@ def _measured(done: Exported, precision: Precision) -> dict[str, object]:
     from dataclasses import asdict
 
     agreement = done.agreement
-    return {"precision": precision.name, "agreement": {**asdict(agreement), "relative": agreement.relative}}
+    return {
+        "precision": precision.name,
+        "context_length": done.manifest.origin["context_length"],
+        "agreement": {**asdict(agreement), "relative": agreement.relative},
+    }
+
+
+def _say_tables(done: Exported, sizes: dict[str, int]) -> None:
+    """Say on stderr what the tables of a long context cost, where that is a noticeable part of the export."""
+    from sspcompile.export.onnx.weights import ROTARY_FILE
+
+    tables, total, context = sizes[ROTARY_FILE], sum(sizes.values()), done.manifest.origin["context_length"]
+    if tables >= NOTICEABLE_BYTES and tables >= NOTICEABLE_SHARE * total:
+        click.echo(
+            f"Note: {tables:,} of the {total:,} bytes are rotary tables for texts of up to {context:,} tokens, "
+            f"{tables // context:,} bytes for each. Where shorter texts will do, give --context-length N.",
+            err=True,
+        )
 
 
 def _sentence(done: Exported, precision: Precision) -> str:
