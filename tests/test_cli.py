@@ -222,8 +222,8 @@ BAD = {
     "no last build to bench": (("bench",), 2, ("no last build",)),
     "no last build to inspect": (("inspect",), 2, ("no last build",)),
     "no last build to verify": (("verify",), 2, ("no last build",)),
-    "unknown artifact": (("verify", "artifacts/none"), 2, ("artifacts/none is no artifact",)),
-    "model folder as artifact": (("inspect", "{in}/truncated"), 2, ("is no artifact",)),
+    "unknown artifact": (("verify", "artifacts/none"), 2, ("artifacts/none is neither a build, a cut,",)),
+    "model folder as artifact": (("inspect", "{in}/truncated"), 2, ("is neither a build, a cut,",)),
 }
 
 
@@ -561,7 +561,7 @@ def test_export_writes_a_folder_that_transformers_loads_and_its_manifest_describ
     assert model(**tokenizer("A question", return_tensors="pt")).logits.isfinite().all()
     refused(run("export", home=home), 2, "exists and is kept")
     assert run("export", "--overwrite", home=home).code == 0
-    refused(run("verify", out, home=home), 2, "is no artifact")
+    refused(run("verify", out, home=home), 2, "is neither a build, a cut, an export nor a model folder")
 
 
 def test_bench_gives_samples_and_intervals_and_leaves_an_artifact_that_verifies(run, copy, home):

@@ -187,7 +187,7 @@ def test_what_export_refuses(case, run, home):
 
 
 def test_what_run_refuses(run, home, tmp_path):
-    refused(run("run", "nowhere", "-p", "x"), 2, "is no artifact")
+    refused(run("run", "nowhere", "-p", "x"), 2, "is neither a build, a cut, an export nor a model folder")
     refused(run("run", "-p", "  "), 2, "prompt is empty")
     (tmp_path / "model.onnx").write_bytes(b"no graph")
     refused(run("run", tmp_path, "-p", "x"), 2, "ONNX Runtime cannot open")

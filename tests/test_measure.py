@@ -290,21 +290,21 @@ def settings_of(**changes: object) -> Settings:
 
 def test_bench_from_end_to_end(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
-    said: list[tuple[int, int, str]] = []
+    said: list[tuple[str, int, int]] = []
     contenders = [
         Contender(name, path, trust_remote_code=name == "sliced", flops=(1000, 10)) for name, path in models.items()
     ]
     kept: list[dict] = []
     result = bench(contenders, settings_of(), progress=lambda *args: said.append(args), keep=kept.append)
     dense, sliced = result.contenders
-    assert [what for _, _, what in said[:4]] == [
+    assert [what for what, _, _ in said[:4]] == [
         "warm-up of dense",
         "warm-up of sliced",
         "trial of dense",
         "trial of sliced",
     ]
-    assert said[13][2] == "warm-up of sliced", "the next session turns the order round"
-    assert said[-1][0] == said[-1][1] == 36
+    assert said[13][0] == "warm-up of sliced", "the next session turns the order round"
+    assert said[-1] == ("done", 36, 36)
     assert sliced.architecture == "OwnForCausalLM"
     assert dense.metrics["kv_bytes_per_token"].median == 2 * LAYERS * 2 * HEAD_DIM * 4
     assert sliced.metrics["kv_bytes_per_token"].median == 2 * LAYERS * 1 * HEAD_DIM * 4
@@ -337,18 +337,19 @@ def test_bench_from_end_to_end(models: dict[str, Path], tmp_path: Path, monkeypa
     done = json.loads(json.dumps(kept))
     again = bench(contenders, settings_of(), done=done, progress=lambda *args: said.append(args))
     assert again == result, "a finished measurement is not taken anew"
-    assert said[-1][2] == "done" and len(said) == 39
+    assert said[-1][0] == "done" and len(said) == 39
 
 
 def test_an_onnx_contender_is_measured_like_the_others(tmp_path: Path) -> None:
     from builders import family_config, save_random
 
-    from sspcompile.api.exporting import of_checkpoint, to_onnx
+    from sspcompile.api.arguments import Named
+    from sspcompile.api.export import source_of, to_onnx
     from sspcompile.export.onnx import PRECISIONS, Blocks
 
     model = save_random(tmp_path / "model", family_config("qwen2", bias=True), seed=1)
-    to_onnx(of_checkpoint(str(model)), tmp_path / "onnx", PRECISIONS["fp32"], blocks=Blocks())
-    to_onnx(of_checkpoint(str(model)), tmp_path / "int4", PRECISIONS["int4"], blocks=Blocks(16))
+    to_onnx(source_of(Named("model", model, model)), tmp_path / "onnx", PRECISIONS["fp32"], blocks=Blocks())
+    to_onnx(source_of(Named("model", model, model)), tmp_path / "int4", PRECISIONS["int4"], blocks=Blocks(16))
     contenders = [
         Contender("dense", model),
         Contender("dense, onnx", tmp_path / "onnx", "onnx"),

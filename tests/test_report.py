@@ -24,6 +24,8 @@ from sspcompile.intervals import Interval, summarize
 from sspcompile.model.divergence import Difference, Divergence
 from sspcompile.report import Report, write_report
 from sspcompile.report.build import latency_section, quality_row
+from sspcompile.report.comparison import comparison_page, frontier_page, points_of, render_points
+from sspcompile.report.format import change, clean, figures, percent, seconds, size
 from sspcompile.report.html import render_html
 from sspcompile.report.json import read_report, render_json
 from sspcompile.report.markdown import render_markdown
@@ -40,13 +42,11 @@ from sspcompile.report.model import (
     ScenarioSection,
     SizesSection,
 )
-from sspcompile.report.points import comparison_page, frontier_page, points_of, render_points
+from sspcompile.report.page import report_page
 from sspcompile.report.schema import SCHEMAS, schema_text
 from sspcompile.report.svg import render_svg
 from sspcompile.report.text import render_text
 from sspcompile.report.verdict import headline, verdict
-from sspcompile.report.view import report_page
-from sspcompile.report.words import change, clean, figures, percent, seconds, size
 
 EVIL = "<script>alert(1)</script> \x1b[31mred\x07 [bold]x[/bold] | a\n# head ![i](http://x.y/z.png) \u202eabc &amp;"
 
@@ -453,7 +453,7 @@ def test_points_of_unmeasured_builds_say_so() -> None:
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_published_schemas_are_those_of_the_code(name: str) -> None:
     published = Path(__file__).parents[1] / "docs" / "schemas" / name
-    assert published.read_text("utf-8") == schema_text(name), "run `make schemas`"
+    assert published.read_text("utf-8") == schema_text(name), "run `make generated`"
 
 
 def test_reports_and_samples_follow_their_schemas() -> None:

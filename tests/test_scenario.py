@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sspcompile.errors import RecipeError, ScenarioError
-from sspcompile.request.recipe import resolve
-from sspcompile.request.scenario import LINE_BYTES, as_recipe, read_scenario, scenario_of, slug
+from sspcompile.request.request import read_request
+from sspcompile.request.scenario import LINE_BYTES, read_scenario, scenario_of, slug
 
 
 def refused(value: str | Path) -> str:
@@ -122,9 +122,9 @@ def test_a_recipe_whose_prompt_file_is_unusable_names_it(tmp_path: Path, file: s
 
 
 @pytest.mark.parametrize("value", ["Answer bakers about flour.", "chemistry-and-finance"])
-def test_as_recipe_says_the_same_scenario(value: str) -> None:
+def test_the_recipe_of_a_request_says_the_same_scenario(value: str) -> None:
     scenario, _ = read_scenario(value)
-    again = scenario_of(resolve(as_recipe(scenario), command_line={}, environment={}))
+    again = scenario_of(read_request(value, {}, {}).recipe())
     assert (again.name, again.text, again.prompts) == (scenario.name, scenario.text, scenario.prompts)
     assert again.domains == scenario.domains
 

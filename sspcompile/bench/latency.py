@@ -26,7 +26,7 @@ from sspcompile.checkpoint.settings import read_generation, read_json
 from sspcompile.errors import InputError
 from sspcompile.intervals import Summary, summarize
 from sspcompile.model.context import context_of
-from sspcompile.progress import Steps, no_steps
+from sspcompile.progress import Progress, silent
 
 SCHEMA_VERSION = 2
 # What the bandwidth is measured on is at most this large; beyond, no cache of any machine plays a part.
@@ -99,13 +99,13 @@ def bench(
     contenders: Sequence[Contender],
     settings: Settings,
     *,
-    progress: Steps = no_steps,
+    progress: Progress = silent,
     done: Sequence[Session] = (),
     keep: Callable[[Session], None] = lambda _: None,
 ) -> BenchResult:
     """Measure the contenders in turn, A B A B, B A B A; the first one is the reference of all others.
 
-    `progress` hears trials done and trials in all. `done` are sessions of an earlier run
+    `progress` hears what comes next, trials done, and trials in all. `done` are sessions of an earlier run
     with the same contenders and settings, `keep` gets each new one. Raises InputError for settings or folders that
     cannot be measured (before any process starts, where the folder alone tells), RunError when a worker dies.
     """
@@ -146,7 +146,7 @@ def _check_folder(contender: Contender, settings: Settings) -> None:
 
 
 def _session(
-    workers: Sequence[Worker], contenders: Sequence[Contender], settings: Settings, number: int, say: Steps
+    workers: Sequence[Worker], contenders: Sequence[Contender], settings: Settings, number: int, say: Progress
 ) -> Session:
     """All loads of all contenders, each in a fresh process; the order is turned from session to session."""
     order = list(zip(workers, contenders, strict=True))
@@ -156,17 +156,17 @@ def _session(
     ticks = itertools.count(number * total)
     found: Session = {}
     for group in [order] if fit_together(contenders, settings.device) else [[one] for one in order]:
-        found |= _group(group, settings, lambda: say(next(ticks), settings.sessions * total))
+        found |= _group(group, settings, lambda what: say(what, next(ticks), settings.sessions * total))
     meter = next((w for w, c in order if c.runtime == "hf"), order[0][0])
     size = min(LARGEST_READ, int(_bytes_per_step(contenders[0], found[contenders[0].name], settings.loads[0])))
     with meter.session():
         read = meter.ask("bandwidth", size=size, threads=settings.threads, device=settings.device)
-    say((number + 1) * total, settings.sessions * total)
+    say("done", (number + 1) * total, settings.sessions * total)
     return found | {"bandwidth": read["bytes_per_second"]}
 
 
 def _group(
-    group: Sequence[tuple[Worker, Contender]], settings: Settings, say: Callable[[], None]
+    group: Sequence[tuple[Worker, Contender]], settings: Settings, say: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
     """Contenders that are in memory at once take turns, trial by trial."""
     found: dict[str, dict[str, Any]] = {}
@@ -175,9 +175,9 @@ def _group(
             stack.enter_context(worker.session())
             found[contender.name] = {"facts": _load(worker, contender, settings), "trials": {}}
         for load in settings.loads:
-            for _ in range(settings.warmup + settings.trials):
+            for trial in range(settings.warmup + settings.trials):
                 for worker, contender in group:
-                    say()
+                    say(f"{'warm-up' if trial < settings.warmup else 'trial'} of {contender.name}")
                     trials = found[contender.name]["trials"].setdefault(load.label, [])
                     trials.append(worker.ask("trial", **asdict(load)))
         for worker, contender in group:

@@ -37,12 +37,17 @@ def locate(model: str | None) -> Path:
         return folder
     if folder.exists():
         raise CheckpointError(f"{model} is a file.", hint="--model takes the folder that holds config.json.")
-    if model.count("/") != 1 or model.startswith((".", "/", "~")) or model.endswith("/"):
+    if not is_hub_name(model):
         raise CheckpointError(
             f"There is no model folder {model}.",
             hint="--model takes a folder with config.json, or a hub name such as Qwen/Qwen2.5-7B-Instruct.",
         )
     return _snapshot(model)
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether a text has the form OWNER/NAME; whether the hub has it is another question."""
+    return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not text.endswith("/")
 
 
 def _snapshot(name: str) -> Path:

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sspcompile.cli.options import here, json_option, quiet_option, scenario_option
+from sspcompile.cli.options import json_option, quiet_option, scenario_option, workspace
 
 if TYPE_CHECKING:
-    from sspcompile.api.arguments import Contenders
     from sspcompile.evaluate.harness import HarnessRow
 
 
@@ -82,48 +81,29 @@ def evaluate(
     match and recall are given only where answers are known. ARTIFACT is an artifact, an exported folder, or with
     --against any model folder; without it, the last build.
     """
-    from sspcompile.api.arguments import find_contenders
-    from sspcompile.cli.progress import stages
-    from sspcompile.workspace import Workspace
-
-    workspace = Workspace(here())
     if tasks is not None:
-        from sspcompile.evaluate.harness import require_harness, run_harness
-
-        require_harness()
-        contenders = find_contenders(artifact, against, workspace)
-        names = [name.strip() for name in tasks.split(",") if name.strip()]
-        rows = run_harness(
-            contenders.folders, names, tasks_folder=tasks_folder, items=items, batch_size=batch_size, seed=seed
-        )
+        rows = _harness(artifact, against, tasks, tasks_folder, items, batch_size, seed)
         _print_harness(rows, as_json)
         return
-    from sspcompile.api.evaluating import evaluate as run
+    from sspcompile.api.arguments import cut_model
+    from sspcompile.api.evaluate import evaluate as run
+    from sspcompile.cli.progress import stages
     from sspcompile.evaluate.asking import limits_for
 
-    contenders = find_contenders(artifact, against, workspace)
-    limits = limits_for(contenders.positions, max_tokens, max_new_tokens, batch_size)
+    model = cut_model(artifact, against, workspace(), option="--against")
+    limits = limits_for(model.positions, max_tokens, max_new_tokens, batch_size)
     if max_tokens is not None and limits.max_tokens < max_tokens:
         click.echo(
-            f"Note: --max-tokens is lowered to {limits.max_tokens}: with {limits.new_tokens} of an answer, the longest "
-            f"text of the models has {limits.positions}.",
+            f"Note: prompts are shortened to {limits.max_tokens} tokens: with {limits.new_tokens} of an answer, the "
+            f"longest text of the models has {limits.positions}.",
             err=True,
         )
     with stages(quiet) as progress:
-        results = run(
-            contenders,
-            scenario=scenario,
-            data=data,
-            items=items,
-            limits=limits,
-            seed=seed,
-            workspace=workspace,
-            progress=progress,
-        )
+        results = run(model, workspace(), progress, scenario=scenario, data=data, items=items, limits=limits, seed=seed)
     if as_json:
         from sspcompile.evaluate.results import results_json
 
-        facts = {**_facts(contenders), "seed": seed, **asdict(limits)}
+        facts = {"artifact": str(model.found.folder), "dense_model": model.dense.name, "seed": seed, **asdict(limits)}
         click.echo(json.dumps(results_json(results, facts), indent=1))
         return
     from rich.console import Console
@@ -133,8 +113,24 @@ def evaluate(
     print_results(results, Console())
 
 
-def _facts(contenders: Contenders) -> dict[str, str]:
-    return {"artifact": str(contenders.artifact or contenders.model), "dense_model": contenders.dense.name}
+def _harness(
+    artifact: str | None,
+    against: str | None,
+    tasks: str,
+    tasks_folder: Path | None,
+    items: int | None,
+    batch_size: int,
+    seed: int,
+) -> Sequence[HarnessRow]:
+    from sspcompile.evaluate.harness import require_harness, run_harness
+
+    require_harness()
+    from sspcompile.api.arguments import cut_model
+
+    model = cut_model(artifact, against, workspace(), option="--against")
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    models = ((model.dense.checkpoint.path, False), (model.found.model, model.found.custom_code))
+    return run_harness(models, names, tasks_folder=tasks_folder, items=items, batch_size=batch_size, seed=seed)
 
 
 def _print_harness(rows: Sequence[HarnessRow], as_json: bool) -> None:

@@ -8,7 +8,7 @@ import sys
 
 import click
 
-from sspcompile.cli.options import here, json_option, quiet_option
+from sspcompile.cli.options import json_option, quiet_option, workspace
 
 # What a terminal would obey instead of showing: C0 without tab and line feed, DEL, C1.
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -87,28 +87,28 @@ def run(
     Text appears as it is written; how fast goes to stderr. The chat template is used where there is one.
     """
     from sspcompile.cli.progress import stages
-    from sspcompile.workspace import Workspace
 
     texts = [_read(prompt) for prompt in prompts]
     with stages(quiet):
-        from sspcompile.api.running import Sampling, find_model, open_model, prompt_tokens, write
+        from sspcompile.api.arguments import named
+        from sspcompile.api.run import Sampling, open_model, prompt_tokens, write
 
-        folder = find_model(artifact, Workspace(here()), dense=dense)
-        model = open_model(folder, device=device, trust_remote_code=trust_remote_code)
+        found = named(artifact, workspace())
+        folder, model = open_model(found, dense=dense, device=device, trust_remote_code=trust_remote_code)
     for text in texts:  # none is answered where another one cannot be
         prompt_tokens(model, text, raw=raw)
-    sampling, found = Sampling(temperature, top_p, seed), []
+    sampling, texts_written = Sampling(temperature, top_p, seed), []
     for number, text in enumerate(texts):
         if len(texts) > 1 and not as_json:
             click.echo(f"{chr(10) if number else ''}> {visible(text)}")
         show = _silent if as_json else _show
         done = write(model, text, new_tokens=max_new_tokens, sampling=sampling, raw=raw, on_text=show)
-        found.append(done)
+        texts_written.append(done)
         if not as_json:
             click.echo()
         if done.full_context is not None:
             click.echo(
-                f"Note: the text ends at {done.full_context} tokens, prompt included; the model takes no longer one.",
+                f"Note: the text ends at {done.full_context} tokens, prompt included: the model has no more positions.",
                 err=True,
             )
         if not quiet and not as_json:
@@ -118,7 +118,7 @@ def run(
     if as_json:
         from dataclasses import asdict
 
-        click.echo(json.dumps({"model": str(folder), "texts": [asdict(one) for one in found]}))
+        click.echo(json.dumps({"model": str(folder), "texts": [asdict(one) for one in texts_written]}))
 
 
 def visible(text: str) -> str:
@@ -146,4 +146,4 @@ def _read(prompt: str) -> str:
     try:
         return data.decode("utf-8").strip("\n")
     except UnicodeDecodeError as error:
-        raise InputError("The prompt on stdin is no UTF-8 text.", hint="Convert it, or type --prompt.") from error
+        raise InputError("The prompt on stdin is not UTF-8 text.", hint="Convert it, or type --prompt.") from error

@@ -50,7 +50,7 @@ def slice_command(
     No model is loaded: the bytes that stay are moved from file to file, whatever the size and the dtype. A mask that
     was compiled on one machine cuts the checkpoint on another. `sspcompile verify DIR` proves the result.
     """
-    from sspcompile.api.cutting import open_cut, write_cut
+    from sspcompile.api.slice import open_cut, write_cut
     from sspcompile.checkpoint.publish import refuse_existing
     from sspcompile.slicing.hosts import named_host
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sspcompile.criteria.look import Look, Units
+from sspcompile.criteria.units import CriterionInput, Units
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.hooks import LayerCall, head_gates, recorded_calls
 from sspcompile.model.logits import decoder_output, divergence, log_probabilities
@@ -70,15 +70,15 @@ class Closing:
         return self.loaded.model.model.norm(hidden)
 
 
-def leave_one_out(loaded: LoadedModel, look: Look) -> np.ndarray:
+def leave_one_out(loaded: LoadedModel, given: CriterionInput) -> np.ndarray:
     """KL(dense || one unit closed) in nats, mean over each prompt's scored positions, [N, L, U] float64."""
-    units = Units.of(loaded.geometry, look.granularity)
-    found = np.zeros((look.prompts, units.layers, units.count))
-    total = len(look.batches) * units.layers
-    for number, batch in enumerate(look.batches):
+    units = Units.of(loaded.geometry, given.granularity)
+    found = np.zeros((given.prompts, units.layers, units.count))
+    total = len(given.batches) * units.layers
+    for number, batch in enumerate(given.batches):
         closing = Closing(loaded, [batch], units)
         for layer in range(units.layers):
             for unit in range(units.count):
                 found[list(batch.rows), layer, unit] = closing.without(layer, unit)
-            look.report(number * units.layers + layer + 1, total)
+            given.report(number * units.layers + layer + 1, total)
     return found

@@ -16,7 +16,7 @@ from sspcompile.proof.prove import Claim, prove
 from sspcompile.slicing.mask import whole_mask
 from sspcompile.slicing.plan import make_plan, plan_json
 from sspcompile.slicing.write import write_model
-from sspcompile.workspace import MODEL, PLAN, PROBES, REPORT, name_of
+from sspcompile.workspace import MODEL, PLAN, PROBES, REPORT
 
 
 def export_hf(
@@ -45,9 +45,9 @@ def export_hf(
                 shutil.copyfile(path, folder / path.name)
         else:
             plan |= _write_hosted(artifact, folder, host, progress)
-        card = model_card(_read(artifact / REPORT), plan, dict(manifest.origin), name_of(out))
+        card = model_card(_read(artifact / REPORT), plan, dict(manifest.origin), out.resolve().name)
         (folder / "README.md").write_text(card, "utf-8")
-        return write_manifest(folder, {**manifest.origin, "artifact": name_of(artifact), "format": "hf"})
+        return write_manifest(folder, {**manifest.origin, "artifact": artifact.resolve().name, "format": "hf"})
 
 
 def _write_hosted(artifact: Path, folder: Path, host: str, progress: Progress) -> dict[str, Any]:

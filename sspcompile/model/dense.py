@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sspcompile.checkpoint import Checkpoint, fingerprint, locate
 from sspcompile.checkpoint.locate import EMBEDDED
-from sspcompile.model.decoder import LoadedModel
-from sspcompile.model.loading import load
+
+if TYPE_CHECKING:
+    from sspcompile.model.decoder import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,9 @@ class DenseModel:
     def load(
         self, *, device: str = "cpu", device_map: str | None = None, trust_remote_code: bool = False
     ) -> LoadedModel:
+        # Headers alone need no torch.
+        from sspcompile.model.loading import load
+
         return load(
             self.checkpoint.path,
             fingerprint=self.fingerprint,

@@ -15,8 +15,8 @@ from sspcompile.prepare.stages import Stages, beside
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.progress import Progress
 from sspcompile.request.domains import pools_fingerprint
+from sspcompile.request.options import Options, default_of
 from sspcompile.request.pools import PoolSet, pools_of, pools_suffix
-from sspcompile.request.recipe import DEFAULTS, Recipe
 from sspcompile.request.splits import fit_part
 from sspcompile.workspace import Workspace
 
@@ -28,7 +28,7 @@ STANDARD_CRITERIA = ("fisher", "subspace")
 def toolkit_for(
     subject: DenseModel,
     loaded: LoadedModel,
-    options: Recipe,
+    options: Options,
     workspace: Workspace,
     progress: Progress,
     criteria: Sequence[str],
@@ -54,9 +54,9 @@ def toolkit_for(
             given.outside,
             axes=given.axes,
             criteria=criteria,
-            seed=options.seed or 0,
-            max_tokens=options.max_tokens or 0,
-            continuation_tokens=options.continuation_tokens or 0,
+            seed=options.seed,
+            max_tokens=options.max_tokens,
+            continuation_tokens=options.continuation_tokens,
             stages=stages,
             progress=progress,
         )
@@ -72,15 +72,15 @@ def toolkit_for(
     return toolkit, fresh
 
 
-def toolkit_folder(subject: DenseModel, options: Recipe, workspace: Workspace) -> Path:
+def toolkit_folder(subject: DenseModel, options: Options, workspace: Workspace) -> Path:
     """Where the toolkit lies. Other than default pools, axes or settings have folders of their own; none displaces
     another."""
     settings = {name: getattr(options, name) for name in ("max_tokens", "continuation_tokens", "seed")}
-    suffix = "".join(f"-{name[:3]}{value}" for name, value in settings.items() if value != DEFAULTS[name])
+    suffix = "".join(f"-{name[:3]}{value}" for name, value in settings.items() if value != default_of(name))
     return workspace.toolkit(subject.fingerprint + pools_suffix(options) + suffix)
 
 
-def _stored(folder: Path, subject: DenseModel, options: Recipe, given: PoolSet) -> Toolkit | None:
+def _stored(folder: Path, subject: DenseModel, options: Options, given: PoolSet) -> Toolkit | None:
     """The saved toolkit when it was learned from these pools with these settings; None when there is none.
 
     Raises ToolkitError when the folder holds one that is damaged or of another model.

@@ -139,14 +139,14 @@ class _Stream:
             return
         layer = loaded.layers[index]
         self.weights[index] = self._refit_attention(index, dense, columns, ridge).to(dtype)
-        mended = Repair({index: self.weights[index]})
+        refit = Repair({index: self.weights[index]})
         if mlp:
-            with repaired(loaded, mended):
+            with repaired(loaded, refit):
                 self.down[index] = self._refit_mlp(index, dense).to(dtype).contiguous()
-            mended = Repair(mended.weights, down={index: self.down[index]})
+            refit = Repair(refit.weights, down={index: self.down[index]})
         if layer is loaded.layers[-1]:
             return
-        with repaired(loaded, mended):
+        with repaired(loaded, refit):
             self.hidden = [dense.run(index, number, hidden) for number, hidden in enumerate(self.hidden)]
 
     def _refit_attention(self, index: int, dense: _Dense, columns: Tensor, ridge: float) -> Tensor:

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sspcompile.evaluate.results import Mean, SuiteResult
-from sspcompile.report.words import clean, figures, percent
+from sspcompile.report.format import clean, figures, percent
 
 ROWS: Mapping[str, tuple[str, Callable[[float], str]]] = {
     "exact_match": ("exact match", percent),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from sspcompile.report.format import change, figures, percent, with_interval
 from sspcompile.report.model import Estimate, LatencyRow, LatencySection, PredictionRow, QualityRow, Report
-from sspcompile.report.words import change, figures, percent, with_interval
 
 # Below this share of agreement more than every tenth token differs: nobody would call that the same model.
 FEW_AGREE = 0.9

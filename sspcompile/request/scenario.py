@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -41,6 +41,11 @@ class Scenario:
     domains: Mapping[str, float] | None
     source: Literal["recipe", "sentence", "prompts"]
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What the model reads to recognise the scenario: its prompts, or its sentence."""
+        return self.prompts or ((self.text,) if self.text is not None else ())
+
 
 def read_scenario(value: str) -> tuple[Scenario, Recipe | None]:
     """Read what `--scenario` was given. The recipe, where there is one, has the prompts of its file written out.
@@ -69,11 +74,13 @@ def read_scenario(value: str) -> tuple[Scenario, Recipe | None]:
     return Scenario(slug(text), text, (), None, "sentence"), None
 
 
-def as_recipe(scenario: Scenario) -> Recipe:
-    """A recipe that says nothing but the scenario; what a build without a recipe starts from."""
-    domains = dict(scenario.domains) if scenario.domains else None
-    spec = ScenarioSpec(text=scenario.text, prompts=scenario.prompts or None, domains=domains)
-    return Recipe(schema_version=1, name=scenario.name, description=f"Read from a {scenario.source}.", scenario=spec)
+def of_prompts(prompts: Sequence[str], name: str = "prompts") -> Scenario:
+    """A scenario of these prompts. Raises ScenarioError for an empty or unreadable one."""
+    for number, prompt in enumerate(prompts, 1):
+        _refuse_controls(prompt, f"Prompt {number}")
+    if not prompts:
+        raise ScenarioError("There are no prompts.", hint=ACCEPTED)
+    return Scenario(slug(name), None, tuple(prompt.strip() for prompt in prompts), None, "prompts")
 
 
 def slug(text: str) -> str:

@@ -29,7 +29,7 @@ HOLD_EVERY = 4
 
 
 @dataclass(frozen=True)
-class Evidence:
+class Splits:
     """`fit` chooses heads and fits the repair, `guard` decides between layouts and repairs, `judge` is reported only,
     and so is `off`: held-out prompts of the domains that the scenario is not about (none where it is about all).
 
@@ -80,8 +80,8 @@ def own_fit_part(prompts: Sequence[str]) -> tuple[str, ...]:
     return _thinned(split(tuple(dict.fromkeys(prompts)))[0], OWN_FIT_PROMPTS)
 
 
-def gather(prompts: Sequence[str], parts: np.ndarray, pools: Sequence[DomainPool], seed: int) -> Evidence:
-    """Evidence for a scenario with these prompts of its own (none for a sentence or a given mixture).
+def draw_splits(prompts: Sequence[str], parts: np.ndarray, pools: Sequence[DomainPool], seed: int) -> Splits:
+    """Splits for a scenario with these prompts of its own (none for a sentence or a given mixture).
 
     `parts` [K] is what each of the `pools` counts for; it sums to 1.
     """
@@ -110,7 +110,7 @@ def gather(prompts: Sequence[str], parts: np.ndarray, pools: Sequence[DomainPool
             ((own_fit, FIT_PROMPTS), (own_guard, GUARD_PROMPTS), (own_judge, JUDGE_PROMPTS))
         )
     )
-    return Evidence(
+    return Splits(
         fit=own_fit + fit,
         guard=own_guard + guard,
         judge=own_judge + judge,

@@ -88,8 +88,11 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Exported:
+    """A published folder. `context_length`: tokens of the longest text that the graph reads."""
+
     manifest: Manifest
     agreement: Agreement
+    context_length: int
 
 
 def export_onnx(
@@ -139,7 +142,7 @@ def export_onnx(
         (folder / CHECKS).write_text(json.dumps(asdict(agreement), indent=1) + "\n", "utf-8")
         (folder / "README.md").write_text(card(agreement, decoder.positions), "utf-8")
         described = _described(decoder, precision, blocks, last_logits=last_logits)
-        return Exported(write_manifest(folder, {**origin, **described}), agreement)
+        return Exported(write_manifest(folder, {**origin, **described}), agreement, decoder.positions)
 
 
 def _described(decoder: Decoder, precision: Precision, blocks: Blocks, *, last_logits: bool) -> dict[str, Any]:
