@@ -185,7 +185,7 @@ class Artifact:
         InputError for unusable data.
         """
         from sspcompile.api.arguments import CutModel
-        from sspcompile.api.evaluate import DEFAULT_LIMITS, evaluate
+        from sspcompile.api.evaluate import evaluate
 
         files = [data] if isinstance(data, str | os.PathLike) else list(data)
         cut = CutModel(self._named, self._named.dense(_text(model)))
@@ -196,7 +196,7 @@ class Artifact:
             scenario=scenario,
             data=[Path(file) for file in files],
             items=items,
-            limits=limits if limits is not None else DEFAULT_LIMITS,
+            limits=limits,
             seed=seed,
         )
 
@@ -215,8 +215,8 @@ class Artifact:
         """Write the model in the form that a runtime takes, run it where it is ONNX, and give its folder.
 
         `precision` (fp32), `context_length` and `last_logits` are for "onnx", `host` (a family whose stock class loads
-        it) for "hf". Raises InputError for an option of the other format, ParityError for an export that computes something
-        else.
+        it) for "hf". Raises InputError for an option of the other format, ParityError for an export that computes
+        something else.
         """
         from sspcompile.api.export import ExportRequest, export
 

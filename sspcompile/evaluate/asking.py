@@ -25,7 +25,7 @@ from sspcompile.model.divergence import DivergenceAccumulator
 from sspcompile.model.text import Prompt, Sentence, batches_of, greedy, messages, sentences
 from sspcompile.progress import Progress, Steps
 
-USUAL_TOKENS, USUAL_NEW_TOKENS = 512, 32
+USUAL_TOKENS, USUAL_NEW_TOKENS, USUAL_BATCH_SIZE = 512, 32, 32
 METRICS = ("exact_match", "keyword_recall", "answer_log_likelihood", "mean_kl", "top1_agreement")
 
 
@@ -41,10 +41,19 @@ class Limits:
     batch_size: int
     positions: int | None = None
 
+    def within(self, positions: int | None) -> Limits:
+        """These limits, with prompts so short that they fit `positions` with their answers. Raises as `limits_for`."""
+        return limits_for(positions, self.max_tokens, self.new_tokens, self.batch_size)
 
-def limits_for(positions: int | None, max_tokens: int | None, new_tokens: int | None, batch_size: int) -> Limits:
-    """The limits that were asked for, or the usual ones, so that prompt and answer fit `positions`: the usual number of
-    new tokens is lowered first, to half of them, then that of prompt tokens.
+
+def limits_for(
+    positions: int | None,
+    max_tokens: int | None = None,
+    new_tokens: int | None = None,
+    batch_size: int = USUAL_BATCH_SIZE,
+) -> Limits:
+    """The limits that were asked for, so that prompt and answer fit `positions`: prompts are shortened. None stands for
+    the usual limit; that of the answer is at most half of the positions.
 
     Raises InputError where the new tokens that were asked for leave no room for a prompt.
     """
