@@ -39,11 +39,11 @@ def read_generation(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     found = read_json(path)
-    demand_token_ids(found, path)
+    _demand_token_ids(found, path)
     return found
 
 
-def demand_token_ids(values: Mapping[str, Any], path: Path) -> None:
+def _demand_token_ids(values: Mapping[str, Any], path: Path) -> None:
     """Raise CheckpointError where the special tokens of a file have another type than ids have."""
     for key in (*ONE_TOKEN, END_TOKENS):
         value = values.get(key)

@@ -20,8 +20,8 @@ def positions_of(config: Mapping[str, Any]) -> int | None:
     longest = config.get("max_position_embeddings")
     if type(longest) is not int or longest < 1:
         return None
-    # The second spelling is that of transformers 4.
-    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    # The older spelling wins, as in transformers 5.
+    rope = config.get("rope_scaling") or config.get("rope_parameters")
     if not isinstance(rope, Mapping) or not isinstance(rope.get("factor"), int | float):
         return longest
     trained = {"dynamic": longest, "yarn": rope.get("original_max_position_embeddings")}

@@ -102,18 +102,18 @@ def read_decoder(folder: Path, *, positions: int | None = None) -> Decoder:
         tensors=tensors,
         layers=layers,
         epsilon=float(said["rms_norm_eps"]),
-        positions=_positions(said, positions),
+        positions=_positions({**plain, "max_position_embeddings": said["max_position_embeddings"]}, positions),
         frequencies=frequencies,
         rotary_scale=scale,
         **_multipliers(g, said),
     )
 
 
-def _positions(said: _Settings, wanted: int | None) -> int:
-    longest = positions_of({**said.plain, "max_position_embeddings": said["max_position_embeddings"]})
+def _positions(config: Mapping[str, Any], wanted: int | None) -> int:
+    longest = positions_of(config)
     if longest is None or longest < LEAST_POSITIONS:
         raise CheckpointError(
-            f"config.json has {said['max_position_embeddings']!r} as max_position_embeddings.",
+            f"config.json has {config['max_position_embeddings']!r:.60} as max_position_embeddings.",
             hint=f"It must be a whole number of at least {LEAST_POSITIONS}.",
         )
     if wanted is not None and not LEAST_POSITIONS <= wanted <= longest:
@@ -143,15 +143,15 @@ class _Settings:
     """
 
     def __init__(self, plain: Mapping[str, Any]) -> None:
-        self.plain = plain
+        self._plain = plain
 
     def __getitem__(self, key: str) -> Any:
-        value = self.plain.get(key)
+        value = self._plain.get(key)
         return value if value is not None else getattr(self.stock, key, None)
 
     def says(self, key: str) -> Any:
         """The value when config.json has the key, None included; else the class's default."""
-        return self.plain[key] if key in self.plain else getattr(self.stock, key, None)
+        return self._plain[key] if key in self._plain else getattr(self.stock, key, None)
 
     @cached_property
     def stock(self) -> PreTrainedConfig:
@@ -159,9 +159,9 @@ class _Settings:
         from transformers import CONFIG_MAPPING
 
         # Not a key of any class, only of how per-layer folders are opened.
-        values = {key: value for key, value in self.plain.items() if key != "allow_global_per_layer_attribute_access"}
+        values = {key: value for key, value in self._plain.items() if key != "allow_global_per_layer_attribute_access"}
         try:
-            return CONFIG_MAPPING[self.plain["model_type"]](**values)
+            return CONFIG_MAPPING[self._plain["model_type"]](**values)
         except (ValueError, KeyError, TypeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CheckpointError(f"transformers cannot read config.json: {reason}", hint="Check the file.") from error

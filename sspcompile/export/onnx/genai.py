@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sspcompile.checkpoint.settings import demand_token_ids, read_generation
+from sspcompile.checkpoint.settings import read_generation
 from sspcompile.export.onnx.decoder import Decoder
 
 # Names that onnxruntime-genai gives to families; it treats all of them as the same kind of decoder.
@@ -39,7 +39,7 @@ def genai_config(decoder: Decoder) -> dict[str, Any]:
         "model": {
             "type": GENAI_TYPE.get(g.family.model_type, g.family.model_type),
             "bos_token_id": bos if bos is not None else pad,
-            "eos_token_id": eos if eos is not None else [],
+            "eos_token_id": eos if eos is not None else pad,
             "pad_token_id": pad,
             "context_length": decoder.positions,
             "vocab_size": g.vocab,
@@ -69,7 +69,4 @@ def genai_config(decoder: Decoder) -> dict[str, Any]:
 
 
 def _generation(decoder: Decoder) -> dict[str, Any]:
-    """generation_config.json. Where there is one it alone says what ends a text, as in transformers, none included."""
-    demand_token_ids(decoder.config, decoder.folder / "config.json")
-    found = read_generation(decoder.folder)
-    return {} if found is None else {"eos_token_id": None, **found}
+    return read_generation(decoder.folder) or {}
