@@ -258,7 +258,7 @@ CASES: Mapping[str, Case] = {
     "config missing": Case(lambda h: (h / "model" / "config.json").unlink(), PLAN, r"no config\.json"),
     "config empty": Case(text("model/config.json", ""), PLAN, "not valid JSON"),
     "config binary": Case(text("model/config.json", bytes(range(256))), PLAN, "not valid JSON"),
-    "config that is a list": Case(text("model/config.json", "[]"), PLAN, "no JSON object"),
+    "config that is a list": Case(text("model/config.json", "[]"), PLAN, "must hold a JSON object"),
     "config nested too deep": Case(text("model/config.json", "[" * 100_000), PLAN, "not valid JSON"),
     "heads as text": Case(config(num_attention_heads="four"), PLAN, "num_attention_heads"),
     "heads negative": Case(config(num_attention_heads=-4), PLAN, "num_attention_heads"),

@@ -10,6 +10,7 @@ from sspcompile.checkpoint import Manifest, check_manifest, locate
 from sspcompile.checkpoint.locate import EMBEDDED, is_hub_name
 from sspcompile.checkpoint.manifest import NAME as MANIFEST
 from sspcompile.errors import ArtifactError, InputError
+from sspcompile.model.context import shortest_context
 from sspcompile.model.decoder import LoadedModel, TextModel
 from sspcompile.model.dense import DenseModel, open_dense
 from sspcompile.model.loading import load_cut
@@ -84,6 +85,11 @@ class CutModel:
     def build(self) -> Path | None:
         """The artifact's folder; None for anything but a build."""
         return self.found.folder if self.found.kind == "build" else None
+
+    @property
+    def positions(self) -> int | None:
+        """The longest text that both models can read, in tokens; None where neither says."""
+        return shortest_context([self.dense.checkpoint.path, self.found.model])
 
     def load(self) -> tuple[LoadedModel, TextModel | OnnxText]:
         """Both in memory, the dense one first.

@@ -23,6 +23,7 @@ from sspcompile.checkpoint.manifest import NAME as MANIFEST
 from sspcompile.checkpoint.manifest import check_manifest, write_manifest
 from sspcompile.checkpoint.publish import scratch, write_atomically
 from sspcompile.errors import ArtifactError, InputError
+from sspcompile.model.context import shortest_context
 from sspcompile.model.dense import DenseModel
 from sspcompile.progress import Progress, silent
 from sspcompile.report.build import latency_section
@@ -53,8 +54,9 @@ class BenchRequest:
     memory: int | None = None
 
     def settings(self, positions: int | None, cores: int) -> Settings:
-        """With defaults; those of the prompt fit a model of so few positions, and the report states what was used."""
-        new_tokens = self.new_tokens or (16 if self.quick else 64)
+        """With defaults, which fit models of so few positions; the report states what was used."""
+        usual = 16 if self.quick else 64
+        new_tokens = self.new_tokens or (usual if positions is None else max(2, min(usual, positions // 2)))
         prompts = self.prompt_tokens or (64 if self.quick else 512,)
         if positions is not None and self.prompt_tokens is None:
             prompts = tuple(max(1, min(tokens, positions - new_tokens)) for tokens in prompts)
@@ -112,7 +114,8 @@ def bench(
     entries = [cut_model(one, model, workspace, option="--model") for one in given]
     reference = None if against in (None, DENSE) else cut_model(against, model, workspace, option="--model")
     dense = _one_dense([*entries, *([reference] if reference else [])])
-    settings = request.settings(dense.checkpoint.config.get("max_position_embeddings"), os.cpu_count() or 1)
+    models = [dense.checkpoint.path, *(entry.found.model for entry in (*entries, *([reference] if reference else [])))]
+    settings = request.settings(shortest_context(models), os.cpu_count() or 1)
     # Graphs that only this measurement needs lie where weights can be linked.
     with scratch(workspace.artifacts, "bench") as place:
         own = [list(_of(entry, _name(entry, entries), request, place)) for entry in entries]

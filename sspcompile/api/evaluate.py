@@ -16,7 +16,7 @@ from sspcompile.api.arguments import CutModel
 from sspcompile.checkpoint import Checkpoint, embedded_model, fingerprint
 from sspcompile.embedded.questions import questions as known_questions
 from sspcompile.errors import InputError
-from sspcompile.evaluate.asking import Limits, compare
+from sspcompile.evaluate.asking import Limits, compare, limits_for
 from sspcompile.evaluate.questions import Conversation, Question, read_data, single
 from sspcompile.evaluate.results import SuiteResult, suite_result
 from sspcompile.model.decoder import LoadedModel
@@ -31,7 +31,6 @@ from sspcompile.slicing.mask import load_mask
 from sspcompile.workspace import MASK, RECIPE, Workspace
 
 SUITE_ITEMS = 100
-DEFAULT_LIMITS = Limits(max_tokens=512, new_tokens=32, batch_size=32)
 
 
 @dataclass(frozen=True)
@@ -174,14 +173,18 @@ def evaluate(
     scenario: str | None = None,
     data: Sequence[Path] = (),
     items: int | None = None,
-    limits: Limits = DEFAULT_LIMITS,
+    limits: Limits | None = None,
     seed: int = 0,
 ) -> list[SuiteResult]:
-    """Ask both models all suites. Raises InputError when there is nothing to ask, and whatever reading raises."""
+    """Ask both models all suites, within `limits` (by default the usual ones) and the positions that both have.
+
+    Raises InputError when there is nothing to ask, and whatever reading raises.
+    """
     for path in data:  # malformed files are refused before anything heavy starts
         read_data(path)
     if model.build is None and scenario is None and not data:
         raise InputError(f"{model.name} does not say which scenario it is for.", hint="Give --scenario or --data.")
+    limits = limits_for(model.positions) if limits is None else limits.within(model.positions)
     dense, sliced = model.load()
     deployment = deployment_of(model, scenario, dense, workspace, seed, progress)
     fitted = fitted_prompts(deployment)

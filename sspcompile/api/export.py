@@ -16,6 +16,8 @@ from sspcompile.export.card import licence_of, onnx_card
 from sspcompile.export.hf import export_hf
 from sspcompile.export.onnx import PRECISIONS, Blocks, Exported, Precision, export_onnx
 from sspcompile.export.onnx.agreement import Agreement
+from sspcompile.export.onnx.decoder import read_decoder
+from sspcompile.export.onnx.weights import ROTARY_FILE
 from sspcompile.model.dense import open_dense
 from sspcompile.progress import Progress, silent
 from sspcompile.proof.probes import random_probes
@@ -61,7 +63,7 @@ def source_of(found: Named) -> Source:
         origin = {"source": dense.fingerprint, "source_name": dense.place, "licence": licence_of(found.model)}
     else:
         origin = {**found.manifest().origin, "artifact": found.name}
-    vocab = int(_read(found.model / "config.json").get("vocab_size", 1))
+    vocab = read_decoder(found.model).geometry.vocab
     return Source(found.model, origin, random_probes(vocab), custom_code=found.custom_code)
 
 
@@ -117,12 +119,17 @@ class ExportRequest:
 
 @dataclass(frozen=True)
 class Published:
-    """A finished export: its folder, name -> bytes of its files, and how an ONNX graph agrees with transformers."""
+    """A finished export: its folder, name -> bytes of its files, and how an ONNX graph agrees with transformers.
+
+    `context_length`: the longest text of an ONNX graph in tokens, and `table_bytes` what its rotary tables take.
+    """
 
     folder: Path
     files: Mapping[str, int]
     precision: Precision | None = None
     agreement: Agreement | None = None
+    context_length: int | None = None
+    table_bytes: int | None = None
 
 
 def export(
@@ -161,7 +168,8 @@ def export(
         overwrite=overwrite,
         progress=progress,
     )
-    return Published(out, _sizes(done.manifest), precision, done.agreement)
+    sizes = _sizes(done.manifest)
+    return Published(out, sizes, precision, done.agreement, done.context_length, sizes[ROTARY_FILE])
 
 
 def _sizes(manifest: Manifest) -> dict[str, int]:
@@ -188,11 +196,12 @@ def to_onnx(
         blocks=blocks,
         probes=source.probes,
         origin=source.origin,
-        card=lambda agreement: onnx_card(
+        card=lambda agreement, context_length: onnx_card(
             source.origin,
-            out.name,
+            out.resolve().name,
             agreement,
             precision,
+            context_length=context_length,
             last_logits=last_logits,
             report=source.report,
             plan=source.plan,

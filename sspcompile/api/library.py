@@ -185,7 +185,7 @@ class Artifact:
         InputError for unusable data.
         """
         from sspcompile.api.arguments import CutModel
-        from sspcompile.api.evaluate import DEFAULT_LIMITS, evaluate
+        from sspcompile.api.evaluate import evaluate
 
         files = [data] if isinstance(data, str | os.PathLike) else list(data)
         cut = CutModel(self._named, self._named.dense(_text(model)))
@@ -196,7 +196,7 @@ class Artifact:
             scenario=scenario,
             data=[Path(file) for file in files],
             items=items,
-            limits=limits if limits is not None else DEFAULT_LIMITS,
+            limits=limits,
             seed=seed,
         )
 

@@ -23,7 +23,10 @@ Model = TextModel | OnnxText
 
 @dataclass(frozen=True)
 class Written:
-    """One text. `first_token_s`: from the prompt to the first token; `tokens_per_s` of those after it, None for one."""
+    """One text. `first_token_s`: from the prompt to the first token; `tokens_per_s` of those after it, None for one.
+
+    `full_context`: the longest text of the model in tokens, where that ended this one; None otherwise.
+    """
 
     prompt: str
     text: str
@@ -31,6 +34,7 @@ class Written:
     prompt_tokens: int
     first_token_s: float
     tokens_per_s: float | None
+    full_context: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,26 @@ def open_model(
     return found.model, load_cut(found.model, device=device, trust_remote_code=trusted)
 
 
+def prompt_tokens(model: Model, prompt: str, *, raw: bool = False) -> tuple[int, ...]:
+    """What the model reads of a prompt; `raw` leaves the chat template out.
+
+    Raises InputError for an empty prompt, and for one that leaves no room for a single new token.
+    """
+    tokenizer = model.tokenizer
+    if not prompt.strip():
+        raise InputError("The prompt is empty.", hint='Type --prompt "...".')
+    text = prompt if raw else render(tokenizer, [prompt])[0]
+    ids = token_ids(tokenizer, [text])[0] if not raw else tuple(tokenizer(text)["input_ids"])
+    if not ids:
+        raise InputError("The prompt has no tokens.", hint='Type --prompt "...".')
+    if model.positions is not None and len(ids) >= model.positions:
+        raise InputError(
+            f"The prompt has {len(ids)} tokens; the model takes texts of at most {model.positions}, answer included.",
+            hint=f"Shorten the prompt to at most {model.positions - 1} tokens.",
+        )
+    return ids
+
+
 def write(
     model: Model,
     prompt: str,
@@ -83,15 +107,10 @@ def write(
 ) -> Written:
     """Write at most `new_tokens` tokens behind a prompt; `on_text` hears pieces of whole characters as they come.
 
-    `raw` leaves the chat template out. Raises InputError for an empty prompt.
+    The text ends where the model has no more positions. Raises what `prompt_tokens` raises.
     """
-    tokenizer = model.tokenizer
-    if not prompt.strip():
-        raise InputError("The prompt is empty.", hint='Type --prompt "...".')
-    text = prompt if raw else render(tokenizer, [prompt])[0]
-    ids = token_ids(tokenizer, [text])[0] if not raw else tuple(tokenizer(text)["input_ids"])
-    if not ids:
-        raise InputError("The prompt has no tokens.", hint='Type --prompt "...".')
+    tokenizer, ids = model.tokenizer, prompt_tokens(model, prompt, raw=raw)
+    room = new_tokens if model.positions is None else min(new_tokens, model.positions - len(ids))
     row = torch.tensor([ids])
     stream, times = _Pieces(tokenizer, on_text), []
     start = time.perf_counter()
@@ -101,12 +120,18 @@ def write(
         if tokens[0] not in model.ends:
             stream.put(torch.tensor(tokens))
 
-    tail = model.continuations(row, torch.ones_like(row), new_tokens, choose=sampling.chooser(), on_tokens=came)[0]
+    tail = model.continuations(row, torch.ones_like(row), room, choose=sampling.chooser(), on_tokens=came)[0]
     stream.end()
     shown = [token for token in tail if token not in model.ends]
-    rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
+    full = room < new_tokens and len(shown) == room
     return Written(
-        prompt, tokenizer.decode(shown, skip_special_tokens=True), tuple(tail), len(ids), times[0] - start, rate
+        prompt=prompt,
+        text=tokenizer.decode(shown, skip_special_tokens=True),
+        tokens=tuple(tail),
+        prompt_tokens=len(ids),
+        first_token_s=times[0] - start,
+        tokens_per_s=(len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None,
+        full_context=model.positions if full else None,
     )
 
 

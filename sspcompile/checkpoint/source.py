@@ -14,10 +14,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from sspcompile.checkpoint.settings import read_generation, read_json
 from sspcompile.checkpoint.tensors import tensor_shapes
 from sspcompile.checkpoint.transfer import Extent, read_all
 from sspcompile.errors import CheckpointError, UnsupportedModelError
@@ -85,8 +85,9 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = _read_json(path / "config.json")
+        self.config = read_json(path / "config.json")
         self.geometry: Geometry = geometry_of(self.config)
+        read_generation(path)
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -153,20 +154,6 @@ def fill(source: int, words: np.ndarray, file: Path, offset: int) -> None:
         raise CheckpointError(f"{file.name} is shorter than its header says.", hint="Download it again.")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path.parent} has no {path.name}.", hint="--model takes a Hugging Face model folder."
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}.", hint="Download it again.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object.", hint="Download it again.")
-    return value
-
-
 def _has_pickles(folder: Path) -> bool:
     return any(folder.glob("pytorch_model*.bin"))
 
@@ -177,7 +164,7 @@ def _weight_files(folder: Path) -> dict[str, set[str] | None]:
     if (folder / SINGLE_NAME).is_file():
         return {SINGLE_NAME: None}
     if (folder / INDEX_NAME).is_file():
-        weight_map = _read_json(folder / INDEX_NAME).get("weight_map")
+        weight_map = read_json(folder / INDEX_NAME).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{folder / INDEX_NAME} has no weight_map.", hint="Download it again.")
         promised: dict[str, set[str] | None] = {}

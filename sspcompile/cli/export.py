@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from sspcompile.export.onnx.agreement import Agreement
 
 
+NOTICEABLE_BYTES, NOTICEABLE_SHARE = 1_000_000, 0.1
+
+
 @click.command(
     short_help="Write an artifact in the form that a runtime takes.",
     epilog="""\b
@@ -66,9 +69,9 @@ Examples:
 )
 @click.option(
     "--context-length",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=2),
     metavar="N",
-    help="ONNX: make the graph for N positions instead of all that the model has.",
+    help="ONNX: make the graph for texts of at most N tokens instead of all positions that the model has.",
 )
 @click.option(
     "--last-logits",
@@ -114,6 +117,7 @@ def export(
     with stages(quiet) as progress:
         done = run(found, request, workspace(), progress, out=out, overwrite=overwrite)
     measured = _measured(done)
+    _say_tables(done)
     if as_json:
         click.echo(json.dumps({"folder": str(done.folder), "files": done.files, **measured}))
         return
@@ -131,7 +135,18 @@ def _measured(done: Published) -> dict[str, object]:
     if done.agreement is None or done.precision is None:
         return {}
     agreement = {**asdict(done.agreement), "relative": done.agreement.relative}
-    return {"precision": done.precision.name, "agreement": agreement}
+    return {"precision": done.precision.name, "context_length": done.context_length, "agreement": agreement}
+
+
+def _say_tables(done: Published) -> None:
+    """Say on stderr what the tables of a long context take, where that is a noticeable part of an export."""
+    tables, context, total = done.table_bytes or 0, done.context_length, sum(done.files.values())
+    if context and tables >= NOTICEABLE_BYTES and tables >= NOTICEABLE_SHARE * total:
+        click.echo(
+            f"Note: {tables:,} of the {total:,} bytes are rotary tables for texts of up to {context:,} tokens, "
+            f"{tables // context:,} bytes for each. Where shorter texts will do, give --context-length N.",
+            err=True,
+        )
 
 
 def _sentence(a: Agreement, precision: Precision) -> str:

@@ -91,10 +91,12 @@ def run(
     texts = [_read(prompt) for prompt in prompts]
     with stages(quiet):
         from sspcompile.api.arguments import named
-        from sspcompile.api.run import Sampling, open_model, write
+        from sspcompile.api.run import Sampling, open_model, prompt_tokens, write
 
         found = named(artifact, workspace())
         folder, model = open_model(found, dense=dense, device=device, trust_remote_code=trust_remote_code)
+    for text in texts:  # none is answered where another one cannot be
+        prompt_tokens(model, text, raw=raw)
     sampling, texts_written = Sampling(temperature, top_p, seed), []
     for number, text in enumerate(texts):
         if len(texts) > 1 and not as_json:
@@ -102,10 +104,14 @@ def run(
         show = _silent if as_json else _show
         done = write(model, text, new_tokens=max_new_tokens, sampling=sampling, raw=raw, on_text=show)
         texts_written.append(done)
-        if as_json:
-            continue
-        click.echo()
-        if not quiet:
+        if not as_json:
+            click.echo()
+        if done.full_context is not None:
+            click.echo(
+                f"Note: the text ends at {done.full_context} tokens, prompt included: the model has no more positions.",
+                err=True,
+            )
+        if not quiet and not as_json:
             rate = f", {done.tokens_per_s:.0f} tokens/s after it" if done.tokens_per_s is not None else ""
             count = f"{len(done.tokens)} token{'s' if len(done.tokens) != 1 else ''}"
             click.echo(f"({count}, the first after {1000 * done.first_token_s:.0f} ms{rate})", err=True)

@@ -95,15 +95,18 @@ def encode_items(
     batch_tokens: int = BATCH_TOKENS,
     *,
     batch_size: int | None = None,
+    positions: int | None = None,
 ) -> EncodedItems:
-    """Tokenise and batch items on the model's device. Prompts are cut as everywhere, answers never.
+    """Tokenise and batch items on the model's device. Prompts are cut as everywhere, and so far that prompt and answer
+    fit `positions` tokens; answers never.
 
     Raises InputError for an empty prompt or answer, and for no items.
     """
     pairs = [(owner, item.prompt, text) for owner, item in enumerate(items) for text in alternatives(item.answer)]
     if len({owner for owner, _, _ in pairs}) != len(items) or not pairs:
         raise InputError("There is an item without an answer, or no item at all.", hint="Give every item an answer.")
-    rows = encode_references(loaded, [prompt for _, prompt, _ in pairs], [text for _, _, text in pairs], max_tokens)
+    prompts, answers = [prompt for _, prompt, _ in pairs], [text for _, _, text in pairs]
+    rows = encode_references(loaded, prompts, answers, max_tokens, positions=positions)
     batches = tuple(_with_targets(batch) for batch in batches_of(loaded, rows, batch_tokens, batch_size))
     return EncodedItems(
         batches=batches,
@@ -114,9 +117,17 @@ def encode_items(
 
 
 def encode_references(
-    loaded: TextModel, prompts: Sequence[Prompt], answers: Sequence[str], max_tokens: int = MAX_TOKENS
+    loaded: TextModel,
+    prompts: Sequence[Prompt],
+    answers: Sequence[str],
+    max_tokens: int = MAX_TOKENS,
+    *,
+    positions: int | None = None,
 ) -> list[Sentence]:
-    """Each prompt with its answer and an end token behind it; `prompt` counts the tokens before the answer."""
+    """Each prompt with its answer and an end token behind it; `prompt` counts the tokens before the answer.
+
+    Raises InputError for an empty prompt or answer, and for an answer that leaves a prompt no room in `positions`.
+    """
     tokenizer, ends = loaded.tokenizer, loaded.ends
     opened = render(tokenizer, prompts)
     closed = [text + _reply(tokenizer, p, text, a) for p, text, a in zip(prompts, opened, answers, strict=True)]
@@ -131,8 +142,14 @@ def encode_references(
             # The last token of the prompt grew into the answer. Decoding starts from the prompt's own tokens.
             text = closed[len(found)].removeprefix(opened[len(found)])
             reply = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-        ids = shortened(before, max_tokens)
-        found.append(Sentence(ids + _closed(reply, ends, tokenizer.eos_token_id), len(ids)))
+        reply = _closed(reply, ends, tokenizer.eos_token_id)
+        if positions is not None and len(reply) >= positions:
+            raise InputError(
+                f"An answer has {len(reply)} tokens; the longest text of the models has {positions}.",
+                hint="Shorten it, or leave the question out.",
+            )
+        ids = shortened(before, max_tokens if positions is None else min(max_tokens, positions - len(reply)))
+        found.append(Sentence(ids + reply, len(ids)))
     return found
 
 

@@ -16,6 +16,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from sspcompile.errors import InputError
 from sspcompile.evaluate.answers import answer_scores, encode_items
 from sspcompile.evaluate.questions import Conversation
 from sspcompile.evaluate.recall import exact_match, keyword_recall
@@ -24,16 +25,47 @@ from sspcompile.model.divergence import DivergenceAccumulator
 from sspcompile.model.text import Prompt, Sentence, batches_of, greedy, messages, sentences
 from sspcompile.progress import Progress, Steps
 
+USUAL_TOKENS, USUAL_NEW_TOKENS, USUAL_BATCH_SIZE = 512, 32, 32
 METRICS = ("exact_match", "keyword_recall", "answer_log_likelihood", "mean_kl", "top1_agreement")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """At most so many tokens of a prompt, so many written behind it, and so many sequences at once."""
+    """At most so many tokens of a prompt, so many written behind it, and so many sequences at once.
+
+    `positions`: the longest text that both models can read, in tokens; None where they do not say.
+    """
 
     max_tokens: int
     new_tokens: int
     batch_size: int
+    positions: int | None = None
+
+    def within(self, positions: int | None) -> Limits:
+        """These limits, with prompts so short that they fit `positions` with their answers. Raises as `limits_for`."""
+        return limits_for(positions, self.max_tokens, self.new_tokens, self.batch_size)
+
+
+def limits_for(
+    positions: int | None,
+    max_tokens: int | None = None,
+    new_tokens: int | None = None,
+    batch_size: int = USUAL_BATCH_SIZE,
+) -> Limits:
+    """The limits that were asked for, so that prompt and answer fit `positions`: prompts are shortened. None stands for
+    the usual limit; that of the answer is at most half of the positions.
+
+    Raises InputError where the new tokens that were asked for leave no room for a prompt.
+    """
+    if positions is None:
+        return Limits(max_tokens or USUAL_TOKENS, new_tokens or USUAL_NEW_TOKENS, batch_size)
+    new = new_tokens or min(USUAL_NEW_TOKENS, positions // 2)
+    if new >= positions:
+        raise InputError(
+            f"{new} new tokens leave no room for a prompt: the longest text of the models has {positions}.",
+            hint=f"Give at most --max-new-tokens {positions - 1}.",
+        )
+    return Limits(min(max_tokens or USUAL_TOKENS, positions - new), new, batch_size, positions)
 
 
 @dataclass(frozen=True)
@@ -148,7 +180,9 @@ def _likelihood(loaded: TextModel, led: Asked, conversations: Sequence[Conversat
     known = [place for place, question in enumerate(questions) if question.answers]
     if known:
         references = [_Reference(led.prompts[place], questions[place].answers) for place in known]
-        encoded = encode_items(loaded, references, limits.max_tokens, batch_size=limits.batch_size)
+        encoded = encode_items(
+            loaded, references, limits.max_tokens, batch_size=limits.batch_size, positions=limits.positions
+        )
         values[known] = answer_scores(loaded, encoded).log_likelihood
     return values
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 LICENCE_KEYS = ("license", "license_name", "license_link")
 TASK = "text-generation"
 CARD = "README.md"
+PRUNED_TAGS = ("pruned", "attention-head-pruning")
 
 
 def licence_of(folder: Path) -> dict[str, str]:
@@ -51,11 +52,15 @@ def onnx_card(
     agreement: Any,
     precision: Any,
     *,
+    context_length: int,
     report: Mapping[str, Any] | None,
     plan: Mapping[str, Any] | None,
     last_logits: bool = False,
 ) -> str:
-    """The card of an export for ONNX Runtime. `report` and `plan` are an artifact's, None for a plain checkpoint."""
+    """The card of an export for ONNX Runtime. `report` and `plan` are an artifact's, None for a plain checkpoint.
+
+    `context_length`: tokens of the longest text. An `origin` without an artifact is that of a model that was not cut.
+    """
     return _card(
         "onnx.md",
         origin,
@@ -63,8 +68,10 @@ def onnx_card(
         name=name,
         agreement=agreement,
         precision=precision,
+        context_length=context_length,
         report=report,
         plan=plan,
+        pruned="artifact" in origin,
         last_logits=last_logits,
     )
 
@@ -76,6 +83,7 @@ def _card(
     name: str,
     report: Mapping[str, Any] | None,
     library: str = "transformers",
+    pruned: bool = True,
     **values: Any,
 ) -> str:
     from huggingface_hub import ModelCard, ModelCardData
@@ -88,7 +96,7 @@ def _card(
         base_model=source if is_hub_name else None,
         library_name=library,
         pipeline_tag=TASK,
-        tags=["sspcompile", "pruned", "attention-head-pruning"],
+        tags=["sspcompile", *(PRUNED_TAGS if pruned else ())],
         model_name=name if measured else None,
         eval_results=measured or None,
         **origin.get("licence", {}),
@@ -106,6 +114,7 @@ def _card(
         name=name,
         report=report,
         licence=origin.get("licence", {}),
+        pruned=pruned,
         **values,
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))

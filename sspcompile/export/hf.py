@@ -45,9 +45,9 @@ def export_hf(
                 shutil.copyfile(path, folder / path.name)
         else:
             plan |= _write_hosted(artifact, folder, host, progress)
-        card = model_card(_read(artifact / REPORT), plan, dict(manifest.origin), out.name)
+        card = model_card(_read(artifact / REPORT), plan, dict(manifest.origin), out.resolve().name)
         (folder / "README.md").write_text(card, "utf-8")
-        return write_manifest(folder, {**manifest.origin, "artifact": artifact.name, "format": "hf"})
+        return write_manifest(folder, {**manifest.origin, "artifact": artifact.resolve().name, "format": "hf"})
 
 
 def _write_hosted(artifact: Path, folder: Path, host: str, progress: Progress) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sspcompile.families import Geometry
+from sspcompile.model.context import positions_of
 from sspcompile.model.placement import input_device
 
 if TYPE_CHECKING:
@@ -36,6 +37,11 @@ class TextModel:
     def vocab(self) -> int:
         """Width of the logits."""
         return self.model.config.vocab_size
+
+    @property
+    def positions(self) -> int | None:
+        """The longest text that it was made for, in tokens; None where its configuration does not say."""
+        return positions_of(self.model.config.to_dict())
 
     @property
     def ends(self) -> frozenset[int]:

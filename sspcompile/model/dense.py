@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +26,9 @@ class DenseModel:
     def place(self) -> str:
         """Where to find it again from any folder: a hub name, `embedded`, or an absolute path."""
         typed = Path(self.name).expanduser()
-        return str(typed.absolute()) if typed.is_dir() and self.name != EMBEDDED else self.name
+        if not typed.is_dir() or self.name == EMBEDDED:
+            return self.name
+        return os.path.abspath(typed)  # noqa: PTH100 (resolves `..` and keeps symbolic links, which absolute() does not)
 
     def load(
         self, *, device: str = "cpu", device_map: str | None = None, trust_remote_code: bool = False

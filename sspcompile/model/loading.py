@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sspcompile.checkpoint.settings import read_generation, read_json
 from sspcompile.errors import CheckpointError
 from sspcompile.families import Geometry, family_of, geometry_of
 from sspcompile.model.decoder import LoadedModel, TextModel
@@ -27,7 +28,9 @@ def load_cut(path: Path, *, device: str = "cpu", trust_remote_code: bool = False
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    attention = family_of(json.loads((path / "config.json").read_text("utf-8"))).attention
+    attention = family_of(read_json(path / "config.json")).attention
+    read_generation(path)
+    demand_json(path / "tokenizer.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(
@@ -62,7 +65,8 @@ def load(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    geometry = geometry_of(json.loads((path / "config.json").read_text("utf-8")))
+    geometry = geometry_of(read_json(path / "config.json"))
+    read_generation(path)
     if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise CheckpointError(f"{path} has no tokenizer.", hint="Copy tokenizer.json beside config.json.")
     spread = loading_options(device_map)

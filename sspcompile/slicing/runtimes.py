@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from sspcompile.families import ONNX_FAMILIES, Family, Geometry
 
-# ONNX Runtime's CPU GroupQueryAttention with rotary inside fails when run, not when built, for other head sizes.
-ONNX_HEAD_DIM_MULTIPLE = 16
+# ONNX Runtime's CPU GroupQueryAttention fails when run, not when built, for other head sizes.
+ONNX_HEAD_DIM_MULTIPLE = 8
 # Where cuts were run in llama.cpp.
 TRIED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 # Native vLLM classes (0.33): these honour head_dim, those derive it as hidden_size / num_attention_heads. Others were

@@ -17,15 +17,17 @@ class Gate:
 class Agreement:
     """Of the graph in ONNX Runtime with the model in transformers, fp32, over all probes.
 
-    `max_difference` of logits at real tokens and decoding steps, `logit_scale` their largest absolute value there;
-    `same_text`: every greedy continuation of `new_tokens` tokens agrees, `texts` many, a batch padded on the left
-    among them. `mean_kl` (nats per token) and `top1_agreement` are those of the next token.
+    `max_difference` is that of logits at real tokens and decoding steps, `logit_scale` their largest absolute value.
+    Of `texts`, `padded` were padded on the left, each in a batch with a longer one. `same_text`: every greedy
+    continuation of `new_tokens` tokens is the same. `mean_kl` (nats per token) and `top1_agreement` are those of the
+    next token.
     """
 
     max_difference: float
     logit_scale: float
     same_text: bool
     texts: int
+    padded: int
     new_tokens: int
     mean_kl: float
     top1_agreement: float

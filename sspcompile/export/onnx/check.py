@@ -11,7 +11,7 @@ import torch
 from sspcompile.errors import ParityError
 from sspcompile.export.onnx.agreement import Agreement, Gate
 from sspcompile.model.decoder import TextModel
-from sspcompile.model.divergence import divergence
+from sspcompile.model.divergence import Divergence, divergence
 from sspcompile.model.loading import load_cut
 from sspcompile.model.onnx_session import OnnxModel
 from sspcompile.progress import Progress
@@ -27,17 +27,17 @@ def check_runs(
     probes: Sequence[Sequence[int]],
     *,
     gate: Gate | None,
+    positions: int,
     trust_remote_code: bool,
     progress: Progress,
 ) -> Agreement:
-    """Run token ids `probes` through both: each alone, and the first with the longest in one batch.
+    """Run token ids `probes` through both: each alone, and the shortest with the longest in one batch.
 
-    Raises ParityError where the gate is not passed; without one only for logits that are not finite.
+    `positions`, at least 2, is the longest text of the graph: a probe and its continuation are shortened to fit. Raises
+    ParityError where the gate is not passed; without one only for logits that are not finite.
     """
-    rows = [list(ids[:PROBE_TOKENS]) for ids in probes[:PROBES]]
-    batches = [[row] for row in rows]
-    if len(rows) > 1:
-        batches.append([min(rows, key=len), max(rows, key=len)])
+    new_tokens = min(NEW_TOKENS, positions // 2)
+    batches = _batches([list(ids[: min(PROBE_TOKENS, positions - new_tokens)]) for ids in probes[:PROBES]])
     reference = load_cut(model, trust_remote_code=trust_remote_code)
     session = OnnxModel.open(folder, spin=False)
     expected, found, prompts = [], [], []
@@ -45,7 +45,7 @@ def check_runs(
     for number, batch in enumerate(batches):
         progress("running", number, len(batches))
         ids, mask = padded(batch, reference.tokenizer.pad_token_id or 0)
-        wanted, wanted_tokens = _transformers(reference, ids, mask)
+        wanted, wanted_tokens = _transformers(reference, ids, mask, new_tokens)
         got, tokens = _onnx(session, ids, mask, wanted_tokens)
         same &= bool((tokens == wanted_tokens).all())
         real = np.concatenate([mask, np.ones_like(wanted_tokens)], axis=1)[:, :-1].astype(bool)
@@ -55,38 +55,49 @@ def check_runs(
         found.append(got[real])
         prompts.append(np.full(int(real.sum()), number))
     progress("running", len(batches), len(batches))
-    return _judged(np.concatenate(expected), np.concatenate(found), np.concatenate(prompts), same, batches, gate)
+    logits = np.concatenate(expected), np.concatenate(found)
+    distance = _divergence(*logits, np.concatenate(prompts))
+    agreement = Agreement(
+        max_difference=float(np.abs(logits[0] - logits[1]).max()),
+        logit_scale=float(np.abs(logits[0]).max()),
+        same_text=same,
+        texts=sum(map(len, batches)),
+        padded=sum(len(batch) > 1 for batch in batches),
+        new_tokens=new_tokens,
+        mean_kl=distance.mean_kl.value,
+        top1_agreement=distance.top1_agreement.value,
+    )
+    if gate is not None:
+        _demand(agreement, gate)
+    return agreement
 
 
-def _judged(
-    expected: np.ndarray,
-    found: np.ndarray,
-    prompts: np.ndarray,
-    same: bool,
-    batches: list[list[list[int]]],
-    gate: Gate | None,
-) -> Agreement:
+def _batches(rows: list[list[int]]) -> list[list[list[int]]]:
+    """Every row alone, and two of different lengths together."""
+    shortest, longest = min(rows, key=len), max(rows, key=len)
+    if len(shortest) == len(longest):
+        shortest = longest[: (len(longest) + 1) // 2]
+    pair = [[shortest, longest]] if len(shortest) < len(longest) else []
+    return [[row] for row in rows] + pair
+
+
+def _divergence(expected: np.ndarray, found: np.ndarray, prompts: np.ndarray) -> Divergence:
+    """Of logits [N, V] at the same places of the texts `prompts` [N]. Raises ParityError for infinite ones."""
     if not np.isfinite(expected).all() or not np.isfinite(found).all():
         who = "The exported graph" if np.isfinite(expected).all() else "The model"
         raise ParityError(f"{who} computes infinite or undefined logits.", hint="Use --precision fp32.")
-    distance = divergence(expected, found, prompts)
-    agreement = Agreement(
-        float(np.abs(expected - found).max()),
-        float(np.abs(expected).max()),
-        same,
-        sum(map(len, batches)),
-        NEW_TOKENS,
-        distance.mean_kl.value,
-        distance.top1_agreement.value,
-    )
-    if gate is not None and (agreement.relative > gate.bound or (gate.same_text and not same)):
-        text, wanted = "the same text" if same else "another text", " and the same text" if gate.same_text else ""
+    return divergence(expected, found, prompts)
+
+
+def _demand(agreement: Agreement, gate: Gate) -> None:
+    if agreement.relative > gate.bound or (gate.same_text and not agreement.same_text):
+        text = "the same text" if agreement.same_text else "another text"
+        wanted = " and the same text" if gate.same_text else ""
         raise ParityError(
             f"The exported graph differs from the model by {agreement.relative:.2e} of the logit scale and generates "
             f"{text}; at most {gate.bound:g}{wanted} are allowed. Nothing was published.",
             hint="Use --precision fp32, or report this with the model's config.json.",
         )
-    return agreement
 
 
 def padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:
@@ -98,7 +109,9 @@ def padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, np.ndar
 
 
 @torch.inference_mode()
-def _transformers(reference: TextModel, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _transformers(
+    reference: TextModel, ids: np.ndarray, mask: np.ndarray, new_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Logits fp32 [B, S + N - 1, V] of the text and its greedy continuation, and that continuation [B, N]."""
     seen = torch.from_numpy(mask)
     positions = (seen.cumsum(-1) - 1).clamp(min=0)
@@ -106,10 +119,10 @@ def _transformers(reference: TextModel, ids: np.ndarray, mask: np.ndarray) -> tu
         input_ids=torch.from_numpy(ids), attention_mask=seen, position_ids=positions, use_cache=True
     )
     logits, tokens = [output.logits.float().numpy()], []
-    for step in range(NEW_TOKENS):
+    for step in range(new_tokens):
         token = output.logits[:, -1:].argmax(-1)
         tokens.append(token.numpy())
-        if step + 1 == NEW_TOKENS:
+        if step + 1 == new_tokens:
             break
         seen = torch.cat([seen, torch.ones_like(token)], dim=1)
         output = reference.model(
@@ -129,9 +142,10 @@ def _onnx(session: OnnxModel, ids: np.ndarray, mask: np.ndarray, forced: np.ndar
     Where it would have written the same at every step, the texts are the same; where not, what follows can still be
     compared.
     """
-    logits, cache = session.prefill(ids, mask, capacity=ids.shape[1] + NEW_TOKENS)
+    new_tokens = forced.shape[1]
+    logits, cache = session.prefill(ids, mask, capacity=ids.shape[1] + new_tokens)
     found, tokens = [logits], [logits[:, -1].argmax(-1)]
-    for step in range(NEW_TOKENS - 1):
+    for step in range(new_tokens - 1):
         scores = session.step(forced[:, step], cache)
         found.append(scores[:, None])
         tokens.append(scores.argmax(-1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sspcompile.checkpoint.settings import read_json
 from sspcompile.checkpoint.source import TensorInfo, tensor_table
 from sspcompile.checkpoint.tensors import EMBEDDING, attention_shapes, mlp_shapes
-from sspcompile.errors import CheckpointError, UnsupportedModelError
+from sspcompile.errors import CheckpointError, InputError, UnsupportedModelError
 from sspcompile.families import FUSED_GATED, GATED, ONNX_FAMILIES, Geometry, geometry_of
+from sspcompile.model.context import positions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -24,8 +25,11 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 # Families whose class has sliding windows, and those where they must be switched on.
 WINDOWED = ("mistral", "phi3", "qwen2", "qwen3", "smollm3")
 SWITCHED = ("qwen2", "qwen3", "smollm3")
+# GroupQueryAttention takes head sizes that are multiples of the first number, and rotates those of the second.
+HEAD_SIZE_MULTIPLE = 8
 ROTARY_MULTIPLE = 16
-PLAIN_MULTIPLE = 8
+# One token to read, and one to write.
+LEAST_POSITIONS = 2
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,11 @@ class Decoder:
     logits: float
 
     @property
+    def rotates_apart(self) -> bool:
+        """Whether queries and keys are rotated before the attention, which does not rotate heads of this size."""
+        return self.geometry.head_dim % ROTARY_MULTIPLE != 0
+
+    @property
     def fused_mlp(self) -> bool:
         return self.geometry.family.mlp == FUSED_GATED
 
@@ -69,10 +78,10 @@ class Decoder:
 def read_decoder(folder: Path, *, positions: int | None = None) -> Decoder:
     """Read configuration and headers. `positions` shortens the context that the graph is made for.
 
-    Raises UnsupportedModelError for what ONNX Runtime's kernels or this graph cannot compute exactly, and
-    CheckpointError for files that contradict each other.
+    Raises UnsupportedModelError for what ONNX Runtime's kernels or this graph cannot compute exactly, CheckpointError
+    for files that contradict each other, and InputError for positions that the model does not have.
     """
-    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config = read_json(folder / "config.json")
     by_layer = config.get("per_layer_config") or {}
     plain = {key: value for key, value in config.items() if key not in ("per_layer_config", "auto_map")}
     if by_layer:  # the global counts are the largest of any layer, and need not fit each other
@@ -86,11 +95,6 @@ def read_decoder(folder: Path, *, positions: int | None = None) -> Decoder:
     tensors = tensor_table(folder)
     _check(tensors, g, layers, folder)
     frequencies, scale = _rotary(g, said)
-    longest = int(said["max_position_embeddings"])
-    if positions is not None and positions > longest:
-        raise UnsupportedModelError(
-            f"The model was made for {longest} positions, not {positions}.", hint=f"Give at most {longest}."
-        )
     return Decoder(
         folder=folder,
         config=config,
@@ -98,11 +102,26 @@ def read_decoder(folder: Path, *, positions: int | None = None) -> Decoder:
         tensors=tensors,
         layers=layers,
         epsilon=float(said["rms_norm_eps"]),
-        positions=positions or longest,
+        positions=_positions({**plain, "max_position_embeddings": said["max_position_embeddings"]}, positions),
         frequencies=frequencies,
         rotary_scale=scale,
         **_multipliers(g, said),
     )
+
+
+def _positions(config: Mapping[str, Any], wanted: int | None) -> int:
+    longest = positions_of(config)
+    if longest is None or longest < LEAST_POSITIONS:
+        raise CheckpointError(
+            f"config.json has {config['max_position_embeddings']!r:.60} as max_position_embeddings.",
+            hint=f"It must be a whole number of at least {LEAST_POSITIONS}.",
+        )
+    if wanted is not None and not LEAST_POSITIONS <= wanted <= longest:
+        raise InputError(
+            f"The context cannot be {wanted} tokens: the model was made for {longest} positions.",
+            hint=f"Give at least {LEAST_POSITIONS} and at most {longest}.",
+        )
+    return wanted or longest
 
 
 def _multipliers(g: Geometry, said: _Settings) -> dict[str, float]:
@@ -183,10 +202,9 @@ def _window(g: Geometry, said: _Settings, index: int) -> int | None:
 
 def _refuse_kernel(index: int, layer: Layer, head_dim: int) -> None:
     """What GroupQueryAttention refuses only when it runs."""
-    multiple = ROTARY_MULTIPLE if layer.rotary else PLAIN_MULTIPLE
-    if head_dim % multiple:
+    if head_dim % HEAD_SIZE_MULTIPLE:
         raise UnsupportedModelError(
-            f"ONNX Runtime's attention kernel takes head sizes that are multiples of {multiple}, not {head_dim}.",
+            f"ONNX Runtime attends over head sizes that are multiples of {HEAD_SIZE_MULTIPLE}, not {head_dim}.",
             hint="Use --format hf.",
         )
     if layer.heads % layer.kv_heads:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
+from sspcompile.checkpoint.settings import read_generation
 from sspcompile.export.onnx.decoder import Decoder
 
 # Names that onnxruntime-genai gives to families; it treats all of them as the same kind of decoder.
@@ -69,5 +69,4 @@ def genai_config(decoder: Decoder) -> dict[str, Any]:
 
 
 def _generation(decoder: Decoder) -> dict[str, Any]:
-    path = decoder.folder / "generation_config.json"
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return read_generation(decoder.folder) or {}

@@ -22,17 +22,17 @@ from sspcompile.export.onnx.agreement import Agreement, Gate
 from sspcompile.export.onnx.decoder import Decoder, read_decoder
 from sspcompile.export.onnx.genai import genai_config
 from sspcompile.export.onnx.graph import emit
+from sspcompile.export.onnx.placed import Placed, Quantised
 from sspcompile.export.onnx.weights import (
     DATA_FILE,
     DataFile,
-    Placed,
-    Quantised,
     convert,
     quantise,
     share_weights,
     used_tensors,
     write_rotary,
 )
+from sspcompile.model.context import positions_of
 from sspcompile.model.onnx_session import GRAPH, SETTINGS, demand_runtime
 from sspcompile.progress import Progress, silent
 
@@ -88,8 +88,11 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Exported:
+    """A published folder. `context_length`: tokens of the longest text that the graph reads."""
+
     manifest: Manifest
     agreement: Agreement
+    context_length: int
 
 
 def export_onnx(
@@ -100,7 +103,7 @@ def export_onnx(
     blocks: Blocks,
     probes: list[list[int]],
     origin: Mapping[str, Any],
-    card: Callable[[Agreement], str],
+    card: Callable[[Agreement, int], str],
     trust_remote_code: bool,
     positions: int | None = None,
     last_logits: bool = False,
@@ -110,10 +113,12 @@ def export_onnx(
 ) -> Exported:
     """Publish the model folder `model` for ONNX Runtime and onnxruntime-genai.
 
-    `probes`: token ids to run before publishing. `positions` shortens the context, `last_logits` computes those of the
-    last token alone. With `link` unchanged weight files become second names of the source's. Raises
-    UnsupportedModelError for what the kernels cannot compute, ParityError when the graph does not compute what
-    transformers does, InputError for an `out` inside `model`.
+    `probes`: token ids to run before publishing. `card` writes the model card, from what that run found and the longest
+    text in tokens, which `positions` shortens. `last_logits` computes the logits of the last token alone. With `link`
+    unchanged weight files become second names of the source's.
+
+    Raises UnsupportedModelError for what the kernels cannot compute, ParityError when the graph does not compute what
+    transformers does, InputError for an `out` inside `model` or positions that the model does not have.
     """
     if out.resolve().is_relative_to(model.resolve()):
         raise InputError(f"{out} lies inside {model}.", hint="Give an --out outside of it.")
@@ -126,16 +131,33 @@ def export_onnx(
         write_graph(decoder, folder, precision, blocks, last_logits=last_logits, link=link, progress=progress)
         _check_graph(folder)
         agreement = check_runs(
-            folder, model, probes, gate=precision.gate, trust_remote_code=trust_remote_code, progress=progress
+            folder,
+            model,
+            probes,
+            gate=precision.gate,
+            positions=decoder.positions,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
         )
         (folder / CHECKS).write_text(json.dumps(asdict(agreement), indent=1) + "\n", "utf-8")
-        (folder / "README.md").write_text(card(agreement), "utf-8")
-        described = {"sspcompile": sspcompile.__version__, **origin, "format": "onnx", "precision": precision.name}
-        if precision.bits is not None:
-            described |= {**asdict(blocks), "activations": precision.dtype.replace("F", "fp")}
-        if last_logits:
-            described["last_logits"] = True
-        return Exported(write_manifest(folder, described), agreement)
+        (folder / "README.md").write_text(card(agreement, decoder.positions), "utf-8")
+        described = _described(decoder, precision, blocks, last_logits=last_logits)
+        return Exported(write_manifest(folder, {**origin, **described}), agreement, decoder.positions)
+
+
+def _described(decoder: Decoder, precision: Precision, blocks: Blocks, *, last_logits: bool) -> dict[str, Any]:
+    """What the manifest says of the graph."""
+    found: dict[str, Any] = {
+        "sspcompile": sspcompile.__version__,
+        "format": "onnx",
+        "precision": precision.name,
+        "context_length": decoder.positions,
+    }
+    if precision.bits is not None:
+        found |= {**asdict(blocks), "activations": precision.dtype.replace("F", "fp")}
+    if last_logits:
+        found["last_logits"] = True
+    return found
 
 
 def write_graph(
@@ -156,6 +178,8 @@ def write_graph(
     copy_companions(decoder.folder, folder)
     shutil.copyfile(Path(__file__).with_name(OPTIMUM), folder / OPTIMUM)
     config = {key: value for key, value in decoder.config.items() if key != "auto_map"}
+    if decoder.positions != positions_of(config):  # optimum and whoever else reads this file shall know the limit, too
+        config["max_position_embeddings"] = decoder.positions
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
     (folder / SETTINGS).write_text(json.dumps(genai_config(decoder), indent=2) + "\n", "utf-8")
 
