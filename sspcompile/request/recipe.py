@@ -27,6 +27,7 @@ from sspcompile.request.documents import (
     validation_problems,
 )
 from sspcompile.request.domains import recipes_folder
+from sspcompile.request.prompts import PromptField
 
 SCENARIO_FORMS = ("text", "prompts", "prompts_file", "domains")
 ENVIRONMENT_PREFIX = "SSPCOMPILE_"
@@ -66,7 +67,7 @@ class ScenarioSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     text: Text | None = None
-    prompts: tuple[Text, ...] | None = Field(default=None, min_length=1, strict=False)
+    prompts: tuple[PromptField, ...] | None = Field(default=None, min_length=1, strict=False)
     prompts_file: Text | None = None
     domains: dict[str, Weight] | None = None
 
