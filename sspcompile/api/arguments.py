@@ -13,6 +13,7 @@ from sspcompile.model.decoder import LoadedModel, TextModel
 from sspcompile.model.dense import DenseModel, open_dense
 from sspcompile.model.loading import load_cut
 from sspcompile.model.onnx_text import OnnxText, is_onnx, load_onnx
+from sspcompile.model.vocabulary import same_tokens
 from sspcompile.slicing.configuration import ships_code
 from sspcompile.workspace import MASK, MODEL, Workspace
 
@@ -45,7 +46,7 @@ class Contenders:
         else:
             sliced = load_cut(self.model, trust_remote_code=self.custom_code)
         dense = self.dense.load()
-        if dense.tokenizer.get_vocab() != sliced.tokenizer.get_vocab() or dense.vocab != sliced.vocab:
+        if dense.vocab != sliced.vocab or not same_tokens(dense.tokenizer, sliced.tokenizer, dense.vocab):
             raise InputError(
                 f"{self.model} and {self.dense.name} have different tokenizers.",
                 hint="Compare a model with the one that it was cut from.",

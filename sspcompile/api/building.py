@@ -18,6 +18,7 @@ from sspcompile.export.card import CARD, model_card
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.dense import DenseModel
 from sspcompile.model.divergence import average
+from sspcompile.model.text import demand_readable
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.prepare.toolkits import STANDARD_CRITERIA, toolkit_for
 from sspcompile.progress import Progress
@@ -69,6 +70,7 @@ def build(
     host = named_host(options.host)
     with staged(out, overwrite=overwrite) as folder:
         loaded = subject.load()
+        demand_readable(loaded, scenario.prompts, options.max_tokens or 0)
         toolkit, _ = toolkit_for(subject, loaded, options, workspace, progress, [score_key(options)])
         compiled = compile_scenario(scenario, options, toolkit, loaded, progress)
         choices = dict(choices_for(compiled, subject, options.layout or AUTO, host=host))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ from sspcompile.api.verifying import dense_of
 from sspcompile.checkpoint import check_manifest, locate
 from sspcompile.checkpoint.locate import EMBEDDED
 from sspcompile.errors import InputError
+from sspcompile.model.chat import PLAIN, Rendering
 from sspcompile.model.decoder import Chooser, TextModel
 from sspcompile.model.loading import load_cut
 from sspcompile.model.onnx_text import OnnxText, is_onnx, load_onnx
-from sspcompile.model.text import render, token_ids
+from sspcompile.model.text import sentences
+from sspcompile.model.vocabulary import demand_rows
 from sspcompile.slicing.configuration import MODELING_FILE, ships_code
 from sspcompile.workspace import MASK, MODEL, Workspace
 
@@ -74,34 +77,28 @@ def find_model(given: str | None, workspace: Workspace, *, dense: bool) -> Path:
     return dense_of(artifact, check_manifest(artifact), None).checkpoint.path if dense else artifact / MODEL
 
 
-def open_model(folder: Path, *, device: str = "cpu", trust_remote_code: bool = False) -> Model:
+def open_model(
+    folder: Path, *, device: str = "cpu", trust_remote_code: bool = False, rendering: Rendering = PLAIN
+) -> Model:
     """Open a model folder or an export. Code in the folder runs only when it is ours, or trusted by the user."""
     if is_onnx(folder):
-        return load_onnx(folder, provider=device)
+        return load_onnx(folder, provider=device, rendering=rendering)
     ours = (folder / MODELING_FILE).is_file() and ships_code(folder)
-    return load_cut(folder, device=device, trust_remote_code=ours or trust_remote_code)
+    return load_cut(folder, device=device, trust_remote_code=ours or trust_remote_code, rendering=rendering)
 
 
 def write(
-    model: Model,
-    prompt: str,
-    *,
-    new_tokens: int,
-    sampling: Sampling,
-    raw: bool = False,
-    on_text: Callable[[str], None] = lambda _: None,
+    model: Model, prompt: str, *, new_tokens: int, sampling: Sampling, on_text: Callable[[str], None] = lambda _: None
 ) -> Written:
     """Write at most `new_tokens` tokens behind a prompt; `on_text` hears pieces of whole characters as they come.
 
-    `raw` leaves the chat template out. Raises InputError for an empty prompt.
+    Raises InputError for an empty prompt, and what `sentences` and `demand_rows` raise.
     """
     tokenizer = model.tokenizer
     if not prompt.strip():
         raise InputError("The prompt is empty.", hint='Type --prompt "...".')
-    text = prompt if raw else render(tokenizer, [prompt])[0]
-    ids = token_ids(tokenizer, [text])[0] if not raw else tuple(tokenizer(text)["input_ids"])
-    if not ids:
-        raise InputError("The prompt has no tokens.", hint='Type --prompt "...".')
+    ids = sentences(tokenizer, [prompt], sys.maxsize, model.rendering)[0].ids
+    demand_rows(tokenizer, ids, model.vocab)
     row = torch.tensor([ids])
     stream, times = _Pieces(tokenizer, on_text), []
     start = time.perf_counter()

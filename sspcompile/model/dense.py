@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sspcompile.checkpoint import Checkpoint, fingerprint, locate
 from sspcompile.checkpoint.locate import EMBEDDED
+from sspcompile.model.chat import PLAIN, Rendering
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.loading import load
 
@@ -26,7 +27,12 @@ class DenseModel:
         return str(typed.absolute()) if typed.is_dir() and self.name != EMBEDDED else self.name
 
     def load(
-        self, *, device: str = "cpu", device_map: str | None = None, trust_remote_code: bool = False
+        self,
+        *,
+        device: str = "cpu",
+        device_map: str | None = None,
+        trust_remote_code: bool = False,
+        rendering: Rendering = PLAIN,
     ) -> LoadedModel:
         return load(
             self.checkpoint.path,
@@ -34,6 +40,7 @@ class DenseModel:
             device=device,
             device_map=device_map,
             trust_remote_code=trust_remote_code,
+            rendering=rendering,
         )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sspcompile.errors import ArtifactError
+from sspcompile.model.chat import PLAIN, Rendering
 from sspcompile.model.decoder import Chooser, Rows
 from sspcompile.model.onnx_session import GRAPH, SETTINGS, OnnxModel
 
@@ -27,6 +28,7 @@ class OnnxText:
     session: OnnxModel
     tokenizer: PreTrainedTokenizerBase
     ends: frozenset[int]
+    rendering: Rendering = PLAIN
 
     @property
     def device(self) -> torch.device:
@@ -74,7 +76,7 @@ def is_onnx(folder: Path) -> bool:
     return (folder / GRAPH).is_file()
 
 
-def load_onnx(folder: Path, *, provider: str = "cpu", spin: bool = True) -> OnnxText:
+def load_onnx(folder: Path, *, provider: str = "cpu", spin: bool = True, rendering: Rendering = PLAIN) -> OnnxText:
     """Open an export with its tokenizer, as `OnnxModel.open` does.
 
     Raises ArtifactError for a damaged one, and what `OnnxModel.open` raises.
@@ -89,4 +91,5 @@ def load_onnx(folder: Path, *, provider: str = "cpu", spin: bool = True) -> Onnx
         raise ArtifactError(f"{folder} lacks {SETTINGS} or a tokenizer.", hint="Export it again.") from error
     declared = model["eos_token_id"]
     ids = declared if isinstance(declared, list) else [declared]
-    return OnnxText(session, tokenizer, frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None))
+    ends = frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
+    return OnnxText(session, tokenizer, ends, rendering)

@@ -12,6 +12,7 @@ import numpy as np
 from sspcompile.criteria import measuring
 from sspcompile.criteria.table import CRITERIA, of_key
 from sspcompile.errors import InputError
+from sspcompile.model.chat import template_digest
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.text import CONTINUATION_TOKENS, MAX_TOKENS, TEXT_VERSION
 from sspcompile.prepare import axes as domain_axes
@@ -89,6 +90,7 @@ def prepare(
         | {
             "seed": seed,
             "text_version": TEXT_VERSION,
+            "chat_template": template_digest(loaded.tokenizer, loaded.rendering),
             "max_tokens": max_tokens,
             "continuation_tokens": continuation_tokens,
             "pools_fingerprint": pools_fingerprint(pools),
