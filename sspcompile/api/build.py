@@ -14,8 +14,10 @@ from sspcompile.api.reporting import origin_of, report_of
 from sspcompile.checkpoint import staged, write_manifest
 from sspcompile.errors import CheckpointError, ParityError
 from sspcompile.export.card import CARD, model_card
+from sspcompile.model.chat import rendering_of
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.dense import DenseModel
+from sspcompile.model.text import demand_readable
 from sspcompile.prepare.toolkits import toolkit_for
 from sspcompile.progress import Progress, silent
 from sspcompile.proof.parity import Parity, compare, demand, unchanged_tensors
@@ -44,7 +46,8 @@ def build(
     """Read the scenario, decide what stays, cut, prove and publish. Nothing is left behind when any step fails."""
     refuse_hopeless(request, dense)
     with staged(out, overwrite=overwrite) as folder:
-        loaded = dense.load()
+        loaded = dense.load(rendering=rendering_of(request.options))
+        demand_readable(loaded, request.scenario.prompts, request.options.max_tokens)
         toolkit, _ = toolkit_for(dense, loaded, request.options, workspace, progress, [score_key(request.options)])
         selection = select(request, toolkit, loaded, dtype=_weight_dtype(dense), progress=progress)
         plan = make_plan(dense.checkpoint, selection.mask, host=request.options.wanted_host)

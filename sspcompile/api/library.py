@@ -152,9 +152,15 @@ class Artifact:
 
     def load_model(self, *, device: str = "cpu") -> TextModel:
         """The smaller model and its tokenizer in memory, in fp32. Raises CheckpointError."""
+        from sspcompile.model.chat import rendering_of
         from sspcompile.model.loading import load_cut
 
-        return load_cut(self.model_path, device=device, trust_remote_code=self._named.custom_code)
+        return load_cut(
+            self.model_path,
+            device=device,
+            trust_remote_code=self._named.custom_code,
+            rendering=rendering_of(self.options),
+        )
 
     def verify(
         self, *, model: Place | None = None, layerwise: bool | None = None, progress: Progress = silent
@@ -184,13 +190,12 @@ class Artifact:
         `items` bounds the prompts of each suite. Prompts that chose or repaired anything are never asked. Raises
         InputError for unusable data.
         """
-        from sspcompile.api.arguments import CutModel
+        from sspcompile.api.arguments import with_dense
         from sspcompile.api.evaluate import evaluate
 
         files = [data] if isinstance(data, str | os.PathLike) else list(data)
-        cut = CutModel(self._named, self._named.dense(_text(model)))
         return evaluate(
-            cut,
+            with_dense(self._named, _text(model)),
             Workspace(self.root),
             progress,
             scenario=scenario,

@@ -45,6 +45,7 @@ def plan_scenario(
     """
     # Sizes alone need neither torch nor the weights' fingerprint.
     from sspcompile.api.refusing import refuse_hopeless
+    from sspcompile.model.chat import rendering_of
     from sspcompile.model.dense import open_dense
     from sspcompile.prepare.toolkits import toolkit_for
     from sspcompile.select.reading import choices_for, read_through, score_key
@@ -53,7 +54,7 @@ def plan_scenario(
     options = request.options
     dense = open_dense(options.model)
     refuse_hopeless(request, dense)
-    loaded = dense.load()
+    loaded = dense.load(rendering=rendering_of(options))
     toolkit, _ = toolkit_for(dense, loaded, options, workspace, progress, [score_key(options)])
     reading = read_through(request, toolkit, loaded, progress)
     choices = choices_for(reading, loaded.geometry)

@@ -29,6 +29,7 @@ from sspcompile.report.model import (
 )
 from sspcompile.request.domains import pools_fingerprint
 from sspcompile.request.pools import pools_of
+from sspcompile.request.prompts import told
 from sspcompile.select.scoring import HeadScores
 from sspcompile.slicing.mask import HeadMask
 from sspcompile.slicing.plan import SlicePlan
@@ -50,7 +51,7 @@ def report_of(outcome: Outcome) -> Report:
             name=scenario.name,
             source=scenario.source,
             text=scenario.text,
-            prompts=scenario.prompts,
+            prompts=tuple(map(told, scenario.prompts)),
             mixture={name: float(w) for name, w in zip(mixture.domains, mixture.weights, strict=True)},
             unknown=mixture.unknown,
             breadth=mixture.breadth,

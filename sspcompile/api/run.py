@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ from transformers import TextStreamer
 
 from sspcompile.api.arguments import Named
 from sspcompile.errors import InputError
+from sspcompile.model.chat import PLAIN, Rendering
 from sspcompile.model.decoder import Chooser, TextModel
 from sspcompile.model.loading import load_cut
 from sspcompile.model.onnx_text import OnnxText, load_onnx
-from sspcompile.model.text import render, token_ids
+from sspcompile.model.text import sentences
+from sspcompile.model.vocabulary import demand_rows
 
 Model = TextModel | OnnxText
 
@@ -61,7 +64,12 @@ class Sampling:
 
 
 def open_model(
-    found: Named, *, dense: bool = False, device: str = "cpu", trust_remote_code: bool = False
+    found: Named,
+    *,
+    dense: bool = False,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    rendering: Rendering = PLAIN,
 ) -> tuple[Path, Model]:
     """What an argument names, ready to write, and its folder; with `dense` the model that it was cut from.
 
@@ -69,25 +77,24 @@ def open_model(
     """
     if dense:
         folder = found.dense().checkpoint.path
-        return folder, load_cut(folder, device=device, trust_remote_code=trust_remote_code)
+        return folder, load_cut(folder, device=device, trust_remote_code=trust_remote_code, rendering=rendering)
     if found.onnx:
-        return found.model, load_onnx(found.model, provider=device)
+        return found.model, load_onnx(found.model, provider=device, rendering=rendering)
     trusted = found.custom_code or trust_remote_code
-    return found.model, load_cut(found.model, device=device, trust_remote_code=trusted)
+    return found.model, load_cut(found.model, device=device, trust_remote_code=trusted, rendering=rendering)
 
 
-def prompt_tokens(model: Model, prompt: str, *, raw: bool = False) -> tuple[int, ...]:
-    """What the model reads of a prompt; `raw` leaves the chat template out.
+def prompt_tokens(model: Model, prompt: str) -> tuple[int, ...]:
+    """What the model reads of a prompt.
 
-    Raises InputError for an empty prompt, and for one that leaves no room for a single new token.
+    Raises InputError for an empty prompt, for one that leaves no room for a single new token, and what `sentences` and
+    `demand_rows` raise.
     """
     tokenizer = model.tokenizer
     if not prompt.strip():
         raise InputError("The prompt is empty.", hint='Type --prompt "...".')
-    text = prompt if raw else render(tokenizer, [prompt])[0]
-    ids = token_ids(tokenizer, [text])[0] if not raw else tuple(tokenizer(text)["input_ids"])
-    if not ids:
-        raise InputError("The prompt has no tokens.", hint='Type --prompt "...".')
+    ids = sentences(tokenizer, [prompt], sys.maxsize, model.rendering)[0].ids
+    demand_rows(tokenizer, ids, model.vocab)
     if model.positions is not None and len(ids) >= model.positions:
         raise InputError(
             f"The prompt has {len(ids)} tokens; the model takes texts of at most {model.positions}, answer included.",
@@ -97,19 +104,13 @@ def prompt_tokens(model: Model, prompt: str, *, raw: bool = False) -> tuple[int,
 
 
 def write(
-    model: Model,
-    prompt: str,
-    *,
-    new_tokens: int,
-    sampling: Sampling,
-    raw: bool = False,
-    on_text: Callable[[str], None] = lambda _: None,
+    model: Model, prompt: str, *, new_tokens: int, sampling: Sampling, on_text: Callable[[str], None] = lambda _: None
 ) -> Written:
     """Write at most `new_tokens` tokens behind a prompt; `on_text` hears pieces of whole characters as they come.
 
     The text ends where the model has no more positions. Raises what `prompt_tokens` raises.
     """
-    tokenizer, ids = model.tokenizer, prompt_tokens(model, prompt, raw=raw)
+    tokenizer, ids = model.tokenizer, prompt_tokens(model, prompt)
     room = new_tokens if model.positions is None else min(new_tokens, model.positions - len(ids))
     row = torch.tensor([ids])
     stream, times = _Pieces(tokenizer, on_text), []

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sspcompile.cli.options import json_option, quiet_option, scenario_option, workspace
+from sspcompile.cli.options import build_option, json_option, quiet_option, scenario_option, workspace
 
 if TYPE_CHECKING:
     from sspcompile.evaluate.harness import HarnessRow
@@ -49,6 +49,8 @@ Examples:
     metavar="N",
     help="Tokens read of a prompt (512, or what the models have positions for).",
 )
+@build_option("chat_template")
+@build_option("raw")
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, metavar="N", help="Seed of every random choice (0).")
 @click.option("--lm-eval", "tasks", metavar="TASK[,TASK]", help="Run tasks of lm-evaluation-harness instead.")
 @click.option(
@@ -69,6 +71,8 @@ def evaluate(
     batch_size: int,
     max_new_tokens: int | None,
     max_tokens: int | None,
+    chat_template: str | None,
+    raw: bool | None,
     seed: int,
     tasks: str | None,
     tasks_folder: Path | None,
@@ -89,8 +93,10 @@ def evaluate(
     from sspcompile.api.evaluate import evaluate as run
     from sspcompile.cli.progress import stages
     from sspcompile.evaluate.asking import limits_for
+    from sspcompile.model.chat import Rendering
 
-    model = cut_model(artifact, against, workspace(), option="--against")
+    rendering = Rendering(chat_template, bool(raw)) if raw or chat_template is not None else None
+    model = cut_model(artifact, against, workspace(), option="--against", rendering=rendering)
     limits = limits_for(model.positions, max_tokens, max_new_tokens, batch_size)
     if max_tokens is not None and limits.max_tokens < max_tokens:
         click.echo(

@@ -58,6 +58,8 @@ def build_option(name: str) -> Callable[[Command], Command]:
     """
     shown, kind, default = shown_of(name), kind_of(name), default_of(name)
     choices = f"[{'|'.join(kind.choices)}]"
+    if kind.switch:
+        return click.option(flag(name), is_flag=True, default=None, help=shown.help)
     return click.option(
         flag(name),
         *([shown.short] if shown.short else []),

@@ -63,6 +63,7 @@ Examples:
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, metavar="N", help="Seed of the draws."
 )
 @click.option("--raw", is_flag=True, help="Leave the chat template out.")
+@click.option("--chat-template", metavar="NAME", help="Use this one of several chat templates.")
 @click.option("--dense", is_flag=True, help="Use the model that the artifact was cut from, to compare.")
 @click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="Run on cpu, or on cuda.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that a model folder of others brings along.")
@@ -76,6 +77,7 @@ def run(
     top_p: float,
     seed: int,
     raw: bool,
+    chat_template: str | None,
     dense: bool,
     device: str,
     trust_remote_code: bool,
@@ -92,17 +94,23 @@ def run(
     with stages(quiet):
         from sspcompile.api.arguments import named
         from sspcompile.api.run import Sampling, open_model, prompt_tokens, write
+        from sspcompile.model.chat import Rendering
 
-        found = named(artifact, workspace())
-        folder, model = open_model(found, dense=dense, device=device, trust_remote_code=trust_remote_code)
+        folder, model = open_model(
+            named(artifact, workspace()),
+            dense=dense,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            rendering=Rendering(chat_template, raw),
+        )
     for text in texts:  # none is answered where another one cannot be
-        prompt_tokens(model, text, raw=raw)
+        prompt_tokens(model, text)
     sampling, texts_written = Sampling(temperature, top_p, seed), []
     for number, text in enumerate(texts):
         if len(texts) > 1 and not as_json:
             click.echo(f"{chr(10) if number else ''}> {visible(text)}")
         show = _silent if as_json else _show
-        done = write(model, text, new_tokens=max_new_tokens, sampling=sampling, raw=raw, on_text=show)
+        done = write(model, text, new_tokens=max_new_tokens, sampling=sampling, on_text=show)
         texts_written.append(done)
         if not as_json:
             click.echo()

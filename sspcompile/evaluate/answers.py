@@ -17,22 +17,12 @@ import torch
 from torch import Tensor
 
 from sspcompile.errors import InputError
-from sspcompile.model.text import (
-    BATCH_TOKENS,
-    MAX_TOKENS,
-    Batch,
-    Prompt,
-    Sentence,
-    batches_of,
-    messages,
-    render,
-    shortened,
-    token_ids,
-)
+from sspcompile.model.chat import render, replies
+from sspcompile.model.text import BATCH_TOKENS, MAX_TOKENS, Batch, Sentence, batches_of, shortened, token_ids
+from sspcompile.model.vocabulary import end_id
+from sspcompile.request.prompts import Prompt, messages_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from sspcompile.model.decoder import TextModel
 
 
@@ -129,12 +119,14 @@ def encode_references(
     Raises InputError for an empty prompt or answer, and for an answer that leaves a prompt no room in `positions`.
     """
     tokenizer, ends = loaded.tokenizer, loaded.ends
-    opened = render(tokenizer, prompts)
-    closed = [text + _reply(tokenizer, p, text, a) for p, text, a in zip(prompts, opened, answers, strict=True)]
+    rendering, end = loaded.rendering, end_id(tokenizer, ends, loaded.vocab)
+    opened = render(tokenizer, prompts, rendering)
+    behind = replies(tokenizer, prompts, opened, answers, rendering)
+    closed = [text + reply for text, reply in zip(opened, behind, strict=True)]
     found = []
-    both = zip(token_ids(tokenizer, opened), token_ids(tokenizer, closed), prompts, answers, strict=True)
-    for before, whole, prompt, answer in both:
-        if not before or not messages(prompt)[-1]["content"].strip() or not answer.strip():
+    encoded = (token_ids(tokenizer, texts, rendering) for texts in (opened, closed))
+    for before, whole, prompt, answer in zip(*encoded, prompts, answers, strict=True):
+        if not before or not messages_of(prompt)[-1].content.strip() or not answer.strip():
             raise InputError(f"A prompt or its answer is empty: {prompt!r}, {answer!r}.", hint="Fill it in.")
         if whole[: len(before)] == before:
             reply = whole[len(before) :]
@@ -142,7 +134,7 @@ def encode_references(
             # The last token of the prompt grew into the answer. Decoding starts from the prompt's own tokens.
             text = closed[len(found)].removeprefix(opened[len(found)])
             reply = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-        reply = _closed(reply, ends, tokenizer.eos_token_id)
+        reply = _closed(reply, ends, end)
         if positions is not None and len(reply) >= positions:
             raise InputError(
                 f"An answer has {len(reply)} tokens; the longest text of the models has {positions}.",
@@ -151,16 +143,6 @@ def encode_references(
         ids = shortened(before, max_tokens if positions is None else min(max_tokens, positions - len(reply)))
         found.append(Sentence(ids + reply, len(ids)))
     return found
-
-
-def _reply(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, opened: str, answer: str) -> str:
-    """What stands behind the rendered prompt when the model gives this answer."""
-    if not tokenizer.chat_template:
-        return answer if opened[-1:].isspace() else f" {answer}"
-    turns = [*messages(prompt), {"role": "assistant", "content": answer}]
-    whole = tokenizer.apply_chat_template(turns, tokenize=False)
-    # Some templates open the reply with more than they keep of it in the history; the answer then stands alone.
-    return whole.removeprefix(opened) if whole.startswith(opened) else answer
 
 
 def _closed(reply: tuple[int, ...], ends: frozenset[int], end: int | None) -> tuple[int, ...]:

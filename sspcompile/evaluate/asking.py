@@ -13,17 +13,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from sspcompile.errors import InputError
 from sspcompile.evaluate.answers import answer_scores, encode_items
 from sspcompile.evaluate.questions import Conversation
 from sspcompile.evaluate.recall import exact_match, keyword_recall
+from sspcompile.model.chat import takes_conversations
 from sspcompile.model.decoder import TextModel
 from sspcompile.model.divergence import DivergenceAccumulator
-from sspcompile.model.text import Prompt, Sentence, batches_of, greedy, messages, sentences
+from sspcompile.model.text import Sentence, batches_of, greedy, sentences
 from sspcompile.progress import Progress, Steps
+from sspcompile.request.prompts import Message, Prompt, messages_of
 
 USUAL_TOKENS, USUAL_NEW_TOKENS, USUAL_BATCH_SIZE = 512, 32, 32
 METRICS = ("exact_match", "keyword_recall", "answer_log_likelihood", "mean_kl", "top1_agreement")
@@ -92,43 +92,30 @@ class Outcomes:
     values: dict[str, np.ndarray]
 
 
-def takes_conversations(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template writes all turns of a conversation."""
-    if not tokenizer.chat_template:
-        return False
-    turns = ("first question", "an answer", "second question")
-    try:
-        text = tokenizer.apply_chat_template(messages(turns), tokenize=False, add_generation_prompt=True)
-    except TemplateError:
-        return False
-    return all(turn in text for turn in turns)
-
-
 def ask(loaded: TextModel, conversations: Sequence[Conversation], limits: Limits, progress: Steps) -> Asked:
     """Greedy answers to every turn, in rounds: the first turns of all conversations, then the second ones, ...
 
     Plain argmax decoding without any penalty, stopped at the end tokens.
     """
-    remembers = takes_conversations(loaded.tokenizer)
+    remembers = takes_conversations(loaded.tokenizer, loaded.rendering)
     total, done = sum(len(c.turns) for c in conversations), 0
     found: dict[tuple[int, int], tuple[Prompt, Sentence, str]] = {}
-    histories: list[tuple[str, ...]] = [() for _ in conversations]
+    histories: list[tuple[Message, ...]] = [() for _ in conversations]
     for turn in range(max((len(c.turns) for c in conversations), default=0)):
         rows = [row for row, c in enumerate(conversations) if turn < len(c.turns)]
+        asked = [conversations[row].turns[turn].prompt for row in rows]
         prompts: list[Prompt] = [
-            (*histories[row], conversations[row].turns[turn].prompt)
-            if remembers and turn
-            else conversations[row].turns[turn].prompt
-            for row in rows
+            (*histories[row], *messages_of(prompt)) if remembers and turn else prompt
+            for row, prompt in zip(rows, asked, strict=True)
         ]
-        items = sentences(loaded.tokenizer, prompts, limits.max_tokens)
+        items = sentences(loaded.tokenizer, prompts, limits.max_tokens, loaded.rendering)
         for batch in batches_of(loaded, items, batch_size=limits.batch_size):
             tails = greedy(loaded, [items[place] for place in batch.rows], limits.new_tokens)
             for place, tail in zip(batch.rows, tails, strict=True):
                 row, item = rows[place], items[place]
                 text = loaded.tokenizer.decode(tail, skip_special_tokens=True).strip()
                 found[row, turn] = (prompts[place], Sentence(item.ids + tail, item.prompt), text)
-                histories[row] = (*histories[row], conversations[row].turns[turn].prompt, text)
+                histories[row] = (*histories[row], *messages_of(asked[place]), Message("assistant", text))
             done += len(batch.rows)
             progress(done, total)
     ordered = [found[key] for key in sorted(found)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sspcompile.families import Geometry
+from sspcompile.model.chat import PLAIN, Rendering
 from sspcompile.model.context import positions_of
 from sspcompile.model.placement import input_device
 
@@ -23,10 +24,14 @@ Chooser = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class TextModel:
-    """Any decoder ready to run, dense or cut: evaluation mode, no gradients, with its tokenizer."""
+    """Any decoder ready to run, dense or cut: evaluation mode, no gradients, with its tokenizer.
+
+    `rendering` says how its prompts become text.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    rendering: Rendering = field(default=PLAIN, kw_only=True)
 
     @property
     def device(self) -> torch.device:

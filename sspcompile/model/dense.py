@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from sspcompile.checkpoint import Checkpoint, fingerprint, locate
 from sspcompile.checkpoint.locate import EMBEDDED
+from sspcompile.model.chat import PLAIN, Rendering
 
 if TYPE_CHECKING:
     from sspcompile.model.decoder import LoadedModel
@@ -31,7 +32,12 @@ class DenseModel:
         return os.path.abspath(typed)  # noqa: PTH100 (resolves `..` and keeps symbolic links, which absolute() does not)
 
     def load(
-        self, *, device: str = "cpu", device_map: str | None = None, trust_remote_code: bool = False
+        self,
+        *,
+        device: str = "cpu",
+        device_map: str | None = None,
+        trust_remote_code: bool = False,
+        rendering: Rendering = PLAIN,
     ) -> LoadedModel:
         # Headers alone need no torch.
         from sspcompile.model.loading import load
@@ -42,6 +48,7 @@ class DenseModel:
             device=device,
             device_map=device_map,
             trust_remote_code=trust_remote_code,
+            rendering=rendering,
         )
 
 

@@ -10,18 +10,22 @@ import torch
 
 from sspcompile.checkpoint.settings import read_generation, read_json
 from sspcompile.errors import CheckpointError
-from sspcompile.families import Geometry, family_of, geometry_of
+from sspcompile.families import family_of, geometry_of
+from sspcompile.model.chat import PLAIN, Rendering
 from sspcompile.model.decoder import LoadedModel, TextModel
 from sspcompile.model.placement import loading_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# What transformers raises for a configuration or tokenizer that it cannot make sense of.
-LOADING_ERRORS = (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError, RuntimeError)
+# What transformers raises for a configuration or tokenizer that it cannot make sense of; AssertionError is torch's, for
+# a padding id outside the table.
+LOADING_ERRORS = (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError, RuntimeError, AssertionError)
 
 
-def load_cut(path: Path, *, device: str = "cpu", trust_remote_code: bool = False) -> TextModel:
+def load_cut(
+    path: Path, *, device: str = "cpu", trust_remote_code: bool = False, rendering: Rendering = PLAIN
+) -> TextModel:
     """Load a finished model folder of any head counts as its users do, in fp32.
 
     Raises CheckpointError when transformers cannot load it.
@@ -37,12 +41,31 @@ def load_cut(path: Path, *, device: str = "cpu", trust_remote_code: bool = False
             path, dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust_remote_code
         )
     except LOADING_ERRORS as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"transformers cannot load {path}: {reason}", hint="Check its files.") from error
+        raise _refusal(path, error) from error
     model.requires_grad_(False).eval().to(device)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return TextModel(model, tokenizer)
+    return TextModel(model, tokenizer, rendering=rendering)
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder alone. Raises CheckpointError when transformers cannot load it."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except LOADING_ERRORS as error:
+        raise _refusal(path, error) from error
+
+
+def _refusal(path: Path, error: Exception) -> CheckpointError:
+    config = json.loads((path / "config.json").read_text("utf-8"))
+    pad, vocab = config.get("pad_token_id"), config.get("vocab_size")
+    if isinstance(error, AssertionError) and isinstance(pad, int) and isinstance(vocab, int):
+        return CheckpointError(
+            f"transformers cannot load {path}: its pad_token_id {pad} lies outside the table of {vocab} tokens.",
+            hint="Set pad_token_id in config.json to an id below that, or to null.",
+        )
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return CheckpointError(f"transformers cannot load {path}: {reason}", hint="Check its files.")
 
 
 def demand_json(path: Path) -> None:
@@ -55,7 +78,13 @@ def demand_json(path: Path) -> None:
 
 
 def load(
-    path: Path, *, fingerprint: str, device: str = "cpu", device_map: str | None = None, trust_remote_code: bool = False
+    path: Path,
+    *,
+    fingerprint: str,
+    device: str = "cpu",
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+    rendering: Rendering = PLAIN,
 ) -> LoadedModel:
     """Load model and tokenizer from a folder. Everything is computed in fp32, whatever the checkpoint stores.
 
@@ -81,23 +110,17 @@ def load(
             **spread,
         )
     except LOADING_ERRORS as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"transformers cannot load {path}: {reason}", hint="Check its files.") from error
-    _check_loaded(model, tokenizer, geometry, path)
+        raise _refusal(path, error) from error
+    _check_loaded(model, path)
     model.requires_grad_(False).eval()
     if not spread:
         model.to(device)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return LoadedModel(model=model, tokenizer=tokenizer, geometry=geometry, path=path, fingerprint=fingerprint)
+    return LoadedModel(
+        model=model, tokenizer=tokenizer, geometry=geometry, path=path, fingerprint=fingerprint, rendering=rendering
+    )
 
 
-def _check_loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, geometry: Geometry, path: Path) -> None:
-    if len(tokenizer) > geometry.vocab:
-        raise CheckpointError(
-            f"{path} has a tokenizer of {len(tokenizer)} tokens for a model of {geometry.vocab}.",
-            hint="Use the tokenizer that the model was trained with.",
-        )
+def _check_loaded(model: PreTrainedModel, path: Path) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.is_meta and not torch.isfinite(parameter).all():
             raise CheckpointError(f"{path} has infinite or undefined numbers in {name}.", hint="Download it again.")

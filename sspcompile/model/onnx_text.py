@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sspcompile.checkpoint.settings import read_generation
 from sspcompile.errors import ArtifactError, InputError
+from sspcompile.model.chat import PLAIN, Rendering
 from sspcompile.model.decoder import Chooser, Rows
 from sspcompile.model.loading import LOADING_ERRORS, demand_json
 from sspcompile.model.onnx_session import GRAPH, SETTINGS, OnnxModel, read_settings
@@ -28,6 +29,7 @@ class OnnxText:
     session: OnnxModel
     tokenizer: PreTrainedTokenizerBase
     ends: frozenset[int]
+    rendering: Rendering = PLAIN
 
     @property
     def device(self) -> torch.device:
@@ -90,7 +92,7 @@ def is_onnx(folder: Path) -> bool:
     return (folder / GRAPH).is_file()
 
 
-def load_onnx(folder: Path, *, provider: str = "cpu", spin: bool = True) -> OnnxText:
+def load_onnx(folder: Path, *, provider: str = "cpu", spin: bool = True, rendering: Rendering = PLAIN) -> OnnxText:
     """Open an export with its tokenizer, as `OnnxModel.open` does.
 
     Raises ArtifactError or CheckpointError for a damaged one, and what `OnnxModel.open` raises.
@@ -107,4 +109,4 @@ def load_onnx(folder: Path, *, provider: str = "cpu", spin: bool = True) -> Onnx
     except LOADING_ERRORS as error:
         raise ArtifactError(f"{folder} lacks a tokenizer that can be read.", hint="Export it again.") from error
     end = tokenizer.eos_token_id
-    return OnnxText(session, tokenizer, settings.ends if end is None else settings.ends | {end})
+    return OnnxText(session, tokenizer, settings.ends if end is None else settings.ends | {end}, rendering)

@@ -21,6 +21,8 @@ class Keywords(TypedDict, total=False):
     importance_from: Literal["domains", "prompts", "auto"] | None
     repair: Literal["least-squares", "least-squares-mlp", "flap-bias", "none"] | None
     without: Sequence[Literal["axes", "whitelist", "mixing", "scenario", "calibration"]]
+    chat_template: str | None
+    raw: bool | None
     max_tokens: int | None
     continuation_tokens: int | None
     seed: int | None

@@ -37,7 +37,8 @@ def keywords() -> str:
 def _type_of(name: str) -> str:
     kind = kind_of(name)
     words = ", ".join(f'"{choice}"' for choice in kind.choices)
-    one = f"Literal[{words}]" if words else kind.number.__name__ if kind.number else "str"
+    plain = "bool" if kind.switch else kind.number.__name__ if kind.number else "str"
+    one = f"Literal[{words}]" if words else plain
     return f"Sequence[{one}]" if kind.multiple else f"{one} | None"
 
 
@@ -57,8 +58,8 @@ def page() -> str:
 def _rows() -> Iterator[str]:
     for name in NAMES:
         shown, kind, default = shown_of(name), kind_of(name), default_of(name)
-        values = ", ".join(f"`{choice}`" for choice in kind.choices) or shown.metavar
-        stated = "" if default in (None, ()) else f"`{default}`"
+        values = ", ".join(f"`{choice}`" for choice in kind.choices) or ("" if kind.switch else shown.metavar)
+        stated = "" if default in (None, (), False) else f"`{default}`"
         yield f"| `{flag(name)}` | `{name}` | `{variable(name)}` | {values} | {stated} | {shown.help} |"
 
 

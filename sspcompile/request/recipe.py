@@ -20,6 +20,7 @@ from sspcompile.errors import RecipeError
 from sspcompile.request.documents import NAME_PATTERN, YAML_BYTES, Document, Text, read_yaml, validation_problems
 from sspcompile.request.domains import recipes_folder
 from sspcompile.request.options import EXCLUSIVE, NAMES, Options, shown_of
+from sspcompile.request.prompts import PromptField
 
 SCENARIO_FORMS = ("text", "prompts", "prompts_file", "domains")
 
@@ -32,7 +33,7 @@ class ScenarioSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     text: Text | None = None
-    prompts: tuple[Text, ...] | None = Field(default=None, min_length=1, strict=False)
+    prompts: tuple[PromptField, ...] | None = Field(default=None, min_length=1, strict=False)
     prompts_file: Text | None = None
     domains: dict[str, Weight] | None = None
 

@@ -14,6 +14,7 @@ from sspcompile.model.decoder import TextModel
 from sspcompile.model.divergence import Divergence, divergence
 from sspcompile.model.loading import load_cut
 from sspcompile.model.onnx_session import OnnxModel
+from sspcompile.model.vocabulary import padding_id
 from sspcompile.progress import Progress
 
 NEW_TOKENS = 32
@@ -44,7 +45,7 @@ def check_runs(
     same = True
     for number, batch in enumerate(batches):
         progress("running", number, len(batches))
-        ids, mask = padded(batch, reference.tokenizer.pad_token_id or 0)
+        ids, mask = padded(batch, padding_id(reference.tokenizer, reference.vocab))
         wanted, wanted_tokens = _transformers(reference, ids, mask, new_tokens)
         got, tokens = _onnx(session, ids, mask, wanted_tokens)
         same &= bool((tokens == wanted_tokens).all())

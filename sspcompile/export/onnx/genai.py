@@ -6,6 +6,8 @@ from typing import Any
 
 from sspcompile.checkpoint.settings import read_generation
 from sspcompile.export.onnx.decoder import Decoder
+from sspcompile.model.loading import load_tokenizer
+from sspcompile.model.vocabulary import first_within
 
 # Names that onnxruntime-genai gives to families; it treats all of them as the same kind of decoder.
 GENAI_TYPE = {"seed_oss": "llama"}
@@ -30,16 +32,15 @@ def genai_config(decoder: Decoder) -> dict[str, Any]:
     """The settings as plain data. Counts of key/value heads that differ by layer are read from the graph's inputs."""
     g, config = decoder.geometry, decoder.config
     generation = _generation(decoder)
-    eos = generation.get("eos_token_id", config.get("eos_token_id"))
-    first = eos[0] if isinstance(eos, list) and eos else eos
-    pads = (generation.get("pad_token_id"), config.get("pad_token_id"), first, 0)
-    pad = next(value for value in pads if value is not None)
-    bos = generation.get("bos_token_id", config.get("bos_token_id"))
+    ends = _ends(decoder, generation)
+    pads = (generation.get("pad_token_id"), config.get("pad_token_id"), *ends, 0)
+    pad = first_within(pads, g.vocab)
+    bos = first_within((generation.get("bos_token_id"), config.get("bos_token_id"), pad), g.vocab)
     return {
         "model": {
             "type": GENAI_TYPE.get(g.family.model_type, g.family.model_type),
-            "bos_token_id": bos if bos is not None else pad,
-            "eos_token_id": eos if eos is not None else pad,
+            "bos_token_id": bos,
+            "eos_token_id": ends[0] if len(ends) == 1 else ends,
             "pad_token_id": pad,
             "context_length": decoder.positions,
             "vocab_size": g.vocab,
@@ -66,6 +67,22 @@ def genai_config(decoder: Decoder) -> dict[str, Any]:
         },
         "search": {"max_length": decoder.positions, **SEARCH},
     }
+
+
+def _ends(decoder: Decoder, generation: dict[str, Any]) -> list[int]:
+    """The end tokens that the model can write; empty for a model that has none, which the runtime takes.
+
+    It refuses ids outside the table. A stand-in would end texts where nobody meant them to.
+    """
+    declared = generation.get("eos_token_id", decoder.config.get("eos_token_id"))
+    vocab = decoder.geometry.vocab
+    found = [
+        i for i in (declared if isinstance(declared, list) else [declared]) if first_within([i], vocab) is not None
+    ]
+    if found:
+        return found
+    own = first_within([load_tokenizer(decoder.folder).eos_token_id], vocab)
+    return [] if own is None else [own]
 
 
 def _generation(decoder: Decoder) -> dict[str, Any]:
