@@ -277,17 +277,30 @@ def test_genai_writes_the_same_text_with_head_counts_that_differ_by_layer(last_l
         export(model, out, last_logits=True)
     counts = json.loads((model / "config.json").read_text())["per_layer_config"].values()
     assert len({tuple(pair.values()) for pair in counts}) > 1
-    prompt = PROBES[1]
-    runtime = og.Model(str(out))
+    ids = torch.tensor([PROBES[1]])
+    assert [genai_text(out, PROBES[1], 20)] == load_onnx(out).continuations(ids, torch.ones_like(ids), 20)
+
+
+def genai_text(folder: Path, prompt: list[int], count: int | None) -> list[int]:
+    """What onnxruntime-genai writes behind a prompt: `count` tokens, or as many as its settings allow."""
+    runtime = og.Model(str(folder))
     parameters = og.GeneratorParams(runtime)
-    parameters.set_search_options(max_length=len(prompt) + 20, do_sample=False)
+    if count is not None:
+        parameters.set_search_options(max_length=len(prompt) + count, do_sample=False)
     generator = og.Generator(runtime, parameters)
     generator.append_tokens(np.array(prompt, dtype=np.int32))
     while not generator.is_done():
         generator.generate_next_token()
-    text = list(map(int, generator.get_sequence(0)))[len(prompt) :]
-    ids = torch.tensor([prompt])
-    assert [text] == load_onnx(out).continuations(ids, torch.ones_like(ids), 20)
+    return list(map(int, generator.get_sequence(0)))[len(prompt) :]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+@pytest.mark.parametrize("variant", ["llama", "phi3, heads of 8", "qwen3, heads of 24, sliding window"])
+def test_genai_stops_at_the_context_with_the_same_text_as_run(variant, precision, tmp_path):
+    export(make(tmp_path / "model", variant), tmp_path / "out", precision, positions=30)
+    ids = torch.tensor([PROBES[1]])
+    text = load_onnx(tmp_path / "out").continuations(ids, torch.ones_like(ids), 30 - ids.shape[1])
+    assert [genai_text(tmp_path / "out", PROBES[1], None)] == text
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -31,7 +31,7 @@ def licence_of(folder: Path) -> dict[str, str]:
         return {}
     try:
         found = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, UnicodeDecodeError):  # a README that is no card
+    except (ValueError, UnicodeDecodeError):  # a README without the header of a card
         return {}
     return {key: str(found[key]) for key in LICENCE_KEYS if found.get(key)}
 
@@ -89,7 +89,7 @@ def _card(
     from huggingface_hub import ModelCard, ModelCardData
 
     source = str(origin["source_name"])
-    # A local folder's path is the builder's business and no hub name.
+    # The path of a local folder is not a hub name, and stays with whoever built from it.
     is_hub_name = source.count("/") == 1 and not Path(source).is_absolute() and not source.startswith(".")
     measured = _metrics(report)
     data = ModelCardData(

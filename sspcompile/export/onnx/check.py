@@ -138,9 +138,9 @@ def _transformers(
 
 
 def _onnx(session: OnnxModel, ids: np.ndarray, mask: np.ndarray, forced: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same from ONNX Runtime, which reads the tokens `forced` [B, N].
+    """The same from ONNX Runtime. It reads the tokens `forced` [B, N], whatever it would have written itself.
 
-    Where it would have written the same at every step, the texts are the same; where not, what follows can still be
+    The texts are the same where it would have written the same at every step. What follows a difference can still be
     compared.
     """
     new_tokens = forced.shape[1]

@@ -221,7 +221,7 @@ def _positions(graph: Graph) -> tuple[str, str, str, str]:
 
 
 def _position_ids(graph: Graph) -> None:
-    """Positions of new tokens [B, S], rolled as they are: those of a row follow its real tokens before."""
+    """The positions [B, S] of new tokens, rolled as the tokens are: a row goes on behind its real tokens so far."""
     before = graph.node("Slice", ["attention_mask", graph.integers(0), "mask.before", graph.integers(1)], "mask.past")
     first = graph.node("ReduceSum", [before, graph.integers(1)], "mask.past.real", keepdims=1)
     graph.node("Add", [first, _STEPS], _POSITION_IDS)

@@ -64,8 +64,10 @@ class DataFile:
 
 
 def convert(tensors: Mapping[str, TensorInfo], data: DataFile, dtype: str) -> dict[str, Placed]:
-    """Write every tensor as `dtype` ("F32", "F16"), a band of rows at a time. Raises CheckpointError for a value that
-    the dtype cannot hold."""
+    """Write every tensor as `dtype` ("F32", "F16"), a band of rows at a time.
+
+    Raises CheckpointError for a value that the dtype cannot hold.
+    """
     return {name: data.append(_bands(info, name, dtype), dtype, info.shape) for name, info in tensors.items()}
 
 
@@ -145,7 +147,7 @@ def as_float(info: TensorInfo, name: str, dtype: str) -> np.ndarray:
 
 
 def used_tensors(tensors: Mapping[str, TensorInfo], *, tied: bool) -> dict[str, TensorInfo]:
-    """What the graph reads, in file order: not a second copy of tied embeddings, nor stored rotary frequencies."""
+    """What the graph reads, in file order. It has no use for a second copy of tied embeddings or stored frequencies."""
     unused = {LM_HEAD} if tied else set()
     return {
         name: info for name, info in tensors.items() if name not in unused and not name.endswith("rotary_emb.inv_freq")
@@ -155,7 +157,7 @@ def used_tensors(tensors: Mapping[str, TensorInfo], *, tied: bool) -> dict[str, 
 def write_rotary(folder: Path, frequencies: np.ndarray, scale: float, positions: int, dtype: str) -> dict[str, Placed]:
     """Cosines and sines [positions, head_dim / 2] of every angle, computed in fp32, a band of positions at a time.
 
-    All layers share them. Their size in bytes is 2 * positions * head_dim / 2 * (4 in "F32", 2 in "F16").
+    All layers share them. Together they take positions * head_dim * 4 bytes in "F32" and half of that in "F16".
     """
     turned = frequencies.astype(np.float32)[None, :]
     step = max(1, BAND_BYTES // turned.nbytes)

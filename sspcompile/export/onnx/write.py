@@ -178,7 +178,8 @@ def write_graph(
     copy_companions(decoder.folder, folder)
     shutil.copyfile(Path(__file__).with_name(OPTIMUM), folder / OPTIMUM)
     config = {key: value for key, value in decoder.config.items() if key != "auto_map"}
-    if decoder.positions != positions_of(config):  # optimum and whoever else reads this file shall know the limit, too
+    if decoder.positions != positions_of(config):
+        # optimum, and whoever else reads this file, learns the limit from it.
         config["max_position_embeddings"] = decoder.positions
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
     (folder / SETTINGS).write_text(json.dumps(genai_config(decoder), indent=2) + "\n", "utf-8")
@@ -187,7 +188,8 @@ def write_graph(
 def _check_graph(folder: Path) -> None:
     """ONNX's own checker, on the graph and the places of its weights.
 
-    It refuses files with several names, which hard links are, so it sees files of the same sizes that hold nothing.
+    The checker refuses files with several names, and hard links are such files. It is shown empty files of the same
+    sizes instead.
     """
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         for file in filter(Path.is_file, folder.iterdir()):
@@ -234,8 +236,9 @@ def _place(
 
 
 def _matrices(tensors: Mapping[str, TensorInfo], *, tied: bool) -> dict[str, dict[str, TensorInfo]]:
-    """What is rounded, by the name of the product: the head, every matrix of a layer, and those with the same input as
-    one, because a product costs a call and one rounding of its input.
+    """The matrices to round, under the name of their product: the head and every matrix of a layer.
+
+    Those with the same input are one product, because every product costs a call and one more rounding of its input.
     """
     found: dict[str, dict[str, TensorInfo]] = {}
     for name, info in tensors.items():
