@@ -1,4 +1,4 @@
-"""Cut checkpoints in an environment that has another transformers and no sspcompile. Fixtures: tests/compat/write.py."""
+"""Cut models in an environment that has another transformers and no sspcompile. Fixtures: tests/compat/write.py."""
 
 from __future__ import annotations
 
