@@ -29,9 +29,9 @@ def inspect(artifact: str | None, svg: Path | None, overwrite: bool, as_json: bo
     folder = Workspace(here()).find(artifact)
     mask = load_mask(folder / MASK)
     if svg is not None:
-        from sspcompile.api.reporting import mask_section
         from sspcompile.checkpoint.publish import write_atomically
         from sspcompile.errors import InputError, OutputExistsError
+        from sspcompile.report.heads import mask_section
         from sspcompile.report.svg import render_svg
 
         if svg.is_dir() or not svg.parent.is_dir():
