@@ -583,6 +583,30 @@ def test_two_runs_do_not_spoil_each_other(tmp_path):
     assert (out / "file").read_text() == "fast" and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_runs_that_begin_at_the_same_moment_leave_each_other_alone(tmp_path):
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom sspcompile.checkpoint.publish import scratch\n"
+        "for number in range(100):\n    with scratch(Path(sys.argv[1]), 'place') as folder:\n"
+        "        (folder / 'file').write_text(str(number))\n        time.sleep(0.001)\n"
+        "        assert (folder / 'file').read_text() == str(number), 'taken for what a dead run left'\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    runs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    assert [(run.communicate()[1], run.returncode) for run in runs] == [("", 0)] * 4
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_killed_runs_left_goes_whatever_moment_they_were_killed_at(tmp_path):
+    for number, held in enumerate([(), ("lock",), ("lock", ".partial-out"), (".partial-out",)]):
+        for name in held:
+            path = tmp_path / f".partial-out-{number:08}" / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("") if name == "lock" else path.mkdir()
+        (tmp_path / f".partial-out-{number:08}").mkdir(exist_ok=True)
+    make(tmp_path / "out", "whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_names_with_special_characters_clean_up_only_after_themselves(tmp_path):
     other = tmp_path / ".partial-ab-12345678"
     other.mkdir()

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from sspcompile.checkpoint import Checkpoint
 from sspcompile.errors import ParityError, UnsupportedModelError
 from sspcompile.families import geometry_of
+from sspcompile.model.cache import cache_of
 from sspcompile.model.hooks import head_gates
 from sspcompile.model.loading import load
 from sspcompile.model.text import with_continuations
@@ -140,7 +141,7 @@ def test_plan_sizes_are_what_the_files_have_to_the_byte(tmp_path):
     assert sum(tensor.nbytes for tensor in tensors.values()) == plan.sliced.weight_bytes
     assert sum(tensor.numel() for tensor in tensors.values()) == plan.sliced.parameters
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "cut", trust_remote_code=plan.custom_code)
-    cache = model(torch.tensor([IDS]), use_cache=True).past_key_values
+    cache = cache_of(model(torch.tensor([IDS]), use_cache=True))
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert held == plan.sliced.kv_bytes_per_token * len(IDS)
 

@@ -13,10 +13,10 @@ from sspcompile.model.divergence import Divergence, compare_divergences
 from sspcompile.proof.parity import TOLERANCE
 from sspcompile.repair.repair import MIN_PROMPTS
 from sspcompile.report.build import quality_row
+from sspcompile.report.heads import mask_section
 from sspcompile.report.model import (
     BudgetSection,
     LayoutSection,
-    MaskSection,
     Pair,
     ParitySection,
     QualityRow,
@@ -31,7 +31,6 @@ from sspcompile.request.domains import pools_fingerprint
 from sspcompile.request.pools import pools_of
 from sspcompile.request.prompts import told
 from sspcompile.select.scoring import HeadScores
-from sspcompile.slicing.mask import HeadMask
 from sspcompile.slicing.plan import SlicePlan
 from sspcompile.workspace import RECIPE
 
@@ -77,22 +76,6 @@ def report_of(outcome: Outcome) -> Report:
         versions={str(k): str(v) for k, v in sorted(outcome.toolkit.meta.get("versions", {}).items())},
         origin={name: str(value) for name, value in origin_of(outcome).items() if name in ORIGIN_SHOWN},
         command=_command(),
-    )
-
-
-def mask_section(mask: HeadMask) -> MaskSection:
-    """The mask as the heat map reads it."""
-    protected = mask.as_array() & False
-    for layer, head in mask.whitelist:
-        protected[layer, head] = True
-    return MaskSection(
-        layers=mask.layers,
-        heads=mask.heads,
-        kv_heads=mask.kv_heads,
-        kept=mask.kept,
-        scores=mask.scores,
-        whitelist=tuple(map(tuple, protected.tolist())),
-        criterion=mask.criterion,
     )
 
 

@@ -62,6 +62,8 @@ class TorchRunner:
         """One prefill and `new_tokens - 1` decode steps; the ids are fixed, so end-of-sequence has no effect."""
         import torch
 
+        from sspcompile.model.cache import cache_argument, cache_of
+
         ids = self._ids(batch, prompt_tokens + new_tokens)
         steps = []
         with torch.inference_mode():
@@ -70,11 +72,12 @@ class TorchRunner:
             out = self.model(input_ids=ids[:, :prompt_tokens], use_cache=True, logits_to_keep=1)
             out.logits[:, -1].argmax(-1).tolist()  # tolist() waits for the device
             prefill = time.perf_counter() - start
-            cache = out.past_key_values
+            cache = cache_of(out)
             kv_bytes = kv_bytes_per_token(cache)
+            kept = {cache_argument(self.model): cache, "use_cache": True}
             for position in range(prompt_tokens, prompt_tokens + new_tokens - 1):
                 start = time.perf_counter()
-                out = self.model(input_ids=ids[:, position : position + 1], past_key_values=cache, use_cache=True)
+                out = self.model(input_ids=ids[:, position : position + 1], **kept)
                 out.logits[:, -1].argmax(-1).tolist()
                 steps.append(time.perf_counter() - start)
         return {"prefill_seconds": prefill, "decode_seconds": steps, "kv_bytes_per_token": kv_bytes}

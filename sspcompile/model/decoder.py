@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sspcompile.families import Geometry
+from sspcompile.model.cache import cache_argument, cache_of
 from sspcompile.model.chat import PLAIN, Rendering
 from sspcompile.model.context import positions_of
 from sspcompile.model.placement import input_device
@@ -89,18 +90,18 @@ class TextModel:
         `generate` is avoided: it adopts the checkpoint's repetition penalty.
         """
         ids, mask = input_ids.to(self.device), attention_mask.to(self.device)
-        positions, cache = (mask.cumsum(-1) - 1).clamp(min=0), None
+        positions, cache, cache_name = (mask.cumsum(-1) - 1).clamp(min=0), None, cache_argument(self.model)
         rows = Rows(len(ids), self.ends)
         for _ in range(new_tokens):
             output = self.model(
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **{cache_name: cache},
             )
-            cache, scores = output.past_key_values, output.logits[:, -1]
+            cache, scores = cache_of(output), output.logits[:, -1]
             tokens = scores.argmax(-1) if choose is None else choose(scores.float().cpu()).to(self.device)
             on_tokens(tokens.tolist())
             if rows.ended(tokens.tolist()):

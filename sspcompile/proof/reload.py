@@ -14,6 +14,7 @@ import sys
 import numpy as np
 import torch
 
+from sspcompile.model.cache import cache_argument, cache_of
 from sspcompile.startup import spare_the_collector
 
 
@@ -51,7 +52,7 @@ def respond(model: torch.nn.Module, ids: list[int], new_tokens: int) -> tuple[np
     for _ in range(new_tokens):
         token = output.logits[:, -1:].argmax(-1)
         tokens.append(int(token))
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        output = model(input_ids=token, use_cache=True, **{cache_argument(model): cache_of(output)})
     return logits, np.array(tokens)
 
 

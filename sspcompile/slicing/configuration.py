@@ -40,19 +40,27 @@ def sliced_config(source: Mapping[str, Any], plan: SlicePlan) -> dict[str, Any]:
             config.pop(key, None)
         config |= plan.settings
     if plan.custom_code:
-        if plan.host.reads_heads:
-            # The class looks at the global counts, which transformers 5 forbids to read unless told so. Stock classes
-            # would now build every layer with them; they still fail to load, because the weights do not fit.
-            config["num_attention_heads"], config["num_key_value_heads"] = g.heads, g.kv_heads
-            config["allow_global_per_layer_attribute_access"] = True
+        module = MODELING_FILE.removesuffix(".py")
         name = CLASS_PREFIX + plan.host.architecture
         config["architectures"] = [name]
-        config["auto_map"] = {"AutoModelForCausalLM": f"{MODELING_FILE.removesuffix('.py')}.{name}"}
+        config["auto_map"] = {"AutoModelForCausalLM": f"{module}.{name}"}
+        if plan.host.reads_heads:
+            # The class looks at the global counts, which transformers 5 forbids to read unless told so, and then warns,
+            # but for a configuration class of our own. Stock classes would now build every layer with them; they still
+            # fail to load, because the weights do not fit.
+            config["num_attention_heads"], config["num_key_value_heads"] = g.heads, g.kv_heads
+            config["allow_global_per_layer_attribute_access"] = True
+            config["auto_map"]["AutoConfig"] = f"{module}.{_config_class(plan.host.model_type)}"
         config["per_layer_config"] = {
             str(layer): {"num_attention_heads": heads, "num_key_value_heads": groups}
             for layer, (heads, groups) in enumerate(plan.counts)
         }
     return config
+
+
+def _config_class(model_type: str) -> str:
+    """What transformers calls the configuration class of a family that reads its head counts: Gemma3TextConfig."""
+    return "".join(part.capitalize() for part in model_type.split("_")) + "Config"
 
 
 def _both_rope_spellings(config: dict[str, Any]) -> None:

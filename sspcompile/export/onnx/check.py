@@ -10,6 +10,7 @@ import torch
 
 from sspcompile.errors import ParityError
 from sspcompile.export.onnx.agreement import Agreement, Gate
+from sspcompile.model.cache import cache_argument, cache_of
 from sspcompile.model.decoder import TextModel
 from sspcompile.model.divergence import Divergence, divergence
 from sspcompile.model.loading import load_cut
@@ -130,8 +131,8 @@ def _transformers(
             input_ids=token,
             attention_mask=seen,
             position_ids=seen.sum(-1, keepdim=True) - 1,
-            past_key_values=output.past_key_values,
             use_cache=True,
+            **{cache_argument(reference.model): cache_of(output)},
         )
         logits.append(output.logits.float().numpy())
     return np.concatenate(logits, axis=1), np.concatenate(tokens, axis=1)
