@@ -7,21 +7,22 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
-
 from sspcompile.api.outcome import Outcome
 from sspcompile.api.reporting import origin_of, report_of
 from sspcompile.checkpoint import staged, write_manifest
 from sspcompile.criteria.chance import first_layer_kept
-from sspcompile.errors import CheckpointError, InputError, ParityError, UnsupportedModelError
+from sspcompile.errors import CheckpointError, InputError, UnsupportedModelError
 from sspcompile.export.card import CARD, model_card
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.dense import DenseModel
 from sspcompile.model.divergence import average
+from sspcompile.model.stored import stored_dtype
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.prepare.toolkits import STANDARD_CRITERIA, toolkit_for
 from sspcompile.progress import Progress
-from sspcompile.proof.parity import Parity, compare, demand, unchanged_tensors
+from sspcompile.proof.claim import Claim
+from sspcompile.proof.parity import Parity
+from sspcompile.proof.prove import prove
 from sspcompile.repair.repair import demand_place
 from sspcompile.report import write_report
 from sspcompile.request.recipe import AUTO, Recipe, dump_recipe
@@ -46,7 +47,6 @@ from sspcompile.slicing.plan import SlicePlan, host_of, make_plan, plan_json
 from sspcompile.slicing.write import write_model
 from sspcompile.workspace import MASK, MODEL, PLAN, PROBES, RECIPE, Workspace
 
-TORCH_DTYPE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 BASELINE_SEEDS = 3
 
 
@@ -82,7 +82,7 @@ def build(
         if shortlist is not None:
             mask = replace(mask, scenario={**mask.scenario, "tried": [asdict(one) for one in shortlist.tried]})
         plan = make_plan(subject.checkpoint, mask, host=host)
-        parity = _write_and_prove(folder, subject, loaded, mask, plan, decision.chosen, judge, progress)
+        parity = _write_and_prove(folder, subject, mask, plan, decision.chosen, judge, progress)
         outcome = Outcome(
             folder=out,
             subject=subject,
@@ -136,22 +136,14 @@ def _judge(loaded: LoadedModel, subject: DenseModel, compiled: Compiled, options
         new_tokens=options.continuation_tokens or 0,
         seed=options.seed or 0,
         repair=options.repair or "none",
-        dtype=_weight_dtype(subject),
+        dtype=stored_dtype(subject.checkpoint.tensors["model.layers.0.self_attn.o_proj.weight"].dtype),
         progress=progress,
     )
-
-
-def _weight_dtype(subject: DenseModel) -> torch.dtype:
-    stored = subject.checkpoint.tensors["model.layers.0.self_attn.o_proj.weight"].dtype
-    if stored not in TORCH_DTYPE:
-        raise CheckpointError(f"o_proj is stored as {stored}.", hint=f"Accepted: {', '.join(TORCH_DTYPE)}.")
-    return TORCH_DTYPE[stored]
 
 
 def _write_and_prove(
     folder: Path,
     subject: DenseModel,
-    loaded: LoadedModel,
     mask: HeadMask,
     plan: SlicePlan,
     chosen: Candidate,
@@ -159,7 +151,7 @@ def _write_and_prove(
     progress: Progress,
 ) -> Parity:
     repair = chosen.final_repair
-    replaced = repair.replaced(mask.kept, plan.geometry.head_dim) if repair is not None else None
+    replaced = repair.replaced(mask.kept, plan.geometry.head_dim) if repair is not None else {}
     done = 0
 
     def wrote(nbytes: int) -> None:
@@ -168,15 +160,9 @@ def _write_and_prove(
         progress("cutting", done, plan.sliced.weight_bytes)
 
     write_model(subject.checkpoint, plan, folder / MODEL, replaced=replaced, progress=wrote)
-    progress("proving", 0, 1)
-    if plan.keeps_everything and not unchanged_tensors(subject.checkpoint, folder / MODEL):
-        raise ParityError("A mask that keeps every head changed a tensor.", hint="Please report this.")
     probes = _probe_ids(judge)
-    parity = compare(loaded, mask, repair, folder / MODEL, probes, custom_code=plan.custom_code)
-    demand(parity)
-    progress("proving", 1, 1)
-    changed = {"repaired": repair is not None, "down_refitted": repair is not None and bool(repair.down)}
-    record = {"probes": probes, **changed, **asdict(parity), "relative": parity.relative}
+    parity = prove(Claim(subject.checkpoint, mask, folder / MODEL, plan.custom_code, replaced), probes, progress)
+    record = {"probes": probes, "refitted": sorted(replaced), **asdict(parity), "relative": parity.relative}
     (folder / PROBES).write_text(json.dumps(record) + "\n", "utf-8")
     return parity
 

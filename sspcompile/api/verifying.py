@@ -12,8 +12,9 @@ from sspcompile.checkpoint import Manifest, check_manifest
 from sspcompile.errors import ArtifactError
 from sspcompile.model.dense import DenseModel, open_dense
 from sspcompile.progress import Progress
+from sspcompile.proof.claim import Claim, any_refitted
 from sspcompile.proof.parity import Parity
-from sspcompile.proof.prove import Claim, prove
+from sspcompile.proof.prove import prove
 from sspcompile.slicing.configuration import ships_code
 from sspcompile.slicing.mask import load_mask
 from sspcompile.workspace import MASK, MODEL, PROBES
@@ -36,11 +37,10 @@ def dense_of(folder: Path, manifest: Manifest, model: str | None) -> DenseModel:
 
 @dataclass(frozen=True)
 class Verified:
-    """What `verify` found: `layerwise` says that the models were compared layer by layer."""
+    """What `verify` found."""
 
     manifest: Manifest
     parity: Parity
-    layerwise: bool
 
 
 def verify(folder: Path, model: str | None, progress: Progress, *, layerwise: bool | None = None) -> Verified:
@@ -57,18 +57,21 @@ def verify(folder: Path, model: str | None, progress: Progress, *, layerwise: bo
     written = folder / MODEL if (folder / MODEL).is_dir() else folder
     custom = ships_code(written)
     mask = load_mask(folder / MASK, empty_layers=True)
-    probes, repaired, down = _probes(folder, subject)
-    claim = Claim(subject.checkpoint, mask, written, custom, repaired, down)
-    parity, by_layer = prove(claim, subject.load, probes, progress, layerwise=layerwise)
-    return Verified(manifest, parity, by_layer)
+    probes, refitted = _probes(folder, subject)
+    claim = Claim(subject.checkpoint, mask, written, custom, refitted)
+    return Verified(manifest, prove(claim, probes, progress, layerwise=layerwise))
 
 
-def _probes(folder: Path, subject: DenseModel) -> tuple[list[list[int]], bool, bool]:
-    """Token ids to compare on, whether o_proj was refitted, and down_proj: the artifact's own, or random ones after
-    `slice`."""
+def _probes(folder: Path, subject: DenseModel) -> tuple[list[list[int]], dict[str, None]]:
+    """Token ids to compare on, and the tensors that a repair computed: the artifact's own, or after `slice` random
+    ones and none."""
+    g = subject.checkpoint.geometry
     if (folder / PROBES).is_file():
         record = json.loads((folder / PROBES).read_text("utf-8"))
-        return record["probes"], record["repaired"], record.get("down_refitted", False)
+        if "refitted" in record:
+            return record["probes"], dict.fromkeys(record["refitted"])
+        # Earlier versions wrote down only that there was a repair.
+        refitted = any_refitted(g, down=record.get("down_refitted", False)) if record["repaired"] else {}
+        return record["probes"], refitted
     rng = np.random.default_rng(0)
-    vocab = subject.checkpoint.geometry.vocab
-    return [rng.integers(0, vocab, size).tolist() for size in RANDOM_PROBE_LENGTHS], False, False
+    return [rng.integers(0, g.vocab, size).tolist() for size in RANDOM_PROBE_LENGTHS], {}

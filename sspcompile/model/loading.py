@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 LOADING_ERRORS = (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError, RuntimeError)
 
 
-def load_cut(path: Path, *, device: str = "cpu", trust_remote_code: bool = False) -> TextModel:
-    """Load a finished model folder of any head counts as its users do, in fp32.
+def load_cut(
+    path: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> TextModel:
+    """Load a finished model folder of any head counts as its users do.
 
     Raises CheckpointError when transformers cannot load it.
     """
@@ -31,15 +33,29 @@ def load_cut(path: Path, *, device: str = "cpu", trust_remote_code: bool = False
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust_remote_code
+            path, attn_implementation=attention, trust_remote_code=trust_remote_code, **computing_in(dtype)
         )
     except LOADING_ERRORS as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"transformers cannot load {path}: {reason}", hint="Check its files.") from error
-    model.requires_grad_(False).eval().to(device)
+    _settled(model, dtype).to(device)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return TextModel(model, tokenizer)
+
+
+def computing_in(dtype: torch.dtype) -> dict[str, Any]:
+    """What `from_pretrained` and `from_config` are told of the numbers to compute with.
+
+    The default way to run experts is one kernel, which has no float64.
+    """
+    return {"dtype": dtype, **({"experts_implementation": "eager"} if dtype == torch.float64 else {})}
+
+
+def _settled(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    model.requires_grad_(False).eval()
+    # Rotary frequencies are fp32 whatever is asked for, and stay so except where nothing may be.
+    return model.double() if dtype == torch.float64 else model
 
 
 def demand_json(path: Path) -> None:
@@ -52,9 +68,15 @@ def demand_json(path: Path) -> None:
 
 
 def load(
-    path: Path, *, fingerprint: str, device: str = "cpu", device_map: str | None = None, trust_remote_code: bool = False
+    path: Path,
+    *,
+    fingerprint: str,
+    device: str = "cpu",
+    device_map: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Load model and tokenizer from a folder. Everything is computed in fp32, whatever the checkpoint stores.
+    """Load model and tokenizer from a folder. Everything is computed in `dtype`, whatever the checkpoint stores.
 
     `device_map` spreads the model instead of putting it on `device` (see placement). Raises InputError for one that
     cannot be used, CheckpointError when tokenizer, configuration or weights are unusable, and whatever `geometry_of`
@@ -71,16 +93,16 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=torch.float32,
             attn_implementation=geometry.family.attention,
             trust_remote_code=trust_remote_code,
+            **computing_in(dtype),
             **spread,
         )
     except LOADING_ERRORS as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"transformers cannot load {path}: {reason}", hint="Check its files.") from error
     _check_loaded(model, tokenizer, geometry, path)
-    model.requires_grad_(False).eval()
+    _settled(model, dtype)
     if not spread:
         model.to(device)
     if tokenizer.pad_token_id is None:

@@ -53,8 +53,8 @@ JOINED: Mapping[str, str] = {
 class Precision:
     """`dtype` of activations and cache. `bits` of the weights of matrices, None when they have that dtype as well.
 
-    `gate`: what must hold against transformers in fp32 before anything is published; None where rounding is the point,
-    and its cost is reported instead.
+    `gate`: what is asked of it against transformers in fp32 before anything is published; None where rounding is the
+    point, and its cost is reported instead.
     """
 
     name: str
@@ -126,7 +126,13 @@ def export_onnx(
         write_graph(decoder, folder, precision, blocks, last_logits=last_logits, link=link, progress=progress)
         _check_graph(folder)
         agreement = check_runs(
-            folder, model, probes, gate=precision.gate, trust_remote_code=trust_remote_code, progress=progress
+            folder,
+            model,
+            probes,
+            gate=precision.gate,
+            dtype=precision.dtype,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
         )
         (folder / CHECKS).write_text(json.dumps(asdict(agreement), indent=1) + "\n", "utf-8")
         (folder / "README.md").write_text(card(agreement), "utf-8")
