@@ -21,7 +21,7 @@ from sspcompile.checkpoint import Checkpoint, check_manifest
 from sspcompile.errors import CheckpointError, InputError, ParityError, UnsupportedModelError
 from sspcompile.export.onnx import PRECISIONS, Blocks, Exported, export_onnx
 from sspcompile.export.onnx.agreement import Agreement
-from sspcompile.export.onnx.check import padded
+from sspcompile.export.onnx.check import ROUNDING_FACTOR, padded
 from sspcompile.export.onnx.decoder import read_decoder
 from sspcompile.export.onnx.weights import write_rotary
 from sspcompile.families import ONNX_FAMILIES
@@ -479,6 +479,38 @@ def test_a_graph_that_computes_something_else_is_not_published(tmp_path, monkeyp
     model = make(tmp_path / "model", "llama")
     with pytest.raises(ParityError, match="Nothing was published"):
         export(model, tmp_path / "out")
+    assert names(tmp_path) == {"model"}
+
+
+def noisy(folder: Path, family: str) -> Path:
+    """Sharp attention makes thousandths of the logits' scale out of what fp32 rounds."""
+    config = family_config(family, layers=4, kv_heads=8, head_dim=64)
+    config.initializer_range = 1.0
+    return save_random(folder, config, seed=1)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "granite"])
+def test_a_right_graph_is_published_however_much_its_model_rounds(family, tmp_path):
+    done = export(noisy(tmp_path / "model", family), tmp_path / "out")
+    a = done.agreement
+    assert a.rounding is not None and not a.meets(PRECISIONS["fp32"].gate)
+    assert a.relative <= 2 * ROUNDING_FACTOR * a.rounding < 0.1
+    assert json.loads((tmp_path / "out" / "check.json").read_text())["rounding"] == a.rounding
+
+
+def test_a_wrong_graph_of_a_noisy_model_is_not_published(tmp_path, monkeypatch):
+    from sspcompile.export.onnx import decoder
+
+    true = decoder._rotary
+    monkeypatch.setattr(decoder, "_rotary", lambda *args: (true(*args)[0] * np.float32(1.001), 1.0))
+    with pytest.raises(ParityError, match=r"model in float64 by .*Nothing was published"):
+        export(noisy(tmp_path / "model", "llama"), tmp_path / "out")
+    assert names(tmp_path) == {"model"}
+
+
+def test_where_rounding_is_all_there_is_nothing_is_published(tmp_path):
+    with pytest.raises(ParityError, match=r"In fp16 .* cannot be told .*--precision fp32"):
+        export(noisy(tmp_path / "model", "granite"), tmp_path / "out", "fp16")
     assert names(tmp_path) == {"model"}
 
 

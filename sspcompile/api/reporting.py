@@ -10,7 +10,6 @@ import sspcompile
 from sspcompile.api.outcome import Outcome
 from sspcompile.export.card import licence_of
 from sspcompile.model.divergence import Divergence, compare_divergences
-from sspcompile.proof.parity import TOLERANCE
 from sspcompile.repair.repair import MIN_PROMPTS
 from sspcompile.report.build import quality_row
 from sspcompile.report.heads import mask_section
@@ -63,8 +62,9 @@ def report_of(outcome: Outcome) -> Report:
         parity=ParitySection(
             max_difference=outcome.parity.max_difference,
             logit_scale=outcome.parity.logit_scale,
-            tolerance=TOLERANCE,
-            texts_equal=outcome.parity.same_text,
+            tolerance=outcome.parity.bound,
+            dtype=outcome.parity.dtype,
+            texts_equal=None if outcome.parity.layerwise else outcome.parity.same_text,
             after_repair=selection.repair is not None,
         ),
         repair=_repair(outcome),

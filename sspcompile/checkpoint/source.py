@@ -77,7 +77,18 @@ class TensorInfo:
 
     def rows(self, start: int, stop: int) -> Extent:
         """Where rows start..stop of the first axis lie."""
-        return Extent(self.file, self.offset + start * self.row_bytes, (stop - start) * self.row_bytes)
+        return self.band(start, stop).extent
+
+    def band(self, start: int, stop: int) -> TensorInfo:
+        """Rows start..stop of the first axis as a tensor of their own."""
+        shape = (stop - start, *self.shape[1:])
+        return TensorInfo(self.file, self.dtype, shape, self.offset + start * self.row_bytes)
+
+    def bands(self, nbytes: int) -> Iterator[tuple[int, int]]:
+        """(start, stop) of the rows, in bands of at most `nbytes` or of one row; a number by itself is one row."""
+        rows = self.shape[0] if self.shape else 1
+        step = max(1, nbytes // max(1, self.row_bytes))
+        return ((start, min(rows, start + step)) for start in range(0, rows, step))
 
 
 class Checkpoint:
@@ -111,14 +122,11 @@ class Checkpoint:
 
     def read(self, name: str) -> np.ndarray:
         """The whole tensor as raw words, in its shape."""
-        info = self.tensors[name]
-        return self.read_rows(name, 0, info.shape[0]) if info.shape else self._words(info, 0, 1).reshape(())
+        return read_words(self.tensors[name])
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows start..stop of the first axis as raw words, [stop - start, ...]."""
-        info = self.tensors[name]
-        row = math.prod(info.shape[1:])
-        return self._words(info, start * row, (stop - start) * row).reshape(stop - start, *info.shape[1:])
+        return read_words(self.tensors[name].band(start, stop))
 
     def chunks(self, name: str, chunk_bytes: int = 1 << 24) -> Iterator[bytes]:
         """The tensor's bytes in pieces of at most `chunk_bytes`."""
@@ -132,12 +140,6 @@ class Checkpoint:
                     raise CheckpointError(f"{info.file.name} ends inside {name}.", hint="Download it again.")
                 left -= len(piece)
                 yield piece
-
-    def _words(self, info: TensorInfo, first: int, count: int) -> np.ndarray:
-        words = np.empty(count, dtype=WORD_DTYPE[info.word_bytes])
-        with info.file.open("rb", buffering=0) as stream:
-            fill(stream.fileno(), words, info.file, info.offset + first * info.word_bytes)
-        return words
 
 
 def read_words(info: TensorInfo) -> np.ndarray:

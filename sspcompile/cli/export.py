@@ -151,9 +151,10 @@ def _say_tables(done: Published) -> None:
 
 def _sentence(a: Agreement, precision: Precision) -> str:
     if precision.gate is not None:
+        own = f" Rounding alone makes {a.rounding:.1e} in transformers." if a.rounding is not None else ""
         return (
             f"{a.texts} texts came out as in transformers: logits within {a.relative:.1e} of their scale, "
-            f"{a.new_tokens} greedy tokens of each {'the same' if a.same_text else 'with small differences'}."
+            f"{a.new_tokens} greedy tokens of each {'the same' if a.same_text else 'with small differences'}.{own}"
         )
     return (
         f"Rounding to {precision.name} costs {a.mean_kl:.4f} nats per token against fp32 on {a.texts} texts; "

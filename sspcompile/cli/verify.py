@@ -44,12 +44,11 @@ def verify(artifact: str | None, model: str | None, layerwise: bool | None, as_j
         found = run(named_folder, model, progress, layerwise=layerwise)
     manifest, parity = found.manifest, found.parity
     if as_json:
-        figures = {**asdict(parity), "relative": parity.relative, "layerwise": found.layerwise}
-        click.echo(json.dumps({"files": len(manifest.files), **figures}))
+        click.echo(json.dumps({"files": len(manifest.files), **asdict(parity), "relative": parity.relative}))
         return
     click.echo(f"{named_folder.folder}: {len(manifest.files)} files match their manifest")
     click.echo(
-        f"{parity.prompts} prompts: largest logit difference {parity.max_difference:.2e} "
-        f"({parity.relative:.1e} of the scale), "
-        + ("same next tokens, layer by layer" if found.layerwise else "same greedy text")
+        f"{parity.prompts} prompts: copied weights are the source's, bit for bit; largest logit difference "
+        f"{parity.relative:.1e} of the scale in {parity.dtype}, "
+        + ("same next tokens, layer by layer" if parity.layerwise else "same greedy text")
     )

@@ -36,7 +36,7 @@ class Closing:
         self.calls: list[Mapping[int, LayerCall]] = []
         self.base = torch.ones(units.layers, units.count, device=loaded.device)
         for batch in batches:
-            with recorded_calls(loaded) as calls:
+            with recorded_calls(loaded.layers) as calls:
                 hidden = decoder_output(loaded, batch)
             self.dense.append(scored_logits(loaded, hidden, batch.score_mask))
             self.calls.append(calls)
@@ -47,7 +47,7 @@ class Closing:
         self.base[layer, unit] = 0
         with head_gates(self.loaded, self.units.gates(self.base)):
             for number, batch in enumerate(self.batches):
-                with recorded_calls(self.loaded) as calls:
+                with recorded_calls(self.loaded.layers) as calls:
                     decoder_output(self.loaded, batch)
                 self.calls[number] = calls
 

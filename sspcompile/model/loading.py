@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,9 +24,14 @@ LOADING_ERRORS = (ValueError, KeyError, TypeError, AttributeError, ImportError, 
 
 
 def load_cut(
-    path: Path, *, device: str = "cpu", trust_remote_code: bool = False, rendering: Rendering = PLAIN
+    path: Path,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    rendering: Rendering = PLAIN,
 ) -> TextModel:
-    """Load a finished model folder of any head counts as its users do, in fp32.
+    """Load a finished model folder of any head counts as its users do.
 
     Raises CheckpointError when transformers cannot load it.
     """
@@ -38,11 +43,11 @@ def load_cut(
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust_remote_code
+            path, attn_implementation=attention, trust_remote_code=trust_remote_code, **computing_in(dtype)
         )
     except LOADING_ERRORS as error:
         raise _refusal(path, error) from error
-    model.requires_grad_(False).eval().to(device)
+    _settled(model, dtype).to(device)
     return TextModel(model, tokenizer, rendering=rendering)
 
 
@@ -68,6 +73,20 @@ def _refusal(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"transformers cannot load {path}: {reason}", hint="Check its files.")
 
 
+def computing_in(dtype: torch.dtype) -> dict[str, Any]:
+    """What `from_pretrained` and `from_config` are told of the numbers to compute with.
+
+    The default way to run experts is one kernel, which has no float64.
+    """
+    return {"dtype": dtype, **({"experts_implementation": "eager"} if dtype == torch.float64 else {})}
+
+
+def _settled(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    model.requires_grad_(False).eval()
+    # Rotary frequencies are fp32 whatever is asked for, and stay so except where nothing may be.
+    return model.double() if dtype == torch.float64 else model
+
+
 def demand_json(path: Path) -> None:
     """Raise CheckpointError for a file that is no JSON: the tokenizers library throws a bare Exception at it."""
     try:
@@ -83,10 +102,11 @@ def load(
     fingerprint: str,
     device: str = "cpu",
     device_map: str | None = None,
+    dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
     rendering: Rendering = PLAIN,
 ) -> LoadedModel:
-    """Load model and tokenizer from a folder. Everything is computed in fp32, whatever the checkpoint stores.
+    """Load model and tokenizer from a folder. Everything is computed in `dtype`, whatever the checkpoint stores.
 
     `device_map` spreads the model instead of putting it on `device` (see placement). Raises InputError for one that
     cannot be used, CheckpointError when tokenizer, configuration or weights are unusable, and whatever `geometry_of`
@@ -104,15 +124,15 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=torch.float32,
             attn_implementation=geometry.family.attention,
             trust_remote_code=trust_remote_code,
+            **computing_in(dtype),
             **spread,
         )
     except LOADING_ERRORS as error:
         raise _refusal(path, error) from error
     _check_loaded(model, path)
-    model.requires_grad_(False).eval()
+    _settled(model, dtype)
     if not spread:
         model.to(device)
     return LoadedModel(

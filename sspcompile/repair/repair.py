@@ -26,11 +26,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from sspcompile.checkpoint.source import WORD_DTYPE
@@ -131,23 +129,3 @@ def repaired(loaded: LoadedModel, repair: Repair | None) -> Iterator[None]:
 def down_proj(layer: nn.Module) -> nn.Linear:
     """The MLP's output projection; its input is [batch, tokens, intermediate]."""
     return layer.mlp.down_proj
-
-
-def written_down(folder: Path, geometry: Geometry) -> dict[int, Tensor]:
-    """The down_proj weights [hidden, intermediate] of a finished cut, by layer, in fp32."""
-    return _written(folder, {layer_prefix(layer) + DOWN: layer for layer in range(geometry.layers)})
-
-
-def written_biases(folder: Path, geometry: Geometry) -> dict[int, Tensor]:
-    """The o_proj biases [hidden] of a finished cut, by layer, in fp32; none where the architecture has none."""
-    if not geometry.o_bias:
-        return {}
-    return _written(folder, {layer_prefix(n) + "self_attn.o_proj.bias": n for n in range(geometry.layers)})
-
-
-def _written(folder: Path, names: Mapping[str, int]) -> dict[int, Tensor]:
-    found: dict[int, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            found |= {names[name]: opened.get_tensor(name).float() for name in names.keys() & set(opened.keys())}
-    return found

@@ -93,11 +93,15 @@ class LayoutSection(Section):
 
 
 class ParitySection(Section):
-    """Written files against the masked model: largest logit difference, the scale of the logits, greedy text."""
+    """Written files against the masked model: largest logit difference, the scale of the logits, greedy text.
+
+    `dtype`: the numbers that both were computed in; reports of earlier versions do not say that it was fp32.
+    """
 
     max_difference: float
     logit_scale: float
     tolerance: float
+    dtype: str = "fp32"
     texts_equal: bool | None = None
     after_repair: bool = False
 

@@ -289,8 +289,8 @@ def _checks(report: Report) -> Block | None:
             (
                 "equal to the masked model" + (", after repair" if parity.after_repair else ""),
                 "yes" if parity.holds else "NO",
-                f"relative difference {figures(parity.relative)}, allowed {figures(parity.tolerance)}; "
-                f"greedy text {texts}",
+                f"difference of logits {figures(parity.relative)} of their scale in {parity.dtype}, "
+                f"allowed {figures(parity.tolerance)}; greedy text {texts}",
             )
         )
     if not rows:

@@ -94,7 +94,7 @@ def record(folder: Path, dense: Path, layout: str, host: str | None = None) -> N
     loaded = load(folder / "dense", fingerprint="")
     with head_gates(loaded, torch.from_numpy(choice.kept).float()):
         logits, tokens = respond(loaded.model, IDS, NEW_TOKENS)
-    np.savez(folder / "expected.npz", ids=np.array(IDS), logits=logits, tokens=tokens)
+    np.savez(folder / "expected.npz", ids=np.array(IDS), logits=logits[: len(IDS)].numpy(), tokens=np.array(tokens))
     (folder / "case.json").write_text(json.dumps({"custom_code": plan.custom_code, "attention": g.family.attention}))
 
 

@@ -121,12 +121,7 @@ def quantise(
 
 
 def _bands(info: TensorInfo, name: str, dtype: str) -> Iterator[np.ndarray]:
-    rows = info.shape[0] if info.shape else 1
-    step = max(1, BAND_BYTES // max(1, info.row_bytes))
-    for start in range(0, rows, step):
-        shape = (min(step, rows - start), *info.shape[1:])
-        band = TensorInfo(info.file, info.dtype, shape, info.offset + start * info.row_bytes)
-        yield as_float(band, name, dtype)
+    return (as_float(info.band(*rows), name, dtype) for rows in info.bands(BAND_BYTES))
 
 
 def as_float(info: TensorInfo, name: str, dtype: str) -> np.ndarray:

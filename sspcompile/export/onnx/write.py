@@ -53,8 +53,8 @@ JOINED: Mapping[str, str] = {
 class Precision:
     """`dtype` of activations and cache. `bits` of the weights of matrices, None when they have that dtype as well.
 
-    `gate`: what must hold against transformers in fp32 before anything is published; None where rounding is the point,
-    and its cost is reported instead.
+    `gate`: what is asked of it against transformers in fp32 before anything is published; None where rounding is the
+    point, and its cost is reported instead.
     """
 
     name: str
@@ -136,6 +136,7 @@ def export_onnx(
             probes,
             gate=precision.gate,
             positions=decoder.positions,
+            dtype=precision.dtype,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
