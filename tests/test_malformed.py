@@ -191,7 +191,7 @@ CASES: Mapping[str, Case] = {
     # Weights.
     "weights truncated": Case(cut_short(WEIGHTS, 0.5), PLAN, "header promises"),
     "weights truncated inside the header": Case(cut_short(WEIGHTS, 0.01), PLAN, "truncated"),
-    "weights empty": Case(text(WEIGHTS, b""), PLAN, "no safetensors file, or is truncated"),
+    "weights empty": Case(text(WEIGHTS, b""), PLAN, "not a safetensors file, or is truncated"),
     "weights of eight bytes": Case(text(WEIGHTS, b"\0" * 8), PLAN, "unreadable header"),
     "weights longer than promised": Case(
         lambda h: (h / WEIGHTS).write_bytes((h / WEIGHTS).read_bytes() + b"x"), PLAN, "header promises"
@@ -258,7 +258,7 @@ CASES: Mapping[str, Case] = {
     "config missing": Case(lambda h: (h / "model" / "config.json").unlink(), PLAN, r"no config\.json"),
     "config empty": Case(text("model/config.json", ""), PLAN, "not valid JSON"),
     "config binary": Case(text("model/config.json", bytes(range(256))), PLAN, "not valid JSON"),
-    "config that is a list": Case(text("model/config.json", "[]"), PLAN, "no JSON object"),
+    "config that is a list": Case(text("model/config.json", "[]"), PLAN, "not hold a JSON object"),
     "config nested too deep": Case(text("model/config.json", "[" * 100_000), PLAN, "not valid JSON"),
     "heads as text": Case(config(num_attention_heads="four"), PLAN, "num_attention_heads"),
     "heads negative": Case(config(num_attention_heads=-4), PLAN, "num_attention_heads"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import sspcompile
 from sspcompile.checkpoint import Checkpoint, Manifest, fingerprint, locate, staged, write_manifest
 from sspcompile.checkpoint.locate import EMBEDDED
+from sspcompile.checkpoint.source import not_carried
 from sspcompile.errors import ArtifactError, CheckpointError
 from sspcompile.export.card import licence_of, slice_card
 from sspcompile.progress import Progress, silent
@@ -92,6 +93,7 @@ def write_cut(
             "source": cut.fingerprint,
             "source_name": cut.source,
             "licence": licence_of(cut.checkpoint.path),
+            "left_out": not_carried(cut.checkpoint.path),
         }
         (folder / "README.md").write_text(slice_card(plan, cut.mask, origin, out.name), "utf-8")
         return write_manifest(folder, origin, hash_weights=checksums)

@@ -12,6 +12,7 @@ import numpy as np
 
 from sspcompile.checkpoint import check_manifest, locate
 from sspcompile.checkpoint.locate import EMBEDDED
+from sspcompile.checkpoint.source import not_carried
 from sspcompile.export.card import licence_of, onnx_card
 from sspcompile.export.onnx import Blocks, Exported, Precision, export_onnx
 from sspcompile.progress import Progress, silent
@@ -53,7 +54,7 @@ def of_checkpoint(model: str) -> Source:
     rng = np.random.default_rng(0)
     probes = [rng.integers(0, vocab, length).tolist() for length in RANDOM_PROBE_LENGTHS]
     ours = (path / MODELING_FILE).is_file() and ships_code(path)
-    origin = {"source_name": model, "licence": licence_of(path)}
+    origin = {"source_name": model, "licence": licence_of(path), "left_out": not_carried(path)}
     return Source(model=path, origin=origin, probes=probes, custom_code=ours)
 
 

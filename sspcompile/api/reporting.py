@@ -8,6 +8,7 @@ from typing import Any
 
 import sspcompile
 from sspcompile.api.outcome import Outcome
+from sspcompile.checkpoint.source import not_carried
 from sspcompile.export.card import licence_of
 from sspcompile.model.divergence import Divergence, compare_divergences
 from sspcompile.proof.parity import TOLERANCE
@@ -196,6 +197,7 @@ def origin_of(outcome: Outcome) -> dict[str, Any]:
         "source": outcome.subject.fingerprint,
         "source_name": outcome.subject.place,
         "licence": licence_of(outcome.subject.checkpoint.path),
+        "left_out": not_carried(outcome.subject.checkpoint.path),
         "pools": pools_fingerprint(pools_of(outcome.options).candidates),
         "seed": outcome.options.seed,
         "versions": outcome.toolkit.meta.get("versions", {}),

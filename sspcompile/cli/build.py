@@ -17,6 +17,7 @@ from sspcompile.cli.options import (
     quiet_option,
     refuse_hopeless,
     request,
+    say_left_out,
     warn_unknown,
 )
 
@@ -88,10 +89,11 @@ def build(
     with stages(quiet) as progress:
         outcome = run(read, options, subject, out, workspace, progress, overwrite=overwrite)
     warn_unknown(outcome.compiled.mixture)
-    from sspcompile.api.reporting import report_of
+    from sspcompile.api.reporting import origin_of, report_of
     from sspcompile.cli.tables import print_report
 
     print_report(report_of(outcome), as_json=as_json, only=None if verbose else SUMMARY)
+    say_left_out(origin_of(outcome)["left_out"], quiet=quiet)
     click.echo(f"Written to {out}; the whole report is {out / 'report.html'}. Next: sspcompile bench", err=True)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sspcompile.cli.options import here, host_option, json_option, overwrite_option, quiet_option
+from sspcompile.cli.options import here, host_option, json_option, overwrite_option, quiet_option, say_left_out
 
 if TYPE_CHECKING:
     from sspcompile.export.onnx import Blocks, Exported, Precision
@@ -168,6 +168,8 @@ def _to_onnx(
         )
     sizes = {name: entry["size"] for name, entry in done.manifest.files.items()}
     _say(folder, out, sizes, as_json, _measured(done, precision))
+    if model is not None:
+        say_left_out(source.origin["left_out"], quiet=quiet)
     if not as_json:
         click.echo(_sentence(done, precision))
     if not quiet:

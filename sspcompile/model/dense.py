@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sspcompile.checkpoint import Checkpoint, fingerprint, locate
+from sspcompile.checkpoint.companions import companions
 from sspcompile.checkpoint.locate import EMBEDDED
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.loading import load
@@ -42,4 +43,5 @@ def open_dense(model: str | None) -> DenseModel:
     checkpoint = Checkpoint(locate(model))
     if checkpoint.has_weights:
         checkpoint.tensors  # noqa: B018 (validates headers before anything heavy starts)
+        companions(checkpoint.path)  # and what will go with a cut
     return DenseModel(checkpoint, fingerprint(checkpoint), model or EMBEDDED)

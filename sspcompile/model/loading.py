@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sspcompile.checkpoint.source import loading_keys
 from sspcompile.errors import CheckpointError
 from sspcompile.families import Geometry, family_of, geometry_of
 from sspcompile.model.decoder import LoadedModel, TextModel
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 # What transformers raises for a configuration or tokenizer that it cannot make sense of.
 LOADING_ERRORS = (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError, RuntimeError)
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
 
 def load_cut(path: Path, *, device: str = "cpu", trust_remote_code: bool = False) -> TextModel:
     """Load a finished model folder of any head counts as its users do, in fp32.
@@ -28,10 +31,15 @@ def load_cut(path: Path, *, device: str = "cpu", trust_remote_code: bool = False
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     attention = family_of(json.loads((path / "config.json").read_text("utf-8"))).attention
+    keys = loading_keys(path) or None
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust_remote_code
+            path,
+            dtype=torch.float32,
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+            key_mapping=keys,
         )
     except LOADING_ERRORS as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -40,6 +48,22 @@ def load_cut(path: Path, *, device: str = "cpu", trust_remote_code: bool = False
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return TextModel(model, tokenizer)
+
+
+def demand_tokenizer(path: Path) -> None:
+    """Raise CheckpointError for a folder without a tokenizer that every version of transformers opens alike.
+
+    Of Mistral's tekken.json alone 4.57 makes other token ids than 5, and neither knows where a text ends.
+    """
+    if not any((path / name).exists() for name in TOKENIZERS):
+        if (tekken := path / "tekken.json").exists():
+            raise CheckpointError(
+                f"{path} has a tokenizer for mistral-common alone, tekken.json.",
+                hint='Make it one for transformers: python -c "from transformers.integrations.mistral import '
+                f'convert_tekken_tokenizer as c; c({str(tekken)!r}).save_pretrained({str(path)!r})".',
+            )
+        raise CheckpointError(f"{path} has no tokenizer.", hint="Copy tokenizer.json beside config.json.")
+    demand_json(path / "tokenizer.json")
 
 
 def demand_json(path: Path) -> None:
@@ -63,10 +87,8 @@ def load(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     geometry = geometry_of(json.loads((path / "config.json").read_text("utf-8")))
-    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise CheckpointError(f"{path} has no tokenizer.", hint="Copy tokenizer.json beside config.json.")
-    spread = loading_options(device_map)
-    demand_json(path / "tokenizer.json")
+    demand_tokenizer(path)
+    keys, spread = loading_keys(path) or None, loading_options(device_map)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
@@ -74,6 +96,7 @@ def load(
             dtype=torch.float32,
             attn_implementation=geometry.family.attention,
             trust_remote_code=trust_remote_code,
+            key_mapping=keys,
             **spread,
         )
     except LOADING_ERRORS as error:

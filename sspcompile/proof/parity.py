@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sspcompile.checkpoint.source import Checkpoint, read_header
+from sspcompile.checkpoint.headers import read_header
+from sspcompile.checkpoint.source import Checkpoint
 from sspcompile.errors import ParityError, RunError
 from sspcompile.families import layer_prefix
 from sspcompile.model.decoder import LoadedModel

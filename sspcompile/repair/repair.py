@@ -33,7 +33,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from sspcompile.checkpoint.source import WORD_DTYPE
+from sspcompile.checkpoint.headers import WORD_DTYPE
 from sspcompile.errors import UnsupportedModelError
 from sspcompile.families import Geometry, layer_prefix
 from sspcompile.model.decoder import LoadedModel
