@@ -191,7 +191,7 @@ CASES: Mapping[str, Case] = {
     # Weights.
     "weights truncated": Case(cut_short(WEIGHTS, 0.5), PLAN, "header promises"),
     "weights truncated inside the header": Case(cut_short(WEIGHTS, 0.01), PLAN, "truncated"),
-    "weights empty": Case(text(WEIGHTS, b""), PLAN, "no safetensors file, or is truncated"),
+    "weights empty": Case(text(WEIGHTS, b""), PLAN, "not a safetensors file, or is truncated"),
     "weights of eight bytes": Case(text(WEIGHTS, b"\0" * 8), PLAN, "unreadable header"),
     "weights longer than promised": Case(
         lambda h: (h / WEIGHTS).write_bytes((h / WEIGHTS).read_bytes() + b"x"), PLAN, "header promises"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from sspcompile.api.arguments import Named, demand
 from sspcompile.checkpoint import Manifest
 from sspcompile.checkpoint.publish import refuse_existing
+from sspcompile.checkpoint.source import not_carried
 from sspcompile.errors import InputError
 from sspcompile.export.card import licence_of, onnx_card
 from sspcompile.export.hf import export_hf
@@ -60,7 +61,12 @@ def source_of(found: Named) -> Source:
         )
     if found.kind == "model":
         dense = open_dense(str(found.folder))
-        origin = {"source": dense.fingerprint, "source_name": dense.place, "licence": licence_of(found.model)}
+        origin = {
+            "source": dense.fingerprint,
+            "source_name": dense.place,
+            "licence": licence_of(found.model),
+            "left_out": not_carried(found.model),
+        }
     else:
         origin = {**found.manifest().origin, "artifact": found.name}
     vocab = read_decoder(found.model).geometry.vocab
@@ -121,7 +127,8 @@ class ExportRequest:
 class Published:
     """A finished export: its folder, name -> bytes of its files, and how an ONNX graph agrees with transformers.
 
-    `context_length`: the longest text of an ONNX graph in tokens, and `table_bytes` what its rotary tables take.
+    `context_length`: the longest text of an ONNX graph in tokens, and `table_bytes` what its rotary tables take. `left_out`: files of
+    a model folder that go with no export of it.
     """
 
     folder: Path
@@ -130,6 +137,7 @@ class Published:
     agreement: Agreement | None = None
     context_length: int | None = None
     table_bytes: int | None = None
+    left_out: Sequence[str] = ()
 
 
 def export(
@@ -157,8 +165,9 @@ def export(
     suffix = "" if precision.name == "fp32" else f"-{precision.name}"
     out = out or workspace.exported / f"{found.name}-onnx{suffix}"
     refuse_existing(out, overwrite=overwrite)
+    source = source_of(found)
     done = to_onnx(
-        source_of(found),
+        source,
         out,
         precision,
         blocks=blocks,
@@ -169,7 +178,15 @@ def export(
         progress=progress,
     )
     sizes = _sizes(done.manifest)
-    return Published(out, sizes, precision, done.agreement, done.context_length, sizes[ROTARY_FILE])
+    return Published(
+        out,
+        sizes,
+        precision,
+        done.agreement,
+        done.context_length,
+        table_bytes=sizes[ROTARY_FILE],
+        left_out=source.origin.get("left_out", ()),
+    )
 
 
 def _sizes(manifest: Manifest) -> dict[str, int]:

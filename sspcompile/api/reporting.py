@@ -8,6 +8,7 @@ from typing import Any
 
 import sspcompile
 from sspcompile.api.outcome import Outcome
+from sspcompile.checkpoint.source import not_carried
 from sspcompile.export.card import licence_of
 from sspcompile.model.divergence import Divergence, compare_divergences
 from sspcompile.repair.repair import MIN_PROMPTS
@@ -181,6 +182,7 @@ def origin_of(outcome: Outcome) -> dict[str, Any]:
         "source": outcome.dense.fingerprint,
         "source_name": outcome.dense.place,
         "licence": licence_of(outcome.dense.checkpoint.path),
+        "left_out": not_carried(outcome.dense.checkpoint.path),
         "pools": pools_fingerprint(pools_of(outcome.request.options).candidates),
         "seed": outcome.request.options.seed,
         "versions": outcome.toolkit.meta.get("versions", {}),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sspcompile.bench.memory import kv_bytes_per_token
+from sspcompile.checkpoint.source import file_order, loading_keys
 
 if TYPE_CHECKING:
     import torch
@@ -29,15 +30,16 @@ class TorchRunner:
         # storage brings the import forward.
         with torch.device("meta"):
             AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+        keys = loading_keys(Path(request["path"])) or None
         start = time.perf_counter()
         model = AutoModelForCausalLM.from_pretrained(
-            request["path"], dtype="auto", trust_remote_code=trust, local_files_only=True
+            request["path"], dtype="auto", trust_remote_code=trust, local_files_only=True, key_mapping=keys
         )
         self.model: nn.Module = model.requires_grad_(False).eval().to(self.device)
         self._synchronize()
         self.load_seconds = time.perf_counter() - start
         self.seed = request["seed"]
-        self.disk_bytes = sum(path.stat().st_size for path in Path(request["path"]).glob("*.safetensors"))
+        self.disk_bytes = sum(path.stat().st_size for path in file_order(Path(request["path"])))
 
     def facts(self) -> dict[str, Any]:
         """Sizes in bytes; tied tensors are one parameter of the module and count once. A step reads all but a table of

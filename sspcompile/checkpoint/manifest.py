@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sspcompile.checkpoint.source import read_header
+from sspcompile.checkpoint.headers import read_header
 from sspcompile.errors import ArtifactError, InputError
 
 SCHEMA_VERSION = 1

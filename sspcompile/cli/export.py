@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sspcompile.cli.options import host_option, json_option, overwrite_option, quiet_option, workspace
+from sspcompile.cli.options import host_option, json_option, overwrite_option, quiet_option, say_left_out, workspace
 
 if TYPE_CHECKING:
     from sspcompile.api.export import Published
@@ -118,6 +118,8 @@ def export(
         done = run(found, request, workspace(), progress, out=out, overwrite=overwrite)
     measured = _measured(done)
     _say_tables(done)
+    if found.kind == "model":
+        say_left_out(done.left_out, quiet=quiet)
     if as_json:
         click.echo(json.dumps({"folder": str(done.folder), "files": done.files, **measured}))
         return

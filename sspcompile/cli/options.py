@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -37,6 +37,15 @@ class Counts(click.ParamType):
 
 
 COUNTS = Counts()
+
+NAMED = 8
+
+
+def say_left_out(names: Sequence[str], *, quiet: bool) -> None:
+    """One line on stderr about files of the source that the output lacks; the manifest names them all."""
+    if names and not quiet:
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        click.echo(f"Left out of what the model's folder holds: {', '.join(names[:NAMED])}{more}", err=True)
 
 
 def byte_size(text: str | None, option: str) -> int | None:

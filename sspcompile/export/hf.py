@@ -41,8 +41,7 @@ def export_hf(
         )
     with staged(out, overwrite=overwrite) as folder:
         if host is None:
-            for path in sorted((artifact / MODEL).iterdir()):
-                shutil.copyfile(path, folder / path.name)
+            shutil.copytree(artifact / MODEL, folder, copy_function=shutil.copyfile, dirs_exist_ok=True)
         else:
             plan |= _write_hosted(artifact, folder, host, progress)
         card = model_card(_read(artifact / REPORT), plan, dict(manifest.origin), out.resolve().name)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sspcompile.checkpoint import Checkpoint, fingerprint, locate
+from sspcompile.checkpoint.companions import companions
 from sspcompile.checkpoint.locate import EMBEDDED
 from sspcompile.model.chat import PLAIN, Rendering
 
@@ -57,4 +58,5 @@ def open_dense(model: str | None) -> DenseModel:
     checkpoint = Checkpoint(locate(model))
     if checkpoint.has_weights:
         checkpoint.tensors  # noqa: B018 (validates headers before anything heavy starts)
+        companions(checkpoint.path)  # and what will go with a cut
     return DenseModel(checkpoint, fingerprint(checkpoint), model or EMBEDDED)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sspcompile.checkpoint.settings import read_generation, read_json
+from sspcompile.checkpoint.source import loading_keys
 from sspcompile.errors import CheckpointError
 from sspcompile.families import family_of, geometry_of
 from sspcompile.model.chat import PLAIN, Rendering
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 # What transformers raises for a configuration or tokenizer that it cannot make sense of; AssertionError is torch's, for
 # a padding id outside the table.
 LOADING_ERRORS = (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError, RuntimeError, AssertionError)
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def load_cut(
@@ -40,10 +43,15 @@ def load_cut(
     attention = family_of(read_json(path / "config.json")).attention
     read_generation(path)
     demand_json(path / "tokenizer.json")
+    keys = loading_keys(path) or None
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(
-            path, attn_implementation=attention, trust_remote_code=trust_remote_code, **computing_in(dtype)
+            path,
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+            key_mapping=keys,
+            **computing_in(dtype),
         )
     except LOADING_ERRORS as error:
         raise _refusal(path, error) from error
@@ -87,6 +95,22 @@ def _settled(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return model.double() if dtype == torch.float64 else model
 
 
+def demand_tokenizer(path: Path) -> None:
+    """Raise CheckpointError for a folder without a tokenizer that every version of transformers opens alike.
+
+    Of Mistral's tekken.json alone 4.57 makes other token ids than 5, and neither knows where a text ends.
+    """
+    if not any((path / name).exists() for name in TOKENIZERS):
+        if (tekken := path / "tekken.json").exists():
+            raise CheckpointError(
+                f"{path} has a tokenizer for mistral-common alone, tekken.json.",
+                hint='Make it one for transformers: python -c "from transformers.integrations.mistral import '
+                f'convert_tekken_tokenizer as c; c({str(tekken)!r}).save_pretrained({str(path)!r})".',
+            )
+        raise CheckpointError(f"{path} has no tokenizer.", hint="Copy tokenizer.json beside config.json.")
+    demand_json(path / "tokenizer.json")
+
+
 def demand_json(path: Path) -> None:
     """Raise CheckpointError for a file that is no JSON: the tokenizers library throws a bare Exception at it."""
     try:
@@ -116,16 +140,15 @@ def load(
 
     geometry = geometry_of(read_json(path / "config.json"))
     read_generation(path)
-    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise CheckpointError(f"{path} has no tokenizer.", hint="Copy tokenizer.json beside config.json.")
-    spread = loading_options(device_map)
-    demand_json(path / "tokenizer.json")
+    demand_tokenizer(path)
+    keys, spread = loading_keys(path) or None, loading_options(device_map)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
             path,
             attn_implementation=geometry.family.attention,
             trust_remote_code=trust_remote_code,
+            key_mapping=keys,
             **computing_in(dtype),
             **spread,
         )

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sspcompile.checkpoint.source import TensorInfo, read_words
+from sspcompile.checkpoint.headers import TensorInfo, read_words
 from sspcompile.errors import CheckpointError
 
 STORED_DTYPES: Mapping[str, torch.dtype] = {

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from sspcompile.checkpoint.source import TensorInfo, read_words, tensor_table
+from sspcompile.checkpoint.headers import TensorInfo, read_words
+from sspcompile.checkpoint.source import tensor_table
 from sspcompile.checkpoint.tensors import attention_blocks
 from sspcompile.errors import ParityError
 from sspcompile.progress import Steps, no_steps

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sspcompile.checkpoint.source import TensorInfo, read_words, tensor_table
-from sspcompile.checkpoint.tensors import EMBEDDING, FINAL_NORM, LM_HEAD
+from sspcompile.checkpoint.headers import TensorInfo, read_words
+from sspcompile.checkpoint.source import tensor_table
+from sspcompile.checkpoint.tensors import EMBEDDING, EXPERTS_DOWN, EXPERTS_GATE_UP, FINAL_NORM, LM_HEAD, ROUTER
 from sspcompile.errors import ParityError
 from sspcompile.families import Geometry, layer_prefix
 from sspcompile.model.exact import in_float64
@@ -166,11 +167,11 @@ def _in_memory(state: dict[str, Tensor], index: int, g: Geometry) -> dict[str, T
 
     numbers = range(g.experts)
     stacked = {
-        "mlp.experts.gate_up_proj": torch.stack(
+        EXPERTS_GATE_UP: torch.stack(
             [torch.cat([part(number, name) for name in experts.gate_up]) for number in numbers]
         ),
-        "mlp.experts.down_proj": torch.stack([part(number, experts.down) for number in numbers]),
-        "mlp.gate.weight": state.pop(experts.router + ".weight"),
+        EXPERTS_DOWN: torch.stack([part(number, experts.down) for number in numbers]),
+        ROUTER: state.pop(experts.router + ".weight"),
     }
     return {**state, **stacked}
 

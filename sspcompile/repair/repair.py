@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sspcompile.checkpoint.source import WORD_DTYPE
+from sspcompile.checkpoint.headers import WORD_DTYPE
 from sspcompile.errors import UnsupportedModelError
 from sspcompile.families import Geometry, layer_prefix
 from sspcompile.model.decoder import LoadedModel

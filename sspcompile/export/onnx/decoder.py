@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sspcompile.checkpoint.headers import TensorInfo
 from sspcompile.checkpoint.settings import read_json
-from sspcompile.checkpoint.source import TensorInfo, tensor_table
+from sspcompile.checkpoint.source import named_tensors
 from sspcompile.checkpoint.tensors import EMBEDDING, attention_shapes, mlp_shapes
 from sspcompile.errors import CheckpointError, InputError, UnsupportedModelError
 from sspcompile.families import FUSED_GATED, GATED, ONNX_FAMILIES, Geometry, geometry_of
@@ -92,7 +93,7 @@ def read_decoder(folder: Path, *, positions: int | None = None) -> Decoder:
     layers = tuple(_layer(g, said, index, by_layer.get(str(index), {})) for index in range(g.layers))
     for index, layer in enumerate(layers):
         _refuse_kernel(index, layer, g.head_dim)
-    tensors = tensor_table(folder)
+    tensors = named_tensors(folder, config, g)
     _check(tensors, g, layers, folder)
     frequencies, scale = _rotary(g, said)
     return Decoder(

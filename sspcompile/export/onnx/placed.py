@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from onnx import TensorProto
 
-from sspcompile.checkpoint.source import TensorInfo
+from sspcompile.checkpoint.headers import TensorInfo
 
 ELEMENT = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "U8": TensorProto.UINT8}
 COSINES, SINES = "rotary.cos", "rotary.sin"

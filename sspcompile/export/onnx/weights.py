@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sspcompile.checkpoint.source import INDEX_NAME, TensorInfo, read_words, tensor_table
+from sspcompile.checkpoint.headers import TensorInfo, read_words
+from sspcompile.checkpoint.source import INDEX_NAME, file_order
 from sspcompile.checkpoint.tensors import LM_HEAD
 from sspcompile.checkpoint.transfer import hard_link, write_all
 from sspcompile.errors import CheckpointError
@@ -26,15 +27,14 @@ NUMPY = {"F32": np.float32, "F16": np.float16}
 FLOATS = ("F32", "F16", "BF16")
 
 
-def share_weights(source: Path, folder: Path, *, link: bool) -> dict[str, Placed]:
-    """Copy the weight files of `source` whole, or with `link` give them a second name, and point into them."""
-    files = {info.file for info in tensor_table(source).values()}
-    for file in sorted(files):
+def share_weights(tensors: Mapping[str, TensorInfo], source: Path, folder: Path, *, link: bool) -> dict[str, Placed]:
+    """Copy the weight files of `source` whole, or with `link` give them a second name, and point into the copies."""
+    for file in file_order(source):
         if not (link and hard_link(file, folder / file.name)):
             shutil.copyfile(file, folder / file.name)
     if (source / INDEX_NAME).is_file():
         shutil.copyfile(source / INDEX_NAME, folder / INDEX_NAME)
-    return {name: placed(info) for name, info in tensor_table(folder).items()}
+    return {name: placed(info) for name, info in tensors.items()}
 
 
 class DataFile:

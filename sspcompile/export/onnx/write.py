@@ -15,7 +15,7 @@ import onnx
 
 import sspcompile
 from sspcompile.checkpoint import Manifest, copy_companions, staged, write_manifest
-from sspcompile.checkpoint.source import TensorInfo
+from sspcompile.checkpoint.headers import TensorInfo
 from sspcompile.checkpoint.tensors import EMBEDDING
 from sspcompile.errors import InputError
 from sspcompile.export.onnx.agreement import Agreement, Gate
@@ -208,7 +208,7 @@ def _place(
     tensors = used_tensors(decoder.tensors, tied=decoder.geometry.tied)
     if precision.bits is None and {info.dtype for info in tensors.values()} == {precision.dtype}:
         progress("weights", 0, 1)
-        placed = share_weights(decoder.folder, folder, link=link)
+        placed = share_weights(tensors, decoder.folder, folder, link=link)
         progress("weights", 1, 1)
         return placed, {}
     total, done = sum(info.nbytes for info in tensors.values()), 0
