@@ -127,7 +127,8 @@ class ExportRequest:
 class Published:
     """A finished export: its folder, name -> bytes of its files, and how an ONNX graph agrees with transformers.
 
-    `context_length`: the longest text of an ONNX graph in tokens, and `table_bytes` what its rotary tables take. `left_out`: files of
+    `context_length`: the longest text of an ONNX graph in tokens, and `table_bytes` what its rotary tables take.
+    `left_out`: files of
     a model folder that go with no export of it.
     """
 
