@@ -236,7 +236,7 @@ class Artifact:
         """
         from sspcompile.api.bench import BenchRequest, bench
 
-        wanted = request if request is not None else BenchRequest(quick=True)
+        wanted = request if request is not None else BenchRequest.of(quick=True)
         return bench([str(self.path)], wanted, Workspace(self.root), progress).result
 
     @property

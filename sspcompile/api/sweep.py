@@ -107,7 +107,7 @@ def sweep(
     progress("sweep", len(requests), len(requests))
     if measured:
         given = [str(folder) for folder in folders]
-        bench(given, BenchRequest(quick=True), workspace, progress)
+        bench(given, BenchRequest.of(quick=True), workspace, progress)
     points = points_of(f"Sweep of {axis.option}", {folder.name: read_report(folder / REPORT) for folder in folders})
     with staged(out / FRONTIER, overwrite=True) as folder:
         write_page(frontier_page(points), render_points(points), folder, FRONTIER)
