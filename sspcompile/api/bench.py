@@ -38,8 +38,8 @@ DENSE = "dense"
 RUNTIMES: tuple[Runtime, ...] = ("hf", "onnx")
 
 
-# A quick look has short texts. Processes narrow the intervals most; a large model is loaded anew in each, so only a quick
-# look takes many.
+# A quick look has short texts. Processes narrow the intervals most; a large model is loaded anew in each, so only a
+# quick look takes many.
 QUICK: Mapping[str, Any] = {"prompt_tokens": (64,), "new_tokens": 16, "repeats": 32, "sessions": 16}
 FEWEST_NEW_TOKENS = 2
 
