@@ -80,7 +80,7 @@ def test_the_smaller_model_is_there_to_be_used(artifact):
     ("call", "error", "message"),
     [
         (lambda: sspcompile.plan(keep=2.0), RecipeError, "keep: must be less than or equal to 1"),
-        (lambda: sspcompile.plan(keap=0.5), RecipeError, "keap: is no known key; did you mean 'keep'"),
+        (lambda: sspcompile.plan(keap=0.5), RecipeError, "keap: is not a known key; did you mean 'keep'"),
         (lambda: sspcompile.plan(keep=0.5, strength=0.5), RecipeError, "keep and strength exclude each other"),
         (lambda: sspcompile.plan(keep=0.001), BudgetError, "nearest feasible"),
         (lambda: sspcompile.plan(strength=0.5), InputError, "--strength needs a scenario"),

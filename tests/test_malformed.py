@@ -197,7 +197,7 @@ CASES: Mapping[str, Case] = {
         lambda h: (h / WEIGHTS).write_bytes((h / WEIGHTS).read_bytes() + b"x"), PLAN, "header promises"
     ),
     "header longer than the file": Case(header(lambda _: None, length=1 << 40), PLAN, "truncated"),
-    "header that is no JSON": Case(
+    "header that is not valid JSON": Case(
         lambda h: (h / WEIGHTS).write_bytes(struct.pack("<Q", 4) + b"{{{{"), PLAN, "unreadable header"
     ),
     "header nested a million deep": Case(
@@ -263,7 +263,7 @@ CASES: Mapping[str, Case] = {
     "heads as text": Case(config(num_attention_heads="four"), PLAN, "num_attention_heads"),
     "heads negative": Case(config(num_attention_heads=-4), PLAN, "num_attention_heads"),
     "heads zero": Case(config(num_key_value_heads=0), PLAN, "num_key_value_heads"),
-    "heads no multiple of groups": Case(config(num_key_value_heads=3), PLAN, "num_key_value_heads|multiple"),
+    "heads not a multiple of groups": Case(config(num_key_value_heads=3), PLAN, "num_key_value_heads|multiple"),
     "heads that the weights do not have": Case(config(num_attention_heads=8), PLAN, r"shape .*config\.json asks for"),
     "layers absurd": Case(config(num_hidden_layers=10**12), PLAN, "num_hidden_layers"),
     "layers more than the weights have": Case(config(num_hidden_layers=3), PLAN, r"lacks the tensor model\.layers\.2"),
@@ -272,7 +272,7 @@ CASES: Mapping[str, Case] = {
     "residual multiplier as text": Case(
         config(model_type="granite", residual_multiplier="half"), PLAN, "residual_multiplier must be a finite number"
     ),
-    "dense layers that are no list": Case(
+    "dense layers that are not a list": Case(
         config(model_type="qwen3_moe", num_experts=2, mlp_only_layers={"0": 1}), PLAN, "mlp_only_layers must list"
     ),
     "model type missing": Case(config(model_type=None), PLAN, "model_type"),
@@ -283,11 +283,13 @@ CASES: Mapping[str, Case] = {
     "tokenizer missing": Case(
         lambda h: [path.unlink() for path in (h / "model").glob("token*")], BUILD, "no tokenizer"
     ),
-    "tokenizer that is no JSON": Case(text("model/tokenizer.json", "{"), BUILD, r"tokenizer\.json is not valid JSON"),
+    "tokenizer that is not valid JSON": Case(
+        text("model/tokenizer.json", "{"), BUILD, r"tokenizer\.json is not valid JSON"
+    ),
     "tokenizer of another vocabulary": Case(vocabulary_of_another, BUILD, "tokenizer|vocabulary"),
     # Masks.
     "mask missing": Case(lambda h: (h / "mask.json").unlink(), SLICE, r"mask\.json"),
-    "mask that is no JSON": Case(text("mask.json", "{"), SLICE, r"mask\.json"),
+    "mask that is not valid JSON": Case(text("mask.json", "{"), SLICE, r"mask\.json"),
     "mask of another schema": Case(json_file("mask.json", schema_version=9), SLICE, "schema.version"),
     "mask of another model": Case(
         json_file("mask.json", layers=3, kept=[[0]] * 3, scores=[[1.0]] * 3), SLICE, "The mask is for 3 layers"
@@ -310,7 +312,7 @@ CASES: Mapping[str, Case] = {
         tensors(lambda t: t.update({Q: t[Q] * 2})), VERIFY, "is not the model that .* was cut from"
     ),
     "toolkit of another model": Case(toolkit_json(fingerprint="0" * 64), BUILD, "toolkit.*another model"),
-    "toolkit that is no JSON": Case(
+    "toolkit that is not valid JSON": Case(
         lambda h: [p.write_text("{") for p in (h / "artifacts" / "toolkits").glob("*/toolkit.json")], BUILD, "toolkit"
     ),
     # Recipes.

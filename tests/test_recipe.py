@@ -62,10 +62,10 @@ seed: true
     assert set(problems(tmp_path, text)) == {
         "schema_version (line 1): must be 1, not 2",
         "name (line 2): must be lower-case letters, digits and hyphens, not 'Bad Name'",
-        "descripton (line 3): is no known key; did you mean 'description'?",
+        "descripton (line 3): is not a known key; did you mean 'description'?",
         "description: is missing",
         "scenario (line 4): needs exactly one of text, prompts, prompts_file, domains; it has text, prompts",
-        "scenario.prompt (line 6): is no known key; did you mean 'prompts'?",
+        "scenario.prompt (line 6): is not a known key; did you mean 'prompts'?",
         "scenario.prompts[0] (line 7): must be text or a list of messages, not 1",
         "keep (line 8): must be less than or equal to 1, not 1.5",
         "strength (line 9): must be a number, not 'high'",
@@ -92,7 +92,7 @@ seed: true
         ("continuation_tokens: 1.5\n", "continuation_tokens (line 6): must be a whole number"),
         ("seed: -1\n", "seed (line 6): must be greater than or equal to 0"),
         ("model: ''\n", "model (line 6): must not be blank"),
-        ("zzz: 1\n", "zzz (line 6): is no known key; known: schema_version, name"),
+        ("zzz: 1\n", "zzz (line 6): is not a known key; known: schema_version, name"),
         ("keep: 0.5\nkeep: 0.6\n", "keep (line 7): repeats the key of line 6"),
     ],
 )

@@ -113,7 +113,7 @@ def test_a_broken_recipe_stays_a_recipe_error(tmp_path: Path) -> None:
         read_scenario(str(path))
 
 
-@pytest.mark.parametrize(("file", "expected"), [("no.txt", "There is no file"), ("r.yaml", "is no .txt or .jsonl")])
+@pytest.mark.parametrize(("file", "expected"), [("no.txt", "There is no file"), ("r.yaml", "is not a .txt or .jsonl")])
 def test_a_recipe_whose_prompt_file_is_unusable_names_it(tmp_path: Path, file: str, expected: str) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(f"schema_version: 1\nname: x\ndescription: y\nscenario: {{prompts_file: {file}}}\n", "utf-8")

@@ -55,7 +55,7 @@ def read_axis(text: str) -> Axis:
             values = tuple(f"{float(value):g}" for value in values)
     except ValueError:
         raise InputError(
-            f"--sweep {text!r} has values that are no numbers.", hint="Type keep=0.25:1:0.125 or keep=0.25,0.5."
+            f"--sweep {text!r} has values that are not numbers.", hint="Type keep=0.25:1:0.125 or keep=0.25,0.5."
         ) from None
     values = tuple(dict.fromkeys(filter(None, values)))
     if not 1 <= len(values) <= MOST:

@@ -96,7 +96,7 @@ def left_out(folder: Path, read: Collection[str]) -> list[str]:
 
 
 def _candidates(folder: Path) -> Iterator[Path]:
-    """Files that would go with the model if they are no links to elsewhere."""
+    """Files that would go with the model if they are not links to elsewhere."""
     yield from (path for path in folder.iterdir() if path.is_file() and _matches(path.name, PATTERNS))
     for name in FOLDERS:
         if not (folder / name).is_symlink():

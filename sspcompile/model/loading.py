@@ -112,7 +112,7 @@ def demand_tokenizer(path: Path) -> None:
 
 
 def demand_json(path: Path) -> None:
-    """Raise CheckpointError for a file that is no JSON: the tokenizers library throws a bare Exception at it."""
+    """Raise CheckpointError for a file that is not valid JSON: the tokenizers library throws a bare Exception at it."""
     try:
         if path.exists():
             json.loads(path.read_text("utf-8"))

@@ -43,7 +43,7 @@ class MaskSection(Section):
     @model_validator(mode="after")
     def _shapes(self) -> MaskSection:
         if self.heads % self.kv_heads:
-            raise ValueError("heads is no multiple of kv_heads")
+            raise ValueError("heads is not a multiple of kv_heads")
         for name in ("scores", "whitelist"):
             rows = getattr(self, name)
             if rows is not None and (len(rows) != self.layers or any(len(row) != self.heads for row in rows)):

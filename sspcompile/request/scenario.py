@@ -146,7 +146,7 @@ def scenario_of(recipe: Recipe) -> Scenario:
 
 def _read_prompts(path: Path) -> Scenario:
     if path.suffix.lower() not in PROMPT_SUFFIXES:
-        raise ScenarioError(f"{path} is no {' or '.join(PROMPT_SUFFIXES)} file.", hint=ACCEPTED)
+        raise ScenarioError(f"{path} is not a {' or '.join(PROMPT_SUFFIXES)} file.", hint=ACCEPTED)
     lines = _lines(path)
     read = _jsonl_prompts if path.suffix.lower() == ".jsonl" else _txt_prompts
     prompts = tuple(read(path, lines))
