@@ -47,6 +47,7 @@ def plan_scenario(
     from sspcompile.api.refusing import refuse_hopeless
     from sspcompile.model.chat import rendering_of
     from sspcompile.model.dense import open_dense
+    from sspcompile.model.text import demand_readable
     from sspcompile.prepare.toolkits import toolkit_for
     from sspcompile.select.reading import choices_for, read_through, score_key
     from sspcompile.select.selection import mask_of
@@ -55,6 +56,7 @@ def plan_scenario(
     dense = open_dense(options.model)
     refuse_hopeless(request, dense)
     loaded = dense.load(rendering=rendering_of(options))
+    demand_readable(loaded, request.scenario.prompts, options.max_tokens)
     toolkit, _ = toolkit_for(dense, loaded, options, workspace, progress, [score_key(options)])
     reading = read_through(request, toolkit, loaded, progress)
     choices = choices_for(reading, loaded.geometry)
