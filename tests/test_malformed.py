@@ -309,7 +309,7 @@ CASES: Mapping[str, Case] = {
         json_file("artifacts/good/manifest.json", schema_version=9), VERIFY, "schema version 9"
     ),
     "artifact of another model": Case(
-        tensors(lambda t: t.update({Q: t[Q] * 2})), VERIFY, "is not the model that .* was cut from"
+        tensors(lambda t: t.update({Q: t[Q] * 2})), VERIFY, "is not the model that .* was made from"
     ),
     "toolkit of another model": Case(toolkit_json(fingerprint="0" * 64), BUILD, "toolkit.*another model"),
     "toolkit that is not valid JSON": Case(

@@ -34,7 +34,8 @@ Examples:
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="PATH",
-    help="A .jsonl file of prompts with answers or of messages, XDomainBench .json files, or a folder of them; may be repeated.",
+    help="A .jsonl file of prompts with answers or of messages, XDomainBench .json files, or a folder of them; "
+    "may be repeated.",
 )
 @scenario_option
 @click.option(
