@@ -317,15 +317,38 @@ def test_repository_is_fetched_without_its_second_format(shards, model, tmp_path
     assert files == sorted([*carried(model), *weights, "config.json", "model.safetensors.index.json", "README.md"])
 
 
-@pytest.mark.parametrize("kind", ["adapter", "pickles"])
-def test_repository_that_is_no_checkpoint_is_named(kind, dense, tmp_path):
-    folder = stored_as(dense, tmp_path / "repository", lambda tensors: tensors)
+def without_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    if kind == "adapter":
-        (folder / "config.json").unlink()
-        (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "owner/base"}')
-    else:
-        (folder / "pytorch_model.bin.index.json").write_text("{}")
-    done, _ = fetched(folder, tmp_path, "plan", "--model", "org/tiny", "--keep", "0.5")
-    wanted = "org/tiny is a LoRA adapter of owner/base" if kind == "adapter" else "pickled .bin weights"
-    assert done.returncode == 2 and wanted in done.stderr
+    (folder / "pytorch_model.bin.index.json").write_text("{}")
+
+
+def adapter(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "config.json").unlink()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "owner/base"}')
+
+
+def said(**settings: object):
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text()) | settings
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return change
+
+
+REFUSED = {
+    "an adapter": (adapter, "org/tiny is a LoRA adapter of owner/base"),
+    "pickles": (without_weights, "pickled .bin weights"),
+    "quantised": (said(quantization_config={"quant_method": "gptq", "bits": 4}), "GPTQ-quantised (4 bits)"),
+    "another kind of model": (said(model_type="gpt2"), "'gpt2' cannot be cut"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_weights_are_not_fetched_of_what_cannot_be_cut(case, dense, tmp_path):
+    change, says = REFUSED[case]
+    folder = stored_as(dense, tmp_path / "repository", lambda tensors: tensors)
+    change(folder)
+    done, files = fetched(folder, tmp_path, "plan", "--model", "org/tiny", "--keep", "0.5")
+    assert done.returncode == 2 and says in done.stderr, done.stderr
+    assert not [name for name in files if name.endswith((".safetensors", ".bin"))]

@@ -219,7 +219,7 @@ QUANTISED: dict[str, tuple[tuple[Change, ...], tuple[str, ...]]] = {
     ),
     "a configuration alone": (
         (said(quantization_config=GPTQ), gone("model.safetensors")),
-        ("GPTQ-quantised (4 bits)", "config.json has a quantization_config", ORIGINAL),
+        ("a GPTQ-quantised (4 bits) model", "in quantization_config", ORIGINAL),
     ),
     "scales of a key/value cache": (
         (beside(model__layers__0__self_attn__k_scale=torch.ones(1)),),

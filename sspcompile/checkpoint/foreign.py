@@ -80,25 +80,20 @@ def no_weights(folder: Path) -> InputError:
     )
 
 
-def no_config(folder: Path, typed: str) -> InputError:
-    """Why a folder without config.json, which the user called `typed`, is not a model folder."""
-    names = files_in(folder)
+def other_format(path: Path, typed: str) -> InputError | None:
+    """What the file or folder that the user called `typed` holds in place of a model folder, where that can be told."""
+    if path.is_file():
+        return CheckpointError(f"{typed} holds {GGUF.what}.", hint=GGUF.way) if path.suffix == ".gguf" else None
+    if not path.is_dir() or (path / "config.json").is_file():
+        return None
+    names = files_in(path)
     if is_adapter(names):
-        return adapter_error(folder, typed)
+        return adapter_error(path, typed)
     if (form := other_weights(names)) is not None:
         return CheckpointError(f"{typed} has no config.json; it holds {form.what}.", hint=form.way)
-    if snapshots := sorted(path.name for path in folder.glob("snapshots/*") if path.is_dir()):
+    if snapshots := sorted(found.name for found in path.glob("snapshots/*") if found.is_dir()):
         return CheckpointError(f"{typed} is a hub cache.", hint=f"Give {typed}/snapshots/{snapshots[-1]}.")
-    return CheckpointError(
-        f"{typed} has no config.json.", hint="--model takes a Hugging Face model folder or a hub name."
-    )
-
-
-def not_a_folder(typed: str) -> CheckpointError:
-    """Why the file `typed` is not a model folder."""
-    if other_weights([Path(typed).name]) is GGUF:
-        return CheckpointError(f"{typed} holds {GGUF.what}.", hint=GGUF.way)
-    return CheckpointError(f"{typed} is a file.", hint="--model takes the folder that holds config.json.")
+    return None
 
 
 # --- Adapters --------------------------------------------------------------------------------------------------------

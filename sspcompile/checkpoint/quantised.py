@@ -48,6 +48,7 @@ MARKS = (
 )
 # A key/value cache in fewer bits: scales alone, beside plain weights.
 CACHE_MARK = re.compile(r"\.(q|k|v|kv|prob)_(scale|zero_point)$")
+ORIGINAL = "Cut the model that it was made from, and quantise the cut"
 # What transformers can turn back, each with its library installed: the arguments of from_pretrained, and what follows.
 TURNED_BACK = {
     "bitsandbytes": ("", ".dequantize()"),
@@ -116,12 +117,15 @@ def refuse_declared(config: Mapping[str, Any], folder: Path) -> None:
     """Raise UnsupportedModelError for a configuration, without weights, of a quantised model."""
     said = declared(config)
     if said is not None:
-        raise quantised_error(said, f"config.json has a {said.where}", folder)
+        raise UnsupportedModelError(
+            f"config.json of {folder} describes a {said} model, in {said.where}.",
+            hint=f"{ORIGINAL}; or remove {said.where} from config.json if the weights are plain.",
+        )
 
 
 def quantised_error(said: Quantisation, shown: str, folder: Path) -> UnsupportedModelError:
     """Quantised weights; `shown` says what shows it."""
-    hint = "Cut the model that it was made from, and quantise the cut"
+    hint = ORIGINAL
     if said.method in TURNED_BACK:
         arguments, call = TURNED_BACK[said.method]
         hint += (

@@ -230,6 +230,11 @@ def file_order(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(_weight_files(folder))]
 
 
+def refuse_by_configuration(folder: Path) -> None:
+    """Raise for a folder whose config.json alone shows that it cannot be cut, or is broken."""
+    refuse_declared(Checkpoint(folder).config, folder)
+
+
 def absent_shards(folder: Path) -> list[str]:
     """Shards that the index of a folder promises and the folder lacks."""
     if (folder / SINGLE_NAME).is_file() or not (folder / INDEX_NAME).is_file():
