@@ -12,10 +12,10 @@ from sspcompile.checkpoint.manifest import NAME as MANIFEST
 from sspcompile.errors import ArtifactError, InputError
 from sspcompile.model.chat import PLAIN, Rendering, rendering_of
 from sspcompile.model.context import shortest_context
-from sspcompile.model.decoder import LoadedModel, TextModel
+from sspcompile.model.decoder import LanguageModel, LoadedModel
 from sspcompile.model.dense import DenseModel, open_dense
 from sspcompile.model.loading import load_cut
-from sspcompile.model.onnx_text import OnnxText, is_onnx, load_onnx
+from sspcompile.model.onnx_text import is_onnx, load_onnx
 from sspcompile.model.vocabulary import same_tokens
 from sspcompile.request.request import built_request
 from sspcompile.slicing.configuration import MODELING_FILE, ships_code
@@ -95,16 +95,17 @@ class CutModel:
         """The longest text that both models can read, in tokens; None where neither says."""
         return shortest_context([self.dense.checkpoint.path, self.found.model])
 
-    def load(self) -> tuple[LoadedModel, TextModel | OnnxText]:
+    def load(self) -> tuple[LoadedModel, LanguageModel]:
         """Both in memory, the dense one first.
 
         Raises InputError when their tokenizers differ, because their tokens could not be compared, and for an export
         that cannot score a text.
         """
-        cut: TextModel | OnnxText
+        cut: LanguageModel
         if self.found.onnx:
-            cut = load_onnx(self.found.model, spin=False, rendering=self.rendering)
-            cut.session.demand_all_logits()
+            export = load_onnx(self.found.model, spin=False, rendering=self.rendering)
+            export.session.demand_all_logits()
+            cut = export
         else:
             cut = load_cut(self.found.model, trust_remote_code=self.found.custom_code, rendering=self.rendering)
         dense = self.dense.load(rendering=self.rendering)

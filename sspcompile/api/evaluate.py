@@ -21,7 +21,7 @@ from sspcompile.evaluate.questions import Conversation, Question, read_data, sin
 from sspcompile.evaluate.results import SuiteResult, suite_result
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.prepare.toolkits import toolkit_for
-from sspcompile.progress import Progress, silent
+from sspcompile.progress import Progress, silent, within
 from sspcompile.request.domains import DomainPool, load_outside, load_pools
 from sspcompile.request.pools import pools_of
 from sspcompile.request.prompts import Prompt, bare
@@ -100,10 +100,8 @@ def fitted_prompts(deployment: Deployment | None) -> frozenset[Prompt]:
     """
     pools = deployment.pools if deployment else (*load_pools(), *load_outside())
     weights = deployment.weights if deployment else {pool.name: 1.0 for pool in load_pools()}
-    learned = {
-        prompt.strip()
-        for pool in pools
-        for prompt in (seen_part(pool.prompts) if pool.name in weights else pool.prompts)
+    learned: set[Prompt] = {
+        bare(prompt) for pool in pools for prompt in (seen_part(pool.prompts) if pool.name in weights else pool.prompts)
     }
     return frozenset(learned | (deployment.fitted if deployment else frozenset()))
 
@@ -197,12 +195,6 @@ def evaluate(
     suites += [data_suite(path, fitted, count=items, seed=seed) for path in data]
     results = []
     for suite in suites:
-        first, second = compare(
-            dense,
-            sliced,
-            suite.conversations,
-            limits,
-            lambda stage, done, total, name=suite.name: progress(f"{name}: {stage}", done, total),
-        )
+        first, second = compare(dense, sliced, suite.conversations, limits, within(progress, suite.name))
         results.append(suite_result(suite.name, first, second, dropped=suite.dropped, seed=seed))
     return results

@@ -8,10 +8,10 @@ the environment's `SSPCOMPILE_...` variables count here as they do on the comman
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from sspcompile.progress import Progress, silent
 from sspcompile.request.keywords import Keywords
@@ -246,9 +246,8 @@ class Artifact:
         return demand(named(str(self.path), Workspace(self.root)), "build", command="load")
 
 
-def _request(model: Place | None, scenario: ScenarioLike, options: Keywords) -> Request:
-    given = {**options, "model": _text(model) if model is not None else options.get("model")}
-    return read_request(_scenario(scenario), given, os.environ, call=str)
+def _request(model: Place | None, scenario: ScenarioLike, options: Mapping[str, Any]) -> Request:
+    return read_request(_scenario(scenario), {**options, "model": _text(model)}, os.environ, call=str)
 
 
 def _scenario(given: ScenarioLike) -> str | Scenario:

@@ -10,18 +10,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from sspcompile.api.arguments import Named
 from sspcompile.errors import InputError
 from sspcompile.model.chat import PLAIN, Rendering
-from sspcompile.model.decoder import Chooser, TextModel
+from sspcompile.model.decoder import Chooser, LanguageModel
 from sspcompile.model.loading import load_cut
-from sspcompile.model.onnx_text import OnnxText, load_onnx
+from sspcompile.model.onnx_text import load_onnx
 from sspcompile.model.text import sentences
 from sspcompile.model.vocabulary import demand_rows
-
-Model = TextModel | OnnxText
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def open_model(
     device: str = "cpu",
     trust_remote_code: bool = False,
     rendering: Rendering = PLAIN,
-) -> tuple[Path, Model]:
+) -> tuple[Path, LanguageModel]:
     """What an argument names, ready to write, and its folder; with `dense` the model that it was cut from.
 
     Code in the folder runs only when it is ours, or trusted by the user. Raises ArtifactError or CheckpointError.
@@ -84,7 +82,7 @@ def open_model(
     return found.model, load_cut(found.model, device=device, trust_remote_code=trusted, rendering=rendering)
 
 
-def prompt_tokens(model: Model, prompt: str) -> tuple[int, ...]:
+def prompt_tokens(model: LanguageModel, prompt: str) -> tuple[int, ...]:
     """What the model reads of a prompt.
 
     Raises InputError for an empty prompt, for one that leaves no room for a single new token, and what `sentences` and
@@ -104,7 +102,12 @@ def prompt_tokens(model: Model, prompt: str) -> tuple[int, ...]:
 
 
 def write(
-    model: Model, prompt: str, *, new_tokens: int, sampling: Sampling, on_text: Callable[[str], None] = lambda _: None
+    model: LanguageModel,
+    prompt: str,
+    *,
+    new_tokens: int,
+    sampling: Sampling,
+    on_text: Callable[[str], None] = lambda _: None,
 ) -> Written:
     """Write at most `new_tokens` tokens behind a prompt; `on_text` hears pieces of whole characters as they come.
 
@@ -127,7 +130,7 @@ def write(
     full = room < new_tokens and len(shown) == room
     return Written(
         prompt=prompt,
-        text=tokenizer.decode(shown, skip_special_tokens=True),
+        text=str(tokenizer.decode(shown, skip_special_tokens=True)),
         tokens=tuple(tail),
         prompt_tokens=len(ids),
         first_token_s=times[0] - start,
@@ -139,7 +142,7 @@ def write(
 class _Pieces(TextStreamer):
     """Text as soon as it is settled: no half character, no half word."""
 
-    def __init__(self, tokenizer: object, on_text: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_special_tokens=True)
         self._on_text = on_text
 

@@ -90,7 +90,8 @@ class BenchResult:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values only; with the definition and unit of every metric that occurs."""
-        used = {name for c in self.contenders for part in (c, *c.loads) for name in part.metrics}
+        own = {name for c in self.contenders for name in c.metrics}
+        used = own | {name for c in self.contenders for load in c.loads for name in load.metrics}
         definitions = {n: {"unit": m.unit, "definition": m.definition} for n, m in METRICS.items() if n in used}
         return {"schema_version": SCHEMA_VERSION, **json.loads(json.dumps(asdict(self))), "definitions": definitions}
 
@@ -229,7 +230,9 @@ def _capacity(result: ContenderResult, settings: Settings) -> Capacity:
     )
 
 
-def _pairs(results: Sequence[ContenderResult], other: ContenderResult) -> Iterator[tuple[ContenderResult, ...]]:
+def _pairs(
+    results: Sequence[ContenderResult], other: ContenderResult
+) -> Iterator[tuple[ContenderResult, ContenderResult]]:
     """With the first of all, and with the first of its own runtime."""
     first = next(result for result in results if result.runtime == other.runtime)
     for reference in dict.fromkeys((results[0].name, first.name)):

@@ -49,7 +49,7 @@ class TorchRunner:
         table, head = (
             getattr(m, "weight", None) for m in (self.model.get_input_embeddings(), self.model.get_output_embeddings())
         )
-        looked_up = 0 if table is head else table.numel() * table.element_size()
+        looked_up = 0 if table is None or table is head else table.numel() * table.element_size()
         return {
             "load_seconds": self.load_seconds,
             "parameters": sum(p.numel() for p in parameters),

@@ -48,7 +48,7 @@ def _demand_token_ids(values: Mapping[str, Any], path: Path) -> None:
     for key in (*ONE_TOKEN, END_TOKENS):
         value = values.get(key)
         several = key == END_TOKENS and isinstance(value, list)
-        tokens = value if several else [] if value is None else [value]
+        tokens: list[Any] = list(value or []) if several else [] if value is None else [value]
         if not all(type(token) is int for token in tokens):
             accepted = "a token id, a list of them" if key == END_TOKENS else "a token id"
             raise CheckpointError(f"{path} has {value!r} as {key}.", hint=f"Accepted: {accepted} or null.")

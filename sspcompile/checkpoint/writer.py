@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from sspcompile.checkpoint.headers import WORD_BYTES
@@ -66,7 +67,7 @@ def write_checkpoint(
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     _write_side_by_side(
         [
-            lambda moved, path=folder / name, shard=shard: _write_shard(path, shard, moved, link_unchanged)
+            partial(_write_shard, folder / name, shard, link=link_unchanged)
             for name, shard in zip(names, shards, strict=True)
         ],
         progress,

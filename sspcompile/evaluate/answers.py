@@ -23,7 +23,7 @@ from sspcompile.model.vocabulary import end_id
 from sspcompile.request.prompts import Prompt, messages_of
 
 if TYPE_CHECKING:
-    from sspcompile.model.decoder import TextModel
+    from sspcompile.model.decoder import LanguageModel
 
 
 class Labelled(Protocol):
@@ -79,7 +79,7 @@ def alternatives(answer: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def encode_items(
-    loaded: TextModel,
+    loaded: LanguageModel,
     items: Sequence[Labelled],
     max_tokens: int = MAX_TOKENS,
     batch_tokens: int = BATCH_TOKENS,
@@ -107,7 +107,7 @@ def encode_items(
 
 
 def encode_references(
-    loaded: TextModel,
+    loaded: LanguageModel,
     prompts: Sequence[Prompt],
     answers: Sequence[str],
     max_tokens: int = MAX_TOKENS,
@@ -123,7 +123,7 @@ def encode_references(
     opened = render(tokenizer, prompts, rendering)
     behind = replies(tokenizer, prompts, opened, answers, rendering)
     closed = [text + reply for text, reply in zip(opened, behind, strict=True)]
-    found = []
+    found: list[Sentence] = []
     encoded = (token_ids(tokenizer, texts, rendering) for texts in (opened, closed))
     for before, whole, prompt, answer in zip(*encoded, prompts, answers, strict=True):
         if not before or not messages_of(prompt)[-1].content.strip() or not answer.strip():
@@ -164,7 +164,7 @@ def _with_targets(batch: Batch) -> EncodedBatch:
 
 
 @torch.inference_mode()
-def answer_scores(loaded: TextModel, encoded: EncodedItems) -> AnswerScores:
+def answer_scores(loaded: LanguageModel, encoded: EncodedItems) -> AnswerScores:
     """Score every item by one forward pass over its prompt and each of its references.
 
     Runs the model as it is, so inside `head_gates` and `repaired` it scores the masked, repaired model.

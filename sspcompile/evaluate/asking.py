@@ -19,7 +19,7 @@ from sspcompile.evaluate.answers import answer_scores, encode_items
 from sspcompile.evaluate.questions import Conversation
 from sspcompile.evaluate.recall import exact_match, keyword_recall
 from sspcompile.model.chat import takes_conversations
-from sspcompile.model.decoder import TextModel
+from sspcompile.model.decoder import LanguageModel
 from sspcompile.model.divergence import DivergenceAccumulator
 from sspcompile.model.text import Sentence, batches_of, greedy, sentences
 from sspcompile.progress import Progress, Steps
@@ -92,7 +92,7 @@ class Outcomes:
     values: dict[str, np.ndarray]
 
 
-def ask(loaded: TextModel, conversations: Sequence[Conversation], limits: Limits, progress: Steps) -> Asked:
+def ask(loaded: LanguageModel, conversations: Sequence[Conversation], limits: Limits, progress: Steps) -> Asked:
     """Greedy answers to every turn, in rounds: the first turns of all conversations, then the second ones, ...
 
     Plain argmax decoding without any penalty, stopped at the end tokens.
@@ -113,7 +113,7 @@ def ask(loaded: TextModel, conversations: Sequence[Conversation], limits: Limits
             tails = greedy(loaded, [items[place] for place in batch.rows], limits.new_tokens)
             for place, tail in zip(batch.rows, tails, strict=True):
                 row, item = rows[place], items[place]
-                text = loaded.tokenizer.decode(tail, skip_special_tokens=True).strip()
+                text = str(loaded.tokenizer.decode(list(tail), skip_special_tokens=True)).strip()
                 found[row, turn] = (prompts[place], Sentence(item.ids + tail, item.prompt), text)
                 histories[row] = (*histories[row], *messages_of(asked[place]), Message("assistant", text))
             done += len(batch.rows)
@@ -123,7 +123,11 @@ def ask(loaded: TextModel, conversations: Sequence[Conversation], limits: Limits
 
 
 def compare(
-    dense: TextModel, sliced: TextModel, conversations: Sequence[Conversation], limits: Limits, progress: Progress
+    dense: LanguageModel,
+    sliced: LanguageModel,
+    conversations: Sequence[Conversation],
+    limits: Limits,
+    progress: Progress,
 ) -> tuple[Outcomes, Outcomes]:
     """The outcomes of the dense and of the sliced model. Raises ValueError for no conversations."""
     if not conversations:
@@ -160,7 +164,7 @@ class _Reference:
     answer: tuple[str, ...]
 
 
-def _likelihood(loaded: TextModel, led: Asked, conversations: Sequence[Conversation], limits: Limits) -> np.ndarray:
+def _likelihood(loaded: LanguageModel, led: Asked, conversations: Sequence[Conversation], limits: Limits) -> np.ndarray:
     """Mean log-likelihood per token of the likeliest right answer [T], behind the dense model's conversation."""
     questions = [question for c in conversations for question in c.turns]
     values = np.full(len(questions), np.nan)
@@ -175,7 +179,7 @@ def _likelihood(loaded: TextModel, led: Asked, conversations: Sequence[Conversat
 
 
 def _divergence(
-    dense: TextModel, sliced: TextModel, led: Asked, limits: Limits, progress: Steps
+    dense: LanguageModel, sliced: LanguageModel, led: Asked, limits: Limits, progress: Steps
 ) -> tuple[np.ndarray, np.ndarray]:
     """KL and agreement per turn [T], at the last prompt token and along the dense model's own answer."""
     collected = DivergenceAccumulator()

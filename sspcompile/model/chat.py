@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 
 from sspcompile.errors import InputError
 from sspcompile.request.documents import shown
-from sspcompile.request.prompts import ROLES, Message, Prompt, messages_of, told
+from sspcompile.request.prompts import ROLES, Message, Prompt, Role, messages_of, told
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,7 +25,12 @@ DEFAULT = "default"
 # Stands in for a message to see whether a template writes it. No template has it in its own text, nor alters it.
 PROBE = "probe7391"
 # The roles whose content a template may want as a list of parts, as those of vision models do; tried in this order.
-LISTED = (frozenset(), frozenset(ROLES), frozenset({"user"}), frozenset({"user", "assistant"}))
+LISTED: tuple[frozenset[str], ...] = (
+    frozenset(),
+    frozenset(ROLES),
+    frozenset({"user"}),
+    frozenset({"user", "assistant"}),
+)
 # A list that a template took for text shows as Python writes it.
 UNREAD_PART = "'type': 'text'"
 # Between the messages of a conversation that is read without a template.
@@ -126,7 +131,8 @@ def takes_conversations(tokenizer: PreTrainedTokenizerBase, rendering: Rendering
     if template_of(tokenizer, rendering) is None:
         return False
     contents = tuple(f"{PROBE}{letter}" for letter in "abc")
-    turns = tuple(map(Message, ("user", "assistant", "user"), contents))
+    roles: tuple[Role, ...] = ("user", "assistant", "user")
+    turns = tuple(Message(role, content) for role, content in zip(roles, contents, strict=True))
     try:
         (text,) = render(tokenizer, [turns], rendering)
     except InputError:
@@ -189,8 +195,10 @@ class _Chat:
             {"role": m.role, "content": [{"type": "text", "text": m.content}] if m.role in listed else m.content}
             for m in turns
         ]
-        return self._tokenizer.apply_chat_template(
-            entries, chat_template=self._template, tokenize=False, add_generation_prompt=turns[-1].role == "user"
+        return str(
+            self._tokenizer.apply_chat_template(
+                entries, chat_template=self._template, tokenize=False, add_generation_prompt=turns[-1].role == "user"
+            )
         )
 
     def _refusal(self, prompt: Prompt, reason: str) -> InputError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,35 @@ if TYPE_CHECKING:
 
 
 Chooser = Callable[[Tensor], Tensor]
+
+
+class LanguageModel(Protocol):
+    """What can be asked: a decoder in transformers, or an export in ONNX Runtime. `TextModel` says what each part is."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+    @property
+    def rendering(self) -> Rendering: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def vocab(self) -> int: ...
+    @property
+    def positions(self) -> int | None: ...
+    @property
+    def ends(self) -> frozenset[int]: ...
+
+    def scored_logits(self, input_ids: Tensor, attention_mask: Tensor, score_mask: Tensor) -> Tensor: ...
+
+    def continuations(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        new_tokens: int,
+        *,
+        choose: Chooser | None = None,
+        on_tokens: Callable[[list[int]], None] = ...,
+    ) -> list[list[int]]: ...
 
 
 @dataclass(frozen=True)

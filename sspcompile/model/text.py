@@ -24,7 +24,7 @@ from sspcompile.request.prompts import Prompt, messages_of, told
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sspcompile.model.decoder import LoadedModel, TextModel
+    from sspcompile.model.decoder import LanguageModel, LoadedModel
 
 TEXT_VERSION = 1
 MAX_TOKENS = 512
@@ -81,7 +81,7 @@ def sentences(
     return found
 
 
-def demand_readable(loaded: TextModel, prompts: Sequence[Prompt], max_tokens: int = MAX_TOKENS) -> None:
+def demand_readable(loaded: LanguageModel, prompts: Sequence[Prompt], max_tokens: int = MAX_TOKENS) -> None:
     """Raise InputError for a prompt that the model cannot read, before anything heavy starts."""
     for item in sentences(loaded.tokenizer, prompts, max_tokens, loaded.rendering):
         demand_rows(loaded.tokenizer, item.ids, loaded.vocab)
@@ -111,7 +111,7 @@ def shortened(ids: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
 
 
 def batches_of(
-    loaded: TextModel, items: Sequence[Sentence], batch_tokens: int = BATCH_TOKENS, batch_size: int | None = None
+    loaded: LanguageModel, items: Sequence[Sentence], batch_tokens: int = BATCH_TOKENS, batch_size: int | None = None
 ) -> list[Batch]:
     """Batches sorted by length, each with at most `batch_tokens` tokens and a bounded number of scored logits.
 
@@ -135,7 +135,7 @@ def batches_of(
     return [_pad(loaded, [items[row] for row in group], tuple(group)) for group in groups]
 
 
-def _pad(loaded: TextModel, items: Sequence[Sentence], rows: tuple[int, ...]) -> Batch:
+def _pad(loaded: LanguageModel, items: Sequence[Sentence], rows: tuple[int, ...]) -> Batch:
     width = max(len(item.ids) for item in items)
     pad = padding_id(loaded.tokenizer, loaded.vocab)
     place = torch.arange(width)
@@ -191,7 +191,7 @@ def with_continuations(
     return batches_of(loaded, items, batch_tokens)
 
 
-def greedy(loaded: TextModel, items: Sequence[Sentence], new_tokens: int) -> list[tuple[int, ...]]:
+def greedy(loaded: LanguageModel, items: Sequence[Sentence], new_tokens: int) -> list[tuple[int, ...]]:
     """At most `new_tokens` tokens behind each sentence, the end token included where one was written.
 
     Left-padded, unlike everything else here, so that the newest token of all sequences stands in the last column.

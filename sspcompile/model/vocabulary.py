@@ -36,7 +36,7 @@ def demand_rows(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...], vocab:
     strange = next((token for token in ids if not 0 <= token < vocab), None)
     if strange is None:
         return
-    text = shown(tokenizer.decode(ids))
+    text = shown(str(tokenizer.decode(list(ids))))
     raise InputError(
         f"The text {text} holds the token {tokenizer.convert_ids_to_tokens(strange)!r} (id {strange}), and the "
         f"model has {vocab} tokens, up to id {vocab - 1}.",

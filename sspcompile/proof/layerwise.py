@@ -60,9 +60,9 @@ def compare_layerwise(claim: Claim, prompts: Sequence[Sequence[int]], *, progres
     Raises ParityError naming the first layer whose output differs.
     """
     g = claim.geometry
-    prompts = [list(ids[:PROBE_TOKENS]) for ids in prompts[:PROBE_PROMPTS]]
-    dense = _side(claim.checkpoint.path, claim.checkpoint.tensors, prompts, g, trusted=False)
-    cut = _side(claim.written, tensor_table(claim.written), prompts, g, trusted=claim.custom_code)
+    texts = [list(ids[:PROBE_TOKENS]) for ids in prompts[:PROBE_PROMPTS]]
+    dense = _side(claim.checkpoint.path, claim.checkpoint.tensors, texts, g, trusted=False)
+    cut = _side(claim.written, tensor_table(claim.written), texts, g, trusted=claim.custom_code)
     with in_float64():
         for index in range(g.layers):
             states = _states(dense.tensors, cut.tensors, index)

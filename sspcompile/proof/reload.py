@@ -83,12 +83,13 @@ def respond(
     The continuation is decoded with a KV cache: greedily, or with `read` the tokens given. End-of-sequence does not
     stop it: a short answer would prove little.
     """
-    output = model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=True)
+    device = next(model.parameters()).device
+    output = model(input_ids=torch.tensor([list(ids)], device=device), use_cache=True)
     logits, tokens = [output.logits[0]], []
     for step in range(new_tokens):
         tokens.append(int(logits[-1][-1].argmax()))
         if step + 1 < new_tokens:
-            token = torch.tensor([[tokens[step] if read is None else read[step]]], device=model.device)
+            token = torch.tensor([[tokens[step] if read is None else read[step]]], device=device)
             output = model(input_ids=token, use_cache=True, **{cache_argument(model): cache_of(output)})
             logits.append(output.logits[0])
     return torch.cat(logits), tokens

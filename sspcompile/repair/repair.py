@@ -35,7 +35,7 @@ from sspcompile.checkpoint.headers import WORD_DTYPE
 from sspcompile.errors import UnsupportedModelError
 from sspcompile.families import Geometry, layer_prefix
 from sspcompile.model.decoder import LoadedModel
-from sspcompile.model.modules import o_proj
+from sspcompile.model.modules import down_proj, o_proj
 
 # With 4 to 8 prompts a refit made things worse in earlier measurements, with 16 it helped.
 MIN_PROMPTS = 16
@@ -105,11 +105,11 @@ def repaired(loaded: LoadedModel, repair: Repair | None) -> Iterator[None]:
     originals: dict[int, tuple[Tensor, nn.Parameter | None]] = {}
     down: dict[int, Tensor] = {}
     try:
-        for layer, weight in (repair.down if repair is not None else {}).items():
+        for layer, refitted in (repair.down if repair is not None else {}).items():
             projection = down_proj(loaded.layers[layer])
             down[layer] = projection.weight.data
-            projection.weight.data = weight.to(projection.weight)
-        for layer in sorted({*repair.weights, *repair.biases} if repair is not None else ()):
+            projection.weight.data = refitted.to(projection.weight)
+        for layer in sorted({*repair.weights, *repair.biases}) if repair is not None else ():
             projection = o_proj(loaded.layers[layer])
             originals[layer] = projection.weight.data, projection.bias
             if layer in repair.weights:
@@ -121,11 +121,7 @@ def repaired(loaded: LoadedModel, repair: Repair | None) -> Iterator[None]:
     finally:
         for layer, (weight, bias) in originals.items():
             projection = o_proj(loaded.layers[layer])
-            projection.weight.data, projection.bias = weight, bias
+            projection.weight.data = weight
+            projection.bias = bias  # type: ignore[assignment]  # None where there was none
         for layer, weight in down.items():
             down_proj(loaded.layers[layer]).weight.data = weight
-
-
-def down_proj(layer: nn.Module) -> nn.Linear:
-    """The MLP's output projection; its input is [batch, tokens, intermediate]."""
-    return layer.mlp.down_proj

@@ -219,7 +219,7 @@ class LatencySection(Section):
 class Report(Section):
     """Everything that is known about one build. `origin`: fingerprints and seeds of what it was made from."""
 
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[2] = 2
     title: str
     model: str | None = None
     scenario: ScenarioSection | None = None

@@ -135,7 +135,7 @@ def _layout(report: Report) -> Block | None:
     if layout is None:
         return None
     reason = f" ({layout.reason})" if layout.reason else ""
-    tables = ()
+    tables: tuple[Table, ...] = ()
     if layout.figures:
         tables = (_quality_table("Layouts at the same budget", layout.figures),)
     return Block("layout", "Layout", (f"Requested {layout.requested}, built {layout.chosen}{reason}.",), tables)
@@ -300,7 +300,7 @@ def _checks(report: Report) -> Block | None:
 
 def _reproduce(report: Report) -> Block | None:
     sentences = tuple(_reproduce_sentences(report))
-    tables = ()
+    tables: tuple[Table, ...] = ()
     if report.origin:
         tables = (
             Table(

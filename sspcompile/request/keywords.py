@@ -9,7 +9,6 @@ from typing import Literal, TypedDict
 class Keywords(TypedDict, total=False):
     """Every option of a build; `docs/options.md` says what each one does."""
 
-    model: str | None
     keep: float | None
     strength: float | None
     layout: Literal["auto", "uniform", "per-layer"] | None

@@ -13,6 +13,7 @@ from typing import Any
 from sspcompile.request.options import NAMES, default_of, flag, kind_of, shown_of, variable
 from sspcompile.request.recipe import Recipe
 
+POSITIONAL = "model"
 KEYWORDS, PAGE, SCHEMA = "sspcompile/request/keywords.py", "docs/options.md", "docs/schemas/recipe.schema.json"
 
 
@@ -22,8 +23,8 @@ def files() -> Mapping[str, str]:
 
 
 def keywords() -> str:
-    """The module with the types of the keyword arguments."""
-    lines = [f"    {name}: {_type_of(name)}" for name in NAMES]
+    """The module with the types of the keyword arguments; the model is an argument by itself."""
+    lines = [f"    {name}: {_type_of(name)}" for name in NAMES if name != POSITIONAL]
     return (
         '"""The options of a build as keyword arguments. Written by `make generated`; edit options.py instead."""\n\n'
         "from __future__ import annotations\n\n"

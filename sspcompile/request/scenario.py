@@ -44,7 +44,7 @@ class Scenario:
     source: Literal["recipe", "sentence", "prompts"]
 
     @property
-    def texts(self) -> tuple[str, ...]:
+    def texts(self) -> tuple[Prompt, ...]:
         """What the model reads to recognise the scenario: its prompts, or its sentence."""
         return self.prompts or ((self.text,) if self.text is not None else ())
 
@@ -167,8 +167,8 @@ def _lines(path: Path) -> list[str]:
         raise ScenarioError(f"{path} is larger than {FILE_BYTES >> 20} MB.", hint="A few hundred prompts do.")
     if b"\0" in data:
         raise ScenarioError(f"{path} is binary or not UTF-8.", hint=ACCEPTED)
-    for number, line in enumerate(data.split(b"\n"), 1):
-        if len(line) > LINE_BYTES:
+    for number, content in enumerate(data.split(b"\n"), 1):
+        if len(content) > LINE_BYTES:
             raise ScenarioError(f"{path}, line {number} is longer than {LINE_BYTES} bytes.", hint=ACCEPTED)
     try:
         text = data.decode("utf-8-sig")

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
 from sspcompile.request.domains import DomainPool
 from sspcompile.request.prompts import Prompt
+
+# A pool holds texts, a scenario conversations too.
+Item = TypeVar("Item", bound=Prompt)
 
 FIT_PROMPTS = 96
 GUARD_PROMPTS = 32
@@ -58,7 +62,7 @@ class Splits:
         }
 
 
-def split(texts: Sequence[Prompt]) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...], tuple[Prompt, ...]]:
+def split(texts: Sequence[Item]) -> tuple[tuple[Item, ...], tuple[Item, ...], tuple[Item, ...]]:
     """(fit, guard, judge): numbers 7, 15, ... guard and 3, 11, ... judge, so that a sorted file is split evenly."""
     held = tuple(text for index, text in enumerate(texts) if index % HOLD_EVERY == HOLD_EVERY - 1)
     fit = tuple(text for index, text in enumerate(texts) if index % HOLD_EVERY != HOLD_EVERY - 1)

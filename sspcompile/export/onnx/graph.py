@@ -268,7 +268,7 @@ def _attention(graph: Graph, decoder: Decoder, layer: Layer, index: int, source:
     past = [f"past_key_values.{index}.{part}" for part in ("key", "value")]
     present = [f"present.{index}.{part}" for part in ("key", "value")]
     inputs = [queries, keys, values, *past, *lengths, *((COSINES, SINES) if rotated_inside else ())]
-    window = {} if layer.window is None else {"local_window_size": layer.window}
+    window: dict[str, Any] = {} if layer.window is None else {"local_window_size": layer.window}
     graph.nodes.append(
         helper.make_node(
             "GroupQueryAttention",
