@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -110,9 +111,9 @@ def _shortlists(
     if not cut:
         return {}
 
-    def holds(choice: Choice) -> bool:
+    def holds(layout: Layout, choice: Choice) -> bool:
         try:
-            host_of(subject.checkpoint.geometry, choice.shapes, host)
+            host_of(subject.checkpoint.geometry, choice.shapes, host, layout=layout)
         except (UnsupportedModelError, InputError):
             return False
         return True
@@ -121,7 +122,13 @@ def _shortlists(
     ranked = contenders(judge, own, cut, "group" if compiled.groups_only else "head")
     found = {
         layout: best_mask(
-            judge, ranked, layout, compiled.whitelist, compiled.keep, groups_only=compiled.groups_only, holds=holds
+            judge,
+            ranked,
+            layout,
+            compiled.whitelist,
+            compiled.keep,
+            groups_only=compiled.groups_only,
+            holds=partial(holds, layout),
         )
         for layout in cut
     }

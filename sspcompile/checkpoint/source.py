@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from sspcompile.checkpoint.tensors import tensor_shapes
+from sspcompile.checkpoint.tied import untied_by_weights
 from sspcompile.checkpoint.transfer import Extent, read_all
 from sspcompile.errors import CheckpointError, UnsupportedModelError
 from sspcompile.families import Geometry, geometry_of
@@ -86,14 +87,25 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = _read_json(path / "config.json")
-        self.geometry: Geometry = geometry_of(self.config)
+        self._stated = geometry_of(self.config)
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        """Sizes, from the configuration; where the weights untie the head, they have the last word."""
+        if self._stated.tied and self.has_weights:
+            return untied_by_weights(self._stated, self._table)
+        return self._stated
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Name -> place, in file order. Raises CheckpointError when files contradict index or configuration."""
-        table = tensor_table(self.path)
-        _check_against(table, self.geometry, self.path)
-        return table
+        _check_against(self._table, self.geometry, self.path)
+        return self._table
+
+    @cached_property
+    def _table(self) -> Mapping[str, TensorInfo]:
+        refuse_other_weights(self.path, self.config)
+        return tensor_table(self.path)
 
     @property
     def has_weights(self) -> bool:
@@ -165,6 +177,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object.", hint="Download it again.")
     return value
+
+
+def refuse_other_weights(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise UnsupportedModelError when the configuration names weights that transformers would read instead."""
+    read = SINGLE_NAME if (folder / SINGLE_NAME).is_file() else INDEX_NAME
+    named = config.get("transformers_weights")
+    if named not in (None, read):
+        raise UnsupportedModelError(
+            f"config.json names its weights in transformers_weights: {named!r:.60}.",
+            hint=f"Call them {SINGLE_NAME}, or {INDEX_NAME} with its shards, and remove the key.",
+        )
 
 
 def _has_pickles(folder: Path) -> bool:

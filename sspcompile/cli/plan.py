@@ -96,7 +96,7 @@ def _of_request(read: Scenario, options: Recipe, without_scenario: bool, quiet: 
 
 
 def _by_counts(checkpoint: Checkpoint, options: Recipe) -> list[SlicePlan]:
-    from sspcompile.errors import InputError
+    from sspcompile.errors import InputError, UnsupportedModelError
     from sspcompile.slicing.hosts import named_host
     from sspcompile.slicing.plan import plan_counts
 
@@ -104,8 +104,16 @@ def _by_counts(checkpoint: Checkpoint, options: Recipe) -> list[SlicePlan]:
         raise InputError(
             "--strength needs a scenario and weights to find the breadth.", hint="Give --keep to plan by size alone."
         )
-    layout = "uniform" if options.layout in (None, "auto") else options.layout
-    return [plan_counts(checkpoint, options.keep, layout, host=named_host(options.host))]
+    host = named_host(options.host)
+    if options.layout == "per-layer":
+        return [plan_counts(checkpoint, options.keep, "per-layer", host=host)]
+    try:
+        return [plan_counts(checkpoint, options.keep, "uniform", host=host)]
+    except UnsupportedModelError:
+        if options.layout == "uniform" or host is not None:
+            raise
+        # As `build` does: auto leaves out the layout that no class can hold.
+        return [plan_counts(checkpoint, options.keep, "per-layer")]
 
 
 def _by_scenario(read: Scenario, options: Recipe, quiet: bool) -> list[SlicePlan]:

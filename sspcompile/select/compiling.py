@@ -154,7 +154,7 @@ def choices_for(
     for name in asked:
         choice = choose(compiled.merit, g.kv_heads, compiled.keep, name, groups_only=compiled.groups_only)
         try:
-            host_of(g, choice.shapes, host)
+            host_of(g, choice.shapes, host, layout=name)
         except UnsupportedModelError:
             if name == asked[-1] and not found:
                 raise
