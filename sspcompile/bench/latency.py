@@ -137,8 +137,9 @@ def _check_folder(contender: Contender, settings: Settings) -> None:
         config = json.loads(file.read_text("utf-8"))
     except ValueError:
         raise CheckpointError(f"{file} is not JSON.", hint="Give a model folder.") from None
-    if contender.runtime == "hf" and config.get("auto_map") and not contender.trust_remote_code:
-        raise InputError(f"{contender.path} ships its own model code.", hint="Allow it with --trust-remote-code.")
+    # Other code that a folder names is not run: the stock class of its model_type loads it.
+    if contender.runtime == "hf" and config.get("per_layer_config") and not contender.trust_remote_code:
+        raise InputError(f"{contender.path} is loaded by the class in it.", hint="Name the artifact, or its export.")
     limit = config.get("max_position_embeddings")
     for load in settings.loads:
         if isinstance(limit, int) and load.positions > limit:

@@ -20,6 +20,7 @@ from sspcompile.checkpoint.source import Checkpoint, TensorInfo, read_words, ten
 from sspcompile.checkpoint.tensors import EMBEDDING, FINAL_NORM, LM_HEAD
 from sspcompile.errors import ParityError
 from sspcompile.families import Geometry, layer_prefix
+from sspcompile.model.loading import open_config, readable
 from sspcompile.model.modules import layer_output
 from sspcompile.progress import Steps, no_steps
 from sspcompile.proof.parity import PROBE_PROMPTS, PROBE_TOKENS, TOLERANCE, Parity
@@ -95,10 +96,10 @@ def compare_layerwise(
 
 
 def _side(folder: Path, tensors: Tensors, prompts: list[list[int]], g: Geometry, *, trusted: bool) -> _Side:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
-    with torch.device("meta"):
+    with readable(folder), torch.device("meta"):
+        config = open_config(folder, trust_remote_code=trusted)
         model = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=g.family.attention, trust_remote_code=trusted
         ).eval()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from sspcompile.checkpoint.source import Checkpoint, read_header
-from sspcompile.errors import ParityError, RunError
+from sspcompile.errors import EXIT_BAD_INPUT, CheckpointError, ParityError, RunError
 from sspcompile.families import layer_prefix
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.hooks import head_gates
@@ -59,7 +59,8 @@ def compare(
 ) -> Parity:
     """Compare the model in `folder`, loaded in a fresh process, with the masked dense model on token ids `prompts`.
 
-    Raises RunError when the fresh process cannot load the folder.
+    Raises CheckpointError when transformers cannot load the folder, RunError when the fresh process dies of something
+    else.
     """
     prompts = [list(ids[:PROBE_TOKENS]) for ids in prompts[:PROBE_PROMPTS]]
     answers = _fresh(folder, prompts, custom_code, loaded.geometry.family.attention)
@@ -106,6 +107,8 @@ def _fresh(
         )
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            if done.returncode == EXIT_BAD_INPUT:
+                raise CheckpointError(reason)
             raise RunError(f"The written model does not load in a fresh process: {reason}")
         answer.seek(0)
         with np.load(answer) as arrays:

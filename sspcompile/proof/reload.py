@@ -14,23 +14,27 @@ import sys
 import numpy as np
 import torch
 
+from sspcompile.errors import SspError
+from sspcompile.model.loading import readable
 from sspcompile.startup import spare_the_collector
 
 
 def main(folder: str, answer: str) -> None:
     """Read {"prompts": [[token ids]], "new_tokens", "custom_code", "threads", "attention"}.
 
-    Writes logits and greedy tokens of every prompt.
+    Writes logits and greedy tokens of every prompt. Raises CheckpointError when transformers cannot load the folder;
+    as a process it then ends with that error's exit code, its message last on stderr.
     """
     spare_the_collector()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     asked = json.load(sys.stdin)
     torch.set_num_threads(asked["threads"])
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=asked["attention"], trust_remote_code=asked["custom_code"]
-    ).eval()
-    AutoTokenizer.from_pretrained(folder)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with readable(folder):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation=asked["attention"], trust_remote_code=asked["custom_code"]
+        ).eval()
+        AutoTokenizer.from_pretrained(folder)
     arrays = {}
     for number, ids in enumerate(asked["prompts"]):
         logits, tokens = respond(model, ids, asked["new_tokens"])
@@ -56,4 +60,8 @@ def respond(model: torch.nn.Module, ids: list[int], new_tokens: int) -> tuple[np
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except SspError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
