@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sspcompile.errors import ArtifactError
-from sspcompile.model.decoder import Chooser, Rows
+from sspcompile.errors import ArtifactError, CheckpointError
+from sspcompile.model.decoder import Chooser, Rows, ends_of
+from sspcompile.model.loading import open_tokenizer, readable
 from sspcompile.model.onnx_session import GRAPH, SETTINGS, OnnxModel
 
 if TYPE_CHECKING:
@@ -79,14 +80,11 @@ def load_onnx(folder: Path, *, provider: str = "cpu", spin: bool = True) -> Onnx
 
     Raises ArtifactError for a damaged one, and what `OnnxModel.open` raises.
     """
-    from transformers import AutoTokenizer
-
     session = OnnxModel.open(folder, provider=provider, spin=spin)
     try:
         model = json.loads((folder / SETTINGS).read_text("utf-8"))["model"]
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+        with readable(folder):
+            tokenizer = open_tokenizer(folder)
+    except (OSError, ValueError, KeyError, CheckpointError) as error:
         raise ArtifactError(f"{folder} lacks {SETTINGS} or a tokenizer.", hint="Export it again.") from error
-    declared = model["eos_token_id"]
-    ids = declared if isinstance(declared, list) else [declared]
-    return OnnxText(session, tokenizer, frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None))
+    return OnnxText(session, tokenizer, ends_of(model.get("eos_token_id"), tokenizer))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from sspcompile.export.onnx.decoder import Decoder
+from sspcompile.model.loading import demand_json
 
 # Names that onnxruntime-genai gives to families; it treats all of them as the same kind of decoder.
 GENAI_TYPE = {"seed_oss": "llama"}
@@ -27,19 +29,21 @@ SEARCH: dict[str, Any] = {
 
 
 def genai_config(decoder: Decoder) -> dict[str, Any]:
-    """The settings as plain data. Counts of key/value heads that differ by layer are read from the graph's inputs."""
-    g, config = decoder.geometry, decoder.config
-    generation = _generation(decoder)
-    eos = generation.get("eos_token_id", config.get("eos_token_id"))
-    first = eos[0] if isinstance(eos, list) and eos else eos
-    pads = (generation.get("pad_token_id"), config.get("pad_token_id"), first, 0)
-    pad = next(value for value in pads if value is not None)
-    bos = generation.get("bos_token_id", config.get("bos_token_id"))
+    """The settings as plain data. Counts of key/value heads that differ by layer are read from the graph's inputs.
+
+    Special tokens are those that transformers' `generate` takes. onnxruntime-genai refuses ids beyond the vocabulary,
+    which cannot be written either, and takes a missing end for token 0: a model without one has an empty list.
+    """
+    g, said = decoder.geometry, _generation(decoder)
+    declared = said.get("eos_token_id")
+    ends = [token for token in (declared if isinstance(declared, list) else [declared]) if _is_token(token, g.vocab)]
+    pad = next(token for token in (said.get("pad_token_id"), *ends, 0) if _is_token(token, g.vocab))
+    bos = said.get("bos_token_id")
     return {
         "model": {
             "type": GENAI_TYPE.get(g.family.model_type, g.family.model_type),
-            "bos_token_id": bos if bos is not None else pad,
-            "eos_token_id": eos if eos is not None else pad,
+            "bos_token_id": bos if _is_token(bos, g.vocab) else pad,
+            "eos_token_id": ends[0] if len(ends) == 1 else ends,
             "pad_token_id": pad,
             "context_length": decoder.positions,
             "vocab_size": g.vocab,
@@ -68,6 +72,14 @@ def genai_config(decoder: Decoder) -> dict[str, Any]:
     }
 
 
-def _generation(decoder: Decoder) -> dict[str, Any]:
+def _is_token(token: object, vocab: int) -> bool:
+    return type(token) is int and 0 <= token < vocab
+
+
+def _generation(decoder: Decoder) -> Mapping[str, Any]:
+    """Where `generate` looks: generation_config.json, whatever it leaves open, and config.json only in its absence."""
     path = decoder.folder / "generation_config.json"
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return decoder.config
+    demand_json(path)
+    return json.loads(path.read_text("utf-8"))

@@ -23,12 +23,13 @@ from sspcompile.checkpoint.tensors import EMBEDDING, FINAL_NORM, LM_HEAD
 from sspcompile.families import layer_prefix
 
 if TYPE_CHECKING:
-    from sspcompile.export.onnx.decoder import Decoder, Layer
+    from sspcompile.export.onnx.decoder import Decoder
     from sspcompile.export.onnx.weights import Placed, Quantised
+    from sspcompile.families.graphs import GraphLayer
 
 OPSET, IR_VERSION = 23, 11
 MICROSOFT = "com.microsoft"
-ELEMENT = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "U8": TensorProto.UINT8}
+ELEMENT = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "BF16": TensorProto.BFLOAT16, "U8": TensorProto.UINT8}
 COSINES, SINES = "rotary.cos", "rotary.sin"
 
 
@@ -65,10 +66,15 @@ class Graph:
         return self.constant(f"f{value!r}", np.array(value, dtype=kind))
 
     def weight(self, name: str) -> str:
-        """A tensor of the checkpoint, by reference."""
-        if name not in self.initializers:
-            self.initializers[name] = self.weights[name].reference(name)
-        return name
+        """A tensor of the checkpoint, by reference; in the dtype of the activations, whatever it is stored in."""
+        placed = self.weights[name]
+        new, same = name not in self.initializers, placed.dtype == self.dtype
+        cast = name if same else name + ".cast"
+        if new:
+            self.initializers[name] = placed.reference(name)
+        if new and not same:
+            self.node("Cast", [name], cast, to=ELEMENT[self.dtype])
+        return cast
 
     def linear(self, source: str, name: str, *, bias: bool) -> str:
         """`source` times the transpose of NAME.weight [out, in], plus NAME.bias: as the checkpoint stores it."""
@@ -238,7 +244,9 @@ def _last(graph: Graph, hidden: str, tail: str) -> str:
     return graph.node("GatherND", [hidden, place], "hidden.last", batch_dims=1)
 
 
-def _attention(graph: Graph, decoder: Decoder, layer: Layer, index: int, source: str, lengths: tuple[str, str]) -> str:
+def _attention(
+    graph: Graph, decoder: Decoder, layer: GraphLayer, index: int, source: str, lengths: tuple[str, str]
+) -> str:
     """[B, S, hidden] -> [B, S, hidden], the layer's cache beside it."""
     g, prefix = decoder.geometry, layer_prefix(index) + "self_attn."
     joined = prefix + "qkv_proj"
