@@ -266,7 +266,19 @@ CASES: Mapping[str, Case] = {
     "heads not a multiple of groups": Case(config(num_key_value_heads=3), PLAN, "num_key_value_heads|multiple"),
     "heads that the weights do not have": Case(config(num_attention_heads=8), PLAN, r"shape .*config\.json asks for"),
     "layers absurd": Case(config(num_hidden_layers=10**12), PLAN, "num_hidden_layers"),
-    "layers more than the weights have": Case(config(num_hidden_layers=3), PLAN, r"lacks the tensor model\.layers\.2"),
+    "layers more than the weights have": Case(
+        config(num_hidden_layers=3, layer_types=None), PLAN, r"lacks the tensor model\.layers\.2"
+    ),
+    "layers more than their kinds": Case(config(num_hidden_layers=3), PLAN, "2 layer_types for 3 layers"),
+    "a kind of layer that nobody knows": Case(
+        config(layer_types=["full_attention", "moon_attention"]), PLAN, "'moon_attention' among its layer_types"
+    ),
+    "sliding layers without a window": Case(
+        config(layer_types=["full_attention", "sliding_attention"]), PLAN, "no sliding_window in force"
+    ),
+    "window as text": Case(config(use_sliding_window=True, sliding_window="wide"), PLAN, "sliding_window = 'wide'"),
+    "positions as a list": Case(config(rope_parameters=[1e4]), PLAN, "rope_parameters must be an object or null"),
+    "weights by another name": Case(config(transformers_weights="other.safetensors"), PLAN, "transformers_weights"),
     "hidden size missing": Case(config(hidden_size=None), PLAN, "hidden_size"),
     "hidden size a fraction": Case(config(hidden_size=32.5), PLAN, "hidden_size"),
     "residual multiplier as text": Case(

@@ -135,8 +135,9 @@ def check(contenders: Sequence[Contender], settings: Settings) -> None:
 def _check_folder(contender: Contender, settings: Settings) -> None:
     config = read_json(contender.path / "config.json")
     read_generation(contender.path)
-    if contender.runtime == "hf" and config.get("auto_map") and not contender.trust_remote_code:
-        raise InputError(f"{contender.path} ships its own model code.", hint="Allow it with --trust-remote-code.")
+    # Other code that a folder names is not run: the stock class of its model_type loads it.
+    if contender.runtime == "hf" and config.get("per_layer_config") and not contender.trust_remote_code:
+        raise InputError(f"{contender.path} is loaded by the class in it.", hint="Name the artifact, or its export.")
     limit = context_of(contender.path)
     for load in settings.loads:
         if limit is not None and load.positions > limit:

@@ -30,6 +30,7 @@ from sspcompile.checkpoint.quantised import KEYS as QUANTISATION_KEYS
 from sspcompile.checkpoint.quantised import declared, quantised_error, refuse_declared, refuse_quantised
 from sspcompile.checkpoint.settings import read_generation, read_json
 from sspcompile.checkpoint.tensors import LM_HEAD, tensor_shapes
+from sspcompile.checkpoint.tied import untied_by_weights
 from sspcompile.errors import CheckpointError, UnsupportedModelError
 from sspcompile.families import Geometry, geometry_of
 
@@ -45,8 +46,15 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = read_json(path / "config.json")
-        self.geometry: Geometry = geometry_of(self.config)
+        self._stated = geometry_of(self.config)
         read_generation(path)
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        """Sizes, from the configuration; where the weights untie the head, they have the last word."""
+        if self._stated.tied and self.has_weights:
+            return untied_by_weights(self._stated, self._table)
+        return self._stated
 
     @property
     def carried_config(self) -> dict[str, Any]:
@@ -58,7 +66,7 @@ class Checkpoint:
         config = {key: value for key, value in self.config.items() if value is not None or key not in QUANTISATION_KEYS}
         named = config.get("architectures")
         if isinstance(named, list) and named and not any(str(name).endswith(CAUSAL) for name in named):
-            config["architectures"] = [self.geometry.family.architecture]
+            config["architectures"] = [self._stated.family.architecture]
         return config
 
     @cached_property
@@ -73,9 +81,12 @@ class Checkpoint:
         Raises CheckpointError when files contradict index or configuration, and UnsupportedModelError for what is not
         a language model in plain weights.
         """
-        table = _named(self.stored, self.config, self.geometry, self.path)
-        _check_against(table, self.geometry, self.path)
-        return table
+        _check_against(self._table, self.geometry, self.path)
+        return self._table
+
+    @cached_property
+    def _table(self) -> Mapping[str, TensorInfo]:
+        return _named(self.stored, self.config, self._stated, self.path)
 
     @property
     def has_weights(self) -> bool:
@@ -158,6 +169,7 @@ def tensor_table(folder: Path) -> dict[str, TensorInfo]:
 
 def plain_table(folder: Path, config: Mapping[str, Any]) -> dict[str, TensorInfo]:
     """`tensor_table` of a language model in plain weights; UnsupportedModelError, with the way to one, for others."""
+    _refuse_named(folder, config)
     try:
         table = tensor_table(folder)
     except UnsupportedModelError as error:  # a dtype that only quantised weights have
@@ -169,6 +181,17 @@ def plain_table(folder: Path, config: Mapping[str, Any]) -> dict[str, TensorInfo
     refuse_quantised(config, {name: info.dtype for name, info in table.items()}, folder)
     refuse_other_task(config, table, stored_prefix(table), folder)
     return table
+
+
+def _refuse_named(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise UnsupportedModelError when the configuration names weights that transformers would read instead."""
+    read = SINGLE_NAME if (folder / SINGLE_NAME).is_file() else INDEX_NAME
+    named = config.get("transformers_weights")
+    if named not in (None, read):
+        raise UnsupportedModelError(
+            f"config.json names its weights in transformers_weights: {named!r:.60}.",
+            hint=f"Call them {SINGLE_NAME}, or {INDEX_NAME} with its shards, and remove the key.",
+        )
 
 
 def named_tensors(folder: Path, config: Mapping[str, Any], geometry: Geometry) -> dict[str, TensorInfo]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,19 +13,99 @@ import torch
 from sspcompile.checkpoint.settings import read_generation, read_json
 from sspcompile.checkpoint.source import loading_keys
 from sspcompile.errors import CheckpointError
-from sspcompile.families import family_of, geometry_of
+from sspcompile.families import family_of, geometry_of, stand_in
 from sspcompile.model.chat import PLAIN, Rendering
 from sspcompile.model.decoder import LoadedModel, TextModel
 from sspcompile.model.placement import loading_options
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # What transformers raises for a configuration or tokenizer that it cannot make sense of; AssertionError is torch's, for
 # a padding id outside the table.
 LOADING_ERRORS = (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError, RuntimeError, AssertionError)
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+@contextmanager
+def readable(source: Path | str) -> Iterator[None]:
+    """Every way into transformers: what it cannot make sense of in `source` leaves as CheckpointError, in one line.
+
+    transformers 5 checks the types and sizes of a configuration by errors of huggingface_hub that have no base in
+    common with those of the language.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except StrictDataclassError as error:
+        lines = _lines(error)
+        # "Validation error for field ...", then the type of an error, what is wrong, and once more for every type.
+        reason = lines[-1].partition(": ")[2].partition(" Errors: ")[0] or lines[0]
+        raise _unreadable(source, reason, "Correct its config.json.") from error
+    except LOADING_ERRORS as error:
+        raise _refusal(Path(source), error) from error
+
+
+def _refusal(path: Path, error: Exception) -> CheckpointError:
+    if isinstance(error, AssertionError):
+        config = read_json(path / "config.json")
+        pad, vocab = config.get("pad_token_id"), config.get("vocab_size")
+        if isinstance(pad, int) and isinstance(vocab, int):
+            return CheckpointError(
+                f"transformers cannot load {path}: its pad_token_id {pad} lies outside the table of {vocab} tokens.",
+                hint="Set pad_token_id in config.json to an id below that, or to null.",
+            )
+    return _unreadable(path, _lines(error)[0], "Check its files.")
+
+
+def _lines(error: Exception) -> list[str]:
+    return [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+
+
+def _unreadable(source: Path | str, reason: str, hint: str) -> CheckpointError:
+    return CheckpointError(f"transformers cannot load {source}: {reason.rstrip('.')}.", hint=hint)
+
+
+def open_config(path: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration that loads a model folder: its own, or that of a class which holds what its own refuses.
+
+    Raises what transformers raises; see `readable`.
+    """
+    from transformers import AutoConfig
+
+    other = stand_in(read_json(path / "config.json"))
+    if other is None:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    config = AutoConfig.for_model(other.pop("model_type"), **other)
+    config.name_or_path = str(path)
+    return config
+
+
+def open_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder. Raises what transformers raises; see `readable`."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    settings, options = read_json(path / "config.json"), {}
+    if stand_in(settings) is not None:
+        # The class of a tokenizer follows the model's own type, of which the sizes do not matter here.
+        named = {"tokenizer_class": settings["tokenizer_class"]} if "tokenizer_class" in settings else {}
+        options["config"] = AutoConfig.for_model(settings["model_type"], **named)
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
+
+
+def open_model(path: Path, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
+    """A model folder in memory. `options` are those of from_pretrained; `key_mapping` is worked out where it is left.
+
+    Raises what transformers raises.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if "key_mapping" not in options:
+        options["key_mapping"] = loading_keys(path) or None
+    config = open_config(path, trust_remote_code=trust_remote_code)
+    return AutoModelForCausalLM.from_pretrained(path, config=config, trust_remote_code=trust_remote_code, **options)
 
 
 def load_cut(
@@ -38,47 +120,22 @@ def load_cut(
 
     Raises CheckpointError when transformers cannot load it.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     attention = family_of(read_json(path / "config.json")).attention
     read_generation(path)
     demand_json(path / "tokenizer.json")
-    keys = loading_keys(path) or None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            attn_implementation=attention,
-            trust_remote_code=trust_remote_code,
-            key_mapping=keys,
-            **computing_in(dtype),
+    with readable(path):
+        tokenizer = open_tokenizer(path)
+        model = open_model(
+            path, attn_implementation=attention, trust_remote_code=trust_remote_code, **computing_in(dtype)
         )
-    except LOADING_ERRORS as error:
-        raise _refusal(path, error) from error
     _settled(model, dtype).to(device)
     return TextModel(model, tokenizer, rendering=rendering)
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder alone. Raises CheckpointError when transformers cannot load it."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except LOADING_ERRORS as error:
-        raise _refusal(path, error) from error
-
-
-def _refusal(path: Path, error: Exception) -> CheckpointError:
-    config = json.loads((path / "config.json").read_text("utf-8"))
-    pad, vocab = config.get("pad_token_id"), config.get("vocab_size")
-    if isinstance(error, AssertionError) and isinstance(pad, int) and isinstance(vocab, int):
-        return CheckpointError(
-            f"transformers cannot load {path}: its pad_token_id {pad} lies outside the table of {vocab} tokens.",
-            hint="Set pad_token_id in config.json to an id below that, or to null.",
-        )
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return CheckpointError(f"transformers cannot load {path}: {reason}", hint="Check its files.")
+    with readable(path):
+        return open_tokenizer(path)
 
 
 def computing_in(dtype: torch.dtype) -> dict[str, Any]:
@@ -136,24 +193,19 @@ def load(
     cannot be used, CheckpointError when tokenizer, configuration or weights are unusable, and whatever `geometry_of`
     raises.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     geometry = geometry_of(read_json(path / "config.json"))
     read_generation(path)
     demand_tokenizer(path)
-    keys, spread = loading_keys(path) or None, loading_options(device_map)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
+    spread = loading_options(device_map)
+    with readable(path):
+        tokenizer = open_tokenizer(path, trust_remote_code=trust_remote_code)
+        model = open_model(
             path,
             attn_implementation=geometry.family.attention,
             trust_remote_code=trust_remote_code,
-            key_mapping=keys,
             **computing_in(dtype),
             **spread,
         )
-    except LOADING_ERRORS as error:
-        raise _refusal(path, error) from error
     _check_loaded(model, path)
     _settled(model, dtype)
     if not spread:

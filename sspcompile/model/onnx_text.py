@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from sspcompile.checkpoint.settings import read_generation
-from sspcompile.errors import ArtifactError, InputError
+from sspcompile.errors import ArtifactError, CheckpointError, InputError
 from sspcompile.model.chat import PLAIN, Rendering
 from sspcompile.model.decoder import Chooser, Rows
-from sspcompile.model.loading import LOADING_ERRORS, demand_json
+from sspcompile.model.loading import demand_json, load_tokenizer
 from sspcompile.model.onnx_session import GRAPH, SETTINGS, OnnxModel, read_settings
+from sspcompile.model.vocabulary import ends_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,16 +98,13 @@ def load_onnx(folder: Path, *, provider: str = "cpu", spin: bool = True, renderi
 
     Raises ArtifactError or CheckpointError for a damaged one, and what `OnnxModel.open` raises.
     """
-    from transformers import AutoTokenizer
-
     read_generation(folder)
     demand_json(folder / "tokenizer.json")
     session, settings = OnnxModel.open(folder, provider=provider, spin=spin), read_settings(folder)
     if settings is None:
         raise ArtifactError(f"{folder} lacks {SETTINGS}.", hint="Export it again.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except LOADING_ERRORS as error:
+        tokenizer = load_tokenizer(folder)
+    except CheckpointError as error:
         raise ArtifactError(f"{folder} lacks a tokenizer that can be read.", hint="Export it again.") from error
-    end = tokenizer.eos_token_id
-    return OnnxText(session, tokenizer, settings.ends if end is None else settings.ends | {end}, rendering)
+    return OnnxText(session, tokenizer, ends_of(sorted(settings.ends), tokenizer, session.vocab), rendering)

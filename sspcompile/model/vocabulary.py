@@ -26,6 +26,20 @@ def first_within(ids: Iterable[object], vocab: int) -> int | None:
     return next((i for i in ids if isinstance(i, int) and 0 <= i < vocab), None)
 
 
+def declared_ends(declared: object, vocab: int) -> list[int]:
+    """The end tokens that a configuration declares, one or a list, without those that a table of `vocab` rows lacks."""
+    ids = declared if isinstance(declared, list) else [declared]
+    return [token for token in ids if first_within([token], vocab) is not None]
+
+
+def ends_of(declared: object, tokenizer: PreTrainedTokenizerBase, vocab: int) -> frozenset[int]:
+    """The token ids at which transformers' `generate` stops: those that the generation configuration declares.
+
+    The tokenizer's own end token is asked only for a model that declares none, which would never stop.
+    """
+    return frozenset(declared_ends(declared, vocab) or declared_ends(tokenizer.eos_token_id, vocab))
+
+
 def end_id(tokenizer: PreTrainedTokenizerBase, ends: Iterable[int], vocab: int) -> int | None:
     """What closes a text: the tokenizer's end token, else the first of `ends`; None where the model has none."""
     return first_within((tokenizer.eos_token_id, *sorted(ends)), vocab)

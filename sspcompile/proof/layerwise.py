@@ -24,7 +24,7 @@ from sspcompile.errors import ParityError
 from sspcompile.families import Geometry, layer_prefix
 from sspcompile.model.exact import in_float64
 from sspcompile.model.hooks import LayerCall, recorded_calls
-from sspcompile.model.loading import computing_in
+from sspcompile.model.loading import computing_in, open_config, readable
 from sspcompile.model.modules import layer_output
 from sspcompile.model.stored import as_tensor, read_tensor
 from sspcompile.progress import Steps, no_steps
@@ -80,10 +80,10 @@ def compare_layerwise(claim: Claim, prompts: Sequence[Sequence[int]], *, progres
 
 
 def _side(folder: Path, tensors: Tensors, prompts: list[list[int]], g: Geometry, *, trusted: bool) -> _Side:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
-    with torch.device("meta"):
+    with readable(folder), torch.device("meta"):
+        config = open_config(folder, trust_remote_code=trusted)
         model = AutoModelForCausalLM.from_config(
             config, attn_implementation=g.family.attention, trust_remote_code=trusted, **computing_in(torch.float64)
         ).eval()

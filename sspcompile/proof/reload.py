@@ -23,7 +23,7 @@ from sspcompile.errors import CheckpointError, RunError, SspError
 from sspcompile.model.cache import cache_argument, cache_of
 from sspcompile.model.exact import in_float64
 from sspcompile.model.hooks import head_gates
-from sspcompile.model.loading import load, load_cut
+from sspcompile.model.loading import load, load_cut, open_config, readable
 from sspcompile.proof.claim import Claim, written_repair
 from sspcompile.proof.parity import Distance, Parity
 from sspcompile.repair.repair import repaired
@@ -55,6 +55,8 @@ def main(scratch: str) -> None:
 
 
 def _compare(claim: Claim, prompts: Sequence[Sequence[int]], new_tokens: int) -> Parity:
+    with readable(claim.checkpoint.path):  # what is wrong with the user's own configuration is told of that
+        open_config(claim.checkpoint.path)
     answers = _answers(claim, prompts, new_tokens)
     dense = load(claim.checkpoint.path, fingerprint="", dtype=torch.float64)
     gates, fitted, distance = torch.from_numpy(claim.mask.as_array()), written_repair(claim), Distance()

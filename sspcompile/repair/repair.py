@@ -18,7 +18,7 @@ excite.
 
 *FLAP's bias* (An et al. 2024, arXiv 2312.11983, section 3.3) leaves the weights alone and adds what the removed heads
 put out on average, b + W_removed mean(x_removed), the mean taken over the dense model's inputs of o_proj. It needs an
-o_proj with a bias; families.py says which architectures have one (`o_bias`).
+o_proj with a bias; families says which architectures have one (`o_bias`).
 """
 
 from __future__ import annotations

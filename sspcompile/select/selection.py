@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -98,9 +99,9 @@ def search(
     if not cut:
         return {}
 
-    def holds(choice: Choice) -> bool:
+    def holds(layout: Layout, choice: Choice) -> bool:
         try:
-            host_of(geometry, choice.shapes, reading.options.wanted_host)
+            host_of(geometry, choice.shapes, reading.options.wanted_host, layout=layout)
         except (UnsupportedModelError, InputError):
             return False
         return True
@@ -108,7 +109,13 @@ def search(
     ranked = rankings(judge, reading.ranking, cut, reading.options.granularity)
     found = {
         layout: best_mask(
-            judge, ranked, layout, reading.whitelist, reading.keep, groups_only=reading.groups_only, holds=holds
+            judge,
+            ranked,
+            layout,
+            reading.whitelist,
+            reading.keep,
+            groups_only=reading.groups_only,
+            holds=partial(holds, layout),
         )
         for layout in cut
     }

@@ -25,7 +25,8 @@ from sspcompile.export.onnx.placed import COSINES, ELEMENT, SINES, Placed, Quant
 from sspcompile.families import layer_prefix
 
 if TYPE_CHECKING:
-    from sspcompile.export.onnx.decoder import Decoder, Layer
+    from sspcompile.export.onnx.decoder import Decoder
+    from sspcompile.families.graphs import GraphLayer
 
 OPSET, IR_VERSION = 23, 11
 MICROSOFT = "com.microsoft"
@@ -64,10 +65,15 @@ class Graph:
         return self.constant(f"f{value!r}", np.array(value, dtype=kind))
 
     def weight(self, name: str) -> str:
-        """A tensor of the checkpoint, by reference."""
-        if name not in self.initializers:
-            self.initializers[name] = self.weights[name].reference(name)
-        return name
+        """A tensor of the checkpoint, by reference; in the dtype of the activations, whatever it is stored in."""
+        placed = self.weights[name]
+        new, same = name not in self.initializers, placed.dtype == self.dtype
+        cast = name if same else name + ".cast"
+        if new:
+            self.initializers[name] = placed.reference(name)
+        if new and not same:
+            self.node("Cast", [name], cast, to=ELEMENT[self.dtype])
+        return cast
 
     def linear(self, source: str, name: str, *, bias: bool) -> str:
         """`source` times the transpose of NAME.weight [out, in], plus NAME.bias: as the checkpoint stores it."""
@@ -252,7 +258,9 @@ def _last(graph: Graph, hidden: str, tail: str) -> str:
     return graph.node("GatherND", [hidden, place], "hidden.last", batch_dims=1)
 
 
-def _attention(graph: Graph, decoder: Decoder, layer: Layer, index: int, source: str, lengths: tuple[str, str]) -> str:
+def _attention(
+    graph: Graph, decoder: Decoder, layer: GraphLayer, index: int, source: str, lengths: tuple[str, str]
+) -> str:
     """[B, S, hidden] -> [B, S, hidden], the layer's cache beside it."""
     g, prefix = decoder.geometry, layer_prefix(index) + "self_attn."
     rotated_before = layer.rotary and decoder.rotates_apart
@@ -288,7 +296,7 @@ def _attention(graph: Graph, decoder: Decoder, layer: Layer, index: int, source:
 
 
 def _projected(
-    graph: Graph, decoder: Decoder, layer: Layer, prefix: str, source: str, *, packed: bool
+    graph: Graph, decoder: Decoder, layer: GraphLayer, prefix: str, source: str, *, packed: bool
 ) -> tuple[str, str, str]:
     """Queries, keys and values, each [B, S, heads * D].
 

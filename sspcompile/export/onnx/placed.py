@@ -8,7 +8,7 @@ from onnx import TensorProto
 
 from sspcompile.checkpoint.headers import TensorInfo
 
-ELEMENT = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "U8": TensorProto.UINT8}
+ELEMENT = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "BF16": TensorProto.BFLOAT16, "U8": TensorProto.UINT8}
 COSINES, SINES = "rotary.cos", "rotary.sin"
 
 

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import onnx
 import sspcompile
 from sspcompile.checkpoint import Manifest, copy_companions, staged, write_manifest
 from sspcompile.checkpoint.headers import TensorInfo
+from sspcompile.checkpoint.references import drop_references, without_code
 from sspcompile.checkpoint.tensors import EMBEDDING
 from sspcompile.errors import InputError
 from sspcompile.export.onnx.agreement import Agreement, Gate
@@ -23,6 +25,7 @@ from sspcompile.export.onnx.decoder import Decoder, read_decoder
 from sspcompile.export.onnx.genai import genai_config
 from sspcompile.export.onnx.graph import emit
 from sspcompile.export.onnx.placed import Placed, Quantised
+from sspcompile.export.onnx.structure import prove_structure
 from sspcompile.export.onnx.weights import (
     DATA_FILE,
     DataFile,
@@ -73,6 +76,8 @@ PRECISIONS: Mapping[str, Precision] = {
     )
 }
 
+EXACT = PRECISIONS["fp32"]
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -113,9 +118,9 @@ def export_onnx(
 ) -> Exported:
     """Publish the model folder `model` for ONNX Runtime and onnxruntime-genai.
 
-    `probes`: token ids to run before publishing. `card` writes the model card, from what that run found and the longest
-    text in tokens, which `positions` shortens. `last_logits` computes the logits of the last token alone. With `link`
-    unchanged weight files become second names of the source's.
+    `probes`: token ids to run before publishing, and before any rounding. `card` writes the model card, from what that
+    run found and the longest text in tokens, which `positions` shortens. `last_logits` computes the logits of the last
+    token alone. With `link` unchanged weight files become second names of the source's.
 
     Raises UnsupportedModelError for what the kernels cannot compute, ParityError when the graph does not compute what
     transformers does, InputError for an `out` inside `model` or positions that the model does not have.
@@ -123,23 +128,25 @@ def export_onnx(
     if out.resolve().is_relative_to(model.resolve()):
         raise InputError(f"{out} lies inside {model}.", hint="Give an --out outside of it.")
     # Writing needs neither torch nor the model classes, and little memory; running against transformers does.
-    from sspcompile.export.onnx.check import check_runs
+    from sspcompile.export.onnx.check import NEW_TOKENS, PROBE_TOKENS, check_runs
 
     demand_runtime()
     decoder = read_decoder(model, positions=positions)
+    run = partial(
+        check_runs,
+        model=model,
+        probes=probes,
+        positions=decoder.positions,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
     with staged(out, overwrite=overwrite) as folder:
+        if precision != EXACT:
+            unrounded = partial(run, gate=EXACT.gate, dtype=EXACT.dtype)
+            prove_structure(decoder, folder, PROBE_TOKENS + NEW_TOKENS, unrounded, last_logits=last_logits)
         write_graph(decoder, folder, precision, blocks, last_logits=last_logits, link=link, progress=progress)
         _check_graph(folder)
-        agreement = check_runs(
-            folder,
-            model,
-            probes,
-            gate=precision.gate,
-            positions=decoder.positions,
-            dtype=precision.dtype,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
+        agreement = run(folder, gate=precision.gate, dtype=precision.dtype)
         (folder / CHECKS).write_text(json.dumps(asdict(agreement), indent=1) + "\n", "utf-8")
         (folder / "README.md").write_text(card(agreement, decoder.positions), "utf-8")
         described = _described(decoder, precision, blocks, last_logits=last_logits)
@@ -177,8 +184,9 @@ def write_graph(
     graph = emit(decoder, weights, quantised, rotary, precision.dtype, last_logits=last_logits)
     (folder / GRAPH).write_bytes(graph.SerializeToString())
     copy_companions(decoder.folder, folder)
+    drop_references(folder)
     shutil.copyfile(Path(__file__).with_name(OPTIMUM), folder / OPTIMUM)
-    config = {key: value for key, value in decoder.config.items() if key != "auto_map"}
+    config = without_code(decoder.config)
     if decoder.positions != positions_of(config):
         # optimum, and whoever else reads this file, learns the limit from it.
         config["max_position_embeddings"] = decoder.positions
