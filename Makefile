@@ -96,9 +96,10 @@ generated: $(VENV)/.done  ## What is written from definitions: keywords of the A
 	$(BIN)/python -m sspcompile.criteria.page > docs/criteria.md
 	$(BIN)/python -m sspcompile.report.schema docs/schemas
 
-lint: $(VENV)/.done  ## Rules and format.
+lint: $(VENV)/.done  ## Rules, format and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(VENV)/.done
 	$(BIN)/ruff check --fix .

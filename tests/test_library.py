@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from builders import Shape, make_checkpoint
+from transformers.utils import logging
 
 import sspcompile
 from sspcompile.errors import ArtifactError, BudgetError, InputError, OutputExistsError, RecipeError, ScenarioError
@@ -62,12 +63,14 @@ def test_a_build_gives_its_report_its_mask_and_its_options(artifact, root):
 
 
 def test_it_verifies_evaluates_and_exports(artifact, root, capfd):
+    logging.enable_progress_bar()  # as a notebook has it; the suite turns the bars off
     assert artifact.verify().parity.holds
     (scenario, *_) = artifact.evaluate(items=6)
     assert scenario.name == "scenario"
     assert artifact.export("hf") == root / "exported" / "prompts-hf"
     assert (artifact.export("onnx", precision="int8") / "model.onnx").is_file()
     told = capfd.readouterr()
+    logging.disable_progress_bar()
     assert told.out == "" and told.err == "", "a library prints nothing"
 
 
