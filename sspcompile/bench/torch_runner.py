@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sspcompile.bench.memory import kv_bytes_per_token
+from sspcompile.checkpoint.source import file_order, loading_keys
 
 if TYPE_CHECKING:
     import torch
@@ -19,25 +20,27 @@ class TorchRunner:
 
     def __init__(self, request: Mapping[str, Any]) -> None:
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
+
+        from sspcompile.model.loading import open_config, open_model, readable
 
         torch.set_num_threads(request["threads"])
         self.device = torch.device(request["device"])
-        trust = request["trust_remote_code"]
-        config = AutoConfig.from_pretrained(request["path"], trust_remote_code=trust, local_files_only=True)
-        # transformers imports a model's module when it is first needed, seconds that are not loading. A model without
-        # storage brings the import forward.
-        with torch.device("meta"):
-            AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-        start = time.perf_counter()
-        model = AutoModelForCausalLM.from_pretrained(
-            request["path"], dtype="auto", trust_remote_code=trust, local_files_only=True
-        )
+        path, trust = Path(request["path"]), request["trust_remote_code"]
+        with readable(path):
+            # transformers imports a model's module when it is first needed, seconds that are not loading. A model
+            # without storage brings the import forward.
+            with torch.device("meta"):
+                config = open_config(path, trust_remote_code=trust)
+                AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+            keys = loading_keys(path) or None
+            start = time.perf_counter()
+            model = open_model(path, dtype="auto", trust_remote_code=trust, local_files_only=True, key_mapping=keys)
         self.model: nn.Module = model.requires_grad_(False).eval().to(self.device)
         self._synchronize()
         self.load_seconds = time.perf_counter() - start
         self.seed = request["seed"]
-        self.disk_bytes = sum(path.stat().st_size for path in Path(request["path"]).glob("*.safetensors"))
+        self.disk_bytes = sum(file.stat().st_size for file in file_order(path))
 
     def facts(self) -> dict[str, Any]:
         """Sizes in bytes; tied tensors are one parameter of the module and count once. A step reads all but a table of
@@ -47,7 +50,7 @@ class TorchRunner:
         table, head = (
             getattr(m, "weight", None) for m in (self.model.get_input_embeddings(), self.model.get_output_embeddings())
         )
-        looked_up = 0 if table is head else table.numel() * table.element_size()
+        looked_up = 0 if table is None or table is head else table.numel() * table.element_size()
         return {
             "load_seconds": self.load_seconds,
             "parameters": sum(p.numel() for p in parameters),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -16,12 +17,12 @@ def cache_argument(model: nn.Module) -> str:
 
     Code that a checkpoint brings can be older than the transformers that runs it, so no version decides this.
     """
-    return _argument(type(model))
+    return NEW_NAME if NEW_NAME in _parameters(type(model).forward) else OLD_NAME
 
 
 @functools.cache
-def _argument(model_class: type[nn.Module]) -> str:
-    return NEW_NAME if NEW_NAME in inspect.signature(model_class.forward).parameters else OLD_NAME
+def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def cache_of(output: Any) -> Any:
