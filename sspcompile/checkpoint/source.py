@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import numpy as np
 
 from sspcompile.checkpoint.tensors import tensor_shapes
 from sspcompile.checkpoint.tied import untied_by_weights
+from sspcompile.checkpoint.tokenizers import named_class_counts
 from sspcompile.checkpoint.transfer import Extent, read_all
 from sspcompile.errors import CheckpointError, UnsupportedModelError
 from sspcompile.families import Geometry, geometry_of
@@ -92,9 +93,10 @@ class Checkpoint:
     @cached_property
     def geometry(self) -> Geometry:
         """Sizes, from the configuration; where the weights untie the head, they have the last word."""
-        if self._stated.tied and self.has_weights:
-            return untied_by_weights(self._stated, self._table)
-        return self._stated
+        stated = self._stated
+        if stated.family.hosts and not stated.family.tokenizer:
+            stated = replace(stated, named_tokenizer=named_class_counts(self.path, self.config))
+        return untied_by_weights(stated, self._table) if stated.tied and self.has_weights else stated
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
