@@ -12,7 +12,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 # Two test processes: as many as the smallest machine that this is meant for has cores.
 WORKERS ?= 2
 
-.PHONY: demo test audit test-compat test-optimum test-browser screenshots fuzz test-kills test-wheel test-shapes test-lm-eval schemas lint format train bench-compile bench-prepare \
+.PHONY: demo test audit test-compat test-optimum test-browser screenshots fuzz test-kills test-wheel test-shapes test-lm-eval generated lint format train bench-compile bench-prepare \
 	bench-quality bench-slice bench-onnx bench-bench clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -91,7 +91,9 @@ $(HARNESS)/.done: pyproject.toml constraints.txt constraints-lm-eval.txt
 test-lm-eval: $(HARNESS)/.done  ## lm-evaluation-harness on an artifact, with a task that needs no download.
 	$(HARNESS)/bin/python -m pytest tests/test_lm_eval.py -m slow
 
-schemas: $(VENV)/.done  ## The published JSON schemas of what reports and benchmarks write.
+generated: $(VENV)/.done  ## What is written from definitions: keywords of the API, pages of options and scores, JSON schemas.
+	$(BIN)/python -m sspcompile.request.page
+	$(BIN)/python -m sspcompile.criteria.page > docs/criteria.md
 	$(BIN)/python -m sspcompile.report.schema docs/schemas
 
 lint: $(VENV)/.done  ## Rules and format.
@@ -102,10 +104,11 @@ format: $(VENV)/.done
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-train: $(VENV)/.done  ## Train the embedded model again, and write its card and the domain pools.
-	$(BIN)/python -m sspcompile.embedded.train --out sspcompile/embedded/model
-	$(BIN)/python -m sspcompile.embedded.card
-	$(BIN)/python -m sspcompile.embedded.pools
+train: $(VENV)/.done  ## Train the embedded model again, and write its card, the domain pools and its questions.
+	$(BIN)/python -m training.train --out sspcompile/embedded/model
+	$(BIN)/python -m training.card
+	$(BIN)/python -m training.pools
+	$(BIN)/python -m training.questions
 
 bench-quality: $(VENV)/.done  ## Quality at a given size: every head score, both layouts, with and without repair.
 	$(BIN)/python -m benchmarks.quality

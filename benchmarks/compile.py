@@ -22,13 +22,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sspcompile import prepare
+from sspcompile.model.capture import features
 from sspcompile.model.dense import open_dense
 from sspcompile.model.text import encode
 from sspcompile.prepare.toolkits import toolkit_for
-from sspcompile.request.recipe import Recipe, resolve
-from sspcompile.request.scenario import as_recipe, read_scenario
-from sspcompile.select.compiling import compile_scenario, score_key
+from sspcompile.progress import silent
+from sspcompile.request.request import Request, read_request
+from sspcompile.select.reading import read_through, score_key
 from sspcompile.slicing.layouts import choose
 from sspcompile.workspace import Workspace
 
@@ -50,25 +50,21 @@ def milliseconds(run: Callable[[], object], repeats: int) -> np.ndarray:
 @click.option("--repeats", default=30, show_default=True)
 def main(scenario: str, model: str | None, repeats: int) -> None:
     """Time the online stage."""
-    read, recipe = read_scenario(scenario)
-    options, direct = (
-        resolve(
-            recipe or as_recipe(read), command_line={"model": model, "importance_from": source}, environment=os.environ
-        )
+    cached, direct = (
+        read_request(scenario, {"model": model, "importance_from": source}, os.environ)
         for source in ("domains", "auto")
     )
+    options, texts = cached.options, cached.scenario.texts
     subject = open_dense(options.model)
     loaded = subject.load()
-    workspace = Workspace(Path())
-    toolkit, _ = toolkit_for(subject, loaded, options, workspace, lambda *_: None, [score_key(options)])
-    texts = read.prompts or (read.text or "",)
+    toolkit, _ = toolkit_for(subject, loaded, options, Workspace(Path()), silent, [score_key(options)])
     batches = encode(loaded, texts, options.max_tokens)
     g = subject.checkpoint.geometry
 
-    def whole(chosen: Recipe) -> None:
-        compiled = compile_scenario(read, chosen, toolkit, loaded)
+    def whole(request: Request) -> None:
+        reading = read_through(request, toolkit, loaded)
         for layout in ("uniform", "per-layer"):
-            choose(compiled.merit, g.kv_heads, 0.5, layout)
+            choose(reading.merit, g.kv_heads, 0.5, layout)
 
     @torch.inference_mode()
     def forward() -> None:
@@ -78,9 +74,9 @@ def main(scenario: str, model: str | None, repeats: int) -> None:
     timed = {
         "forward pass over the scenario's text": milliseconds(forward, repeats),
         "features (tokenise, forward, pool)": milliseconds(
-            lambda: prepare.features(loaded, texts, options.max_tokens), repeats
+            lambda: features(loaded, texts, options.max_tokens), repeats
         ),
-        "compile (features, mixture, scores, both layouts)": milliseconds(lambda: whole(options), repeats),
+        "compile (features, mixture, scores, both layouts)": milliseconds(lambda: whole(cached), repeats),
         "compile, importance from the prompts too": milliseconds(lambda: whole(direct), max(3, repeats // 5)),
     }
     base = np.median(timed["forward pass over the scenario's text"])

@@ -30,7 +30,6 @@ from rich.progress import track
 
 from sspcompile.criteria import CRITERIA
 from sspcompile.criteria.measuring import measure
-from sspcompile.embedded.corpus import DOMAINS, items
 from sspcompile.evaluate.answers import EncodedItems, answer_scores, encode_items
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.dense import open_dense
@@ -41,12 +40,14 @@ from sspcompile.prepare.importance import probe_directions
 from sspcompile.repair.fitting import fit_biases, fit_repairs
 from sspcompile.repair.repair import Repair, repaired
 from sspcompile.request.domains import load_outside, load_pools
-from sspcompile.request.splits import Evidence, fit_part
-from sspcompile.select.compiling import AUTO_CRITERION, Ranking
+from sspcompile.request.options import Options
+from sspcompile.request.splits import Splits, fit_part
 from sspcompile.select.judging import Judge
-from sspcompile.select.search import best_mask, contenders
+from sspcompile.select.reading import AUTO_CRITERION, Ranking
+from sspcompile.select.search import best_mask, rankings
 from sspcompile.slicing.layouts import Choice, choose
 from sspcompile.slicing.mask import Layout
+from training.corpus import DOMAINS, items
 
 Cell = tuple[Layout, float]
 KEEPS = (0.75, 0.5, 0.375, 0.25)
@@ -187,15 +188,11 @@ def shortlisted(texts: Texts, scores: np.ndarray, seed: int) -> dict[Cell, Choic
     """The default's masks."""
     judge = Judge(
         model(),
-        Evidence(texts.prompts, (), (), (), len(texts.prompts), 0, 0),
-        max_tokens=MAX_TOKENS,
-        new_tokens=CONTINUATION_TOKENS,
-        seed=seed,
-        repair="least-squares",
+        Splits(texts.prompts, (), (), (), len(texts.prompts), 0, 0),
+        Options(max_tokens=MAX_TOKENS, continuation_tokens=CONTINUATION_TOKENS, seed=seed),
         dtype=torch.float32,
-        progress=lambda *_: None,
     )
-    ranked = contenders(judge, Ranking(RANKED_BY, scores), LAYOUTS)
+    ranked = rankings(judge, Ranking(RANKED_BY, scores), LAYOUTS)
     nobody = np.zeros(scores.shape, dtype=bool)
     return {(layout, keep): best_mask(judge, ranked, layout, nobody, keep).choice for layout, keep in CELLS}
 

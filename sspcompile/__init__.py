@@ -1,3 +1,34 @@
-"""Compile a scenario and a frozen decoder LLM into a physically smaller dense model."""
+"""Cut the attention heads that a deployment does not need out of a decoder LLM: exactly, without training.
+
+    import sspcompile
+
+    plan = sspcompile.plan("./my-model", keep=0.8)
+    artifact = sspcompile.build("./my-model", "A helpdesk for questions about chemistry", keep=0.8)
+    artifact.report, artifact.mask, artifact.verify(), artifact.evaluate(), artifact.export("onnx")
+    artifact = sspcompile.load(artifact.path)
+
+Importing this loads nothing heavy; torch comes with the first thing that runs a model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from sspcompile.api.library import Artifact, build, load, plan
+
+__all__ = ["Artifact", "__version__", "build", "load", "plan"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from sspcompile.api import library
+
+    return getattr(library, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

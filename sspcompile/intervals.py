@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from scipy import stats
@@ -30,6 +31,31 @@ class Interval:
 
     def covers(self, value: float) -> bool:
         return self.low <= value <= self.high
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measured value with its interval (95 %, ratios of speed and memory 99 %), where enough samples gave one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    # Reports hold estimates as they are; JSON cannot hold what is not finite.
+    __pydantic_config__: ClassVar[dict[str, object]] = {
+        "extra": "forbid",
+        "allow_inf_nan": False,
+        "revalidate_instances": "always",
+    }
+
+    @classmethod
+    def of(cls, value: float, interval: Interval | None) -> Estimate:
+        return cls(value) if interval is None else cls(value, interval.low, interval.high)
+
+    @property
+    def measurable(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return self.low is not None and self.high is not None and not self.low <= 0.0 <= self.high
 
 
 @dataclass(frozen=True)
@@ -78,6 +104,11 @@ def mean_interval(values: Sequence[float] | np.ndarray, *, seed: int) -> Interva
     """Interval of the mean."""
     array = np.asarray(values, dtype=np.float64)
     return bootstrap(lambda index: array[index].mean(axis=1), len(array), seed=seed)
+
+
+def mean_estimate(values: Sequence[float] | np.ndarray, *, seed: int) -> Estimate:
+    """The mean, with its interval."""
+    return Estimate.of(float(np.mean(values)), mean_interval(values, seed=seed))
 
 
 def ratio_interval(numerator: Sequence[float], denominator: Sequence[float]) -> tuple[float, Interval | None]:

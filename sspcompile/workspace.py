@@ -38,17 +38,16 @@ class Workspace:
         inside = artifact.absolute().parent == self.artifacts.absolute()
         write_atomically(self.artifacts / "last", (artifact.name if inside else str(artifact.absolute())) + "\n")
 
-    def find(self, given: str | None) -> Path:
-        """The artifact that the user named by folder or by name, or the last build. Raises ArtifactError."""
-        if given is None:
-            try:
-                given = (self.artifacts / "last").read_text("utf-8").strip()
-            except FileNotFoundError as error:
-                raise ArtifactError(
-                    f"There is no last build in {self.artifacts}.",
-                    hint='Run `sspcompile build --scenario "..."` first, or name an artifact.',
-                ) from error
-        for folder in (Path(given), self.artifact(given)):
-            if (folder / MASK).is_file():
-                return folder
-        raise ArtifactError(f"{given} is no artifact.", hint="Name a folder that `sspcompile build` made.")
+    def last(self) -> Path:
+        """The folder of the last build. Raises ArtifactError when there is none, or when it is gone."""
+        try:
+            given = (self.artifacts / "last").read_text("utf-8").strip()
+        except FileNotFoundError as error:
+            raise ArtifactError(
+                f"There is no last build in {self.artifacts}.",
+                hint='Run `sspcompile build --scenario "..."` first, or name an artifact.',
+            ) from error
+        folder = next((f for f in (Path(given), self.artifact(given)) if (f / MASK).is_file()), None)
+        if folder is None:
+            raise ArtifactError(f"The last build, {given}, is gone.", hint="Build again, or name an artifact.")
+        return folder

@@ -9,7 +9,6 @@ import pytest
 import torch
 from test_prepare_tools import TEMPLATE, tiny
 
-from sspcompile.embedded.corpus import DOMAINS, items
 from sspcompile.errors import InputError
 from sspcompile.evaluate.answers import answer_scores, encode_items, encode_references
 from sspcompile.model.decoder import LoadedModel
@@ -17,6 +16,7 @@ from sspcompile.model.hooks import head_gates
 from sspcompile.model.text import encode, greedy, sentences
 from sspcompile.repair.fitting import fit_repairs
 from sspcompile.repair.repair import repaired
+from training.corpus import DOMAINS, items
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ def test_repaired_model_is_scored_as_it_decodes_and_differs_from_the_plain_one(e
     with head_gates(embedded, gates):
         plain = answer_scores(embedded, encoded)
         with repaired(embedded, repair):
-            mended, written = answer_scores(embedded, encoded), really_written(embedded, asked)
-    assert mended.right.tolist() == written.tolist()
-    assert (mended.log_likelihood != plain.log_likelihood).all()
+            with_repair, written = answer_scores(embedded, encoded), really_written(embedded, asked)
+    assert with_repair.right.tolist() == written.tolist()
+    assert (with_repair.log_likelihood != plain.log_likelihood).all()
 
 
 def test_scores_follow_the_items_and_not_the_batches(embedded, asked):

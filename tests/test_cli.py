@@ -128,7 +128,7 @@ def inputs(tmp_path_factory) -> Path:
     (folder / "empty.txt").write_text("\n \n")
     (folder / "binary.txt").write_bytes(bytes(range(256)))
     (folder / "notjson.jsonl").write_text('{"prompt": "one"}\n{"prompt"\n')
-    (folder / "noprompt.jsonl").write_text('{"text": "one"}\n')
+    (folder / "noprompt.jsonl").write_text('{"title": "one"}\n')
     (folder / "bad.yaml").write_text(
         "schema_version: 1\nname: bad\ndescription: All wrong.\nkept: 0.5\nlayout: diagonal\nkeep: 7\n"
         "scenario: {text: some words, domains: {math: 1}}\n"
@@ -175,7 +175,7 @@ BAD = {
     "binary prompts": (("build", "--scenario", "{in}/binary.txt"), 2, ("binary",)),
     "missing prompts": (("build", "--scenario", "{in}/none.jsonl"), 2, ("no file",)),
     "broken jsonl": (("build", "--scenario", "{in}/notjson.jsonl"), 2, ("line 2 is not JSON",)),
-    "jsonl without prompt": (("build", "--scenario", "{in}/noprompt.jsonl"), 2, ("line 1", "'prompt'")),
+    "jsonl without prompt": (("build", "--scenario", "{in}/noprompt.jsonl"), 2, ("line 1", "none of the keys prompt")),
     "unknown prompt format": (("build", "--scenario", "{in}/prompts.csv"), 2, (r"\.csv file", r"\.jsonl")),
     "folder as scenario": (("build", "--scenario", "{in}/gpt2"), 2, ("is a folder",)),
     "recipe errors at once": (
@@ -222,8 +222,8 @@ BAD = {
     "no last build to bench": (("bench",), 2, ("no last build",)),
     "no last build to inspect": (("inspect",), 2, ("no last build",)),
     "no last build to verify": (("verify",), 2, ("no last build",)),
-    "unknown artifact": (("verify", "artifacts/none"), 2, ("artifacts/none is no artifact",)),
-    "model folder as artifact": (("inspect", "{in}/truncated"), 2, ("is no artifact",)),
+    "unknown artifact": (("verify", "artifacts/none"), 2, ("artifacts/none is neither a build, a cut,",)),
+    "model folder as artifact": (("inspect", "{in}/truncated"), 2, ("is neither a build, a cut,",)),
 }
 
 
@@ -561,7 +561,7 @@ def test_export_writes_a_folder_that_transformers_loads_and_its_manifest_describ
     assert model(**tokenizer("A question", return_tensors="pt")).logits.isfinite().all()
     refused(run("export", home=home), 2, "exists and is kept")
     assert run("export", "--overwrite", home=home).code == 0
-    refused(run("verify", out, home=home), 2, "is no artifact")
+    refused(run("verify", out, home=home), 2, "is neither a build, a cut, an export nor a model folder")
 
 
 def test_bench_gives_samples_and_intervals_and_leaves_an_artifact_that_verifies(run, copy, home):

@@ -18,11 +18,12 @@ from sspcompile.prepare import features, importance_by_domain, importance_of, pr
 from sspcompile.prepare.direct import relative_variance, spread_by_domain
 from sspcompile.prepare.stages import Stages
 from sspcompile.request.domains import load_outside, load_pools
-from sspcompile.request.recipe import Recipe, resolve
-from sspcompile.request.scenario import Scenario, as_recipe
+from sspcompile.request.options import Options
+from sspcompile.request.request import Request
+from sspcompile.request.scenario import Scenario
 from sspcompile.request.splits import fit_part, own_fit_part, split
-from sspcompile.select.compiling import Compiled, compile_scenario
 from sspcompile.select.mixture import Mixture, ablated, head_scores, mixture_of
+from sspcompile.select.reading import Reading, read_through
 from sspcompile.select.scoring import score_heads
 from sspcompile.select.shrinkage import shrink
 
@@ -127,13 +128,9 @@ def scenario(**how) -> Scenario:
     return Scenario("lab", how.get("text"), how.get("prompts", ()), how.get("domains"), "prompts")
 
 
-def options_for(read: Scenario, **options) -> Recipe:
+def compiled(model, toolkit, read: Scenario, **options) -> Reading:
     options = {"criterion": "fisher-greedy", "continuation_tokens": 3, **options}
-    return resolve(as_recipe(read), command_line=options, environment={})
-
-
-def compiled(model, toolkit, read: Scenario, **options) -> Compiled:
-    return compile_scenario(read, options_for(read, **options), toolkit, model)
+    return read_through(Request(read, Options(**options), "x"), toolkit, model)
 
 
 @pytest.mark.parametrize("criterion", ["fisher-greedy", "subspace"])
@@ -188,7 +185,7 @@ def test_switched_off_parts_change_what_they_stand_for_and_nothing_else(model, t
     read = scenario(prompts=PROMPTS)
     whole = compiled(model, toolkit, read, importance_from="domains")
 
-    def without(*parts: str) -> Compiled:
+    def without(*parts: str) -> Reading:
         return compiled(model, toolkit, read, importance_from="domains", without=parts)
 
     free = without("scenario")
@@ -207,9 +204,9 @@ def test_switched_off_parts_change_what_they_stand_for_and_nothing_else(model, t
 
 def test_without_the_scenario_its_prompts_do_not_count_either(model, toolkit):
     read = scenario(prompts=PROMPTS)
-    options = options_for(read, without=("scenario",))
-    used = ablated(compiled(model, toolkit, read).mixture, options.without)
-    assert score_heads(read, used, options, toolkit, model, "subspace").source == "domains"
+    request = Request(read, Options(without=("scenario",)), "x")
+    used = ablated(compiled(model, toolkit, read).mixture, request.options.without)
+    assert score_heads(request, used, toolkit, model, "subspace").source == "domains"
 
 
 # --- Scenarios that fit no domain ------------------------------------------------------------------------------------

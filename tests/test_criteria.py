@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import subprocess
 import sys
@@ -16,10 +15,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from test_prepare_tools import tiny
 
-from sspcompile.criteria import CRITERIA, bonsai, chance, fisher, greedy_kl, greedy_output, probe_pruning, table
-from sspcompile.criteria.look import Look, Units, rising
+from sspcompile.criteria import CRITERIA, bonsai, chance, fisher, greedy_kl, greedy_output, probe_pruning
 from sspcompile.criteria.measuring import drawn_rows, measure
 from sspcompile.criteria.page import page
+from sspcompile.criteria.units import CriterionInput, Units, rising
 from sspcompile.errors import InputError
 from sspcompile.model.hooks import head_gates
 from sspcompile.model.text import batches_of, continued, encode
@@ -49,7 +48,7 @@ def directions(hidden=16, domains=2):
 
 def look(loaded, *, granularity="head", batch_tokens=4096, new_tokens=2, seed=0):
     batches = batches_of(loaded, continued(loaded, PROMPTS, new_tokens), batch_tokens)
-    return Look(batches, len(PROMPTS), directions(), seed, granularity)
+    return CriterionInput(batches, len(PROMPTS), directions(), seed, granularity)
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +220,7 @@ def test_greedy_kl_is_backward_elimination_by_brute_force():
 
 @settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 50)), min_size=1, max_size=greedy_kl.WINDOW))
-def test_lazy_elimination_is_exact_where_closing_more_makes_closing_dearer(units):
+def test_lazy_elimination_is_exact_where_closing_more_makes_closing_costs_more(units):
     """Cost (sum of weights)^2 + sum of prices, against measuring every candidate in every step."""
 
     def total(closed):
@@ -347,7 +346,7 @@ BY_HAND = {
 @pytest.mark.parametrize("name", BY_HAND)
 def test_formulas_by_hand_on_two_heads(name):
     model_ = constant_model()
-    given_ = Look(encode(model_, ["war", "tell me about acid ?"]), 2)
+    given_ = CriterionInput(encode(model_, ["war", "tell me about acid ?"]), 2)
     np.testing.assert_allclose(CRITERIA[name].measure(model_, given_), [BY_HAND[name]], rtol=1e-4, atol=1e-6)
 
 
@@ -358,7 +357,7 @@ def test_flap_by_hand():
     # (-2.125 + 5.875) / 2, which lie 3.75 apart before they are standardised.
     values = [[1.0, 0, 0, 0], [0, 0, 0, 0], [0.5, 0.5, 0, 0], [0.5, 2.5, 0, 0]]
     model_ = hand_model(values=values, embeddings=[[2.0, 0, 0, 0], [0, 2.0, 0, 0]])
-    found = CRITERIA["flap"].measure(model_, Look(encode(model_, ["war"]), 1))
+    found = CRITERIA["flap"].measure(model_, CriterionInput(encode(model_, ["war"]), 1))
     np.testing.assert_allclose(found, [[0, 3.75 / (46.1875 / 3) ** 0.5]], rtol=1e-4, atol=1e-9)
 
 
@@ -481,15 +480,6 @@ def test_names_are_known_without_torch_and_the_room_can_be_entered_first():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-
-def test_the_room_imports_only_what_lies_below_it():
-    below = {"errors", "families", "loaded", "prepare.text", "prepare.capture", "prepare.parallel"}
-    for module in Path(table.__file__).parent.glob("*.py"):
-        for node in ast.walk(ast.parse(module.read_text("utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sspcompile."):
-                place = node.module.removeprefix("sspcompile.")
-                assert place in below or place.split(".")[0] == "criteria", f"{module.name} imports {place}"
 
 
 def test_unknown_names_are_refused(loaded, texts):

@@ -6,7 +6,7 @@ import torch
 from test_prepare_tools import tiny
 
 from sspcompile.criteria import fisher, kl, measuring, subspace
-from sspcompile.criteria.look import Look, Units
+from sspcompile.criteria.units import CriterionInput, Units
 from sspcompile.errors import InputError
 from sspcompile.model import logits, text
 from sspcompile.model.hooks import head_gates
@@ -38,8 +38,8 @@ def test_importance_formula_by_hand_on_two_heads():
     directions = np.array([[[1.0, 0, 0, 0], [0.6, 0.8, 0, 0]]])
     loaded = hand_model()
     batches = text.encode(loaded, ["war", "tell me about acid ?"])
-    hidden = subspace.subspace(loaded, Look(batches, 2, directions), "hidden")
-    probe = subspace.subspace(loaded, Look(batches, 2, directions), "probe")
+    hidden = subspace.subspace(loaded, CriterionInput(batches, 2, directions), "hidden")
+    probe = subspace.subspace(loaded, CriterionInput(batches, 2, directions), "probe")
     for prompt in range(2):
         np.testing.assert_allclose(hidden[prompt, 0], [[9 / 25, 25 / 25], [4 / 5, 4 / 5]], rtol=1e-4)
         np.testing.assert_allclose(probe[prompt, 0], [[9 / 34, 25 / 34], [4 / 8, 4 / 8]], rtol=1e-4)
@@ -53,7 +53,7 @@ def test_fault_importance_uses_true_heads_of_the_models_own_size_and_no_bias(fam
     directions = rng.normal(size=(3, 2, 16))
     directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
     batches = text.encode(loaded, PROMPTS)
-    found = subspace.subspace(loaded, Look(batches, len(PROMPTS), directions), "hidden")
+    found = subspace.subspace(loaded, CriterionInput(batches, len(PROMPTS), directions), "hidden")
     row = 1
     (single,) = text.encode(loaded, [PROMPTS[row]])
     heads = {}
@@ -75,8 +75,8 @@ def test_fault_importance_uses_true_heads_of_the_models_own_size_and_no_bias(fam
 def test_fault_importance_does_not_saturate_and_does_not_see_padding():
     loaded = tiny()
     directions = importance.probe_directions(np.random.default_rng(1).normal(size=(3, 2, 16)), np.ones((3, 16)))
-    together = subspace.hidden(loaded, Look(text.encode(loaded, PROMPTS), 4, directions))
-    alone = [subspace.hidden(loaded, Look(text.encode(loaded, [p]), 1, directions))[0] for p in PROMPTS]
+    together = subspace.hidden(loaded, CriterionInput(text.encode(loaded, PROMPTS), 4, directions))
+    alone = [subspace.hidden(loaded, CriterionInput(text.encode(loaded, [p]), 1, directions))[0] for p in PROMPTS]
     np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-6)
     assert ((together > 0.001) & (together < 0.999)).mean() > 0.9
 
@@ -133,7 +133,9 @@ def test_fisher_estimates_agree_with_the_exact_diagonal(opening):
     p = torch.softmax(scored, -1).detach()
     exact = torch.einsum("vh,v,vh->h", rows, p, rows) - (p @ rows) ** 2
     for targets in ("normal", "sampled"):
-        found = fisher.information(loaded, Look([batch], 1), targets, 600, np.full((2, 4), opening))[0].ravel()
+        found = fisher.information(loaded, CriterionInput([batch], 1), targets, 600, np.full((2, 4), opening))[
+            0
+        ].ravel()
         np.testing.assert_allclose(found, exact.numpy(), rtol=0.35, atol=float(exact.max()) * 0.02)
 
 
@@ -141,7 +143,7 @@ def test_fisher_estimates_agree_with_the_exact_diagonal(opening):
 def test_leave_one_out_equals_the_brute_force_masked_forward(family):
     loaded = tiny(family, seed=2)
     batches = text.with_continuations(loaded, PROMPTS, 3)
-    found = kl.leave_one_out(loaded, Look(batches, len(PROMPTS)))
+    found = kl.leave_one_out(loaded, CriterionInput(batches, len(PROMPTS)))
     for batch in batches:
         with torch.no_grad():
             dense = torch.log_softmax(loaded.model(batch.input_ids).logits, -1)
@@ -175,9 +177,9 @@ def test_fisher_is_the_same_for_the_same_seed_and_not_for_another():
 
 def test_fisher_of_a_prompt_does_not_depend_on_the_batch_it_is_in():
     loaded = tiny(seed=2)
-    together = fisher.greedy(loaded, Look(text.with_continuations(loaded, PROMPTS, 2), 4))
+    together = fisher.greedy(loaded, CriterionInput(text.with_continuations(loaded, PROMPTS, 2), 4))
     for row, prompt in enumerate(PROMPTS):
-        alone = fisher.greedy(loaded, Look(text.with_continuations(loaded, [prompt], 2), 1))[0]
+        alone = fisher.greedy(loaded, CriterionInput(text.with_continuations(loaded, [prompt], 2), 1))[0]
         np.testing.assert_allclose(together[row], alone, rtol=1e-3, atol=1e-7)
 
 

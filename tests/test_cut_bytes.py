@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sspcompile.checkpoint import Checkpoint, Extent, OutputTensor, write_checkpoint
-from sspcompile.checkpoint.source import FLOATS, WORD_BYTES, WORD_DTYPE, read_header
+from sspcompile.checkpoint.headers import FLOATS, WORD_BYTES, WORD_DTYPE, read_header
 from sspcompile.checkpoint.tensors import attention_blocks
 from sspcompile.checkpoint.transfer import _buffered_copy, copy_extent, hard_link
 from sspcompile.errors import ArtifactError, CheckpointError, InputError

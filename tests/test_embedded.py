@@ -6,26 +6,20 @@ import contextlib
 import json
 from collections import Counter
 from random import Random
+from string import Formatter
 
 import pytest
 import torch
 from ruamel.yaml import YAML
 
 from sspcompile.embedded import MODEL_DIR
-from sspcompile.embedded.corpus import (
-    DOMAIN_DATA,
-    DOMAINS,
-    FORM_CYCLE,
-    FORMS,
-    OUTSIDE_DOMAINS,
-    TASKS,
-    cross_items,
-    items,
-)
-from sspcompile.embedded.corpus.wording import ask
-from sspcompile.embedded.handwritten import HANDWRITTEN
-from sspcompile.embedded.pools import pool_paths, pool_text
-from sspcompile.embedded.subjects import draw_description
+from sspcompile.embedded.questions import QUESTIONS_FILE, questions
+from training.corpus import DOMAIN_DATA, DOMAINS, FORM_CYCLE, FORMS, OUTSIDE_DOMAINS, TASKS, cross_items, items
+from training.corpus.wording import ask
+from training.handwritten import HANDWRITTEN
+from training.pools import pool_paths, pool_text
+from training.questions import QUESTIONS_PER_DOMAIN, questions_text
+from training.subjects import draw_description
 
 ALL_DOMAINS = (*DOMAINS, *OUTSIDE_DOMAINS)
 WEIGHT_LIMIT_BYTES = 8_000_000
@@ -131,6 +125,22 @@ def test_pool_is_large_unique_and_apart_from_evaluation(domain):
     assert set(pool["prompts"]).isdisjoint(item.prompt for item in items(domain, "heldout", 20, 400))
 
 
+def test_question_file_is_what_the_script_writes():
+    assert QUESTIONS_FILE.read_text("utf-8") == questions_text()
+
+
+@pytest.mark.parametrize("domain", ALL_DOMAINS)
+def test_shipped_questions_are_apart_from_pools_and_training(domain):
+    prompts = {question.prompt for question in questions(domain)}
+    assert len(prompts) == len(questions(domain)) == QUESTIONS_PER_DOMAIN
+    assert prompts.isdisjoint(YAML(typ="safe").load(pool_paths()[domain])["prompts"])
+    assert prompts.isdisjoint(item.prompt for item in items(domain, "train", 5, 900))
+
+
+def test_a_domain_of_the_user_s_own_has_no_shipped_questions():
+    assert questions("astrology") == ()
+
+
 def test_handwritten_questions_have_the_same_forms_in_every_domain():
     shapes = {
         tuple(map(len, (w.open_questions, w.number_questions, w.yes_no_questions, w.option_questions)))
@@ -149,6 +159,15 @@ def test_configuration_is_readable_by_both_generations_of_transformers():
     assert config["architectures"] == ["Qwen2ForCausalLM"]
     tokenizer_config = json.loads((MODEL_DIR / "tokenizer_config.json").read_text())
     assert tokenizer_config["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_model_card_has_the_text_of_its_template():
+    from training.card import TEMPLATE
+
+    card, place = (MODEL_DIR / "README.md").read_text("utf-8"), 0
+    for text, *_ in Formatter().parse(TEMPLATE):
+        place = card.index(text, place) + len(text)
+    assert place == len(card)
 
 
 def test_chat_template_renders_the_prompt_format(tokenizer):
@@ -173,7 +192,7 @@ def test_vocabulary_of_tokenizer_and_model_agree(model, tokenizer):
 
 
 def test_training_forward_equals_the_stock_forward(model):
-    from sspcompile.embedded.network import hidden_states
+    from training.network import hidden_states
 
     tokens = torch.randint(2, model.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -183,7 +202,7 @@ def test_training_forward_equals_the_stock_forward(model):
 
 
 def test_a_head_is_active_by_the_norm_of_its_part_of_the_stream(model):
-    from sspcompile.embedded.network import HALF_ACTIVE, HEAD_DIM, HEADS, hidden_states
+    from training.network import HALF_ACTIVE, HEAD_DIM, HEADS, hidden_states
 
     tokens = torch.randint(2, model.config.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
     real = torch.ones(2, 12, dtype=torch.bool)
@@ -209,7 +228,7 @@ def test_a_head_is_active_by_the_norm_of_its_part_of_the_stream(model):
 
 
 def test_shipped_weights_answer_held_out_questions(model, tokenizer):
-    from sspcompile.embedded.evaluate import evaluate
+    from training.evaluate import evaluate
 
     accuracy = evaluate(model, tokenizer, count=40, seed=21)
     assert accuracy.mean >= TARGET, accuracy.table()
@@ -217,8 +236,8 @@ def test_shipped_weights_answer_held_out_questions(model, tokenizer):
 
 def test_half_of_the_layers_are_missed():
     """A model in which one layer decides, or any layer stands in for any other, cannot tell head scores apart."""
-    from sspcompile.embedded.card import layer_needs
     from sspcompile.model.dense import open_dense
+    from training.card import layer_needs
 
     needs = layer_needs(open_dense(None).load(), count=60, seed=22)
     costs = [needs.first[-1] - left for left in needs.without]
@@ -239,6 +258,6 @@ def test_the_subject_of_a_newly_composed_sentence_is_named(model, tokenizer):
 
 def test_the_domain_of_a_sentence_in_other_words_is_readable_above_chance(model, tokenizer):
     """Not well: the model card says how well. A sentence is only as clear as the words that the corpus knows."""
-    from sspcompile.embedded.probe import separability
+    from training.probe import separability
 
     assert separability(model, tokenizer, model.config.num_hidden_layers // 2) > 0.6

@@ -11,12 +11,16 @@ import pytest
 from test_cli import refused, run  # noqa: F401 (a fixture)
 from test_prepare_tools import TEMPLATE, tiny
 
-from sspcompile.embedded.corpus import items
-from sspcompile.evaluate.asking import Limits, ask, takes_conversations
+from sspcompile.api.evaluate import Deployment, deployment_of, fitted_prompts, scenario_suites
+from sspcompile.embedded.questions import questions
+from sspcompile.evaluate.asking import Limits, ask
 from sspcompile.evaluate.questions import Conversation, Question, single
 from sspcompile.evaluate.results import mean_over_turns
+from sspcompile.model.chat import takes_conversations
 from sspcompile.request.domains import load_pools
+from sspcompile.request.prompts import Message
 from sspcompile.request.splits import seen_part, split
+from training.corpus import items
 
 PROMPTS = [item.prompt for item in items("chemistry", "train", 77, 24)]
 FAST = ("--continuation-tokens", "2", "--max-tokens", "48", "--criterion", "subspace", "--quiet")
@@ -96,7 +100,7 @@ def test_prompts_without_answers_get_no_exact_match(run, artifacts, home):  # no
     ("args", "expected"),
     [
         (("eval",), ("no last build",)),
-        (("eval", "nowhere"), ("is no artifact",)),
+        (("eval", "nowhere"), ("is neither a build, a cut, an export nor a model folder",)),
         (("eval", "{cut}/model"), ("cut from", "--against")),
         (("eval", "{cut}/model", "--against", "embedded"), ("scenario", "--data")),
         (("eval", "{cut}", "--data", "none.jsonl"), ("no file", "jsonl")),
@@ -112,12 +116,11 @@ def test_missing_harness_is_one_line_with_the_command_to_install_it(run):  # noq
 
 
 def test_only_held_out_prompts_are_asked(artifacts, embedded):
-    from sspcompile.api.arguments import find_contenders
-    from sspcompile.api.evaluating import deployment_of, fitted_prompts, scenario_suites
+    from sspcompile.api.arguments import cut_model
     from sspcompile.workspace import Workspace
 
     workspace = Workspace(artifacts.parent)
-    contenders = find_contenders("cut", None, workspace)
+    contenders = cut_model("cut", None, workspace, option="--against")
     deployment = deployment_of(contenders, None, embedded, workspace, 0, lambda *_: None)
     fit, guard, held = split(PROMPTS)
     fitted = fitted_prompts(deployment)
@@ -131,6 +134,21 @@ def test_only_held_out_prompts_are_asked(artifacts, embedded):
         assert not set(asked) & fitted and held <= set(asked)
 
 
+def test_every_seed_asks_other_shipped_questions_and_none_twice():
+    pools = tuple(load_pools())
+    deployment = Deployment({pool.name: float(pool.name == "math") for pool in pools}, (), frozenset(), pools)
+
+    def asked(count, seed):
+        suites = scenario_suites(deployment, frozenset(), labelled=True, count=count, seed=seed)
+        return {suite.name: [turn for c in suite.conversations for turn in c.turns] for suite in suites}
+
+    first, second = (asked(50, seed)["scenario"] for seed in (0, 1))
+    assert len({turn.prompt for turn in (*first, *second)}) == 100
+    assert {turn.domain for turn in first} == {"math"} and all(turn.answers for turn in first)
+    everything = asked(10_000, 3)["scenario"]
+    assert sorted(turn.prompt for turn in everything) == sorted(known.prompt for known in questions("math"))
+
+
 CHAT = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<user> {{ m.content }} {% else %}"
     "<model> {{ m.content }} {% endif %}{% endfor %}{% if add_generation_prompt %}<model>{% endif %}"
@@ -141,7 +159,8 @@ def test_later_turns_are_asked_behind_the_model_s_own_answers():
     loaded = tiny(seed=1, template=CHAT)
     talk = Conversation((Question("war ?"), Question("king ?")))
     asked = ask(loaded, [talk, *single([Question("acid ?")])], Limits(64, 3, 2), lambda *_: None)
-    assert asked.prompts == ("war ?", ("war ?", asked.texts[0], "king ?"), "acid ?")
+    led = (Message("user", "war ?"), Message("assistant", asked.texts[0]), Message("user", "king ?"))
+    assert asked.prompts == ("war ?", led, "acid ?")
     alone = ask(loaded, single([Question("war ?")]), Limits(64, 3, 1), lambda *_: None)
     assert alone.texts[0] == asked.texts[0]
 
@@ -160,6 +179,6 @@ def test_interval_draws_whole_conversations():
     alone = mean_over_turns(values, np.arange(10), seed=0)
     paired = mean_over_turns(values, np.repeat(np.arange(5), 2), seed=0)
     assert alone.value == paired.value == 0.5
-    assert paired.interval.high - paired.interval.low > alone.interval.high - alone.interval.low
-    assert mean_over_turns(values, np.zeros(10), seed=0).interval is None
+    assert paired.high - paired.low > alone.high - alone.low
+    assert mean_over_turns(values, np.zeros(10), seed=0).low is None
     assert mean_over_turns(np.full(3, np.nan), np.arange(3), seed=0) is None

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from sspcompile.errors import InputError
+from sspcompile.intervals import Estimate, mean_estimate
 from sspcompile.model.divergence import Divergence
 from sspcompile.repair.repair import Repair
 from sspcompile.request.domains import DomainPool, load_outside, load_pools
+from sspcompile.request.options import Options
 from sspcompile.request.pools import pools_of, pools_suffix
-from sspcompile.request.recipe import Recipe, resolve
-from sspcompile.request.scenario import as_recipe, read_scenario
 from sspcompile.request.splits import (
     FIT_PROMPTS,
     GUARD_PROMPTS,
@@ -21,8 +21,8 @@ from sspcompile.request.splits import (
     OWN_FIT_PROMPTS,
     OWN_GUARD_PROMPTS,
     OWN_JUDGE_PROMPTS,
+    draw_splits,
     fit_part,
-    gather,
     split,
 )
 from sspcompile.select.judging import Candidate, Figures, decide
@@ -39,7 +39,7 @@ def mixture(*weights: float, unknown: float = 0.0) -> Mixture:
 
 @pytest.mark.parametrize("own", [0, 1, 3, 4, 20, 200, 5000])
 def test_no_text_chooses_and_guards_or_judges(own):
-    evidence = gather([f"mine {n}" for n in range(own)], mixture(0.7, 0.3, 0.0).parts, POOLS, 0)
+    evidence = draw_splits([f"mine {n}" for n in range(own)], mixture(0.7, 0.3, 0.0).parts, POOLS, 0)
     parts = [set(evidence.fit), set(evidence.guard), set(evidence.judge), set(evidence.off)]
     assert all(not one & other for one, other in itertools.combinations(parts, 2))
     learned = {prompt for pool in fit_part(POOLS) for prompt in pool.prompts}
@@ -60,13 +60,13 @@ def test_no_text_chooses_and_guards_or_judges(own):
 
 
 def test_an_own_prompt_that_prepare_learned_from_is_never_held_out():
-    evidence = gather([f"a {n}" for n in (1, 5, 9, 0, 2, 4, 8, 13)], mixture(1.0, 0.0, 0.0).parts, POOLS, 0)
+    evidence = draw_splits([f"a {n}" for n in (1, 5, 9, 0, 2, 4, 8, 13)], mixture(1.0, 0.0, 0.0).parts, POOLS, 0)
     learned = {prompt for pool in fit_part(POOLS) for prompt in pool.prompts}
     assert not learned & {*evidence.guard, *evidence.judge}
 
 
 def test_own_prompts_come_first_and_pools_fill_up_in_the_proportion_of_the_mixture():
-    evidence = gather([f"mine {n}" for n in range(8)], mixture(0.75, 0.25, 0.0).parts, POOLS, 0)
+    evidence = draw_splits([f"mine {n}" for n in range(8)], mixture(0.75, 0.25, 0.0).parts, POOLS, 0)
     assert (evidence.own_fit, evidence.own_guard, evidence.own_judge) == (6, 1, 1)
     assert evidence.judge[0] == "mine 3" and evidence.guard[0] == "mine 7"
     assert evidence.fit[:6] == ("mine 0", "mine 1", "mine 2", "mine 4", "mine 5", "mine 6")
@@ -76,7 +76,7 @@ def test_own_prompts_come_first_and_pools_fill_up_in_the_proportion_of_the_mixtu
 
 
 def test_an_unknown_scenario_is_filled_up_from_all_domains_alike():
-    evidence = gather([], mixture(1.0, 0.0, 0.0, unknown=1.0).parts, POOLS, 0)
+    evidence = draw_splits([], mixture(1.0, 0.0, 0.0, unknown=1.0).parts, POOLS, 0)
     counts = [sum(text.startswith(name) for text in evidence.fit) for name in NAMES]
     assert counts == [FIT_PROMPTS // 3] * 3
 
@@ -90,11 +90,11 @@ def test_splitting_takes_every_fourth_text_and_loses_none():
 def divergence(*kl: float) -> Divergence:
     count = len(kl)
     places = tuple(range(count))
-    return Divergence(float(np.mean(kl)), None, 1.0, None, places, kl, (1.0,) * count, (1,) * count)
+    return Divergence(mean_estimate(kl, seed=0), Estimate(1.0), places, kl, (1.0,) * count, (1,) * count)
 
 
-def candidate(layout: str, plain: Figures, mended: Figures | None = None) -> Candidate:
-    return Candidate(layout, Choice(np.ones((1, 2), dtype=bool), ((1, 2),)), plain, Repair({}), mended)
+def candidate(layout: str, plain: Figures, with_repair: Figures | None = None) -> Candidate:
+    return Candidate(layout, Choice(np.ones((1, 2), dtype=bool), ((1, 2),)), plain, Repair({}), with_repair)
 
 
 GOOD, BAD = divergence(*[0.1, 0.2, 0.15] * 4), divergence(*[0.5, 0.7, 0.6] * 4)
@@ -117,15 +117,14 @@ def test_only_the_guard_texts_decide_the_layout():
 
 def test_one_unlucky_guard_text_does_not_drop_a_repair_but_too_few_texts_do():
     """Twelve texts better and one much worse is no evidence; three texts allow no interval, so the mean decides."""
-    mended = divergence(*[0.1] * 12, 2.0)
-    assert candidate("uniform", Figures(divergence(*[0.2] * 13), GOOD), Figures(mended, GOOD)).keeps_repair
+    with_repair = divergence(*[0.1] * 12, 2.0)
+    assert candidate("uniform", Figures(divergence(*[0.2] * 13), GOOD), Figures(with_repair, GOOD)).keeps_repair
     few = candidate("uniform", Figures(divergence(0.2, 0.2, 0.2), GOOD), Figures(divergence(0.1, 0.1, 0.5), GOOD))
     assert not few.keeps_repair
 
 
-def recipe(**options) -> Recipe:
-    read, _ = read_scenario("no scenario")
-    return resolve(as_recipe(read), command_line=options, environment={})
+def recipe(**options) -> Options:
+    return Options(**options)
 
 
 def test_without_a_word_about_axes_the_shipped_domains_are_the_domains():

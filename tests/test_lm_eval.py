@@ -7,7 +7,7 @@ import json
 import pytest
 from test_cli import refused, run, shell  # noqa: F401 (a fixture)
 
-from sspcompile.embedded.corpus import items
+from training.corpus import items
 
 pytestmark = pytest.mark.slow
 

@@ -7,19 +7,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from sspcompile.cli.build import build
 from sspcompile.errors import RecipeError
-from sspcompile.request.domains import recipes_folder
-from sspcompile.request.recipe import (
-    PARTS,
-    Recipe,
-    ScenarioSpec,
-    dump_recipe,
-    find_recipe,
-    load_recipe,
-    resolve,
-    shipped_recipes,
-)
+from sspcompile.request.keywords import Keywords
+from sspcompile.request.options import NAMES, PARTS, Options, flag, resolve, shown_of
+from sspcompile.request.page import files
+from sspcompile.request.recipe import Recipe, ScenarioSpec, dump_recipe, find_recipe, load_recipe, shipped_recipes
 from sspcompile.request.scenario import read_scenario
 
 MINIMAL = """\
@@ -67,11 +62,11 @@ seed: true
     assert set(problems(tmp_path, text)) == {
         "schema_version (line 1): must be 1, not 2",
         "name (line 2): must be lower-case letters, digits and hyphens, not 'Bad Name'",
-        "descripton (line 3): is no known key; did you mean 'description'?",
+        "descripton (line 3): is not a known key; did you mean 'description'?",
         "description: is missing",
         "scenario (line 4): needs exactly one of text, prompts, prompts_file, domains; it has text, prompts",
-        "scenario.prompt (line 6): is no known key; did you mean 'prompts'?",
-        "scenario.prompts[0] (line 7): must be text, not 1",
+        "scenario.prompt (line 6): is not a known key; did you mean 'prompts'?",
+        "scenario.prompts[0] (line 7): must be text or a list of messages, not 1",
         "keep (line 8): must be less than or equal to 1, not 1.5",
         "strength (line 9): must be a number, not 'high'",
         "strength (line 9): keep and strength exclude each other; give one",
@@ -97,7 +92,7 @@ seed: true
         ("continuation_tokens: 1.5\n", "continuation_tokens (line 6): must be a whole number"),
         ("seed: -1\n", "seed (line 6): must be greater than or equal to 0"),
         ("model: ''\n", "model (line 6): must not be blank"),
-        ("zzz: 1\n", "zzz (line 6): is no known key; known: schema_version, name"),
+        ("zzz: 1\n", "zzz (line 6): is not a known key; known: schema_version, name"),
         ("keep: 0.5\nkeep: 0.6\n", "keep (line 7): repeats the key of line 6"),
     ],
 )
@@ -173,24 +168,29 @@ def test_dump_and_load_give_the_same_recipe(tmp_path_factory, description, spec,
 
 
 def test_default_options() -> None:
-    recipe = resolve(base(), command_line={}, environment={})
-    assert recipe.model_dump(exclude={"schema_version", "name", "description", "scenario"}) == {
-        "model": None,
-        "keep": 0.5,
-        "strength": None,
-        "layout": "auto",
-        "host": "auto",
-        "criterion": "auto",
-        "pools": None,
-        "axes": None,
-        "importance_from": "auto",
-        "repair": "least-squares",
-        "without": (),
-        "max_tokens": 512,
-        "granularity": "head",
-        "continuation_tokens": 16,
-        "seed": 0,
-    }
+    assert (
+        Options().model_dump()
+        == resolve({}, environment={}).model_dump()
+        == {
+            "model": None,
+            "keep": 0.5,
+            "strength": None,
+            "layout": "auto",
+            "host": "auto",
+            "criterion": "auto",
+            "pools": None,
+            "axes": None,
+            "importance_from": "auto",
+            "repair": "least-squares",
+            "without": (),
+            "chat_template": None,
+            "raw": False,
+            "max_tokens": 512,
+            "granularity": "head",
+            "continuation_tokens": 16,
+            "seed": 0,
+        }
+    )
 
 
 def base(**options) -> Recipe:
@@ -208,7 +208,7 @@ def base(**options) -> Recipe:
     ],
 )
 def test_command_line_before_environment_before_recipe(command_line, environment, expected) -> None:
-    assert resolve(base(seed=1), command_line=command_line, environment=environment).seed == expected
+    assert resolve(command_line, environment=environment, recipe={"seed": 1}).seed == expected
 
 
 @pytest.mark.parametrize(
@@ -222,17 +222,13 @@ def test_command_line_before_environment_before_recipe(command_line, environment
     ],
 )
 def test_a_budget_of_a_higher_level_replaces_either_form(recipe, command_line, environment, keep, strength) -> None:
-    resolved = resolve(base(**recipe), command_line=command_line, environment=environment)
+    resolved = resolve(command_line, environment=environment, recipe=recipe)
     assert (resolved.keep, resolved.strength) == (keep, strength)
 
 
 def test_resolve_names_the_flag_or_variable_of_every_wrong_value() -> None:
     with pytest.raises(RecipeError) as caught:
-        resolve(
-            base(),
-            command_line={"keep": 2.0, "strength": 0.5, "layout": "x"},
-            environment={"SSPCOMPILE_MAX_TOKENS": "4"},
-        )
+        resolve({"keep": 2.0, "strength": 0.5, "layout": "x"}, environment={"SSPCOMPILE_MAX_TOKENS": "4"})
     assert caught.value.problems == [
         "--keep and --strength exclude each other; give one",
         "--keep: must be less than or equal to 1, not 2.0",
@@ -240,25 +236,38 @@ def test_resolve_names_the_flag_or_variable_of_every_wrong_value() -> None:
         "SSPCOMPILE_MAX_TOKENS: must be greater than or equal to 8, not 4",
     ]
     with pytest.raises(RecipeError, match=r"SSPCOMPILE_KEEP: must be a number, not 'half'.*SEED: must be a whole"):
-        resolve(base(), command_line={}, environment={"SSPCOMPILE_KEEP": "half", "SSPCOMPILE_SEED": "1.5"})
+        resolve({}, environment={"SSPCOMPILE_KEEP": "half", "SSPCOMPILE_SEED": "1.5"})
 
 
 def test_parts_that_are_switched_off_are_named_once_and_in_one_order(tmp_path: Path) -> None:
     wanted = ("whitelist", "calibration")
     typed = ("calibration", "whitelist", "calibration")
-    assert resolve(base(), command_line={"without": typed}, environment={}).without == wanted
+    assert resolve({"without": typed}, environment={}).without == wanted
     variable = {"SSPCOMPILE_WITHOUT": "calibration, whitelist"}
-    assert resolve(base(without=("mixing",)), command_line={}, environment=variable).without == wanted
-    assert resolve(base(without=("mixing",)), command_line={}, environment={}).without == ("mixing",)
+    assert resolve({}, environment=variable, recipe={"without": ("mixing",)}).without == wanted
+    assert resolve({}, environment={}, recipe={"without": ("mixing",)}).without == ("mixing",)
     with pytest.raises(RecipeError, match=r"--without\[1\]: must be 'axes', 'whitelist'.*not 'luck'"):
-        resolve(base(), command_line={"without": ("mixing", "luck")}, environment={})
+        resolve({"without": ("mixing", "luck")}, environment={})
 
 
-def test_without_a_recipe_the_command_line_must_say_the_scenario() -> None:
-    with pytest.raises(RecipeError, match="scenario: is missing"):
-        resolve(None, command_line={}, environment={})
-    spec = {"text": "Answer bakers."}
-    assert resolve(None, command_line={"name": "b", "scenario": spec}, environment={}).scenario.text == spec["text"]
+@pytest.mark.parametrize("given", [{"keep": 0.3, "strength": 0.3}, {"keep": None}, {"keep": None, "strength": None}])
+def test_options_have_one_budget(given) -> None:
+    with pytest.raises(ValidationError, match="keep and strength exclude each other"):
+        Options(**given)
+
+
+def test_every_option_is_a_flag_a_variable_a_key_and_a_keyword(tmp_path: Path) -> None:
+    flags = {name for option in build.params for name in option.opts}
+    schema = Recipe.model_json_schema()["properties"]
+    for name in NAMES:
+        assert flag(name) in flags and name in schema and name in Keywords.__annotations__
+        assert schema[name]["description"] == shown_of(name).help
+        assert name in Recipe.model_fields and Recipe.model_fields[name].default is None
+
+
+@pytest.mark.parametrize("place", files())
+def test_what_is_written_from_the_options_is_up_to_date(place: str) -> None:
+    assert (Path(__file__).parents[1] / place).read_text("utf-8") == files()[place], "run `make generated`"
 
 
 def test_shipped_recipes_cover_every_domain_a_mixture_and_the_unknown() -> None:
@@ -276,9 +285,3 @@ def test_shipped_recipe_is_usable(path: Path) -> None:
     assert find_recipe(path.stem) == path
     assert scenario.text or scenario.domains or len(scenario.prompts) >= 16, "repair needs 16 prompts"
     assert len(set(scenario.prompts)) == len(scenario.prompts)
-
-
-def test_the_readme_of_the_recipes_names_every_option() -> None:
-    readme = (recipes_folder() / "README.md").read_text("utf-8")
-    for name in Recipe.model_fields:
-        assert name in readme

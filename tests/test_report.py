@@ -20,16 +20,17 @@ from sspcompile.bench.load import Load, Settings
 from sspcompile.bench.ratios import compare_all
 from sspcompile.bench.roofline import predict, roofline
 from sspcompile.errors import ArtifactError
-from sspcompile.intervals import Interval, summarize
-from sspcompile.model.divergence import Difference, Divergence
+from sspcompile.intervals import Estimate, summarize
+from sspcompile.model.divergence import Divergence
 from sspcompile.report import Report, write_report
 from sspcompile.report.build import latency_section, quality_row
+from sspcompile.report.comparison import comparison_page, frontier_page, points_of, render_points
+from sspcompile.report.format import change, clean, figures, percent, seconds, size
 from sspcompile.report.html import render_html
 from sspcompile.report.json import read_report, render_json
 from sspcompile.report.markdown import render_markdown
 from sspcompile.report.model import (
     BudgetSection,
-    Estimate,
     LayoutSection,
     MaskSection,
     Pair,
@@ -40,13 +41,11 @@ from sspcompile.report.model import (
     ScenarioSection,
     SizesSection,
 )
-from sspcompile.report.points import comparison_page, frontier_page, points_of, render_points
+from sspcompile.report.page import report_page
 from sspcompile.report.schema import SCHEMAS, schema_text
 from sspcompile.report.svg import render_svg
 from sspcompile.report.text import render_text
 from sspcompile.report.verdict import headline, verdict
-from sspcompile.report.view import report_page
-from sspcompile.report.words import change, clean, figures, percent, seconds, size
 
 EVIL = "<script>alert(1)</script> \x1b[31mred\x07 [bold]x[/bold] | a\n# head ![i](http://x.y/z.png) \u202eabc &amp;"
 
@@ -263,8 +262,8 @@ def test_every_section_may_be_absent(tmp_path: Path) -> None:
 
 
 def test_nan_and_wrong_shapes_are_refused() -> None:
-    with pytest.raises(ValidationError):
-        Estimate(value=float("nan"))
+    with pytest.raises(ValidationError, match="finite"):
+        QualityRow(name="x", role="other", mean_kl=Estimate(float("nan")), top1_agreement=Estimate(1.0))
     with pytest.raises(ValidationError, match="kept does not fit"):
         MaskSection(layers=1, heads=2, kv_heads=1, kept=((2,),), criterion="x")
     with pytest.raises(ValidationError, match="scores is not"):
@@ -353,8 +352,8 @@ def test_size_repair_and_unknown_verdicts() -> None:
 
 
 def test_measured_values_become_rows() -> None:
-    measured = Divergence(0.2, Interval(0.1, 0.3), 0.9, None, (0,), (0.2,), (0.9,), (4,))
-    row = quality_row("ours", measured, role="ours", above_ours=Difference(0.0, Interval(-1, 1)))
+    measured = Divergence(Estimate(0.2, 0.1, 0.3), Estimate(0.9), (0,), (0.2,), (0.9,), (4,))
+    row = quality_row("ours", measured, role="ours", above_ours=Estimate(0.0, -1, 1))
     assert row.mean_kl == Estimate(value=0.2, low=0.1, high=0.3)
     assert row.top1_agreement == Estimate(value=0.9)
     assert row.kl_above_ours == Estimate(value=0.0, low=-1, high=1)
@@ -453,7 +452,7 @@ def test_points_of_unmeasured_builds_say_so() -> None:
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_published_schemas_are_those_of_the_code(name: str) -> None:
     published = Path(__file__).parents[1] / "docs" / "schemas" / name
-    assert published.read_text("utf-8") == schema_text(name), "run `make schemas`"
+    assert published.read_text("utf-8") == schema_text(name), "run `make generated`"
 
 
 def test_reports_and_samples_follow_their_schemas() -> None:

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 from sspcompile.errors import BudgetError
 from sspcompile.model.loading import load
-from sspcompile.request.splits import Evidence
-from sspcompile.select.compiling import Ranking
+from sspcompile.request.options import Options
+from sspcompile.request.splits import Splits
 from sspcompile.select.judging import Judge
-from sspcompile.select.search import CONTENDERS, WITHIN_LAYERS, Folds, best_mask, contenders
+from sspcompile.select.reading import Ranking
+from sspcompile.select.search import MEASURED_SCORES, WITHIN_LAYERS, Folds, best_mask, rankings
 from sspcompile.slicing.layouts import choose, uniform_choices
 
 grids = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(0, 1000))
@@ -52,11 +53,8 @@ def judge(tmp_path_factory) -> Judge:
     texts = tuple(f"What is {n} plus {n + 1}?" for n in range(28))
     return Judge(
         loaded,
-        Evidence(texts[:20], texts[20:], (), (), 20, 8, 0),
-        max_tokens=32,
-        new_tokens=4,
-        seed=0,
-        repair="least-squares",
+        Splits(texts[:20], texts[20:], (), (), 20, 8, 0),
+        Options(max_tokens=32, continuation_tokens=4),
         dtype=torch.float32,
         progress=lambda *_: None,
     )
@@ -64,8 +62,8 @@ def judge(tmp_path_factory) -> Judge:
 
 def test_winner_has_the_least_divergence_of_all_that_were_tried(judge):
     rng = np.random.default_rng(0)
-    ranked = contenders(judge, Ranking("mine", rng.random((3, 8))), ("per-layer", "uniform"))
-    assert [ranking.name for ranking in ranked] == ["mine", *CONTENDERS, *WITHIN_LAYERS]
+    ranked = rankings(judge, Ranking("mine", rng.random((3, 8))), ("per-layer", "uniform"))
+    assert [ranking.name for ranking in ranked] == ["mine", *MEASURED_SCORES, *WITHIN_LAYERS]
     found = best_mask(judge, ranked, "uniform", np.zeros((3, 8), dtype=bool), 0.5)
     values = [one.distance for one in found.tried]
     assert values == sorted(values) and len(found.tried) >= 3
@@ -79,11 +77,11 @@ def test_winner_has_the_least_divergence_of_all_that_were_tried(judge):
 
 def test_scores_of_single_layers_take_no_part_where_layers_share_a_budget(judge):
     rng = np.random.default_rng(1)
-    ranked = contenders(judge, Ranking("mine", rng.random((3, 8))), ("per-layer",))
-    assert [ranking.name for ranking in ranked] == ["mine", *CONTENDERS]
+    ranked = rankings(judge, Ranking("mine", rng.random((3, 8))), ("per-layer",))
+    assert [ranking.name for ranking in ranked] == ["mine", *MEASURED_SCORES]
     ranked = (*ranked, Ranking(WITHIN_LAYERS[0], rng.random((3, 8))))
     found = best_mask(judge, ranked, "per-layer", np.zeros((3, 8), dtype=bool), 0.5)
-    assert {one.criterion for one in found.tried} == {"mine", *CONTENDERS}
+    assert {one.criterion for one in found.tried} == {"mine", *MEASURED_SCORES}
     assert {one.shape for one in found.tried} == {None}
     best = next(ranking for ranking in ranked if ranking.name == found.tried[0].criterion)
     np.testing.assert_array_equal(found.choice.kept, choose(best.values, 4, 0.5, "per-layer").kept)

@@ -8,10 +8,10 @@ from random import Random
 
 import pytest
 
-from sspcompile.embedded.corpus import DOMAIN_DATA, DOMAINS, OUTSIDE_DOMAINS
-from sspcompile.embedded.corpus.shape import OWNERS
-from sspcompile.embedded.corpus.stories import KINDS, ORDINALS, READING_TASKS, scene_items, tell_story
-from sspcompile.embedded.corpus.tasks import draw_reading, is_held_out
+from training.corpus import DOMAIN_DATA, DOMAINS, OUTSIDE_DOMAINS
+from training.corpus.shape import OWNERS
+from training.corpus.stories import KINDS, ORDINALS, READING_TASKS, scene_items, tell_story
+from training.corpus.tasks import draw_reading, is_held_out
 
 DRAWS = 60
 

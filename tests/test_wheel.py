@@ -27,6 +27,7 @@ def test_wheel_builds_a_smaller_model_from_any_folder(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     for needed in (
         "sspcompile/embedded/model/model.safetensors",
+        "sspcompile/embedded/questions.jsonl",
         "sspcompile/recipes/domains/chemistry.yaml",
         "sspcompile/recipes/scenarios/chemistry-helpdesk.yaml",
         "sspcompile/slicing/modeling_sspcompile.py",
@@ -34,7 +35,9 @@ def test_wheel_builds_a_smaller_model_from_any_folder(tmp_path):
         "sspcompile/export/card.md",
     ):
         assert needed in names
-    assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
+    assert not [name for name in names if name.startswith(("training/", "tests/", "benchmarks/"))]
+    modules = {name for name in names if name.startswith("sspcompile/embedded/") and name.endswith(".py")}
+    assert modules == {"sspcompile/embedded/__init__.py", "sspcompile/embedded/questions.py"}
     run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
     python = tmp_path / "venv" / "bin" / "python"
     run(python, "-m", "pip", "-q", "install", "--constraint", REPOSITORY / "constraints.txt", wheel, cwd=tmp_path)
@@ -45,5 +48,7 @@ def test_wheel_builds_a_smaller_model_from_any_folder(tmp_path):
     assert report["budget"]["keep_achieved"] <= 0.5
     run(command, "export", cwd=elsewhere)
     run(command, "verify", cwd=elsewhere)
+    asked = json.loads(run(command, "eval", "--items", "12", "--json", cwd=elsewhere))
+    assert asked["dense"]["exact_match"] > 0.5
     bench = json.loads(run(command, "bench", "--quick", "--json", cwd=elsewhere))
     assert {contender["name"] for contender in bench["contenders"]} == {"dense", "sliced"}

@@ -1,76 +1,199 @@
-"""What `eval` compares: a finished model folder and the dense model that it was cut from."""
+"""What an argument names: a build, a cut, an export or a model folder. Every command asks here."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from sspcompile.api.verifying import dense_of
+from sspcompile.checkpoint import Manifest, check_manifest, locate
+from sspcompile.checkpoint.locate import EMBEDDED, is_hub_name
 from sspcompile.checkpoint.manifest import NAME as MANIFEST
-from sspcompile.checkpoint.manifest import check_manifest
-from sspcompile.errors import InputError
-from sspcompile.model.decoder import LoadedModel, TextModel
+from sspcompile.errors import ArtifactError, InputError
+from sspcompile.model.chat import PLAIN, Rendering, rendering_of
+from sspcompile.model.context import shortest_context
+from sspcompile.model.decoder import LanguageModel, LoadedModel
 from sspcompile.model.dense import DenseModel, open_dense
 from sspcompile.model.loading import load_cut
-from sspcompile.model.onnx_text import OnnxText, is_onnx, load_onnx
-from sspcompile.slicing.configuration import ships_code
-from sspcompile.workspace import MASK, MODEL, Workspace
+from sspcompile.model.onnx_text import is_onnx, load_onnx
+from sspcompile.model.vocabulary import same_tokens
+from sspcompile.request.request import built_request
+from sspcompile.slicing.configuration import MODELING_FILE, ships_code
+from sspcompile.workspace import MASK, MODEL, RECIPE, Workspace
+
+Kind = Literal["build", "cut", "export", "model"]
+KINDS: dict[Kind, str] = {
+    "build": "a build",
+    "cut": "a cut that `sspcompile slice` wrote",
+    "export": "an export",
+    "model": "a model folder",
+}
 
 
 @dataclass(frozen=True)
-class Contenders:
-    """`artifact` is the folder with mask and recipe, None for an exported or a plain model folder."""
+class Named:
+    """What an argument names. `folder` was named; `model` is the folder in it that a runtime loads."""
 
-    name: str
+    kind: Kind
+    folder: Path
     model: Path
-    custom_code: bool
-    artifact: Path | None
-    dense: DenseModel
 
     @property
-    def folders(self) -> tuple[tuple[Path, bool], tuple[Path, bool]]:
-        """The dense model and this one, each with whether code in its folder may run."""
-        return (self.dense.checkpoint.path, False), (self.model, self.custom_code)
+    def name(self) -> str:
+        return self.folder.resolve().name
 
-    def load(self) -> tuple[LoadedModel, TextModel | OnnxText]:
-        """Both in memory.
+    @property
+    def onnx(self) -> bool:
+        """Whether ONNX Runtime loads it, rather than transformers."""
+        return is_onnx(self.model)
+
+    @property
+    def custom_code(self) -> bool:
+        """Whether it loads with the class that this version of sspcompile ships. Raises ArtifactError for an altered
+        one; what a plain model folder brings along is not ours."""
+        if self.kind == "model" and not (self.model / MODELING_FILE).is_file():
+            return False
+        return ships_code(self.model)
+
+    def manifest(self) -> Manifest:
+        """The manifest, held against the files. Raises ArtifactError."""
+        return check_manifest(self.folder)
+
+    def dense(self, given: str | None = None, *, option: str = "--model") -> DenseModel:
+        """The model that it was cut or exported from: at `given`, which the command calls `option`, or where it was.
+
+        Raises ArtifactError for another model than that, and InputError where nothing says which one it was.
+        """
+        if self.kind == "model":
+            if given is None:
+                raise InputError(
+                    f"{self.folder} does not say what it was cut from.", hint=f"Name the dense model with {option}."
+                )
+            return open_dense(given)
+        return dense_of(self.folder, self.manifest(), given, option=option)
+
+
+@dataclass(frozen=True)
+class CutModel:
+    """A finished model and the dense one behind it: what `eval` and `bench` compare."""
+
+    found: Named
+    dense: DenseModel
+    rendering: Rendering = PLAIN
+
+    @property
+    def name(self) -> str:
+        return self.found.name
+
+    @property
+    def build(self) -> Path | None:
+        """The artifact's folder; None for anything but a build."""
+        return self.found.folder if self.found.kind == "build" else None
+
+    @property
+    def positions(self) -> int | None:
+        """The longest text that both models can read, in tokens; None where neither says."""
+        return shortest_context([self.dense.checkpoint.path, self.found.model])
+
+    def load(self) -> tuple[LoadedModel, LanguageModel]:
+        """Both in memory, the dense one first.
 
         Raises InputError when their tokenizers differ, because their tokens could not be compared, and for an export
         that cannot score a text.
         """
-        sliced: TextModel | OnnxText
-        if is_onnx(self.model):
-            sliced = load_onnx(self.model, spin=False)
-            sliced.session.demand_all_logits()
+        cut: LanguageModel
+        if self.found.onnx:
+            export = load_onnx(self.found.model, spin=False, rendering=self.rendering)
+            export.session.demand_all_logits()
+            cut = export
         else:
-            sliced = load_cut(self.model, trust_remote_code=self.custom_code)
-        dense = self.dense.load()
-        if dense.tokenizer.get_vocab() != sliced.tokenizer.get_vocab() or dense.vocab != sliced.vocab:
+            cut = load_cut(self.found.model, trust_remote_code=self.found.custom_code, rendering=self.rendering)
+        dense = self.dense.load(rendering=self.rendering)
+        if dense.vocab != cut.vocab or not same_tokens(dense.tokenizer, cut.tokenizer, dense.vocab):
             raise InputError(
-                f"{self.model} and {self.dense.name} have different tokenizers.",
+                f"{self.found.model} and {self.dense.name} have different tokenizers.",
                 hint="Compare a model with the one that it was cut from.",
             )
-        return dense, sliced
+        return dense, cut
 
 
-def find_contenders(
-    given: str | None, against: str | None, workspace: Workspace, *, option: str = "--against"
-) -> Contenders:
-    """An artifact (by folder, by name, or the last one), an exported folder, or a plain folder with `against`.
+def cut_model(
+    argument: str | None, dense: str | None, workspace: Workspace, *, option: str, rendering: Rendering | None = None
+) -> CutModel:
+    """What an argument names, with the model behind it: at `dense`, which the command calls `option`, or where it was.
 
-    `against` is the dense model, which the command calls `option`; None is where the build found it.
-
-    Raises ArtifactError for damaged files or another dense model, InputError for a plain folder without `against`.
+    Without a `rendering`, prompts become text as they did in the build. Raises what `named` and `Named.dense` raise.
     """
-    folder = Path(given) if given is not None else None
-    if folder is None or not (folder / "config.json").is_file() or (folder / MASK).is_file():
-        folder = workspace.find(given)
-        dense = dense_of(folder, check_manifest(folder), against)
-        return Contenders(folder.name, folder / MODEL, ships_code(folder / MODEL), folder, dense)
-    if (folder / MANIFEST).is_file():
-        dense = dense_of(folder, check_manifest(folder), against)
-    elif against is not None:
-        dense = open_dense(against)
-    else:
-        raise InputError(f"{folder} does not say what it was cut from.", hint=f"Name the dense model with {option}.")
-    return Contenders(folder.resolve().name, folder, ships_code(folder), None, dense)
+    found = named(argument, workspace)
+    return with_dense(found, dense, option=option, rendering=rendering)
+
+
+def with_dense(
+    found: Named, dense: str | None, *, option: str = "--model", rendering: Rendering | None = None
+) -> CutModel:
+    """As `cut_model`, for what was found already."""
+    if rendering is None:
+        built = found.kind == "build"
+        rendering = rendering_of(built_request(found.folder / RECIPE).options) if built else PLAIN
+    return CutModel(found, found.dense(dense, option=option), rendering)
+
+
+def named(argument: str | None, workspace: Workspace) -> Named:
+    """What an argument names: a folder, a build by its name, a hub name, `embedded`; None names the last build.
+
+    Raises ArtifactError for what is none of these, and CheckpointError for a hub name that cannot be fetched.
+    """
+    if argument is None:
+        return _recognised(workspace.last()) or _refuse(str(workspace.last()))
+    places = (Path(argument).expanduser(), workspace.artifact(argument))
+    found = next((one for place in places if (one := _recognised(place)) is not None), None)
+    if found is not None:
+        return found
+    if argument == EMBEDDED or (is_hub_name(argument) and not places[0].exists()):
+        folder = locate(argument)
+        return Named("model", folder, folder)
+    return _refuse(argument)
+
+
+def _recognised(folder: Path) -> Named | None:
+    if (folder / MASK).is_file() and (folder / MODEL / "config.json").is_file():
+        return Named("build", folder, folder / MODEL)
+    if is_onnx(folder):
+        return Named("export", folder, folder)
+    if not (folder / "config.json").is_file():
+        return None
+    if (folder / MASK).is_file():
+        return Named("cut", folder, folder)
+    return Named("export" if (folder / MANIFEST).is_file() else "model", folder, folder)
+
+
+def _refuse(argument: str) -> Named:
+    raise ArtifactError(
+        f"{argument} is neither a build, a cut, an export nor a model folder.",
+        hint="Name a folder that `sspcompile build`, `slice` or `export` wrote, or one with config.json and weights.",
+    )
+
+
+def demand(found: Named, *kinds: Kind, command: str) -> Named:
+    """`found`, if `command` takes what it is. Raises InputError that says what it is and what would be taken."""
+    if found.kind in kinds:
+        return found
+    raise InputError(
+        f"{found.folder} is {KINDS[found.kind]}, and `sspcompile {command}` does not take it.",
+        hint=f"It takes {', or '.join(KINDS[kind] for kind in kinds)}.",
+    )
+
+
+def dense_of(folder: Path, manifest: Manifest, given: str | None, *, option: str = "--model") -> DenseModel:
+    """The dense model behind a finished folder: at `given`, or where its manifest says. Raises ArtifactError."""
+    source, place = (manifest.origin.get(key) for key in ("source", "source_name"))
+    if given is None and not isinstance(place, str):
+        raise ArtifactError(
+            f"The manifest of {folder} does not name the model behind it.", hint=f"Name that model with {option}."
+        )
+    dense = open_dense(given or str(place))
+    if isinstance(source, str) and dense.fingerprint != source:
+        raise ArtifactError(
+            f"{dense.name} is not the model that {folder} was made from.", hint=f"Name that model with {option}."
+        )
+    return dense

@@ -8,15 +8,15 @@ from typing import Any
 
 import sspcompile
 from sspcompile.api.outcome import Outcome
+from sspcompile.checkpoint.source import not_carried
 from sspcompile.export.card import licence_of
 from sspcompile.model.divergence import Divergence, compare_divergences
-from sspcompile.proof.parity import TOLERANCE
 from sspcompile.repair.repair import MIN_PROMPTS
 from sspcompile.report.build import quality_row
+from sspcompile.report.heads import mask_section
 from sspcompile.report.model import (
     BudgetSection,
     LayoutSection,
-    MaskSection,
     Pair,
     ParitySection,
     QualityRow,
@@ -29,8 +29,8 @@ from sspcompile.report.model import (
 )
 from sspcompile.request.domains import pools_fingerprint
 from sspcompile.request.pools import pools_of
+from sspcompile.request.prompts import told
 from sspcompile.select.scoring import HeadScores
-from sspcompile.slicing.mask import HeadMask
 from sspcompile.slicing.plan import SlicePlan
 from sspcompile.workspace import RECIPE
 
@@ -40,30 +40,33 @@ ORIGIN_SHOWN = ("sspcompile", "source", "pools", "seed")
 
 def report_of(outcome: Outcome) -> Report:
     """Everything known about a build before it is benchmarked."""
-    compiled, mixture = outcome.compiled, outcome.compiled.mixture
+    selection, scenario = outcome.selection, outcome.request.scenario
+    reading, mask = selection.reading, selection.mask
+    mixture = reading.mixture
     return Report(
-        title=f"{compiled.scenario.name}: {outcome.mask.keep_achieved:.1%} of the attention heads kept",
-        model=outcome.subject.name,
+        title=f"{scenario.name}: {mask.keep_achieved:.1%} of the attention heads kept",
+        model=outcome.dense.name,
         scenario=ScenarioSection(
-            name=compiled.scenario.name,
-            source=compiled.scenario.source,
-            text=compiled.scenario.text,
-            prompts=compiled.scenario.prompts,
+            name=scenario.name,
+            source=scenario.source,
+            text=scenario.text,
+            prompts=tuple(map(told, scenario.prompts)),
             mixture={name: float(w) for name, w in zip(mixture.domains, mixture.weights, strict=True)},
             unknown=mixture.unknown,
             breadth=mixture.breadth,
         ),
-        mask=mask_section(outcome.mask),
+        mask=mask_section(mask),
         budget=BudgetSection(
-            keep_requested=compiled.keep, keep_achieved=outcome.mask.keep_achieved, strength=outcome.options.strength
+            keep_requested=reading.keep, keep_achieved=mask.keep_achieved, strength=outcome.request.options.strength
         ),
         layout=_layout(outcome),
         parity=ParitySection(
             max_difference=outcome.parity.max_difference,
             logit_scale=outcome.parity.logit_scale,
-            tolerance=TOLERANCE,
-            texts_equal=outcome.parity.same_text,
-            after_repair=outcome.decision.chosen.final_repair is not None,
+            tolerance=outcome.parity.bound,
+            dtype=outcome.parity.dtype,
+            texts_equal=None if outcome.parity.layerwise else outcome.parity.same_text,
+            after_repair=selection.repair is not None,
         ),
         repair=_repair(outcome),
         quality=tuple(_quality(outcome)),
@@ -77,22 +80,6 @@ def report_of(outcome: Outcome) -> Report:
     )
 
 
-def mask_section(mask: HeadMask) -> MaskSection:
-    """The mask as the heat map reads it."""
-    protected = mask.as_array() & False
-    for layer, head in mask.whitelist:
-        protected[layer, head] = True
-    return MaskSection(
-        layers=mask.layers,
-        heads=mask.heads,
-        kv_heads=mask.kv_heads,
-        kept=mask.kept,
-        scores=mask.scores,
-        whitelist=tuple(map(tuple, protected.tolist())),
-        criterion=mask.criterion,
-    )
-
-
 def _row(
     name: str, figures: Divergence, role: Role, reference: Divergence, off: Divergence | None = None
 ) -> QualityRow:
@@ -102,18 +89,17 @@ def _row(
 
 def _quality(outcome: Outcome) -> Iterator[QualityRow]:
     """Ours first; the baselines have the same budget, layout and repair."""
-    chosen = outcome.decision.chosen
+    chosen = outcome.selection.decision.chosen
     ours = chosen.final.judge
-    yield _row("this build", ours, "ours", ours, outcome.ours.off)
+    yield _row("this build", ours, "ours", ours, outcome.selection.cost.off)
     if chosen.final is not chosen.plain:
         yield _row("this build, without repair", chosen.plain.judge, "other", ours)
-    for name, figures in outcome.baselines.items():
-        role: Role = "random" if name.startswith("random") else "domain-free" if "free" in name else "criterion"
-        yield _row(name, figures.own, role, ours, figures.off)
+    for other in outcome.selection.baselines:
+        yield _row(other.name, other.cost.own, other.role, ours, other.cost.off)
 
 
 def _layout(outcome: Outcome) -> LayoutSection:
-    decision = outcome.decision
+    decision = outcome.selection.decision
     reference = decision.chosen.final.judge
     figures = tuple(
         _row(f"{layout} ({candidate.choice.ratio:.1%} kept)", candidate.final.judge, layout, reference)
@@ -125,26 +111,26 @@ def _layout(outcome: Outcome) -> LayoutSection:
     elif decision.chosen.layout == "uniform":
         reason = "the uniform layout costs nothing measurable here, and loads with stock classes"
     else:
-        reason = f"the uniform layout diverges by {cost.mean:.3g} nats per token more on the guard texts"
+        reason = f"the uniform layout diverges by {cost.value:.3g} nats per token more on the guard texts"
     return LayoutSection(
-        requested=outcome.options.layout or "auto", chosen=decision.chosen.layout, figures=figures, reason=reason
+        requested=outcome.request.options.layout, chosen=decision.chosen.layout, figures=figures, reason=reason
     )
 
 
 def _repair(outcome: Outcome) -> RepairSection:
-    chosen = outcome.decision.chosen
-    if outcome.options.repair == "none":
+    chosen = outcome.selection.decision.chosen
+    if outcome.request.options.repair == "none":
         return RepairSection(used=False, reason="switched off with --repair none")
-    if chosen.mended is None:
-        few = outcome.evidence["fit"] < MIN_PROMPTS
+    if chosen.with_repair is None:
+        few = len(outcome.selection.splits.fit) < MIN_PROMPTS
         return RepairSection(
             used=False, reason=f"fewer than {MIN_PROMPTS} texts to fit it on" if few else "nothing was removed"
         )
     return RepairSection(
         used=chosen.keeps_repair,
         reason=None if chosen.keeps_repair else "it made the guard texts worse",
-        kl_before=chosen.plain.judge.mean_kl,
-        kl_after=chosen.mended.judge.mean_kl,
+        kl_before=chosen.plain.judge.mean_kl.value,
+        kl_after=chosen.with_repair.judge.mean_kl.value,
     )
 
 
@@ -157,7 +143,7 @@ def _sizes(plan: SlicePlan) -> SizesSection:
 
 
 def _notes(outcome: Outcome) -> Iterator[str]:
-    e = outcome.evidence
+    e = outcome.selection.splits.counts()
     yield (
         f"Chosen and repaired on {e['fit']} texts ({e['own_fit']} of the scenario's own); layout and repair decided on "
         f"{e['guard']} others ({e['own_guard']} own); judged on {e['judge']} that decided nothing ({e['own_judge']} "
@@ -165,9 +151,9 @@ def _notes(outcome: Outcome) -> Iterator[str]:
     )
     if e["off"]:
         yield f"Off domain are {e['off']} held-out pool prompts of the domains that the scenario is not about."
-    yield _importance(outcome.compiled.scores)
-    if outcome.compiled.without:
-        yield f"Switched off with --without: {', '.join(outcome.compiled.without)}."
+    yield _importance(outcome.selection.reading.scores)
+    if without := outcome.request.options.without:
+        yield f"Switched off with --without: {', '.join(without)}."
     calibration = outcome.toolkit.meta.get("calibration", {})
     for regime in calibration.get("uncalibrated", []):
         yield f"The probes are not calibrated for the {regime} regime."
@@ -193,12 +179,13 @@ def origin_of(outcome: Outcome) -> dict[str, Any]:
     """What the artifact was made from; the same origin gives the same bytes."""
     return {
         "sspcompile": sspcompile.__version__,
-        "source": outcome.subject.fingerprint,
-        "source_name": outcome.subject.place,
-        "licence": licence_of(outcome.subject.checkpoint.path),
-        "pools": pools_fingerprint(pools_of(outcome.options).candidates),
-        "seed": outcome.options.seed,
+        "source": outcome.dense.fingerprint,
+        "source_name": outcome.dense.place,
+        "licence": licence_of(outcome.dense.checkpoint.path),
+        "left_out": not_carried(outcome.dense.checkpoint.path),
+        "pools": pools_fingerprint(pools_of(outcome.request.options).candidates),
+        "seed": outcome.request.options.seed,
         "versions": outcome.toolkit.meta.get("versions", {}),
-        "evidence": dict(outcome.evidence),
+        "evidence": outcome.selection.splits.counts(),
         "min_prompts_for_repair": MIN_PROMPTS,
     }

@@ -22,9 +22,11 @@ from sspcompile.bench.metrics import METRICS
 from sspcompile.bench.process import Worker
 from sspcompile.bench.ratios import Ratio, compare_all
 from sspcompile.bench.roofline import Prediction, Roofline, predict, roofline
-from sspcompile.errors import CheckpointError, InputError
+from sspcompile.checkpoint.settings import read_generation, read_json
+from sspcompile.errors import InputError
 from sspcompile.intervals import Summary, summarize
-from sspcompile.progress import Steps, no_steps
+from sspcompile.model.context import context_of
+from sspcompile.progress import Progress, silent
 
 SCHEMA_VERSION = 2
 # What the bandwidth is measured on is at most this large; beyond, no cache of any machine plays a part.
@@ -88,7 +90,8 @@ class BenchResult:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values only; with the definition and unit of every metric that occurs."""
-        used = {name for c in self.contenders for part in (c, *c.loads) for name in part.metrics}
+        own = {name for c in self.contenders for name in c.metrics}
+        used = own | {name for c in self.contenders for load in c.loads for name in load.metrics}
         definitions = {n: {"unit": m.unit, "definition": m.definition} for n, m in METRICS.items() if n in used}
         return {"schema_version": SCHEMA_VERSION, **json.loads(json.dumps(asdict(self))), "definitions": definitions}
 
@@ -97,13 +100,13 @@ def bench(
     contenders: Sequence[Contender],
     settings: Settings,
     *,
-    progress: Steps = no_steps,
+    progress: Progress = silent,
     done: Sequence[Session] = (),
     keep: Callable[[Session], None] = lambda _: None,
 ) -> BenchResult:
     """Measure the contenders in turn, A B A B, B A B A; the first one is the reference of all others.
 
-    `progress` hears trials done and trials in all. `done` are sessions of an earlier run
+    `progress` hears what comes next, trials done, and trials in all. `done` are sessions of an earlier run
     with the same contenders and settings, `keep` gets each new one. Raises InputError for settings or folders that
     cannot be measured (before any process starts, where the folder alone tells), RunError when a worker dies.
     """
@@ -130,19 +133,14 @@ def check(contenders: Sequence[Contender], settings: Settings) -> None:
 
 
 def _check_folder(contender: Contender, settings: Settings) -> None:
-    file = contender.path / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"{contender.path} has no config.json.", hint="Give a model folder.")
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except ValueError:
-        raise CheckpointError(f"{file} is not JSON.", hint="Give a model folder.") from None
+    config = read_json(contender.path / "config.json")
+    read_generation(contender.path)
     # Other code that a folder names is not run: the stock class of its model_type loads it.
     if contender.runtime == "hf" and config.get("per_layer_config") and not contender.trust_remote_code:
         raise InputError(f"{contender.path} is loaded by the class in it.", hint="Name the artifact, or its export.")
-    limit = config.get("max_position_embeddings")
+    limit = context_of(contender.path)
     for load in settings.loads:
-        if isinstance(limit, int) and load.positions > limit:
+        if limit is not None and load.positions > limit:
             raise InputError(
                 f"{load.prompt_tokens} + {load.new_tokens} tokens exceed {contender.name}'s {limit} positions.",
                 hint="Lower --prompt-tokens or --new-tokens.",
@@ -150,7 +148,7 @@ def _check_folder(contender: Contender, settings: Settings) -> None:
 
 
 def _session(
-    workers: Sequence[Worker], contenders: Sequence[Contender], settings: Settings, number: int, say: Steps
+    workers: Sequence[Worker], contenders: Sequence[Contender], settings: Settings, number: int, say: Progress
 ) -> Session:
     """All loads of all contenders, each in a fresh process; the order is turned from session to session."""
     order = list(zip(workers, contenders, strict=True))
@@ -160,17 +158,17 @@ def _session(
     ticks = itertools.count(number * total)
     found: Session = {}
     for group in [order] if fit_together(contenders, settings.device) else [[one] for one in order]:
-        found |= _group(group, settings, lambda: say(next(ticks), settings.sessions * total))
+        found |= _group(group, settings, lambda what: say(what, next(ticks), settings.sessions * total))
     meter = next((w for w, c in order if c.runtime == "hf"), order[0][0])
     size = min(LARGEST_READ, int(_bytes_per_step(contenders[0], found[contenders[0].name], settings.loads[0])))
     with meter.session():
         read = meter.ask("bandwidth", size=size, threads=settings.threads, device=settings.device)
-    say((number + 1) * total, settings.sessions * total)
+    say("done", (number + 1) * total, settings.sessions * total)
     return found | {"bandwidth": read["bytes_per_second"]}
 
 
 def _group(
-    group: Sequence[tuple[Worker, Contender]], settings: Settings, say: Callable[[], None]
+    group: Sequence[tuple[Worker, Contender]], settings: Settings, say: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
     """Contenders that are in memory at once take turns, trial by trial."""
     found: dict[str, dict[str, Any]] = {}
@@ -179,9 +177,9 @@ def _group(
             stack.enter_context(worker.session())
             found[contender.name] = {"facts": _load(worker, contender, settings), "trials": {}}
         for load in settings.loads:
-            for _ in range(settings.warmup + settings.trials):
+            for trial in range(settings.warmup + settings.trials):
                 for worker, contender in group:
-                    say()
+                    say(f"{'warm-up' if trial < settings.warmup else 'trial'} of {contender.name}")
                     trials = found[contender.name]["trials"].setdefault(load.label, [])
                     trials.append(worker.ask("trial", **asdict(load)))
         for worker, contender in group:
@@ -229,16 +227,13 @@ def _capacity(result: ContenderResult, settings: Settings) -> Capacity:
         weight_bytes=result.metrics["weight_bytes"].median,
         kv_bytes_per_token=result.metrics["kv_bytes_per_token"].median,
         tokens=settings.loads[-1].positions,
-        positions=_positions(Path(result.path)),
+        positions=context_of(Path(result.path)),
     )
 
 
-def _positions(folder: Path) -> int | None:
-    limit = json.loads((folder / "config.json").read_text("utf-8")).get("max_position_embeddings")
-    return limit if isinstance(limit, int) else None
-
-
-def _pairs(results: Sequence[ContenderResult], other: ContenderResult) -> Iterator[tuple[ContenderResult, ...]]:
+def _pairs(
+    results: Sequence[ContenderResult], other: ContenderResult
+) -> Iterator[tuple[ContenderResult, ContenderResult]]:
     """With the first of all, and with the first of its own runtime."""
     first = next(result for result in results if result.runtime == other.runtime)
     for reference in dict.fromkeys((results[0].name, first.name)):

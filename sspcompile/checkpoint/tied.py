@@ -12,7 +12,7 @@ from sspcompile.errors import CheckpointError
 from sspcompile.families import Geometry
 
 if TYPE_CHECKING:
-    from sspcompile.checkpoint.source import TensorInfo
+    from sspcompile.checkpoint.headers import TensorInfo
 
 CHUNK_BYTES = 16 << 20
 

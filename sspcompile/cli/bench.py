@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 
 import click
 
-from sspcompile.cli.options import COUNTS, byte_size, here, json_option, model_option, quiet_option
+from sspcompile.cli.options import COUNTS, byte_size, json_option, model_option, quiet_option, workspace
 
 
 @click.command(
@@ -87,12 +86,11 @@ def bench(
     Each contender runs in processes of its own, in alternation, with equal threads; every sample is kept in bench.json.
     ARTIFACT may also be an exported folder. Without one, the last build is measured.
     """
-    from sspcompile.api.benching import Wish
-    from sspcompile.api.benching import bench as run
+    from sspcompile.api.bench import BenchRequest
+    from sspcompile.api.bench import bench as run
     from sspcompile.cli.progress import stages
-    from sspcompile.workspace import Workspace
 
-    wish = Wish(
+    request = BenchRequest.of(
         quick=quick,
         runtimes=_runtimes(runtimes),
         batch=batch,
@@ -105,16 +103,7 @@ def bench(
         memory=byte_size(memory, "--memory"),
     )
     with stages(quiet) as progress:
-        done = run(
-            artifacts or (None,),
-            wish,
-            Workspace(here()),
-            os.cpu_count() or 1,
-            against=against,
-            model=model,
-            fresh=fresh,
-            progress=progress,
-        )
+        done = run(artifacts or (None,), request, workspace(), progress, against=against, model=model, fresh=fresh)
     if as_json:
         click.echo(json.dumps(done.result.to_json(), indent=1))
         return
@@ -126,7 +115,7 @@ def bench(
 
 
 def _runtimes(given: str) -> tuple[str, ...]:
-    from sspcompile.api.benching import RUNTIMES
+    from sspcompile.api.bench import RUNTIMES
     from sspcompile.errors import InputError
 
     wanted = tuple(dict.fromkeys(part.strip() for part in given.split(",")))

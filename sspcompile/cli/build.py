@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,14 @@ import click
 
 from sspcompile.cli.options import (
     build_options,
-    here,
     json_option,
     overwrite_option,
     quiet_option,
-    refuse_hopeless,
-    request,
+    request_of,
+    say_left_out,
+    warn,
     warn_unknown,
+    workspace,
 )
 
 # What a build prints by itself; the whole report is in the files, or printed with --verbose.
@@ -66,32 +66,35 @@ def build(
     if sweep is not None:
         _sweep(sweep, scenario, out, overwrite, not no_bench, dry_run, as_json, quiet, given)
         return
-    read, options = request(scenario, given)
+    request = request_of(scenario, given)
     from sspcompile.checkpoint.publish import refuse_existing
     from sspcompile.request.recipe import dump_recipe
-    from sspcompile.workspace import Workspace
 
-    workspace = Workspace(here())
-    out = out or workspace.artifact(read.name)
+    out = out or workspace().artifact(request.scenario.name)
     refuse_existing(out, overwrite=overwrite)
+    from sspcompile.api.refusing import refuse_hopeless, warnings_of
     from sspcompile.model.dense import open_dense
 
-    subject = open_dense(options.model)
-    refuse_hopeless(read, subject, options)
+    dense = open_dense(request.options.model)
+    refuse_hopeless(request, dense, weights=not dry_run)
+    for warning in warnings_of(request, dense):
+        warn(warning)
     if dry_run:
-        as_data = json.dumps(options.model_dump(mode="json", exclude_none=True), indent=1) + "\n"
-        click.echo(as_data if as_json else dump_recipe(options), nl=False)
+        recipe = request.recipe()
+        as_data = json.dumps(recipe.model_dump(mode="json", exclude_none=True), indent=1) + "\n"
+        click.echo(as_data if as_json else dump_recipe(recipe), nl=False)
         return
-    from sspcompile.api.building import build as run
+    from sspcompile.api.build import build as run
     from sspcompile.cli.progress import stages
 
     with stages(quiet) as progress:
-        outcome = run(read, options, subject, out, workspace, progress, overwrite=overwrite)
-    warn_unknown(outcome.compiled.mixture)
-    from sspcompile.api.reporting import report_of
+        outcome = run(request, dense, out, workspace(), progress, overwrite=overwrite)
+    warn_unknown(outcome.selection.reading.mixture)
+    from sspcompile.api.reporting import origin_of, report_of
     from sspcompile.cli.tables import print_report
 
     print_report(report_of(outcome), as_json=as_json, only=None if verbose else SUMMARY)
+    say_left_out(origin_of(outcome)["left_out"], quiet=quiet)
     click.echo(f"Written to {out}; the whole report is {out / 'report.html'}. Next: sspcompile bench", err=True)
 
 
@@ -106,43 +109,26 @@ def _sweep(
     quiet: bool,
     given: dict[str, Any],
 ) -> None:
-    from sspcompile.api.sweeping import FRONTIER, read_axis
-    from sspcompile.api.sweeping import sweep as run
-    from sspcompile.errors import InputError
+    from sspcompile.api.refusing import refuse_hopeless
+    from sspcompile.api.sweep import FRONTIER, read_axis, refuse_clash
+    from sspcompile.api.sweep import sweep as run
     from sspcompile.model.dense import open_dense
-    from sspcompile.workspace import Workspace
 
     axis = read_axis(text)
-    clash = next(
-        (n for n in ("keep", "strength") if given.get(n) is not None and axis.option in ("keep", "strength")),
-        axis.option if given.get(axis.option) is not None else None,
-    )
-    if clash:
-        raise InputError(f"--{clash} and --sweep {axis.option} exclude each other.", hint="Leave one of them out.")
-    requests = [request(scenario, given | {axis.option: axis.value(value)}) for value in axis.values]
-    workspace = Workspace(here())
-    out = out or workspace.artifact(f"{requests[0][0].name}-sweep")
-    subject = open_dense(requests[0][1].model)
-    for read, options in requests:
-        refuse_hopeless(read, subject, options)
+    refuse_clash(axis, given)
+    requests = [request_of(scenario, given | {axis.option: axis.value(value)}) for value in axis.values]
+    out = out or workspace().artifact(f"{requests[0].scenario.name}-sweep")
+    dense = open_dense(requests[0].options.model)
+    for request in requests:
+        refuse_hopeless(request, dense, weights=not dry_run)
     if dry_run:
         click.echo("\n".join(str(out / f"{axis.option}-{value}") for value in axis.values))
         return
     from sspcompile.cli.progress import stages
 
     with stages(quiet) as progress:
-        points = run(
-            axis,
-            requests,
-            subject,
-            out,
-            workspace,
-            os.cpu_count() or 1,
-            progress,
-            overwrite=overwrite,
-            measured=measured,
-        )
-    from sspcompile.report.points import frontier_page, render_points
+        points = run(axis, requests, dense, out, workspace(), progress, overwrite=overwrite, measured=measured)
+    from sspcompile.report.comparison import frontier_page, render_points
 
     if as_json:
         click.echo(render_points(points), nl=False)

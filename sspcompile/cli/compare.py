@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from sspcompile.cli.options import here, json_option, overwrite_option
+from sspcompile.cli.options import json_option, overwrite_option, workspace
 
 
 @click.command(
@@ -27,12 +27,11 @@ def compare(artifacts: tuple[str, ...], out: Path | None, overwrite: bool, as_js
 
     Nothing is measured anew: run `sspcompile bench` on them first, together, so that their speeds compare.
     """
-    from sspcompile.api.comparing import compare as run
-    from sspcompile.api.comparing import write_comparison
-    from sspcompile.report.points import comparison_page, render_points
-    from sspcompile.workspace import Workspace
+    from sspcompile.api.compare import compare as run
+    from sspcompile.api.compare import write_comparison
+    from sspcompile.report.comparison import comparison_page, render_points
 
-    points = run(artifacts, Workspace(here()))
+    points = run(artifacts, workspace())
     if out is not None:
         write_comparison(points, out, overwrite=overwrite)
     if as_json:

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sspcompile.cli.options import here, json_option, quiet_option, scenario_option
+from sspcompile.cli.options import build_option, json_option, quiet_option, scenario_option, workspace
 
 if TYPE_CHECKING:
-    from sspcompile.api.arguments import Contenders
     from sspcompile.evaluate.harness import HarnessRow
 
 
@@ -35,7 +34,8 @@ Examples:
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="PATH",
-    help="A .jsonl file with prompt and answer, or XDomainBench .json files or a folder of them; may be repeated.",
+    help="A .jsonl file of prompts with answers or of messages, XDomainBench .json files, or a folder of them; "
+    "may be repeated.",
 )
 @scenario_option
 @click.option(
@@ -43,8 +43,15 @@ Examples:
 )
 @click.option("--items", type=click.IntRange(1), metavar="N", help="At most N prompts per suite (100; all of --data).")
 @click.option("--batch-size", type=click.IntRange(1), default=32, metavar="N", help="Sequences at once (32).")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=32, metavar="N", help="Tokens of an answer (32).")
-@click.option("--max-tokens", type=click.IntRange(8), default=512, metavar="N", help="Tokens read of a prompt (512).")
+@click.option("--max-new-tokens", type=click.IntRange(1), metavar="N", help="Tokens of an answer (32).")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(8),
+    metavar="N",
+    help="Tokens read of a prompt (512, or what the models have positions for).",
+)
+@build_option("chat_template")
+@build_option("raw")
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, metavar="N", help="Seed of every random choice (0).")
 @click.option("--lm-eval", "tasks", metavar="TASK[,TASK]", help="Run tasks of lm-evaluation-harness instead.")
 @click.option(
@@ -63,8 +70,10 @@ def evaluate(
     against: str | None,
     items: int | None,
     batch_size: int,
-    max_new_tokens: int,
-    max_tokens: int,
+    max_new_tokens: int | None,
+    max_tokens: int | None,
+    chat_template: str | None,
+    raw: bool | None,
     seed: int,
     tasks: str | None,
     tasks_folder: Path | None,
@@ -77,42 +86,31 @@ def evaluate(
     match and recall are given only where answers are known. ARTIFACT is an artifact, an exported folder, or with
     --against any model folder; without it, the last build.
     """
-    from sspcompile.api.arguments import find_contenders
-    from sspcompile.cli.progress import stages
-    from sspcompile.workspace import Workspace
-
-    workspace = Workspace(here())
     if tasks is not None:
-        from sspcompile.evaluate.harness import require_harness, run_harness
-
-        require_harness()
-        contenders = find_contenders(artifact, against, workspace)
-        names = [name.strip() for name in tasks.split(",") if name.strip()]
-        rows = run_harness(
-            contenders.folders, names, tasks_folder=tasks_folder, items=items, batch_size=batch_size, seed=seed
-        )
+        rows = _harness(artifact, against, tasks, tasks_folder, items, batch_size, seed)
         _print_harness(rows, as_json)
         return
-    from sspcompile.api.evaluating import evaluate as run
-    from sspcompile.evaluate.asking import Limits
+    from sspcompile.api.arguments import cut_model
+    from sspcompile.api.evaluate import evaluate as run
+    from sspcompile.cli.progress import stages
+    from sspcompile.evaluate.asking import limits_for
+    from sspcompile.model.chat import Rendering
 
-    contenders = find_contenders(artifact, against, workspace)
-    limits = Limits(max_tokens, max_new_tokens, batch_size)
-    with stages(quiet) as progress:
-        results = run(
-            contenders,
-            scenario=scenario,
-            data=data,
-            items=items,
-            limits=limits,
-            seed=seed,
-            workspace=workspace,
-            progress=progress,
+    rendering = Rendering(chat_template, bool(raw)) if raw or chat_template is not None else None
+    model = cut_model(artifact, against, workspace(), option="--against", rendering=rendering)
+    limits = limits_for(model.positions, max_tokens, max_new_tokens, batch_size)
+    if max_tokens is not None and limits.max_tokens < max_tokens:
+        click.echo(
+            f"Note: prompts are shortened to {limits.max_tokens} tokens: with {limits.new_tokens} of an answer, the "
+            f"longest text of the models has {limits.positions}.",
+            err=True,
         )
+    with stages(quiet) as progress:
+        results = run(model, workspace(), progress, scenario=scenario, data=data, items=items, limits=limits, seed=seed)
     if as_json:
         from sspcompile.evaluate.results import results_json
 
-        facts = {**_facts(contenders), "seed": seed, **asdict(limits)}
+        facts = {"artifact": str(model.found.folder), "dense_model": model.dense.name, "seed": seed, **asdict(limits)}
         click.echo(json.dumps(results_json(results, facts), indent=1))
         return
     from rich.console import Console
@@ -122,8 +120,24 @@ def evaluate(
     print_results(results, Console())
 
 
-def _facts(contenders: Contenders) -> dict[str, str]:
-    return {"artifact": str(contenders.artifact or contenders.model), "dense_model": contenders.dense.name}
+def _harness(
+    artifact: str | None,
+    against: str | None,
+    tasks: str,
+    tasks_folder: Path | None,
+    items: int | None,
+    batch_size: int,
+    seed: int,
+) -> Sequence[HarnessRow]:
+    from sspcompile.evaluate.harness import require_harness, run_harness
+
+    require_harness()
+    from sspcompile.api.arguments import cut_model
+
+    model = cut_model(artifact, against, workspace(), option="--against")
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    models = ((model.dense.checkpoint.path, False), (model.found.model, model.found.custom_code))
+    return run_harness(models, names, tasks_folder=tasks_folder, items=items, batch_size=batch_size, seed=seed)
 
 
 def _print_harness(rows: Sequence[HarnessRow], as_json: bool) -> None:

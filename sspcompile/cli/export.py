@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from sspcompile.cli.options import here, host_option, json_option, overwrite_option, quiet_option
+from sspcompile.cli.options import host_option, json_option, overwrite_option, quiet_option, say_left_out, workspace
 
 if TYPE_CHECKING:
-    from sspcompile.export.onnx import Blocks, Exported, Precision
+    from sspcompile.api.export import Published
+    from sspcompile.export.onnx import Precision
+    from sspcompile.export.onnx.agreement import Agreement
 
-FORMATS = ("hf", "onnx")
-ONNX_ONLY = (
-    "precision",
-    "block_size",
-    "accuracy_level",
-    "activations",
-    "keep_embeddings",
-    "context_length",
-    "last_logits",
-    "hard_link",
-    "model",
-)
+
+NOTICEABLE_BYTES, NOTICEABLE_SHARE = 1_000_000, 0.1
 
 
 @click.command(
@@ -57,12 +49,12 @@ Examples:
 )
 @click.option(
     "--block-size",
-    type=click.Choice(["16", "32", "64", "128", "256"]),
+    type=click.Choice([16, 32, 64, 128, 256]),
     help="ONNX in int8 or int4: how many inputs of a matrix share a scale (32).",
 )
 @click.option(
     "--accuracy-level",
-    type=click.Choice(["0", "1", "4"]),
+    type=click.Choice([0, 1, 4]),
     help="ONNX in int8 or int4: multiply in int8 (4, the default and fastest) or in floats (0, 1).",
 )
 @click.option(
@@ -77,9 +69,9 @@ Examples:
 )
 @click.option(
     "--context-length",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=2),
     metavar="N",
-    help="ONNX: make the graph for N positions instead of all that the model has.",
+    help="ONNX: make the graph for texts of at most N tokens instead of all positions that the model has.",
 )
 @click.option(
     "--last-logits",
@@ -97,10 +89,11 @@ def export(
     form: str,
     out: Path | None,
     host: str | None,
+    model: str | None,
     overwrite: bool,
     as_json: bool,
     quiet: bool,
-    **onnx: object,
+    **onnx: Any,
 ) -> None:
     """Write an artifact's model with a model card and a manifest; without ARTIFACT, the last build's.
 
@@ -108,116 +101,64 @@ def export(
     transformers computes them. int8 and int4 change them by design; what that costs is printed.
     """
     from sspcompile.errors import InputError
-    from sspcompile.workspace import Workspace
 
-    if form not in FORMATS:
-        raise InputError(f"There is no export format {form!r}.", hint=f"Accepted: {', '.join(FORMATS)}.")
-    if form == "onnx":
-        _refuse(host, "--host", "hf")
-        _to_onnx(artifact, out, overwrite, as_json, quiet, onnx)
-        return
-    for name in ONNX_ONLY:
-        _refuse(onnx[name], "--" + name.replace("_", "-"), "onnx")
-    workspace = Workspace(here())
-    folder = workspace.find(artifact)
-    out = out or workspace.exported / f"{folder.name}-{form}"
-    from sspcompile.export.hf import export_hf
-    from sspcompile.slicing.hosts import named_host
-
-    manifest = export_hf(folder, out, host=named_host(host), overwrite=overwrite)
-    _say(folder, out, {name: entry["size"] for name, entry in manifest.files.items()}, as_json, {})
-
-
-def _refuse(value: object, option: str, form: str) -> None:
-    from sspcompile.errors import InputError
-
-    if value:
-        raise InputError(f"{option} belongs to --format {form}.", hint=f"Leave it out, or add --format {form}.")
-
-
-def _to_onnx(
-    artifact: str | None, out: Path | None, overwrite: bool, as_json: bool, quiet: bool, onnx: dict[str, object]
-) -> None:
-    from sspcompile.checkpoint.publish import refuse_existing
-    from sspcompile.cli.progress import stages
-    from sspcompile.errors import InputError
-    from sspcompile.workspace import Workspace
-
-    workspace = Workspace(here())
-    model = onnx["model"]
+    if model is not None and form == "hf":
+        raise InputError("--model belongs to --format onnx.", hint="Leave it out, or add --format onnx.")
     if model is not None and artifact is not None:
         raise InputError("ARTIFACT and --model exclude each other.", hint="Name one of them.")
-    precision, blocks = _rounding(onnx)
-    from sspcompile.api.exporting import of_artifact, of_checkpoint, to_onnx
+    from sspcompile.api.arguments import named
+    from sspcompile.api.export import ExportRequest
+    from sspcompile.api.export import export as run
+    from sspcompile.cli.progress import stages
 
-    folder = Path(str(model)) if model is not None else workspace.find(artifact)
-    out = out or workspace.exported / f"{folder.name}-onnx{'' if precision.name == 'fp32' else '-' + precision.name}"
-    refuse_existing(out, overwrite=overwrite)
+    request = ExportRequest(form, host, **onnx)
+    request.check()
+    found = named(artifact if model is None else model, workspace())
     with stages(quiet) as progress:
-        source = of_artifact(folder) if model is None else of_checkpoint(str(model))
-        done = to_onnx(
-            source,
-            out,
-            precision,
-            blocks=blocks,
-            positions=onnx["context_length"],
-            last_logits=bool(onnx["last_logits"]),
-            link=bool(onnx["hard_link"]),
-            overwrite=overwrite,
-            progress=progress,
-        )
-    sizes = {name: entry["size"] for name, entry in done.manifest.files.items()}
-    _say(folder, out, sizes, as_json, _measured(done, precision))
-    if not as_json:
-        click.echo(_sentence(done, precision))
+        done = run(found, request, workspace(), progress, out=out, overwrite=overwrite)
+    measured = _measured(done)
+    _say_tables(done)
+    if found.kind == "model":
+        say_left_out(done.left_out, quiet=quiet)
+    if as_json:
+        click.echo(json.dumps({"folder": str(done.folder), "files": done.files, **measured}))
+        return
+    click.echo(f"Exported {found.folder} to {done.folder} ({sum(done.files.values()):,} bytes)")
+    if done.agreement is None or done.precision is None:
+        return
+    click.echo(_sentence(done.agreement, done.precision))
     if not quiet:
-        click.echo(f'Next: sspcompile run {out} --prompt "..."', err=True)
+        click.echo(f'Next: sspcompile run {done.folder} --prompt "..."', err=True)
 
 
-def _rounding(onnx: dict[str, object]) -> tuple[Precision, Blocks]:
-    from dataclasses import replace
-
-    from sspcompile.errors import InputError
-    from sspcompile.export.onnx import PRECISIONS, Blocks
-
-    name = str(onnx["precision"] or "fp32")
-    if name not in PRECISIONS:
-        raise InputError(f"There is no precision {name!r}.", hint=f"Accepted: {', '.join(PRECISIONS)}.")
-    precision = PRECISIONS[name]
-    if precision.bits is None:
-        for option in ("block_size", "accuracy_level", "activations", "keep_embeddings"):
-            if onnx[option]:
-                raise InputError(
-                    f"--{option.replace('_', '-')} is about rounded matrices.", hint="Add --precision int8 or int4."
-                )
-    elif onnx["activations"] == "fp16":
-        precision = replace(precision, dtype="F16")
-    size, level = onnx["block_size"] or Blocks.size, onnx["accuracy_level"] or Blocks.accuracy_level
-    return precision, Blocks(int(str(size)), int(str(level)), bool(onnx["keep_embeddings"]))
-
-
-def _measured(done: Exported, precision: Precision) -> dict[str, object]:
+def _measured(done: Published) -> dict[str, object]:
     from dataclasses import asdict
 
-    agreement = done.agreement
-    return {"precision": precision.name, "agreement": {**asdict(agreement), "relative": agreement.relative}}
+    if done.agreement is None or done.precision is None:
+        return {}
+    agreement = {**asdict(done.agreement), "relative": done.agreement.relative}
+    return {"precision": done.precision.name, "context_length": done.context_length, "agreement": agreement}
 
 
-def _sentence(done: Exported, precision: Precision) -> str:
-    a = done.agreement
+def _say_tables(done: Published) -> None:
+    """Say on stderr what the tables of a long context take, where that is a noticeable part of an export."""
+    tables, context, total = done.table_bytes or 0, done.context_length, sum(done.files.values())
+    if context and tables >= NOTICEABLE_BYTES and tables >= NOTICEABLE_SHARE * total:
+        click.echo(
+            f"Note: {tables:,} of the {total:,} bytes are rotary tables for texts of up to {context:,} tokens, "
+            f"{tables // context:,} bytes for each. Where shorter texts will do, give --context-length N.",
+            err=True,
+        )
+
+
+def _sentence(a: Agreement, precision: Precision) -> str:
     if precision.gate is not None:
+        own = f" Rounding alone makes {a.rounding:.1e} in transformers." if a.rounding is not None else ""
         return (
             f"{a.texts} texts came out as in transformers: logits within {a.relative:.1e} of their scale, "
-            f"{a.new_tokens} greedy tokens of each {'the same' if a.same_text else 'with small differences'}."
+            f"{a.new_tokens} greedy tokens of each {'the same' if a.same_text else 'with small differences'}.{own}"
         )
     return (
         f"Rounding to {precision.name} costs {a.mean_kl:.4f} nats per token against fp32 on {a.texts} texts; "
         f"the next token is the same at {a.top1_agreement:.1%} of their positions."
     )
-
-
-def _say(folder: Path, out: Path, sizes: dict[str, int], as_json: bool, more: dict[str, object]) -> None:
-    if as_json:
-        click.echo(json.dumps({"folder": str(out), "files": sizes, **more}))
-        return
-    click.echo(f"Exported {folder} to {out} ({sum(sizes.values()):,} bytes)")

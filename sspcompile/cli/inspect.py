@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from sspcompile.cli.options import here, json_option, overwrite_option
+from sspcompile.cli.options import json_option, overwrite_option, workspace
 
 
 @click.command(
@@ -23,19 +23,20 @@ Examples:
 @json_option
 def inspect(artifact: str | None, svg: Path | None, overwrite: bool, as_json: bool) -> None:
     """Print the mask of an artifact as a table of layers and heads; without ARTIFACT, of the last build."""
+    from sspcompile.api.arguments import demand, named
     from sspcompile.slicing.mask import dump_mask, load_mask
-    from sspcompile.workspace import MASK, Workspace
+    from sspcompile.workspace import MASK
 
-    folder = Workspace(here()).find(artifact)
-    mask = load_mask(folder / MASK)
+    found = demand(named(artifact, workspace()), "build", "cut", command="inspect")
+    mask = load_mask(found.folder / MASK, empty_layers=True)
     if svg is not None:
-        from sspcompile.api.reporting import mask_section
         from sspcompile.checkpoint.publish import write_atomically
         from sspcompile.errors import InputError, OutputExistsError
+        from sspcompile.report.heads import mask_section
         from sspcompile.report.svg import render_svg
 
         if svg.is_dir() or not svg.parent.is_dir():
-            raise InputError(f"{svg} is no file in an existing folder.", hint="Give --svg another file.")
+            raise InputError(f"{svg} does not lie in an existing folder.", hint="Give --svg another file.")
         if svg.exists() and not overwrite:
             raise OutputExistsError(f"{svg} exists and is kept.", hint="Give --overwrite, or another file.")
         write_atomically(svg, render_svg(mask_section(mask)))

@@ -8,22 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sspcompile.cli.options import (
-    build_options,
-    here,
-    json_option,
-    quiet_option,
-    refuse_hopeless,
-    request,
-    warn_unknown,
-)
+from sspcompile.cli.options import build_options, json_option, quiet_option, request_of, warn, warn_unknown, workspace
 
 if TYPE_CHECKING:
-    from sspcompile.checkpoint import Checkpoint
-    from sspcompile.request.recipe import Recipe
-    from sspcompile.request.scenario import Scenario
     from sspcompile.slicing.plan import SlicePlan
-
 
 # Head counts need no scenario, but options are resolved together with one.
 UNNAMED = "a model without a scenario"
@@ -51,13 +39,7 @@ def plan(scenario: str | None, mask: Path | None, by_layer: bool, as_json: bool,
     layouts are shown, because `build` measures before it chooses; --json then has the uniform one at the top and both
     under "layouts".
     """
-    from sspcompile.slicing.hosts import named_host
-
-    if mask is not None:
-        plans = [_of_mask(given["model"], mask, scenario, named_host(given["host"]))]
-    else:
-        read, options = request(scenario or UNNAMED, given)
-        plans = _of_request(read, options, scenario is None, quiet)
+    plans = _plans(scenario, mask, quiet, given)
     if as_json:
         from sspcompile.slicing.plan import plan_json
 
@@ -70,69 +52,32 @@ def plan(scenario: str | None, mask: Path | None, by_layer: bool, as_json: bool,
         print_plan(one, by_layer=by_layer)
 
 
-def _of_mask(model: str | None, mask: Path, scenario: str | None, host: str | None) -> SlicePlan:
-    from sspcompile.api.cutting import open_cut
+def _plans(scenario: str | None, mask: Path | None, quiet: bool, given: dict[str, Any]) -> list[SlicePlan]:
+    from sspcompile.api.plan import needs_model, plan_mask, plan_scenario, plan_sizes
+    from sspcompile.checkpoint import Checkpoint, locate
     from sspcompile.errors import InputError
 
-    if scenario is not None:
-        raise InputError("--mask and --scenario exclude each other.", hint="A mask was compiled already; give one.")
-    return open_cut(model, mask, host=host).plan
-
-
-def _of_request(read: Scenario, options: Recipe, without_scenario: bool, quiet: bool) -> list[SlicePlan]:
-    # Not through pipeline.compiling: sizes alone need neither torch nor the weights' fingerprint.
-    from sspcompile.checkpoint import Checkpoint, locate
-    from sspcompile.request.recipe import DEFAULTS
-
-    checkpoint = Checkpoint(locate(options.model))
-    if without_scenario or not checkpoint.has_weights:
-        # What can be refused for other reasons than its sizes needs more than the headers.
-        if options.criterion != DEFAULTS["criterion"] or options.repair != DEFAULTS["repair"] or options.pools:
-            from sspcompile.model.dense import open_dense
-
-            refuse_hopeless(read, open_dense(options.model), options)
-        return _by_counts(checkpoint, options)
-    return _by_scenario(read, options, quiet)
-
-
-def _by_counts(checkpoint: Checkpoint, options: Recipe) -> list[SlicePlan]:
-    from sspcompile.errors import InputError, UnsupportedModelError
-    from sspcompile.slicing.hosts import named_host
-    from sspcompile.slicing.plan import plan_counts
-
-    if options.keep is None:
-        raise InputError(
-            "--strength needs a scenario and weights to find the breadth.", hint="Give --keep to plan by size alone."
-        )
-    host = named_host(options.host)
-    if options.layout == "per-layer":
-        return [plan_counts(checkpoint, options.keep, "per-layer", host=host)]
-    try:
-        return [plan_counts(checkpoint, options.keep, "uniform", host=host)]
-    except UnsupportedModelError:
-        if options.layout == "uniform" or host is not None:
-            raise
-        # As `build` does: auto leaves out the layout that no class can hold.
-        return [plan_counts(checkpoint, options.keep, "per-layer")]
-
-
-def _by_scenario(read: Scenario, options: Recipe, quiet: bool) -> list[SlicePlan]:
-    from sspcompile.cli.progress import stages
+    request = request_of(scenario or UNNAMED, given)
+    options = request.options
+    if mask is not None:
+        if scenario is not None:
+            raise InputError("--mask and --scenario exclude each other.", hint="A mask was compiled already; give one.")
+        return [plan_mask(options.model, mask, options.wanted_host)]
+    sizes_only = scenario is None or not Checkpoint(locate(options.model)).has_weights
+    if sizes_only and not needs_model(options):
+        return [plan_sizes(options)]
+    from sspcompile.api.refusing import refuse_hopeless, warnings_of
     from sspcompile.model.dense import open_dense
-    from sspcompile.prepare.toolkits import toolkit_for
-    from sspcompile.select.compiling import choices_for, compile_scenario, mask_of, score_key
-    from sspcompile.slicing.hosts import named_host
-    from sspcompile.slicing.plan import make_plan
-    from sspcompile.workspace import Workspace
 
-    subject = open_dense(options.model)
-    refuse_hopeless(read, subject, options)
+    dense = open_dense(options.model)
+    refuse_hopeless(request, dense, weights=not sizes_only)
+    for warning in warnings_of(request, dense):
+        warn(warning)
+    if sizes_only:
+        return [plan_sizes(options)]
+    from sspcompile.cli.progress import stages
+
     with stages(quiet) as progress:
-        loaded = subject.load()
-        toolkit, _ = toolkit_for(subject, loaded, options, Workspace(here()), progress, [score_key(options)])
-        compiled = compile_scenario(read, options, toolkit, loaded, progress)
-    warn_unknown(compiled.mixture)
-    host = named_host(options.host)
-    choices = choices_for(compiled, subject, options.layout or "auto", host=host)
-    masks = [mask_of(compiled, subject, choice, layout) for layout, choice in choices.items()]
-    return [make_plan(subject.checkpoint, mask, host=host) for mask in masks]
+        plans, reading = plan_scenario(request, workspace(), progress)
+    warn_unknown(reading.mixture)
+    return plans

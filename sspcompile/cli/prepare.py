@@ -8,15 +8,7 @@ from typing import Any
 
 import click
 
-from sspcompile.cli.options import (
-    CRITERIA_HELP,
-    axes_option,
-    here,
-    json_option,
-    model_option,
-    pools_option,
-    quiet_option,
-)
+from sspcompile.cli.options import build_option, json_option, model_option, quiet_option, workspace
 
 
 @click.command(
@@ -31,18 +23,20 @@ Examples:
 """,
 )
 @model_option
-@pools_option
-@axes_option
+@build_option("pools")
+@build_option("axes")
 @click.option(
     "--criterion",
     "criteria",
     multiple=True,
     metavar="NAME",
-    help=f"Score of the heads to prepare (fisher-rounds), may be repeated. {CRITERIA_HELP}",
+    help="Score of the heads to prepare, may be repeated; `sspcompile criteria` lists them.  [default: fisher-rounds]",
 )
-@click.option("--max-tokens", type=int, metavar="N", help="Read at most N tokens of each text (512).")
-@click.option("--continuation-tokens", type=int, metavar="N", help="Let the model continue each text by N tokens (16).")
-@click.option("--seed", type=int, metavar="N", help="Seed of every random choice (0).")
+@build_option("chat_template")
+@build_option("raw")
+@build_option("max_tokens")
+@build_option("continuation_tokens")
+@build_option("seed")
 @click.option(
     "--device-map", metavar="[auto]", help="Spread a model that no device holds over all of them (needs accelerate)."
 )
@@ -55,26 +49,24 @@ def prepare(criteria: tuple[str, ...], device_map: str | None, as_json: bool, qu
     processes share the texts, one process per GPU, and find what one alone would find.
     """
     from sspcompile.model import parallel
+    from sspcompile.model.chat import rendering_of
     from sspcompile.model.dense import open_dense
     from sspcompile.prepare.toolkits import toolkit_folder, toolkit_for
-    from sspcompile.request.recipe import resolve
-    from sspcompile.request.scenario import as_recipe, read_scenario
-    from sspcompile.select.compiling import AUTO_CRITERION
-    from sspcompile.workspace import Workspace
+    from sspcompile.request.options import resolve
+    from sspcompile.select.reading import AUTO_CRITERION
 
-    scenario, _ = read_scenario("no scenario")
-    options = resolve(as_recipe(scenario), command_line=given, environment=os.environ)
+    options = resolve(given, environment=os.environ)
     from sspcompile.cli.progress import stages
     from sspcompile.request.pools import pools_of
 
     pools_of(options)  # refused, if at all, before the model is loaded
-    subject, workspace = open_dense(options.model), Workspace(here())
+    dense = open_dense(options.model)
     with parallel.joined() as world, stages(quiet or not world.first) as progress:
-        loaded = subject.load(device=world.device, device_map=device_map)
-        toolkit, fresh = toolkit_for(subject, loaded, options, workspace, progress, criteria or (AUTO_CRITERION,))
+        loaded = dense.load(device=world.device, device_map=device_map, rendering=rendering_of(options))
+        toolkit, fresh = toolkit_for(dense, loaded, options, workspace(), progress, criteria or (AUTO_CRITERION,))
     if not world.first:
         return
-    folder = toolkit_folder(subject, options, workspace)
+    folder = toolkit_folder(dense, options, workspace())
     facts = {
         "folder": str(folder),
         "fresh": fresh,

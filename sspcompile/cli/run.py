@@ -8,7 +8,7 @@ import sys
 
 import click
 
-from sspcompile.cli.options import here, json_option, quiet_option
+from sspcompile.cli.options import json_option, quiet_option, workspace
 
 # What a terminal would obey instead of showing: C0 without tab and line feed, DEL, C1.
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -63,6 +63,7 @@ Examples:
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, metavar="N", help="Seed of the draws."
 )
 @click.option("--raw", is_flag=True, help="Leave the chat template out.")
+@click.option("--chat-template", metavar="NAME", help="Use this one of several chat templates.")
 @click.option("--dense", is_flag=True, help="Use the model that the artifact was cut from, to compare.")
 @click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="Run on cpu, or on cuda.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that a model folder of others brings along.")
@@ -76,6 +77,7 @@ def run(
     top_p: float,
     seed: int,
     raw: bool,
+    chat_template: str | None,
     dense: bool,
     device: str,
     trust_remote_code: bool,
@@ -87,32 +89,44 @@ def run(
     Text appears as it is written; how fast goes to stderr. The chat template is used where there is one.
     """
     from sspcompile.cli.progress import stages
-    from sspcompile.workspace import Workspace
 
     texts = [_read(prompt) for prompt in prompts]
     with stages(quiet):
-        from sspcompile.api.running import Sampling, find_model, open_model, write
+        from sspcompile.api.arguments import named
+        from sspcompile.api.run import Sampling, open_model, prompt_tokens, write
+        from sspcompile.model.chat import Rendering
 
-        folder = find_model(artifact, Workspace(here()), dense=dense)
-        model = open_model(folder, device=device, trust_remote_code=trust_remote_code)
-    sampling, found = Sampling(temperature, top_p, seed), []
+        folder, model = open_model(
+            named(artifact, workspace()),
+            dense=dense,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            rendering=Rendering(chat_template, raw),
+        )
+    for text in texts:  # none is answered where another one cannot be
+        prompt_tokens(model, text)
+    sampling, texts_written = Sampling(temperature, top_p, seed), []
     for number, text in enumerate(texts):
         if len(texts) > 1 and not as_json:
             click.echo(f"{chr(10) if number else ''}> {visible(text)}")
         show = _silent if as_json else _show
-        done = write(model, text, new_tokens=max_new_tokens, sampling=sampling, raw=raw, on_text=show)
-        found.append(done)
-        if as_json:
-            continue
-        click.echo()
-        if not quiet:
+        done = write(model, text, new_tokens=max_new_tokens, sampling=sampling, on_text=show)
+        texts_written.append(done)
+        if not as_json:
+            click.echo()
+        if done.full_context is not None:
+            click.echo(
+                f"Note: the text ends at {done.full_context} tokens, prompt included: the model has no more positions.",
+                err=True,
+            )
+        if not quiet and not as_json:
             rate = f", {done.tokens_per_s:.0f} tokens/s after it" if done.tokens_per_s is not None else ""
             count = f"{len(done.tokens)} token{'s' if len(done.tokens) != 1 else ''}"
             click.echo(f"({count}, the first after {1000 * done.first_token_s:.0f} ms{rate})", err=True)
     if as_json:
         from dataclasses import asdict
 
-        click.echo(json.dumps({"model": str(folder), "texts": [asdict(one) for one in found]}))
+        click.echo(json.dumps({"model": str(folder), "texts": [asdict(one) for one in texts_written]}))
 
 
 def visible(text: str) -> str:
@@ -140,4 +154,4 @@ def _read(prompt: str) -> str:
     try:
         return data.decode("utf-8").strip("\n")
     except UnicodeDecodeError as error:
-        raise InputError("The prompt on stdin is no UTF-8 text.", hint="Convert it, or type --prompt.") from error
+        raise InputError("The prompt on stdin is not UTF-8 text.", hint="Convert it, or type --prompt.") from error

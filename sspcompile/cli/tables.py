@@ -26,8 +26,8 @@ def print_report(report: Report, *, as_json: bool = False, only: Collection[str]
 
         print(render_json(report), end="")
         return
+    from sspcompile.report.page import report_page
     from sspcompile.report.text import render_text
-    from sspcompile.report.view import report_page
 
     render_text(report_page(report), Console(), only=only)
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import click
 
-from sspcompile.cli.options import here, json_option, model_option, quiet_option
+from sspcompile.cli.options import json_option, model_option, quiet_option, workspace
 
 
 @click.command(
@@ -35,21 +35,20 @@ def verify(artifact: str | None, model: str | None, layerwise: bool | None, as_j
     into memory twice are compared layer by layer, from their files. The dense model is looked for where the build
     found it; --model names another place.
     """
-    from sspcompile.api.verifying import verify as run
+    from sspcompile.api.arguments import named
+    from sspcompile.api.verify import verify as run
     from sspcompile.cli.progress import stages
-    from sspcompile.workspace import Workspace
 
-    folder = Workspace(here()).find(artifact)
+    named_folder = named(artifact, workspace())
     with stages(quiet) as progress:
-        found = run(folder, model, progress, layerwise=layerwise)
+        found = run(named_folder, model, progress, layerwise=layerwise)
     manifest, parity = found.manifest, found.parity
     if as_json:
-        figures = {**asdict(parity), "relative": parity.relative, "layerwise": found.layerwise}
-        click.echo(json.dumps({"files": len(manifest.files), **figures}))
+        click.echo(json.dumps({"files": len(manifest.files), **asdict(parity), "relative": parity.relative}))
         return
-    click.echo(f"{folder}: {len(manifest.files)} files match their manifest")
+    click.echo(f"{named_folder.folder}: {len(manifest.files)} files match their manifest")
     click.echo(
-        f"{parity.prompts} prompts: largest logit difference {parity.max_difference:.2e} "
-        f"({parity.relative:.1e} of the scale), "
-        + ("same next tokens, layer by layer" if found.layerwise else "same greedy text")
+        f"{parity.prompts} prompts: copied weights are the source's, bit for bit; largest logit difference "
+        f"{parity.relative:.1e} of the scale in {parity.dtype}, "
+        + ("same next tokens, layer by layer" if parity.layerwise else "same greedy text")
     )

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from sklearn.linear_model import RidgeCV
 
-from sspcompile.criteria.look import Look, Units
+from sspcompile.criteria.units import CriterionInput, Units
 from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.divergence import token_kl
 from sspcompile.model.hooks import head_gates
-from sspcompile.model.logits import decoder_output, divergence, log_probabilities
+from sspcompile.model.logits import decoder_output, mean_by_sequence, scored_logits
 
 CLOSED_SHARE = 1 / 8
 MASKS_PER_UNIT = 4
@@ -31,11 +32,11 @@ def mask_count(units: int) -> int:
     return min(MOST_MASKS, max(FEWEST_MASKS, MASKS_PER_UNIT * units))
 
 
-def bonsai(loaded: LoadedModel, look: Look) -> np.ndarray:
+def bonsai(loaded: LoadedModel, given: CriterionInput) -> np.ndarray:
     """[L, U]: the rise of the divergence in nats that the regression gives a unit, the lowest made zero if below it."""
-    units = Units.of(loaded.geometry, look.granularity)
-    closed = draw_masks(units.total, mask_count(units.total), look.seed)
-    damage = _damage(loaded, look, units, closed)
+    units = Units.of(loaded.geometry, given.granularity)
+    closed = draw_masks(units.total, mask_count(units.total), given.seed)
+    damage = _damage(loaded, given, units, closed)
     fitted = RidgeCV(alphas=RIDGES, fit_intercept=False).fit(closed.astype(np.float64), damage)
     found = fitted.coef_.reshape(units.layers, units.count)
     return found - min(0.0, float(found.min()))
@@ -56,15 +57,15 @@ def draw_masks(total: int, count: int, seed: int) -> np.ndarray:
 
 
 @torch.inference_mode()
-def _damage(loaded: LoadedModel, look: Look, units: Units, closed: np.ndarray) -> np.ndarray:
+def _damage(loaded: LoadedModel, given: CriterionInput, units: Units, closed: np.ndarray) -> np.ndarray:
     """Mean KL(dense || sub-model) over prompts, in nats, [masks]."""
     gates = torch.from_numpy(~closed).float().view(-1, units.layers, units.count).to(loaded.device)
     damage = np.zeros(len(closed))
-    for index, batch in enumerate(look.batches):
-        dense = log_probabilities(loaded, decoder_output(loaded, batch), batch.score_mask)
+    for index, batch in enumerate(given.batches):
+        dense = scored_logits(loaded, decoder_output(loaded, batch), batch.score_mask)
         for number, gate in enumerate(gates):
             with head_gates(loaded, units.gates(gate)):
-                other = log_probabilities(loaded, decoder_output(loaded, batch), batch.score_mask)
-            damage[number] += divergence(dense, other, batch.score_mask).sum()
-        look.report(index + 1, len(look.batches))
-    return damage / look.prompts
+                other = scored_logits(loaded, decoder_output(loaded, batch), batch.score_mask)
+            damage[number] += float(mean_by_sequence(token_kl(dense, other), batch.score_mask).sum())
+        given.report(index + 1, len(given.batches))
+    return damage / given.prompts

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from sspcompile.criteria.look import Look, Units
+from sspcompile.criteria.units import CriterionInput, Units
 from sspcompile.model.decoder import LoadedModel
 
 
-def random(loaded: LoadedModel, look: Look) -> np.ndarray:
+def random(loaded: LoadedModel, given: CriterionInput) -> np.ndarray:
     """[L, U], uniform in [0, 1)."""
-    units = Units.of(loaded.geometry, look.granularity)
-    return np.random.default_rng(look.seed).random((units.layers, units.count))
+    units = Units.of(loaded.geometry, given.granularity)
+    return np.random.default_rng(given.seed).random((units.layers, units.count))
 
 
-def random_first_layer(loaded: LoadedModel, look: Look) -> np.ndarray:
+def random_first_layer(loaded: LoadedModel, given: CriterionInput) -> np.ndarray:
     """[L, U], see `first_layer_kept`."""
-    units = Units.of(loaded.geometry, look.granularity)
-    return first_layer_kept((units.layers, units.count), look.seed)
+    units = Units.of(loaded.geometry, given.granularity)
+    return first_layer_kept((units.layers, units.count), given.seed)
 
 
 def first_layer_kept(shape: tuple[int, int], seed: int) -> np.ndarray:

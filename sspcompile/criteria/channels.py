@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sspcompile.criteria.look import Look
+from sspcompile.criteria.units import CriterionInput
 from sspcompile.model.capture import capture
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.modules import projection_weight
@@ -44,12 +44,12 @@ class Moments:
         return spread.clip(min=0) / max(1, self.tokens - 1)
 
 
-def moments(loaded: LoadedModel, look: Look) -> Moments:
-    """Over all real tokens of the look, prompts and continuations alike."""
+def moments(loaded: LoadedModel, given: CriterionInput) -> Moments:
+    """Over all real tokens of the given, prompts and continuations alike."""
     g = loaded.geometry
     sums = torch.zeros(2, g.layers, g.heads * g.head_dim, dtype=torch.float64)
     tokens = 0
-    for index, batch in enumerate(look.batches):
+    for index, batch in enumerate(given.batches):
         real = batch.attention_mask.bool()
 
         def read(layer: int, x: Tensor, real: Tensor = real) -> None:
@@ -59,7 +59,7 @@ def moments(loaded: LoadedModel, look: Look) -> Moments:
 
         capture(loaded, batch, read)
         tokens += int(real.sum())
-        look.report(index + 1, len(look.batches))
+        given.report(index + 1, len(given.batches))
     return Moments(tokens, sums[0].numpy(), sums[1].numpy())
 
 

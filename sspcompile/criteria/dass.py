@@ -15,23 +15,23 @@ import numpy as np
 import torch
 
 from sspcompile.criteria.channels import head_sums, moments, output_weight
-from sspcompile.criteria.look import Look, Units
+from sspcompile.criteria.units import CriterionInput, Units
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.modules import projection_weight
 
 POWER = 0.5
 
 
-def dass(loaded: LoadedModel, look: Look) -> np.ndarray:
+def dass(loaded: LoadedModel, given: CriterionInput) -> np.ndarray:
     """[L, U]"""
     g = loaded.geometry
-    units = Units.of(g, look.granularity)
+    units = Units.of(g, given.granularity)
     produced, consumed = [], []
     for layer in range(units.layers):
         rows = projection_weight(loaded, layer, "v_proj").abs().sum(1, dtype=torch.float64)
         by_group = rows.view(g.kv_heads, 1, g.head_dim) / g.group_size
         produced.append(by_group.expand(-1, g.group_size, -1).flatten())  # [heads * D]
         consumed.append(output_weight(loaded, layer).abs().sum(0, dtype=torch.float64))
-    norms = moments(loaded, look).root_mean_square
+    norms = moments(loaded, given).root_mean_square
     channels = torch.stack(produced).cpu().numpy() * norms**POWER + torch.stack(consumed).cpu().numpy() * norms
     return units.sum(head_sums(loaded, channels))

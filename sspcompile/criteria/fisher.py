@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sspcompile.criteria.look import Look, Units, rising
+from sspcompile.criteria.units import CriterionInput, Units, rising
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.hooks import head_gates
 from sspcompile.model.logits import decoder_output, scored_logits
@@ -33,57 +33,63 @@ DRAWS = 4
 ROUNDS = 4
 
 
-def normal(loaded: LoadedModel, look: Look) -> np.ndarray:
+def normal(loaded: LoadedModel, given: CriterionInput) -> np.ndarray:
     """[N, L, U], see `information`."""
-    return information(loaded, look, "normal", DRAWS)
+    return information(loaded, given, "normal", DRAWS)
 
 
-def sampled(loaded: LoadedModel, look: Look) -> np.ndarray:
+def sampled(loaded: LoadedModel, given: CriterionInput) -> np.ndarray:
     """[N, L, U], see `information`."""
-    return information(loaded, look, "sampled", DRAWS)
+    return information(loaded, given, "sampled", DRAWS)
 
 
-def greedy(loaded: LoadedModel, look: Look) -> np.ndarray:
+def greedy(loaded: LoadedModel, given: CriterionInput) -> np.ndarray:
     """[N, L, U], see `information`."""
-    return information(loaded, look, "greedy", 1)
+    return information(loaded, given, "greedy", 1)
 
 
-def rounds(loaded: LoadedModel, look: Look) -> np.ndarray:
+def rounds(loaded: LoadedModel, given: CriterionInput) -> np.ndarray:
     """[L, U], see `eliminated`."""
-    return eliminated(loaded, look, opening=1.0)
+    return eliminated(loaded, given, opening=1.0)
 
 
-def midway(loaded: LoadedModel, look: Look) -> np.ndarray:
+def midway(loaded: LoadedModel, given: CriterionInput) -> np.ndarray:
     """[L, U], see `eliminated`."""
-    return eliminated(loaded, look, opening=0.5)
+    return eliminated(loaded, given, opening=0.5)
 
 
-def eliminated(loaded: LoadedModel, look: Look, opening: float) -> np.ndarray:
+def eliminated(loaded: LoadedModel, given: CriterionInput, opening: float) -> np.ndarray:
     """Eliminate a quarter of all units per round, the least informative of the model as it then is; [L, U].
 
     A unit's score is its information in the round that removed it (mean over prompts); what is left in the last round
     is scored by that round. Later removals never score below earlier ones.
     """
-    units = Units.of(loaded.geometry, look.granularity)
+    units = Units.of(loaded.geometry, given.granularity)
     kept = np.ones((units.layers, units.count), dtype=bool)
     order: list[int] = []
     costs: list[float] = []
     for number in range(1, ROUNDS + 1):
-        found = information(loaded, look, "normal", DRAWS, kept * opening, quiet=True).mean(0).ravel()
+        found = information(loaded, given, "normal", DRAWS, kept * opening, quiet=True).mean(0).ravel()
         alive = np.flatnonzero(kept)
         ranked = alive[np.argsort(found[alive], kind="stable")]
         removed = ranked[: units.total * number // ROUNDS - len(order)]
         order += removed.tolist()
         costs += found[removed].tolist()
         kept.flat[removed] = False
-        look.report(number, ROUNDS)
+        given.report(number, ROUNDS)
     scores = np.empty(units.total)
     scores[order] = rising(costs)
     return scores.reshape(kept.shape)
 
 
 def information(
-    loaded: LoadedModel, look: Look, targets: str, draws: int, opened: np.ndarray | None = None, *, quiet: bool = False
+    loaded: LoadedModel,
+    given: CriterionInput,
+    targets: str,
+    draws: int,
+    opened: np.ndarray | None = None,
+    *,
+    quiet: bool = False,
 ) -> np.ndarray:
     """Diagonal Fisher information of the unit gates per prompt and scored position, [N, L, U] float64.
 
@@ -91,19 +97,19 @@ def information(
     with mean zero, so the square of the summed gradient has the expectation of the sum of squares; divided by the
     number of positions, long answers do not count for more.
     """
-    units = Units.of(loaded.geometry, look.granularity)
+    units = Units.of(loaded.geometry, given.granularity)
     generator = torch.Generator(device=loaded.device)
-    found = np.zeros((look.prompts, units.layers, units.count))
-    for index, batch in enumerate(look.batches):
+    found = np.zeros((given.prompts, units.layers, units.count))
+    for index, batch in enumerate(given.batches):
         # A stream for every batch: what is drawn does not depend on which process looks at which batches.
-        stream = np.random.SeedSequence((look.seed, batch.rows[0])).generate_state(1, np.uint64)
+        stream = np.random.SeedSequence((given.seed, batch.rows[0])).generate_state(1, np.uint64)
         generator.manual_seed(int(stream[0]))
         drawn = gate_gradients(loaded, batch, units, targets, draws, generator, opened)
         squares = sum(x.double().square() for x in drawn)
         positions = batch.score_mask.sum(-1).view(-1, 1, 1)
         found[list(batch.rows)] = (squares / (draws * positions)).cpu().numpy()
         if not quiet:
-            look.report(index + 1, len(look.batches))
+            given.report(index + 1, len(given.batches))
     return found
 
 

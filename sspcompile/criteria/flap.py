@@ -12,15 +12,15 @@ import numpy as np
 import torch
 
 from sspcompile.criteria.channels import head_sums, moments, output_weight
-from sspcompile.criteria.look import Look, Units
+from sspcompile.criteria.units import CriterionInput, Units
 from sspcompile.model.decoder import LoadedModel
 
 
-def flap(loaded: LoadedModel, look: Look) -> np.ndarray:
+def flap(loaded: LoadedModel, given: CriterionInput) -> np.ndarray:
     """[L, U]"""
-    units = Units.of(loaded.geometry, look.granularity)
+    units = Units.of(loaded.geometry, given.granularity)
     squared = [output_weight(loaded, layer).square().sum(0, dtype=torch.float64) for layer in range(units.layers)]
-    fluctuation = moments(loaded, look).variance * torch.stack(squared).cpu().numpy()  # [L, channels]
+    fluctuation = moments(loaded, given).variance * torch.stack(squared).cpu().numpy()  # [L, channels]
     deviation = fluctuation.std(1, ddof=1, keepdims=True)
     centred = fluctuation - fluctuation.mean(1, keepdims=True)
     standard = np.divide(centred, deviation, out=np.zeros_like(centred), where=deviation > 0)

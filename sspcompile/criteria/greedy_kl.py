@@ -19,7 +19,7 @@ from collections.abc import Callable
 import numpy as np
 
 from sspcompile.criteria.kl import Closing
-from sspcompile.criteria.look import Look, Units, rising
+from sspcompile.criteria.units import CriterionInput, Units, rising
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.progress import Steps, no_steps
 
@@ -28,13 +28,13 @@ WINDOW = 16
 STEPS = 256
 
 
-def greedy(loaded: LoadedModel, look: Look) -> np.ndarray:
+def greedy(loaded: LoadedModel, given: CriterionInput) -> np.ndarray:
     """A unit's score is the rise of the divergence at its removal, in nats, never below that of an earlier one; [L, U].
 
     Their sum over what a mask closes is therefore about that mask's divergence.
     """
-    units = Units.of(loaded.geometry, look.granularity)
-    closing = Closing(loaded, look.batches, units)
+    units = Units.of(loaded.geometry, given.granularity)
+    closing = Closing(loaded, given.batches, units)
 
     def cost(unit: int) -> float:
         return float(closing.without(*divmod(unit, units.count)).mean())
@@ -42,7 +42,7 @@ def greedy(loaded: LoadedModel, look: Look) -> np.ndarray:
     def close(unit: int) -> None:
         closing.close(*divmod(unit, units.count))
 
-    order, costs = eliminate(units.total, cost, close, progress=look.report)
+    order, costs = eliminate(units.total, cost, close, progress=given.report)
     scores = np.empty(units.total)
     scores[order] = rising(costs)
     return scores.reshape(units.layers, units.count)

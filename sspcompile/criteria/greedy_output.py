@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from sspcompile.criteria.channels import head_columns
-from sspcompile.criteria.look import Look, Units, rising
+from sspcompile.criteria.units import CriterionInput, Units, rising
 from sspcompile.model.capture import capture
 from sspcompile.model.decoder import LoadedModel
 
 WRITES_ELEMENTS = 2**24  # writes [tokens, H, d] held at a time
 
 
-def greedy_output(loaded: LoadedModel, look: Look) -> np.ndarray:
+def greedy_output(loaded: LoadedModel, given: CriterionInput) -> np.ndarray:
     """[L, U]"""
-    units = Units.of(loaded.geometry, look.granularity)
-    grams = _head_grams(loaded, look).reshape(units.layers, units.count, units.size, units.count, units.size)
+    units = Units.of(loaded.geometry, given.granularity)
+    grams = _head_grams(loaded, given).reshape(units.layers, units.count, units.size, units.count, units.size)
     return np.stack([pursue(gram) for gram in grams.sum((2, 4))])
 
 
@@ -56,13 +56,13 @@ def _explained(gram: np.ndarray, with_output: np.ndarray, chosen: list[int]) -> 
     return float(target @ factors)
 
 
-def _head_grams(loaded: LoadedModel, look: Look) -> np.ndarray:
+def _head_grams(loaded: LoadedModel, given: CriterionInput) -> np.ndarray:
     """Inner products of the heads' writes, summed over real tokens and divided by their number, [L, H, H] float64."""
     g = loaded.geometry
     grams = torch.zeros(g.layers, g.heads, g.heads, dtype=torch.float64)
     step = max(1, WRITES_ELEMENTS // (g.heads * g.hidden))
     tokens = 0
-    for index, batch in enumerate(look.batches):
+    for index, batch in enumerate(given.batches):
         real = batch.attention_mask.bool()
 
         def read(layer: int, x: Tensor, real: Tensor = real) -> None:
@@ -73,5 +73,5 @@ def _head_grams(loaded: LoadedModel, look: Look) -> np.ndarray:
 
         capture(loaded, batch, read)
         tokens += int(real.sum())
-        look.report(index + 1, len(look.batches))
+        given.report(index + 1, len(given.batches))
     return (grams / max(1, tokens)).numpy()

@@ -17,23 +17,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sspcompile.criteria.look import Look, Units
 from sspcompile.criteria.magnitude import PROJECTIONS, attention_sums
+from sspcompile.criteria.units import CriterionInput, Units
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.logits import decoder_output, log_probabilities, mean_by_sequence
 from sspcompile.model.modules import projection_place
 
 
-def llm_pruner(loaded: LoadedModel, look: Look) -> np.ndarray:
+def llm_pruner(loaded: LoadedModel, given: CriterionInput) -> np.ndarray:
     """[L, U]"""
-    units = Units.of(loaded.geometry, look.granularity)
+    units = Units.of(loaded.geometry, given.granularity)
     places = {name: projection_place(loaded.geometry, name) for name in PROJECTIONS}
     weights = {
         (layer, module): getattr(decoder.self_attn, module).weight
         for layer, decoder in enumerate(loaded.layers)
         for module in dict(places.values())
     }
-    gradients = dict(zip(weights, _gradients(loaded, look, list(weights.values())), strict=True))
+    gradients = dict(zip(weights, _gradients(loaded, given, list(weights.values())), strict=True))
 
     def product(layer: int, name: str, weight: Tensor) -> Tensor:
         module, rows = places[name]
@@ -43,17 +43,17 @@ def llm_pruner(loaded: LoadedModel, look: Look) -> np.ndarray:
     return units.sum(np.stack(scores))
 
 
-def _gradients(loaded: LoadedModel, look: Look, weights: list[nn.Parameter]) -> list[Tensor]:
+def _gradients(loaded: LoadedModel, given: CriterionInput, weights: list[nn.Parameter]) -> list[Tensor]:
     """Gradient of the mean loss with respect to each weight, summed over batches."""
     total = [torch.zeros_like(weight) for weight in weights]
-    for index, batch in enumerate(look.batches):
+    for index, batch in enumerate(given.batches):
         with _trainable(weights), torch.enable_grad():
             predicted = log_probabilities(loaded, decoder_output(loaded, batch), batch.score_mask)
             # The greedy continuation is the most likely token at every scored position, by its definition.
-            loss = mean_by_sequence(-predicted.max(-1).values, batch.score_mask).sum() / look.prompts
+            loss = mean_by_sequence(-predicted.max(-1).values, batch.score_mask).sum() / given.prompts
             for sum_, gradient in zip(total, torch.autograd.grad(loss, weights), strict=True):
                 sum_ += gradient
-        look.report(index + 1, len(look.batches))
+        given.report(index + 1, len(given.batches))
     return total
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sspcompile.criteria.look import Look, Units
+from sspcompile.criteria.units import CriterionInput, Units
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.modules import projection_weight
 
@@ -21,9 +21,9 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 ElementValue = Callable[[str, Tensor], Tensor]
 
 
-def magnitude(loaded: LoadedModel, look: Look) -> np.ndarray:
+def magnitude(loaded: LoadedModel, given: CriterionInput) -> np.ndarray:
     """[L, U]"""
-    units = Units.of(loaded.geometry, look.granularity)
+    units = Units.of(loaded.geometry, given.granularity)
     squares = [
         attention_sums(loaded, layer, lambda _name, weight: weight.double().square()) for layer in range(units.layers)
     ]

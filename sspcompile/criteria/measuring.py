@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sspcompile.criteria.look import Granularity, Look, Units
 from sspcompile.criteria.table import criterion
+from sspcompile.criteria.units import CriterionInput, Units
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.parallel import current, shared
 from sspcompile.model.text import Sentence, batches_of
 from sspcompile.progress import Steps, no_steps
+from sspcompile.request.options import Granularity
 
 PERCENT = 100
 
@@ -73,7 +74,7 @@ def measure(
         read = [texts[row] for row in part] if reads else []
         # Rows of prompts are shared by batch, sets of prompts as a whole.
         run = shared(chosen.measure) if chosen.per == "prompt" else chosen.measure
-        return run(loaded, Look(batches_of(loaded, read), len(read), directions, seed, granularity, report))
+        return run(loaded, CriterionInput(batches_of(loaded, read), len(read), directions, seed, granularity, report))
 
     if chosen.per == "prompt":
         found, owners = look_at(rows, progress), labels[rows]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sspcompile.criteria.channels import head_sums, output_weight
-from sspcompile.criteria.look import Look, Units
+from sspcompile.criteria.units import CriterionInput, Units
 from sspcompile.model.capture import capture
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.hooks import reading
@@ -29,11 +29,11 @@ PROBE_SEQUENCES = 0.05
 PROBE_TOKENS = 0.5
 
 
-def probe_pruning(loaded: LoadedModel, look: Look) -> np.ndarray:
+def probe_pruning(loaded: LoadedModel, given: CriterionInput) -> np.ndarray:
     """[L, U]"""
-    units = Units.of(loaded.geometry, look.granularity)
-    residual, probed, history = _states(loaded, look)
-    sequences = math.ceil(PROBE_SEQUENCES * look.prompts)
+    units = Units.of(loaded.geometry, given.granularity)
+    residual, probed, history = _states(loaded, given)
+    sequences = math.ceil(PROBE_SEQUENCES * given.prompts)
     scores = []
     for layer in range(units.layers):
         chosen = np.argsort(-residual[:, layer], kind="stable")[:sequences]
@@ -55,16 +55,16 @@ def probe_tokens(norms: Tensor, attention_mask: Tensor) -> Tensor:
     return ranked < (PROBE_TOKENS * real.sum(1, keepdim=True)).ceil()
 
 
-def _states(loaded: LoadedModel, look: Look) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _states(loaded: LoadedModel, given: CriterionInput) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean squared residual norm per prompt and layer [N, L], mean squared channels over each prompt's probe tokens
     [N, L, C], and over all real tokens of all prompts [L, C]."""
     g = loaded.geometry
     channels = g.heads * g.head_dim
-    residual = np.zeros((look.prompts, g.layers))
-    probed = np.zeros((look.prompts, g.layers, channels))
+    residual = np.zeros((given.prompts, g.layers))
+    probed = np.zeros((given.prompts, g.layers, channels))
     history = np.zeros((g.layers, channels))
     tokens = 0
-    for index, batch in enumerate(look.batches):
+    for index, batch in enumerate(given.batches):
         norms: dict[int, Tensor] = {}
 
         def read_norm(layer: int, x: Tensor, norms: dict[int, Tensor] = norms) -> None:
@@ -82,5 +82,5 @@ def _states(loaded: LoadedModel, look: Look) -> tuple[np.ndarray, np.ndarray, np
         with reading([input_norm(layer) for layer in loaded.layers], "input norm", read_norm):
             capture(loaded, batch, read_heads)
         tokens += int(batch.attention_mask.sum())
-        look.report(index + 1, len(look.batches))
+        given.report(index + 1, len(given.batches))
     return residual, probed, history / max(1, tokens)

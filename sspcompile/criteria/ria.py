@@ -12,15 +12,15 @@ import numpy as np
 import torch
 
 from sspcompile.criteria.channels import head_sums, moments, output_weight
-from sspcompile.criteria.look import Look, Units
+from sspcompile.criteria.units import CriterionInput, Units
 from sspcompile.model.decoder import LoadedModel
 
 POWER = 0.5
 
 
-def ria(loaded: LoadedModel, look: Look) -> np.ndarray:
+def ria(loaded: LoadedModel, given: CriterionInput) -> np.ndarray:
     """[L, U]"""
-    units = Units.of(loaded.geometry, look.granularity)
+    units = Units.of(loaded.geometry, given.granularity)
     shares = []
     for layer in range(units.layers):
         weight = output_weight(loaded, layer).abs().double()
@@ -29,5 +29,5 @@ def ria(loaded: LoadedModel, look: Look) -> np.ndarray:
         of_channel = weight / weight.sum(0, keepdim=True).clamp(min=tiny)
         of_output = weight / weight.sum(1, keepdim=True).clamp(min=tiny)
         shares.append((of_channel + of_output).sum(0))
-    norms = moments(loaded, look).root_mean_square
+    norms = moments(loaded, given).root_mean_square
     return units.sum(head_sums(loaded, torch.stack(shares).cpu().numpy() * norms**POWER))

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from sspcompile.criteria.channels import head_columns
-from sspcompile.criteria.look import Look, Units
+from sspcompile.criteria.units import CriterionInput, Units
 from sspcompile.errors import InputError
 from sspcompile.model.capture import capture, pool
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.text import Batch
 
 EPS = 1e-6
-NORMS = ("hidden", "probe")
 
 
 def write_shares(outputs: Tensor, columns: Tensor, directions: Tensor, norm: str) -> Tensor:
@@ -38,28 +37,28 @@ def write_shares(outputs: Tensor, columns: Tensor, directions: Tensor, norm: str
     return squared / (length + EPS)
 
 
-def hidden(loaded: LoadedModel, look: Look) -> np.ndarray:
+def hidden(loaded: LoadedModel, given: CriterionInput) -> np.ndarray:
     """[N, L, U, K], see `subspace`."""
-    return subspace(loaded, look, "hidden")
+    return subspace(loaded, given, "hidden")
 
 
-def probe(loaded: LoadedModel, look: Look) -> np.ndarray:
+def probe(loaded: LoadedModel, given: CriterionInput) -> np.ndarray:
     """[N, L, U, K], see `subspace`."""
-    return subspace(loaded, look, "probe")
+    return subspace(loaded, given, "probe")
 
 
-def subspace(loaded: LoadedModel, look: Look, norm: str) -> np.ndarray:
+def subspace(loaded: LoadedModel, given: CriterionInput, norm: str) -> np.ndarray:
     """Mean over each prompt's real tokens: [N, L, U, K] float64, for unit directions [L, K, d].
 
-    Raises InputError when the look has no directions.
+    Raises InputError when the given has no directions.
     """
-    if look.directions is None:
+    if given.directions is None:
         raise InputError("The subspace criteria read probe directions.", hint="Give the toolkit.")
     g = loaded.geometry
-    found = np.zeros((look.prompts, g.layers, g.heads, look.directions.shape[1]))
-    units = torch.from_numpy(look.directions).float().to(loaded.device)
+    found = np.zeros((given.prompts, g.layers, g.heads, given.directions.shape[1]))
+    units = torch.from_numpy(given.directions).float().to(loaded.device)
     columns = [head_columns(loaded, layer) for layer in range(g.layers)]
-    for index, batch in enumerate(look.batches):
+    for index, batch in enumerate(given.batches):
         rows = list(batch.rows)
 
         def read(layer: int, x: Tensor, batch: Batch = batch, rows: list[int] = rows) -> None:
@@ -68,5 +67,5 @@ def subspace(loaded: LoadedModel, look: Look, norm: str) -> np.ndarray:
             found[rows, layer] = pool(shares.flatten(2), batch.attention_mask).unflatten(1, shares.shape[2:]).cpu()
 
         capture(loaded, batch, read)
-        look.report(index + 1, len(look.batches))
-    return Units.of(g, look.granularity).sum(found, axis=2)
+        given.report(index + 1, len(given.batches))
+    return Units.of(g, given.granularity).sum(found, axis=2)

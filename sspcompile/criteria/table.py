@@ -1,11 +1,11 @@
 """The table of criteria: what each one is, where it comes from, what it costs. No torch here.
 
-All criteria share one signature, `measure(loaded, look)`: a score per layer and unit (query head or key/value group),
+All criteria share one signature, `measure(loaded, given)`: a score per layer and unit (query head or key/value group),
 larger = more needed, never negative. What comes back is
 
 * `per = "prompt"`: [N, L, U], one value per prompt; where every domain's axis gives its own value (`per_axis`),
   [N, L, U, K];
-* `per = "set"`: [L, U], one value for all prompts of the look together.
+* `per = "set"`: [L, U], one value for all prompts of the given together.
 
 `measuring.measure` turns either into scores of heads per domain.
 """
@@ -23,8 +23,9 @@ from sspcompile.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
-    from sspcompile.criteria.look import Granularity, Look
+    from sspcompile.criteria.units import CriterionInput
     from sspcompile.model.decoder import LoadedModel
+    from sspcompile.request.options import Granularity
 
 Needs = Literal["nothing", "prompts", "prompts, a backward pass", "prompts, probe directions"]
 
@@ -65,10 +66,10 @@ class Criterion:
         """Passes over single prompts that `prompts` of one domain cost, after `max_prompts` has had its say."""
         return self.per_prompt(units).times(min(prompts, self.max_prompts or prompts))
 
-    def measure(self, loaded: LoadedModel, look: Look) -> np.ndarray:
+    def measure(self, loaded: LoadedModel, given: CriterionInput) -> np.ndarray:
         """Float64, shaped as the module's docstring says."""
         module, function = self.place.split(".")
-        return getattr(import_module(f"sspcompile.criteria.{module}"), function)(loaded, look)
+        return getattr(import_module(f"sspcompile.criteria.{module}"), function)(loaded, given)
 
 
 def criterion(name: str) -> Criterion:

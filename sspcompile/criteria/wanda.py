@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from sspcompile.criteria.channels import head_sums, moments, output_weight
-from sspcompile.criteria.look import Look, Units
+from sspcompile.criteria.units import CriterionInput, Units
 from sspcompile.model.decoder import LoadedModel
 
 
-def wanda(loaded: LoadedModel, look: Look) -> np.ndarray:
+def wanda(loaded: LoadedModel, given: CriterionInput) -> np.ndarray:
     """[L, U]"""
-    units = Units.of(loaded.geometry, look.granularity)
+    units = Units.of(loaded.geometry, given.granularity)
     columns = [output_weight(loaded, layer).abs().sum(0, dtype=torch.float64) for layer in range(units.layers)]
-    norms = moments(loaded, look).root_mean_square
+    norms = moments(loaded, given).root_mean_square
     return units.sum(head_sums(loaded, torch.stack(columns).cpu().numpy() * norms))

@@ -1,7 +1,6 @@
-"""The small six-domain model that ships with the package, with everything that makes it.
+"""The small six-domain model that ships with the package, and questions whose answers are known (`questions`).
 
-`corpus` generates the text, `train` the weights, `evaluate` the accuracy, `pools` the domain pools. Importing this
-package loads nothing heavy.
+What makes both is `training`, beside this package in the repository. Importing this package loads nothing heavy.
 """
 
 from pathlib import Path

@@ -88,10 +88,14 @@ def _rows(dense: Mapping[str, Mapping[str, Any]], sliced: Mapping[str, Mapping[s
             if not rest or kind.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             error = f"{kind}_stderr,{rest}"
-            figures = (value, metrics.get(error), sliced[task][name], sliced[task].get(error))
-            first, first_error, second, second_error = (x if isinstance(x, int | float) else None for x in figures)
-            rows.append(HarnessRow(task, name, first, first_error, second, second_error))
+            errors = (_number(found.get(error)) for found in (metrics, sliced[task]))
+            rows.append(HarnessRow(task, name, value, next(errors), float(sliced[task][name]), next(errors)))
     return rows
+
+
+def _number(value: object) -> float | None:
+    """What the harness calls "N/A" is None."""
+    return float(value) if isinstance(value, int | float) else None
 
 
 def rows_json(rows: Sequence[HarnessRow]) -> dict[str, Any]:

@@ -12,27 +12,15 @@ from typing import Any
 import numpy as np
 
 from sspcompile.evaluate.asking import METRICS, Outcomes
-from sspcompile.intervals import Interval, bootstrap
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean over turns; `interval` is None below five conversations."""
-
-    value: float
-    interval: Interval | None
-
-    @property
-    def measurable(self) -> bool:
-        """Whether the interval leaves 0 out."""
-        return self.interval is not None and not self.interval.covers(0.0)
+from sspcompile.intervals import Estimate, bootstrap
 
 
 @dataclass(frozen=True)
 class SuiteResult:
     """One suite: metric -> mean of the dense model, of the sliced one, and of sliced - dense turn by turn.
 
-    A metric that needs answers is None where no turn has any. `dropped` counts prompts that the artifact was fitted on.
+    Intervals need five conversations. A metric that needs answers is None where no turn has any. `dropped` counts
+    prompts that the artifact was fitted on.
     """
 
     name: str
@@ -40,12 +28,12 @@ class SuiteResult:
     prompts: int
     labelled: int
     dropped: int
-    dense: Mapping[str, Mean | None]
-    sliced: Mapping[str, Mean | None]
-    difference: Mapping[str, Mean | None]
+    dense: Mapping[str, Estimate | None]
+    sliced: Mapping[str, Estimate | None]
+    difference: Mapping[str, Estimate | None]
 
 
-def mean_over_turns(values: np.ndarray, owner: np.ndarray, *, seed: int) -> Mean | None:
+def mean_over_turns(values: np.ndarray, owner: np.ndarray, *, seed: int) -> Estimate | None:
     """Mean of `values` [T] without NaN, its interval from whole conversations drawn again; None without values."""
     known = ~np.isnan(values)
     if not known.any():
@@ -56,13 +44,13 @@ def mean_over_turns(values: np.ndarray, owner: np.ndarray, *, seed: int) -> Mean
     def redrawn(index: np.ndarray) -> np.ndarray:
         return sums[index].sum(1) / counts[index].sum(1)
 
-    return Mean(float(values[known].mean()), bootstrap(redrawn, len(sums), seed=seed))
+    return Estimate.of(float(values[known].mean()), bootstrap(redrawn, len(sums), seed=seed))
 
 
 def suite_result(name: str, dense: Outcomes, sliced: Outcomes, *, dropped: int, seed: int) -> SuiteResult:
     """Summarise one suite."""
 
-    def means(values: Mapping[str, np.ndarray]) -> dict[str, Mean | None]:
+    def means(values: Mapping[str, np.ndarray]) -> dict[str, Estimate | None]:
         return {metric: mean_over_turns(values[metric], dense.owner, seed=seed) for metric in METRICS}
 
     return SuiteResult(
@@ -96,11 +84,10 @@ def results_json(results: Sequence[SuiteResult], facts: Mapping[str, Any]) -> di
     return {**facts, "suite": results[0].name, **top, "suites": suites}
 
 
-def _figures(means: Mapping[str, Mean | None]) -> dict[str, Any]:
+def _figures(means: Mapping[str, Estimate | None]) -> dict[str, Any]:
     """`exact_match` and `exact_match_interval` ([low, high]) and so on; null where nothing was measured."""
     found: dict[str, Any] = {}
     for metric, mean in means.items():
         found[metric] = None if mean is None else mean.value
-        interval = None if mean is None else mean.interval
-        found[f"{metric}_interval"] = None if interval is None else [interval.low, interval.high]
+        found[f"{metric}_interval"] = None if mean is None or mean.low is None else [mean.low, mean.high]
     return found

@@ -18,9 +18,8 @@ from sspcompile.families.windows import stray_window, turned_layers, windows_of
 
 # Static position scalings: the frequencies do not depend on how long the text has become.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-# ONNX Runtime's GroupQueryAttention fails for other head sizes when it runs, not when it is built; with positions
-# inside the head size must be a multiple of the larger one.
-ROTARY_MULTIPLE, PLAIN_MULTIPLE = 16, 8
+# ONNX Runtime's GroupQueryAttention fails for other head sizes when it runs, not when it is built.
+HEAD_SIZE_MULTIPLE = 8
 # What weights are read from.
 FLOATS = ("F32", "F16", "BF16")
 ACTIVATION = "silu"
@@ -87,13 +86,12 @@ def graph_layers(config: Config, g: Geometry, counts: Sequence[tuple[int, int]])
     turned = turned_layers(config, g.family, g.layers)
     windows = windows_of(config, g.family, g.layers)
     layers = tuple(GraphLayer(*both, *rest) for both, *rest in zip(counts, turned, windows, strict=True))
+    if g.head_dim % HEAD_SIZE_MULTIPLE:
+        raise UnsupportedModelError(
+            f"ONNX Runtime attends over head sizes that are multiples of {HEAD_SIZE_MULTIPLE}, not {g.head_dim}.",
+            hint="Use --format hf.",
+        )
     for index, layer in enumerate(layers):
-        multiple = ROTARY_MULTIPLE if layer.rotary else PLAIN_MULTIPLE
-        if g.head_dim % multiple:
-            raise UnsupportedModelError(
-                f"ONNX Runtime's attention kernel takes head sizes that are multiples of {multiple}, not {g.head_dim}.",
-                hint="Use --format hf.",
-            )
         if layer.heads % layer.kv_heads:
             raise UnsupportedModelError(
                 f"Layer {index} has {layer.heads} query heads for {layer.kv_heads} key/value heads.",

@@ -68,7 +68,7 @@ def hosted_config(config: Mapping[str, Any], geometry: Geometry, host: Host) -> 
 def stand_in(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The configuration that loads a dense model whose own class refuses its head count; None for every other model.
 
-    transformers 5 rejects a Llama whose hidden_size is no multiple of its heads, though it computes such a model, and
+    transformers 5 rejects a Llama whose hidden_size is not a multiple of its heads, though it computes such a model;
     4.57 loads it. Raises what `geometry_of` raises.
     """
     family = FAMILIES.get(str(config.get("model_type")))

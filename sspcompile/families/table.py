@@ -174,7 +174,7 @@ SANDWICHED: Mapping[str, Any] = {
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
     for family in (
-        # transformers 5 rejects a LlamaConfig whose hidden_size is no multiple of num_attention_heads even when
+        # transformers 5 rejects a LlamaConfig whose hidden_size is not a multiple of num_attention_heads even when
         # head_dim is given; Mistral has the same tensors and the same forward with `sliding_window: null`.
         Family(
             "llama",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sspcompile.errors import RunError
-from sspcompile.intervals import Interval, mean_interval
+from sspcompile.intervals import Estimate, mean_estimate
 
 ROW_ELEMENTS = 8_000_000  # elements of one float64 block of logits: 64 MB
 
@@ -27,26 +27,12 @@ class Divergence:
     The means are over prompts. The tuples hold one value per prompt, in ascending order of `prompts`.
     """
 
-    mean_kl: float
-    mean_kl_interval: Interval | None
-    top1_agreement: float
-    top1_agreement_interval: Interval | None
+    mean_kl: Estimate
+    top1_agreement: Estimate
     prompts: tuple[int, ...]
     kl_per_prompt: tuple[float, ...]
     agreement_per_prompt: tuple[float, ...]
     positions_per_prompt: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean over prompts of the first model's KL minus the second's, in nats per token."""
-
-    mean: float
-    interval: Interval | None
-
-    @property
-    def measurable(self) -> bool:
-        return self.interval is not None and not self.interval.covers(0.0)
 
 
 def divergence(
@@ -80,12 +66,11 @@ class DivergenceAccumulator:
         index = torch.as_tensor(prompt_index).tolist()
         if dense.dim() != 2 or dense.shape != other.shape or len(index) != len(dense):
             raise ValueError(f"logits {tuple(dense.shape)} and {tuple(other.shape)} for {len(index)} positions")
-        rows = max(1, ROW_ELEMENTS // max(1, dense.shape[1]))
-        for start in range(0, len(index), rows):
-            kl, agree = _compare(dense[start : start + rows], other[start : start + rows])
-            for prompt, k, a in zip(index[start : start + rows], kl.tolist(), agree.tolist(), strict=True):
-                self._kl[prompt].append(k)
-                self._agree[prompt].append(float(a))
+        other = other.to(dense.device)
+        agree = dense.argmax(-1) == other.argmax(-1)
+        for prompt, k, a in zip(index, token_kl(dense, other).tolist(), agree.tolist(), strict=True):
+            self._kl[prompt].append(k)
+            self._agree[prompt].append(float(a))
 
     def result(self, *, seed: int = 0) -> Divergence:
         """Raises RunError when nothing was added."""
@@ -95,10 +80,8 @@ class DivergenceAccumulator:
         kl = [float(np.mean(self._kl[p])) for p in prompts]
         agree = [float(np.mean(self._agree[p])) for p in prompts]
         return Divergence(
-            mean_kl=float(np.mean(kl)),
-            mean_kl_interval=mean_interval(kl, seed=seed),
-            top1_agreement=float(np.mean(agree)),
-            top1_agreement_interval=mean_interval(agree, seed=seed),
+            mean_kl=mean_estimate(kl, seed=seed),
+            top1_agreement=mean_estimate(agree, seed=seed),
             prompts=tuple(prompts),
             kl_per_prompt=tuple(kl),
             agreement_per_prompt=tuple(agree),
@@ -106,14 +89,22 @@ class DivergenceAccumulator:
         )
 
 
-def _compare(dense: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(dense || other) [N] in nats and equality of the greedy token [N]."""
+def token_kl(dense: Tensor, other: Tensor) -> Tensor:
+    """KL(dense || other) of the next token in nats, [N] float64, from logits [N, V] of both on one device.
+
+    Raises RunError when logits are not finite.
+    """
+    rows = max(1, ROW_ELEMENTS // max(1, dense.shape[1]))
+    parts = zip(dense.split(rows), other.split(rows), strict=True)
+    return torch.cat([_kl(a, b) for a, b in parts]) if len(dense) else torch.zeros(0, dtype=torch.float64)
+
+
+def _kl(dense: Tensor, other: Tensor) -> Tensor:
     # float64: the KL of nearly equal models is a difference of nearly equal numbers.
-    p, q = dense.double().log_softmax(-1), other.to(dense.device).double().log_softmax(-1)
+    p, q = dense.double().log_softmax(-1), other.double().log_softmax(-1)
     if not (p.isfinite().all() and q.isfinite().all()):
         raise RunError("The logits hold NaN or infinite values.", hint="Load the model in float32 and try again.")
-    kl = (p.exp() * (p - q)).sum(-1).clamp_min(0)
-    return kl, dense.argmax(-1) == other.to(dense.device).argmax(-1)
+    return (p.exp() * (p - q)).sum(-1).clamp_min(0)
 
 
 def average(divergences: Sequence[Divergence], *, seed: int = 0) -> Divergence:
@@ -125,18 +116,19 @@ def average(divergences: Sequence[Divergence], *, seed: int = 0) -> Divergence:
     agree = np.mean([d.agreement_per_prompt for d in divergences], axis=0).tolist()
     return replace(
         first,
-        mean_kl=float(np.mean(kl)),
-        mean_kl_interval=mean_interval(kl, seed=seed),
-        top1_agreement=float(np.mean(agree)),
-        top1_agreement_interval=mean_interval(agree, seed=seed),
+        mean_kl=mean_estimate(kl, seed=seed),
+        top1_agreement=mean_estimate(agree, seed=seed),
         kl_per_prompt=tuple(kl),
         agreement_per_prompt=tuple(agree),
     )
 
 
-def compare_divergences(first: Divergence, second: Divergence, *, seed: int = 0) -> Difference:
-    """Paired over prompts: the KL of `first` minus the KL of `second`. Raises ValueError for different prompts."""
+def compare_divergences(first: Divergence, second: Divergence, *, seed: int = 0) -> Estimate:
+    """Paired over prompts, in nats per token: the KL of `first` minus the KL of `second`.
+
+    Raises ValueError for different prompts.
+    """
     if first.prompts != second.prompts:
         raise ValueError("the two were measured on different prompts")
     gaps = np.subtract(first.kl_per_prompt, second.kl_per_prompt)
-    return Difference(float(gaps.mean()), mean_interval(gaps, seed=seed))
+    return mean_estimate(gaps, seed=seed)

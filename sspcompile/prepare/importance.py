@@ -10,12 +10,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from sspcompile.criteria import measuring
-from sspcompile.criteria.look import Granularity
 from sspcompile.criteria.table import criterion
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.text import CONTINUATION_TOKENS, MAX_TOKENS, continued
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.progress import Steps, no_steps
+from sspcompile.request.options import Granularity
 
 
 def probe_directions(probe_weight: np.ndarray, feature_scale: np.ndarray) -> np.ndarray:

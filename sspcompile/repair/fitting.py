@@ -101,7 +101,7 @@ class _Dense:
         self.weights = [w[real] for w, real in zip(_position_weights(batches), self.real, strict=True)]
         self._calls: list[list[tuple[tuple[Any, ...], Mapping[str, Any]]]] = []
         for batch in batches:
-            with recorded_calls(loaded) as recorded:
+            with recorded_calls(loaded.layers) as recorded:
                 loaded.model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
             # Only the first layer's hidden state is kept: all of them would be a whole forward pass in memory.
             self.hidden.append(recorded[0].hidden)
@@ -139,14 +139,14 @@ class _Stream:
             return
         layer = loaded.layers[index]
         self.weights[index] = self._refit_attention(index, dense, columns, ridge).to(dtype)
-        mended = Repair({index: self.weights[index]})
+        refit = Repair({index: self.weights[index]})
         if mlp:
-            with repaired(loaded, mended):
+            with repaired(loaded, refit):
                 self.down[index] = self._refit_mlp(index, dense).to(dtype).contiguous()
-            mended = Repair(mended.weights, down={index: self.down[index]})
+            refit = Repair(refit.weights, down={index: self.down[index]})
         if layer is loaded.layers[-1]:
             return
-        with repaired(loaded, mended):
+        with repaired(loaded, refit):
             self.hidden = [dense.run(index, number, hidden) for number, hidden in enumerate(self.hidden)]
 
     def _refit_attention(self, index: int, dense: _Dense, columns: Tensor, ridge: float) -> Tensor:

@@ -7,11 +7,10 @@ from collections.abc import Collection
 from sspcompile.bench.latency import BenchResult, ContenderResult
 from sspcompile.bench.metrics import METRICS
 from sspcompile.bench.ratios import Ratio
-from sspcompile.intervals import Interval, Summary
-from sspcompile.model.divergence import Difference, Divergence
+from sspcompile.intervals import Estimate, Summary
+from sspcompile.model.divergence import Divergence
 from sspcompile.report.model import (
     CapacityRow,
-    Estimate,
     LatencyRow,
     LatencySection,
     PredictionRow,
@@ -21,17 +20,12 @@ from sspcompile.report.model import (
 )
 
 
-def estimate(value: float, interval: Interval | None) -> Estimate:
-    """A value with its interval, or without one."""
-    return Estimate(value=value, low=interval.low if interval else None, high=interval.high if interval else None)
-
-
 def quality_row(
     name: str,
     divergence: Divergence,
     *,
     role: Role = "other",
-    above_ours: Difference | None = None,
+    above_ours: Estimate | None = None,
     exact_match: Estimate | None = None,
     off: Divergence | None = None,
 ) -> QualityRow:
@@ -41,12 +35,12 @@ def quality_row(
     return QualityRow(
         name=name,
         role=role,
-        mean_kl=estimate(divergence.mean_kl, divergence.mean_kl_interval),
-        top1_agreement=estimate(divergence.top1_agreement, divergence.top1_agreement_interval),
-        kl_above_ours=estimate(above_ours.mean, above_ours.interval) if above_ours else None,
+        mean_kl=divergence.mean_kl,
+        top1_agreement=divergence.top1_agreement,
+        kl_above_ours=above_ours,
         exact_match=exact_match,
-        off_kl=estimate(off.mean_kl, off.mean_kl_interval) if off else None,
-        off_agreement=estimate(off.top1_agreement, off.top1_agreement_interval) if off else None,
+        off_kl=off.mean_kl if off else None,
+        off_agreement=off.top1_agreement if off else None,
     )
 
 
@@ -87,7 +81,7 @@ def latency_section(result: BenchResult, only: Collection[str] | None = None) ->
                 reference=p.reference,
                 contender=p.contender,
                 predicted=p.predicted,
-                measured=estimate(p.measured, p.interval),
+                measured=Estimate.of(p.measured, p.interval),
                 realised=p.realised,
                 reference_share=p.reference_share,
             )
@@ -121,7 +115,7 @@ def _row(ratio: Ratio, reference: ContenderResult, contender: ContenderResult) -
         contender_p10=bottom.p10,
         contender_p90=bottom.p90,
         samples=len(bottom.samples),
-        improvement=estimate(ratio.improvement, ratio.improvement_interval),
+        improvement=Estimate.of(ratio.improvement, ratio.improvement_interval),
         verdict=ratio.verdict,
         definition=metric.definition,
     )

@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sspcompile.evaluate.results import Mean, SuiteResult
-from sspcompile.report.words import clean, figures, percent
+from sspcompile.evaluate.results import SuiteResult
+from sspcompile.intervals import Estimate
+from sspcompile.report.format import clean, figures, percent
 
 ROWS: Mapping[str, tuple[str, Callable[[float], str]]] = {
     "exact_match": ("exact match", percent),
@@ -40,22 +41,22 @@ def _by_answers(result: SuiteResult) -> str:
     if lost:
         return "LOSS: " + ", ".join(_change(metric, shown[metric]) for metric in lost) + "."
     exact = shown["exact_match"]
-    if exact is None or exact.interval is None:
+    if exact is None or exact.low is None:
         return f"too few conversations for a verdict: {_change('exact_match', exact)}."
     if exact.measurable:
         return f"better: {_change('exact_match', exact)}."
     return f"no measurable change: {_change('exact_match', exact)}."
 
 
-def _change(metric: str, mean: Mean | None) -> str:
+def _change(metric: str, mean: Estimate | None) -> str:
     name = ROWS[metric][0]
     if mean is None:
         return f"{name} was not measured"
     factor, digits, unit = (1, 3, "") if metric == "answer_log_likelihood" else (100, 1, " points")
     text = f"{name} {factor * mean.value:+.{digits}f}{unit}"
-    if mean.interval is None:
+    if mean.low is None or mean.high is None:
         return text
-    return f"{text} ({factor * mean.interval.low:+.{digits}f} to {factor * mean.interval.high:+.{digits}f})"
+    return f"{text} ({factor * mean.low:+.{digits}f} to {factor * mean.high:+.{digits}f})"
 
 
 def print_results(results: Sequence[SuiteResult], console: Console) -> None:
@@ -79,13 +80,13 @@ def _table(result: SuiteResult) -> Table:
     return table
 
 
-def _cell(mean: Mean | None, show: Callable[[float], str]) -> str:
+def _cell(mean: Estimate | None, show: Callable[[float], str]) -> str:
     if mean is None:
         return "-"
 
     def signed(value: float) -> str:
         return f"-{show(-value)}" if value < 0 else show(value)
 
-    if mean.interval is None:
+    if mean.low is None or mean.high is None:
         return signed(mean.value)
-    return f"{signed(mean.value)} ({signed(mean.interval.low)} to {signed(mean.interval.high)})"
+    return f"{signed(mean.value)} ({signed(mean.low)} to {signed(mean.high)})"

@@ -7,8 +7,8 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from sspcompile.report.page import Page
 from sspcompile.report.text import ALARMS
-from sspcompile.report.view import Page
 
 
 def render_html(page: Page) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from sspcompile.report.view import Block, Page, Table
+from sspcompile.report.page import Block, Page, Table
 
 SPECIAL = re.compile(r"([\\`*_\[\]|~#!])")
 

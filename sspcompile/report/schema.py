@@ -11,8 +11,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from sspcompile.bench.latency import BenchResult
+from sspcompile.report.comparison import Points
 from sspcompile.report.model import Report
-from sspcompile.report.points import Points
 
 
 def _report() -> dict[str, Any]:

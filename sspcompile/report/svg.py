@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from xml.sax.saxutils import escape
 
+from sspcompile.report.format import figures
 from sspcompile.report.model import MaskSection
-from sspcompile.report.words import figures
 
 LARGEST_CELL, SMALLEST_CELL = 30, 14
 TARGET_WIDTH = 640

@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from sspcompile.report.view import Page, Table
+from sspcompile.report.page import Page, Table
 
 ALARMS = ("LOSS", "FAILED", "FURTHER", "DO NOT SHIP", "FOR THIS SCENARIO ONLY", "NO MEASURABLE GAIN")
 

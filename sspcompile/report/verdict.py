@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sspcompile.report.model import Estimate, LatencyRow, LatencySection, PredictionRow, QualityRow, Report
-from sspcompile.report.words import change, figures, percent, with_interval
+from sspcompile.intervals import Estimate
+from sspcompile.report.format import change, figures, percent, with_interval
+from sspcompile.report.model import LatencyRow, LatencySection, PredictionRow, QualityRow, Report
 
 # Below this share of agreement more than every tenth token differs: nobody would call that the same model.
 FEW_AGREE = 0.9
@@ -88,8 +89,7 @@ def _parity(report: Report) -> Iterator[str]:
     parity = report.parity
     if parity is None:
         return
-    scale = figures(parity.logit_scale)
-    figure = f"largest logit difference {figures(parity.max_difference)} at a logit scale of {scale}"
+    figure = f"largest logit difference {figures(parity.relative)} of the scale in {parity.dtype}"
     if parity.holds:
         yield f"The files equal the masked model: {figure}."
     elif parity.relative > parity.tolerance:

@@ -8,7 +8,7 @@ from sspcompile.report.html import render_html
 from sspcompile.report.json import render_json
 from sspcompile.report.markdown import render_markdown
 from sspcompile.report.model import Report
-from sspcompile.report.view import Page, report_page
+from sspcompile.report.page import Page, report_page
 
 
 def write_report(report: Report, folder: Path) -> tuple[Path, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sspcompile.errors import InputError
 from sspcompile.request.domains import DomainPool, load_outside, load_pools, pools_fingerprint
-from sspcompile.request.recipe import Recipe
+from sspcompile.request.options import Options
 
 KEY_CHARACTERS = 12
 
@@ -28,8 +28,8 @@ class PoolSet:
         return tuple(by_name[name] for name in names)
 
 
-def pools_of(options: Recipe) -> PoolSet:
-    """The pools that a recipe asks for.
+def pools_of(options: Options) -> PoolSet:
+    """The pools that a request asks for.
 
     Without `axes` the shipped domains and the user's own (`pools`) are all domains. With `axes`, and when axis
     selection is switched off, every pool is a candidate, the shipped outside ones too. Raises RecipeError for a pool
@@ -40,7 +40,7 @@ def pools_of(options: Recipe) -> PoolSet:
     clash = sorted({pool.name for pool in own} & {pool.name for pool in (*shipped, *outside)})
     if clash:
         raise InputError(f"{options.pools} has shipped names: {', '.join(clash)}.", hint="Rename those pools.")
-    if "axes" in (options.without or ()):
+    if "axes" in options.without:
         return PoolSet((*shipped, *outside, *own), (), None)
     if options.axes is None:
         return PoolSet((*shipped, *own), outside, None)
@@ -53,9 +53,9 @@ def pools_of(options: Recipe) -> PoolSet:
     return PoolSet(candidates, (), options.axes)
 
 
-def pools_suffix(options: Recipe) -> str:
+def pools_suffix(options: Options) -> str:
     """What tells a toolkit's folder from those of other pools or axes; empty for the default ones."""
-    if options.pools is None and options.axes is None and "axes" not in (options.without or ()):
+    if options.pools is None and options.axes is None and "axes" not in options.without:
         return ""
     chosen = pools_of(options)
     return f"-axes{chosen.axes or 'all'}-{pools_fingerprint(chosen.candidates)[:KEY_CHARACTERS]}"

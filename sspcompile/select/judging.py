@@ -13,14 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sspcompile.intervals import Estimate
 from sspcompile.model.decoder import LoadedModel
-from sspcompile.model.divergence import Difference, Divergence, DivergenceAccumulator, compare_divergences
+from sspcompile.model.divergence import Divergence, DivergenceAccumulator, compare_divergences
 from sspcompile.model.hooks import head_gates
 from sspcompile.model.text import Batch, batches_of, continued
-from sspcompile.progress import Progress, Steps, no_steps, stage_of
+from sspcompile.progress import Progress, Steps, no_steps, silent, stage_of
 from sspcompile.repair.fitting import fit_biases, fit_repairs
 from sspcompile.repair.repair import MIN_PROMPTS, Repair, is_linear, repaired
-from sspcompile.request.splits import Evidence
+from sspcompile.request.options import Options
+from sspcompile.request.splits import Splits
 from sspcompile.slicing.layouts import Choice
 from sspcompile.slicing.mask import Layout
 
@@ -57,16 +59,18 @@ class Candidate:
     choice: Choice
     plain: Figures
     repair: Repair | None
-    mended: Figures | None
+    with_repair: Figures | None
 
     @property
     def keeps_repair(self) -> bool:
         """A repair stays unless it makes the guard texts worse: measurably so, or at all where they are too few."""
-        return self.mended is not None and not _dearer(compare_divergences(self.mended.guard, self.plain.guard))
+        return self.with_repair is not None and not _costs_more(
+            compare_divergences(self.with_repair.guard, self.plain.guard)
+        )
 
     @property
     def final(self) -> Figures:
-        return self.mended if self.mended is not None and self.keeps_repair else self.plain
+        return self.with_repair if self.with_repair is not None and self.keeps_repair else self.plain
 
     @property
     def final_repair(self) -> Repair | None:
@@ -76,32 +80,24 @@ class Candidate:
 class Judge:
     """Holds the texts as batches, and the dense model's logits at the scored positions of those that were held out.
 
-    `repair` names what is fitted for every candidate (nothing is with too few texts, or where o_proj's output is not a
-    linear part of the residual stream); `dtype` is the one in which repaired tensors will be written.
+    `options.repair` is fitted for every candidate; nothing is with too few texts, or where o_proj's output is not a
+    linear part of the residual stream. `dtype` is the one in which repaired tensors will be written.
     """
 
     def __init__(
-        self,
-        loaded: LoadedModel,
-        evidence: Evidence,
-        *,
-        max_tokens: int,
-        new_tokens: int,
-        seed: int,
-        repair: str,
-        dtype: torch.dtype,
-        progress: Progress,
+        self, loaded: LoadedModel, splits: Splits, options: Options, *, dtype: torch.dtype, progress: Progress = silent
     ) -> None:
         self.loaded = loaded
-        self.evidence = evidence
-        self.seed = seed
-        possible = len(evidence.fit) >= MIN_PROMPTS and (repair == "flap-bias" or is_linear(loaded.geometry))
+        self.splits = splits
+        self.seed = options.seed
+        repair = options.repair
+        possible = len(splits.fit) >= MIN_PROMPTS and (repair == "flap-bias" or is_linear(loaded.geometry))
         self.repair = repair if possible else "none"
         self.dtype = dtype
         self.progress = progress
         self.sentences, *others = (
-            continued(loaded, part, new_tokens, max_tokens)
-            for part in (evidence.fit, evidence.guard, evidence.judge, evidence.off)
+            continued(loaded, part, options.continuation_tokens, options.max_tokens)
+            for part in (splits.fit, splits.guard, splits.judge, splits.off)
         )
         self.fit, self.guard, self.held, self.off = (batches_of(loaded, part) for part in (self.sentences, *others))
         self._dense = {
@@ -126,6 +122,16 @@ class Judge:
             )
         return Reported(candidate.final.judge, off)
 
+    def probes(self) -> list[list[int]]:
+        """Token ids of six of the texts that decide nothing, unpadded, the shortest and the longest among them."""
+        rows = [
+            batch.input_ids[row][batch.attention_mask[row].bool()].tolist()
+            for batch in self.held
+            for row in range(len(batch.rows))
+        ]
+        step = max(1, len(rows) // 5)
+        return rows[::step][:5] + rows[-1:]
+
     def fitted(
         self, masks: Sequence[np.ndarray], batches: Sequence[Batch], report: Steps = no_steps
     ) -> Iterator[Repair | None]:
@@ -149,8 +155,8 @@ class Judge:
             [choice.kept for _, choice in choices], self.fit, stage_of(self.progress, f"repair ({what})")
         )
         for (layout, choice), repair in zip(choices, fitted, strict=True):
-            mended = self.figures(choice.kept, repair) if repair is not None else None
-            yield Candidate(layout, choice, self.figures(choice.kept), repair, mended)
+            with_repair = self.figures(choice.kept, repair) if repair is not None else None
+            yield Candidate(layout, choice, self.figures(choice.kept), repair, with_repair)
 
 
 def divergence_of(
@@ -183,7 +189,7 @@ class Decision:
 
     chosen: Candidate
     candidates: Mapping[Layout, Candidate]
-    uniform_cost: Difference | None
+    uniform_cost: Estimate | None
 
 
 def decide(candidates: Mapping[Layout, Candidate]) -> Decision:
@@ -192,12 +198,12 @@ def decide(candidates: Mapping[Layout, Candidate]) -> Decision:
         return Decision(next(iter(candidates.values())), candidates, None)
     uniform, per_layer = candidates["uniform"], candidates["per-layer"]
     cost = compare_divergences(uniform.final.guard, per_layer.final.guard)
-    return Decision(per_layer if _dearer(cost) else uniform, candidates, cost)
+    return Decision(per_layer if _costs_more(cost) else uniform, candidates, cost)
 
 
-def _dearer(cost: Difference) -> bool:
+def _costs_more(cost: Estimate) -> bool:
     """Whether a cost is above zero by more than chance; with too few texts for an interval, whether it is at all.
 
     A few texts carry most of a mean KL, so on a dozen of them its sign alone is close to a coin toss.
     """
-    return cost.mean > 0 and (cost.measurable or cost.interval is None)
+    return cost.value > 0 and (cost.measurable or cost.low is None)

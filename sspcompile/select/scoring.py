@@ -13,8 +13,7 @@ from sspcompile.model.decoder import LoadedModel
 from sspcompile.prepare.direct import importance_per_prompt
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.progress import Progress, silent, stage_of
-from sspcompile.request.recipe import Recipe
-from sspcompile.request.scenario import Scenario
+from sspcompile.request.request import Request
 from sspcompile.request.splits import own_fit_part
 from sspcompile.select.mixture import Mixture, head_scores
 from sspcompile.select.shrinkage import shrink
@@ -40,32 +39,27 @@ class HeadScores:
         return {"source": self.source, "prompts": self.prompts, "prompt_weight": round(self.prompt_weight, 6)}
 
 
-def demand_prompts(scenario: Scenario, options: Recipe) -> None:
+def demand_prompts(request: Request) -> None:
     """Raise ScenarioError when scores are to come from prompts and the scenario has none."""
-    if options.importance_from == "prompts" and not scenario.prompts:
+    if request.options.importance_from == "prompts" and not request.scenario.prompts:
         raise ScenarioError(
-            f"--importance-from prompts needs prompts, and {scenario.name} has none of its own.",
+            f"--importance-from prompts needs prompts, and {request.scenario.name} has none of its own.",
             hint="Give a file of prompts, or --importance-from domains.",
         )
 
 
 def score_heads(
-    scenario: Scenario,
-    used: Mixture,
-    options: Recipe,
-    toolkit: Toolkit,
-    loaded: LoadedModel,
-    name: str,
-    progress: Progress = silent,
+    request: Request, used: Mixture, toolkit: Toolkit, loaded: LoadedModel, name: str, progress: Progress = silent
 ) -> HeadScores:
     """Score the heads for a scenario by the criterion `name`, which the toolkit holds.
 
     Only prompts that may choose are looked at (`own_fit_part`). Raises ScenarioError like `demand_prompts`.
     """
-    demand_prompts(scenario, options)
+    demand_prompts(request)
+    scenario, options = request.scenario, request.options
     cached = head_scores(toolkit, name, used)
     prompts = own_fit_part(scenario.prompts)
-    if options.importance_from == "domains" or "scenario" in (options.without or ()) or not prompts:
+    if options.importance_from == "domains" or "scenario" in options.without or not prompts:
         return HeadScores(cached, "domains", 0, 0.0)
     values = importance_per_prompt(
         loaded,
@@ -73,9 +67,9 @@ def score_heads(
         name,
         prompts,
         used.parts,
-        seed=options.seed or 0,
-        max_tokens=options.max_tokens or 0,
-        continuation_tokens=options.continuation_tokens or 0,
+        seed=options.seed,
+        max_tokens=options.max_tokens,
+        continuation_tokens=options.continuation_tokens,
         progress=stage_of(progress, f"{name} on the scenario's prompts"),
     )
     criterion, _ = of_key(name)

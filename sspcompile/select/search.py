@@ -20,24 +20,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sspcompile.criteria.look import Granularity
 from sspcompile.criteria.measuring import measure
 from sspcompile.model.text import Batch, batches_of
+from sspcompile.request.options import Granularity
 from sspcompile.select.budget import merit
-from sspcompile.select.compiling import Ranking
 from sspcompile.select.judging import Judge, divergence_of, logits_at
+from sspcompile.select.reading import Ranking
 from sspcompile.slicing.layouts import Choice, Shape, choose, uniform_choices
 from sspcompile.slicing.mask import Layout
 
 FOLDS = 4
-CONTENDERS = ("fisher-midway",)
+MEASURED_SCORES = ("fisher-midway",)
 WITHIN_LAYERS = ("greedy-output", "probe-pruning", "wanda")
 """Scores that compare the heads of one layer; they know nothing of what a layer is worth."""
 
 
 @dataclass(frozen=True)
 class Tried:
-    """One mask of the shortlist: the mean over texts of the root of the KL from the dense model (nats per token).
+    """One mask that was measured: the mean over texts of the root of the KL from the dense model (nats per token).
 
     `shape` is None where it differs by layer.
     """
@@ -48,7 +48,7 @@ class Tried:
 
 
 @dataclass(frozen=True)
-class Shortlisted:
+class Searched:
     """The winner and everything that was tried, best first."""
 
     ranking: Ranking
@@ -82,11 +82,11 @@ class Folds:
         return [float(np.mean(mine)) for mine in roots]
 
 
-def contenders(
+def rankings(
     judge: Judge, own: Ranking, layouts: Iterable[Layout], granularity: Granularity = "head"
 ) -> tuple[Ranking, ...]:
     """The scenario's own ranking, and one by each score that `layouts` call for from the texts that fit the repair."""
-    names = (*CONTENDERS, *WITHIN_LAYERS) if "uniform" in layouts else CONTENDERS
+    names = (*MEASURED_SCORES, *WITHIN_LAYERS) if "uniform" in layouts else MEASURED_SCORES
     found = [own]
     for name in names:
         scores = measure(judge.loaded, name, judge.sentences, seed=judge.seed, granularity=granularity)
@@ -103,7 +103,7 @@ def best_mask(
     *,
     groups_only: bool = False,
     holds: Callable[[Choice], bool] = lambda _: True,
-) -> Shortlisted | None:
+) -> Searched | None:
     """The mask of a layout within `keep` that diverges least once repaired; ties go to the earlier one.
 
     `whitelist` is bool [layers, heads]. `holds` says whether a class can hold a mask; None when it holds none.
@@ -133,4 +133,4 @@ def best_mask(
         Tried(ranking.name, choice.shapes[0] if layout == "uniform" else None, value)
         for value, _, ranking, choice in found
     )
-    return Shortlisted(found[0][2], found[0][3], tried)
+    return Searched(found[0][2], found[0][3], tried)

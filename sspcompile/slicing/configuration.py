@@ -50,22 +50,30 @@ def sliced_config(source: Mapping[str, Any], plan: SlicePlan) -> dict[str, Any]:
 
 def _per_layer(plan: SlicePlan) -> dict[str, Any]:
     """What the class in the folder reads, and what transformers needs to find it."""
-    name = CLASS_PREFIX + plan.host.architecture
+    module, name = MODELING_FILE.removesuffix(".py"), CLASS_PREFIX + plan.host.architecture
+    classes = {"AutoModelForCausalLM": f"{module}.{name}"}
     config: dict[str, Any] = {
         "architectures": [name],
-        "auto_map": {"AutoModelForCausalLM": f"{MODELING_FILE.removesuffix('.py')}.{name}"},
+        "auto_map": classes,
         "per_layer_config": {
             str(layer): {"num_attention_heads": heads, "num_key_value_heads": groups}
             for layer, (heads, groups) in enumerate(plan.counts)
         },
     }
     if plan.host.reads_heads:
-        # The class looks at the global counts, which transformers 5 forbids to read unless told so. Stock classes
-        # would now build every layer with them; they still fail to load, because the weights do not fit.
+        # The class looks at the global counts, which transformers 5 forbids to read unless told so, and then warns, but
+        # for a configuration class of our own. Stock classes would now build every layer with them; they still fail to
+        # load, because the weights do not fit.
         g = plan.geometry
         config |= {"num_attention_heads": g.heads, "num_key_value_heads": g.kv_heads}
         config["allow_global_per_layer_attribute_access"] = True
+        classes["AutoConfig"] = f"{module}.{_config_class(plan.host.model_type)}"
     return config
+
+
+def _config_class(model_type: str) -> str:
+    """What transformers calls the configuration class of a family that reads its head counts: Gemma3TextConfig."""
+    return "".join(part.capitalize() for part in model_type.split("_")) + "Config"
 
 
 def _every_spelling(rope: Positions, host: Family) -> dict[str, Any]:

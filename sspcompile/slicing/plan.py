@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from sspcompile.checkpoint.source import Checkpoint, dtype_bytes
+from sspcompile.checkpoint.headers import dtype_bytes
+from sspcompile.checkpoint.source import Checkpoint
 from sspcompile.checkpoint.tensors import attention_shapes, mlp_multiplied
 from sspcompile.errors import ArtifactError, UnsupportedModelError
 from sspcompile.families import Family, Geometry, Host, graph_refusal, layer_prefix

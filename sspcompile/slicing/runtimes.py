@@ -96,7 +96,7 @@ def _llama_cpp(geometry: Geometry, counts: Sequence[tuple[int, int]]) -> Verdict
         return Verdict("llama.cpp", False, f"no GGUF of {geometry.family.architecture} was tried")
     quants = ""
     if any(heads * geometry.head_dim % K_QUANT_BLOCK for heads, _ in counts):
-        quants = f"; no K-quants of o_proj (heads * head_dim is no multiple of {K_QUANT_BLOCK})"
+        quants = f"; no K-quants of o_proj (heads * head_dim is not a multiple of {K_QUANT_BLOCK})"
     if uniform:
         how = f"as architecture {LLAMA_CPP_UNIFORM.get(kind, 'llama')}"
     else:

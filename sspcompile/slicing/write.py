@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from sspcompile.checkpoint import Checkpoint, copy_companions, write_checkpoint
+from sspcompile.checkpoint.companions import companions
 from sspcompile.checkpoint.references import drop_references
 from sspcompile.checkpoint.tokenizers import name_class
 from sspcompile.slicing.configuration import MODELING_FILE, sliced_config
@@ -31,6 +32,7 @@ def write_model(
 
     Shards are those of the source unless `max_shard_bytes` says otherwise. No model is built and torch is not needed.
     """
+    companions(checkpoint.path)  # refuses what could not be copied before weights are written
     folder.mkdir(parents=True, exist_ok=True)
     write_checkpoint(
         folder,
@@ -39,7 +41,7 @@ def write_model(
         link_unchanged=link_unchanged,
         progress=progress,
     )
-    config = sliced_config(checkpoint.config, plan)
+    config = sliced_config(checkpoint.carried_config, plan)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
     copy_companions(checkpoint.path, folder)
     drop_references(folder)

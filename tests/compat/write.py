@@ -17,6 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from builders import CONFIGS, FAMILY_SETTINGS, Shape, family_config, make_checkpoint, save_random
+from stored import decoder_as, stacked, stored_as
 
 from sspcompile.checkpoint import Checkpoint
 from sspcompile.model.hooks import head_gates
@@ -114,7 +115,7 @@ def record(folder: Path, dense: Path, layout: str, host: str | None = None) -> N
     loaded = load(folder / "dense", fingerprint="")
     with head_gates(loaded, torch.from_numpy(choice.kept).float()):
         logits, tokens = respond(loaded.model, IDS, NEW_TOKENS)
-    np.savez(folder / "expected.npz", ids=np.array(IDS), logits=logits, tokens=tokens)
+    np.savez(folder / "expected.npz", ids=np.array(IDS), logits=logits[: len(IDS)].numpy(), tokens=np.array(tokens))
     (folder / "case.json").write_text(json.dumps({"custom_code": plan.custom_code, "attention": g.family.attention}))
 
 
@@ -139,6 +140,11 @@ def main(target: str) -> None:
             config.original_max_position_embeddings = 16
         folder = Path(target) / f"{family}-per-layer-scaled"
         record(folder, save_random(folder / "dense", config), "per-layer")
+    # Sources that 4.57 itself would load with random weights.
+    for family, change in (("qwen3", decoder_as("model.language_model.")), ("mixtral", stacked("mixtral", "mlp"))):
+        folder = Path(target) / f"{family}-stored-otherwise"
+        usual = save_random(folder / "usual", family_config(family))
+        record(folder, stored_as(usual, folder / "dense", change), "uniform")
     for family, host in (("llama", "seed_oss"), ("llama", "granite"), ("qwen2", "seed_oss"), ("qwen2", "granite")):
         write_family(Path(target) / f"{family}-uniform-{host}", family, "uniform", host)
 

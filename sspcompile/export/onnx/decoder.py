@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,18 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sspcompile.checkpoint.source import TensorInfo, refuse_other_weights, tensor_table
+from sspcompile.checkpoint.headers import TensorInfo
+from sspcompile.checkpoint.settings import read_json
+from sspcompile.checkpoint.source import named_tensors
 from sspcompile.checkpoint.tensors import EMBEDDING, LM_HEAD, attention_shapes, mlp_shapes
 from sspcompile.checkpoint.tied import untied_by_weights
-from sspcompile.errors import CheckpointError, UnsupportedModelError
+from sspcompile.errors import CheckpointError, InputError
 from sspcompile.families import FUSED_GATED, Geometry, Positions, geometry_of, stand_in
 from sspcompile.families.graphs import GraphLayer, demand_graph, graph_layers, graph_positions
+from sspcompile.model.context import positions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 # Only how per-layer folders are opened; they say nothing of what a layer computes.
 OPENING_KEYS = ("per_layer_config", "auto_map", "allow_global_per_layer_attribute_access")
+# GroupQueryAttention rotates heads of sizes that are multiples of this.
+ROTARY_MULTIPLE = 16
+# One token to read, and one to write.
+LEAST_POSITIONS = 2
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,11 @@ class Decoder:
     logits: float
 
     @property
+    def rotates_apart(self) -> bool:
+        """Whether queries and keys are rotated before the attention, which does not rotate heads of this size."""
+        return self.geometry.head_dim % ROTARY_MULTIPLE != 0
+
+    @property
     def fused_mlp(self) -> bool:
         return self.geometry.family.mlp == FUSED_GATED
 
@@ -55,29 +66,25 @@ class Decoder:
 def read_decoder(folder: Path, *, positions: int | None = None) -> Decoder:
     """Read configuration and headers. `positions` shortens the context that the graph is made for.
 
-    Raises UnsupportedModelError for what ONNX Runtime's kernels or this graph cannot compute exactly, and
-    CheckpointError for files that contradict each other.
+    Raises UnsupportedModelError for what ONNX Runtime's kernels or this graph cannot compute exactly, CheckpointError
+    for files that contradict each other, and InputError for positions that the model does not have.
     """
-    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config = read_json(folder / "config.json")
     by_layer = config.get("per_layer_config") or {}
     plain = {key: value for key, value in config.items() if key not in OPENING_KEYS}
     if by_layer:  # the global counts are the largest of any layer, and need not fit each other
         plain["num_attention_heads"] = plain["num_key_value_heads"]
     else:
         config = plain = stand_in(plain) or plain
-    refuse_other_weights(folder, config)
-    tensors = tensor_table(folder)
-    g = untied_by_weights(geometry_of(plain), tensors)
+    stated = geometry_of(plain)
+    tensors = named_tensors(folder, config, stated)
+    g = untied_by_weights(stated, tensors)
     demand_graph(plain, g, {info.dtype for name, info in tensors.items() if name != LM_HEAD or not g.tied})
     layers = graph_layers(plain, g, [_counts(g, by_layer.get(str(index), {})) for index in range(g.layers)])
     rope = graph_positions(plain, g)
     _check(tensors, g, layers, folder)
     frequencies, scale = _rotary(g, rope, plain)
-    longest = int(_said(plain, g, "max_position_embeddings"))
-    if positions is not None and positions > longest:
-        raise UnsupportedModelError(
-            f"The model was made for {longest} positions, not {positions}.", hint=f"Give at most {longest}."
-        )
+    longest = plain.get("max_position_embeddings", g.family.silent["max_position_embeddings"])
     return Decoder(
         folder=folder,
         config=config,
@@ -85,11 +92,26 @@ def read_decoder(folder: Path, *, positions: int | None = None) -> Decoder:
         tensors=tensors,
         layers=layers,
         epsilon=float(_said(plain, g, "rms_norm_eps")),
-        positions=positions or longest,
+        positions=_positions({**plain, "max_position_embeddings": longest}, positions),
         frequencies=frequencies,
         rotary_scale=scale,
         **_multipliers(g, plain),
     )
+
+
+def _positions(config: Mapping[str, Any], wanted: int | None) -> int:
+    longest = positions_of(config)
+    if longest is None or longest < LEAST_POSITIONS:
+        raise CheckpointError(
+            f"config.json has {config['max_position_embeddings']!r:.60} as max_position_embeddings.",
+            hint=f"It must be a whole number of at least {LEAST_POSITIONS}.",
+        )
+    if wanted is not None and not LEAST_POSITIONS <= wanted <= longest:
+        raise InputError(
+            f"The context cannot be {wanted} tokens: the model was made for {longest} positions.",
+            hint=f"Give at least {LEAST_POSITIONS} and at most {longest}.",
+        )
+    return wanted or longest
 
 
 def _counts(g: Geometry, layer: Mapping[str, int]) -> tuple[int, int]:

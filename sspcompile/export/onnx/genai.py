@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
+from sspcompile.checkpoint.settings import read_generation
 from sspcompile.export.onnx.decoder import Decoder
-from sspcompile.model.loading import demand_json
+from sspcompile.model.loading import load_tokenizer
+from sspcompile.model.vocabulary import declared_ends, first_within
 
 # Names that onnxruntime-genai gives to families; it treats all of them as the same kind of decoder.
 GENAI_TYPE = {"seed_oss": "llama"}
@@ -31,18 +32,15 @@ SEARCH: dict[str, Any] = {
 def genai_config(decoder: Decoder) -> dict[str, Any]:
     """The settings as plain data. Counts of key/value heads that differ by layer are read from the graph's inputs.
 
-    Special tokens are those that transformers' `generate` takes. onnxruntime-genai refuses ids beyond the vocabulary,
-    which cannot be written either, and takes a missing end for token 0: a model without one has an empty list.
+    Special tokens are those that transformers' `generate` takes.
     """
     g, said = decoder.geometry, _generation(decoder)
-    declared = said.get("eos_token_id")
-    ends = [token for token in (declared if isinstance(declared, list) else [declared]) if _is_token(token, g.vocab)]
-    pad = next(token for token in (said.get("pad_token_id"), *ends, 0) if _is_token(token, g.vocab))
-    bos = said.get("bos_token_id")
+    ends = _ends(decoder, said)
+    pad = first_within((said.get("pad_token_id"), *ends, 0), g.vocab)
     return {
         "model": {
             "type": GENAI_TYPE.get(g.family.model_type, g.family.model_type),
-            "bos_token_id": bos if _is_token(bos, g.vocab) else pad,
+            "bos_token_id": first_within((said.get("bos_token_id"), pad), g.vocab),
             "eos_token_id": ends[0] if len(ends) == 1 else ends,
             "pad_token_id": pad,
             "context_length": decoder.positions,
@@ -72,14 +70,17 @@ def genai_config(decoder: Decoder) -> dict[str, Any]:
     }
 
 
-def _is_token(token: object, vocab: int) -> bool:
-    return type(token) is int and 0 <= token < vocab
+def _ends(decoder: Decoder, said: Mapping[str, Any]) -> list[int]:
+    """The end tokens that the model can write; empty for a model that has none, which the runtime takes.
+
+    It refuses ids outside the table. A stand-in would end texts where nobody meant them to.
+    """
+    vocab = decoder.geometry.vocab
+    found = declared_ends(said.get("eos_token_id"), vocab)
+    return found or declared_ends(load_tokenizer(decoder.folder).eos_token_id, vocab)
 
 
 def _generation(decoder: Decoder) -> Mapping[str, Any]:
     """Where `generate` looks: generation_config.json, whatever it leaves open, and config.json only in its absence."""
-    path = decoder.folder / "generation_config.json"
-    if not path.is_file():
-        return decoder.config
-    demand_json(path)
-    return json.loads(path.read_text("utf-8"))
+    found = read_generation(decoder.folder)
+    return decoder.config if found is None else found

@@ -32,10 +32,10 @@ def prove_structure(
     short = replace(decoder, positions=min(positions, decoder.positions))
     with tempfile.TemporaryDirectory(dir=beside) as scratch:
         folder = Path(scratch)
-        shared = share_weights(decoder.folder, folder, link=True)
         used = used_tensors(decoder.tensors, tied=decoder.geometry.tied)
+        shared = share_weights(used, decoder.folder, folder, link=True)
         rotary = write_rotary(folder, short.frequencies, short.rotary_scale, short.positions, DTYPE)
-        graph = emit(short, {name: shared[name] for name in used}, {}, rotary, DTYPE, last_logits=last_logits)
+        graph = emit(short, shared, {}, rotary, DTYPE, last_logits=last_logits)
         (folder / GRAPH).write_bytes(graph.SerializeToString())
         try:
             run(folder)

@@ -1,0 +1,100 @@
+"""`build`: from a request to a published artifact."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sspcompile.api.outcome import Outcome
+from sspcompile.api.refusing import refuse_hopeless
+from sspcompile.api.reporting import origin_of, report_of
+from sspcompile.checkpoint import staged, write_manifest
+from sspcompile.export.card import CARD, model_card
+from sspcompile.families import layer_prefix
+from sspcompile.model.chat import rendering_of
+from sspcompile.model.dense import DenseModel
+from sspcompile.model.stored import stored_dtype
+from sspcompile.model.text import demand_readable
+from sspcompile.prepare.toolkits import toolkit_for
+from sspcompile.progress import Progress, silent
+from sspcompile.proof.claim import Claim
+from sspcompile.proof.prove import prove
+from sspcompile.report.write import write_report
+from sspcompile.request.recipe import dump_recipe
+from sspcompile.request.request import Request
+from sspcompile.select.reading import score_key
+from sspcompile.select.selection import Selection, select
+from sspcompile.slicing.mask import dump_mask
+from sspcompile.slicing.plan import SlicePlan, make_plan, plan_json
+from sspcompile.slicing.write import write_model
+from sspcompile.workspace import MASK, MODEL, PLAN, PROBES, RECIPE, Workspace
+
+
+def build(
+    request: Request,
+    dense: DenseModel,
+    out: Path,
+    workspace: Workspace,
+    progress: Progress = silent,
+    *,
+    overwrite: bool = False,
+) -> Outcome:
+    """Read the scenario, decide what stays, cut, prove and publish. Nothing is left behind when any step fails."""
+    refuse_hopeless(request, dense)
+    with staged(out, overwrite=overwrite) as folder:
+        loaded = dense.load(rendering=rendering_of(request.options))
+        demand_readable(loaded, request.scenario.prompts, request.options.max_tokens)
+        toolkit, _ = toolkit_for(dense, loaded, request.options, workspace, progress, [score_key(request.options)])
+        selection = select(request, toolkit, loaded, dtype=_weight_dtype(dense), progress=progress)
+        plan = make_plan(dense.checkpoint, selection.mask, host=request.options.wanted_host)
+        refitted = _write(folder / MODEL, dense, selection, plan, progress)
+        claim = Claim(dense.checkpoint, selection.mask, folder / MODEL, plan.custom_code, refitted)
+        parity = prove(claim, selection.probes, progress)
+        outcome = Outcome(out, dense, request, toolkit, selection, plan, parity)
+        _describe(folder, outcome, refitted, progress)
+    workspace.remember(out)
+    return outcome
+
+
+def _weight_dtype(dense: DenseModel) -> torch.dtype:
+    """In which refitted weights will be written: the one that they are stored in."""
+    return stored_dtype(dense.checkpoint.tensors[layer_prefix(0) + "self_attn.o_proj.weight"].dtype)
+
+
+def _write(
+    folder: Path, dense: DenseModel, selection: Selection, plan: SlicePlan, progress: Progress
+) -> Mapping[str, np.ndarray]:
+    """Cut the model out of the dense one's files; gives the tensors that a repair computed, by name."""
+    repair, done = selection.repair, 0
+    refitted = repair.replaced(selection.mask.kept, plan.geometry.head_dim) if repair is not None else {}
+
+    def wrote(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress("cutting", done, plan.sliced.weight_bytes)
+
+    write_model(dense.checkpoint, plan, folder, replaced=refitted, progress=wrote)
+    return refitted
+
+
+def _describe(folder: Path, outcome: Outcome, refitted: Iterable[str], progress: Progress) -> None:
+    """Everything beside the weights: recipe, mask, plan, what the proof was made with, report, model card, manifest."""
+    progress("describing", 0, 1)
+    plan, origin = plan_json(outcome.plan), origin_of(outcome)
+    (folder / RECIPE).write_text(dump_recipe(outcome.request.recipe()), "utf-8")
+    (folder / MASK).write_text(dump_mask(outcome.selection.mask), "utf-8")
+    (folder / PLAN).write_text(json.dumps(plan, indent=1) + "\n", "utf-8")
+    parity = outcome.parity
+    proof = {"probes": outcome.selection.probes, "refitted": sorted(refitted), **asdict(parity)}
+    (folder / PROBES).write_text(json.dumps({**proof, "relative": parity.relative}) + "\n", "utf-8")
+    report = report_of(outcome)
+    write_report(report, folder)
+    card = model_card(report.model_dump(mode="json"), plan, origin, outcome.folder.name)
+    (folder / MODEL / CARD).write_text(card, "utf-8")
+    write_manifest(folder, origin)
+    progress("describing", 1, 1)

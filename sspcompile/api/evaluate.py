@@ -1,0 +1,200 @@
+"""`eval`: which questions are asked, and what both models make of them.
+
+No prompt that chose heads, fitted a repair or decided between them is ever asked: those shares of the scenario's own
+prompts and of every domain pool (`request.splits`) are left out, and dropped from the user's data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sspcompile.api.arguments import CutModel
+from sspcompile.checkpoint import Checkpoint, embedded_model, fingerprint
+from sspcompile.embedded.questions import questions as known_questions
+from sspcompile.errors import InputError
+from sspcompile.evaluate.asking import Limits, compare, limits_for
+from sspcompile.evaluate.questions import Conversation, Question, read_data, single
+from sspcompile.evaluate.results import SuiteResult, suite_result
+from sspcompile.model.decoder import LoadedModel
+from sspcompile.prepare.toolkits import toolkit_for
+from sspcompile.progress import Progress, silent, within
+from sspcompile.request.domains import DomainPool, load_outside, load_pools
+from sspcompile.request.pools import pools_of
+from sspcompile.request.prompts import Prompt, bare
+from sspcompile.request.request import built_request, read_request
+from sspcompile.request.splits import seen_part, split, whole_shares
+from sspcompile.select.reading import read_through, score_key
+from sspcompile.slicing.mask import load_mask
+from sspcompile.workspace import MASK, RECIPE, Workspace
+
+SUITE_ITEMS = 100
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Questions that are reported together. `dropped` of them were left out because the artifact was fitted on them."""
+
+    name: str
+    conversations: tuple[Conversation, ...]
+    dropped: int = 0
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What a scenario is made of: domain -> weight (the unknown share spread evenly), its own prompts, those of them
+    which may have been fitted on, and the pools that it was built with."""
+
+    weights: Mapping[str, float]
+    prompts: tuple[Prompt, ...]
+    fitted: frozenset[Prompt]
+    pools: tuple[DomainPool, ...]
+
+
+def deployment_of(
+    model: CutModel, scenario: str | None, loaded: LoadedModel, workspace: Workspace, seed: int, progress: Progress
+) -> Deployment | None:
+    """The build's own scenario, or the one that was asked for; None when neither is known."""
+    own = _built_for(model.build) if model.build is not None else None
+    if scenario is None:
+        return own
+    rendering = {"chat_template": model.rendering.template, "raw": model.rendering.raw or None}
+    request = read_request(scenario, {"seed": seed, **rendering}, {})
+    toolkit, _ = toolkit_for(model.dense, loaded, request.options, workspace, progress, [score_key(request.options)])
+    mixture = read_through(request, toolkit, loaded).mixture
+    shares = dict(zip(mixture.domains, map(float, mixture.weights), strict=True))
+    prompts = request.scenario.prompts
+    return Deployment(
+        weights=_spread(shares, mixture.unknown),
+        prompts=prompts,
+        # Without a build's own record, it may have been built for this very scenario.
+        fitted=own.fitted if own is not None else frozenset(map(bare, seen_part(tuple(dict.fromkeys(prompts))))),
+        pools=own.pools if own is not None else (*load_pools(), *load_outside()),
+    )
+
+
+def _built_for(folder: Path) -> Deployment:
+    """What a build was made for, from its own recipe and mask."""
+    request = built_request(folder / RECIPE)
+    given, prompts = pools_of(request.options), request.scenario.prompts
+    stated = load_mask(folder / MASK).scenario
+    return Deployment(
+        weights=_spread(stated["mixture"], stated["unknown"]),
+        prompts=prompts,
+        fitted=frozenset(map(bare, seen_part(tuple(dict.fromkeys(prompts))))),
+        pools=(*given.candidates, *given.outside),
+    )
+
+
+def _spread(weights: Mapping[str, float], unknown: float) -> dict[str, float]:
+    return {name: (1 - unknown) * weight + unknown / len(weights) for name, weight in weights.items()}
+
+
+def fitted_prompts(deployment: Deployment | None) -> frozenset[Prompt]:
+    """Every prompt that may have chosen or repaired anything: those of the pools and the scenario's own.
+
+    Text of no domain calibrates, all of it; it is in no suite.
+    """
+    pools = deployment.pools if deployment else (*load_pools(), *load_outside())
+    weights = deployment.weights if deployment else {pool.name: 1.0 for pool in load_pools()}
+    learned: set[Prompt] = {
+        bare(prompt) for pool in pools for prompt in (seen_part(pool.prompts) if pool.name in weights else pool.prompts)
+    }
+    return frozenset(learned | (deployment.fitted if deployment else frozenset()))
+
+
+def scenario_suites(
+    deployment: Deployment, fitted: frozenset[Prompt], *, labelled: bool, count: int, seed: int
+) -> list[Suite]:
+    """`scenario`: own prompts that were held out and questions of its domains, in proportion to their weights;
+    `off_domain`: questions of the other domains, as many of each. Both have about `count` prompts.
+
+    A domain is the scenario's own when its weight is at least that of an even mixture. `labelled` draws the
+    checkable questions of the embedded model instead of held-out pool prompts.
+    """
+    names = list(deployment.weights)
+    own = [name for name in names if deployment.weights[name] >= 1 / len(names) - 1e-6]
+    other = [name for name in names if name not in own]
+    held = [prompt for prompt in dict.fromkeys(deployment.prompts) if bare(prompt) not in fitted][:count]
+    share = [deployment.weights[name] for name in own]
+    questions = [Question(prompt) for prompt in held]
+    pools = {pool.name: pool for pool in deployment.pools}
+    questions += _questions(own, share, count - len(held), pools, labelled, fitted, seed)
+    suites = [Suite("scenario", single(questions))]
+    if other:
+        drawn = _questions(other, [1.0] * len(other), count, pools, labelled, fitted, seed)
+        suites.append(Suite("off_domain", single(drawn)))
+    return [suite for suite in suites if suite.conversations]
+
+
+def _questions(
+    domains: Sequence[str],
+    weights: Sequence[float],
+    count: int,
+    pools: Mapping[str, DomainPool],
+    labelled: bool,
+    fitted: frozenset[Prompt],
+    seed: int,
+) -> list[Question]:
+    rng = np.random.default_rng(seed)
+    found = []
+    for domain, share in zip(domains, whole_shares(np.array(weights), count), strict=True):
+        if labelled and known_questions(domain):
+            known = [one for one in known_questions(domain) if one.prompt.strip() not in fitted]
+            # Neighbours, so that every kind of task is asked; the next seed's stand behind them, round and round.
+            drawn = (known[(seed * share + n) % len(known)] for n in range(min(share, len(known))))
+            found += [Question(one.prompt, (one.answer,), None, domain) for one in drawn]
+        else:
+            texts = [text for text in split(pools[domain].prompts)[2] if text.strip() not in fitted]
+            found += [Question(texts[n], domain=domain) for n in np.sort(rng.permutation(len(texts))[:share])]
+    return found
+
+
+def data_suite(path: Path, fitted: frozenset[Prompt], *, count: int | None, seed: int) -> Suite:
+    """A file or folder of the user's. Raises InputError when it is malformed, or nothing of it may be asked."""
+    read = read_data(path)
+    kept = [c for c in read if not any(bare(turn.prompt) in fitted for turn in c.turns)]
+    if not kept:
+        raise InputError(f"Every prompt of {path} was fitted on.", hint="Evaluate on other prompts.")
+    dropped = sum(len(c.turns) for c in read) - sum(len(c.turns) for c in kept)
+    if count is not None and count < len(kept):
+        kept = [kept[n] for n in np.sort(np.random.default_rng(seed).permutation(len(kept))[:count])]
+    return Suite(str(path), tuple(kept), dropped)
+
+
+def evaluate(
+    model: CutModel,
+    workspace: Workspace,
+    progress: Progress = silent,
+    *,
+    scenario: str | None = None,
+    data: Sequence[Path] = (),
+    items: int | None = None,
+    limits: Limits | None = None,
+    seed: int = 0,
+) -> list[SuiteResult]:
+    """Ask both models all suites, within `limits` (by default the usual ones) and the positions that both have.
+
+    Raises InputError when there is nothing to ask, and whatever reading raises.
+    """
+    for path in data:  # malformed files are refused before anything heavy starts
+        read_data(path)
+    if model.build is None and scenario is None and not data:
+        raise InputError(f"{model.name} does not say which scenario it is for.", hint="Give --scenario or --data.")
+    limits = limits_for(model.positions) if limits is None else limits.within(model.positions)
+    dense, sliced = model.load()
+    deployment = deployment_of(model, scenario, dense, workspace, seed, progress)
+    fitted = fitted_prompts(deployment)
+    labelled = model.dense.fingerprint == fingerprint(Checkpoint(embedded_model()))
+    suites = []
+    if deployment is not None:
+        suites += scenario_suites(deployment, fitted, labelled=labelled, count=items or SUITE_ITEMS, seed=seed)
+    suites += [data_suite(path, fitted, count=items, seed=seed) for path in data]
+    results = []
+    for suite in suites:
+        first, second = compare(dense, sliced, suite.conversations, limits, within(progress, suite.name))
+        results.append(suite_result(suite.name, first, second, dropped=suite.dropped, seed=seed))
+    return results

@@ -1,0 +1,237 @@
+"""`export`: a build, a cut or a plain checkpoint in the form that a runtime takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sspcompile.api.arguments import Named, demand
+from sspcompile.checkpoint import Manifest
+from sspcompile.checkpoint.publish import refuse_existing
+from sspcompile.checkpoint.source import not_carried
+from sspcompile.errors import InputError
+from sspcompile.export.card import licence_of, onnx_card
+from sspcompile.export.hf import export_hf
+from sspcompile.export.onnx import PRECISIONS, Blocks, Exported, Precision, export_onnx
+from sspcompile.export.onnx.agreement import Agreement
+from sspcompile.export.onnx.decoder import read_decoder
+from sspcompile.export.onnx.weights import ROTARY_FILE
+from sspcompile.model.dense import open_dense
+from sspcompile.progress import Progress, silent
+from sspcompile.proof.probes import random_probes
+from sspcompile.request.options import flag
+from sspcompile.slicing.hosts import named_host
+from sspcompile.workspace import PLAN, PROBES, REPORT, Workspace
+
+FORMATS = ("hf", "onnx")
+ROUNDING_ONLY = ("block_size", "accuracy_level", "activations", "keep_embeddings")
+ONNX_ONLY = ("precision", *ROUNDING_ONLY, "context_length", "last_logits", "hard_link")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model folder to export, and what is known of it. `report` and `plan` are an artifact's own files, or None."""
+
+    model: Path
+    origin: Mapping[str, Any]
+    probes: list[list[int]]
+    report: Mapping[str, Any] | None = None
+    plan: Mapping[str, Any] | None = None
+    custom_code: bool = False
+
+
+def source_of(found: Named) -> Source:
+    """What an argument names, as something to export; a build's checksums are held against its files first.
+
+    Raises ArtifactError, and InputError for what is an ONNX export already.
+    """
+    if found.onnx:
+        raise InputError(f"{found.folder} is an ONNX export already.", hint="Name what it was exported from.")
+    if found.kind == "build":
+        return Source(
+            model=found.model,
+            origin={**found.manifest().origin, "artifact": found.name},
+            probes=_read(found.folder / PROBES)["probes"],
+            report=_read(found.folder / REPORT),
+            plan=_read(found.folder / PLAN),
+            custom_code=found.custom_code,
+        )
+    if found.kind == "model":
+        dense = open_dense(str(found.folder))
+        origin = {
+            "source": dense.fingerprint,
+            "source_name": dense.place,
+            "licence": licence_of(found.model),
+            "left_out": not_carried(found.model),
+        }
+    else:
+        origin = {**found.manifest().origin, "artifact": found.name}
+    vocab = read_decoder(found.model).geometry.vocab
+    return Source(found.model, origin, random_probes(vocab), custom_code=found.custom_code)
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What is to be written. All but `host` are for ONNX; None and False leave a thing at its default.
+
+    `positions`: the context length of the graph. `link`: share unchanged weight files with the source.
+    """
+
+    form: str = "hf"
+    host: str | None = None
+    precision: str | None = None
+    block_size: int | None = None
+    accuracy_level: int | None = None
+    activations: str | None = None
+    keep_embeddings: bool = False
+    context_length: int | None = None
+    last_logits: bool = False
+    hard_link: bool = False
+
+    def check(self) -> None:
+        """Raises InputError for an unknown format, and for an option that belongs to another one."""
+        if self.form not in FORMATS:
+            raise InputError(f"There is no export format {self.form!r}.", hint=f"Accepted: {', '.join(FORMATS)}.")
+        other = ("host",) if self.form == "onnx" else ONNX_ONLY
+        given = next((name for name in other if getattr(self, name) not in (None, False)), None)
+        if given is not None:
+            form = "hf" if self.form == "onnx" else "onnx"
+            raise InputError(
+                f"{flag(given)} belongs to --format {form}.", hint=f"Leave it out, or add --format {form}."
+            )
+
+    def rounding(self) -> tuple[Precision, Blocks]:
+        """The numbers of an ONNX graph. Raises InputError for unknown ones, and for blocks where nothing is rounded."""
+        name = self.precision if self.precision is not None else "fp32"
+        if name not in PRECISIONS:
+            raise InputError(f"There is no precision {name!r}.", hint=f"Accepted: {', '.join(PRECISIONS)}.")
+        precision = PRECISIONS[name]
+        if precision.bits is None:
+            given = next((option for option in ROUNDING_ONLY if getattr(self, option) not in (None, False)), None)
+            if given is not None:
+                raise InputError(f"{flag(given)} is about rounded matrices.", hint="Add --precision int8 or int4.")
+        elif self.activations == "fp16":
+            precision = replace(precision, dtype="F16")
+        blocks = Blocks(keep_embeddings=self.keep_embeddings)
+        if self.block_size is not None:
+            blocks = replace(blocks, size=self.block_size)
+        if self.accuracy_level is not None:
+            blocks = replace(blocks, accuracy_level=self.accuracy_level)
+        return precision, blocks
+
+
+@dataclass(frozen=True)
+class Published:
+    """A finished export: its folder, name -> bytes of its files, and how an ONNX graph agrees with transformers.
+
+    `context_length`: the longest text of an ONNX graph in tokens, and `table_bytes` what its rotary tables take.
+    `left_out`: files of
+    a model folder that go with no export of it.
+    """
+
+    folder: Path
+    files: Mapping[str, int]
+    precision: Precision | None = None
+    agreement: Agreement | None = None
+    context_length: int | None = None
+    table_bytes: int | None = None
+    left_out: Sequence[str] = ()
+
+
+def export(
+    found: Named,
+    request: ExportRequest,
+    workspace: Workspace,
+    progress: Progress = silent,
+    *,
+    out: Path | None = None,
+    overwrite: bool = False,
+) -> Published:
+    """Write what an argument names in the form that a runtime takes; by default to exported/NAME-FORMAT.
+
+    Raises InputError for what cannot be asked for, OutputExistsError, and ParityError for an export that computes
+    something else.
+    """
+    request.check()
+    if request.form == "hf":
+        # Anything else is such a folder as it is.
+        demand(found, "build", command="export --format hf")
+        out = out or workspace.exported / f"{found.name}-hf"
+        manifest = export_hf(found.folder, out, host=named_host(request.host), overwrite=overwrite, progress=progress)
+        return Published(out, _sizes(manifest))
+    precision, blocks = request.rounding()
+    suffix = "" if precision.name == "fp32" else f"-{precision.name}"
+    out = out or workspace.exported / f"{found.name}-onnx{suffix}"
+    refuse_existing(out, overwrite=overwrite)
+    source = source_of(found)
+    done = to_onnx(
+        source,
+        out,
+        precision,
+        blocks=blocks,
+        positions=request.context_length,
+        last_logits=request.last_logits,
+        link=request.hard_link,
+        overwrite=overwrite,
+        progress=progress,
+    )
+    sizes = _sizes(done.manifest)
+    return Published(
+        out,
+        sizes,
+        precision,
+        done.agreement,
+        done.context_length,
+        table_bytes=sizes[ROTARY_FILE],
+        left_out=source.origin.get("left_out", ()),
+    )
+
+
+def _sizes(manifest: Manifest) -> dict[str, int]:
+    return {name: entry["size"] for name, entry in manifest.files.items()}
+
+
+def to_onnx(
+    source: Source,
+    out: Path,
+    precision: Precision,
+    *,
+    blocks: Blocks,
+    positions: int | None = None,
+    last_logits: bool = False,
+    link: bool = False,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Exported:
+    """Write, run and publish. Raises what `export_onnx` raises."""
+    return export_onnx(
+        source.model,
+        out,
+        precision=precision,
+        blocks=blocks,
+        probes=source.probes,
+        origin=source.origin,
+        card=lambda agreement, context_length: onnx_card(
+            source.origin,
+            out.resolve().name,
+            agreement,
+            precision,
+            context_length=context_length,
+            last_logits=last_logits,
+            report=source.report,
+            plan=source.plan,
+        ),
+        trust_remote_code=source.custom_code,
+        positions=positions,
+        last_logits=last_logits,
+        link=link,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text("utf-8"))

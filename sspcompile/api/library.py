@@ -1,0 +1,260 @@
+"""What `import sspcompile` offers: `plan`, `build`, `load`, and what they give back.
+
+Everything runs in this process and prints nothing. `progress` is called with (stage, steps done, steps in all). Errors
+are those of `sspcompile.errors`, each with a message and a hint. Options are the keywords that `docs/options.md` lists;
+the environment's `SSPCOMPILE_...` variables count here as they do on the command line.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Unpack
+
+from sspcompile.progress import Progress, silent
+from sspcompile.request.keywords import Keywords
+from sspcompile.request.options import Options
+from sspcompile.request.request import Request, read_request
+from sspcompile.request.scenario import Scenario, of_prompts
+from sspcompile.workspace import MASK, PLAN, RECIPE, REPORT, Workspace
+
+if TYPE_CHECKING:
+    from sspcompile.api.arguments import Named
+    from sspcompile.api.bench import BenchRequest
+    from sspcompile.api.verify import Verified
+    from sspcompile.bench.latency import BenchResult
+    from sspcompile.evaluate.asking import Limits
+    from sspcompile.evaluate.results import SuiteResult
+    from sspcompile.model.decoder import TextModel
+    from sspcompile.report.model import Report
+    from sspcompile.slicing.mask import HeadMask
+    from sspcompile.slicing.plan import SlicePlan
+
+Place = str | os.PathLike[str]
+Format = Literal["hf", "onnx"]
+PrecisionName = Literal["fp32", "fp16", "int8", "int4"]
+# A sentence, a recipe (file or shipped name), a file of prompts, or the prompts themselves.
+ScenarioLike = str | os.PathLike[str] | Sequence[str] | Scenario
+# Sizes follow from head counts alone, but options are resolved together with a scenario.
+_UNNAMED = Scenario("a-model", "a model without a scenario", (), None, "sentence")
+
+
+def plan(
+    model: Place | None = None,
+    scenario: ScenarioLike | None = None,
+    *,
+    mask: Place | None = None,
+    root: Place = ".",
+    progress: Progress = silent,
+    **options: Unpack[Keywords],
+) -> SlicePlan:
+    """What a build would write: sizes, KV bytes, FLOPs, and which runtimes load it. No weights are written.
+
+    Without a `scenario` the plan follows from head counts alone (a config.json is enough): which heads stay is left
+    open. With one, the model is read, and prepared first where that was not done under `root`; where `layout` is
+    "auto", the plan is that of the uniform layout if a class can hold it. `mask` plans the cut of a mask.json instead.
+    Raises InputError, RecipeError, BudgetError, CheckpointError or UnsupportedModelError.
+    """
+    from sspcompile.api.plan import plan_mask, plan_scenario, plan_sizes
+
+    request = _request(model, scenario if scenario is not None else _UNNAMED, options)
+    if mask is not None:
+        return plan_mask(request.options.model, Path(mask), request.options.wanted_host)
+    if scenario is None:
+        return plan_sizes(request.options)
+    plans, _ = plan_scenario(request, Workspace(Path(root)), progress)
+    return plans[0]
+
+
+def build(
+    model: Place | None,
+    scenario: ScenarioLike,
+    *,
+    out: Place | None = None,
+    overwrite: bool = False,
+    root: Place = ".",
+    progress: Progress = silent,
+    **options: Unpack[Keywords],
+) -> Artifact:
+    """Compile a scenario into a smaller model: choose heads, repair, cut, prove, report.
+
+    `model` is a folder or a hub name, None for the embedded one. The artifact is written to `out`, by default to
+    `root`/artifacts/NAME; it is whole, or absent when anything fails. The first build of a model prepares its toolkit
+    under `root`, later ones reuse it. Raises what the command `build` exits with: InputError and its kin for what
+    cannot be used, BudgetError and ParityError for promises that do not hold.
+    """
+    from sspcompile.api.build import build as run
+    from sspcompile.model.dense import open_dense
+
+    request, workspace = _request(model, scenario, options), Workspace(Path(root))
+    folder = Path(out) if out is not None else workspace.artifact(request.scenario.name)
+    run(request, open_dense(request.options.model), folder, workspace, progress, overwrite=overwrite)
+    return Artifact(folder, workspace.root)
+
+
+def load(path: Place, *, root: Place = ".") -> Artifact:
+    """Open a finished build: a folder, or the name of one under `root`/artifacts.
+
+    Raises ArtifactError for nothing of ours, and InputError for a cut, an export or a model folder.
+    """
+    from sspcompile.api.arguments import demand, named
+
+    found = demand(named(os.fspath(path), Workspace(Path(root))), "build", command="load")
+    return Artifact(found.folder, Path(root))
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished build in the folder `path`. `root` is the folder that holds `artifacts` and `exported`."""
+
+    path: Path
+    root: Path = Path()
+
+    @property
+    def report(self) -> Report:
+        """What the build came to, as it stands in report.json; with the speed, once it was measured."""
+        from sspcompile.report.json import read_report
+
+        return read_report(self.path / REPORT)
+
+    @property
+    def mask(self) -> HeadMask:
+        """Which heads stay, and what they were chosen by."""
+        from sspcompile.slicing.mask import load_mask
+
+        return load_mask(self.path / MASK)
+
+    @property
+    def request(self) -> Request:
+        """The scenario and the options that it was built with."""
+        from sspcompile.request.request import built_request
+
+        return built_request(self.path / RECIPE)
+
+    @property
+    def options(self) -> Options:
+        """The options that it was built with, every one settled."""
+        return self.request.options
+
+    @property
+    def model_path(self) -> Path:
+        """The Hugging Face folder with the smaller model."""
+        return self._named.model
+
+    def plan(self) -> dict[str, object]:
+        """plan.json: sizes before and after, by layer, and a verdict per runtime."""
+        import json
+
+        found: dict[str, object] = json.loads((self.path / PLAN).read_text("utf-8"))
+        return found
+
+    def load_model(self, *, device: str = "cpu") -> TextModel:
+        """The smaller model and its tokenizer in memory, in fp32. Raises CheckpointError."""
+        from sspcompile.model.chat import rendering_of
+        from sspcompile.model.loading import load_cut
+
+        return load_cut(
+            self.model_path,
+            device=device,
+            trust_remote_code=self._named.custom_code,
+            rendering=rendering_of(self.options),
+        )
+
+    def verify(
+        self, *, model: Place | None = None, layerwise: bool | None = None, progress: Progress = silent
+    ) -> Verified:
+        """Hold every file against the manifest, and the model against the masked dense one.
+
+        `model` says where the dense model is now; None means where the build found it. Raises ArtifactError or
+        ParityError.
+        """
+        from sspcompile.api.verify import verify
+
+        return verify(self._named, _text(model), progress, layerwise=layerwise)
+
+    def evaluate(
+        self,
+        *,
+        data: Place | Sequence[Place] = (),
+        scenario: str | None = None,
+        items: int | None = None,
+        model: Place | None = None,
+        limits: Limits | None = None,
+        seed: int = 0,
+        progress: Progress = silent,
+    ) -> list[SuiteResult]:
+        """Ask the smaller and the dense model the same questions: on the scenario, off it, and from files `data`.
+
+        `items` bounds the prompts of each suite. Prompts that chose or repaired anything are never asked. Raises
+        InputError for unusable data.
+        """
+        from sspcompile.api.arguments import with_dense
+        from sspcompile.api.evaluate import evaluate
+
+        files = [data] if isinstance(data, str | os.PathLike) else list(data)
+        return evaluate(
+            with_dense(self._named, _text(model)),
+            Workspace(self.root),
+            progress,
+            scenario=scenario,
+            data=[Path(file) for file in files],
+            items=items,
+            limits=limits,
+            seed=seed,
+        )
+
+    def export(
+        self,
+        format: Format = "hf",
+        out: Place | None = None,
+        *,
+        precision: PrecisionName | None = None,
+        host: str | None = None,
+        context_length: int | None = None,
+        last_logits: bool = False,
+        overwrite: bool = False,
+        progress: Progress = silent,
+    ) -> Path:
+        """Write the model in the form that a runtime takes, run it where it is ONNX, and give its folder.
+
+        `precision` (fp32), `context_length` and `last_logits` are for "onnx", `host` (a family whose stock class loads
+        it) for "hf". Raises InputError for an option of the other format, and ParityError for an export that computes
+        something else.
+        """
+        from sspcompile.api.export import ExportRequest, export
+
+        asked = ExportRequest(format, host, precision, context_length=context_length, last_logits=last_logits)
+        place = Path(out) if out is not None else None
+        return export(self._named, asked, Workspace(self.root), progress, out=place, overwrite=overwrite).folder
+
+    def bench(self, request: BenchRequest | None = None, *, progress: Progress = silent) -> BenchResult:
+        """Measure latency and memory against the dense model; the summary goes into the report.
+
+        By default a quick look: few tokens, many processes. Raises InputError for loads that cannot be measured.
+        """
+        from sspcompile.api.bench import BenchRequest, bench
+
+        wanted = request if request is not None else BenchRequest.of(quick=True)
+        return bench([str(self.path)], wanted, Workspace(self.root), progress).result
+
+    @property
+    def _named(self) -> Named:
+        from sspcompile.api.arguments import demand, named
+
+        return demand(named(str(self.path), Workspace(self.root)), "build", command="load")
+
+
+def _request(model: Place | None, scenario: ScenarioLike, options: Mapping[str, Any]) -> Request:
+    return read_request(_scenario(scenario), {**options, "model": _text(model)}, os.environ, call=str)
+
+
+def _scenario(given: ScenarioLike) -> str | Scenario:
+    if isinstance(given, str | Scenario):
+        return given
+    return os.fspath(given) if isinstance(given, os.PathLike) else of_prompts(given)
+
+
+def _text(place: Place | None) -> str | None:
+    return None if place is None else os.fspath(place)

@@ -1,0 +1,79 @@
+"""`plan`: what a build would write, worked out without touching weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sspcompile.api.slice import open_cut
+from sspcompile.checkpoint import Checkpoint, locate
+from sspcompile.errors import InputError, UnsupportedModelError
+from sspcompile.progress import Progress, silent
+from sspcompile.request.options import Options, default_of
+from sspcompile.request.request import Request
+from sspcompile.slicing.plan import SlicePlan, make_plan, plan_counts
+from sspcompile.workspace import Workspace
+
+if TYPE_CHECKING:
+    from sspcompile.select.reading import Reading
+
+
+def plan_mask(model: str | None, mask: Path, host: str | None) -> SlicePlan:
+    """The cut of a mask that was compiled before. Raises ArtifactError when it is of another model."""
+    return open_cut(model, mask, host=host).plan
+
+
+def plan_sizes(options: Options) -> SlicePlan:
+    """The cut by head counts alone, from headers or a config.json: which heads stay is left open.
+
+    Raises InputError for a budget that follows from a scenario, UnsupportedModelError for a layout that no class holds,
+    and BudgetError.
+    """
+    if options.keep is None:
+        raise InputError(
+            "--strength needs a scenario and weights to find the breadth.", hint="Give --keep to plan by size alone."
+        )
+    checkpoint, host = Checkpoint(locate(options.model)), options.wanted_host
+    if options.layout != "auto":
+        return plan_counts(checkpoint, options.keep, options.layout, host=host)
+    try:
+        return plan_counts(checkpoint, options.keep, "uniform", host=host)
+    except UnsupportedModelError:
+        if host is not None:
+            raise
+        # As `build` does: auto leaves out the layout that no class can hold.
+        return plan_counts(checkpoint, options.keep, "per-layer")
+
+
+def plan_scenario(
+    request: Request, workspace: Workspace, progress: Progress = silent
+) -> tuple[list[SlicePlan], Reading]:
+    """The cuts that the scores of a scenario ask for, one for each layout in question, and how the scenario was read.
+
+    Prepares the model's toolkit where there is none. `build` goes on to measure these masks and others, and chooses.
+    """
+    # Sizes alone need neither torch nor the weights' fingerprint.
+    from sspcompile.api.refusing import refuse_hopeless
+    from sspcompile.model.chat import rendering_of
+    from sspcompile.model.dense import open_dense
+    from sspcompile.model.text import demand_readable
+    from sspcompile.prepare.toolkits import toolkit_for
+    from sspcompile.select.reading import choices_for, read_through, score_key
+    from sspcompile.select.selection import mask_of
+
+    options = request.options
+    dense = open_dense(options.model)
+    refuse_hopeless(request, dense)
+    loaded = dense.load(rendering=rendering_of(options))
+    demand_readable(loaded, request.scenario.prompts, options.max_tokens)
+    toolkit, _ = toolkit_for(dense, loaded, options, workspace, progress, [score_key(options)])
+    reading = read_through(request, toolkit, loaded, progress)
+    choices = choices_for(reading, loaded.geometry)
+    masks = [mask_of(reading, loaded, choice, layout) for layout, choice in choices.items()]
+    return [make_plan(dense.checkpoint, mask, host=options.wanted_host) for mask in masks], reading
+
+
+def needs_model(options: Options) -> bool:
+    """Whether something is asked for that more than the headers can refuse."""
+    changed = (name for name in ("criterion", "repair") if getattr(options, name) != default_of(name))
+    return any(changed) or options.pools is not None

@@ -1,0 +1,49 @@
+"""What can be refused before any heavy work, is."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sspcompile.criteria import of_key
+from sspcompile.errors import CheckpointError
+from sspcompile.model.dense import DenseModel
+from sspcompile.repair.repair import demand_place, is_linear
+from sspcompile.request.pools import pools_of
+from sspcompile.request.request import Request
+from sspcompile.select.reading import score_key
+from sspcompile.select.scoring import demand_prompts
+from sspcompile.slicing.hosts import demand_host
+from sspcompile.slicing.layouts import choose
+
+
+def refuse_hopeless(request: Request, dense: DenseModel, *, weights: bool = True) -> None:
+    """Refuse what would be refused after much work. Raises InputError or BudgetError.
+
+    `weights`: whether the checkpoint must hold some.
+    """
+    options, geometry = request.options, dense.checkpoint.geometry
+    if weights and not dense.checkpoint.has_weights:
+        raise CheckpointError(
+            f"{dense.name} holds a configuration without weights.", hint="`sspcompile plan` works without them."
+        )
+    of_key(score_key(options))
+    demand_prompts(request)
+    pools_of(options)
+    demand_place(geometry, options.repair)
+    demand_host(geometry, options.layout, options.wanted_host)
+    if options.keep is not None:
+        # Whether a budget is feasible follows from the counts alone, whatever the scores are.
+        groups_only = options.granularity == "group"
+        even = np.ones((geometry.layers, geometry.heads))
+        choose(even, geometry.kv_heads, options.keep, "per-layer", groups_only=groups_only)
+
+
+def warnings_of(request: Request, dense: DenseModel) -> list[str]:
+    """What the user should know before the work starts, a sentence each."""
+    family = dense.checkpoint.geometry.family
+    if request.options.repair != "least-squares" or is_linear(dense.checkpoint.geometry):
+        return []
+    return [
+        f"There is no repair for {family.architecture}: a norm stands between o_proj and the residual stream, so least "
+        "squares does not apply."
+    ]

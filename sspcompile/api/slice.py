@@ -1,0 +1,94 @@
+"""`slice`: a mask and a checkpoint become a smaller checkpoint. The one stage that needs neither torch nor a model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import sspcompile
+from sspcompile.checkpoint import Manifest, staged, write_manifest
+from sspcompile.checkpoint.source import not_carried
+from sspcompile.errors import ArtifactError, CheckpointError
+from sspcompile.export.card import licence_of, slice_card
+from sspcompile.model.dense import DenseModel, open_dense
+from sspcompile.progress import Progress, silent
+from sspcompile.slicing.mask import HeadMask, dump_mask, load_mask
+from sspcompile.slicing.plan import SlicePlan, make_plan, plan_json
+from sspcompile.slicing.write import write_model
+from sspcompile.workspace import MASK, PLAN
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A mask that fits a checkpoint: everything that is known before a byte is written."""
+
+    dense: DenseModel
+    mask: HeadMask
+    plan: SlicePlan
+
+
+def open_cut(model: str | None, mask: Path, *, host: str | None, any_model: bool = False) -> Cut:
+    """Open headers and mask, and plan. Raises ArtifactError for a mask of another model, unless `any_model`.
+
+    The identity of a model is its configuration, tokenizer and weights, not its place, so a mask that was compiled on
+    another machine fits a copy of its model.
+    """
+    dense = open_dense(model)
+    read = load_mask(mask, empty_layers=True)
+    plan = make_plan(dense.checkpoint, read, host=host)
+    if read.model and read.model != dense.fingerprint and not any_model:
+        raise ArtifactError(
+            f"{mask} was compiled for another model than {dense.checkpoint.path}.",
+            hint="Name that model with --model, or give --any-model to use the mask nevertheless.",
+        )
+    return Cut(dense, read, plan)
+
+
+def write_cut(
+    cut: Cut,
+    out: Path,
+    *,
+    max_shard_bytes: int | None = None,
+    link_unchanged: bool = False,
+    checksums: bool = False,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Manifest:
+    """Write the folder: model files, mask.json, plan.json, a card and a manifest. Whole or absent.
+
+    `checksums` adds the sha256 of the weight files to the manifest, which reads them once more.
+    """
+    if not cut.dense.checkpoint.has_weights:
+        raise CheckpointError(
+            f"{cut.dense.checkpoint.path} holds a configuration without weights.",
+            hint="`sspcompile plan` works without them.",
+        )
+    done = 0
+
+    def wrote(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress("cutting", done, cut.plan.sliced.weight_bytes)
+
+    with staged(out, overwrite=overwrite) as folder:
+        write_model(
+            cut.dense.checkpoint,
+            cut.plan,
+            folder,
+            max_shard_bytes=max_shard_bytes,
+            link_unchanged=link_unchanged,
+            progress=wrote,
+        )
+        plan = plan_json(cut.plan)
+        (folder / MASK).write_text(dump_mask(cut.mask), "utf-8")
+        (folder / PLAN).write_text(json.dumps(plan, indent=1) + "\n", "utf-8")
+        origin = {
+            "sspcompile": sspcompile.__version__,
+            "source": cut.dense.fingerprint,
+            "source_name": cut.dense.place,
+            "licence": licence_of(cut.dense.checkpoint.path),
+            "left_out": not_carried(cut.dense.checkpoint.path),
+        }
+        (folder / "README.md").write_text(slice_card(plan, cut.mask, origin, out.name), "utf-8")
+        return write_manifest(folder, origin, hash_weights=checksums)

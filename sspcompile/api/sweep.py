@@ -1,0 +1,126 @@
+"""A sweep: one build per value of an option, measured together, and the frontier of quality against size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sspcompile
+from sspcompile.api.bench import BenchRequest, bench
+from sspcompile.api.build import build
+from sspcompile.checkpoint import staged, write_manifest
+from sspcompile.checkpoint.manifest import NAME as MANIFEST
+from sspcompile.checkpoint.manifest import check_manifest
+from sspcompile.errors import InputError, OutputExistsError
+from sspcompile.model.dense import DenseModel
+from sspcompile.progress import Progress, silent
+from sspcompile.report.comparison import Points, frontier_page, points_of, render_points
+from sspcompile.report.json import read_report
+from sspcompile.report.write import write_page
+from sspcompile.request.domains import pools_fingerprint
+from sspcompile.request.pools import pools_of
+from sspcompile.request.recipe import dump_recipe
+from sspcompile.request.request import Request
+from sspcompile.workspace import RECIPE, REPORT, Workspace
+
+FRONTIER = "frontier"
+NUMBERS = ("keep", "strength")
+NAMES = ("criterion", "layout", "repair", "granularity")
+MOST = 40
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An option and the values that it takes, as they are typed."""
+
+    option: str
+    values: tuple[str, ...]
+
+    def value(self, text: str) -> float | str:
+        return float(text) if self.option in NUMBERS else text
+
+
+def read_axis(text: str) -> Axis:
+    """`keep=0.25:1:0.125`, `keep=0.25,0.5` or `criterion=kl,fisher`. Raises InputError."""
+    option, equals, given = text.partition("=")
+    if not equals or option not in (*NUMBERS, *NAMES):
+        raise InputError(
+            f"--sweep {text!r} names no option to sweep.", hint=f"Type OPTION=VALUES; {', '.join((*NUMBERS, *NAMES))}."
+        )
+    try:
+        values = _range(given) if ":" in given and option in NUMBERS else tuple(v.strip() for v in given.split(","))
+        if option in NUMBERS:
+            values = tuple(f"{float(value):g}" for value in values)
+    except ValueError:
+        raise InputError(
+            f"--sweep {text!r} has values that are not numbers.", hint="Type keep=0.25:1:0.125 or keep=0.25,0.5."
+        ) from None
+    values = tuple(dict.fromkeys(filter(None, values)))
+    if not 1 <= len(values) <= MOST:
+        raise InputError(f"--sweep {text!r} has {len(values)} values.", hint=f"Give 1 to {MOST}.")
+    return Axis(option, values)
+
+
+def refuse_clash(axis: Axis, given: Mapping[str, Any]) -> None:
+    """Raise InputError when an option is given that the sweep sets."""
+    budgets = ("keep", "strength")
+    swept = budgets if axis.option in budgets else (axis.option,)
+    clash = next((name for name in swept if given.get(name) is not None), None)
+    if clash is not None:
+        raise InputError(f"--{clash} and --sweep {axis.option} exclude each other.", hint="Leave one of them out.")
+
+
+def _range(text: str) -> tuple[str, ...]:
+    """START:STOP:STEP, the stop included where a step ends on it."""
+    start, stop, step = (float(part) for part in text.split(":"))
+    if step <= 0 or stop < start:
+        raise ValueError(text)
+    count = min(MOST + 1, int((stop - start) / step + 1e-9) + 1)
+    return tuple(f"{start + number * step:.6g}" for number in range(count))
+
+
+def sweep(
+    axis: Axis,
+    requests: Sequence[Request],
+    dense: DenseModel,
+    out: Path,
+    workspace: Workspace,
+    progress: Progress = silent,
+    *,
+    overwrite: bool = False,
+    measured: bool = True,
+) -> Points:
+    """Build every request under `out`, measure them in one run, and write the frontier to out/frontier.
+
+    What an interrupted sweep finished is kept, if it was made from the same. Raises what `build` and `bench` raise, and
+    OutputExistsError for a finished build of another request.
+    """
+    folders = []
+    for number, (value, request) in enumerate(zip(axis.values, requests, strict=True)):
+        folder = out / f"{axis.option}-{value}"
+        progress("sweep", number, len(requests))
+        if not _finished(folder, request, dense, overwrite):
+            build(request, dense, folder, workspace, progress, overwrite=overwrite)
+        folders.append(folder)
+    progress("sweep", len(requests), len(requests))
+    if measured:
+        given = [str(folder) for folder in folders]
+        bench(given, BenchRequest.of(quick=True), workspace, progress)
+    points = points_of(f"Sweep of {axis.option}", {folder.name: read_report(folder / REPORT) for folder in folders})
+    with staged(out / FRONTIER, overwrite=True) as folder:
+        write_page(frontier_page(points), render_points(points), folder, FRONTIER)
+        write_manifest(folder, {"builds": [folder.name for folder in folders]})
+    return points
+
+
+def _finished(folder: Path, request: Request, dense: DenseModel, overwrite: bool) -> bool:
+    if overwrite or not (folder / MANIFEST).is_file():
+        return False
+    origin = check_manifest(folder).origin
+    made = (origin.get("source"), origin.get("pools"), origin.get("sspcompile"))
+    now = (dense.fingerprint, pools_fingerprint(pools_of(request.options).candidates), sspcompile.__version__)
+    if (folder / RECIPE).read_text("utf-8") != dump_recipe(request.recipe()) or made != now:
+        raise OutputExistsError(f"{folder} was built from something else.", hint="Give --overwrite, or another --out.")
+    return True

@@ -1,0 +1,60 @@
+"""`verify`: a build or a cut against its manifest, and its model against the masked dense model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from sspcompile.api.arguments import Named, demand
+from sspcompile.checkpoint import Manifest
+from sspcompile.model.dense import DenseModel
+from sspcompile.progress import Progress, silent
+from sspcompile.proof.claim import Claim, any_refitted
+from sspcompile.proof.parity import Parity
+from sspcompile.proof.probes import random_probes
+from sspcompile.proof.prove import prove
+from sspcompile.slicing.mask import load_mask
+from sspcompile.workspace import MASK, PROBES
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What `verify` found."""
+
+    manifest: Manifest
+    parity: Parity
+
+
+def verify(
+    found: Named, model: str | None = None, progress: Progress = silent, *, layerwise: bool | None = None
+) -> Verified:
+    """Check a build, or a folder that `slice` wrote.
+
+    Raises ArtifactError where a file or the source changed, and ParityError.
+
+    `model` says where the dense model is now; None means where it was. `layerwise` None decides by the free memory.
+    """
+    demand(found, "build", "cut", command="verify")
+    progress("checksums", 0, 1)
+    manifest = found.manifest()
+    progress("checksums", 1, 1)
+    dense = found.dense(model)
+    mask = load_mask(found.folder / MASK, empty_layers=True)
+    probes, refitted = _probes(found.folder, dense)
+    claim = Claim(dense.checkpoint, mask, found.model, found.custom_code, refitted)
+    return Verified(manifest, prove(claim, probes, progress, layerwise=layerwise))
+
+
+def _probes(folder: Path, dense: DenseModel) -> tuple[list[list[int]], dict[str, None]]:
+    """Token ids to compare on, and the tensors that a repair computed: the artifact's own, or after `slice` random
+    ones and none."""
+    geometry = dense.checkpoint.geometry
+    if not (folder / PROBES).is_file():
+        return random_probes(geometry.vocab), {}
+    record = json.loads((folder / PROBES).read_text("utf-8"))
+    if "refitted" in record:
+        return record["probes"], dict.fromkeys(record["refitted"])
+    # Earlier versions wrote down only that there was a repair.
+    refitted = any_refitted(geometry, down=record.get("down_refitted", False)) if record["repaired"] else {}
+    return record["probes"], refitted

@@ -1,0 +1,322 @@
+"""A page as titled blocks of sentences, pictures and tables of plain text: what every renderer shows, in one order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from sspcompile.report.format import change, clean, count, figures, percent, quantity, seconds, size, with_interval
+from sspcompile.report.model import LatencyRow, LatencySection, Pair, QualityRow, Report
+from sspcompile.report.svg import render_svg
+from sspcompile.report.verdict import verdict
+
+PROMPTS_SHOWN = 5
+PROMPT_CHARACTERS = 300
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells are cleaned text; the first column names the row."""
+
+    caption: str
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """`svg` is a self-contained drawing made of numbers and escaped text, `file` the name it goes by beside a page."""
+
+    file: str
+    svg: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Block:
+    """`key` is stable and fit for an anchor."""
+
+    key: str
+    title: str
+    sentences: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
+    picture: Picture | None = None
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a renderer takes. Every text in it is cleaned of control characters."""
+
+    title: str
+    blocks: tuple[Block, ...]
+
+
+def page(title: str, blocks: Iterable[Block | None]) -> Page:
+    """A page of the blocks that are there."""
+    return Page(clean(title), tuple(_cleaned(block) for block in blocks if block is not None))
+
+
+def report_page(report: Report) -> Page:
+    """All blocks that the report has something for."""
+    found = (
+        Block("verdict", "Verdict", verdict(report)),
+        _scenario(report),
+        _quality(report),
+        _layout(report),
+        _sizes(report),
+        _latency(report),
+        _mask(report),
+        _checks(report),
+        _reproduce(report),
+    )
+    return page(report.title, found)
+
+
+def _cleaned(block: Block) -> Block:
+    tables = tuple(
+        Table(clean(t.caption), tuple(map(clean, t.headers)), tuple(tuple(map(clean, row)) for row in t.rows))
+        for t in block.tables
+    )
+    return Block(block.key, clean(block.title), tuple(map(clean, block.sentences)), tables, block.picture)
+
+
+def _scenario(report: Report) -> Block | None:
+    s = report.scenario
+    if s is None:
+        return None
+    sentences = [f"{s.name}, read from a {s.source}."]
+    if s.text:
+        sentences.append(f"“{_short(s.text)}”")
+    if s.prompts:
+        sentences.append(f"{len(s.prompts)} prompts" + (", the first of them:" if len(s.prompts) > 1 else ":"))
+        sentences += [f"“{_short(prompt)}”" for prompt in s.prompts[:PROMPTS_SHOWN]]
+    weights = sorted(s.mixture.items(), key=lambda item: (-item[1], item[0]))
+    rows = [(name, percent(weight)) for name, weight in weights]
+    rows += [("no known domain", percent(s.unknown)), ("breadth (0 one domain, 1 all alike)", figures(s.breadth))]
+    return Block("scenario", "Scenario", tuple(sentences), (Table("Mixture", ("domain", "share"), tuple(rows)),))
+
+
+def _short(text: str) -> str:
+    text = clean(text)
+    return text if len(text) <= PROMPT_CHARACTERS else text[:PROMPT_CHARACTERS] + " [...]"
+
+
+def _quality_table(caption: str, rows: Sequence[QualityRow]) -> Table:
+    """The columns of answers and of differences from ours appear where a row has them."""
+    columns: list[tuple[str, Callable[[QualityRow], str]]] = [
+        ("model", lambda row: row.name),
+        ("mean KL, nats per token", lambda row: with_interval(row.mean_kl)),
+        ("same next token", lambda row: with_interval(row.top1_agreement, percent)),
+    ]
+    if any(row.kl_above_ours for row in rows):
+        columns.append(("KL above ours", lambda row: with_interval(row.kl_above_ours) if row.kl_above_ours else "-"))
+    if any(row.off_kl for row in rows):
+        columns.append(("KL off domain", lambda row: with_interval(row.off_kl) if row.off_kl else "-"))
+        columns.append(
+            ("same off domain", lambda row: with_interval(row.off_agreement, percent) if row.off_agreement else "-")
+        )
+    if any(row.exact_match for row in rows):
+        columns.append(
+            ("right answers", lambda row: with_interval(row.exact_match, percent) if row.exact_match else "-")
+        )
+    headers = tuple(header for header, _ in columns)
+    return Table(caption, headers, tuple(tuple(show(row) for _, show in columns) for row in rows))
+
+
+def _quality(report: Report) -> Block | None:
+    if not report.quality:
+        return None
+    caption = "Against the dense model on held-out prompts of the scenario; 95 % bootstrap intervals over prompts"
+    return Block("quality", "Quality", (), (_quality_table(caption, report.quality),))
+
+
+def _layout(report: Report) -> Block | None:
+    layout = report.layout
+    if layout is None:
+        return None
+    reason = f" ({layout.reason})" if layout.reason else ""
+    tables: tuple[Table, ...] = ()
+    if layout.figures:
+        tables = (_quality_table("Layouts at the same budget", layout.figures),)
+    return Block("layout", "Layout", (f"Requested {layout.requested}, built {layout.chosen}{reason}.",), tables)
+
+
+def _sizes(report: Report) -> Block | None:
+    sizes = report.sizes
+    if sizes is None:
+        return None
+
+    def row(name: str, pair: Pair, show: Callable[[float], str]) -> tuple[str, ...]:
+        return (name, show(pair.dense), show(pair.sliced), change(pair.dense, pair.sliced))
+
+    rows = (
+        row("parameters", sizes.parameters, count),
+        row("weights", sizes.weight_bytes, size),
+        row("KV cache per token", sizes.kv_bytes_per_token, size),
+    )
+    share = f"Head pruning can touch {percent(sizes.prunable_share)} of the dense model's parameters."
+    return Block("sizes", "Size", (share,), (Table("Dense and sliced", ("", "dense", "sliced", "change"), rows),))
+
+
+def _latency(report: Report) -> Block | None:
+    latency = report.latency
+    if latency is None:
+        return None
+    conditions = ", ".join(f"{name} {value}" for name, value in latency.settings.items())
+    definitions = {row.metric: row.definition for row in latency.rows if row.definition}
+    tables = [
+        Table(
+            f"{reference} against {contender}: medians, with p10 to p90; improvement above 1 is good, 99 % intervals",
+            ("metric", "load", reference, contender, "improvement", "verdict"),
+            tuple(_latency_row(row) for row in latency.rows if _pair(row) == (reference, contender)),
+        )
+        for reference, contender in dict.fromkeys(_pair(row) for row in latency.rows)
+    ]
+    tables += [*_predicted(latency), *_capacity(latency)]
+    tables.append(Table("What is measured", ("metric", "definition"), tuple(definitions.items())))
+    return Block("latency", "Speed and memory", (f"Conditions: {conditions}.",), tuple(tables))
+
+
+def _pair(row: LatencyRow) -> tuple[str, str]:
+    return row.reference, row.contender
+
+
+def _latency_row(row: LatencyRow) -> tuple[str, ...]:
+    def spread(median: float, p10: float, p90: float) -> str:
+        text = quantity(median, row.unit)
+        return text if p10 == p90 else f"{text} ({quantity(p10, row.unit)} to {quantity(p90, row.unit)})"
+
+    return (
+        row.metric,
+        row.load or "",
+        spread(row.reference_median, row.reference_p10, row.reference_p90),
+        spread(row.contender_median, row.contender_p10, row.contender_p90),
+        with_interval(row.improvement) if row.improvement else "-",
+        row.verdict,
+    )
+
+
+def _predicted(latency: LatencySection) -> Iterator[Table]:
+    if latency.rooflines and latency.bandwidth is not None:
+        yield Table(
+            f"Decoding against reading memory, {size(latency.bandwidth)}/s as measured here: what a step must read",
+            ("model", "load", "bytes per step", "FLOPs per token", "reading them takes", "a step took", "share"),
+            tuple(
+                (
+                    row.contender,
+                    row.load,
+                    size(row.bytes_per_step),
+                    "-" if row.flops_per_token is None else count(row.flops_per_token),
+                    seconds(row.floor_seconds),
+                    seconds(row.measured_seconds),
+                    percent(row.floor_seconds / row.measured_seconds),
+                )
+                for row in latency.rooflines
+            ),
+        )
+    if latency.predictions:
+        yield Table(
+            "Decoding, times faster: by the bytes alone, and as measured",
+            ("pair", "load", "predicted", "measured", "of the saving arrived"),
+            tuple(
+                (
+                    f"{row.contender} against {row.reference}",
+                    row.load,
+                    figures(row.predicted),
+                    with_interval(row.measured),
+                    "-" if row.realised is None else percent(row.realised),
+                )
+                for row in latency.predictions
+            ),
+        )
+
+
+def _capacity(latency: LatencySection) -> Iterator[Table]:
+    if latency.capacities and latency.memory is not None:
+        yield Table(
+            f"What fits into {size(latency.memory)} by weights and cache; activations come on top",
+            ("model", "longest context of one sequence", f"largest batch at {latency.tokens} tokens"),
+            tuple((row.contender, count(row.context), count(row.batch)) for row in latency.capacities),
+        )
+
+
+def _mask(report: Report) -> Block | None:
+    mask, budget = report.mask, report.budget
+    if mask is None:
+        return _budget_block(report)
+    kept = sum(len(row) for row in mask.kept)
+    sentences = [f"{kept} of {mask.layers * mask.heads} query heads are kept, chosen by {mask.criterion}."]
+    if budget:
+        sentences.append(_budget_sentence(report))
+    rows = tuple((str(layer), str(len(row)), _ranges(row)) for layer, row in enumerate(mask.kept))
+    table = Table("Kept query heads per layer", ("layer", "kept", "heads"), rows)
+    picture = Picture("mask.svg", render_svg(mask), "kept and removed heads")
+    return Block("mask", "Heads", tuple(sentences), (table,), picture)
+
+
+def _budget_block(report: Report) -> Block | None:
+    return Block("budget", "Budget", (_budget_sentence(report),)) if report.budget else None
+
+
+def _budget_sentence(report: Report) -> str:
+    budget = report.budget
+    if budget is None:
+        return ""
+    strength = f" (strength {figures(budget.strength)})" if budget.strength is not None else ""
+    return (
+        f"At most {percent(budget.keep_requested)} of the heads were allowed{strength}; "
+        f"{percent(budget.keep_achieved)} are kept."
+    )
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`0-3, 6` for (0, 1, 2, 3, 6)."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans) or "none"
+
+
+def _checks(report: Report) -> Block | None:
+    rows = [(row.name, "loads" if row.loads else "DOES NOT LOAD", row.note or "-") for row in report.runtimes]
+    parity = report.parity
+    if parity is not None:
+        texts = {None: "not compared", True: "identical", False: "DIFFERENT"}[parity.texts_equal]
+        rows.append(
+            (
+                "equal to the masked model" + (", after repair" if parity.after_repair else ""),
+                "yes" if parity.holds else "NO",
+                f"difference of logits {figures(parity.relative)} of their scale in {parity.dtype}, "
+                f"allowed {figures(parity.tolerance)}; greedy text {texts}",
+            )
+        )
+    if not rows:
+        return None
+    return Block("checks", "Checks", (), (Table("What was checked", ("check", "result", "detail"), tuple(rows)),))
+
+
+def _reproduce(report: Report) -> Block | None:
+    sentences = tuple(_reproduce_sentences(report))
+    tables: tuple[Table, ...] = ()
+    if report.origin:
+        tables = (
+            Table(
+                "Made from (manifest.json has the sha256 of every file)",
+                ("", "fingerprint"),
+                tuple(report.origin.items()),
+            ),
+        )
+    if report.versions:
+        tables = (*tables, Table("Versions", ("package", "version"), tuple(sorted(report.versions.items()))))
+    return Block("reproduce", "How to get it again", sentences, tables) if sentences or tables else None
+
+
+def _reproduce_sentences(report: Report) -> Iterator[str]:
+    if report.model:
+        yield f"Model: {report.model}."
+    if report.command:
+        yield f"Command: {report.command}"
+    yield from report.notes

@@ -1,0 +1,27 @@
+"""The options of a build as keyword arguments. Written by `make generated`; edit options.py instead."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypedDict
+
+
+class Keywords(TypedDict, total=False):
+    """Every option of a build; `docs/options.md` says what each one does."""
+
+    keep: float | None
+    strength: float | None
+    layout: Literal["auto", "uniform", "per-layer"] | None
+    host: str | None
+    pools: str | None
+    axes: int | None
+    criterion: str | None
+    granularity: Literal["head", "group"] | None
+    importance_from: Literal["domains", "prompts", "auto"] | None
+    repair: Literal["least-squares", "least-squares-mlp", "flap-bias", "none"] | None
+    without: Sequence[Literal["axes", "whitelist", "mixing", "scenario", "calibration"]]
+    chat_template: str | None
+    raw: bool | None
+    max_tokens: int | None
+    continuation_tokens: int | None
+    seed: int | None

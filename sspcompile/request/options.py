@@ -1,0 +1,282 @@
+"""The options of a build, each written once: name, type, default and help.
+
+From here follow the flags of the command line, the environment variables, the keys of a recipe with their JSON schema,
+and the keywords of the Python API (`keywords.py`, written by `make generated`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from sspcompile.errors import RecipeError
+from sspcompile.request.documents import NAME_PATTERN, Text, dotted, explain, shown
+
+ENVIRONMENT_PREFIX = "SSPCOMPILE_"
+# Leaves the choice to the build.
+AUTO = "auto"
+DEFAULT_KEEP = 0.5
+HINT = "See `sspcompile build --help`; --keep lies in (0, 1], --strength in [0, 1]."
+SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+EXCLUSIVE = "keep and strength exclude each other; give one"
+
+# What `--without` switches off, to see what it is worth: `axes` (no selection: every pool is a domain), `whitelist` (no
+# head is kept by privilege), `mixing` (the top domain alone), `scenario` (all domains alike, whatever the scenario),
+# `calibration` (probes at temperature 1).
+Part = Literal["axes", "whitelist", "mixing", "scenario", "calibration"]
+PARTS: tuple[Part, ...] = get_args(Part)
+Repairing = Literal["least-squares", "least-squares-mlp", "flap-bias", "none"]
+AskedLayout = Literal["auto", "uniform", "per-layer"]
+Granularity = Literal["head", "group"]
+ImportanceFrom = Literal["domains", "prompts", "auto"]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What people read of an option: `help` for all, `metavar` where its values are not a short list."""
+
+    help: str
+    metavar: str | None = None
+    short: str | None = None
+
+
+def _in_order(parts: tuple[Part, ...]) -> tuple[Part, ...]:
+    """Each part once, in the order of PARTS: equal requests are equal recipes."""
+    return tuple(part for part in PARTS if part in parts)
+
+
+class Options(BaseModel):
+    """What a build works with: complete and checked. Exactly one of `keep` and `strength` is a number."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    model: Annotated[
+        Text | None, Shown("A model folder or a hub name; the embedded model by default.", "MODEL", "-m")
+    ] = None
+    keep: Annotated[
+        float | None,
+        Field(gt=0, le=1, allow_inf_nan=False),
+        Shown("Keep at most this share of the query heads, above 0 and up to 1.", "RATIO"),
+    ] = DEFAULT_KEEP
+    strength: Annotated[
+        float | None,
+        Field(ge=0, le=1, allow_inf_nan=False),
+        Shown(
+            "In [0, 1], instead of --keep: how hard to cut, 0 keeps all; the budget follows from it and from the "
+            "scenario's breadth.",
+            "S",
+        ),
+    ] = None
+    layout: Annotated[AskedLayout, Shown("Head counts equal in every layer, or not; auto measures both.")] = "auto"
+    host: Annotated[
+        str,
+        Field(pattern=r"^[a-z0-9_]{1,40}$"),
+        Shown(
+            "Stock class of a uniform cut: the model's own (auto), or mistral, seed_oss, granite where lossless.",
+            "FAMILY",
+        ),
+    ] = AUTO
+    pools: Annotated[Text | None, Shown("A folder of domain pools of your own, beside the shipped ones.", "DIR")] = None
+    axes: Annotated[
+        int | None,
+        Field(ge=2, le=1000),
+        Shown("Make N of all pools domains, chosen to be orthogonal and to cover the others.", "N"),
+    ] = None
+    criterion: Annotated[
+        str,
+        Field(pattern=NAME_PATTERN),
+        Shown(
+            "Score of the heads; auto takes the best of some by measuring their masks, and fisher-rounds where nothing "
+            "is measured (plan). `sspcompile criteria` lists them.",
+            "NAME",
+        ),
+    ] = AUTO
+    granularity: Annotated[
+        Granularity, Shown("Cut single heads, or whole key/value groups, which saves more of the KV cache.")
+    ] = "head"
+    importance_from: Annotated[
+        ImportanceFrom,
+        Shown("Score heads by the domains' cached importance, on the scenario's own prompts, or by both (auto)."),
+    ] = "auto"
+    repair: Annotated[
+        Repairing,
+        Shown(
+            "Refit o_proj to what is left (least-squares), or down_proj as well (least-squares-mlp), or add FLAP's "
+            "bias where o_proj has one."
+        ),
+    ] = "least-squares"
+    without: Annotated[
+        tuple[Part, ...],
+        Field(strict=False),
+        AfterValidator(_in_order),
+        Shown("Switch a part of the method off, to see what it is worth; may be repeated."),
+    ] = ()
+    chat_template: Annotated[
+        Text | None, Shown("Render prompts with this one of the model's named chat templates.", "NAME")
+    ] = None
+    raw: Annotated[bool, Shown("Leave the chat template out: the model reads the prompts as they are.")] = False
+    max_tokens: Annotated[int, Field(ge=8, le=131072), Shown("Read at most N tokens of each text.", "N")] = 512
+    continuation_tokens: Annotated[
+        int, Field(ge=0, le=4096), Shown("Let the dense model continue each text by N tokens.", "N")
+    ] = 16
+    seed: Annotated[int, Field(ge=0, lt=2**32), Shown("Seed of every random choice.", "N")] = 0
+
+    @model_validator(mode="after")
+    def _one_rendering(self) -> Options:
+        if self.raw and self.chat_template is not None:
+            problem = "raw and chat_template exclude each other; give one"
+            raise PydanticCustomError("exclusive", "{problem}", {"problem": problem})
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _strength_replaces_keep(cls, given: Any) -> Any:
+        """The default of `keep` is not for those who gave `strength`."""
+        if isinstance(given, Mapping) and given.get("strength") is not None and "keep" not in given:
+            return {**given, "keep": None}
+        return given
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Options:
+        if (self.keep is None) == (self.strength is None):
+            raise PydanticCustomError("exclusive", "{problem}", {"problem": EXCLUSIVE})
+        return self
+
+    @property
+    def wanted_host(self) -> str | None:
+        """The family whose stock class is to load a uniform cut; None leaves the choice to the build."""
+        return None if self.host == AUTO else self.host
+
+    def given(self) -> dict[str, Any]:
+        """Every option that has a value, as plain data in the order of the definition."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How an option is typed: `number` (int, float or None for text), its `choices`, whether it may be repeated, and
+    whether it is a switch."""
+
+    number: type[int] | type[float] | None
+    choices: tuple[str, ...]
+    multiple: bool
+    switch: bool
+
+
+NAMES: tuple[str, ...] = tuple(Options.model_fields)
+
+
+def shown_of(name: str) -> Shown:
+    """What people read of the option `name`."""
+    return next(item for item in Options.model_fields[name].metadata if isinstance(item, Shown))
+
+
+def default_of(name: str) -> Any:
+    """The default of the option `name`."""
+    return Options.model_fields[name].default
+
+
+def kind_of(name: str) -> Kind:
+    """How the option `name` is typed."""
+    kinds = list(_kinds(Options.model_fields[name].annotation))
+    choices = tuple(value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind))
+    number = next((kind for kind in (int, float) if kind in kinds), None)
+    return Kind(number, choices, any(get_origin(kind) is tuple for kind in kinds), bool in kinds)
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """The alternatives of a union, and what a tuple holds beside it."""
+    origin = get_origin(annotation)
+    if origin in (Union, UnionType):
+        for part in get_args(annotation):
+            yield from _kinds(part)
+        return
+    yield annotation
+    if origin is tuple:
+        yield from _kinds(get_args(annotation)[0])
+
+
+def flag(name: str) -> str:
+    """`max_tokens` as it is typed: `--max-tokens`."""
+    return "--" + name.replace("_", "-")
+
+
+def variable(name: str) -> str:
+    """`max_tokens` as the environment has it: `SSPCOMPILE_MAX_TOKENS`."""
+    return ENVIRONMENT_PREFIX + name.upper()
+
+
+def resolve(
+    given: Mapping[str, Any],
+    *,
+    environment: Mapping[str, str],
+    recipe: Mapping[str, Any] | None = None,
+    call: Callable[[str], str] = flag,
+) -> Options:
+    """Options from what was `given` (the command line or keywords), the environment, a recipe, and the defaults.
+
+    All map names of options to values; of `given`, None and an empty tuple mean "not given", and errors call its names
+    as `call` does. Raises RecipeError that names every wrong value by where it came from.
+    """
+    sources: list[tuple[Mapping[str, Any], Callable[[str], str]]] = [
+        ({name: value for name, value in given.items() if value not in (None, ())}, call),
+        (from_environment(environment), variable),
+        (recipe or {}, str),
+    ]
+    merged: dict[str, Any] = {}
+    labels: dict[str, str] = {}
+    problems = []
+    for values, label in sources:
+        if "keep" in values and "strength" in values:
+            problems.append(f"{label('keep')} and {label('strength')} exclude each other; give one")
+        budget_settled = "keep" in merged or "strength" in merged
+        for name, value in values.items():
+            if name in merged or (budget_settled and name in ("keep", "strength")):
+                continue
+            merged[name], labels[name] = value, label(name)
+    return _checked(merged, labels, problems)
+
+
+def _checked(merged: Mapping[str, Any], labels: Mapping[str, str], problems: list[str]) -> Options:
+    try:
+        options = Options.model_validate(merged)
+    except ValidationError as error:
+        for e in error.errors(include_url=False):
+            if e["type"] == "exclusive" and problems:
+                continue
+            head = labels.get(str(e["loc"][0]), str(e["loc"][0])) if e["loc"] else "options"
+            place = dotted((head, *e["loc"][1:]))
+            problems.append(f"{place}: {explain(e, Options)}")
+    if problems:
+        raise RecipeError("The build request", problems, hint=HINT)
+    return options
+
+
+def from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    """The options that the environment sets. An empty variable counts as not set. Raises RecipeError."""
+    found: dict[str, Any] = {}
+    problems = []
+    for name in NAMES:
+        text = environment.get(variable(name), "").strip()
+        if not text:
+            continue
+        kind = kind_of(name)
+        if kind.multiple:
+            found[name] = tuple(part.strip() for part in text.split(",") if part.strip())
+            continue
+        if kind.switch:
+            found[name] = SWITCHES.get(text.lower(), text)
+            continue
+        try:
+            found[name] = kind.number(text) if kind.number else text
+        except ValueError:
+            wanted = "a whole number" if kind.number is int else "a number"
+            problems.append(f"{variable(name)}: must be {wanted}, not {shown(text)}")
+    if problems:
+        raise RecipeError("The environment", problems, hint=HINT)
+    return found

@@ -1,0 +1,142 @@
+"""A scenario read through a toolkit: what it is made of, and what every head is worth to it.
+
+One forward pass over the scenario's text, then arithmetic. Nothing is measured against the dense model yet; the masks
+that follow from the scores alone are what `plan` shows, and what `select` starts from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from sspcompile.criteria import key_of
+from sspcompile.errors import ToolkitError, UnsupportedModelError
+from sspcompile.families import Geometry
+from sspcompile.model.capture import features
+from sspcompile.model.decoder import LoadedModel
+from sspcompile.prepare.toolkit import Toolkit
+from sspcompile.progress import Progress, silent
+from sspcompile.request.options import AUTO, Options
+from sspcompile.request.request import Request
+from sspcompile.select.budget import keep_from_strength, merit
+from sspcompile.select.mixture import Mixture, ablated, given_mixture, mixture_of
+from sspcompile.select.scoring import HeadScores, score_heads
+from sspcompile.slicing.layouts import Choice, choose
+from sspcompile.slicing.mask import Layout
+from sspcompile.slicing.plan import host_of
+
+# What ranks heads where nobody says otherwise: the best at every budget per-layer among those that cost a few passes.
+AUTO_CRITERION = "fisher-rounds"
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Scores [layers, heads] of the criterion `name`; only their order matters."""
+
+    name: str
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a scenario is made of and what every head is worth to it.
+
+    `mixture` is what was measured; `used` is what scored the heads, and differs only where a part of the method is
+    switched off (`without`). `merit` is [layers, heads], `whitelist` bool [layers, heads]. `keep` is the budget, kept
+    heads / all heads. `criterion` is the name under which the toolkit has the scores.
+    """
+
+    request: Request
+    mixture: Mixture
+    used: Mixture
+    scores: HeadScores
+    whitelist: np.ndarray
+    merit: np.ndarray
+    keep: float
+    criterion: str
+
+    @property
+    def options(self) -> Options:
+        return self.request.options
+
+    @property
+    def groups_only(self) -> bool:
+        """Whether whole key/value groups are cut, never single heads."""
+        return self.options.granularity == "group"
+
+    @property
+    def ranking(self) -> Ranking:
+        return Ranking(self.criterion, self.scores.values)
+
+
+def score_key(options: Options) -> str:
+    """The name under which the toolkit caches the scores that a build asks for."""
+    return key_of(AUTO_CRITERION if options.criterion == AUTO else options.criterion, options.granularity)
+
+
+def read_through(request: Request, toolkit: Toolkit, loaded: LoadedModel, progress: Progress = silent) -> Reading:
+    """Read a scenario through the toolkit. Raises ToolkitError when it lacks the scores that are asked for.
+
+    Where the scenario's own prompts score heads too (`importance_from`), the passes of the criterion come on top.
+    """
+    options, name = request.options, score_key(request.options)
+    if name not in toolkit.importance:
+        raise ToolkitError(
+            f"The toolkit has no {name} importance.", hint=f"Run `sspcompile prepare --criterion {name}`."
+        )
+    mixture = _mixture(request, toolkit, loaded)
+    used = ablated(mixture, options.without)
+    scores = score_heads(request, used, toolkit, loaded, name, progress)
+    whitelist = toolkit.whitelist & ("whitelist" not in options.without)
+    return Reading(
+        request=request,
+        mixture=mixture,
+        used=used,
+        scores=scores,
+        whitelist=whitelist,
+        merit=merit(scores.values, whitelist),
+        keep=_budget(options, mixture.breadth),
+        criterion=name,
+    )
+
+
+def _budget(options: Options, breadth: float) -> float:
+    if options.keep is not None:
+        return options.keep
+    assert options.strength is not None  # noqa: S101 (Options has exactly one of the two)
+    return keep_from_strength(options.strength, breadth)
+
+
+def _mixture(request: Request, toolkit: Toolkit, loaded: LoadedModel) -> Mixture:
+    scenario, options = request.scenario, request.options
+    if scenario.domains is not None:
+        return given_mixture(toolkit, scenario.domains, source=scenario.name)
+    found = features(loaded, scenario.texts, options.max_tokens)
+    return mixture_of(toolkit, found, calibrated="calibration" not in options.without)
+
+
+def choices_for(reading: Reading, geometry: Geometry) -> Mapping[Layout, Choice]:
+    """One choice per layout that is asked for. `auto` asks for both and leaves out one that no class can hold.
+
+    A host is wished for uniform cuts only, so with it `auto` asks for that one. Raises BudgetError,
+    UnsupportedModelError when nothing is left, and InputError for a host that cannot hold the choice.
+    """
+    options = reading.options
+    asked: tuple[Layout, ...]
+    if options.layout != "auto":
+        asked = (options.layout,)
+    else:
+        asked = ("uniform", "per-layer") if options.wanted_host is None else ("uniform",)
+    found: dict[Layout, Choice] = {}
+    for name in asked:
+        choice = choose(reading.merit, geometry.kv_heads, reading.keep, name, groups_only=reading.groups_only)
+        try:
+            host_of(geometry, choice.shapes, options.wanted_host, layout=name)
+        except UnsupportedModelError:
+            if name == asked[-1] and not found:
+                raise
+            continue
+        found[name] = choice
+    return found
