@@ -14,10 +14,8 @@ from test_families import uniform_half
 from test_slicing_exact import IDS, assert_equal_to_masked, mask_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sspcompile.api.exporting import of_checkpoint, to_onnx
 from sspcompile.checkpoint import Checkpoint
 from sspcompile.errors import UnsupportedModelError
-from sspcompile.export.onnx import PRECISIONS, Blocks
 from sspcompile.model.dense import open_dense
 from sspcompile.model.loading import load_cut
 from sspcompile.slicing.configuration import ships_code
@@ -107,7 +105,8 @@ def test_export_names_no_code_that_stays_behind(layout, tmp_path):
     model = with_code(save_random(tmp_path / "dense", family_config("phi3"), seed=1))
     if layout != "dense":
         model, *_ = cut(model, tmp_path / "cut", layout)
-    to_onnx(of_checkpoint(str(model)), tmp_path / "onnx", PRECISIONS["fp32"], blocks=Blocks())
+    # Foreign code is never consented to.
+    export(model, tmp_path / "onnx", trust_remote_code=ships_code(model))
     assert_complete(tmp_path / "onnx")
 
 

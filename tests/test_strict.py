@@ -21,8 +21,9 @@ from sspcompile.errors import ArtifactError, CheckpointError, InputError
 from sspcompile.families import FAMILIES, stand_in
 from sspcompile.model.loading import load, load_cut, readable
 from sspcompile.model.onnx_text import load_onnx
+from sspcompile.proof.claim import Claim
 from sspcompile.proof.layerwise import compare_layerwise
-from sspcompile.proof.parity import compare
+from sspcompile.proof.whole import compare_whole
 from sspcompile.slicing.mask import dump_mask, whole_mask
 from sspcompile.slicing.plan import make_plan
 from sspcompile.slicing.write import write_model
@@ -67,17 +68,14 @@ def test_loading_refuses_it_in_one_line(strict):
         assert_refused(action, named=spoilt)
 
 
-@pytest.mark.parametrize("strict", TWO, indirect=True)
-def test_both_proofs_refuse_a_cut_with_it(strict):
+@pytest.mark.parametrize("strict", ["whole number for a fraction", "list for a token"], indirect=True)
+def test_both_proofs_refuse_a_dense_model_with_it(strict):
     source, spoilt = strict
-    checkpoint = Checkpoint(source)
+    checkpoint = Checkpoint(spoilt)
     g = checkpoint.geometry
-    mask = whole_mask(g.layers, g.heads, g.kv_heads)
-    loaded = load(source, fingerprint="")
-    assert_refused(lambda: compare(loaded, mask, None, spoilt, [IDS[:4]], custom_code=False), named=spoilt)
-    assert_refused(
-        lambda: compare_layerwise(checkpoint, mask, spoilt, [IDS[:4]], repaired=False, custom_code=False), named=spoilt
-    )
+    claim = Claim(checkpoint, whole_mask(g.layers, g.heads, g.kv_heads), source, custom_code=False)
+    for compare in (compare_whole, compare_layerwise):
+        assert_refused(lambda compare=compare: compare(claim, [IDS[:4]]), named=spoilt)
 
 
 @pytest.mark.parametrize("strict", TWO, indirect=True)
@@ -164,11 +162,9 @@ def test_its_cuts_are_proven_by_both_proofs(keep, layout, tmp_path):
     plan = make_plan(checkpoint, mask)
     write_model(checkpoint, plan, tmp_path / "cut")
     assert_equal_to_masked(source, tmp_path / "cut", mask, custom=plan.custom_code)
-    loaded = load(source, fingerprint="")
-    assert compare(loaded, mask, None, tmp_path / "cut", [IDS], custom_code=plan.custom_code).holds
-    assert compare_layerwise(
-        checkpoint, mask, tmp_path / "cut", [IDS], repaired=False, custom_code=plan.custom_code
-    ).holds
+    claim = Claim(checkpoint, mask, tmp_path / "cut", custom_code=plan.custom_code)
+    assert compare_whole(claim, [IDS]).holds
+    assert compare_layerwise(claim, [IDS]).holds
 
 
 def test_it_is_exported_and_measured(tmp_path):
