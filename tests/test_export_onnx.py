@@ -98,8 +98,7 @@ def export(
         probes=PROBES,
         origin={},
         card=lambda *_: "card\n",
-        trust_remote_code=True,
-        **options,
+        **{"trust_remote_code": True, **options},
     )
 
 

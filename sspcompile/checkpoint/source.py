@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from sspcompile.checkpoint.quantised import declared, quantised_error, refuse_de
 from sspcompile.checkpoint.settings import read_generation, read_json
 from sspcompile.checkpoint.tensors import LM_HEAD, tensor_shapes
 from sspcompile.checkpoint.tied import untied_by_weights
+from sspcompile.checkpoint.tokenizers import named_class_counts
 from sspcompile.errors import CheckpointError, UnsupportedModelError
 from sspcompile.families import Geometry, geometry_of
 
@@ -52,9 +54,10 @@ class Checkpoint:
     @cached_property
     def geometry(self) -> Geometry:
         """Sizes, from the configuration; where the weights untie the head, they have the last word."""
-        if self._stated.tied and self.has_weights:
-            return untied_by_weights(self._stated, self._table)
-        return self._stated
+        stated = self._stated
+        if stated.family.hosts and not stated.family.tokenizer:
+            stated = replace(stated, named_tokenizer=named_class_counts(self.path, self.config))
+        return untied_by_weights(stated, self._table) if stated.tied and self.has_weights else stated
 
     @property
     def carried_config(self) -> dict[str, Any]:

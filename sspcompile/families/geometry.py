@@ -20,6 +20,7 @@ class Geometry:
     `sparse`: the layers whose MLP is `experts` experts of `expert_intermediate` each, `active_experts` of which a
     token visits. `windowed`: some layer attends through a sliding window, or keeps no more than one in its cache.
     `fixed_heads`: the stock class can state no other number of query heads (see Family.longrope_by_heads).
+    `named_tokenizer`: the class that its tokenizer names is not to be exchanged (see checkpoint.tokenizers).
     """
 
     family: Family
@@ -38,6 +39,7 @@ class Geometry:
     residual_multiplier: float = 1.0
     windowed: bool = False
     fixed_heads: bool = False
+    named_tokenizer: bool = False
     experts: int = 0
     active_experts: int = 0
     expert_intermediate: int = 0

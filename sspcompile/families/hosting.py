@@ -30,6 +30,8 @@ def hosting(geometry: Geometry, name: str) -> Host | None:
     if name not in source.hosts or geometry.windowed:
         return None
     host = FAMILIES[name]
+    if geometry.named_tokenizer and host.tokenizer:
+        return None
     wanted = {"qkv": geometry.qkv_bias, "o": geometry.o_bias, "mlp": geometry.mlp_bias}
     rules = {"qkv": host.qkv_bias, "o": host.o_bias, "mlp": host.mlp_bias}
     switches: dict[str, bool] = {}

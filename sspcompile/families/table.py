@@ -57,7 +57,7 @@ MIXTRAL_EXPERTS = Experts(
         Linear("w2", "hidden", "expert_intermediate"),
         Linear("w3", "expert_intermediate", "hidden"),
     ),
-    counts=("num_local_experts",),
+    counts=("num_local_experts", "num_experts"),
     width="intermediate_size",
     gate_up=("w1", "w3"),
     down="w2",
@@ -70,7 +70,7 @@ QWEN_EXPERTS = Experts(
         Linear("up_proj", "expert_intermediate", "hidden"),
         Linear("down_proj", "hidden", "expert_intermediate"),
     ),
-    # transformers 5 writes num_local_experts, 4.57 num_experts.
+    # transformers 5 writes num_local_experts and takes it for the other one, 4.57 writes num_experts.
     counts=("num_experts", "num_local_experts"),
     width="moe_intermediate_size",
     gate_up=("gate_proj", "up_proj"),
@@ -101,6 +101,8 @@ class Family:
     another family hosts it.
     `window`: which layers have the sliding window, "every" or those that "layer_types" names; "" for a class without
     windows. `window_switch`: the key without which `sliding_window` counts for nothing. No host has windows.
+    `tokenizer`: the class that transformers 5 reads every tokenizer of this type with; "" where the one that
+    tokenizer_config.json names counts (see checkpoint.tokenizers).
     `partial_rotary`: positions may turn a part of each head. `scales_logits`, `caps_logits`: the class reads
     logits_scaling, final_logit_softcapping.
     `silent`: what its class in transformers 5 takes for a setting of which config.json says nothing.
@@ -131,6 +133,7 @@ class Family:
     own_keys: tuple[str, ...] = ()
     window: Literal["", "every", "layer_types"] = ""
     window_switch: str | None = None
+    tokenizer: str = ""
     partial_rotary: bool = False
     scales_logits: bool = False
     caps_logits: bool = False
@@ -147,6 +150,8 @@ def _silent(positions: int, kv_heads: int | None = None, /, **more: Any) -> Mapp
     return {key: value for key, value in {**sizes, **usual, **more}.items() if value is not None}
 
 
+# The name in transformers 4.57, which 5 understands.
+AS_IN_FILE = "PreTrainedTokenizerFast"
 GELU = "gelu_pytorch_tanh"
 
 
@@ -189,6 +194,7 @@ FAMILIES: Mapping[str, Family] = {
             hosts=("seed_oss", "granite"),
             window="every",
             own_keys=("sliding_window",),
+            tokenizer=AS_IN_FILE,
             neutral=lambda _: {"sliding_window": None},
             silent=_silent(131072, 8, sliding_window=4096),
         ),
@@ -203,6 +209,7 @@ FAMILIES: Mapping[str, Family] = {
             window="layer_types",
             window_switch="use_sliding_window",
             own_keys=("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
+            tokenizer="Qwen2Tokenizer",
             silent=_silent(32768, 32, sliding_window=4096, max_window_layers=28),
         ),
         Family(
@@ -276,6 +283,7 @@ FAMILIES: Mapping[str, Family] = {
                 "logits_scaling": 1.0,
             },
             scales_logits=True,
+            tokenizer=AS_IN_FILE,
             silent=_silent(2048, None, **dict.fromkeys(MULTIPLIERS, 1.0)),
         ),
         Family(

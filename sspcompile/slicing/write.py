@@ -12,6 +12,7 @@ import numpy as np
 from sspcompile.checkpoint import Checkpoint, copy_companions, write_checkpoint
 from sspcompile.checkpoint.companions import companions
 from sspcompile.checkpoint.references import drop_references
+from sspcompile.checkpoint.tokenizers import name_class
 from sspcompile.slicing.configuration import MODELING_FILE, sliced_config
 from sspcompile.slicing.cut import cut_tensors
 from sspcompile.slicing.plan import SlicePlan
@@ -44,5 +45,8 @@ def write_model(
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
     copy_companions(checkpoint.path, folder)
     drop_references(folder)
+    own = checkpoint.geometry.family
+    if plan.host is not own and own.tokenizer and not plan.host.tokenizer:
+        name_class(folder, own.tokenizer)
     if plan.custom_code:
         shutil.copyfile(Path(__file__).with_name(MODELING_FILE), folder / MODELING_FILE)

@@ -45,6 +45,17 @@ SCALED = {
     },
 }
 
+# Settings in two places of which the versions would take another one each.
+TWICE = {
+    "positions": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 3e5},
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        "rope_theta": 1e3,
+    },
+    "head": {"tie_word_embeddings": True},
+    "silence": {"rope_parameters": None, "rope_theta": None, "rms_norm_eps": None, "max_position_embeddings": None},
+}
+
 
 def write(folder: Path, family: str, layout: str, rope_scaling: bool) -> None:
     """One case: `cut` is the model, `expected.npz` what it must compute."""
@@ -66,6 +77,15 @@ def write(folder: Path, family: str, layout: str, rope_scaling: bool) -> None:
 def write_family(folder: Path, family: str, layout: str, host: str | None = None) -> None:
     """A family of the table with settings that are not neutral, in its own class or in another."""
     record(folder, save_random(folder / "dense", family_config(family, bias=host is None)), layout, host)
+
+
+def write_twice(folder: Path, family: str, what: str, layout: str) -> None:
+    """Settings that contradict each other, or say nothing; a null here takes the key out."""
+    dense = save_random(folder / "dense", family_config(family))
+    file = dense / "config.json"
+    config = json.loads(file.read_text()) | TWICE[what]
+    file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    record(folder, dense, layout)
 
 
 def record(folder: Path, dense: Path, layout: str, host: str | None = None) -> None:
@@ -109,6 +129,10 @@ def main(target: str) -> None:
     for family in FAMILY_SETTINGS:
         for layout in ("uniform", "per-layer"):
             write_family(Path(target) / f"{family}-{layout}-own", family, layout)
+    for family in ("llama", "qwen2", "smollm3", "mixtral"):
+        for what in TWICE:
+            for layout in ("uniform", "per-layer"):
+                write_twice(Path(target) / f"{family}-{layout}-{what}", family, what, layout)
     for family, rope in SCALED.items():
         config = family_config(family, hidden=128)
         config.rope_parameters = rope
