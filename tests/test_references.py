@@ -100,6 +100,24 @@ def test_an_uncut_folder_without_names_of_code_keeps_every_byte(tmp_path):
         assert (out / name).read_bytes() == (source / name).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("processor", "kept"),
+    [
+        ({"image_processor_type": "SiglipImageProcessor"}, True),
+        ({"auto_map": {"AutoProcessor": "processing_x.XProcessor"}, "processor_class": "XProcessor"}, False),
+        (None, False),
+    ],
+)
+def test_a_processor_is_named_where_it_can_be_loaded(processor, kept, tmp_path):
+    source = with_code(save_random(tmp_path / "dense", family_config("gemma3_text"), seed=1))
+    if processor is not None:
+        (source / "preprocessor_config.json").write_text(json.dumps(processor))
+    out, *_ = cut(source, tmp_path / "cut", "uniform")
+    said = [json.loads(file.read_text()) for file in out.glob("*_config.json")]
+    assert any("processor_class" in one for one in said) == kept
+    assert not any("auto_map" in one for one in said)
+
+
 @pytest.mark.parametrize("layout", ["dense", *LAYOUTS])
 def test_export_names_no_code_that_stays_behind(layout, tmp_path):
     model = with_code(save_random(tmp_path / "dense", family_config("phi3"), seed=1))

@@ -22,7 +22,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from sspcompile.checkpoint import Checkpoint
 from sspcompile.errors import CheckpointError, InputError, ParityError
-from sspcompile.families import FAMILIES, geometry_of, hosting, rope_of, windows_of
+from sspcompile.families import FAMILIES, ONNX_FAMILIES, geometry_of, hosting, rope_of, windows_of
 from sspcompile.model.loading import load, load_cut
 from sspcompile.model.onnx_text import load_onnx
 from sspcompile.slicing.plan import make_plan
@@ -439,6 +439,15 @@ def test_export_takes_the_positions_that_transformers_takes(case, precision, tmp
     source = change(save_random(tmp_path / "dense", family_config("llama"), seed=3), **CONTRADICTIONS[case])
     done = export(source, tmp_path / "out", precision)
     assert done.agreement.relative <= {"fp32": 1e-4, "fp16": 2e-2}.get(precision, np.inf)
+
+
+@pytest.mark.parametrize("family", ONNX_FAMILIES)
+def test_export_takes_silence_as_the_class_does(family, tmp_path):
+    source = save_random(tmp_path / "dense", family_config(family), seed=3)
+    sizes = ("num_key_value_heads", "attention_bias")  # those that the tensors have
+    change(source, rope_parameters=..., **{key: ... for key in FAMILIES[family].silent if key not in sizes})
+    export(source, tmp_path / "out", positions=128)
+    assert_same(source, tmp_path / "out", [IDS, IDS[:5]])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sspcompile.checkpoint.references import TOKENIZER_CONFIG
+from sspcompile.checkpoint.references import TOKENIZER_CONFIG, read_settings
 
 # Names that stand for "as tokenizer.json says".
 FROM_FILE = ("PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend", "PythonBackend")
@@ -22,7 +22,7 @@ LLAMA = "LlamaTokenizer"
 
 def named_class_counts(folder: Path, config: Mapping[str, Any]) -> bool:
     """Whether the class that the folder names would build a pipeline of its own, for a type where names count."""
-    named = _settings(folder).get("tokenizer_class") or config.get("tokenizer_class")
+    named = read_settings(folder / TOKENIZER_CONFIG).get("tokenizer_class") or config.get("tokenizer_class")
     if named is None or named in FROM_FILE:
         return False
     file = folder / "tokenizer.json"
@@ -34,15 +34,6 @@ def named_class_counts(folder: Path, config: Mapping[str, Any]) -> bool:
 def name_class(folder: Path, name: str) -> None:
     """Let the written tokenizer be read by the class `name`, where its new type would follow another name."""
     path = folder / TOKENIZER_CONFIG
-    settings = _settings(folder)
+    settings = read_settings(folder / TOKENIZER_CONFIG)
     if settings and settings.get("tokenizer_class") != name:
         path.write_text(json.dumps({**settings, "tokenizer_class": name}, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    """Empty where there are none that can be read; whoever opens the tokenizer says so."""
-    try:
-        settings = json.loads((folder / TOKENIZER_CONFIG).read_text("utf-8"))
-    except (FileNotFoundError, ValueError, RecursionError):
-        return {}
-    return settings if isinstance(settings, dict) else {}
