@@ -96,7 +96,7 @@ def build(
 
     print_report(report_of(outcome), as_json=as_json, only=None if verbose else SUMMARY)
     click.echo(f"Written to {out}; the whole report is {out / 'report.html'}. Next: sspcompile bench", err=True)
-    if options.model not in (None, EMBEDDED):  # whose folder is the package's own
+    if request.options.model not in (None, EMBEDDED):  # whose folder is the package's own
         say_left_out(origin_of(outcome)["left_out"], quiet=quiet)
 
 
