@@ -11,6 +11,9 @@ from builders import Shape, make_checkpoint
 from transformers.utils import logging
 
 import sspcompile
+from sspcompile.api.export import FORMATS
+from sspcompile.api.library import Format
+from sspcompile.cli.export import export as export_command
 from sspcompile.errors import ArtifactError, BudgetError, InputError, OutputExistsError, RecipeError, ScenarioError
 from sspcompile.request.keywords import Keywords
 
@@ -100,6 +103,11 @@ def test_what_cannot_be_used_is_an_error_of_ours(call, error, message):
 def test_a_finished_build_is_not_replaced_unasked(artifact, root):
     with pytest.raises(OutputExistsError):
         sspcompile.build(None, PROMPTS, root=root, **FAST)
+
+
+def test_library_command_and_export_know_the_same_formats():
+    (shown,) = (parameter.metavar for parameter in export_command.params if parameter.name == "form")
+    assert typing.get_args(Format) == FORMATS and shown == f"[{'|'.join(FORMATS)}]"
 
 
 @pytest.mark.parametrize(("form", "option"), [("hf", {"context_length": 64}), ("onnx", {"host": "granite"})])
