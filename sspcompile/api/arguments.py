@@ -154,7 +154,8 @@ def named(argument: str | None, workspace: Workspace) -> Named:
     found = next((one for place in places if (one := _recognised(place)) is not None), None)
     if found is not None:
         return found
-    if argument == EMBEDDED or (is_hub_name(argument) and not places[0].exists()):
+    ours = places[0].absolute().parent in (workspace.artifacts.absolute(), workspace.exported.absolute())
+    if argument == EMBEDDED or (is_hub_name(argument) and not places[0].exists() and not ours):
         folder = locate(argument)
         return Named("model", folder, folder)
     return _refuse(argument)

@@ -91,8 +91,8 @@ class Options(BaseModel):
         str,
         Field(pattern=NAME_PATTERN),
         Shown(
-            "Score of the heads; auto takes the best of some by measuring their masks, and fisher-rounds where nothing "
-            "is measured (plan). `sspcompile criteria` lists them.",
+            "Score of the heads (fisher, kl, greedy-kl, ...; `sspcompile criteria` lists them); auto takes the best of "
+            "some by measuring their masks, and fisher-rounds where nothing is measured (plan).",
             "NAME",
         ),
     ] = AUTO
