@@ -6,13 +6,14 @@ COMPAT := .venv-compat
 OPTIMUM := .venv-optimum
 BROWSER := .venv-browser
 HARNESS := .venv-lm-eval
+DOCS := .venv-docs
 AUDIT := .venv-audit
 BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
 # Two test processes: as many as the smallest machine that this is meant for has cores.
 WORKERS ?= 2
 
-.PHONY: demo test audit test-compat test-optimum test-browser screenshots fuzz test-kills test-wheel test-shapes test-lm-eval generated lint format train bench-compile bench-prepare \
+.PHONY: demo test audit test-compat test-optimum test-browser screenshots fuzz test-kills test-wheel test-shapes test-lm-eval generated docs lint format train bench-compile bench-prepare \
 	bench-quality bench-slice bench-onnx bench-bench clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -96,9 +97,18 @@ generated: $(VENV)/.done  ## What is written from definitions: keywords of the A
 	$(BIN)/python -m sspcompile.criteria.page > docs/criteria.md
 	$(BIN)/python -m sspcompile.report.schema docs/schemas
 
-lint: $(VENV)/.done  ## Rules and format.
+$(DOCS)/.done: constraints-docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install $(PIP_FLAGS) --requirement constraints-docs.txt
+	touch $@
+
+docs: $(DOCS)/.done  ## The site, with the API reference, to site/: a dead link fails.
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --clean
+
+lint: $(VENV)/.done  ## Rules, format and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(VENV)/.done
 	$(BIN)/ruff check --fix .
@@ -130,4 +140,4 @@ bench-prepare: $(VENV)/.done  ## What learning a model costs, in bare forward pa
 	$(BIN)/python benchmarks/prepare.py
 
 clean:
-	rm -rf $(VENV) $(COMPAT) $(OPTIMUM) $(HARNESS) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(COMPAT) $(OPTIMUM) $(HARNESS) $(DOCS) site build dist .pytest_cache .ruff_cache .hypothesis

@@ -8,7 +8,7 @@ import os
 
 
 def spare_the_collector() -> None:
-    """CriterionInput for garbage more rarely, and not at the end.
+    """Look for garbage more rarely, and not at the end.
 
     Importing torch and transformers makes a million objects that live to the end. Python's thresholds look through
     them over and over again, and once more when the interpreter ends: together a third of what an import costs.

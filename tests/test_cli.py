@@ -505,7 +505,10 @@ def test_inspect_shows_table_json_and_heat_map(run, built, home, tmp_path):
 
 def test_verify_passes_and_reports_the_proof(run, built, home):
     done = run("verify", "artifacts/first", "--json", home=home)
-    assert done.code == 0 and done.json["same_text"] is True and done.json["relative"] <= 1e-5
+    assert done.code == 0 and done.json["same_text"] is True
+    assert done.json["relative"] <= done.json["bound"] < 1e-8 and done.json["dtype"] == "float64"
+    told = run("verify", "artifacts/first", home=home).out
+    assert "largest logit difference" in told and "of the scale in float64, same greedy text" in told
 
 
 @pytest.mark.parametrize("name", ["model/model.safetensors", "model/config.json", "mask.json", "report.html"])

@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 from builders import Shape, make_checkpoint
+from transformers.utils import logging
 
 import sspcompile
+from sspcompile.api.export import FORMATS
+from sspcompile.api.library import Format
+from sspcompile.cli.export import export as export_command
 from sspcompile.errors import ArtifactError, BudgetError, InputError, OutputExistsError, RecipeError, ScenarioError
 from sspcompile.request.keywords import Keywords
 
@@ -62,12 +66,14 @@ def test_a_build_gives_its_report_its_mask_and_its_options(artifact, root):
 
 
 def test_it_verifies_evaluates_and_exports(artifact, root, capfd):
+    logging.enable_progress_bar()  # as a notebook has it; the suite turns the bars off
     assert artifact.verify().parity.holds
     (scenario, *_) = artifact.evaluate(items=6)
     assert scenario.name == "scenario"
     assert artifact.export("hf") == root / "exported" / "prompts-hf"
     assert (artifact.export("onnx", precision="int8") / "model.onnx").is_file()
     told = capfd.readouterr()
+    logging.disable_progress_bar()
     assert told.out == "" and told.err == "", "a library prints nothing"
 
 
@@ -97,6 +103,11 @@ def test_what_cannot_be_used_is_an_error_of_ours(call, error, message):
 def test_a_finished_build_is_not_replaced_unasked(artifact, root):
     with pytest.raises(OutputExistsError):
         sspcompile.build(None, PROMPTS, root=root, **FAST)
+
+
+def test_library_command_and_export_know_the_same_formats():
+    (shown,) = (parameter.metavar for parameter in export_command.params if parameter.name == "form")
+    assert typing.get_args(Format) == FORMATS and shown == f"[{'|'.join(FORMATS)}]"
 
 
 @pytest.mark.parametrize(("form", "option"), [("hf", {"context_length": 64}), ("onnx", {"host": "granite"})])

@@ -12,7 +12,6 @@ from sspcompile.checkpoint.source import file_order, loading_keys
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 
 class TorchRunner:
@@ -36,7 +35,7 @@ class TorchRunner:
             keys = loading_keys(path) or None
             start = time.perf_counter()
             model = open_model(path, dtype="auto", trust_remote_code=trust, local_files_only=True, key_mapping=keys)
-        self.model: nn.Module = model.requires_grad_(False).eval().to(self.device)
+        self.model: Any = model.requires_grad_(False).eval().to(self.device)
         self._synchronize()
         self.load_seconds = time.perf_counter() - start
         self.seed = request["seed"]

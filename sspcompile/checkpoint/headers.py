@@ -97,7 +97,7 @@ def read_words(info: TensorInfo) -> np.ndarray:
 
 def fill(source: int, words: np.ndarray, file: Path, offset: int) -> None:
     """Read the contiguous array `words` from an open file. Raises CheckpointError when the file ends before."""
-    if words.size and not read_all(source, memoryview(words).cast("B"), offset):
+    if words.size and not read_all(source, words.data.cast("B"), offset):
         raise CheckpointError(f"{file.name} is shorter than its header says.", hint="Download it again.")
 
 

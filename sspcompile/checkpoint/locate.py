@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from pathlib import Path
 
 from sspcompile.checkpoint.companions import CODE, FOLDERS, PATTERNS
@@ -23,6 +24,7 @@ SMALL_PATTERNS = [
 HUB_PATTERNS = [*SMALL_PATTERNS, SINGLE_NAME, "model-*-of-*.safetensors"]
 # Patterns of the hub match across slashes: every folder but those in FOLDERS, which begin with "ad".
 HUB_IGNORED = [*CODE, "[!a]*/*", "a[!d]*/*"]
+REVISION = r"[0-9a-f]{40}"
 
 # What artifacts call the model that ships with the package; a folder of that name is `./embedded`.
 EMBEDDED = "embedded"
@@ -70,10 +72,11 @@ def _snapshot(name: str) -> Path:
     if not (folder / "config.json").is_file():
         raise _no_config(folder, name)
     refuse_by_configuration(folder)
-    # A snapshot's folder is called by its revision. Shards may have any name; the index is the one to say.
-    _fetched(name, [SINGLE_NAME], folder.name)
-    if absent := absent_shards(folder):
-        _fetched(name, [glob.escape(shard) for shard in absent], folder.name)
+    # A snapshot's folder is called by its revision, so that all files are of one.
+    revision = folder.name if re.fullmatch(REVISION, folder.name) else None
+    _fetched(name, [SINGLE_NAME], revision)
+    if absent := absent_shards(folder):  # shards may have any name; the index is the one to say
+        _fetched(name, [glob.escape(shard) for shard in absent], revision)
     return folder
 
 

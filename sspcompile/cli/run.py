@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 
 import click
 
@@ -109,7 +110,7 @@ def run(
     for number, text in enumerate(texts):
         if len(texts) > 1 and not as_json:
             click.echo(f"{chr(10) if number else ''}> {visible(text)}")
-        show = _silent if as_json else _show
+        show: Callable[[str], None] = _silent if as_json else _show
         done = write(model, text, new_tokens=max_new_tokens, sampling=sampling, on_text=show)
         texts_written.append(done)
         if not as_json:
@@ -148,7 +149,7 @@ def _read(prompt: str) -> str:
 
     if prompt != "-":
         return prompt
-    data = click.get_binary_stream("stdin").read(PROMPT_BYTES + 1)
+    data = sys.stdin.buffer.read(PROMPT_BYTES + 1)
     if len(data) > PROMPT_BYTES:
         raise InputError("The prompt on stdin is longer than 1 MiB.", hint="Give a shorter one.")
     try:

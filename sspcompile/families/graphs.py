@@ -85,7 +85,10 @@ def graph_layers(config: Config, g: Geometry, counts: Sequence[tuple[int, int]])
     """Every layer with its (query, key/value) head counts."""
     turned = turned_layers(config, g.family, g.layers)
     windows = windows_of(config, g.family, g.layers)
-    layers = tuple(GraphLayer(*both, *rest) for both, *rest in zip(counts, turned, windows, strict=True))
+    layers = tuple(
+        GraphLayer(heads, kv_heads, rotary, window)
+        for (heads, kv_heads), rotary, window in zip(counts, turned, windows, strict=True)
+    )
     if g.head_dim % HEAD_SIZE_MULTIPLE:
         raise UnsupportedModelError(
             f"ONNX Runtime attends over head sizes that are multiples of {HEAD_SIZE_MULTIPLE}, not {g.head_dim}.",

@@ -140,7 +140,7 @@ class Family:
     silent: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _silent(positions: int, kv_heads: int | None = None, **more: Any) -> Mapping[str, Any]:
+def _silent(positions: int, kv_heads: int | None = None, /, **more: Any) -> Mapping[str, Any]:
     """The usual silent settings, `more` instead of them; None for one that the class does not have.
 
     `kv_heads` None: as many as query heads.
@@ -284,7 +284,7 @@ FAMILIES: Mapping[str, Family] = {
             },
             scales_logits=True,
             tokenizer=AS_IN_FILE,
-            silent=_silent(2048, **dict.fromkeys(MULTIPLIERS, 1.0)),
+            silent=_silent(2048, None, **dict.fromkeys(MULTIPLIERS, 1.0)),
         ),
         Family(
             "smollm3",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from sspcompile.checkpoint.settings import read_generation, read_json
 from sspcompile.checkpoint.source import loading_keys
@@ -105,7 +106,22 @@ def open_model(path: Path, *, trust_remote_code: bool = False, **options: Any) -
     if "key_mapping" not in options:
         options["key_mapping"] = loading_keys(path) or None
     config = open_config(path, trust_remote_code=trust_remote_code)
-    return AutoModelForCausalLM.from_pretrained(path, config=config, trust_remote_code=trust_remote_code, **options)
+    with _without_bars():
+        return AutoModelForCausalLM.from_pretrained(path, config=config, trust_remote_code=trust_remote_code, **options)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """A library shows nothing of itself; the bars of transformers would run through those of the command line."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_cut(
@@ -128,7 +144,7 @@ def load_cut(
         model = open_model(
             path, attn_implementation=attention, trust_remote_code=trust_remote_code, **computing_in(dtype)
         )
-    _settled(model, dtype).to(device)
+    nn.Module.to(_settled(model, dtype), device)  # transformers hides the types of its own
     return TextModel(model, tokenizer, rendering=rendering)
 
 
@@ -209,7 +225,7 @@ def load(
     _check_loaded(model, path)
     _settled(model, dtype)
     if not spread:
-        model.to(device)
+        nn.Module.to(model, device)
     return LoadedModel(
         model=model, tokenizer=tokenizer, geometry=geometry, path=path, fingerprint=fingerprint, rendering=rendering
     )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 GRAPH, SETTINGS = "model.onnx", "genai_config.json"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+NUMPY: Mapping[str, type[np.floating]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 @dataclass
@@ -91,13 +92,12 @@ class OnnxModel:
     def cache_shapes(self, batch: int, room: int) -> dict[str, tuple[tuple[int, ...], type[np.floating]]]:
         """Input name -> ([batch, kv heads, room, D], dtype) of every layer's keys and values."""
         stated = None if self._settings is None else self._settings.head_size
-        return {
-            value.name: (
-                (batch, value.shape[1], room, value.shape[3] if isinstance(value.shape[3], int) else stated),
-                NUMPY[value.type],
-            )
-            for value in self._past
-        }
+        shapes: dict[str, tuple[tuple[int, ...], type[np.floating]]] = {}
+        for value in self._past:
+            _, heads, _, size = value.shape
+            width: Any = size if isinstance(size, int) else stated
+            shapes[value.name] = (batch, heads, room, width), NUMPY[value.type]
+        return shapes
 
     def prefill(
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, *, capacity: int | None = None

@@ -29,7 +29,7 @@ def first_within(ids: Iterable[object], vocab: int) -> int | None:
 def declared_ends(declared: object, vocab: int) -> list[int]:
     """The end tokens that a configuration declares, one or a list, without those that a table of `vocab` rows lacks."""
     ids = declared if isinstance(declared, list) else [declared]
-    return [token for token in ids if first_within([token], vocab) is not None]
+    return [token for one in ids if (token := first_within([one], vocab)) is not None]
 
 
 def ends_of(declared: object, tokenizer: PreTrainedTokenizerBase, vocab: int) -> frozenset[int]:

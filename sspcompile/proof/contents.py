@@ -16,10 +16,10 @@ from sspcompile.checkpoint.tensors import attention_blocks
 from sspcompile.errors import ParityError
 from sspcompile.progress import Steps, no_steps
 from sspcompile.proof.claim import Claim
+from sspcompile.proof.parity import REPORT
 
 # Of one tensor in memory at a time, twice.
 BAND_BYTES = 16 << 20
-HINT = "Please report this with the model's config.json."
 # Axis that is cut, and the kept blocks of head_dim along it.
 Blocks = tuple[int, tuple[int, ...]]
 
@@ -28,7 +28,7 @@ def check_contents(claim: Claim, progress: Steps = no_steps) -> None:
     """Read both folders once. Raises ParityError naming the first tensor that is not what the mask leaves of it."""
     source, written = claim.checkpoint.tensors, tensor_table(claim.written)
     if lost := sorted(set(source) - set(written)):
-        raise ParityError(f"The written model lacks {lost[0]}.", hint=HINT)
+        raise ParityError(f"The written model lacks {lost[0]}.", hint=REPORT)
     kept = _kept(claim)
     for number, (name, info) in enumerate(written.items()):
         if name not in source:  # a bias that the class of the source has not, and the class of the folder has
@@ -36,7 +36,7 @@ def check_contents(claim: Claim, progress: Steps = no_steps) -> None:
         else:
             right = _is_left_of(source[name], kept.get(name), claim, name, info)
         if not right:
-            raise ParityError(f"{name} of the written model is not what the mask leaves of the source's.", hint=HINT)
+            raise ParityError(f"{name} of the written model is not what the mask leaves of the source's.", hint=REPORT)
         progress(number + 1, len(written))
 
 

@@ -29,7 +29,7 @@ from sspcompile.model.modules import layer_output
 from sspcompile.model.stored import as_tensor, read_tensor
 from sspcompile.progress import Steps, no_steps
 from sspcompile.proof.claim import BIAS, WEIGHT, Claim
-from sspcompile.proof.parity import BOUND, PROBE_PROMPTS, PROBE_TOKENS, Distance, Parity
+from sspcompile.proof.parity import BOUND, DTYPE, PROBE_PROMPTS, PROBE_TOKENS, REPORT, Distance, Parity
 from sspcompile.repair.repair import DOWN
 
 if TYPE_CHECKING:
@@ -197,8 +197,8 @@ def _compare_states(dense: list[Tensor], cut: list[Tensor], index: int) -> None:
         if relative > BOUND:
             raise ParityError(
                 f"The output of layer {index} differs from the masked model's by {relative:.2e} of its scale in "
-                f"float64; at most {BOUND:.1e} is allowed.",
-                hint="Build the artifact again.",
+                f"{DTYPE}; at most {BOUND:.1e} is allowed.",
+                hint=REPORT,
             )
 
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from sspcompile.errors import ParityError
 
+# Whoever meets a ParityError has done nothing wrong.
+REPORT = "Please report this with the model's config.json and what `sspcompile doctor` prints."
 PROBE_PROMPTS = 6
 PROBE_TOKENS = 128
 DTYPE = "float64"
@@ -84,5 +86,5 @@ def demand(parity: Parity) -> None:
         raise ParityError(
             f"The written model differs from the masked model by {parity.relative:.2e} of the logit scale in "
             f"{parity.dtype} and generates {text}; at most {parity.bound:.1e} and the same text are allowed.",
-            hint="Please report this with the model's config.json and the versions that `sspcompile doctor` prints.",
+            hint=REPORT,
         )

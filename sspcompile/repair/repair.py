@@ -109,19 +109,21 @@ def repaired(loaded: LoadedModel, repair: Repair | None) -> Iterator[None]:
             projection = down_proj(loaded.layers[layer])
             down[layer] = projection.weight.data
             projection.weight.data = refitted.to(projection.weight)
-        for layer in sorted({*repair.weights, *repair.biases}) if repair is not None else ():
+        weights = repair.weights if repair is not None else {}
+        biases = repair.biases if repair is not None else {}
+        for layer in sorted({*weights, *biases}):
             projection = o_proj(loaded.layers[layer])
             originals[layer] = projection.weight.data, projection.bias
-            if layer in repair.weights:
-                projection.weight.data = repair.weights[layer].to(projection.weight)
-            if layer in repair.biases:
-                bias = repair.biases[layer].to(projection.weight)
+            if layer in weights:
+                projection.weight.data = weights[layer].to(projection.weight)
+            if layer in biases:
+                bias = biases[layer].to(projection.weight)
                 projection.bias = nn.Parameter(bias, requires_grad=False)
         yield
     finally:
-        for layer, (weight, bias) in originals.items():
+        for layer, (weight, own_bias) in originals.items():
             projection = o_proj(loaded.layers[layer])
             projection.weight.data = weight
-            projection.bias = bias  # type: ignore[assignment]  # None where there was none
+            projection.bias = own_bias  # type: ignore[assignment]  # None where there was none
         for layer, weight in down.items():
             down_proj(loaded.layers[layer]).weight.data = weight

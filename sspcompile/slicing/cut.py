@@ -66,7 +66,7 @@ def _roles(plan: SlicePlan) -> tuple[dict[str, tuple[int, tuple[int, ...]]], set
 
 
 def _constant(words: np.ndarray) -> Content:
-    return lambda: [memoryview(np.ascontiguousarray(words)).cast("B")]
+    return lambda: [np.ascontiguousarray(words).data.cast("B")]
 
 
 def _extents(extents: Sequence[Extent]) -> Content:
@@ -95,7 +95,7 @@ def _columns(checkpoint: Checkpoint, name: str, kept: Sequence[int], plan: Slice
                 fill(stream.fileno(), band[:count], info.file, info.rows(row, row + count).offset)
                 # mode="clip" writes straight into `out`; the default would go through a copy of it.
                 np.take(band[:count], columns, axis=1, out=gathered[:count], mode="clip")
-                yield memoryview(gathered[:count]).cast("B")
+                yield gathered[:count].data.cast("B")
 
     return content
 

@@ -22,7 +22,7 @@ class HeadMask:
     """The kept query heads of every layer, with what they were chosen by.
 
     `kept[layer]` is ascending. In a layer every key/value group that keeps a head keeps the same number of them, so
-    that kept heads / kept groups is a whole number. `scores` is [layers][heads] in the criterion's own unit;
+    that kept heads / kept groups is a whole number. `scores` is `[layers][heads]` in the criterion's own unit;
     `whitelist` lists [layer, head] pairs that were kept before any score. `scenario` holds the name, the mixture over
     domains, its breadth in [0, 1] and the unknown share. `model` is the fingerprint of the dense checkpoint.
     """

@@ -86,14 +86,16 @@ class _PerLayerHeads:
 
 @functools.cache
 def _per_layer(stock_name):
-    stock = getattr(transformers, stock_name)
-    return type(PREFIX + stock_name, (_PerLayerHeads, stock), {"__module__": __name__})
+    # With _auto_class save_pretrained copies this file beside the weights. Not every transformers sets it.
+    own = {"__module__": __name__, "_auto_class": "AutoModelForCausalLM"}
+    return type(PREFIX + stock_name, (_PerLayerHeads, getattr(transformers, stock_name)), own)
 
 
 @functools.cache
 def _configuration(stock_name):
     # The stock class's own name: by it transformers compares a configuration with the one that a model declares.
-    return type(stock_name, (_GlobalCounts, getattr(transformers, stock_name)), {"__module__": __name__})
+    own = {"__module__": __name__, "_auto_class": "AutoConfig"}
+    return type(stock_name, (_GlobalCounts, getattr(transformers, stock_name)), own)
 
 
 def __getattr__(name):

@@ -57,7 +57,7 @@ class DataFile:
         write_all(self._stream.fileno(), bytes(gap))
         start = self._end = self._end + gap
         for piece in pieces:
-            write_all(self._stream.fileno(), memoryview(np.ascontiguousarray(piece)).cast("B"))
+            write_all(self._stream.fileno(), np.ascontiguousarray(piece).data.cast("B"))
             self._end += piece.nbytes
             self._progress(piece.nbytes)
         return Placed(self._path.name, dtype, shape, start, self._end - start)
