@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +155,8 @@ def test_windows_are_those_that_the_class_masks(family, said):
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_silent_settings_are_the_defaults_of_the_class(family):
     row, stock = FAMILIES[family], CONFIG_MAPPING[family]
+    if not is_dataclass(stock):
+        pytest.skip("the classes of this transformers do not list their defaults")
     defaults = {field.name: field.default for field in fields(stock)}
     theta = stock.default_theta
     defaults |= {"rope_theta": theta} if not isinstance(theta, dict) else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from builders import byte_tokenizer, family_config, save_random
 from test_export_onnx import PROBES, assert_same, export
 from test_settings_twice import change
 from test_slicing_exact import IDS, assert_equal_to_masked, mask_for
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from sspcompile.bench.process import Worker
 from sspcompile.checkpoint import Checkpoint
@@ -45,6 +46,8 @@ TWO = ("whole number for a fraction", "heads that do not divide the hidden size"
 @pytest.fixture(params=STRICT)
 def strict(request, tmp_path):
     """A sound model folder, and the same with a configuration that transformers refuses."""
+    if not is_dataclass(LlamaConfig):
+        pytest.skip("this transformers does not check the types of a configuration yet")
     family, values = STRICT[request.param]
     options = {"kv_heads": 2, "group_size": 3} if "num_attention_heads" in values else {}
     config = family_config(family, **options, hidden=66 if options else 64)
