@@ -105,9 +105,10 @@ $(DOCS)/.done: constraints-docs.txt
 docs: $(DOCS)/.done  ## The site, with the API reference, to site/: a dead link fails.
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --clean
 
-lint: $(VENV)/.done  ## Rules and format.
+lint: $(VENV)/.done  ## Rules, format and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(VENV)/.done
 	$(BIN)/ruff check --fix .

@@ -16,6 +16,8 @@ def dynamo(folder: Path, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, DynamicCache
 
+    from sspcompile.model.cache import cache_argument, cache_of
+
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
     g = model.config
     sides = [f"{layer}.{part}" for layer in range(g.num_hidden_layers) for part in ("key", "value")]
@@ -32,9 +34,9 @@ def dynamo(folder: Path, out: Path) -> None:
             for layer in range(g.num_hidden_layers):
                 cache.update(past[2 * layer], past[2 * layer + 1], layer)
             output = self.inner(
-                input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **{cache_argument(model): cache}
             )
-            return output.logits, *(side for one in output.past_key_values.layers for side in (one.keys, one.values))
+            return output.logits, *(side for one in cache_of(output).layers for side in (one.keys, one.values))
 
     auto = torch.export.Dim.AUTO
     past = [torch.zeros(2, g.num_key_value_heads, 5, g.head_dim) for _ in sides]

@@ -28,6 +28,7 @@ def transformers_steps(folder: Path, threads: int, prompt: int, contexts: list[i
     import torch
     from transformers import AutoModelForCausalLM, DynamicCache
 
+    from sspcompile.model.cache import cache_argument
     from sspcompile.slicing.configuration import MODELING_FILE
 
     torch.set_num_threads(threads)
@@ -53,8 +54,8 @@ def transformers_steps(folder: Path, threads: int, prompt: int, contexts: list[i
                 model(
                     input_ids=torch.tensor([[7]]),
                     position_ids=torch.tensor([[context + step]]),
-                    past_key_values=cache,
                     use_cache=True,
+                    **{cache_argument(model): cache},
                 )
                 times.append(time.perf_counter() - start)
             found[f"step {context}"] = times[WARM_STEPS:]

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sspcompile.checkpoint import Checkpoint, OutputTensor, fingerprint, write_checkpoint
-from sspcompile.checkpoint.source import WORD_BYTES
+from sspcompile.checkpoint.headers import WORD_BYTES
 from sspcompile.cli.slice import byte_size
 from sspcompile.slicing.layouts import choose
 from sspcompile.slicing.mask import HeadMask, Layout, dump_mask, kept_of

@@ -75,7 +75,7 @@ class OutputExistsError(InputError):
 
 
 class GateError(SspError):
-    """A promise was checked and does not hold; nothing was published."""
+    """A promise was checked and does not hold. A command that writes has published nothing."""
 
     exit_code = EXIT_GATE
 

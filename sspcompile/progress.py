@@ -19,6 +19,11 @@ def no_steps(_done: int, _total: int) -> None:
     """Nobody is told of a stage."""
 
 
+def within(progress: Progress, whole: str) -> Progress:
+    """The stages of a part, told as `WHOLE: STAGE`."""
+    return lambda stage, done, total: progress(f"{whole}: {stage}", done, total)
+
+
 def stage_of(progress: Progress, stage: str) -> Steps:
     """The steps of `stage`, told to `progress`."""
     return lambda done, total: progress(stage, done, total)

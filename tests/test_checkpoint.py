@@ -23,15 +23,15 @@ from sspcompile.checkpoint import (
     Checkpoint,
     OutputTensor,
     check_manifest,
-    copy_companions,
     fingerprint,
     locate,
     staged,
     write_checkpoint,
     write_manifest,
 )
+from sspcompile.checkpoint.headers import MAX_HEADER_BYTES, read_header
 from sspcompile.checkpoint.publish import write_atomically
-from sspcompile.checkpoint.source import INDEX_NAME, MAX_HEADER_BYTES, SINGLE_NAME, read_header
+from sspcompile.checkpoint.source import INDEX_NAME, SINGLE_NAME
 from sspcompile.errors import ArtifactError, CheckpointError, InputError, OutputExistsError, UnsupportedModelError
 from sspcompile.families import FAMILIES, REFUSED
 
@@ -59,12 +59,15 @@ def raw(path: Path, header: object, data: bytes = b"", *, length: int | None = N
 # --- Headers ---------------------------------------------------------------------------------------------------------
 
 HEADERS = {
-    "empty file": (b"", "no safetensors file"),
-    "a few bytes": (b"\0" * 7, "no safetensors file"),
-    "header longer than the file": ((100).to_bytes(8, "little") + b"{}", "no safetensors file"),
-    "header beyond the format's limit": ((MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b"{}", "no safetensors file"),
-    "header of absurd length": (b"\xff" * 8 + b"{}", "no safetensors file"),
-    "zip of a pickle": (b"PK\3\4" + b"\0" * 64, "no safetensors file|unreadable header"),
+    "empty file": (b"", "not a safetensors file"),
+    "a few bytes": (b"\0" * 7, "not a safetensors file"),
+    "header longer than the file": ((100).to_bytes(8, "little") + b"{}", "not a safetensors file"),
+    "header beyond the format's limit": (
+        (MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b"{}",
+        "not a safetensors file",
+    ),
+    "header of absurd length": (b"\xff" * 8 + b"{}", "not a safetensors file"),
+    "zip of a pickle": (b"PK\3\4" + b"\0" * 64, "not a safetensors file|unreadable header"),
 }
 
 
@@ -204,7 +207,9 @@ def test_quantised_or_extended_weights_are_refused(model):
     tensors = load_file(model / SINGLE_NAME)
     name = "model.layers.0.self_attn.q_proj.weight"
     save_file({**tensors, name + "_scale": torch.ones(1)}, model / SINGLE_NAME)
-    refuse(model, "q_proj.weight_scale.*merged into plain weights", UnsupportedModelError)
+    refuse(model, "is quantised: it stores .*q_proj.weight_scale", UnsupportedModelError)
+    save_file({**tensors, "model.layers.0.gate.weight": torch.ones(1)}, model / SINGLE_NAME)
+    refuse(model, "holds model.layers.0.gate.weight.*without parts that were added", UnsupportedModelError)
 
 
 def test_missing_tensor_and_wrong_shape_are_named(model):
@@ -462,30 +467,6 @@ def test_files_and_folders_follow_the_umask(umask, tmp_path):
     assert (tmp_path / "out" / SINGLE_NAME).stat().st_mode & 0o777 == 0o666 & ~umask
 
 
-def test_companions_are_copied_byte_for_byte_and_nothing_else(tmp_path):
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.mkdir()
-    target.mkdir()
-    wanted = {
-        "tokenizer.json": b'{"a":\r\n 1}',
-        "tokenizer.model": bytes(range(256)),
-        "chat_template.jinja": "ä\r\n".encode(),
-        "merges.txt": b"a b\n",
-        "vocab.json": b"{}",
-        "generation_config.json": b"{ }",
-        "LICENSE": b"free",
-        "special_tokens_map.json": b"{}",
-        "added_tokens.json": b"{}",
-        "tokenizer_config.json": b"\xef\xbb\xbf{}",
-    }
-    left = {"config.json": b"{}", "model.safetensors": b"", "pytorch_model.bin": b"", "modeling_x.py": b"evil()"}
-    for name, content in {**wanted, **left}.items():
-        (source / name).write_bytes(content)
-    (source / "tokenizer").mkdir()
-    assert copy_companions(source, target) == sorted(wanted)
-    assert {path.name: path.read_bytes() for path in target.iterdir()} == wanted
-
-
 # --- Publication -----------------------------------------------------------------------------------------------------
 
 
@@ -581,6 +562,30 @@ def test_two_runs_do_not_spoil_each_other(tmp_path):
         make(out, "fast")
         assert (slow / "file").read_text() == "slow", "the run that came later removed the folder of the other"
     assert (out / "file").read_text() == "fast" and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_runs_that_begin_at_the_same_moment_leave_each_other_alone(tmp_path):
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom sspcompile.checkpoint.publish import scratch\n"
+        "for number in range(100):\n    with scratch(Path(sys.argv[1]), 'place') as folder:\n"
+        "        (folder / 'file').write_text(str(number))\n        time.sleep(0.001)\n"
+        "        assert (folder / 'file').read_text() == str(number), 'taken for what a dead run left'\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    runs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    assert [(run.communicate()[1], run.returncode) for run in runs] == [("", 0)] * 4
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_killed_runs_left_goes_whatever_moment_they_were_killed_at(tmp_path):
+    for number, held in enumerate([(), ("lock",), ("lock", ".partial-out"), (".partial-out",)]):
+        for name in held:
+            path = tmp_path / f".partial-out-{number:08}" / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("") if name == "lock" else path.mkdir()
+        (tmp_path / f".partial-out-{number:08}").mkdir(exist_ok=True)
+    make(tmp_path / "out", "whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_names_with_special_characters_clean_up_only_after_themselves(tmp_path):

@@ -128,7 +128,7 @@ def inputs(tmp_path_factory) -> Path:
     (folder / "empty.txt").write_text("\n \n")
     (folder / "binary.txt").write_bytes(bytes(range(256)))
     (folder / "notjson.jsonl").write_text('{"prompt": "one"}\n{"prompt"\n')
-    (folder / "noprompt.jsonl").write_text('{"text": "one"}\n')
+    (folder / "noprompt.jsonl").write_text('{"title": "one"}\n')
     (folder / "bad.yaml").write_text(
         "schema_version: 1\nname: bad\ndescription: All wrong.\nkept: 0.5\nlayout: diagonal\nkeep: 7\n"
         "scenario: {text: some words, domains: {math: 1}}\n"
@@ -175,7 +175,7 @@ BAD = {
     "binary prompts": (("build", "--scenario", "{in}/binary.txt"), 2, ("binary",)),
     "missing prompts": (("build", "--scenario", "{in}/none.jsonl"), 2, ("no file",)),
     "broken jsonl": (("build", "--scenario", "{in}/notjson.jsonl"), 2, ("line 2 is not JSON",)),
-    "jsonl without prompt": (("build", "--scenario", "{in}/noprompt.jsonl"), 2, ("line 1", "'prompt'")),
+    "jsonl without prompt": (("build", "--scenario", "{in}/noprompt.jsonl"), 2, ("line 1", "none of the keys prompt")),
     "unknown prompt format": (("build", "--scenario", "{in}/prompts.csv"), 2, (r"\.csv file", r"\.jsonl")),
     "folder as scenario": (("build", "--scenario", "{in}/gpt2"), 2, ("is a folder",)),
     "recipe errors at once": (
@@ -505,7 +505,10 @@ def test_inspect_shows_table_json_and_heat_map(run, built, home, tmp_path):
 
 def test_verify_passes_and_reports_the_proof(run, built, home):
     done = run("verify", "artifacts/first", "--json", home=home)
-    assert done.code == 0 and done.json["same_text"] is True and done.json["relative"] <= 1e-5
+    assert done.code == 0 and done.json["same_text"] is True
+    assert done.json["relative"] <= done.json["bound"] < 1e-8 and done.json["dtype"] == "float64"
+    told = run("verify", "artifacts/first", home=home).out
+    assert "largest logit difference" in told and "of the scale in float64, same greedy text" in told
 
 
 @pytest.mark.parametrize("name", ["model/model.safetensors", "model/config.json", "mask.json", "report.html"])

@@ -95,7 +95,7 @@ def test_anything_may_be_the_reference_and_an_export_be_measured(run, home):
     ("args", "message"),
     [
         (("uniform", "--runtimes", "tpu"), "no runtime 'tpu'.*hf, onnx"),
-        (("uniform", "--memory", "much"), "--memory 'much' is no size.*16GB|--memory 'much' is no size.*5GB"),
+        (("uniform", "--memory", "much"), "--memory 'much' is not a size.*16GB|--memory 'much' is not a size.*5GB"),
         (("uniform", "--prompt-tokens", "99999"), "positions.*--prompt-tokens"),
         (("dense",), "does not say what it was cut from.*--model"),
         (("nothing",), "nothing is neither a build, a cut, an export nor a model folder"),

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from builders import Shape, make_checkpoint
+from builders import Shape, family_config, make_checkpoint, save_random
 
 from sspcompile.checkpoint import check_manifest
 from sspcompile.cli.main import main
@@ -158,11 +158,87 @@ def test_export_of_last_logits_writes_and_does_not_score(run):
     refused(run("eval", "exported/last", *asked), 2, "last token alone", "without --last-logits")
 
 
+@pytest.fixture(scope="module")
+def short(home) -> str:
+    """The build once more, for texts of at most 48 tokens."""
+    args = ("--format", "onnx", "--context-length", 48, "--out", "exported/short", "-q", "--json")
+    done = shell(home, "export", *args)
+    assert done.returncode == 0 and json.loads(done.stdout)["context_length"] == 48, done.stderr
+    card = (home / "exported" / "short" / "README.md").read_text()
+    assert "48 tokens, prompt and answer together" in card and "attention-head-pruning" in card
+    assert check_manifest(home / "exported" / "short").origin["context_length"] == 48
+    return "exported/short"
+
+
+def test_eval_of_a_short_context_keeps_to_it_and_says_what_it_read(run, short):
+    args = ("eval", short, "--scenario", "chemistry-helpdesk", "--items", "8", "-q", "--json")
+    code, out, err = run(*args)
+    found = json.loads(out)
+    assert (code, err) == (0, "")
+    assert (found["max_tokens"], found["new_tokens"], found["positions"]) == (24, 24, 48)
+    assert found["sliced"]["exact_match"] is not None and found["sliced"]["answer_log_likelihood"] is not None
+    code, out, err = run(*args, "--max-tokens", 100, "--max-new-tokens", 8)
+    assert code == 0 and json.loads(out)["max_tokens"] == 40
+    assert err.startswith("Note: prompts are shortened to 40 tokens") and err.count("\n") == 1
+    refused(run(*args, "--max-new-tokens", 48), 2, "no room for a prompt", "at most --max-new-tokens 47")
+
+
+def test_answer_longer_than_the_context_is_refused_by_eval(run, short, tmp_path):
+    data = tmp_path / "long.jsonl"
+    data.write_text(json.dumps({"prompt": GOLD, "answer": "gold " * 80}) + "\n")
+    refused(run("eval", short, "--data", data, "-q"), 2, "An answer has", "has 48")
+
+
+def test_bench_of_a_short_context_takes_loads_that_fit_and_refuses_others(run, short):
+    few = ("--repeats", "2", "--processes", "1", "--threads", "1", "-q", "--json")
+    code, out, err = run("bench", short, *few)
+    assert code == 0, err
+    (load,) = json.loads(out)["settings"]["loads"]
+    assert load["prompt_tokens"] + load["new_tokens"] == 48 and load["new_tokens"] == 24
+    refused(
+        run("bench", short, "--prompt-tokens", 47, "--new-tokens", 2, *few), 2, "47 + 2 tokens exceed", "48 positions"
+    )
+
+
 def test_plain_checkpoint_is_exported_as_it_is(run, tmp_path):
     model = make_checkpoint(tmp_path / "model", Shape(family="llama", head_dim=16))
     done = run("export", "--format", "onnx", "--model", model, "--out", tmp_path / "out", "--json", "-q")
     assert done[0] == 0 and json.loads(done[1])["agreement"]["same_text"], done
     assert run("run", tmp_path / "out", "-p", "hello", "--max-new-tokens", "4", "-q")[0] == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "pruned" not in card and "256 tokens, prompt and answer together" in card
+
+
+@pytest.mark.parametrize("typed", [".", "../model", "{model}/", "..", "./sub/.."])
+def test_export_is_named_after_the_folder_however_it_was_typed(typed, run, tmp_path, monkeypatch):
+    model = make_checkpoint(tmp_path / "model", Shape(family="llama", head_dim=16))
+    (model / "sub").mkdir()
+    monkeypatch.setenv("SSPCOMPILE_HOME", str(tmp_path / "home"))
+    with pytest.raises(SystemExit) as stop:
+        monkeypatch.chdir(model / "sub" if typed == ".." else model)
+        main(["export", "--format", "onnx", "--model", typed.format(model=model), "-q"])
+    assert not stop.value.code
+    (out,) = (tmp_path / "home" / "exported").iterdir()
+    assert out.name == "model-onnx"
+    assert check_manifest(out).origin["source_name"] == str(model)
+    card = (out / "README.md").read_text()
+    assert "# model-onnx" in card and "`model` for ONNX Runtime" in card and "base_model" not in card
+
+
+def test_export_says_what_the_tables_of_a_long_context_take(run, tmp_path):
+    config = family_config("llama", head_dim=64, layers=1)
+    config.max_position_embeddings = 20_000
+    model = save_random(tmp_path / "model", config)
+    args = ("export", "--format", "onnx", "--model", model, "--overwrite", "-q", "--out")
+    code, _, err = run(*args, tmp_path / "long")
+    size = (tmp_path / "long" / "rotary.bin").stat().st_size
+    assert code == 0 and size == 2 * 20_000 * 32 * 4
+    assert err.startswith(f"Note: {size:,} of the ") and "20,000 tokens" in err and "--context-length" in err
+    assert err.count("\n") == 1 and "256 bytes for each" in err
+    code, _, err = run(*args, tmp_path / "half", "--precision", "fp16")
+    assert code == 0 and (tmp_path / "half" / "rotary.bin").stat().st_size == size // 2 and "128 bytes for each" in err
+    assert run(*args, tmp_path / "short", "--context-length", 256)[2] == ""
+    assert run("export", "--format", "onnx", "-q", "--overwrite")[2] == ""  # a part too small to be named
 
 
 REFUSED = {
@@ -173,6 +249,7 @@ REFUSED = {
     "blocks of floats": (("--format", "onnx", "--block-size", "64"), "Add --precision int8 or int4"),
     "two sources": (("artifacts/desk", "--format", "onnx", "--model", "embedded"), "exclude each other"),
     "too long a context": (("--format", "onnx", "--context-length", "513", "--out", "new"), "at most 512"),
+    "context of another format": (("--context-length", "64"), "--context-length belongs to --format onnx"),
     "inside the artifact": (("--format", "onnx", "--out", "artifacts/desk/model/x"), "lies inside"),
     "it exists": (("--format", "onnx"), "--overwrite"),
 }

@@ -68,6 +68,7 @@ def test_slice_writes_a_folder_that_verify_proves_and_transformers_loads(run, mo
         code, text, err = run("verify", out, "--json", *way)
         found = json.loads(text)
         assert code == 0 and found["same_text"] and found["layerwise"] == (way == ("--layerwise",)), err
+        assert found["dtype"] == "float64" and found["relative"] <= found["bound"]
     refused(run("slice", "--model", model, "--mask", mask, "--out", out), 2, "exists")
     assert run("slice", "--model", model, "--mask", mask, "--out", out, "--overwrite")[0] == 0
     weights = next(out.glob("*.safetensors"))
@@ -85,6 +86,19 @@ def test_checksums_find_a_flipped_bit_in_weights(run, model, mask, tmp_path):
     weights.unlink()
     weights.write_bytes(data)
     refused(run("verify", out), 2, "is not the file that was built")
+
+
+def test_verify_says_what_is_wrong_in_weights_without_checksums(run, model, mask, tmp_path):
+    out = tmp_path / "cut"
+    assert run("slice", "--model", model, "--mask", mask, "--out", out, "-q")[0] == 0
+    weights = sorted(out.glob("*.safetensors"))[1]
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    for way in ("--layerwise", "--whole"):
+        done = run("verify", out, way)
+        refused(done, 3, "of the written model is not what the mask leaves")
+        assert "ublished" not in done[2]
 
 
 def test_slice_needs_no_torch(model, mask, tmp_path):

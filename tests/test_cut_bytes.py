@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sspcompile.checkpoint import Checkpoint, Extent, OutputTensor, write_checkpoint
-from sspcompile.checkpoint.source import FLOATS, WORD_BYTES, WORD_DTYPE, read_header
+from sspcompile.checkpoint.headers import FLOATS, WORD_BYTES, WORD_DTYPE, read_header
 from sspcompile.checkpoint.tensors import attention_blocks
 from sspcompile.checkpoint.transfer import _buffered_copy, copy_extent, hard_link
 from sspcompile.errors import ArtifactError, CheckpointError, InputError
@@ -214,7 +214,12 @@ def test_model_in_another_class_equals_its_masked_self(case, tmp_path):
         (CONFIG | {"sliding_window": 16}, "granite"),
         ({key: value for key, value in CONFIG.items() if key != "sliding_window"}, "seed_oss"),
         (CONFIG | {"model_type": "llama", "attention_bias": True}, "mistral"),
-        (CONFIG | {"model_type": "qwen2", "use_sliding_window": True}, "seed_oss"),
+        (
+            CONFIG | {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+            "seed_oss",
+        ),
+        (CONFIG | {"model_type": "llama", "sliding_window": 16}, "mistral"),
+        (CONFIG | {"model_type": "llama", "layer_types": ["sliding_attention"] * 2}, "mistral"),
         (CONFIG | {"model_type": "llama", "hidden_size": 23, "num_attention_heads": 6}, "llama"),
         (CONFIG, "gpt2"),
         (CONFIG, "llama2"),

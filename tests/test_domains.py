@@ -49,7 +49,7 @@ def test_all_problems_of_all_files_come_at_once(tmp_path: Path) -> None:
         load_pools(tmp_path)
     text = "\n".join(caught.value.problems)
     for expected in (
-        "rye.yaml: descripton (line 3): is no known key; did you mean 'description'?",
+        "rye.yaml: descripton (line 3): is not a known key; did you mean 'description'?",
         "rye.yaml: description: is missing",
         "rye.yaml: name (line 2): must equal the file's name, 'rye'",
         "oats.yaml: prompts[2] (line 8): repeats item 0",

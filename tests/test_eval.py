@@ -13,10 +13,12 @@ from test_prepare_tools import TEMPLATE, tiny
 
 from sspcompile.api.evaluate import Deployment, deployment_of, fitted_prompts, scenario_suites
 from sspcompile.embedded.questions import questions
-from sspcompile.evaluate.asking import Limits, ask, takes_conversations
+from sspcompile.evaluate.asking import Limits, ask
 from sspcompile.evaluate.questions import Conversation, Question, single
 from sspcompile.evaluate.results import mean_over_turns
+from sspcompile.model.chat import takes_conversations
 from sspcompile.request.domains import load_pools
+from sspcompile.request.prompts import Message
 from sspcompile.request.splits import seen_part, split
 from training.corpus import items
 
@@ -157,7 +159,8 @@ def test_later_turns_are_asked_behind_the_model_s_own_answers():
     loaded = tiny(seed=1, template=CHAT)
     talk = Conversation((Question("war ?"), Question("king ?")))
     asked = ask(loaded, [talk, *single([Question("acid ?")])], Limits(64, 3, 2), lambda *_: None)
-    assert asked.prompts == ("war ?", ("war ?", asked.texts[0], "king ?"), "acid ?")
+    led = (Message("user", "war ?"), Message("assistant", asked.texts[0]), Message("user", "king ?"))
+    assert asked.prompts == ("war ?", led, "acid ?")
     alone = ask(loaded, single([Question("war ?")]), Limits(64, 3, 1), lambda *_: None)
     assert alone.texts[0] == asked.texts[0]
 

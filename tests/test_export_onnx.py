@@ -20,7 +20,10 @@ from transformers import AutoModelForCausalLM
 from sspcompile.checkpoint import Checkpoint, check_manifest
 from sspcompile.errors import CheckpointError, InputError, ParityError, UnsupportedModelError
 from sspcompile.export.onnx import PRECISIONS, Blocks, Exported, export_onnx
-from sspcompile.export.onnx.check import padded
+from sspcompile.export.onnx.agreement import Agreement
+from sspcompile.export.onnx.check import ROUNDING_FACTOR, padded
+from sspcompile.export.onnx.decoder import read_decoder
+from sspcompile.export.onnx.weights import write_rotary
 from sspcompile.families import ONNX_FAMILIES
 from sspcompile.model.onnx_session import OnnxModel, demand_kernels
 from sspcompile.model.onnx_text import load_onnx
@@ -57,12 +60,21 @@ VARIANTS: dict[str, tuple[str, dict]] = {
         "granite",
         {"attention_multiplier": 0.3, "embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 4.0},
     ),
+    # Head sizes that the attention does not rotate.
+    "llama with biases, heads of 8": ("llama", {"head_dim": 8, "attention_bias": True, "mlp_bias": True}),
+    "qwen3, heads of 24, sliding window": (
+        "qwen3",
+        {"head_dim": 24, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    ),
+    "phi3, heads of 8": ("phi3", {"head_dim": 8}),
+    "smollm3, heads of 8, some layers without positions": ("smollm3", {"head_dim": 8, "no_rope_layers": [1, 0, 1]}),
 }
 
 
 def make(folder: Path, variant: str, **options: object) -> Path:
     family, values = VARIANTS[variant]
-    config = family_config(family, bias=bool(values.get("attention_bias")))
+    size = {"head_dim": values["head_dim"]} if "head_dim" in values else {}
+    config = family_config(family, bias=bool(values.get("attention_bias")), **size)
     for key, value in values.items():
         setattr(config, key, value)
     return save_random(folder, config, seed=3, **options)
@@ -85,9 +97,8 @@ def export(
         blocks=blocks,
         probes=PROBES,
         origin={},
-        card=lambda _: "card\n",
-        trust_remote_code=True,
-        **options,
+        card=lambda *_: "card\n",
+        **{"trust_remote_code": True, **options},
     )
 
 
@@ -235,7 +246,7 @@ def test_rounded_matrices_between_fp16_activations(bits, exported, tmp_path):
             blocks=SMALL_BLOCKS,
             probes=PROBES,
             origin={},
-            card=lambda _: "card\n",
+            card=lambda *_: "card\n",
             trust_remote_code=True,
         )
         assert done.manifest.origin["activations"] == {"F32": "fp32", "F16": "fp16"}[dtype]
@@ -265,17 +276,30 @@ def test_genai_writes_the_same_text_with_head_counts_that_differ_by_layer(last_l
         export(model, out, last_logits=True)
     counts = json.loads((model / "config.json").read_text())["per_layer_config"].values()
     assert len({tuple(pair.values()) for pair in counts}) > 1
-    prompt = PROBES[1]
-    runtime = og.Model(str(out))
+    ids = torch.tensor([PROBES[1]])
+    assert [genai_text(out, PROBES[1], 20)] == load_onnx(out).continuations(ids, torch.ones_like(ids), 20)
+
+
+def genai_text(folder: Path, prompt: list[int], count: int | None) -> list[int]:
+    """What onnxruntime-genai writes behind a prompt: `count` tokens, or as many as its settings allow."""
+    runtime = og.Model(str(folder))
     parameters = og.GeneratorParams(runtime)
-    parameters.set_search_options(max_length=len(prompt) + 20, do_sample=False)
+    if count is not None:
+        parameters.set_search_options(max_length=len(prompt) + count, do_sample=False)
     generator = og.Generator(runtime, parameters)
     generator.append_tokens(np.array(prompt, dtype=np.int32))
     while not generator.is_done():
         generator.generate_next_token()
-    text = list(map(int, generator.get_sequence(0)))[len(prompt) :]
-    ids = torch.tensor([prompt])
-    assert [text] == load_onnx(out).continuations(ids, torch.ones_like(ids), 20)
+    return list(map(int, generator.get_sequence(0)))[len(prompt) :]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+@pytest.mark.parametrize("variant", ["llama", "phi3, heads of 8", "qwen3, heads of 24, sliding window"])
+def test_genai_stops_at_the_context_with_the_same_text_as_run(variant, precision, tmp_path):
+    export(make(tmp_path / "model", variant), tmp_path / "out", precision, positions=30)
+    ids = torch.tensor([PROBES[1]])
+    text = load_onnx(tmp_path / "out").continuations(ids, torch.ones_like(ids), 30 - ids.shape[1])
+    assert [genai_text(tmp_path / "out", PROBES[1], None)] == text
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -299,7 +323,17 @@ def test_hard_link_writes_no_weights(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-@pytest.mark.parametrize("variant", ["qwen2 tied", "phi3", "llama with biases, llama3 positions"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "qwen2 tied",
+        "phi3",
+        "llama with biases, llama3 positions",
+        "llama with biases, heads of 8",
+        "phi3, heads of 8",
+        "qwen3, heads of 24, sliding window",
+    ],
+)
 def test_rounded_graph_computes_what_the_model_with_rounded_matrices_computes(precision, variant, tmp_path):
     """With products in floats (accuracy level 0) nothing is left but the rounding that the file itself states."""
     from safetensors.numpy import load_file, save_file
@@ -406,7 +440,8 @@ class OnnxWeights:
 
 
 REFUSED = {
-    "head size": ("llama", {"head_dim": 8}, "multiples of 16, not 8"),
+    "head size of 4": ("llama", {"head_dim": 4}, "multiples of 8, not 4"),
+    "head size of 12": ("qwen3", {"head_dim": 12}, "multiples of 8, not 12"),
     "positions": (
         "llama",
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
@@ -446,6 +481,38 @@ def test_a_graph_that_computes_something_else_is_not_published(tmp_path, monkeyp
     assert names(tmp_path) == {"model"}
 
 
+def noisy(folder: Path, family: str) -> Path:
+    """Sharp attention makes thousandths of the logits' scale out of what fp32 rounds."""
+    config = family_config(family, layers=4, kv_heads=8, head_dim=64)
+    config.initializer_range = 1.0
+    return save_random(folder, config, seed=1)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "granite"])
+def test_a_right_graph_is_published_however_much_its_model_rounds(family, tmp_path):
+    done = export(noisy(tmp_path / "model", family), tmp_path / "out")
+    a = done.agreement
+    assert a.rounding is not None and not a.meets(PRECISIONS["fp32"].gate)
+    assert a.relative <= 2 * ROUNDING_FACTOR * a.rounding < 0.1
+    assert json.loads((tmp_path / "out" / "check.json").read_text())["rounding"] == a.rounding
+
+
+def test_a_wrong_graph_of_a_noisy_model_is_not_published(tmp_path, monkeypatch):
+    from sspcompile.export.onnx import decoder
+
+    true = decoder._rotary
+    monkeypatch.setattr(decoder, "_rotary", lambda *args: (true(*args)[0] * np.float32(1.001), 1.0))
+    with pytest.raises(ParityError, match=r"model in float64 by .*Nothing was published"):
+        export(noisy(tmp_path / "model", "llama"), tmp_path / "out")
+    assert names(tmp_path) == {"model"}
+
+
+def test_where_rounding_is_all_there_is_nothing_is_published(tmp_path):
+    with pytest.raises(ParityError, match=r"In fp16 .* cannot be told .*--precision fp32"):
+        export(noisy(tmp_path / "model", "granite"), tmp_path / "out", "fp16")
+    assert names(tmp_path) == {"model"}
+
+
 def test_values_beyond_fp16_are_refused_with_their_tensor(tmp_path):
     from safetensors.numpy import load_file, save_file
 
@@ -458,10 +525,105 @@ def test_values_beyond_fp16_are_refused_with_their_tensor(tmp_path):
     assert names(tmp_path) == {"model"}
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
+@pytest.mark.parametrize(("positions", "written", "read"), [(2, 1, 1), (3, 1, 2), (32, 16, 16), (128, 32, 40)])
+def test_a_short_context_is_run_to_its_end_and_stated_everywhere(positions, written, read, precision, tmp_path):
+    model = make(tmp_path / "model", "llama")
+    texts = []
+
+    def card(agreement: Agreement, context_length: int) -> str:
+        texts.append((agreement.new_tokens, context_length))
+        return "card\n"
+
+    done = export_onnx(
+        model,
+        tmp_path / "out",
+        precision=PRECISIONS[precision],
+        blocks=SMALL_BLOCKS,
+        probes=PROBES,
+        origin={},
+        card=card,
+        trust_remote_code=False,
+        positions=positions,
+    )
+    assert texts == [(written, positions)] and done.agreement.padded == (read > 1)
+    assert done.context_length == positions == check_manifest(tmp_path / "out").origin["context_length"]
+    settings = json.loads((tmp_path / "out" / "genai_config.json").read_text())
+    assert settings["model"]["context_length"] == settings["search"]["max_length"] == positions
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == positions
+    width = 2 if precision == "fp16" else 4
+    tables = {t.name: t for t in onnx.load(tmp_path / "out" / "model.onnx").graph.initializer if "rotary" in t.name}
+    assert {tuple(table.dims) for table in tables.values()} == {(positions, 8)} and len(tables) == 2
+    assert {len(table.raw_data) for table in tables.values()} == {positions * 8 * width}
+    session = OnnxModel.open(tmp_path / "out")
+    assert session.positions == positions
+    assert session.logits(np.full((1, positions), 7)).shape[1] == positions
+
+
+@pytest.mark.parametrize("probes", [[[5] * 300] * 3, [[5] * 40], [[5]]], ids=["all alike", "one", "one token"])
+def test_probes_of_one_length_are_padded_as_well(probes, tmp_path):
+    model = make(tmp_path / "model", "llama")
+    done = export_onnx(
+        model,
+        tmp_path / "out",
+        precision=PRECISIONS["fp32"],
+        blocks=SMALL_BLOCKS,
+        probes=probes,
+        origin={},
+        card=lambda *_: "card\n",
+        trust_remote_code=False,
+    )
+    assert done.agreement.padded == (len(probes[0]) > 1)
+    assert done.agreement.texts == len(probes) + 2 * done.agreement.padded
+
+
 def test_context_can_be_shortened_but_not_stretched(tmp_path):
     model = make(tmp_path / "model", "llama")
     export(model, tmp_path / "out", positions=128)
-    assert json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]["context_length"] == 128
     assert (tmp_path / "out" / "rotary.bin").stat().st_size == 2 * 128 * 8 * 4
-    with pytest.raises(UnsupportedModelError, match="at most 256"):
-        export(model, tmp_path / "longer", positions=257)
+    for wrong in (257, 1):
+        with pytest.raises(InputError, match="at least 2 and at most 256"):
+            export(model, tmp_path / "wrong", positions=wrong)
+    assert names(tmp_path) == {"model", "out"}
+
+
+@pytest.mark.parametrize("positions", [0, 1, -5])
+def test_positions_that_are_no_number_of_tokens_are_refused(positions, tmp_path):
+    model = make(tmp_path / "model", "llama")
+    config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": positions}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="max_position_embeddings"):
+        read_decoder(model)
+
+
+def test_yarn_reaches_as_far_as_its_factor_says(tmp_path):
+    model = make(tmp_path / "model", "qwen3 tied, yarn positions")
+    config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 64}
+    (model / "config.json").write_text(json.dumps(config))
+    assert read_decoder(model).positions == 256
+
+
+def test_tables_are_written_in_bands_as_they_would_be_at_once(tmp_path):
+    """20,000 positions of 128 angles take two bands; the second must go on where the first one ended."""
+    frequencies = (1e4 ** -(np.arange(128) / 128)).astype(np.float32)
+    angles = np.arange(20_000, dtype=np.float32)[:, None] * frequencies
+    for dtype, numpy in (("F32", np.float32), ("F16", np.float16)):
+        found = write_rotary(tmp_path, frequencies, 1.25, 20_000, dtype)
+        for name, function in (("rotary.cos", np.cos), ("rotary.sin", np.sin)):
+            placed = found[name]
+            stored = np.fromfile(tmp_path / placed.file, numpy, count=20_000 * 128, offset=placed.offset)
+            expected = (function(angles) * np.float32(1.25)).astype(numpy)
+            assert placed.shape == (20_000, 128) and np.array_equal(stored.reshape(placed.shape), expected)
+
+
+@pytest.mark.parametrize("head_dim", [4, 8, 12, 16, 24, 32, 40])
+def test_verdict_on_a_head_size_is_what_the_export_does(head_dim, tmp_path):
+    model = save_random(tmp_path / "model", family_config("llama", head_dim=head_dim), seed=3)
+    plan = make_plan(Checkpoint(model), mask_for(Checkpoint(model), 0.6, "uniform", 4))
+    (verdict,) = [one for one in plan.runtimes if one.runtime == "ONNX Runtime"]
+    try:
+        done = export(model, tmp_path / "out")
+    except UnsupportedModelError:
+        assert not verdict.loads
+    else:
+        assert verdict.loads and done.agreement.same_text

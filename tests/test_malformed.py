@@ -191,13 +191,13 @@ CASES: Mapping[str, Case] = {
     # Weights.
     "weights truncated": Case(cut_short(WEIGHTS, 0.5), PLAN, "header promises"),
     "weights truncated inside the header": Case(cut_short(WEIGHTS, 0.01), PLAN, "truncated"),
-    "weights empty": Case(text(WEIGHTS, b""), PLAN, "no safetensors file, or is truncated"),
+    "weights empty": Case(text(WEIGHTS, b""), PLAN, "not a safetensors file, or is truncated"),
     "weights of eight bytes": Case(text(WEIGHTS, b"\0" * 8), PLAN, "unreadable header"),
     "weights longer than promised": Case(
         lambda h: (h / WEIGHTS).write_bytes((h / WEIGHTS).read_bytes() + b"x"), PLAN, "header promises"
     ),
     "header longer than the file": Case(header(lambda _: None, length=1 << 40), PLAN, "truncated"),
-    "header that is no JSON": Case(
+    "header that is not valid JSON": Case(
         lambda h: (h / WEIGHTS).write_bytes(struct.pack("<Q", 4) + b"{{{{"), PLAN, "unreadable header"
     ),
     "header nested a million deep": Case(
@@ -258,21 +258,33 @@ CASES: Mapping[str, Case] = {
     "config missing": Case(lambda h: (h / "model" / "config.json").unlink(), PLAN, r"no config\.json"),
     "config empty": Case(text("model/config.json", ""), PLAN, "not valid JSON"),
     "config binary": Case(text("model/config.json", bytes(range(256))), PLAN, "not valid JSON"),
-    "config that is a list": Case(text("model/config.json", "[]"), PLAN, "no JSON object"),
+    "config that is a list": Case(text("model/config.json", "[]"), PLAN, "must hold a JSON object"),
     "config nested too deep": Case(text("model/config.json", "[" * 100_000), PLAN, "not valid JSON"),
     "heads as text": Case(config(num_attention_heads="four"), PLAN, "num_attention_heads"),
     "heads negative": Case(config(num_attention_heads=-4), PLAN, "num_attention_heads"),
     "heads zero": Case(config(num_key_value_heads=0), PLAN, "num_key_value_heads"),
-    "heads no multiple of groups": Case(config(num_key_value_heads=3), PLAN, "num_key_value_heads|multiple"),
+    "heads not a multiple of groups": Case(config(num_key_value_heads=3), PLAN, "num_key_value_heads|multiple"),
     "heads that the weights do not have": Case(config(num_attention_heads=8), PLAN, r"shape .*config\.json asks for"),
     "layers absurd": Case(config(num_hidden_layers=10**12), PLAN, "num_hidden_layers"),
-    "layers more than the weights have": Case(config(num_hidden_layers=3), PLAN, r"lacks the tensor model\.layers\.2"),
+    "layers more than the weights have": Case(
+        config(num_hidden_layers=3, layer_types=None), PLAN, r"lacks the tensor model\.layers\.2"
+    ),
+    "layers more than their kinds": Case(config(num_hidden_layers=3), PLAN, "2 layer_types for 3 layers"),
+    "a kind of layer that nobody knows": Case(
+        config(layer_types=["full_attention", "moon_attention"]), PLAN, "'moon_attention' among its layer_types"
+    ),
+    "sliding layers without a window": Case(
+        config(layer_types=["full_attention", "sliding_attention"]), PLAN, "no sliding_window in force"
+    ),
+    "window as text": Case(config(use_sliding_window=True, sliding_window="wide"), PLAN, "sliding_window = 'wide'"),
+    "positions as a list": Case(config(rope_parameters=[1e4]), PLAN, "rope_parameters must be an object or null"),
+    "weights by another name": Case(config(transformers_weights="other.safetensors"), PLAN, "transformers_weights"),
     "hidden size missing": Case(config(hidden_size=None), PLAN, "hidden_size"),
     "hidden size a fraction": Case(config(hidden_size=32.5), PLAN, "hidden_size"),
     "residual multiplier as text": Case(
         config(model_type="granite", residual_multiplier="half"), PLAN, "residual_multiplier must be a finite number"
     ),
-    "dense layers that are no list": Case(
+    "dense layers that are not a list": Case(
         config(model_type="qwen3_moe", num_experts=2, mlp_only_layers={"0": 1}), PLAN, "mlp_only_layers must list"
     ),
     "model type missing": Case(config(model_type=None), PLAN, "model_type"),
@@ -283,11 +295,13 @@ CASES: Mapping[str, Case] = {
     "tokenizer missing": Case(
         lambda h: [path.unlink() for path in (h / "model").glob("token*")], BUILD, "no tokenizer"
     ),
-    "tokenizer that is no JSON": Case(text("model/tokenizer.json", "{"), BUILD, r"tokenizer\.json is not valid JSON"),
+    "tokenizer that is not valid JSON": Case(
+        text("model/tokenizer.json", "{"), BUILD, r"tokenizer\.json is not valid JSON"
+    ),
     "tokenizer of another vocabulary": Case(vocabulary_of_another, BUILD, "tokenizer|vocabulary"),
     # Masks.
     "mask missing": Case(lambda h: (h / "mask.json").unlink(), SLICE, r"mask\.json"),
-    "mask that is no JSON": Case(text("mask.json", "{"), SLICE, r"mask\.json"),
+    "mask that is not valid JSON": Case(text("mask.json", "{"), SLICE, r"mask\.json"),
     "mask of another schema": Case(json_file("mask.json", schema_version=9), SLICE, "schema.version"),
     "mask of another model": Case(
         json_file("mask.json", layers=3, kept=[[0]] * 3, scores=[[1.0]] * 3), SLICE, "The mask is for 3 layers"
@@ -307,10 +321,10 @@ CASES: Mapping[str, Case] = {
         json_file("artifacts/good/manifest.json", schema_version=9), VERIFY, "schema version 9"
     ),
     "artifact of another model": Case(
-        tensors(lambda t: t.update({Q: t[Q] * 2})), VERIFY, "is not the model that .* was cut from"
+        tensors(lambda t: t.update({Q: t[Q] * 2})), VERIFY, "is not the model that .* was made from"
     ),
     "toolkit of another model": Case(toolkit_json(fingerprint="0" * 64), BUILD, "toolkit.*another model"),
-    "toolkit that is no JSON": Case(
+    "toolkit that is not valid JSON": Case(
         lambda h: [p.write_text("{") for p in (h / "artifacts" / "toolkits").glob("*/toolkit.json")], BUILD, "toolkit"
     ),
     # Recipes.

@@ -137,7 +137,7 @@ MALFORMED = {
     "unknown task_type": ("s.json", changed(task_type="riddle"), "task_type must be one of multiple_choice, factual"),
     "no domain": ("s.json", json.dumps({"scenario_id": "s", "turns": SCENARIO["turns"]}), "domain or cross_domains"),
     "line without answer": ("d.jsonl", '{"prompt": "a", "answer": "b"}\n{"prompt": "a"}', "line 2: answer is missing"),
-    "line that is no JSON": ("d.jsonl", '{"prompt"', "line 1 is not JSON"),
+    "line that is not valid JSON": ("d.jsonl", '{"prompt"', "line 1 is not JSON"),
     "line that is a list": ("d.jsonl", "[]", "line 1 must be a JSON object"),
     "no lines": ("d.jsonl", "\n", "no prompts"),
     "other file": ("d.csv", "a,b", r"\.csv file"),

@@ -11,7 +11,6 @@ from pydantic import ValidationError
 
 from sspcompile.cli.build import build
 from sspcompile.errors import RecipeError
-from sspcompile.request.domains import recipes_folder
 from sspcompile.request.keywords import Keywords
 from sspcompile.request.options import NAMES, PARTS, Options, flag, resolve, shown_of
 from sspcompile.request.page import files
@@ -63,11 +62,11 @@ seed: true
     assert set(problems(tmp_path, text)) == {
         "schema_version (line 1): must be 1, not 2",
         "name (line 2): must be lower-case letters, digits and hyphens, not 'Bad Name'",
-        "descripton (line 3): is no known key; did you mean 'description'?",
+        "descripton (line 3): is not a known key; did you mean 'description'?",
         "description: is missing",
         "scenario (line 4): needs exactly one of text, prompts, prompts_file, domains; it has text, prompts",
-        "scenario.prompt (line 6): is no known key; did you mean 'prompts'?",
-        "scenario.prompts[0] (line 7): must be text, not 1",
+        "scenario.prompt (line 6): is not a known key; did you mean 'prompts'?",
+        "scenario.prompts[0] (line 7): must be text or a list of messages, not 1",
         "keep (line 8): must be less than or equal to 1, not 1.5",
         "strength (line 9): must be a number, not 'high'",
         "strength (line 9): keep and strength exclude each other; give one",
@@ -93,7 +92,7 @@ seed: true
         ("continuation_tokens: 1.5\n", "continuation_tokens (line 6): must be a whole number"),
         ("seed: -1\n", "seed (line 6): must be greater than or equal to 0"),
         ("model: ''\n", "model (line 6): must not be blank"),
-        ("zzz: 1\n", "zzz (line 6): is no known key; known: schema_version, name"),
+        ("zzz: 1\n", "zzz (line 6): is not a known key; known: schema_version, name"),
         ("keep: 0.5\nkeep: 0.6\n", "keep (line 7): repeats the key of line 6"),
     ],
 )
@@ -184,6 +183,8 @@ def test_default_options() -> None:
             "importance_from": "auto",
             "repair": "least-squares",
             "without": (),
+            "chat_template": None,
+            "raw": False,
             "max_tokens": 512,
             "granularity": "head",
             "continuation_tokens": 16,
@@ -284,9 +285,3 @@ def test_shipped_recipe_is_usable(path: Path) -> None:
     assert find_recipe(path.stem) == path
     assert scenario.text or scenario.domains or len(scenario.prompts) >= 16, "repair needs 16 prompts"
     assert len(set(scenario.prompts)) == len(scenario.prompts)
-
-
-def test_the_readme_of_the_recipes_names_every_option() -> None:
-    readme = (recipes_folder() / "README.md").read_text("utf-8")
-    for name in Recipe.model_fields:
-        assert name in readme

@@ -323,6 +323,10 @@ def test_without_intervals_nothing_is_claimed() -> None:
     ("parity", "expected"),
     [
         (ParitySection(max_difference=1e-5, logit_scale=10, tolerance=1e-5, texts_equal=True), "The files equal"),
+        (
+            ParitySection(max_difference=2e-13, logit_scale=10, tolerance=1e-9, dtype="float64"),
+            "largest logit difference 2.00e-14 of the scale in float64",
+        ),
         (ParitySection(max_difference=1e-2, logit_scale=10, tolerance=1e-5), "FAILED: the files do not equal"),
         (
             ParitySection(max_difference=0, logit_scale=10, tolerance=1e-5, texts_equal=False),

@@ -79,9 +79,9 @@ def test_prompt_files(tmp_path: Path) -> None:
         ("a.txt", b"fine\n\x1b[2Jhidden\n", "line 2 must not hold the control character U+001B"),
         ("a.txt", b"x" * (LINE_BYTES + 1), "line 1 is longer than"),
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": \n', "line 2 is not JSON (Expecting value)"),
-        ("a.jsonl", b'{"text": "a"}\n', "line 1 has no text under the key 'prompt'"),
+        ("a.jsonl", b'{"content": "a"}\n', "line 1 has none of the keys prompt, messages"),
         ("a.jsonl", b'{"prompt": 7}\n', "line 1 has no text under the key 'prompt'"),
-        ("a.jsonl", b'["prompt"]\n', "line 1 has no text under the key 'prompt'"),
+        ("a.jsonl", b'["prompt"]\n', "line 1 must be a JSON object"),
         ("a.jsonl", b'{"prompt": "\\ud800"}\n', "lone surrogate"),
         ("a.jsonl", b'{"prompt": "\\u0007"}\n', "control character U+0007"),
         ("a.jsonl", b"[" * 100_000, "is not JSON"),
@@ -113,7 +113,7 @@ def test_a_broken_recipe_stays_a_recipe_error(tmp_path: Path) -> None:
         read_scenario(str(path))
 
 
-@pytest.mark.parametrize(("file", "expected"), [("no.txt", "There is no file"), ("r.yaml", "is no .txt or .jsonl")])
+@pytest.mark.parametrize(("file", "expected"), [("no.txt", "There is no file"), ("r.yaml", "is not a .txt or .jsonl")])
 def test_a_recipe_whose_prompt_file_is_unusable_names_it(tmp_path: Path, file: str, expected: str) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(f"schema_version: 1\nname: x\ndescription: y\nscenario: {{prompts_file: {file}}}\n", "utf-8")

@@ -18,14 +18,20 @@ from transformers import AutoModelForCausalLM
 from sspcompile.checkpoint import Checkpoint
 from sspcompile.errors import ParityError, UnsupportedModelError
 from sspcompile.families import geometry_of
+from sspcompile.model.cache import cache_of
+from sspcompile.model.exact import in_float64
 from sspcompile.model.hooks import head_gates
-from sspcompile.model.loading import load
+from sspcompile.model.loading import load, load_cut
 from sspcompile.model.text import with_continuations
-from sspcompile.proof.parity import TOLERANCE, compare, demand, repair_of
+from sspcompile.progress import silent
+from sspcompile.proof.claim import Claim, written_repair
+from sspcompile.proof.parity import BOUND
+from sspcompile.proof.prove import prove
 from sspcompile.proof.reload import respond
+from sspcompile.proof.whole import compare_whole
 from sspcompile.repair import fitting
 from sspcompile.repair.fitting import fit_biases, fit_repairs
-from sspcompile.repair.repair import Repair, demand_place, is_linear, repaired, written_biases, written_down
+from sspcompile.repair.repair import demand_place, is_linear, repaired
 from sspcompile.slicing.layouts import choose
 from sspcompile.slicing.mask import HeadMask, kept_of
 from sspcompile.slicing.plan import make_plan, plan_counts
@@ -56,15 +62,14 @@ def mask_for(checkpoint: Checkpoint, keep: float, layout: str, seed: int) -> Hea
 
 
 def assert_equal_to_masked(source: Path, out: Path, mask: HeadMask, *, custom: bool) -> None:
-    loaded = load(source, fingerprint="")
-    sliced = AutoModelForCausalLM.from_pretrained(
-        out, dtype=torch.float32, attn_implementation=loaded.geometry.family.attention, trust_remote_code=custom
-    ).eval()
-    with head_gates(loaded, torch.from_numpy(mask.as_array()).float()):
-        expected, text = respond(loaded.model, IDS, 12)
-    logits, tokens = respond(sliced, IDS, 12)
-    assert np.abs(logits - expected).max() <= TOLERANCE * np.abs(expected).max()
-    assert tokens.tolist() == text.tolist()
+    loaded = load(source, fingerprint="", dtype=torch.float64)
+    sliced = load_cut(out, dtype=torch.float64, trust_remote_code=custom)
+    with in_float64():
+        with head_gates(loaded, torch.from_numpy(mask.as_array()).double()):
+            expected, text = respond(loaded.model, IDS, 12)
+        logits, tokens = respond(sliced.model, IDS, 12)
+    assert (logits - expected).abs().max() <= BOUND * expected.abs().max()
+    assert tokens == text
 
 
 shapes = st.builds(
@@ -140,7 +145,7 @@ def test_plan_sizes_are_what_the_files_have_to_the_byte(tmp_path):
     assert sum(tensor.nbytes for tensor in tensors.values()) == plan.sliced.weight_bytes
     assert sum(tensor.numel() for tensor in tensors.values()) == plan.sliced.parameters
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "cut", trust_remote_code=plan.custom_code)
-    cache = model(torch.tensor([IDS]), use_cache=True).past_key_values
+    cache = cache_of(model(torch.tensor([IDS]), use_cache=True))
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert held == plan.sliced.kv_bytes_per_token * len(IDS)
 
@@ -156,16 +161,15 @@ def test_repaired_model_equals_its_oracle_in_a_fresh_process(family, mlp, tmp_pa
     (repair,) = fit_repairs(loaded, [mask.as_array()], texts, dtype=torch.float32, mlp=mlp)
     plan = make_plan(checkpoint, mask)
     write_model(checkpoint, plan, tmp_path / "cut", replaced=repair.replaced(mask.kept, plan.geometry.head_dim))
-    # The oracle is rebuilt from the written files, as `verify` does it; it must be the one that was fitted.
-    down = written_down(tmp_path / "cut", plan.geometry) if mlp else {}
-    read_back = replace(repair_of(tmp_path / "cut", plan, mask), down=down)
-    for layer, weight in repair.weights.items():
-        assert weight.equal(read_back.weights[layer])
+    replaced = repair.replaced(mask.kept, plan.geometry.head_dim)
+    claim = Claim(checkpoint, mask, tmp_path / "cut", plan.custom_code, replaced)
+    # The oracle is rebuilt from the written files; it must be the one that was fitted.
+    read_back = written_repair(claim)
     assert set(repair.down) == (set(repair.weights) if mlp else set())
-    for layer, weight in repair.down.items():
-        assert weight.equal(read_back.down[layer])
-    parity = compare(loaded, mask, read_back, tmp_path / "cut", [IDS, IDS[:5]], custom_code=plan.custom_code)
-    assert parity.holds, parity
+    for fitted, found in ((repair.weights, read_back.weights), (repair.down, read_back.down)):
+        assert fitted.keys() == found.keys()
+        assert all(weight.equal(found[layer]) for layer, weight in fitted.items())
+    assert prove(claim, [IDS, IDS[:5]], silent).holds
 
 
 def test_parity_fails_for_a_model_that_is_not_the_masked_one(tmp_path):
@@ -174,11 +178,10 @@ def test_parity_fails_for_a_model_that_is_not_the_masked_one(tmp_path):
     mask, other = mask_for(checkpoint, 0.5, "per-layer", 3), mask_for(checkpoint, 0.5, "per-layer", 4)
     plan = make_plan(checkpoint, mask)
     write_model(checkpoint, plan, tmp_path / "cut")
-    loaded = load(source, fingerprint="")
-    parity = compare(loaded, other, None, tmp_path / "cut", [IDS], custom_code=plan.custom_code)
-    assert not parity.holds
-    with pytest.raises(ParityError, match="differs from the masked model"):
-        demand(parity)
+    claim = Claim(checkpoint, other, tmp_path / "cut", plan.custom_code)
+    assert not compare_whole(claim, [IDS]).holds
+    with pytest.raises(ParityError, match="is not what the mask leaves"):
+        prove(claim, [IDS], silent)
 
 
 def residual_error(loaded, kept, batches, fitted) -> float:
@@ -246,13 +249,14 @@ def test_flap_bias_is_written_where_o_proj_has_one_and_equals_its_oracle(tmp_pat
     (repair,) = fit_biases(loaded, [mask.as_array()], with_continuations(loaded, PROMPTS, 4), dtype=torch.float32)
     plan = make_plan(checkpoint, mask)
     write_model(checkpoint, plan, tmp_path / "cut", replaced=repair.replaced(mask.kept, plan.geometry.head_dim))
-    read_back = Repair(repair_of(tmp_path / "cut", plan, mask).weights, written_biases(tmp_path / "cut", plan.geometry))
-    for layer, bias in repair.biases.items():
-        assert bias.equal(read_back.biases[layer])
-    for oracle in (repair, read_back):
-        parity = compare(loaded, mask, oracle, tmp_path / "cut", [IDS, IDS[:5]], custom_code=plan.custom_code)
-        assert parity.holds, parity
-    assert not compare(loaded, mask, None, tmp_path / "cut", [IDS], custom_code=plan.custom_code).holds
+    claim = Claim(
+        checkpoint, mask, tmp_path / "cut", plan.custom_code, repair.replaced(mask.kept, plan.geometry.head_dim)
+    )
+    read_back = written_repair(claim)
+    assert not read_back.weights and read_back.biases.keys() == repair.biases.keys()
+    assert all(bias.equal(read_back.biases[layer]) for layer, bias in repair.biases.items())
+    assert prove(claim, [IDS, IDS[:5]], silent).holds
+    assert not compare_whole(replace(claim, refitted={}), [IDS]).holds
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "mistral"])

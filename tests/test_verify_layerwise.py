@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from builders import family_config, save_random
@@ -11,11 +13,12 @@ from test_slicing_exact import IDS, PROMPTS, mask_for
 from sspcompile.checkpoint import Checkpoint
 from sspcompile.errors import ParityError
 from sspcompile.families import FAMILIES
+from sspcompile.model.exact import in_float64
 from sspcompile.model.hooks import head_gates
 from sspcompile.model.loading import load
 from sspcompile.model.text import with_continuations
+from sspcompile.proof.claim import Claim, any_refitted
 from sspcompile.proof.layerwise import compare_layerwise
-from sspcompile.proof.parity import TOLERANCE
 from sspcompile.proof.reload import respond
 from sspcompile.repair.fitting import fit_repairs
 from sspcompile.slicing.plan import make_plan
@@ -26,18 +29,21 @@ PROBES = [IDS, IDS[:5], IDS[3:4]]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_layerwise_proof_has_the_logits_of_the_masked_model(family, dtype, tmp_path):
+def test_layerwise_proof_has_the_logits_of_the_whole_models(family, dtype, tmp_path):
     source = save_random(tmp_path / "dense", family_config(family, bias=True), seed=1, dtype=dtype)
     checkpoint = Checkpoint(source)
     mask = mask_for(checkpoint, 0.6, "per-layer", 3)
-    write_model(checkpoint, make_plan(checkpoint, mask), tmp_path / "cut")
-    parity = compare_layerwise(checkpoint, mask, tmp_path / "cut", PROBES, repaired=False, custom_code=True)
-    assert parity.holds and parity.relative <= TOLERANCE and parity.prompts == 3
-    loaded = load(source, fingerprint="")
-    with head_gates(loaded, torch.from_numpy(mask.as_array()).float()):
-        scale = max(abs(respond(loaded.model, ids, 0)[0]).max() for ids in PROBES)
+    plan = make_plan(checkpoint, mask)
+    write_model(checkpoint, plan, tmp_path / "cut")
+    claim = Claim(checkpoint, mask, tmp_path / "cut", plan.custom_code)
+    parity = compare_layerwise(claim, PROBES)
+    assert parity.holds and parity.layerwise and parity.prompts == 3
+    assert parity.relative < 1e-12
+    loaded = load(source, fingerprint="", dtype=torch.float64)
+    with in_float64(), head_gates(loaded, torch.from_numpy(mask.as_array()).double()):
+        scale = max(float(respond(loaded.model, ids, 0)[0].abs().max()) for ids in PROBES)
     if family not in ("granite", "gemma2"):  # logits are compared before they are scaled or capped
-        assert parity.logit_scale == pytest.approx(scale, rel=1e-4)
+        assert parity.logit_scale == pytest.approx(scale, rel=1e-12)
 
 
 @pytest.mark.parametrize("mlp", [False, True])
@@ -48,11 +54,14 @@ def test_layerwise_proof_of_a_repaired_cut(mlp, tmp_path):
     texts = with_continuations(loaded, PROMPTS, 2)
     (repair,) = fit_repairs(loaded, [mask.as_array()], texts, dtype=torch.float32, mlp=mlp)
     plan = make_plan(checkpoint, mask)
-    write_model(checkpoint, plan, tmp_path / "cut", replaced=repair.replaced(mask.kept, plan.geometry.head_dim))
-    cut = tmp_path / "cut"
-    assert compare_layerwise(checkpoint, mask, cut, PROBES, repaired=True, down=mlp, custom_code=False).holds
+    replaced = repair.replaced(mask.kept, plan.geometry.head_dim)
+    write_model(checkpoint, plan, tmp_path / "cut", replaced=replaced)
+    claim = Claim(checkpoint, mask, tmp_path / "cut", plan.custom_code, dict.fromkeys(replaced))
+    assert compare_layerwise(claim, PROBES).holds
+    # Earlier artifacts do not list what was refitted.
+    assert compare_layerwise(replace(claim, refitted=any_refitted(checkpoint.geometry, down=mlp)), PROBES).holds
     with pytest.raises(ParityError, match="output of layer 0 differs"):
-        compare_layerwise(checkpoint, mask, tmp_path / "cut", PROBES, repaired=False, custom_code=False)
+        compare_layerwise(replace(claim, refitted={}), PROBES)
 
 
 @pytest.mark.parametrize(
@@ -63,13 +72,14 @@ def test_layerwise_proof_names_the_layer_that_was_changed(name, layer, tmp_path)
     source = save_random(tmp_path / "dense", family_config("qwen2"), seed=1)
     checkpoint = Checkpoint(source)
     mask = mask_for(checkpoint, 0.6, "per-layer", 3)
-    write_model(checkpoint, make_plan(checkpoint, mask), tmp_path / "cut")
+    plan = make_plan(checkpoint, mask)
+    write_model(checkpoint, plan, tmp_path / "cut")
     tensors = load_file(tmp_path / "cut" / "model.safetensors")
     tensors[name].view(-1)[3] += 0.3
     save_file(tensors, tmp_path / "cut" / "model.safetensors", metadata={"format": "pt"})
 
     def prove():
-        return compare_layerwise(checkpoint, mask, tmp_path / "cut", PROBES, repaired=False, custom_code=True)
+        return compare_layerwise(Claim(checkpoint, mask, tmp_path / "cut", plan.custom_code), PROBES)
 
     if layer is None:
         assert not prove().holds

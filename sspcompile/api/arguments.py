@@ -10,12 +10,16 @@ from sspcompile.checkpoint import Manifest, check_manifest, locate
 from sspcompile.checkpoint.locate import EMBEDDED, is_hub_name
 from sspcompile.checkpoint.manifest import NAME as MANIFEST
 from sspcompile.errors import ArtifactError, InputError
-from sspcompile.model.decoder import LoadedModel, TextModel
+from sspcompile.model.chat import PLAIN, Rendering, rendering_of
+from sspcompile.model.context import shortest_context
+from sspcompile.model.decoder import LanguageModel, LoadedModel
 from sspcompile.model.dense import DenseModel, open_dense
 from sspcompile.model.loading import load_cut
-from sspcompile.model.onnx_text import OnnxText, is_onnx, load_onnx
+from sspcompile.model.onnx_text import is_onnx, load_onnx
+from sspcompile.model.vocabulary import same_tokens
+from sspcompile.request.request import built_request
 from sspcompile.slicing.configuration import MODELING_FILE, ships_code
-from sspcompile.workspace import MASK, MODEL, Workspace
+from sspcompile.workspace import MASK, MODEL, RECIPE, Workspace
 
 Kind = Literal["build", "cut", "export", "model"]
 KINDS: dict[Kind, str] = {
@@ -75,6 +79,7 @@ class CutModel:
 
     found: Named
     dense: DenseModel
+    rendering: Rendering = PLAIN
 
     @property
     def name(self) -> str:
@@ -85,20 +90,26 @@ class CutModel:
         """The artifact's folder; None for anything but a build."""
         return self.found.folder if self.found.kind == "build" else None
 
-    def load(self) -> tuple[LoadedModel, TextModel | OnnxText]:
+    @property
+    def positions(self) -> int | None:
+        """The longest text that both models can read, in tokens; None where neither says."""
+        return shortest_context([self.dense.checkpoint.path, self.found.model])
+
+    def load(self) -> tuple[LoadedModel, LanguageModel]:
         """Both in memory, the dense one first.
 
         Raises InputError when their tokenizers differ, because their tokens could not be compared, and for an export
         that cannot score a text.
         """
-        cut: TextModel | OnnxText
+        cut: LanguageModel
         if self.found.onnx:
-            cut = load_onnx(self.found.model, spin=False)
-            cut.session.demand_all_logits()
+            export = load_onnx(self.found.model, spin=False, rendering=self.rendering)
+            export.session.demand_all_logits()
+            cut = export
         else:
-            cut = load_cut(self.found.model, trust_remote_code=self.found.custom_code)
-        dense = self.dense.load()
-        if dense.tokenizer.get_vocab() != cut.tokenizer.get_vocab() or dense.vocab != cut.vocab:
+            cut = load_cut(self.found.model, trust_remote_code=self.found.custom_code, rendering=self.rendering)
+        dense = self.dense.load(rendering=self.rendering)
+        if dense.vocab != cut.vocab or not same_tokens(dense.tokenizer, cut.tokenizer, dense.vocab):
             raise InputError(
                 f"{self.found.model} and {self.dense.name} have different tokenizers.",
                 hint="Compare a model with the one that it was cut from.",
@@ -106,13 +117,25 @@ class CutModel:
         return dense, cut
 
 
-def cut_model(argument: str | None, dense: str | None, workspace: Workspace, *, option: str) -> CutModel:
+def cut_model(
+    argument: str | None, dense: str | None, workspace: Workspace, *, option: str, rendering: Rendering | None = None
+) -> CutModel:
     """What an argument names, with the model behind it: at `dense`, which the command calls `option`, or where it was.
 
-    Raises what `named` and `Named.dense` raise.
+    Without a `rendering`, prompts become text as they did in the build. Raises what `named` and `Named.dense` raise.
     """
     found = named(argument, workspace)
-    return CutModel(found, found.dense(dense, option=option))
+    return with_dense(found, dense, option=option, rendering=rendering)
+
+
+def with_dense(
+    found: Named, dense: str | None, *, option: str = "--model", rendering: Rendering | None = None
+) -> CutModel:
+    """As `cut_model`, for what was found already."""
+    if rendering is None:
+        built = found.kind == "build"
+        rendering = rendering_of(built_request(found.folder / RECIPE).options) if built else PLAIN
+    return CutModel(found, found.dense(dense, option=option), rendering)
 
 
 def named(argument: str | None, workspace: Workspace) -> Named:

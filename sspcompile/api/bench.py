@@ -7,7 +7,7 @@ import json
 import os
 import platform
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from sspcompile.checkpoint.manifest import NAME as MANIFEST
 from sspcompile.checkpoint.manifest import check_manifest, write_manifest
 from sspcompile.checkpoint.publish import scratch, write_atomically
 from sspcompile.errors import ArtifactError, InputError
+from sspcompile.model.context import shortest_context
 from sspcompile.model.dense import DenseModel
 from sspcompile.progress import Progress, silent
 from sspcompile.report.build import latency_section
@@ -37,39 +38,58 @@ DENSE = "dense"
 RUNTIMES: tuple[Runtime, ...] = ("hf", "onnx")
 
 
+# A quick look has short texts. Processes narrow the intervals most; a large model is loaded anew in each, so only a
+# quick look takes many.
+QUICK: Mapping[str, Any] = {"prompt_tokens": (64,), "new_tokens": 16, "repeats": 32, "sessions": 16}
+FEWEST_NEW_TOKENS = 2
+
+
+def _cores() -> int:
+    return os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class BenchRequest:
-    """What the user asked for; None where nothing was said."""
+    """What is measured, complete. Lengths are those of texts in tokens, `memory` in bytes (None: all of the device).
 
-    quick: bool = False
+    `stated` names what somebody asked for: that is measured as it was said, or refused. Other lengths are shortened to
+    what the models have positions for.
+    """
+
     runtimes: tuple[Runtime, ...] = ("hf",)
-    batch: tuple[int, ...] | None = None
-    prompt_tokens: tuple[int, ...] | None = None
-    new_tokens: int | None = None
-    repeats: int | None = None
-    sessions: int | None = None
-    threads: int | None = None
+    batch: tuple[int, ...] = (1,)
+    prompt_tokens: tuple[int, ...] = (512,)
+    new_tokens: int = 64
+    repeats: int = 24
+    sessions: int = 8
+    threads: int = field(default_factory=_cores)
     device: str = "cpu"
     memory: int | None = None
+    stated: frozenset[str] = frozenset()
 
-    def settings(self, positions: int | None, cores: int) -> Settings:
-        """With defaults; those of the prompt fit a model of so few positions, and the report states what was used."""
-        new_tokens = self.new_tokens or (16 if self.quick else 64)
-        prompts = self.prompt_tokens or (64 if self.quick else 512,)
-        if positions is not None and self.prompt_tokens is None:
+    @classmethod
+    def of(cls, *, quick: bool = False, **given: Any) -> BenchRequest:
+        """What was `given` (None: nothing was said), the rest as usual, or as for a quick look."""
+        said = {name: value for name, value in given.items() if value is not None}
+        return cls(**{**(QUICK if quick else {}), **said}, stated=frozenset(said))
+
+    def settings(self, positions: int | None) -> Settings:
+        """Loads that fit models of so many positions; the report states what was used."""
+        new_tokens, prompts = self.new_tokens, self.prompt_tokens
+        if positions is not None and "new_tokens" not in self.stated:
+            new_tokens = max(FEWEST_NEW_TOKENS, min(new_tokens, positions // 2))
+        if positions is not None and "prompt_tokens" not in self.stated:
             prompts = tuple(max(1, min(tokens, positions - new_tokens)) for tokens in prompts)
-        # Processes narrow the intervals most; a large model is loaded anew in each, so only a quick look takes many.
-        repeats = self.repeats or (32 if self.quick else 24)
-        sessions = min(self.sessions or (16 if self.quick else 8), repeats)
+        sessions = min(self.sessions, self.repeats)
         return Settings(
-            loads=tuple(Load(b, p, new_tokens) for b in self.batch or (1,) for p in prompts),
+            loads=tuple(Load(b, p, new_tokens) for b in self.batch for p in prompts),
             sessions=sessions,
-            trials=-(-repeats // sessions),
+            trials=-(-self.repeats // sessions),
             warmup=1,
-            threads=self.threads or cores,
+            threads=self.threads,
             seed=0,
             device=self.device,
-            memory=self.memory or _memory_of(self.device),
+            memory=_memory_of(self.device) if self.memory is None else self.memory,
         )
 
 
@@ -112,7 +132,8 @@ def bench(
     entries = [cut_model(one, model, workspace, option="--model") for one in given]
     reference = None if against in (None, DENSE) else cut_model(against, model, workspace, option="--model")
     dense = _one_dense([*entries, *([reference] if reference else [])])
-    settings = request.settings(dense.checkpoint.config.get("max_position_embeddings"), os.cpu_count() or 1)
+    models = [dense.checkpoint.path, *(entry.found.model for entry in (*entries, *([reference] if reference else [])))]
+    settings = request.settings(shortest_context(models))
     # Graphs that only this measurement needs lie where weights can be linked.
     with scratch(workspace.artifacts, "bench") as place:
         own = [list(_of(entry, _name(entry, entries), request, place)) for entry in entries]

@@ -16,14 +16,15 @@ from sspcompile.api.arguments import CutModel
 from sspcompile.checkpoint import Checkpoint, embedded_model, fingerprint
 from sspcompile.embedded.questions import questions as known_questions
 from sspcompile.errors import InputError
-from sspcompile.evaluate.asking import Limits, compare
+from sspcompile.evaluate.asking import Limits, compare, limits_for
 from sspcompile.evaluate.questions import Conversation, Question, read_data, single
 from sspcompile.evaluate.results import SuiteResult, suite_result
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.prepare.toolkits import toolkit_for
-from sspcompile.progress import Progress, silent
+from sspcompile.progress import Progress, silent, within
 from sspcompile.request.domains import DomainPool, load_outside, load_pools
 from sspcompile.request.pools import pools_of
+from sspcompile.request.prompts import Prompt, bare
 from sspcompile.request.request import built_request, read_request
 from sspcompile.request.splits import seen_part, split, whole_shares
 from sspcompile.select.reading import read_through, score_key
@@ -31,7 +32,6 @@ from sspcompile.slicing.mask import load_mask
 from sspcompile.workspace import MASK, RECIPE, Workspace
 
 SUITE_ITEMS = 100
-DEFAULT_LIMITS = Limits(max_tokens=512, new_tokens=32, batch_size=32)
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Deployment:
     which may have been fitted on, and the pools that it was built with."""
 
     weights: Mapping[str, float]
-    prompts: tuple[str, ...]
-    fitted: frozenset[str]
+    prompts: tuple[Prompt, ...]
+    fitted: frozenset[Prompt]
     pools: tuple[DomainPool, ...]
 
 
@@ -61,7 +61,8 @@ def deployment_of(
     own = _built_for(model.build) if model.build is not None else None
     if scenario is None:
         return own
-    request = read_request(scenario, {"seed": seed}, {})
+    rendering = {"chat_template": model.rendering.template, "raw": model.rendering.raw or None}
+    request = read_request(scenario, {"seed": seed, **rendering}, {})
     toolkit, _ = toolkit_for(model.dense, loaded, request.options, workspace, progress, [score_key(request.options)])
     mixture = read_through(request, toolkit, loaded).mixture
     shares = dict(zip(mixture.domains, map(float, mixture.weights), strict=True))
@@ -70,7 +71,7 @@ def deployment_of(
         weights=_spread(shares, mixture.unknown),
         prompts=prompts,
         # Without a build's own record, it may have been built for this very scenario.
-        fitted=own.fitted if own is not None else frozenset(seen_part(tuple(dict.fromkeys(prompts)))),
+        fitted=own.fitted if own is not None else frozenset(map(bare, seen_part(tuple(dict.fromkeys(prompts))))),
         pools=own.pools if own is not None else (*load_pools(), *load_outside()),
     )
 
@@ -83,7 +84,7 @@ def _built_for(folder: Path) -> Deployment:
     return Deployment(
         weights=_spread(stated["mixture"], stated["unknown"]),
         prompts=prompts,
-        fitted=frozenset(seen_part(tuple(dict.fromkeys(prompts)))),
+        fitted=frozenset(map(bare, seen_part(tuple(dict.fromkeys(prompts))))),
         pools=(*given.candidates, *given.outside),
     )
 
@@ -92,23 +93,21 @@ def _spread(weights: Mapping[str, float], unknown: float) -> dict[str, float]:
     return {name: (1 - unknown) * weight + unknown / len(weights) for name, weight in weights.items()}
 
 
-def fitted_prompts(deployment: Deployment | None) -> frozenset[str]:
+def fitted_prompts(deployment: Deployment | None) -> frozenset[Prompt]:
     """Every prompt that may have chosen or repaired anything: those of the pools and the scenario's own.
 
     Text of no domain calibrates, all of it; it is in no suite.
     """
     pools = deployment.pools if deployment else (*load_pools(), *load_outside())
     weights = deployment.weights if deployment else {pool.name: 1.0 for pool in load_pools()}
-    learned = {
-        prompt.strip()
-        for pool in pools
-        for prompt in (seen_part(pool.prompts) if pool.name in weights else pool.prompts)
+    learned: set[Prompt] = {
+        bare(prompt) for pool in pools for prompt in (seen_part(pool.prompts) if pool.name in weights else pool.prompts)
     }
     return frozenset(learned | (deployment.fitted if deployment else frozenset()))
 
 
 def scenario_suites(
-    deployment: Deployment, fitted: frozenset[str], *, labelled: bool, count: int, seed: int
+    deployment: Deployment, fitted: frozenset[Prompt], *, labelled: bool, count: int, seed: int
 ) -> list[Suite]:
     """`scenario`: own prompts that were held out and questions of its domains, in proportion to their weights;
     `off_domain`: questions of the other domains, as many of each. Both have about `count` prompts.
@@ -119,7 +118,7 @@ def scenario_suites(
     names = list(deployment.weights)
     own = [name for name in names if deployment.weights[name] >= 1 / len(names) - 1e-6]
     other = [name for name in names if name not in own]
-    held = [prompt for prompt in dict.fromkeys(deployment.prompts) if prompt.strip() not in fitted][:count]
+    held = [prompt for prompt in dict.fromkeys(deployment.prompts) if bare(prompt) not in fitted][:count]
     share = [deployment.weights[name] for name in own]
     questions = [Question(prompt) for prompt in held]
     pools = {pool.name: pool for pool in deployment.pools}
@@ -137,7 +136,7 @@ def _questions(
     count: int,
     pools: Mapping[str, DomainPool],
     labelled: bool,
-    fitted: frozenset[str],
+    fitted: frozenset[Prompt],
     seed: int,
 ) -> list[Question]:
     rng = np.random.default_rng(seed)
@@ -154,10 +153,10 @@ def _questions(
     return found
 
 
-def data_suite(path: Path, fitted: frozenset[str], *, count: int | None, seed: int) -> Suite:
+def data_suite(path: Path, fitted: frozenset[Prompt], *, count: int | None, seed: int) -> Suite:
     """A file or folder of the user's. Raises InputError when it is malformed, or nothing of it may be asked."""
     read = read_data(path)
-    kept = [c for c in read if not any(turn.prompt.strip() in fitted for turn in c.turns)]
+    kept = [c for c in read if not any(bare(turn.prompt) in fitted for turn in c.turns)]
     if not kept:
         raise InputError(f"Every prompt of {path} was fitted on.", hint="Evaluate on other prompts.")
     dropped = sum(len(c.turns) for c in read) - sum(len(c.turns) for c in kept)
@@ -174,14 +173,18 @@ def evaluate(
     scenario: str | None = None,
     data: Sequence[Path] = (),
     items: int | None = None,
-    limits: Limits = DEFAULT_LIMITS,
+    limits: Limits | None = None,
     seed: int = 0,
 ) -> list[SuiteResult]:
-    """Ask both models all suites. Raises InputError when there is nothing to ask, and whatever reading raises."""
+    """Ask both models all suites, within `limits` (by default the usual ones) and the positions that both have.
+
+    Raises InputError when there is nothing to ask, and whatever reading raises.
+    """
     for path in data:  # malformed files are refused before anything heavy starts
         read_data(path)
     if model.build is None and scenario is None and not data:
         raise InputError(f"{model.name} does not say which scenario it is for.", hint="Give --scenario or --data.")
+    limits = limits_for(model.positions) if limits is None else limits.within(model.positions)
     dense, sliced = model.load()
     deployment = deployment_of(model, scenario, dense, workspace, seed, progress)
     fitted = fitted_prompts(deployment)
@@ -192,12 +195,6 @@ def evaluate(
     suites += [data_suite(path, fitted, count=items, seed=seed) for path in data]
     results = []
     for suite in suites:
-        first, second = compare(
-            dense,
-            sliced,
-            suite.conversations,
-            limits,
-            lambda stage, done, total, name=suite.name: progress(f"{name}: {stage}", done, total),
-        )
+        first, second = compare(dense, sliced, suite.conversations, limits, within(progress, suite.name))
         results.append(suite_result(suite.name, first, second, dropped=suite.dropped, seed=seed))
     return results

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,14 @@ from typing import Any
 from sspcompile.api.arguments import Named, demand
 from sspcompile.checkpoint import Manifest
 from sspcompile.checkpoint.publish import refuse_existing
+from sspcompile.checkpoint.source import not_carried
 from sspcompile.errors import InputError
 from sspcompile.export.card import licence_of, onnx_card
 from sspcompile.export.hf import export_hf
 from sspcompile.export.onnx import PRECISIONS, Blocks, Exported, Precision, export_onnx
 from sspcompile.export.onnx.agreement import Agreement
+from sspcompile.export.onnx.decoder import read_decoder
+from sspcompile.export.onnx.weights import ROTARY_FILE
 from sspcompile.model.dense import open_dense
 from sspcompile.progress import Progress, silent
 from sspcompile.proof.probes import random_probes
@@ -58,10 +61,15 @@ def source_of(found: Named) -> Source:
         )
     if found.kind == "model":
         dense = open_dense(str(found.folder))
-        origin = {"source": dense.fingerprint, "source_name": dense.place, "licence": licence_of(found.model)}
+        origin = {
+            "source": dense.fingerprint,
+            "source_name": dense.place,
+            "licence": licence_of(found.model),
+            "left_out": not_carried(found.model),
+        }
     else:
         origin = {**found.manifest().origin, "artifact": found.name}
-    vocab = int(_read(found.model / "config.json").get("vocab_size", 1))
+    vocab = read_decoder(found.model).geometry.vocab
     return Source(found.model, origin, random_probes(vocab), custom_code=found.custom_code)
 
 
@@ -117,12 +125,20 @@ class ExportRequest:
 
 @dataclass(frozen=True)
 class Published:
-    """A finished export: its folder, name -> bytes of its files, and how an ONNX graph agrees with transformers."""
+    """A finished export: its folder, name -> bytes of its files, and how an ONNX graph agrees with transformers.
+
+    `context_length`: the longest text of an ONNX graph in tokens, and `table_bytes` what its rotary tables take.
+    `left_out`: files of
+    a model folder that go with no export of it.
+    """
 
     folder: Path
     files: Mapping[str, int]
     precision: Precision | None = None
     agreement: Agreement | None = None
+    context_length: int | None = None
+    table_bytes: int | None = None
+    left_out: Sequence[str] = ()
 
 
 def export(
@@ -150,8 +166,9 @@ def export(
     suffix = "" if precision.name == "fp32" else f"-{precision.name}"
     out = out or workspace.exported / f"{found.name}-onnx{suffix}"
     refuse_existing(out, overwrite=overwrite)
+    source = source_of(found)
     done = to_onnx(
-        source_of(found),
+        source,
         out,
         precision,
         blocks=blocks,
@@ -161,7 +178,16 @@ def export(
         overwrite=overwrite,
         progress=progress,
     )
-    return Published(out, _sizes(done.manifest), precision, done.agreement)
+    sizes = _sizes(done.manifest)
+    return Published(
+        out,
+        sizes,
+        precision,
+        done.agreement,
+        done.context_length,
+        table_bytes=sizes[ROTARY_FILE],
+        left_out=source.origin.get("left_out", ()),
+    )
 
 
 def _sizes(manifest: Manifest) -> dict[str, int]:
@@ -188,11 +214,12 @@ def to_onnx(
         blocks=blocks,
         probes=source.probes,
         origin=source.origin,
-        card=lambda agreement: onnx_card(
+        card=lambda agreement, context_length: onnx_card(
             source.origin,
-            out.name,
+            out.resolve().name,
             agreement,
             precision,
+            context_length=context_length,
             last_logits=last_logits,
             report=source.report,
             plan=source.plan,

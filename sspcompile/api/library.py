@@ -8,10 +8,10 @@ the environment's `SSPCOMPILE_...` variables count here as they do on the comman
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from sspcompile.progress import Progress, silent
 from sspcompile.request.keywords import Keywords
@@ -152,9 +152,15 @@ class Artifact:
 
     def load_model(self, *, device: str = "cpu") -> TextModel:
         """The smaller model and its tokenizer in memory, in fp32. Raises CheckpointError."""
+        from sspcompile.model.chat import rendering_of
         from sspcompile.model.loading import load_cut
 
-        return load_cut(self.model_path, device=device, trust_remote_code=self._named.custom_code)
+        return load_cut(
+            self.model_path,
+            device=device,
+            trust_remote_code=self._named.custom_code,
+            rendering=rendering_of(self.options),
+        )
 
     def verify(
         self, *, model: Place | None = None, layerwise: bool | None = None, progress: Progress = silent
@@ -184,19 +190,18 @@ class Artifact:
         `items` bounds the prompts of each suite. Prompts that chose or repaired anything are never asked. Raises
         InputError for unusable data.
         """
-        from sspcompile.api.arguments import CutModel
-        from sspcompile.api.evaluate import DEFAULT_LIMITS, evaluate
+        from sspcompile.api.arguments import with_dense
+        from sspcompile.api.evaluate import evaluate
 
         files = [data] if isinstance(data, str | os.PathLike) else list(data)
-        cut = CutModel(self._named, self._named.dense(_text(model)))
         return evaluate(
-            cut,
+            with_dense(self._named, _text(model)),
             Workspace(self.root),
             progress,
             scenario=scenario,
             data=[Path(file) for file in files],
             items=items,
-            limits=limits if limits is not None else DEFAULT_LIMITS,
+            limits=limits,
             seed=seed,
         )
 
@@ -231,7 +236,7 @@ class Artifact:
         """
         from sspcompile.api.bench import BenchRequest, bench
 
-        wanted = request if request is not None else BenchRequest(quick=True)
+        wanted = request if request is not None else BenchRequest.of(quick=True)
         return bench([str(self.path)], wanted, Workspace(self.root), progress).result
 
     @property
@@ -241,9 +246,8 @@ class Artifact:
         return demand(named(str(self.path), Workspace(self.root)), "build", command="load")
 
 
-def _request(model: Place | None, scenario: ScenarioLike, options: Keywords) -> Request:
-    given = {**options, "model": _text(model) if model is not None else options.get("model")}
-    return read_request(_scenario(scenario), given, os.environ, call=str)
+def _request(model: Place | None, scenario: ScenarioLike, options: Mapping[str, Any]) -> Request:
+    return read_request(_scenario(scenario), {**options, "model": _text(model)}, os.environ, call=str)
 
 
 def _scenario(given: ScenarioLike) -> str | Scenario:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sspcompile.api.slice import open_cut
 from sspcompile.checkpoint import Checkpoint, locate
-from sspcompile.errors import InputError
+from sspcompile.errors import InputError, UnsupportedModelError
 from sspcompile.progress import Progress, silent
 from sspcompile.request.options import Options, default_of
 from sspcompile.request.request import Request
@@ -26,14 +26,23 @@ def plan_mask(model: str | None, mask: Path, host: str | None) -> SlicePlan:
 def plan_sizes(options: Options) -> SlicePlan:
     """The cut by head counts alone, from headers or a config.json: which heads stay is left open.
 
-    Raises InputError for a budget that follows from a scenario, and BudgetError.
+    Raises InputError for a budget that follows from a scenario, UnsupportedModelError for a layout that no class holds,
+    and BudgetError.
     """
     if options.keep is None:
         raise InputError(
             "--strength needs a scenario and weights to find the breadth.", hint="Give --keep to plan by size alone."
         )
-    layout = "uniform" if options.layout == "auto" else options.layout
-    return plan_counts(Checkpoint(locate(options.model)), options.keep, layout, host=options.wanted_host)
+    checkpoint, host = Checkpoint(locate(options.model)), options.wanted_host
+    if options.layout != "auto":
+        return plan_counts(checkpoint, options.keep, options.layout, host=host)
+    try:
+        return plan_counts(checkpoint, options.keep, "uniform", host=host)
+    except UnsupportedModelError:
+        if host is not None:
+            raise
+        # As `build` does: auto leaves out the layout that no class can hold.
+        return plan_counts(checkpoint, options.keep, "per-layer")
 
 
 def plan_scenario(
@@ -45,7 +54,9 @@ def plan_scenario(
     """
     # Sizes alone need neither torch nor the weights' fingerprint.
     from sspcompile.api.refusing import refuse_hopeless
+    from sspcompile.model.chat import rendering_of
     from sspcompile.model.dense import open_dense
+    from sspcompile.model.text import demand_readable
     from sspcompile.prepare.toolkits import toolkit_for
     from sspcompile.select.reading import choices_for, read_through, score_key
     from sspcompile.select.selection import mask_of
@@ -53,7 +64,8 @@ def plan_scenario(
     options = request.options
     dense = open_dense(options.model)
     refuse_hopeless(request, dense)
-    loaded = dense.load()
+    loaded = dense.load(rendering=rendering_of(options))
+    demand_readable(loaded, request.scenario.prompts, options.max_tokens)
     toolkit, _ = toolkit_for(dense, loaded, options, workspace, progress, [score_key(options)])
     reading = read_through(request, toolkit, loaded, progress)
     choices = choices_for(reading, loaded.geometry)

@@ -8,15 +8,15 @@ from typing import Any
 
 import sspcompile
 from sspcompile.api.outcome import Outcome
+from sspcompile.checkpoint.source import not_carried
 from sspcompile.export.card import licence_of
 from sspcompile.model.divergence import Divergence, compare_divergences
-from sspcompile.proof.parity import TOLERANCE
 from sspcompile.repair.repair import MIN_PROMPTS
 from sspcompile.report.build import quality_row
+from sspcompile.report.heads import mask_section
 from sspcompile.report.model import (
     BudgetSection,
     LayoutSection,
-    MaskSection,
     Pair,
     ParitySection,
     QualityRow,
@@ -29,8 +29,8 @@ from sspcompile.report.model import (
 )
 from sspcompile.request.domains import pools_fingerprint
 from sspcompile.request.pools import pools_of
+from sspcompile.request.prompts import told
 from sspcompile.select.scoring import HeadScores
-from sspcompile.slicing.mask import HeadMask
 from sspcompile.slicing.plan import SlicePlan
 from sspcompile.workspace import RECIPE
 
@@ -50,7 +50,7 @@ def report_of(outcome: Outcome) -> Report:
             name=scenario.name,
             source=scenario.source,
             text=scenario.text,
-            prompts=scenario.prompts,
+            prompts=tuple(map(told, scenario.prompts)),
             mixture={name: float(w) for name, w in zip(mixture.domains, mixture.weights, strict=True)},
             unknown=mixture.unknown,
             breadth=mixture.breadth,
@@ -63,8 +63,9 @@ def report_of(outcome: Outcome) -> Report:
         parity=ParitySection(
             max_difference=outcome.parity.max_difference,
             logit_scale=outcome.parity.logit_scale,
-            tolerance=TOLERANCE,
-            texts_equal=outcome.parity.same_text,
+            tolerance=outcome.parity.bound,
+            dtype=outcome.parity.dtype,
+            texts_equal=None if outcome.parity.layerwise else outcome.parity.same_text,
             after_repair=selection.repair is not None,
         ),
         repair=_repair(outcome),
@@ -76,22 +77,6 @@ def report_of(outcome: Outcome) -> Report:
         versions={str(k): str(v) for k, v in sorted(outcome.toolkit.meta.get("versions", {}).items())},
         origin={name: str(value) for name, value in origin_of(outcome).items() if name in ORIGIN_SHOWN},
         command=_command(),
-    )
-
-
-def mask_section(mask: HeadMask) -> MaskSection:
-    """The mask as the heat map reads it."""
-    protected = mask.as_array() & False
-    for layer, head in mask.whitelist:
-        protected[layer, head] = True
-    return MaskSection(
-        layers=mask.layers,
-        heads=mask.heads,
-        kv_heads=mask.kv_heads,
-        kept=mask.kept,
-        scores=mask.scores,
-        whitelist=tuple(map(tuple, protected.tolist())),
-        criterion=mask.criterion,
     )
 
 
@@ -109,9 +94,8 @@ def _quality(outcome: Outcome) -> Iterator[QualityRow]:
     yield _row("this build", ours, "ours", ours, outcome.selection.cost.off)
     if chosen.final is not chosen.plain:
         yield _row("this build, without repair", chosen.plain.judge, "other", ours)
-    for name, figures in outcome.selection.baselines.items():
-        role: Role = "random" if name.startswith("random") else "domain-free" if "free" in name else "criterion"
-        yield _row(name, figures.own, role, ours, figures.off)
+    for other in outcome.selection.baselines:
+        yield _row(other.name, other.cost.own, other.role, ours, other.cost.off)
 
 
 def _layout(outcome: Outcome) -> LayoutSection:
@@ -198,6 +182,7 @@ def origin_of(outcome: Outcome) -> dict[str, Any]:
         "source": outcome.dense.fingerprint,
         "source_name": outcome.dense.place,
         "licence": licence_of(outcome.dense.checkpoint.path),
+        "left_out": not_carried(outcome.dense.checkpoint.path),
         "pools": pools_fingerprint(pools_of(outcome.request.options).candidates),
         "seed": outcome.request.options.seed,
         "versions": outcome.toolkit.meta.get("versions", {}),

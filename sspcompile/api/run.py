@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,21 +10,24 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from sspcompile.api.arguments import Named
 from sspcompile.errors import InputError
-from sspcompile.model.decoder import Chooser, TextModel
+from sspcompile.model.chat import PLAIN, Rendering
+from sspcompile.model.decoder import Chooser, LanguageModel
 from sspcompile.model.loading import load_cut
-from sspcompile.model.onnx_text import OnnxText, load_onnx
-from sspcompile.model.text import render, token_ids
-
-Model = TextModel | OnnxText
+from sspcompile.model.onnx_text import load_onnx
+from sspcompile.model.text import sentences
+from sspcompile.model.vocabulary import demand_rows
 
 
 @dataclass(frozen=True)
 class Written:
-    """One text. `first_token_s`: from the prompt to the first token; `tokens_per_s` of those after it, None for one."""
+    """One text. `first_token_s`: from the prompt to the first token; `tokens_per_s` of those after it, None for one.
+
+    `full_context`: the longest text of the model in tokens, where that ended this one; None otherwise.
+    """
 
     prompt: str
     text: str
@@ -31,6 +35,7 @@ class Written:
     prompt_tokens: int
     first_token_s: float
     tokens_per_s: float | None
+    full_context: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,41 +62,59 @@ class Sampling:
 
 
 def open_model(
-    found: Named, *, dense: bool = False, device: str = "cpu", trust_remote_code: bool = False
-) -> tuple[Path, Model]:
+    found: Named,
+    *,
+    dense: bool = False,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    rendering: Rendering = PLAIN,
+) -> tuple[Path, LanguageModel]:
     """What an argument names, ready to write, and its folder; with `dense` the model that it was cut from.
 
     Code in the folder runs only when it is ours, or trusted by the user. Raises ArtifactError or CheckpointError.
     """
     if dense:
         folder = found.dense().checkpoint.path
-        return folder, load_cut(folder, device=device, trust_remote_code=trust_remote_code)
+        return folder, load_cut(folder, device=device, trust_remote_code=trust_remote_code, rendering=rendering)
     if found.onnx:
-        return found.model, load_onnx(found.model, provider=device)
+        return found.model, load_onnx(found.model, provider=device, rendering=rendering)
     trusted = found.custom_code or trust_remote_code
-    return found.model, load_cut(found.model, device=device, trust_remote_code=trusted)
+    return found.model, load_cut(found.model, device=device, trust_remote_code=trusted, rendering=rendering)
 
 
-def write(
-    model: Model,
-    prompt: str,
-    *,
-    new_tokens: int,
-    sampling: Sampling,
-    raw: bool = False,
-    on_text: Callable[[str], None] = lambda _: None,
-) -> Written:
-    """Write at most `new_tokens` tokens behind a prompt; `on_text` hears pieces of whole characters as they come.
+def prompt_tokens(model: LanguageModel, prompt: str) -> tuple[int, ...]:
+    """What the model reads of a prompt.
 
-    `raw` leaves the chat template out. Raises InputError for an empty prompt.
+    Raises InputError for an empty prompt, for one that leaves no room for a single new token, and what `sentences` and
+    `demand_rows` raise.
     """
     tokenizer = model.tokenizer
     if not prompt.strip():
         raise InputError("The prompt is empty.", hint='Type --prompt "...".')
-    text = prompt if raw else render(tokenizer, [prompt])[0]
-    ids = token_ids(tokenizer, [text])[0] if not raw else tuple(tokenizer(text)["input_ids"])
-    if not ids:
-        raise InputError("The prompt has no tokens.", hint='Type --prompt "...".')
+    ids = sentences(tokenizer, [prompt], sys.maxsize, model.rendering)[0].ids
+    demand_rows(tokenizer, ids, model.vocab)
+    if model.positions is not None and len(ids) >= model.positions:
+        raise InputError(
+            f"The prompt has {len(ids)} tokens; the model takes texts of at most {model.positions}, answer included.",
+            hint=f"Shorten the prompt to at most {model.positions - 1} tokens.",
+        )
+    return ids
+
+
+def write(
+    model: LanguageModel,
+    prompt: str,
+    *,
+    new_tokens: int,
+    sampling: Sampling,
+    on_text: Callable[[str], None] = lambda _: None,
+) -> Written:
+    """Write at most `new_tokens` tokens behind a prompt; `on_text` hears pieces of whole characters as they come.
+
+    The text ends where the model has no more positions. Raises what `prompt_tokens` raises.
+    """
+    tokenizer, ids = model.tokenizer, prompt_tokens(model, prompt)
+    room = new_tokens if model.positions is None else min(new_tokens, model.positions - len(ids))
     row = torch.tensor([ids])
     stream, times = _Pieces(tokenizer, on_text), []
     start = time.perf_counter()
@@ -101,19 +124,25 @@ def write(
         if tokens[0] not in model.ends:
             stream.put(torch.tensor(tokens))
 
-    tail = model.continuations(row, torch.ones_like(row), new_tokens, choose=sampling.chooser(), on_tokens=came)[0]
+    tail = model.continuations(row, torch.ones_like(row), room, choose=sampling.chooser(), on_tokens=came)[0]
     stream.end()
     shown = [token for token in tail if token not in model.ends]
-    rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
+    full = room < new_tokens and len(shown) == room
     return Written(
-        prompt, tokenizer.decode(shown, skip_special_tokens=True), tuple(tail), len(ids), times[0] - start, rate
+        prompt=prompt,
+        text=str(tokenizer.decode(shown, skip_special_tokens=True)),
+        tokens=tuple(tail),
+        prompt_tokens=len(ids),
+        first_token_s=times[0] - start,
+        tokens_per_s=(len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None,
+        full_context=model.positions if full else None,
     )
 
 
 class _Pieces(TextStreamer):
     """Text as soon as it is settled: no half character, no half word."""
 
-    def __init__(self, tokenizer: object, on_text: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_special_tokens=True)
         self._on_text = on_text
 

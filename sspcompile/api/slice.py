@@ -8,6 +8,7 @@ from pathlib import Path
 
 import sspcompile
 from sspcompile.checkpoint import Manifest, staged, write_manifest
+from sspcompile.checkpoint.source import not_carried
 from sspcompile.errors import ArtifactError, CheckpointError
 from sspcompile.export.card import licence_of, slice_card
 from sspcompile.model.dense import DenseModel, open_dense
@@ -87,6 +88,7 @@ def write_cut(
             "source": cut.dense.fingerprint,
             "source_name": cut.dense.place,
             "licence": licence_of(cut.dense.checkpoint.path),
+            "left_out": not_carried(cut.dense.checkpoint.path),
         }
         (folder / "README.md").write_text(slice_card(plan, cut.mask, origin, out.name), "utf-8")
         return write_manifest(folder, origin, hash_weights=checksums)

@@ -55,7 +55,7 @@ def read_axis(text: str) -> Axis:
             values = tuple(f"{float(value):g}" for value in values)
     except ValueError:
         raise InputError(
-            f"--sweep {text!r} has values that are no numbers.", hint="Type keep=0.25:1:0.125 or keep=0.25,0.5."
+            f"--sweep {text!r} has values that are not numbers.", hint="Type keep=0.25:1:0.125 or keep=0.25,0.5."
         ) from None
     values = tuple(dict.fromkeys(filter(None, values)))
     if not 1 <= len(values) <= MOST:
@@ -107,7 +107,7 @@ def sweep(
     progress("sweep", len(requests), len(requests))
     if measured:
         given = [str(folder) for folder in folders]
-        bench(given, BenchRequest(quick=True), workspace, progress)
+        bench(given, BenchRequest.of(quick=True), workspace, progress)
     points = points_of(f"Sweep of {axis.option}", {folder.name: read_report(folder / REPORT) for folder in folders})
     with staged(out / FRONTIER, overwrite=True) as folder:
         write_page(frontier_page(points), render_points(points), folder, FRONTIER)

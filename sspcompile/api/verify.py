@@ -10,20 +10,20 @@ from sspcompile.api.arguments import Named, demand
 from sspcompile.checkpoint import Manifest
 from sspcompile.model.dense import DenseModel
 from sspcompile.progress import Progress, silent
+from sspcompile.proof.claim import Claim, any_refitted
 from sspcompile.proof.parity import Parity
 from sspcompile.proof.probes import random_probes
-from sspcompile.proof.prove import Claim, prove
+from sspcompile.proof.prove import prove
 from sspcompile.slicing.mask import load_mask
 from sspcompile.workspace import MASK, PROBES
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What `verify` found: `layerwise` says that the models were compared layer by layer."""
+    """What `verify` found."""
 
     manifest: Manifest
     parity: Parity
-    layerwise: bool
 
 
 def verify(
@@ -41,16 +41,20 @@ def verify(
     progress("checksums", 1, 1)
     dense = found.dense(model)
     mask = load_mask(found.folder / MASK, empty_layers=True)
-    probes, repaired, down = _probes(found.folder, dense)
-    claim = Claim(dense.checkpoint, mask, found.model, found.custom_code, repaired, down)
-    parity, by_layer = prove(claim, dense.load, probes, progress, layerwise=layerwise)
-    return Verified(manifest, parity, by_layer)
+    probes, refitted = _probes(found.folder, dense)
+    claim = Claim(dense.checkpoint, mask, found.model, found.custom_code, refitted)
+    return Verified(manifest, prove(claim, probes, progress, layerwise=layerwise))
 
 
-def _probes(folder: Path, dense: DenseModel) -> tuple[list[list[int]], bool, bool]:
-    """Token ids to compare on, whether o_proj was refitted, and down_proj: the artifact's own, or random ones after
-    `slice`."""
-    if (folder / PROBES).is_file():
-        record = json.loads((folder / PROBES).read_text("utf-8"))
-        return record["probes"], record["repaired"], record.get("down_refitted", False)
-    return random_probes(dense.checkpoint.geometry.vocab), False, False
+def _probes(folder: Path, dense: DenseModel) -> tuple[list[list[int]], dict[str, None]]:
+    """Token ids to compare on, and the tensors that a repair computed: the artifact's own, or after `slice` random
+    ones and none."""
+    geometry = dense.checkpoint.geometry
+    if not (folder / PROBES).is_file():
+        return random_probes(geometry.vocab), {}
+    record = json.loads((folder / PROBES).read_text("utf-8"))
+    if "refitted" in record:
+        return record["probes"], dict.fromkeys(record["refitted"])
+    # Earlier versions wrote down only that there was a repair.
+    refitted = any_refitted(geometry, down=record.get("down_refitted", False)) if record["repaired"] else {}
+    return record["probes"], refitted

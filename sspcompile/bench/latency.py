@@ -22,8 +22,10 @@ from sspcompile.bench.metrics import METRICS
 from sspcompile.bench.process import Worker
 from sspcompile.bench.ratios import Ratio, compare_all
 from sspcompile.bench.roofline import Prediction, Roofline, predict, roofline
-from sspcompile.errors import CheckpointError, InputError
+from sspcompile.checkpoint.settings import read_generation, read_json
+from sspcompile.errors import InputError
 from sspcompile.intervals import Summary, summarize
+from sspcompile.model.context import context_of
 from sspcompile.progress import Progress, silent
 
 SCHEMA_VERSION = 2
@@ -88,7 +90,8 @@ class BenchResult:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values only; with the definition and unit of every metric that occurs."""
-        used = {name for c in self.contenders for part in (c, *c.loads) for name in part.metrics}
+        own = {name for c in self.contenders for name in c.metrics}
+        used = own | {name for c in self.contenders for load in c.loads for name in load.metrics}
         definitions = {n: {"unit": m.unit, "definition": m.definition} for n, m in METRICS.items() if n in used}
         return {"schema_version": SCHEMA_VERSION, **json.loads(json.dumps(asdict(self))), "definitions": definitions}
 
@@ -130,18 +133,14 @@ def check(contenders: Sequence[Contender], settings: Settings) -> None:
 
 
 def _check_folder(contender: Contender, settings: Settings) -> None:
-    file = contender.path / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"{contender.path} has no config.json.", hint="Give a model folder.")
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except ValueError:
-        raise CheckpointError(f"{file} is not JSON.", hint="Give a model folder.") from None
-    if contender.runtime == "hf" and config.get("auto_map") and not contender.trust_remote_code:
-        raise InputError(f"{contender.path} ships its own model code.", hint="Allow it with --trust-remote-code.")
-    limit = config.get("max_position_embeddings")
+    config = read_json(contender.path / "config.json")
+    read_generation(contender.path)
+    # Other code that a folder names is not run: the stock class of its model_type loads it.
+    if contender.runtime == "hf" and config.get("per_layer_config") and not contender.trust_remote_code:
+        raise InputError(f"{contender.path} is loaded by the class in it.", hint="Name the artifact, or its export.")
+    limit = context_of(contender.path)
     for load in settings.loads:
-        if isinstance(limit, int) and load.positions > limit:
+        if limit is not None and load.positions > limit:
             raise InputError(
                 f"{load.prompt_tokens} + {load.new_tokens} tokens exceed {contender.name}'s {limit} positions.",
                 hint="Lower --prompt-tokens or --new-tokens.",
@@ -228,16 +227,13 @@ def _capacity(result: ContenderResult, settings: Settings) -> Capacity:
         weight_bytes=result.metrics["weight_bytes"].median,
         kv_bytes_per_token=result.metrics["kv_bytes_per_token"].median,
         tokens=settings.loads[-1].positions,
-        positions=_positions(Path(result.path)),
+        positions=context_of(Path(result.path)),
     )
 
 
-def _positions(folder: Path) -> int | None:
-    limit = json.loads((folder / "config.json").read_text("utf-8")).get("max_position_embeddings")
-    return limit if isinstance(limit, int) else None
-
-
-def _pairs(results: Sequence[ContenderResult], other: ContenderResult) -> Iterator[tuple[ContenderResult, ...]]:
+def _pairs(
+    results: Sequence[ContenderResult], other: ContenderResult
+) -> Iterator[tuple[ContenderResult, ContenderResult]]:
     """With the first of all, and with the first of its own runtime."""
     first = next(result for result in results if result.runtime == other.runtime)
     for reference in dict.fromkeys((results[0].name, first.name)):

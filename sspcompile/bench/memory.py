@@ -30,8 +30,9 @@ def peak_resident_bytes() -> int:
     import psutil
 
     info = psutil.Process().memory_info()
-    if hasattr(info, "peak_wset"):
-        return int(info.peak_wset)
+    peak_wset = getattr(info, "peak_wset", None)  # on Windows
+    if peak_wset is not None:
+        return int(peak_wset)
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from sspcompile.errors import RunError
+from sspcompile.errors import EXIT_BAD_INPUT, CheckpointError, RunError, SspError
 
 # libgomp and libomp let idle threads spin by default, which slows whatever runs beside or after them.
 QUIET_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -58,7 +58,10 @@ class Worker:
         self.ask("end")
 
     def ask(self, do: str, **request: Any) -> dict[str, Any]:
-        """Send one request and wait for its reply. Raises RunError with the last line of its log if it dies."""
+        """Send one request and wait for its reply.
+
+        Raises RunError with the last line of its log if it dies, and CheckpointError if it refused its model.
+        """
         try:
             print(json.dumps({"do": do, **request}), file=self._process.stdin, flush=True)
         except BrokenPipeError:
@@ -71,11 +74,13 @@ class Worker:
             raise self._death()
         return json.loads(line)
 
-    def _death(self) -> RunError:
+    def _death(self) -> SspError:
         code = self._process.wait()
         self._log.seek(0)
         lines = self._log.read().decode("utf-8", "replace").split("\n")
         reason = next((line.strip() for line in reversed(lines) if line.strip()), "no message")
+        if code == EXIT_BAD_INPUT:
+            return CheckpointError(reason)
         ended = f"was killed by signal {-code} (out of memory?)" if code < 0 else f"ended with code {code}"
         return RunError(f"The measurement of {self.name!r} {ended}: {reason[:REASON_CHARACTERS]}")
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sspcompile.bench.memory import kv_bytes_per_token
+from sspcompile.checkpoint.source import file_order, loading_keys
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 
 class TorchRunner:
@@ -19,25 +19,27 @@ class TorchRunner:
 
     def __init__(self, request: Mapping[str, Any]) -> None:
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
+
+        from sspcompile.model.loading import open_config, open_model, readable
 
         torch.set_num_threads(request["threads"])
         self.device = torch.device(request["device"])
-        trust = request["trust_remote_code"]
-        config = AutoConfig.from_pretrained(request["path"], trust_remote_code=trust, local_files_only=True)
-        # transformers imports a model's module when it is first needed, seconds that are not loading. A model without
-        # storage brings the import forward.
-        with torch.device("meta"):
-            AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-        start = time.perf_counter()
-        model = AutoModelForCausalLM.from_pretrained(
-            request["path"], dtype="auto", trust_remote_code=trust, local_files_only=True
-        )
-        self.model: nn.Module = model.requires_grad_(False).eval().to(self.device)
+        path, trust = Path(request["path"]), request["trust_remote_code"]
+        with readable(path):
+            # transformers imports a model's module when it is first needed, seconds that are not loading. A model
+            # without storage brings the import forward.
+            with torch.device("meta"):
+                config = open_config(path, trust_remote_code=trust)
+                AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+            keys = loading_keys(path) or None
+            start = time.perf_counter()
+            model = open_model(path, dtype="auto", trust_remote_code=trust, local_files_only=True, key_mapping=keys)
+        self.model: Any = model.requires_grad_(False).eval().to(self.device)
         self._synchronize()
         self.load_seconds = time.perf_counter() - start
         self.seed = request["seed"]
-        self.disk_bytes = sum(path.stat().st_size for path in Path(request["path"]).glob("*.safetensors"))
+        self.disk_bytes = sum(file.stat().st_size for file in file_order(path))
 
     def facts(self) -> dict[str, Any]:
         """Sizes in bytes; tied tensors are one parameter of the module and count once. A step reads all but a table of
@@ -47,7 +49,7 @@ class TorchRunner:
         table, head = (
             getattr(m, "weight", None) for m in (self.model.get_input_embeddings(), self.model.get_output_embeddings())
         )
-        looked_up = 0 if table is head else table.numel() * table.element_size()
+        looked_up = 0 if table is None or table is head else table.numel() * table.element_size()
         return {
             "load_seconds": self.load_seconds,
             "parameters": sum(p.numel() for p in parameters),
@@ -62,6 +64,8 @@ class TorchRunner:
         """One prefill and `new_tokens - 1` decode steps; the ids are fixed, so end-of-sequence has no effect."""
         import torch
 
+        from sspcompile.model.cache import cache_argument, cache_of
+
         ids = self._ids(batch, prompt_tokens + new_tokens)
         steps = []
         with torch.inference_mode():
@@ -70,11 +74,12 @@ class TorchRunner:
             out = self.model(input_ids=ids[:, :prompt_tokens], use_cache=True, logits_to_keep=1)
             out.logits[:, -1].argmax(-1).tolist()  # tolist() waits for the device
             prefill = time.perf_counter() - start
-            cache = out.past_key_values
+            cache = cache_of(out)
             kv_bytes = kv_bytes_per_token(cache)
+            kept = {cache_argument(self.model): cache, "use_cache": True}
             for position in range(prompt_tokens, prompt_tokens + new_tokens - 1):
                 start = time.perf_counter()
-                out = self.model(input_ids=ids[:, position : position + 1], past_key_values=cache, use_cache=True)
+                out = self.model(input_ids=ids[:, position : position + 1], **kept)
                 out.logits[:, -1].argmax(-1).tolist()
                 steps.append(time.perf_counter() - start)
         return {"prefill_seconds": prefill, "decode_seconds": steps, "kv_bytes_per_token": kv_bytes}

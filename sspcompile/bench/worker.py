@@ -5,7 +5,7 @@
 The process that was started only imports the libraries, once, and forks: a fresh copy costs milliseconds instead of
 seconds. Where the system cannot fork safely (anywhere but Linux) all sessions share one process. Computing happens
 between a request and its reply only, so that two live workers never compete. An exception ends the process; its
-traceback is on stderr.
+traceback is on stderr, or its message alone and its exit code for an error of sspcompile's own.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol, TextIO
 
 from sspcompile.bench.memory import peak_resident_bytes
+from sspcompile.errors import SspError
 from sspcompile.startup import spare_the_collector
 
 
@@ -118,7 +119,11 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     spare_the_collector()
-    serve(sys.argv[1], sys.stdin, replies)
+    try:
+        serve(sys.argv[1], sys.stdin, replies)
+    except SspError as error:
+        print(error, file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,15 @@ from sspcompile.checkpoint.source import Checkpoint
 WHOLE_BELOW_BYTES = 256 << 20
 BLOCK_BYTES = 4096
 # Whatever decides how text becomes token ids; chat templates do not.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "tekken.json",
+    "spiece.model",
+)
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

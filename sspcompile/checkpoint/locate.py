@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import re
 from pathlib import Path
 
-from sspcompile.errors import CheckpointError
+from sspcompile.checkpoint.companions import CODE, FOLDERS, PATTERNS
+from sspcompile.checkpoint.foreign import ADAPTER_CONFIG, other_format
+from sspcompile.checkpoint.quantised import FILES as QUANTISED_FILES
+from sspcompile.checkpoint.source import INDEX_NAME, SINGLE_NAME, absent_shards, refuse_by_configuration
+from sspcompile.errors import CheckpointError, InputError
 
-# What a build reads; leaves out .bin, .pt, .gguf and whatever else a repository carries beside safetensors.
-HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.tiktoken", "merges.txt", "vocab.txt", "LICENSE*"]
+# What a build reads beside the weights, and the card, which names the licence. Anything else that a repository carries
+# (pickles, GGUF, code, a second copy of the weights in another format) stays where it is.
+SMALL_PATTERNS = [
+    *("config.json", INDEX_NAME, ADAPTER_CONFIG, "pytorch_model.bin.index.json", *QUANTISED_FILES),
+    *PATTERNS,
+    *(f"{folder}/*" for folder in FOLDERS),
+    "README.md",
+]
+HUB_PATTERNS = [*SMALL_PATTERNS, SINGLE_NAME, "model-*-of-*.safetensors"]
+# Patterns of the hub match across slashes: every folder but those in FOLDERS, which begin with "ad".
+HUB_IGNORED = [*CODE, "[!a]*/*", "a[!d]*/*"]
+REVISION = r"[0-9a-f]{40}"
 
 # What artifacts call the model that ships with the package; a folder of that name is `./embedded`.
 EMBEDDED = "embedded"
@@ -31,13 +47,13 @@ def locate(model: str | None) -> Path:
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise CheckpointError(
-                f"{model} has no config.json.", hint="--model takes a Hugging Face model folder or a hub name."
-            )
+            raise _no_config(folder, str(model))
         return folder
     if folder.exists():
-        raise CheckpointError(f"{model} is a file.", hint="--model takes the folder that holds config.json.")
-    if not is_hub_name(model):
+        raise other_format(folder, str(model)) or CheckpointError(
+            f"{model} is a file.", hint="--model takes the folder that holds config.json."
+        )
+    if not is_hub_name(str(model)):
         raise CheckpointError(
             f"There is no model folder {model}.",
             hint="--model takes a folder with config.json, or a hub name such as Qwen/Qwen2.5-7B-Instruct.",
@@ -51,11 +67,25 @@ def is_hub_name(text: str) -> bool:
 
 
 def _snapshot(name: str) -> Path:
+    """A repository of the hub: the small files first, and the weights only of a model that can be cut."""
+    folder = _fetched(name, SMALL_PATTERNS)
+    if not (folder / "config.json").is_file():
+        raise _no_config(folder, name)
+    refuse_by_configuration(folder)
+    # A snapshot's folder is called by its revision, so that all files are of one.
+    revision = folder.name if re.fullmatch(REVISION, folder.name) else None
+    _fetched(name, [SINGLE_NAME], revision)
+    if absent := absent_shards(folder):  # shards may have any name; the index is the one to say
+        _fetched(name, [glob.escape(shard) for shard in absent], revision)
+    return folder
+
+
+def _fetched(name: str, patterns: list[str], revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=HUB_IGNORED))
     except HFValidationError as error:
         raise CheckpointError(f"{name!r} is neither a folder nor a valid hub name.", hint="Try OWNER/NAME.") from error
     except LocalEntryNotFoundError as error:
@@ -69,3 +99,9 @@ def _snapshot(name: str) -> Path:
             f"The hub has no readable repository {name}: {str(error).splitlines()[0]}",
             hint="Check the name, and HF_TOKEN if it is gated.",
         ) from error
+
+
+def _no_config(folder: Path, typed: str) -> InputError:
+    return other_format(folder, typed) or CheckpointError(
+        f"{typed} has no config.json.", hint="--model takes a Hugging Face model folder or a hub name."
+    )

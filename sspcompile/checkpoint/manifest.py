@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sspcompile.checkpoint.source import read_header
+from sspcompile.checkpoint.headers import read_header
 from sspcompile.errors import ArtifactError, InputError
 
 SCHEMA_VERSION = 1
@@ -66,7 +66,9 @@ def read_manifest(folder: Path) -> Manifest:
         files = {str(name): dict(entry) for name, entry in value["files"].items()}
         return Manifest(files=files, origin=dict(value["origin"]))
     except FileNotFoundError as error:
-        raise ArtifactError(f"{folder} is no artifact: it has no {NAME}.", hint="Run `sspcompile build`.") from error
+        raise ArtifactError(
+            f"{folder} is not an artifact: it has no {NAME}.", hint="Run `sspcompile build`."
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{path} is damaged.", hint="Run `sspcompile build` again.") from error
 

@@ -1,22 +1,28 @@
-"""Whole or absent: output is built in a sibling folder, synced, and renamed last."""
+"""Whole or absent: output is built in a sibling folder, synced, and renamed last.
+
+A sibling is `.partial-NAME-xxxxxxxx`: a lock, which the system lets go of when its run ends, however that ends, and
+what is being built. The next run that writes NAME removes the siblings whose lock nobody holds.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import glob
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+
+from filelock import FileLock
 
 from sspcompile.checkpoint.source import sync_folder
 from sspcompile.errors import InputError, OutputExistsError
 
 PARTIAL_PREFIX = ".partial-"
 REPLACED_PREFIX = ".replaced-"
+LOCK = "lock"
+LOCK_POLL_SECONDS = 0.01
 # What marks a folder as ours: only such a folder, or an empty one, is ever replaced.
 OWN_FILES = ("manifest.json", "toolkit.json")
 
@@ -35,21 +41,19 @@ def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     made = [folder for folder in out.parents if not folder.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(out)
-        partial, lock = _begin(out)
+        sibling = _Sibling(out)
     except OSError as error:
         _remove_empty(made)
         raise InputError(f"Cannot write beside {out}: {error.strerror}.", hint="Give another --out.") from error
     try:
-        yield partial
-        _sync_tree(partial)
-        _swap(partial, out, overwrite=overwrite)
+        yield sibling.content
+        _sync_tree(sibling.content)
+        _swap(sibling, out, overwrite=overwrite)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        sibling.remove()
         _remove_empty(made)
         raise
-    finally:
-        os.close(lock)
+    sibling.remove()
 
 
 @contextlib.contextmanager
@@ -59,15 +63,13 @@ def scratch(parent: Path, name: str) -> Iterator[Path]:
     """
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(parent / name)
-        folder, lock = _begin(parent / name)
+        sibling = _Sibling(parent / name)
     except OSError as error:
         raise InputError(f"Cannot write in {parent}: {error.strerror}.", hint="Give another place.") from error
     try:
-        yield folder
+        yield sibling.content
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        sibling.remove()
 
 
 def refuse_existing(out: Path, *, overwrite: bool) -> None:
@@ -85,34 +87,46 @@ def refuse_existing(out: Path, *, overwrite: bool) -> None:
         )
 
 
-def _begin(out: Path) -> tuple[Path, int]:
-    """A fresh folder beside `out`, and the lock that says that its run is alive."""
-    while True:
-        partial = Path(tempfile.mkdtemp(prefix=f"{PARTIAL_PREFIX}{out.name}-", dir=out.parent))
-        # Until it is locked, another run that begins here takes it for what a killed one left.
-        with contextlib.suppress(FileNotFoundError):
-            lock = os.open(partial, os.O_RDONLY)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if partial.exists():
-                break
-            os.close(lock)
-    # mkdtemp lets nobody else in; the finished folder has the permissions of any other.
-    umask = os.umask(0)
-    os.umask(umask)
-    partial.chmod(0o777 & ~umask)
-    return partial, lock
+class _Sibling:
+    """A fresh folder beside `out`, in it a lock that says that its run is alive, and `content` to build in."""
+
+    def __init__(self, out: Path) -> None:
+        _remove_leftovers(out)
+        while True:
+            self.folder = Path(tempfile.mkdtemp(prefix=f"{PARTIAL_PREFIX}{out.name}-", dir=out.parent))
+            # Named so that it still says what it is if somebody takes it out.
+            self.content = self.folder / f"{PARTIAL_PREFIX}{out.name}"
+            self._lock = _lock_of(self.folder)
+            try:
+                self._lock.acquire()
+                # mkdtemp lets nobody else in; what is published has the permissions of any other folder.
+                self.content.mkdir()
+                return
+            except FileNotFoundError:
+                # Until it was locked, another run that began here took it for what a killed one had left.
+                self.remove()
+            except BaseException:
+                self.remove()
+                raise
+
+    def remove(self) -> None:
+        """Remove it with what it holds. The lock goes first: Windows keeps files that are open."""
+        self._lock.release()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _lock_of(folder: Path) -> FileLock:
+    return FileLock(folder / LOCK, thread_local=False, poll_interval=LOCK_POLL_SECONDS)
 
 
 def _remove_leftovers(out: Path) -> None:
     """Remove the partial folders of runs that died: the system released their locks."""
     for partial in out.parent.glob(f"{PARTIAL_PREFIX}{glob.escape(out.name)}-????????"):
+        # A run that is alive holds its lock, another user's folder cannot be entered: a Timeout is an OSError, too.
         with contextlib.suppress(OSError):
-            lock = os.open(partial, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with _lock_of(partial).acquire(timeout=0):
                 shutil.rmtree(partial, ignore_errors=True)
-            finally:
-                os.close(lock)
+            partial.rmdir()  # Windows has kept the lock until here, and with it the folder
     if out.exists():  # then nobody needs what it replaced; without it, that is the user's only copy
         for replaced in out.parent.glob(f"{REPLACED_PREFIX}{glob.escape(out.name)}-????????"):
             shutil.rmtree(replaced, ignore_errors=True)
@@ -125,14 +139,14 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def _swap(partial: Path, out: Path, *, overwrite: bool) -> None:
-    replaced = partial.with_name(REPLACED_PREFIX + partial.name.removeprefix(PARTIAL_PREFIX))
+def _swap(sibling: _Sibling, out: Path, *, overwrite: bool) -> None:
+    replaced = out.with_name(REPLACED_PREFIX + sibling.folder.name.removeprefix(PARTIAL_PREFIX))
     # Another run may have published here in the meantime.
     refuse_existing(out, overwrite=overwrite)
     try:
         if out.exists():
             out.rename(replaced)
-        partial.rename(out)
+        sibling.content.rename(out)
     except BaseException:
         if replaced.exists() and not out.exists():
             replaced.rename(out)
@@ -156,26 +170,13 @@ def _sync_tree(folder: Path) -> None:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace one file as a whole; of several runs that do so at once, each writes all of it."""
-    temporary = path.with_name(f"{PARTIAL_PREFIX}{path.name}")
-    with contextlib.closing(_locked(temporary)) as file:
-        try:
-            file.truncate(0)
+    sibling = _Sibling(path)
+    try:
+        temporary = sibling.content / path.name
+        with temporary.open("wb") as file:
             file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-
-
-def _locked(path: Path) -> BinaryIO:
-    """The file at `path`, made if need be, which no other run holds until it is closed."""
-    while True:
-        file = path.open("ab")
-        fcntl.flock(file, fcntl.LOCK_EX)
-        # Whoever held it before has renamed it: then this is the finished file, which is not to be written again.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-        file.close()
+        temporary.replace(path)
+    finally:
+        sibling.remove()

@@ -1,123 +1,118 @@
-"""Reading a safetensors folder by headers first and by slices after, without a framework's tensors in between.
+"""A model folder: configuration, and the places of its tensors under the names of the family table.
 
-Values are read as raw words (uint8, uint16, uint32 or uint64 of the dtype's width), so that every dtype passes
-through bit for bit. Each read is a `pread` into a fresh buffer: a memory map would count as resident memory and would
-turn a truncated file into a bus error.
+Opening one reads the configuration and headers; values are read by slices, as raw words.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sspcompile.checkpoint.tensors import tensor_shapes
-from sspcompile.checkpoint.transfer import Extent, read_all
+from sspcompile.checkpoint.companions import left_out
+from sspcompile.checkpoint.foreign import (
+    files_in,
+    is_adapter,
+    no_head,
+    no_weights,
+    other_weights,
+    refuse_adapted,
+    refuse_other_architecture,
+    refuse_other_task,
+)
+from sspcompile.checkpoint.headers import FLOATS, TensorInfo, read_header, read_words
+from sspcompile.checkpoint.names import canonical, key_mapping, stored_prefix
+from sspcompile.checkpoint.quantised import KEYS as QUANTISATION_KEYS
+from sspcompile.checkpoint.quantised import declared, quantised_error, refuse_declared, refuse_quantised
+from sspcompile.checkpoint.settings import read_generation, read_json
+from sspcompile.checkpoint.tensors import LM_HEAD, tensor_shapes
+from sspcompile.checkpoint.tied import untied_by_weights
+from sspcompile.checkpoint.tokenizers import named_class_counts
 from sspcompile.errors import CheckpointError, UnsupportedModelError
 from sspcompile.families import Geometry, geometry_of
 
-WORD_BYTES: Mapping[str, int] = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "U16": 2,
-    "I16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "U32": 4,
-    "I32": 4,
-    "F32": 4,
-    "U64": 8,
-    "I64": 8,
-    "F64": 8,
-}
-FLOATS = ("F16", "BF16", "F32", "F64")
-WORD_DTYPE = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 DTYPE_OF_CONFIG = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
-# The format's own limit: the reference implementation refuses longer headers.
-MAX_HEADER_BYTES = 100_000_000
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where one tensor lies: `offset` in bytes from the start of the file, `shape` in elements."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def word_bytes(self) -> int:
-        return WORD_BYTES[self.dtype]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.word_bytes
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one entry of the first axis."""
-        return math.prod(self.shape[1:]) * self.word_bytes
-
-    @property
-    def extent(self) -> Extent:
-        return Extent(self.file, self.offset, self.nbytes)
-
-    def rows(self, start: int, stop: int) -> Extent:
-        """Where rows start..stop of the first axis lie."""
-        return Extent(self.file, self.offset + start * self.row_bytes, (stop - start) * self.row_bytes)
+CAUSAL = "ForCausalLM"
 
 
 class Checkpoint:
-    """One model folder: configuration, tensor table, companion files. Opening it reads headers only."""
+    """One model folder: configuration and tensor table. Opening it reads headers only."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = _read_json(path / "config.json")
-        self.geometry: Geometry = geometry_of(self.config)
+        self.config = read_json(path / "config.json")
+        self._stated = geometry_of(self.config)
+        read_generation(path)
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        """Sizes, from the configuration; where the weights untie the head, they have the last word."""
+        stated = self._stated
+        if stated.family.hosts and not stated.family.tokenizer:
+            stated = replace(stated, named_tokenizer=named_class_counts(self.path, self.config))
+        return untied_by_weights(stated, self._table) if stated.tied and self.has_weights else stated
+
+    @property
+    def carried_config(self) -> dict[str, Any]:
+        """The configuration that goes with the tensors under their names in the family table.
+
+        A null where a quantisation would be described says nothing in transformers 5 and ends 4.57 with an error. The
+        class of the decoder alone is not the one that these tensors are of.
+        """
+        config = {key: value for key, value in self.config.items() if value is not None or key not in QUANTISATION_KEYS}
+        named = config.get("architectures")
+        if isinstance(named, list) and named and not any(str(name).endswith(CAUSAL) for name in named):
+            config["architectures"] = [self._stated.family.architecture]
+        return config
+
+    @cached_property
+    def stored(self) -> Mapping[str, TensorInfo]:
+        """Name -> place of what lies on disk, as it is called there, in file order. Raises as `plain_table` does."""
+        return plain_table(self.path, self.config)
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Name -> place, in file order. Raises CheckpointError when files contradict index or configuration."""
-        table = tensor_table(self.path)
-        _check_against(table, self.geometry, self.path)
-        return table
+        """Name in the family table -> place, in file order.
+
+        Raises CheckpointError when files contradict index or configuration, and UnsupportedModelError for what is not
+        a language model in plain weights.
+        """
+        _check_against(self._table, self.geometry, self.path)
+        return self._table
+
+    @cached_property
+    def _table(self) -> Mapping[str, TensorInfo]:
+        return _named(self.stored, self.config, self._stated, self.path)
 
     @property
     def has_weights(self) -> bool:
         """Whether the folder holds weights, readable or not; `tensors` says what is wrong with them."""
-        files = (self.path / SINGLE_NAME, self.path / INDEX_NAME)
-        return any(file.is_file() for file in files) or _has_pickles(self.path)
+        names = files_in(self.path)
+        return INDEX_NAME in names or is_adapter(names) or other_weights(names) is not None
 
     def expected(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Name -> (shape, dtype) of every tensor: from the headers, or from the configuration without weights."""
         if self.has_weights:
             return {name: (info.shape, info.dtype) for name, info in self.tensors.items()}
+        refuse_declared(self.config, self.path)
+        refuse_other_architecture(self.config, self.path)
         dtype = DTYPE_OF_CONFIG.get(self.geometry.dtype, "F32")
         return {name: (shape, dtype) for name, shape in tensor_shapes(self.geometry).items()}
 
     def read(self, name: str) -> np.ndarray:
         """The whole tensor as raw words, in its shape."""
-        info = self.tensors[name]
-        return self.read_rows(name, 0, info.shape[0]) if info.shape else self._words(info, 0, 1).reshape(())
+        return read_words(self.tensors[name])
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows start..stop of the first axis as raw words, [stop - start, ...]."""
-        info = self.tensors[name]
-        row = math.prod(info.shape[1:])
-        return self._words(info, start * row, (stop - start) * row).reshape(stop - start, *info.shape[1:])
+        return read_words(self.tensors[name].band(start, stop))
 
     def chunks(self, name: str, chunk_bytes: int = 1 << 24) -> Iterator[bytes]:
         """The tensor's bytes in pieces of at most `chunk_bytes`."""
@@ -132,44 +127,6 @@ class Checkpoint:
                 left -= len(piece)
                 yield piece
 
-    def _words(self, info: TensorInfo, first: int, count: int) -> np.ndarray:
-        words = np.empty(count, dtype=WORD_DTYPE[info.word_bytes])
-        with info.file.open("rb", buffering=0) as stream:
-            fill(stream.fileno(), words, info.file, info.offset + first * info.word_bytes)
-        return words
-
-
-def read_words(info: TensorInfo) -> np.ndarray:
-    """One tensor as raw words, in its shape. Raises CheckpointError when the file is shorter than it promised."""
-    words = np.empty(info.shape, dtype=WORD_DTYPE[info.word_bytes])
-    with info.file.open("rb", buffering=0) as stream:
-        fill(stream.fileno(), words, info.file, info.offset)
-    return words
-
-
-def fill(source: int, words: np.ndarray, file: Path, offset: int) -> None:
-    """Read the contiguous array `words` from an open file. Raises CheckpointError when the file ends before."""
-    if words.size and not read_all(source, memoryview(words).cast("B"), offset):
-        raise CheckpointError(f"{file.name} is shorter than its header says.", hint="Download it again.")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path.parent} has no {path.name}.", hint="--model takes a Hugging Face model folder."
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}.", hint="Download it again.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object.", hint="Download it again.")
-    return value
-
-
-def _has_pickles(folder: Path) -> bool:
-    return any(folder.glob("pytorch_model*.bin"))
-
 
 def _weight_files(folder: Path) -> dict[str, set[str] | None]:
     """File name -> the tensor names that the index promises in it (None without an index)."""
@@ -177,27 +134,24 @@ def _weight_files(folder: Path) -> dict[str, set[str] | None]:
     if (folder / SINGLE_NAME).is_file():
         return {SINGLE_NAME: None}
     if (folder / INDEX_NAME).is_file():
-        weight_map = _read_json(folder / INDEX_NAME).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{folder / INDEX_NAME} has no weight_map.", hint="Download it again.")
-        promised: dict[str, set[str] | None] = {}
-        for tensor, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file:
-                raise CheckpointError(
-                    f"{INDEX_NAME} points to {file!r}.", hint="Shards must lie in the model folder itself."
-                )
-            names = promised.setdefault(file, set())
-            if names is not None:
-                names.add(tensor)
-        return promised
-    if _has_pickles(folder):
-        raise CheckpointError(
-            f"{folder} holds pickled .bin weights, which are never opened.",
-            hint="Save it as safetensors first: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...).",
-        )
-    raise CheckpointError(
-        f"{folder} holds no weights.", hint=f"Expected {SINGLE_NAME}, or {INDEX_NAME} with its shards."
-    )
+        return _promised(folder / INDEX_NAME)
+    raise no_weights(folder)
+
+
+def _promised(index: Path) -> dict[str, set[str] | None]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map.", hint="Download it again.")
+    promised: dict[str, set[str] | None] = {}
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointError(
+                f"{index.name} points to {file!r}.", hint="Shards must lie in the model folder itself."
+            )
+        names = promised.setdefault(file, set())
+        if names is not None:
+            names.add(tensor)
+    return promised
 
 
 def tensor_table(folder: Path) -> dict[str, TensorInfo]:
@@ -209,58 +163,60 @@ def tensor_table(folder: Path) -> dict[str, TensorInfo]:
             raise CheckpointError(f"{folder} lacks the shard {file}.", hint="Download the missing shard.")
         found = read_header(path)
         if promised is not None and (absent := promised - set(found)):
-            raise CheckpointError(
-                f"{file} lacks {min(absent)}, which {INDEX_NAME} promises.", hint="Download it again."
-            )
+            raise CheckpointError(f"{file} lacks {min(absent)}, which the index promises.", hint="Download it again.")
         if double := set(found) & set(table):
             raise CheckpointError(f"{min(double)} stands in two shards.", hint="Download the checkpoint again.")
         table |= found
     return table
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Tensor table of one safetensors file, in the order of its offsets.
-
-    Offsets must cover the data without gaps or overlaps, as the format demands; CheckpointError otherwise.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise CheckpointError(f"{path.name} is no safetensors file, or is truncated.", hint="Download it again.")
-        try:
-            header = json.loads(stream.read(length))
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path.name} has an unreadable header.", hint="Download it again.") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path.name} has an unreadable header.", hint="Download it again.")
-    header.pop("__metadata__", None)
-    start = 8 + length
+def plain_table(folder: Path, config: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    """`tensor_table` of a language model in plain weights; UnsupportedModelError, with the way to one, for others."""
+    _refuse_named(folder, config)
     try:
-        entries = sorted(
-            ((entry["data_offsets"], name, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()),
-            key=lambda item: item[0],
-        )
-        end = 0
-        table: dict[str, TensorInfo] = {}
-        for (begin, stop), name, dtype, shape in entries:
-            if dtype not in WORD_BYTES:
-                raise UnsupportedModelError(
-                    f"{path.name} stores {name} as {dtype}.", hint=f"Accepted: {', '.join(WORD_BYTES)}."
-                )
-            info = TensorInfo(path, dtype, shape, start + begin)
-            if any(type(n) is not int or n < 0 for n in (*shape, begin, stop)):
-                raise TypeError(name)
-            if begin != end or stop - begin != info.nbytes:
-                raise CheckpointError(f"{path.name} has wrong offsets at {name}.", hint="Download it again.")
-            table[name], end = info, stop
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path.name} has a malformed header.", hint="Download it again.") from error
-    if start + end != size:
-        raise CheckpointError(
-            f"{path.name} has {size} bytes where its header promises {start + end}.", hint="Download it again."
-        )
+        table = tensor_table(folder)
+    except UnsupportedModelError as error:  # a dtype that only quantised weights have
+        said = declared(config)
+        if said is None:
+            raise
+        raise quantised_error(said, error.message.rstrip("."), folder) from error
+    refuse_adapted(folder, table)
+    refuse_quantised(config, {name: info.dtype for name, info in table.items()}, folder)
+    refuse_other_task(config, table, stored_prefix(table), folder)
     return table
+
+
+def _refuse_named(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise UnsupportedModelError when the configuration names weights that transformers would read instead."""
+    read = SINGLE_NAME if (folder / SINGLE_NAME).is_file() else INDEX_NAME
+    named = config.get("transformers_weights")
+    if named not in (None, read):
+        raise UnsupportedModelError(
+            f"config.json names its weights in transformers_weights: {named!r:.60}.",
+            hint=f"Call them {SINGLE_NAME}, or {INDEX_NAME} with its shards, and remove the key.",
+        )
+
+
+def named_tensors(folder: Path, config: Mapping[str, Any], geometry: Geometry) -> dict[str, TensorInfo]:
+    """Name in the family table -> place, in file order; shapes are the caller's to check.
+
+    Raises what `plain_table` raises, and CheckpointError for files that contradict each other.
+    """
+    return _named(plain_table(folder, config), config, geometry, folder)
+
+
+def _named(
+    table: Mapping[str, TensorInfo], config: Mapping[str, Any], geometry: Geometry, folder: Path
+) -> dict[str, TensorInfo]:
+    found = canonical(table, geometry)
+    if not geometry.tied and LM_HEAD not in found:
+        raise no_head(config, folder)
+    return found
+
+
+def loading_keys(folder: Path) -> dict[str, str]:
+    """`key_mapping` for transformers' `from_pretrained`; empty where it finds the tensors by itself."""
+    return key_mapping(tensor_table(folder))
 
 
 def _check_against(table: Mapping[str, TensorInfo], geometry: Geometry, folder: Path) -> None:
@@ -268,11 +224,17 @@ def _check_against(table: Mapping[str, TensorInfo], geometry: Geometry, folder: 
     for name, shape in wanted.items():
         if name not in table:
             raise CheckpointError(
-                f"{folder} lacks the tensor {name}, which its config.json demands.", hint="Download it again."
+                f"{folder} lacks the tensor {name}, which its config.json demands.",
+                hint="config.json and weights must be of the same model; if they are, download them again.",
             )
         if table[name].dtype not in FLOATS:
             raise UnsupportedModelError(
                 f"{folder} stores {name} as {table[name].dtype}.", hint=f"Accepted: {', '.join(FLOATS)}."
+            )
+        if table[name].shape == (0,):
+            raise CheckpointError(
+                f"{folder} holds an empty {name}: it was saved while DeepSpeed (ZeRO-3) held the weights elsewhere.",
+                hint="Gather them with DeepSpeed's zero_to_fp32.py, and save again.",
             )
         if table[name].shape != shape:
             raise CheckpointError(
@@ -280,23 +242,35 @@ def _check_against(table: Mapping[str, TensorInfo], geometry: Geometry, folder: 
                 hint="config.json and weights must be of the same model.",
             )
     # Tied checkpoints sometimes carry a redundant lm_head; it passes through unchanged.
-    spare = {name for name in table if name not in wanted and name != "lm_head.weight"}
+    spare = {name for name in table if name not in wanted and name != LM_HEAD}
     spare = {name for name in spare if not name.endswith("rotary_emb.inv_freq")}
     if spare:
         raise UnsupportedModelError(
             f"{folder} holds {min(spare)}, which {geometry.family.architecture} does not have.",
-            hint="Quantised, adapted or extended checkpoints must be merged into plain weights first.",
+            hint="config.json and weights must be of the same model, without parts that were added to it.",
         )
 
 
-def dtype_bytes(dtype: str) -> int:
-    """Bytes per element of a safetensors dtype name."""
-    return WORD_BYTES[dtype]
-
-
 def file_order(folder: Path) -> list[Path]:
-    """The weight files of a folder, sorted by name."""
+    """The weight files that are read of a folder, sorted by name. Raises CheckpointError."""
     return [folder / name for name in sorted(_weight_files(folder))]
+
+
+def refuse_by_configuration(folder: Path) -> None:
+    """Raise for a folder whose config.json alone shows that it cannot be cut, or is broken."""
+    refuse_declared(Checkpoint(folder).config, folder)
+
+
+def absent_shards(folder: Path) -> list[str]:
+    """Shards that the index of a folder promises and the folder lacks."""
+    if (folder / SINGLE_NAME).is_file() or not (folder / INDEX_NAME).is_file():
+        return []
+    return sorted(name for name in _promised(folder / INDEX_NAME) if not (folder / name).is_file())
+
+
+def not_carried(folder: Path) -> list[str]:
+    """What lies in a model folder and goes with no cut of it (see `companions`), weights that are not read included."""
+    return left_out(folder, [INDEX_NAME, *(path.name for path in file_order(folder))])
 
 
 def sync_folder(folder: Path) -> None:

@@ -11,9 +11,13 @@ from collections.abc import Iterator, Sequence
 from sspcompile.families import Geometry, Linear, layer_prefix
 
 Shapes = dict[str, tuple[int, ...]]
+DECODER = "model."
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm"
 LM_HEAD = "lm_head.weight"
+# A sparse MLP as transformers 5 holds it in memory, whatever the family calls its parts on disk.
+SPARSE_MLP = "mlp."
+ROUTER, EXPERTS_GATE_UP, EXPERTS_DOWN = "mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 
 
 def size_of(g: Geometry, name: str) -> int:
@@ -86,7 +90,7 @@ def _mlp(g: Geometry, layer: int) -> Iterator[tuple[str, tuple[int, ...], bool]]
     prefix = layer_prefix(layer)
     if layer not in g.sparse or g.family.experts is None:
         for linear in g.family.mlp:
-            shape = _shape(g, linear)
+            shape = linear_shape(g, linear)
             yield f"{prefix}{linear.name}.weight", shape, True
             if g.mlp_bias:
                 yield f"{prefix}{linear.name}.bias", shape[:1], True
@@ -95,10 +99,11 @@ def _mlp(g: Geometry, layer: int) -> Iterator[tuple[str, tuple[int, ...], bool]]
     yield f"{prefix}{experts.router}.weight", (g.experts, g.hidden), True
     for number in range(g.experts):
         for linear in experts.parts:
-            yield f"{prefix}{experts.expert.format(number)}.{linear.name}.weight", _shape(g, linear), False
+            yield f"{prefix}{experts.expert.format(number)}.{linear.name}.weight", linear_shape(g, linear), False
 
 
-def _shape(g: Geometry, linear: Linear) -> tuple[int, int]:
+def linear_shape(g: Geometry, linear: Linear) -> tuple[int, int]:
+    """[rows, columns] of one matrix of an MLP."""
     return size_of(g, linear.rows), size_of(g, linear.columns)
 
 

@@ -5,31 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import shutil
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from sspcompile.checkpoint.source import INDEX_NAME, SINGLE_NAME, WORD_BYTES
+from sspcompile.checkpoint.headers import WORD_BYTES
+from sspcompile.checkpoint.source import INDEX_NAME, SINGLE_NAME
 from sspcompile.checkpoint.transfer import Extent, Moved, copy_extent, hard_link, write_all
 
 # transformers refuses a file whose metadata names no framework.
 METADATA = {"format": "pt"}
-COMPANION_PATTERNS = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "generation_config.json",
-    "*.model",
-    "*.tiktoken",
-    "LICENSE*",
-    "NOTICE*",
-)
 
 Piece = bytes | memoryview | Extent
 
@@ -79,7 +67,7 @@ def write_checkpoint(
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     _write_side_by_side(
         [
-            lambda moved, path=folder / name, shard=shard: _write_shard(path, shard, moved, link_unchanged)
+            partial(_write_shard, folder / name, shard, link=link_unchanged)
             for name, shard in zip(names, shards, strict=True)
         ],
         progress,
@@ -197,11 +185,3 @@ def _write_file(path: Path, tensors: Sequence[OutputTensor], moved: Moved) -> No
                 moved(count)
             if written != tensor.nbytes:
                 raise ValueError(f"{tensor.name}: {written} bytes where {tensor.nbytes} were planned")
-
-
-def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy tokenizer, chat template, generation settings and licence byte for byte; returns the names."""
-    names = sorted({path.name for pattern in COMPANION_PATTERNS for path in source.glob(pattern) if path.is_file()})
-    for name in names:
-        shutil.copyfile(source / name, target / name)
-    return names

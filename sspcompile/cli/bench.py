@@ -90,7 +90,7 @@ def bench(
     from sspcompile.api.bench import bench as run
     from sspcompile.cli.progress import stages
 
-    request = BenchRequest(
+    request = BenchRequest.of(
         quick=quick,
         runtimes=_runtimes(runtimes),
         batch=batch,

@@ -14,6 +14,7 @@ from sspcompile.cli.options import (
     overwrite_option,
     quiet_option,
     request_of,
+    say_left_out,
     warn,
     warn_unknown,
     workspace,
@@ -89,11 +90,14 @@ def build(
     with stages(quiet) as progress:
         outcome = run(request, dense, out, workspace(), progress, overwrite=overwrite)
     warn_unknown(outcome.selection.reading.mixture)
-    from sspcompile.api.reporting import report_of
+    from sspcompile.api.reporting import origin_of, report_of
+    from sspcompile.checkpoint.locate import EMBEDDED
     from sspcompile.cli.tables import print_report
 
     print_report(report_of(outcome), as_json=as_json, only=None if verbose else SUMMARY)
     click.echo(f"Written to {out}; the whole report is {out / 'report.html'}. Next: sspcompile bench", err=True)
+    if request.options.model not in (None, EMBEDDED):  # whose folder is the package's own
+        say_left_out(origin_of(outcome)["left_out"], quiet=quiet)
 
 
 def _sweep(

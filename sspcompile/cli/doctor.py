@@ -33,17 +33,13 @@ def doctor(as_json: bool) -> None:
         problems.append("onnxruntime and onnxruntime-gpu overwrite each other: uninstall both, install one")
     if not (embedded_model() / "model.safetensors").is_file():
         problems.append("the embedded model is missing: install the package again")
-    facts = {
-        "versions": versions,
-        "devices": ["cpu"] + [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
-        "threads": torch.get_num_threads(),
-        "problems": problems,
-    }
+    devices = ["cpu"] + [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
+    facts = {"versions": versions, "devices": devices, "threads": torch.get_num_threads(), "problems": problems}
     if as_json:
         click.echo(json.dumps(facts, indent=1))
     else:
         for name, version in versions.items():
             click.echo(f"{name:18} {version or 'not installed'}")
-        click.echo(f"{'devices':18} {', '.join(facts['devices'])}")
+        click.echo(f"{'devices':18} {', '.join(devices)}")
     if problems:
         raise RunError("; ".join(problems) + ".")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sspcompile.cli.options import json_option, quiet_option, scenario_option, workspace
+from sspcompile.cli.options import build_option, json_option, quiet_option, scenario_option, workspace
 
 if TYPE_CHECKING:
     from sspcompile.evaluate.harness import HarnessRow
@@ -34,7 +34,8 @@ Examples:
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="PATH",
-    help="A .jsonl file with prompt and answer, or XDomainBench .json files or a folder of them; may be repeated.",
+    help="A .jsonl file of prompts with answers or of messages, XDomainBench .json files, or a folder of them; "
+    "may be repeated.",
 )
 @scenario_option
 @click.option(
@@ -42,8 +43,15 @@ Examples:
 )
 @click.option("--items", type=click.IntRange(1), metavar="N", help="At most N prompts per suite (100; all of --data).")
 @click.option("--batch-size", type=click.IntRange(1), default=32, metavar="N", help="Sequences at once (32).")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=32, metavar="N", help="Tokens of an answer (32).")
-@click.option("--max-tokens", type=click.IntRange(8), default=512, metavar="N", help="Tokens read of a prompt (512).")
+@click.option("--max-new-tokens", type=click.IntRange(1), metavar="N", help="Tokens of an answer (32).")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(8),
+    metavar="N",
+    help="Tokens read of a prompt (512, or what the models have positions for).",
+)
+@build_option("chat_template")
+@build_option("raw")
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, metavar="N", help="Seed of every random choice (0).")
 @click.option("--lm-eval", "tasks", metavar="TASK[,TASK]", help="Run tasks of lm-evaluation-harness instead.")
 @click.option(
@@ -62,8 +70,10 @@ def evaluate(
     against: str | None,
     items: int | None,
     batch_size: int,
-    max_new_tokens: int,
-    max_tokens: int,
+    max_new_tokens: int | None,
+    max_tokens: int | None,
+    chat_template: str | None,
+    raw: bool | None,
     seed: int,
     tasks: str | None,
     tasks_folder: Path | None,
@@ -83,10 +93,18 @@ def evaluate(
     from sspcompile.api.arguments import cut_model
     from sspcompile.api.evaluate import evaluate as run
     from sspcompile.cli.progress import stages
-    from sspcompile.evaluate.asking import Limits
+    from sspcompile.evaluate.asking import limits_for
+    from sspcompile.model.chat import Rendering
 
-    model = cut_model(artifact, against, workspace(), option="--against")
-    limits = Limits(max_tokens, max_new_tokens, batch_size)
+    rendering = Rendering(chat_template, bool(raw)) if raw or chat_template is not None else None
+    model = cut_model(artifact, against, workspace(), option="--against", rendering=rendering)
+    limits = limits_for(model.positions, max_tokens, max_new_tokens, batch_size)
+    if max_tokens is not None and limits.max_tokens < max_tokens:
+        click.echo(
+            f"Note: prompts are shortened to {limits.max_tokens} tokens: with {limits.new_tokens} of an answer, the "
+            f"longest text of the models has {limits.positions}.",
+            err=True,
+        )
     with stages(quiet) as progress:
         results = run(model, workspace(), progress, scenario=scenario, data=data, items=items, limits=limits, seed=seed)
     if as_json:

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sspcompile.cli.options import host_option, json_option, overwrite_option, quiet_option, workspace
+from sspcompile.cli.options import host_option, json_option, overwrite_option, quiet_option, say_left_out, workspace
 
 if TYPE_CHECKING:
     from sspcompile.api.export import Published
     from sspcompile.export.onnx import Precision
     from sspcompile.export.onnx.agreement import Agreement
+
+
+NOTICEABLE_BYTES, NOTICEABLE_SHARE = 1_000_000, 0.1
 
 
 @click.command(
@@ -66,9 +69,9 @@ Examples:
 )
 @click.option(
     "--context-length",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=2),
     metavar="N",
-    help="ONNX: make the graph for N positions instead of all that the model has.",
+    help="ONNX: make the graph for texts of at most N tokens instead of all positions that the model has.",
 )
 @click.option(
     "--last-logits",
@@ -114,6 +117,9 @@ def export(
     with stages(quiet) as progress:
         done = run(found, request, workspace(), progress, out=out, overwrite=overwrite)
     measured = _measured(done)
+    _say_tables(done)
+    if found.kind == "model":
+        say_left_out(done.left_out, quiet=quiet)
     if as_json:
         click.echo(json.dumps({"folder": str(done.folder), "files": done.files, **measured}))
         return
@@ -131,14 +137,26 @@ def _measured(done: Published) -> dict[str, object]:
     if done.agreement is None or done.precision is None:
         return {}
     agreement = {**asdict(done.agreement), "relative": done.agreement.relative}
-    return {"precision": done.precision.name, "agreement": agreement}
+    return {"precision": done.precision.name, "context_length": done.context_length, "agreement": agreement}
+
+
+def _say_tables(done: Published) -> None:
+    """Say on stderr what the tables of a long context take, where that is a noticeable part of an export."""
+    tables, context, total = done.table_bytes or 0, done.context_length, sum(done.files.values())
+    if context and tables >= NOTICEABLE_BYTES and tables >= NOTICEABLE_SHARE * total:
+        click.echo(
+            f"Note: {tables:,} of the {total:,} bytes are rotary tables for texts of up to {context:,} tokens, "
+            f"{tables // context:,} bytes for each. Where shorter texts will do, give --context-length N.",
+            err=True,
+        )
 
 
 def _sentence(a: Agreement, precision: Precision) -> str:
     if precision.gate is not None:
+        own = f" Rounding alone makes {a.rounding:.1e} in transformers." if a.rounding is not None else ""
         return (
             f"{a.texts} texts came out as in transformers: logits within {a.relative:.1e} of their scale, "
-            f"{a.new_tokens} greedy tokens of each {'the same' if a.same_text else 'with small differences'}."
+            f"{a.new_tokens} greedy tokens of each {'the same' if a.same_text else 'with small differences'}.{own}"
         )
     return (
         f"Rounding to {precision.name} costs {a.mean_kl:.4f} nats per token against fp32 on {a.texts} texts; "

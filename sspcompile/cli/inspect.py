@@ -30,9 +30,9 @@ def inspect(artifact: str | None, svg: Path | None, overwrite: bool, as_json: bo
     found = demand(named(artifact, workspace()), "build", "cut", command="inspect")
     mask = load_mask(found.folder / MASK, empty_layers=True)
     if svg is not None:
-        from sspcompile.api.reporting import mask_section
         from sspcompile.checkpoint.publish import write_atomically
         from sspcompile.errors import InputError, OutputExistsError
+        from sspcompile.report.heads import mask_section
         from sspcompile.report.svg import render_svg
 
         if svg.is_dir() or not svg.parent.is_dir():

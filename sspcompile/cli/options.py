@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -38,6 +38,15 @@ class Counts(click.ParamType):
 
 COUNTS = Counts()
 
+NAMED = 8
+
+
+def say_left_out(names: Sequence[str], *, quiet: bool) -> None:
+    """One line on stderr about files of the source that the output lacks; the manifest names them all."""
+    if names and not quiet:
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        click.echo(f"Left out of what the model's folder holds: {', '.join(names[:NAMED])}{more}", err=True)
+
 
 def byte_size(text: str | None, option: str) -> int | None:
     """`5GB`, `200MiB` or `1000000` as bytes. Raises InputError."""
@@ -58,6 +67,8 @@ def build_option(name: str) -> Callable[[Command], Command]:
     """
     shown, kind, default = shown_of(name), kind_of(name), default_of(name)
     choices = f"[{'|'.join(kind.choices)}]"
+    if kind.switch:
+        return click.option(flag(name), is_flag=True, default=None, help=shown.help)
     return click.option(
         flag(name),
         *([shown.short] if shown.short else []),

@@ -32,6 +32,8 @@ Examples:
     metavar="NAME",
     help="Score of the heads to prepare, may be repeated; `sspcompile criteria` lists them.  [default: fisher-rounds]",
 )
+@build_option("chat_template")
+@build_option("raw")
 @build_option("max_tokens")
 @build_option("continuation_tokens")
 @build_option("seed")
@@ -47,6 +49,7 @@ def prepare(criteria: tuple[str, ...], device_map: str | None, as_json: bool, qu
     processes share the texts, one process per GPU, and find what one alone would find.
     """
     from sspcompile.model import parallel
+    from sspcompile.model.chat import rendering_of
     from sspcompile.model.dense import open_dense
     from sspcompile.prepare.toolkits import toolkit_folder, toolkit_for
     from sspcompile.request.options import resolve
@@ -59,7 +62,7 @@ def prepare(criteria: tuple[str, ...], device_map: str | None, as_json: bool, qu
     pools_of(options)  # refused, if at all, before the model is loaded
     dense = open_dense(options.model)
     with parallel.joined() as world, stages(quiet or not world.first) as progress:
-        loaded = dense.load(device=world.device, device_map=device_map)
+        loaded = dense.load(device=world.device, device_map=device_map, rendering=rendering_of(options))
         toolkit, fresh = toolkit_for(dense, loaded, options, workspace(), progress, criteria or (AUTO_CRITERION,))
     if not world.first:
         return

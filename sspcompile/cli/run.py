@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 
 import click
 
@@ -63,6 +64,7 @@ Examples:
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, metavar="N", help="Seed of the draws."
 )
 @click.option("--raw", is_flag=True, help="Leave the chat template out.")
+@click.option("--chat-template", metavar="NAME", help="Use this one of several chat templates.")
 @click.option("--dense", is_flag=True, help="Use the model that the artifact was cut from, to compare.")
 @click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="Run on cpu, or on cuda.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that a model folder of others brings along.")
@@ -76,6 +78,7 @@ def run(
     top_p: float,
     seed: int,
     raw: bool,
+    chat_template: str | None,
     dense: bool,
     device: str,
     trust_remote_code: bool,
@@ -91,21 +94,33 @@ def run(
     texts = [_read(prompt) for prompt in prompts]
     with stages(quiet):
         from sspcompile.api.arguments import named
-        from sspcompile.api.run import Sampling, open_model, write
+        from sspcompile.api.run import Sampling, open_model, prompt_tokens, write
+        from sspcompile.model.chat import Rendering
 
-        found = named(artifact, workspace())
-        folder, model = open_model(found, dense=dense, device=device, trust_remote_code=trust_remote_code)
+        folder, model = open_model(
+            named(artifact, workspace()),
+            dense=dense,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            rendering=Rendering(chat_template, raw),
+        )
+    for text in texts:  # none is answered where another one cannot be
+        prompt_tokens(model, text)
     sampling, texts_written = Sampling(temperature, top_p, seed), []
     for number, text in enumerate(texts):
         if len(texts) > 1 and not as_json:
             click.echo(f"{chr(10) if number else ''}> {visible(text)}")
-        show = _silent if as_json else _show
-        done = write(model, text, new_tokens=max_new_tokens, sampling=sampling, raw=raw, on_text=show)
+        show: Callable[[str], None] = _silent if as_json else _show
+        done = write(model, text, new_tokens=max_new_tokens, sampling=sampling, on_text=show)
         texts_written.append(done)
-        if as_json:
-            continue
-        click.echo()
-        if not quiet:
+        if not as_json:
+            click.echo()
+        if done.full_context is not None:
+            click.echo(
+                f"Note: the text ends at {done.full_context} tokens, prompt included: the model has no more positions.",
+                err=True,
+            )
+        if not quiet and not as_json:
             rate = f", {done.tokens_per_s:.0f} tokens/s after it" if done.tokens_per_s is not None else ""
             count = f"{len(done.tokens)} token{'s' if len(done.tokens) != 1 else ''}"
             click.echo(f"({count}, the first after {1000 * done.first_token_s:.0f} ms{rate})", err=True)
@@ -134,7 +149,7 @@ def _read(prompt: str) -> str:
 
     if prompt != "-":
         return prompt
-    data = click.get_binary_stream("stdin").read(PROMPT_BYTES + 1)
+    data = sys.stdin.buffer.read(PROMPT_BYTES + 1)
     if len(data) > PROMPT_BYTES:
         raise InputError("The prompt on stdin is longer than 1 MiB.", hint="Give a shorter one.")
     try:

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import click
 
-from sspcompile.cli.options import byte_size, host_option, json_option, model_option, overwrite_option, quiet_option
+from sspcompile.cli.options import (
+    byte_size,
+    host_option,
+    json_option,
+    model_option,
+    overwrite_option,
+    quiet_option,
+    say_left_out,
+)
 
 
 @click.command(
@@ -61,7 +69,7 @@ def slice_command(
         from sspcompile.cli.progress import stages
 
         with stages(quiet, libraries=False) as progress:
-            write_cut(
+            manifest = write_cut(
                 cut,
                 out,
                 max_shard_bytes=limit,
@@ -70,6 +78,7 @@ def slice_command(
                 overwrite=overwrite,
                 progress=progress,
             )
+        say_left_out(manifest.origin["left_out"], quiet=quiet)
     if as_json:
         from sspcompile.slicing.plan import plan_json
 

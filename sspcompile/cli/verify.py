@@ -24,16 +24,17 @@ Examples:
 @click.option(
     "--layerwise/--whole",
     default=None,
-    help="Hold one layer of each model at a time, or both models; by default, what the free memory allows.",
+    help="Hold one layer of each model at a time, or whole models; by default, what the free memory allows.",
 )
 @json_option
 @quiet_option
 def verify(artifact: str | None, model: str | None, layerwise: bool | None, as_json: bool, quiet: bool) -> None:
-    """Check every file's sha256, load the model in a fresh process, and compare it with the masked dense model.
+    """Check every file's sha256 and every weight that was kept, load the model in a fresh process, and compare it with
+    the masked dense model in float64.
 
     ARTIFACT is a build, or a folder that `sspcompile slice` wrote; without it, the last build. Models that do not fit
-    into memory twice are compared layer by layer, from their files. The dense model is looked for where the build
-    found it; --model names another place.
+    into memory are compared layer by layer, from their files. The dense model is looked for where the build found it;
+    --model names another place.
     """
     from sspcompile.api.arguments import named
     from sspcompile.api.verify import verify as run
@@ -44,12 +45,11 @@ def verify(artifact: str | None, model: str | None, layerwise: bool | None, as_j
         found = run(named_folder, model, progress, layerwise=layerwise)
     manifest, parity = found.manifest, found.parity
     if as_json:
-        figures = {**asdict(parity), "relative": parity.relative, "layerwise": found.layerwise}
-        click.echo(json.dumps({"files": len(manifest.files), **figures}))
+        click.echo(json.dumps({"files": len(manifest.files), **asdict(parity), "relative": parity.relative}))
         return
     click.echo(f"{named_folder.folder}: {len(manifest.files)} files match their manifest")
     click.echo(
-        f"{parity.prompts} prompts: largest logit difference {parity.max_difference:.2e} "
-        f"({parity.relative:.1e} of the scale), "
-        + ("same next tokens, layer by layer" if found.layerwise else "same greedy text")
+        f"{parity.prompts} prompts: copied weights are the source's, bit for bit; largest logit difference "
+        f"{parity.relative:.1e} of the scale in {parity.dtype}, "
+        + ("same next tokens, layer by layer" if parity.layerwise else "same greedy text")
     )

@@ -17,8 +17,9 @@ from sklearn.linear_model import RidgeCV
 
 from sspcompile.criteria.units import CriterionInput, Units
 from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.divergence import token_kl
 from sspcompile.model.hooks import head_gates
-from sspcompile.model.logits import decoder_output, divergence, log_probabilities
+from sspcompile.model.logits import decoder_output, mean_by_sequence, scored_logits
 
 CLOSED_SHARE = 1 / 8
 MASKS_PER_UNIT = 4
@@ -61,10 +62,10 @@ def _damage(loaded: LoadedModel, given: CriterionInput, units: Units, closed: np
     gates = torch.from_numpy(~closed).float().view(-1, units.layers, units.count).to(loaded.device)
     damage = np.zeros(len(closed))
     for index, batch in enumerate(given.batches):
-        dense = log_probabilities(loaded, decoder_output(loaded, batch), batch.score_mask)
+        dense = scored_logits(loaded, decoder_output(loaded, batch), batch.score_mask)
         for number, gate in enumerate(gates):
             with head_gates(loaded, units.gates(gate)):
-                other = log_probabilities(loaded, decoder_output(loaded, batch), batch.score_mask)
-            damage[number] += divergence(dense, other, batch.score_mask).sum()
+                other = scored_logits(loaded, decoder_output(loaded, batch), batch.score_mask)
+            damage[number] += float(mean_by_sequence(token_kl(dense, other), batch.score_mask).sum())
         given.report(index + 1, len(given.batches))
     return damage / given.prompts

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from sspcompile.criteria.units import CriterionInput, Units
 from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.divergence import token_kl
 from sspcompile.model.hooks import LayerCall, head_gates, recorded_calls
-from sspcompile.model.logits import decoder_output, divergence, log_probabilities
+from sspcompile.model.logits import decoder_output, mean_by_sequence, scored_logits
 from sspcompile.model.modules import layer_output
 from sspcompile.model.text import Batch
 
@@ -25,7 +26,7 @@ class Closing:
     """How far masks that close one unit more than a base mask are from the dense model.
 
     Layers below the closed unit are not recomputed: half a forward pass on average. Holds the hidden states of all
-    layers, [B, T, d] each, and the dense log-probabilities, [S, V], of every batch.
+    layers, [B, T, d] each, and the dense logits, [S, V], of every batch.
     """
 
     @torch.inference_mode()
@@ -35,9 +36,9 @@ class Closing:
         self.calls: list[Mapping[int, LayerCall]] = []
         self.base = torch.ones(units.layers, units.count, device=loaded.device)
         for batch in batches:
-            with recorded_calls(loaded) as calls:
+            with recorded_calls(loaded.layers) as calls:
                 hidden = decoder_output(loaded, batch)
-            self.dense.append(log_probabilities(loaded, hidden, batch.score_mask))
+            self.dense.append(scored_logits(loaded, hidden, batch.score_mask))
             self.calls.append(calls)
 
     @torch.inference_mode()
@@ -46,7 +47,7 @@ class Closing:
         self.base[layer, unit] = 0
         with head_gates(self.loaded, self.units.gates(self.base)):
             for number, batch in enumerate(self.batches):
-                with recorded_calls(self.loaded) as calls:
+                with recorded_calls(self.loaded.layers) as calls:
                     decoder_output(self.loaded, batch)
                 self.calls[number] = calls
 
@@ -58,8 +59,8 @@ class Closing:
         found = []
         with head_gates(self.loaded, self.units.gates(gates)):
             for batch, dense, calls in zip(self.batches, self.dense, self.calls, strict=True):
-                closed = log_probabilities(self.loaded, self._resume(calls, layer), batch.score_mask)
-                found.append(divergence(dense, closed, batch.score_mask))
+                closed = scored_logits(self.loaded, self._resume(calls, layer), batch.score_mask)
+                found.append(mean_by_sequence(token_kl(dense, closed), batch.score_mask).cpu().numpy())
         return np.concatenate(found)
 
     def _resume(self, calls: Mapping[int, LayerCall], first: int) -> Tensor:

@@ -19,7 +19,6 @@ from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.text import Batch
 
 EPS = 1e-6
-NORMS = ("hidden", "probe")
 
 
 def write_shares(outputs: Tensor, columns: Tensor, directions: Tensor, norm: str) -> Tensor:

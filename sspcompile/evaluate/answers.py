@@ -17,23 +17,13 @@ import torch
 from torch import Tensor
 
 from sspcompile.errors import InputError
-from sspcompile.model.text import (
-    BATCH_TOKENS,
-    MAX_TOKENS,
-    Batch,
-    Prompt,
-    Sentence,
-    batches_of,
-    messages,
-    render,
-    shortened,
-    token_ids,
-)
+from sspcompile.model.chat import render, replies
+from sspcompile.model.text import BATCH_TOKENS, MAX_TOKENS, Batch, Sentence, batches_of, shortened, token_ids
+from sspcompile.model.vocabulary import end_id
+from sspcompile.request.prompts import Prompt, messages_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from sspcompile.model.decoder import TextModel
+    from sspcompile.model.decoder import LanguageModel
 
 
 class Labelled(Protocol):
@@ -89,21 +79,24 @@ def alternatives(answer: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def encode_items(
-    loaded: TextModel,
+    loaded: LanguageModel,
     items: Sequence[Labelled],
     max_tokens: int = MAX_TOKENS,
     batch_tokens: int = BATCH_TOKENS,
     *,
     batch_size: int | None = None,
+    positions: int | None = None,
 ) -> EncodedItems:
-    """Tokenise and batch items on the model's device. Prompts are cut as everywhere, answers never.
+    """Tokenise and batch items on the model's device. Prompts are cut as everywhere, and so far that prompt and answer
+    fit `positions` tokens; answers never.
 
     Raises InputError for an empty prompt or answer, and for no items.
     """
     pairs = [(owner, item.prompt, text) for owner, item in enumerate(items) for text in alternatives(item.answer)]
     if len({owner for owner, _, _ in pairs}) != len(items) or not pairs:
         raise InputError("There is an item without an answer, or no item at all.", hint="Give every item an answer.")
-    rows = encode_references(loaded, [prompt for _, prompt, _ in pairs], [text for _, _, text in pairs], max_tokens)
+    prompts, answers = [prompt for _, prompt, _ in pairs], [text for _, _, text in pairs]
+    rows = encode_references(loaded, prompts, answers, max_tokens, positions=positions)
     batches = tuple(_with_targets(batch) for batch in batches_of(loaded, rows, batch_tokens, batch_size))
     return EncodedItems(
         batches=batches,
@@ -114,16 +107,26 @@ def encode_items(
 
 
 def encode_references(
-    loaded: TextModel, prompts: Sequence[Prompt], answers: Sequence[str], max_tokens: int = MAX_TOKENS
+    loaded: LanguageModel,
+    prompts: Sequence[Prompt],
+    answers: Sequence[str],
+    max_tokens: int = MAX_TOKENS,
+    *,
+    positions: int | None = None,
 ) -> list[Sentence]:
-    """Each prompt with its answer and an end token behind it; `prompt` counts the tokens before the answer."""
+    """Each prompt with its answer and an end token behind it; `prompt` counts the tokens before the answer.
+
+    Raises InputError for an empty prompt or answer, and for an answer that leaves a prompt no room in `positions`.
+    """
     tokenizer, ends = loaded.tokenizer, loaded.ends
-    opened = render(tokenizer, prompts)
-    closed = [text + _reply(tokenizer, p, text, a) for p, text, a in zip(prompts, opened, answers, strict=True)]
-    found = []
-    both = zip(token_ids(tokenizer, opened), token_ids(tokenizer, closed), prompts, answers, strict=True)
-    for before, whole, prompt, answer in both:
-        if not before or not messages(prompt)[-1]["content"].strip() or not answer.strip():
+    rendering, end = loaded.rendering, end_id(tokenizer, ends, loaded.vocab)
+    opened = render(tokenizer, prompts, rendering)
+    behind = replies(tokenizer, prompts, opened, answers, rendering)
+    closed = [text + reply for text, reply in zip(opened, behind, strict=True)]
+    found: list[Sentence] = []
+    encoded = (token_ids(tokenizer, texts, rendering) for texts in (opened, closed))
+    for before, whole, prompt, answer in zip(*encoded, prompts, answers, strict=True):
+        if not before or not messages_of(prompt)[-1].content.strip() or not answer.strip():
             raise InputError(f"A prompt or its answer is empty: {prompt!r}, {answer!r}.", hint="Fill it in.")
         if whole[: len(before)] == before:
             reply = whole[len(before) :]
@@ -131,19 +134,15 @@ def encode_references(
             # The last token of the prompt grew into the answer. Decoding starts from the prompt's own tokens.
             text = closed[len(found)].removeprefix(opened[len(found)])
             reply = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-        ids = shortened(before, max_tokens)
-        found.append(Sentence(ids + _closed(reply, ends, tokenizer.eos_token_id), len(ids)))
+        reply = _closed(reply, ends, end)
+        if positions is not None and len(reply) >= positions:
+            raise InputError(
+                f"An answer has {len(reply)} tokens; the longest text of the models has {positions}.",
+                hint="Shorten it, or leave the question out.",
+            )
+        ids = shortened(before, max_tokens if positions is None else min(max_tokens, positions - len(reply)))
+        found.append(Sentence(ids + reply, len(ids)))
     return found
-
-
-def _reply(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, opened: str, answer: str) -> str:
-    """What stands behind the rendered prompt when the model gives this answer."""
-    if not tokenizer.chat_template:
-        return answer if opened[-1:].isspace() else f" {answer}"
-    turns = [*messages(prompt), {"role": "assistant", "content": answer}]
-    whole = tokenizer.apply_chat_template(turns, tokenize=False)
-    # Some templates open the reply with more than they keep of it in the history; the answer then stands alone.
-    return whole.removeprefix(opened) if whole.startswith(opened) else answer
 
 
 def _closed(reply: tuple[int, ...], ends: frozenset[int], end: int | None) -> tuple[int, ...]:
@@ -165,7 +164,7 @@ def _with_targets(batch: Batch) -> EncodedBatch:
 
 
 @torch.inference_mode()
-def answer_scores(loaded: TextModel, encoded: EncodedItems) -> AnswerScores:
+def answer_scores(loaded: LanguageModel, encoded: EncodedItems) -> AnswerScores:
     """Score every item by one forward pass over its prompt and each of its references.
 
     Runs the model as it is, so inside `head_gates` and `repaired` it scores the masked, repaired model.

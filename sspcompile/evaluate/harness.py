@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sspcompile.errors import InputError
+from sspcompile.model.loading import readable
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,13 @@ def run_harness(
 
     `tasks_folder` holds further task definitions; `items` limits each task's documents.
 
-    Raises InputError for an unknown task, or a folder that is not there.
+    Raises InputError for an unknown task, or a folder that is not there, and CheckpointError for a model that
+    transformers refuses.
     """
     require_harness()
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
+    from transformers import AutoConfig
 
     if tasks_folder is not None and not tasks_folder.is_dir():
         raise InputError(f"There is no folder {tasks_folder}.", hint="--lm-eval-tasks-dir takes a folder of tasks.")
@@ -57,6 +60,8 @@ def run_harness(
     found = []
     for folder, trust in models:
         arguments = {"pretrained": str(folder), "dtype": "float32", "trust_remote_code": trust}
+        with readable(folder):  # before the harness reads data: it loads by the folder's own class alone
+            AutoConfig.from_pretrained(folder, trust_remote_code=trust)
         result = simple_evaluate(
             model="hf",
             model_args=arguments,
@@ -83,10 +88,14 @@ def _rows(dense: Mapping[str, Mapping[str, Any]], sliced: Mapping[str, Mapping[s
             if not rest or kind.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             error = f"{kind}_stderr,{rest}"
-            figures = (value, metrics.get(error), sliced[task][name], sliced[task].get(error))
-            first, first_error, second, second_error = (x if isinstance(x, int | float) else None for x in figures)
-            rows.append(HarnessRow(task, name, first, first_error, second, second_error))
+            errors = (_number(found.get(error)) for found in (metrics, sliced[task]))
+            rows.append(HarnessRow(task, name, value, next(errors), float(sliced[task][name]), next(errors)))
     return rows
+
+
+def _number(value: object) -> float | None:
+    """What the harness calls "N/A" is None."""
+    return float(value) if isinstance(value, int | float) else None
 
 
 def rows_json(rows: Sequence[HarnessRow]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """What an evaluation asks: questions with or without answers, alone or as turns of a conversation, and their files.
 
-Files: `.jsonl` with `prompt` and `answer` per line, and the JSON of XDomainBench: a pool (a list of texts) or a
-scenario (`scenario_id`, `domain` or `cross_domains`, `turns` with `prompt`, `answer`, `task_type`), or a list of them.
+Files: `.jsonl` in the forms of `request.prompts` (`prompt` and `answer`, `messages`, ...), and the JSON of
+XDomainBench: a pool (a list of texts) or a scenario (`scenario_id`, `domain` or `cross_domains`, `turns` with `prompt`,
+`answer`, `task_type`), or a list of them.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from pydantic_core import PydanticCustomError
 from sspcompile.errors import InputError
 from sspcompile.evaluate.recall import TASK_TYPES
 from sspcompile.request.documents import Text, dotted, explain, plain_text
+from sspcompile.request.prompts import Prompt, read_line
 
 FILE_BYTES = 64 * 1024 * 1024
 ACCEPTED = (
-    'Accepted: .jsonl with {"prompt": "...", "answer": "..." or ["...", ...]} per line, '
+    'Accepted: .jsonl with {"prompt": "...", "answer": "..." or ["...", ...]} or {"messages": [...]} per line, '
     "or XDomainBench .json files or a folder of them."
 )
 
@@ -30,7 +32,7 @@ ACCEPTED = (
 class Question:
     """One turn. `answers` holds every text that counts as right, none when nobody knows."""
 
-    prompt: str
+    prompt: Prompt
     answers: tuple[str, ...] = ()
     task_type: str | None = None
     domain: str | None = None
@@ -65,15 +67,21 @@ Answers = Annotated[tuple[str, ...], BeforeValidator(_answers)]
 TaskTypeField = Annotated[str | None, BeforeValidator(_task_type)]
 
 
-class TurnFile(BaseModel):
-    """One turn of a scenario, or one line of a .jsonl file. Other keys are the file's own business."""
+class LineFile(BaseModel):
+    """What a line of a .jsonl file holds beside its prompt. Other keys are the file's own business."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
-    prompt: Text
-    answer: Answers
+    answer: Answers = ()
     task_type: TaskTypeField = None
     domain: Text | None = None
+
+
+class TurnFile(LineFile):
+    """One turn of a scenario."""
+
+    prompt: Text
+    answer: Answers
 
     def question(self, domain: str | None = None) -> Question:
         return Question(self.prompt, self.answer, self.task_type, self.domain or domain)
@@ -145,7 +153,19 @@ def _jsonl(path: Path, text: str) -> Iterator[Conversation]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f"{path}, line {number}"
-            yield Conversation((_checked(TurnFile, _parsed(where, line), where).question(),))
+            yield Conversation((_question(_parsed(where, line), where),))
+
+
+def _question(item: Any, where: str) -> Question:
+    try:
+        line = read_line(item)
+    except ValueError as error:
+        raise InputError(f"{where} {error}.", hint=ACCEPTED) from None
+    if line.answer is None and line.needs_answer:
+        raise InputError(f"{where}: answer is missing.", hint=ACCEPTED)
+    answer = {} if line.answer is None else {"answer": line.answer}
+    labels = _checked(LineFile, {**{key: item.get(key) for key in ("task_type", "domain")}, **answer}, where)
+    return Question(line.prompt, labels.answer, labels.task_type, labels.domain)
 
 
 def _xdomainbench(path: Path, value: Any) -> Iterator[Conversation]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 LICENCE_KEYS = ("license", "license_name", "license_link")
 TASK = "text-generation"
 CARD = "README.md"
+PRUNED_TAGS = ("pruned", "attention-head-pruning")
 
 
 def licence_of(folder: Path) -> dict[str, str]:
@@ -30,7 +31,7 @@ def licence_of(folder: Path) -> dict[str, str]:
         return {}
     try:
         found = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, UnicodeDecodeError):  # a README that is no card
+    except (ValueError, UnicodeDecodeError):  # a README without the header of a card
         return {}
     return {key: str(found[key]) for key in LICENCE_KEYS if found.get(key)}
 
@@ -51,11 +52,15 @@ def onnx_card(
     agreement: Any,
     precision: Any,
     *,
+    context_length: int,
     report: Mapping[str, Any] | None,
     plan: Mapping[str, Any] | None,
     last_logits: bool = False,
 ) -> str:
-    """The card of an export for ONNX Runtime. `report` and `plan` are an artifact's, None for a plain checkpoint."""
+    """The card of an export for ONNX Runtime. `report` and `plan` are an artifact's, None for a plain checkpoint.
+
+    `context_length`: tokens of the longest text. An `origin` without an artifact is that of a model that was not cut.
+    """
     return _card(
         "onnx.md",
         origin,
@@ -63,8 +68,10 @@ def onnx_card(
         name=name,
         agreement=agreement,
         precision=precision,
+        context_length=context_length,
         report=report,
         plan=plan,
+        pruned="artifact" in origin,
         last_logits=last_logits,
     )
 
@@ -76,19 +83,20 @@ def _card(
     name: str,
     report: Mapping[str, Any] | None,
     library: str = "transformers",
+    pruned: bool = True,
     **values: Any,
 ) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
     source = str(origin["source_name"])
-    # A local folder's path is the builder's business and no hub name.
+    # The path of a local folder is not a hub name, and stays with whoever built from it.
     is_hub_name = source.count("/") == 1 and not Path(source).is_absolute() and not source.startswith(".")
     measured = _metrics(report)
     data = ModelCardData(
         base_model=source if is_hub_name else None,
         library_name=library,
         pipeline_tag=TASK,
-        tags=["sspcompile", "pruned", "attention-head-pruning"],
+        tags=["sspcompile", *(PRUNED_TAGS if pruned else ())],
         model_name=name if measured else None,
         eval_results=measured or None,
         **origin.get("licence", {}),
@@ -106,6 +114,7 @@ def _card(
         name=name,
         report=report,
         licence=origin.get("licence", {}),
+        pruned=pruned,
         **values,
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))

@@ -10,9 +10,9 @@ from typing import Any
 from sspcompile.checkpoint import Checkpoint, Manifest, check_manifest, staged, write_manifest
 from sspcompile.errors import InputError
 from sspcompile.export.card import model_card
-from sspcompile.model.loading import load
 from sspcompile.progress import Progress, silent
-from sspcompile.proof.prove import Claim, prove
+from sspcompile.proof.claim import Claim
+from sspcompile.proof.prove import prove
 from sspcompile.slicing.mask import whole_mask
 from sspcompile.slicing.plan import make_plan, plan_json
 from sspcompile.slicing.write import write_model
@@ -41,13 +41,12 @@ def export_hf(
         )
     with staged(out, overwrite=overwrite) as folder:
         if host is None:
-            for path in sorted((artifact / MODEL).iterdir()):
-                shutil.copyfile(path, folder / path.name)
+            shutil.copytree(artifact / MODEL, folder, copy_function=shutil.copyfile, dirs_exist_ok=True)
         else:
             plan |= _write_hosted(artifact, folder, host, progress)
-        card = model_card(_read(artifact / REPORT), plan, dict(manifest.origin), out.name)
+        card = model_card(_read(artifact / REPORT), plan, dict(manifest.origin), out.resolve().name)
         (folder / "README.md").write_text(card, "utf-8")
-        return write_manifest(folder, {**manifest.origin, "artifact": artifact.name, "format": "hf"})
+        return write_manifest(folder, {**manifest.origin, "artifact": artifact.resolve().name, "format": "hf"})
 
 
 def _write_hosted(artifact: Path, folder: Path, host: str, progress: Progress) -> dict[str, Any]:
@@ -58,8 +57,7 @@ def _write_hosted(artifact: Path, folder: Path, host: str, progress: Progress) -
     plan = make_plan(checkpoint, mask, host=host)
     write_model(checkpoint, plan, folder)
     probes = _read(artifact / PROBES)["probes"]
-    claim = Claim(checkpoint, mask, folder, custom_code=False)
-    prove(claim, lambda: load(checkpoint.path, fingerprint=""), probes, progress)
+    prove(Claim(checkpoint, mask, folder, custom_code=False), probes, progress)
     hosted = plan_json(plan)
     return {"host": hosted["host"], "runtimes": hosted["runtimes"]}
 

@@ -15,6 +15,7 @@ from sspcompile.model.modules import o_proj, residual_norm
 from sspcompile.model.parallel import current
 from sspcompile.model.text import MAX_TOKENS, Batch, encode
 from sspcompile.progress import Steps, no_steps
+from sspcompile.request.prompts import Prompt
 
 # Called with (layer, x): x is the input of that layer's o_proj, [B, T, heads * head_dim]. It must not keep x.
 HeadReader = Callable[[int, Tensor], None]
@@ -50,7 +51,7 @@ def capture(loaded: LoadedModel, batch: Batch, read_heads: HeadReader | None = N
 
 
 def features(
-    loaded: LoadedModel, prompts: Sequence[str], max_tokens: int = MAX_TOKENS, on_batch: Steps = no_steps
+    loaded: LoadedModel, prompts: Sequence[Prompt], max_tokens: int = MAX_TOKENS, on_batch: Steps = no_steps
 ) -> np.ndarray:
     """What the probes read: [N, L, d] float32 in the order of the prompts. The same call offline and online."""
     world = current()

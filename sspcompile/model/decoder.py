@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from sspcompile.families import Geometry
+from sspcompile.families import FAMILIES, Geometry
+from sspcompile.model.cache import cache_argument, cache_of
+from sspcompile.model.chat import PLAIN, Rendering
+from sspcompile.model.context import positions_of
 from sspcompile.model.placement import input_device
+from sspcompile.model.vocabulary import ends_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,12 +24,45 @@ if TYPE_CHECKING:
 Chooser = Callable[[Tensor], Tensor]
 
 
+class LanguageModel(Protocol):
+    """What can be asked: a decoder in transformers, or an export in ONNX Runtime. `TextModel` describes the parts."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+    @property
+    def rendering(self) -> Rendering: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def vocab(self) -> int: ...
+    @property
+    def positions(self) -> int | None: ...
+    @property
+    def ends(self) -> frozenset[int]: ...
+
+    def scored_logits(self, input_ids: Tensor, attention_mask: Tensor, score_mask: Tensor) -> Tensor: ...
+
+    def continuations(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        new_tokens: int,
+        *,
+        choose: Chooser | None = None,
+        on_tokens: Callable[[list[int]], None] = ...,
+    ) -> list[list[int]]: ...
+
+
 @dataclass(frozen=True)
 class TextModel:
-    """Any decoder ready to run, dense or cut: evaluation mode, no gradients, with its tokenizer."""
+    """Any decoder ready to run, dense or cut: evaluation mode, no gradients, with its tokenizer.
+
+    `rendering` says how its prompts become text.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    rendering: Rendering = field(default=PLAIN, kw_only=True)
 
     @property
     def device(self) -> torch.device:
@@ -38,11 +75,15 @@ class TextModel:
         return self.model.config.vocab_size
 
     @property
+    def positions(self) -> int | None:
+        """The longest text that it was made for, in tokens; None where its configuration does not say."""
+        return positions_of(self.model.config.to_dict())
+
+    @property
     def ends(self) -> frozenset[int]:
-        """Every token id that ends a sequence: those of the generation configuration and the tokenizer's."""
+        """Every token id that ends a sequence."""
         declared = self.model.generation_config.eos_token_id if self.model.generation_config else None
-        ids = declared if isinstance(declared, list) else [declared]
-        return frozenset(i for i in (*ids, self.tokenizer.eos_token_id) if i is not None)
+        return ends_of(declared, self.tokenizer, self.vocab)
 
     def logits_of(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] in fp32 of the decoder's normalised output [..., d].
@@ -50,8 +91,12 @@ class TextModel:
         Granite divides them by a constant and Gemma 2 bends them towards a bound, both behind lm_head.
         """
         config = self.model.config
-        logits = self.model.lm_head(hidden).float() / getattr(config, "logits_scaling", 1.0)
-        cap = getattr(config, "final_logit_softcapping", None)
+        family = FAMILIES[config.model_type]
+        logits = self.model.lm_head(hidden).float()
+        if family.scales_logits:
+            logits = logits / config.logits_scaling
+        # A class that does not know the key has it as an attribute nevertheless, where config.json has it.
+        cap = config.final_logit_softcapping if family.caps_logits else None
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @torch.inference_mode()
@@ -78,18 +123,18 @@ class TextModel:
         `generate` is avoided: it adopts the checkpoint's repetition penalty.
         """
         ids, mask = input_ids.to(self.device), attention_mask.to(self.device)
-        positions, cache = (mask.cumsum(-1) - 1).clamp(min=0), None
+        positions, cache, cache_name = (mask.cumsum(-1) - 1).clamp(min=0), None, cache_argument(self.model)
         rows = Rows(len(ids), self.ends)
         for _ in range(new_tokens):
             output = self.model(
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **{cache_name: cache},
             )
-            cache, scores = output.past_key_values, output.logits[:, -1]
+            cache, scores = cache_of(output), output.logits[:, -1]
             tokens = scores.argmax(-1) if choose is None else choose(scores.float().cpu()).to(self.device)
             on_tokens(tokens.tolist())
             if rows.ended(tokens.tolist()):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sspcompile.checkpoint import Checkpoint, fingerprint, locate
+from sspcompile.checkpoint.companions import companions
 from sspcompile.checkpoint.locate import EMBEDDED
+from sspcompile.model.chat import PLAIN, Rendering
 
 if TYPE_CHECKING:
     from sspcompile.model.decoder import LoadedModel
@@ -25,10 +28,17 @@ class DenseModel:
     def place(self) -> str:
         """Where to find it again from any folder: a hub name, `embedded`, or an absolute path."""
         typed = Path(self.name).expanduser()
-        return str(typed.absolute()) if typed.is_dir() and self.name != EMBEDDED else self.name
+        if not typed.is_dir() or self.name == EMBEDDED:
+            return self.name
+        return os.path.abspath(typed)  # noqa: PTH100 (resolves `..` and keeps symbolic links, which absolute() does not)
 
     def load(
-        self, *, device: str = "cpu", device_map: str | None = None, trust_remote_code: bool = False
+        self,
+        *,
+        device: str = "cpu",
+        device_map: str | None = None,
+        trust_remote_code: bool = False,
+        rendering: Rendering = PLAIN,
     ) -> LoadedModel:
         # Headers alone need no torch.
         from sspcompile.model.loading import load
@@ -39,6 +49,7 @@ class DenseModel:
             device=device,
             device_map=device_map,
             trust_remote_code=trust_remote_code,
+            rendering=rendering,
         )
 
 
@@ -47,4 +58,5 @@ def open_dense(model: str | None) -> DenseModel:
     checkpoint = Checkpoint(locate(model))
     if checkpoint.has_weights:
         checkpoint.tensors  # noqa: B018 (validates headers before anything heavy starts)
+        companions(checkpoint.path)  # and what will go with a cut
     return DenseModel(checkpoint, fingerprint(checkpoint), model or EMBEDDED)

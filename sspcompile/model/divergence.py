@@ -66,12 +66,11 @@ class DivergenceAccumulator:
         index = torch.as_tensor(prompt_index).tolist()
         if dense.dim() != 2 or dense.shape != other.shape or len(index) != len(dense):
             raise ValueError(f"logits {tuple(dense.shape)} and {tuple(other.shape)} for {len(index)} positions")
-        rows = max(1, ROW_ELEMENTS // max(1, dense.shape[1]))
-        for start in range(0, len(index), rows):
-            kl, agree = _compare(dense[start : start + rows], other[start : start + rows])
-            for prompt, k, a in zip(index[start : start + rows], kl.tolist(), agree.tolist(), strict=True):
-                self._kl[prompt].append(k)
-                self._agree[prompt].append(float(a))
+        other = other.to(dense.device)
+        agree = dense.argmax(-1) == other.argmax(-1)
+        for prompt, k, a in zip(index, token_kl(dense, other).tolist(), agree.tolist(), strict=True):
+            self._kl[prompt].append(k)
+            self._agree[prompt].append(float(a))
 
     def result(self, *, seed: int = 0) -> Divergence:
         """Raises RunError when nothing was added."""
@@ -90,14 +89,22 @@ class DivergenceAccumulator:
         )
 
 
-def _compare(dense: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(dense || other) [N] in nats and equality of the greedy token [N]."""
+def token_kl(dense: Tensor, other: Tensor) -> Tensor:
+    """KL(dense || other) of the next token in nats, [N] float64, from logits [N, V] of both on one device.
+
+    Raises RunError when logits are not finite.
+    """
+    rows = max(1, ROW_ELEMENTS // max(1, dense.shape[1]))
+    parts = zip(dense.split(rows), other.split(rows), strict=True)
+    return torch.cat([_kl(a, b) for a, b in parts]) if len(dense) else torch.zeros(0, dtype=torch.float64)
+
+
+def _kl(dense: Tensor, other: Tensor) -> Tensor:
     # float64: the KL of nearly equal models is a difference of nearly equal numbers.
-    p, q = dense.double().log_softmax(-1), other.to(dense.device).double().log_softmax(-1)
+    p, q = dense.double().log_softmax(-1), other.double().log_softmax(-1)
     if not (p.isfinite().all() and q.isfinite().all()):
         raise RunError("The logits hold NaN or infinite values.", hint="Load the model in float32 and try again.")
-    kl = (p.exp() * (p - q)).sum(-1).clamp_min(0)
-    return kl, dense.argmax(-1) == other.to(dense.device).argmax(-1)
+    return (p.exp() * (p - q)).sum(-1).clamp_min(0)
 
 
 def average(divergences: Sequence[Divergence], *, seed: int = 0) -> Divergence:

@@ -123,8 +123,8 @@ class LayerCall:
 
 
 @contextlib.contextmanager
-def recorded_calls(loaded: LoadedModel) -> Iterator[dict[int, LayerCall]]:
-    """Record how each layer is called, so that it can be called again with another hidden state.
+def recorded_calls(layers: Sequence[nn.Module]) -> Iterator[dict[int, LayerCall]]:
+    """Record how each decoder layer is called, so that it can be called again with another hidden state.
 
     Raises RunError when a layer was not called, or got its hidden state by keyword.
     """
@@ -135,7 +135,7 @@ def recorded_calls(loaded: LoadedModel) -> Iterator[dict[int, LayerCall]]:
             raise RunError(f"Layer {index} is called without a positional hidden state.")
         calls[index] = LayerCall(args[0], args[1:], dict(options))
 
-    with _watched(loaded.layers, watch):
+    with _watched(layers, watch):
         yield calls
-        if len(calls) != len(loaded.layers):
-            raise RunError(f"Only {len(calls)} of {len(loaded.layers)} layers were called.")
+        if len(calls) != len(layers):
+            raise RunError(f"Only {len(calls)} of {len(layers)} layers were called.")

@@ -1,8 +1,7 @@
-"""The model's next-token distribution at the positions where it decodes, and how far one is from another."""
+"""The model's next-token distribution at the positions where it decodes."""
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,9 +34,3 @@ def mean_by_sequence(values: Tensor, score_mask: Tensor) -> Tensor:
     owner = score_mask.nonzero()[:, 0]
     total = torch.zeros(len(score_mask), dtype=values.dtype, device=values.device).index_add_(0, owner, values)
     return total / score_mask.sum(-1)
-
-
-def divergence(dense: Tensor, other: Tensor, score_mask: Tensor) -> np.ndarray:
-    """KL(dense || other) in nats, mean over each sequence's scored positions: log-probabilities [S, V] twice -> [B]."""
-    kl = (dense.exp() * (dense - other)).sum(-1).double().clamp(min=0)
-    return mean_by_sequence(kl, score_mask).cpu().numpy()

@@ -7,7 +7,7 @@ side; it is the only place where closing a head is a multiplication by zero.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -18,12 +18,12 @@ from sspcompile.model.placement import weight_of
 
 def o_proj(layer: nn.Module) -> nn.Linear:
     """The output projection of one decoder layer; its input is [batch, tokens, heads * head_dim]."""
-    return layer.self_attn.o_proj
+    return cast(nn.Linear, layer.get_submodule("self_attn.o_proj"))
 
 
 def input_norm(layer: nn.Module) -> nn.Module:
     """The module whose positional input is the residual stream before attention, [batch, tokens, hidden]."""
-    return layer.input_layernorm
+    return layer.get_submodule("input_layernorm")
 
 
 def projection_place(geometry: Geometry, name: str) -> tuple[str, slice]:
@@ -37,18 +37,18 @@ def projection_place(geometry: Geometry, name: str) -> tuple[str, slice]:
 def projection_weight(loaded: LoadedModel, layer: int, name: str) -> Tensor:
     """The weight of q_proj, k_proj, v_proj or o_proj, [rows, columns], wherever it lies; not to be written to."""
     module, rows = projection_place(loaded.geometry, name)
-    return weight_of(getattr(loaded.layers[layer].self_attn, module))[rows]
+    return weight_of(loaded.layers[layer].get_submodule(f"self_attn.{module}"))[rows]
 
 
 def residual_norm(layer: nn.Module) -> nn.Module:
     """The module whose positional input is the residual stream after attention, [batch, tokens, hidden]."""
-    family = FAMILIES[layer.self_attn.config.model_type]
-    return getattr(layer, family.residual_norm)
+    config: Any = layer.get_submodule("self_attn").config
+    return layer.get_submodule(FAMILIES[config.model_type].residual_norm)
 
 
 def down_proj(layer: nn.Module) -> nn.Linear:
     """The MLP's output projection; its input is [batch, tokens, intermediate]."""
-    return layer.mlp.down_proj
+    return cast(nn.Linear, layer.get_submodule("mlp.down_proj"))
 
 
 def layer_output(output: Tensor | tuple[Any, ...]) -> Tensor:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 GRAPH, SETTINGS = "model.onnx", "genai_config.json"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+NUMPY: Mapping[str, type[np.floating]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 @dataclass
@@ -38,11 +39,11 @@ class Cache:
 class OnnxModel:
     """A folder that `sspcompile export --format onnx` wrote, open in a session of its own."""
 
-    def __init__(self, session: InferenceSession, device: str, head_size: int | None = None) -> None:
-        """`head_size` is needed for graphs that leave it open, as onnxruntime-genai's builder does."""
+    def __init__(self, session: InferenceSession, device: str, settings: Settings | None = None) -> None:
+        """`settings` say what the graph leaves open: how long a text may be, and with some exporters the head size."""
         self.session = session
         self.device = device
-        self._head_size = head_size
+        self._settings = settings
         self._past = [value for value in session.get_inputs() if value.name.startswith("past_key_values.")]
 
     @classmethod
@@ -58,13 +59,15 @@ class OnnxModel:
         demand_runtime()
         import onnxruntime as ort
 
+        settings = read_settings(folder)
         if provider not in PROVIDERS or PROVIDERS[provider] not in ort.get_available_providers():
             found = ", ".join(name for name, full in PROVIDERS.items() if full in ort.get_available_providers())
             raise InputError(f"ONNX Runtime here has no {provider!r} provider.", hint=f"Accepted: {found}.")
         if not (folder / GRAPH).is_file():
             raise ArtifactError(f"{folder} holds no {GRAPH}.", hint="Run `sspcompile export --format onnx`.")
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        # Fatal errors only: the others are raised as well, and say the same in one line of the command line's own.
+        options.log_severity_level = 4
         if not spin:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if threads is not None:
@@ -75,28 +78,34 @@ class OnnxModel:
             reason = str(error).strip().splitlines()[0]
             raise ArtifactError(f"ONNX Runtime cannot open {folder}: {reason}", hint="Export it again.") from error
         demand_kernels(session, provider)
-        return cls(session, provider, _head_size(folder / SETTINGS))
+        return cls(session, provider, settings)
 
     @property
     def vocab(self) -> int:
         return self.session.get_outputs()[0].shape[2]
 
+    @property
+    def positions(self) -> int | None:
+        """The longest text that the graph can read, padding included; None where the folder does not say."""
+        return None if self._settings is None else self._settings.context_length
+
     def cache_shapes(self, batch: int, room: int) -> dict[str, tuple[tuple[int, ...], type[np.floating]]]:
         """Input name -> ([batch, kv heads, room, D], dtype) of every layer's keys and values."""
-        return {
-            value.name: (
-                (batch, value.shape[1], room, value.shape[3] if isinstance(value.shape[3], int) else self._head_size),
-                NUMPY[value.type],
-            )
-            for value in self._past
-        }
+        stated = None if self._settings is None else self._settings.head_size
+        shapes: dict[str, tuple[tuple[int, ...], type[np.floating]]] = {}
+        for value in self._past:
+            _, heads, _, size = value.shape
+            width: Any = size if isinstance(size, int) else stated
+            shapes[value.name] = (batch, heads, room, width), NUMPY[value.type]
+        return shapes
 
     def prefill(
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, *, capacity: int | None = None
     ) -> tuple[np.ndarray, Cache]:
         """Read tokens [B, S], padded on the left or not at all; returns logits fp32 [B, S or 1, V] and the cache.
 
-        `capacity`: columns that the cache will have room for, S by default.
+        `capacity`: columns that the cache will have room for, S by default. Raises InputError for a text that is longer
+        than what the graph can read.
         """
         import onnxruntime as ort
 
@@ -111,13 +120,20 @@ class OnnxModel:
         return self._run(input_ids, mask, cache), cache
 
     def step(self, tokens: np.ndarray, cache: Cache) -> np.ndarray:
-        """Read one more token per row, [B]; returns logits fp32 [B, V]. Raises InputError when the cache is full."""
+        """Read one more token per row, [B]; returns logits fp32 [B, V]. Raises InputError when the cache or the context
+        is full."""
         column = np.ones((len(tokens), 1), dtype=np.int64)
         return self._run(tokens[:, None], column, cache)[:, 0]
 
     def _run(self, input_ids: np.ndarray, new_mask: np.ndarray, cache: Cache) -> np.ndarray:
         mask = np.concatenate([cache.mask, new_mask.astype(np.int64)], axis=1)
         room = next(iter(cache.buffers.values())).shape()[2]
+        # The kernel reads positions from a table: beyond its end it fails, and padding counts.
+        if self.positions is not None and mask.shape[1] > self.positions:
+            raise InputError(
+                f"The export reads texts of at most {self.positions} tokens, padding included, not {mask.shape[1]}.",
+                hint="Give a shorter text, or export with a longer --context-length.",
+            )
         if mask.shape[1] > room:
             raise InputError(f"The cache has room for {room} tokens.", hint="Ask for fewer new tokens.")
         binding = self.session.io_binding()
@@ -161,14 +177,36 @@ def demand_kernels(session: InferenceSession, provider: str) -> None:
         )
 
 
-def _head_size(settings: Path) -> int | None:
-    """From genai_config.json, where there is one that can be read."""
-    if not settings.is_file():
+@dataclass(frozen=True)
+class Settings:
+    """What genai_config.json says of a graph; None where it does not.
+
+    `context_length`: the longest text, in tokens. `ends`: the tokens that end one.
+    """
+
+    head_size: int | None
+    context_length: int | None
+    ends: frozenset[int]
+
+
+def read_settings(folder: Path) -> Settings | None:
+    """The genai_config.json of an export, None where there is none. Raises ArtifactError for one that is damaged."""
+    path = folder / SETTINGS
+    if not path.is_file():
         return None
     try:
-        return int(json.loads(settings.read_text("utf-8"))["model"]["decoder"]["head_size"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{settings} is damaged.", hint="Export it again.") from error
+        model = json.loads(path.read_text("utf-8"))["model"]
+        sizes = (model["decoder"].get("head_size"), model.get("context_length"))
+        declared = model.get("eos_token_id")
+        ends = declared if isinstance(declared, list) else [] if declared is None else [declared]
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{path} is damaged.", hint="Export it again.") from error
+    if not all(type(value) is int for value in (*ends, *(size for size in sizes if size is not None))):
+        raise ArtifactError(
+            f"{path} is damaged: head_size, context_length and end tokens must be whole numbers.",
+            hint="Export it again.",
+        )
+    return Settings(*sizes, frozenset(ends))
 
 
 def demand_runtime() -> None:

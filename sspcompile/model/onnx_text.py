@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sspcompile.errors import ArtifactError
+from sspcompile.checkpoint.settings import read_generation
+from sspcompile.errors import ArtifactError, CheckpointError, InputError
+from sspcompile.model.chat import PLAIN, Rendering
 from sspcompile.model.decoder import Chooser, Rows
-from sspcompile.model.onnx_session import GRAPH, SETTINGS, OnnxModel
+from sspcompile.model.loading import demand_json, load_tokenizer
+from sspcompile.model.onnx_session import GRAPH, SETTINGS, OnnxModel, read_settings
+from sspcompile.model.vocabulary import ends_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +30,7 @@ class OnnxText:
     session: OnnxModel
     tokenizer: PreTrainedTokenizerBase
     ends: frozenset[int]
+    rendering: Rendering = PLAIN
 
     @property
     def device(self) -> torch.device:
@@ -37,6 +41,11 @@ class OnnxText:
     def vocab(self) -> int:
         """Width of the logits."""
         return self.session.vocab
+
+    @property
+    def positions(self) -> int | None:
+        """The longest text that it can read, in tokens."""
+        return self.session.positions
 
     def scored_logits(self, input_ids: Tensor, attention_mask: Tensor, score_mask: Tensor) -> Tensor:
         """Logits [S, V] in fp32 at the positions that `score_mask` (bool [B, T]) marks, row after row."""
@@ -52,12 +61,22 @@ class OnnxText:
         choose: Chooser | None = None,
         on_tokens: Callable[[list[int]], None] = lambda _: None,
     ) -> list[list[int]]:
-        """At most `new_tokens` tokens behind every row of [B, T], which is padded on the left; end tokens included."""
+        """At most `new_tokens` tokens behind every row of [B, T], which is padded on the left; end tokens included.
+
+        Raises InputError where T + `new_tokens` exceed the positions that the graph was made for: the caller decides
+        which of the two to shorten.
+        """
+        width = input_ids.shape[1]
+        if self.positions is not None and width + new_tokens > self.positions:
+            raise InputError(
+                f"{width} tokens and {new_tokens} new ones exceed the {self.positions} that the export reads.",
+                hint="Ask for fewer, or export with a longer --context-length.",
+            )
         rows = Rows(len(input_ids), self.ends)
         if not new_tokens:
             return rows.tails
         logits, cache = self.session.prefill(
-            input_ids.cpu().numpy(), attention_mask.cpu().numpy(), capacity=input_ids.shape[1] + new_tokens
+            input_ids.cpu().numpy(), attention_mask.cpu().numpy(), capacity=width + new_tokens
         )
         scores = logits[:, -1]
         for number in range(new_tokens):
@@ -74,19 +93,18 @@ def is_onnx(folder: Path) -> bool:
     return (folder / GRAPH).is_file()
 
 
-def load_onnx(folder: Path, *, provider: str = "cpu", spin: bool = True) -> OnnxText:
+def load_onnx(folder: Path, *, provider: str = "cpu", spin: bool = True, rendering: Rendering = PLAIN) -> OnnxText:
     """Open an export with its tokenizer, as `OnnxModel.open` does.
 
-    Raises ArtifactError for a damaged one, and what `OnnxModel.open` raises.
+    Raises ArtifactError or CheckpointError for a damaged one, and what `OnnxModel.open` raises.
     """
-    from transformers import AutoTokenizer
-
-    session = OnnxModel.open(folder, provider=provider, spin=spin)
+    read_generation(folder)
+    demand_json(folder / "tokenizer.json")
+    session, settings = OnnxModel.open(folder, provider=provider, spin=spin), read_settings(folder)
+    if settings is None:
+        raise ArtifactError(f"{folder} lacks {SETTINGS}.", hint="Export it again.")
     try:
-        model = json.loads((folder / SETTINGS).read_text("utf-8"))["model"]
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ArtifactError(f"{folder} lacks {SETTINGS} or a tokenizer.", hint="Export it again.") from error
-    declared = model["eos_token_id"]
-    ids = declared if isinstance(declared, list) else [declared]
-    return OnnxText(session, tokenizer, frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None))
+        tokenizer = load_tokenizer(folder)
+    except CheckpointError as error:
+        raise ArtifactError(f"{folder} lacks a tokenizer that can be read.", hint="Export it again.") from error
+    return OnnxText(session, tokenizer, ends_of(sorted(settings.ends), tokenizer, session.vocab), rendering)

@@ -47,9 +47,10 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 def weight_of(module: nn.Module) -> Tensor:
     """A module's weight, read from where it is kept if need be. It is a copy then: writing to it changes nothing."""
-    if not module.weight.is_meta:
-        return module.weight.detach()
+    weight = module.get_parameter("weight")
+    if not weight.is_meta:
+        return weight.detach()
     from accelerate.utils import align_module_device
 
     with align_module_device(module):
-        return module.weight.detach().clone()
+        return module.get_parameter("weight").detach().clone()

@@ -1,7 +1,8 @@
 """From prompts to padded batches: the one path that text takes, offline for the pools and online for a scenario.
 
-Sequences are right-padded: with causal attention a real token never sees padding behind it. Whoever changes what
-this module makes of a prompt raises TEXT_VERSION, because toolkits learned from the old text no longer apply.
+Sequences are right-padded: with causal attention a real token never sees padding behind it. Whoever changes what this
+module or `chat` makes of a prompt raises TEXT_VERSION, because toolkits learned from the old text no longer apply. What
+the user chooses (`Rendering`) and the template itself are told apart by `chat.template_digest`.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ import torch
 from torch import Tensor
 
 from sspcompile.errors import InputError
+from sspcompile.model.chat import PLAIN, Rendering, render, template_of
 from sspcompile.model.parallel import current
+from sspcompile.model.vocabulary import demand_rows, padding_id
+from sspcompile.request.documents import shown
+from sspcompile.request.prompts import Prompt, messages_of, told
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sspcompile.model.decoder import LoadedModel, TextModel
+    from sspcompile.model.decoder import LanguageModel, LoadedModel
 
 TEXT_VERSION = 1
 MAX_TOKENS = 512
@@ -27,9 +32,6 @@ CONTINUATION_TOKENS = 16
 BATCH_TOKENS = 4096  # padding included
 # Logits of one batch stay under 2^26 numbers (256 MiB in fp32) however large the vocabulary is.
 BATCH_LOGITS = 2**26
-
-# What a user types, or a conversation that ends with it: user and assistant in turn, the user first and last.
-Prompt = str | tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -55,46 +57,42 @@ class Batch:
     score_mask: Tensor  # bool: the last prompt token, and the continuation tokens except the last
 
 
-def render(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[str]:
-    """The text that the model reads for each prompt: through the chat template when there is one.
-
-    Raises ValueError for a conversation without a template.
-    """
-    if tokenizer.chat_template:
-        turns = [messages(prompt) for prompt in prompts]
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    if not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError("a conversation needs a chat template")
-    return list(prompts)
-
-
-def messages(prompt: Prompt) -> list[dict[str, str]]:
-    """The turns as a chat template takes them."""
-    turns = (prompt,) if isinstance(prompt, str) else prompt
-    return [{"role": ("user", "assistant")[index % 2], "content": turn} for index, turn in enumerate(turns)]
-
-
-def sentences(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_tokens: int) -> list[Sentence]:
+def sentences(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_tokens: int, rendering: Rendering = PLAIN
+) -> list[Sentence]:
     """Tokenised prompts, in the caller's order, cut as by `shortened`.
 
-    Raises InputError for a prompt without any token.
+    Raises InputError for a prompt without any token, and what `render` raises.
     """
     if not prompts:
         return []
-    encoded = token_ids(tokenizer, render(tokenizer, prompts))
+    if blank := [prompt for prompt in prompts if not messages_of(prompt)[-1].content.strip()]:
+        raise InputError(f"A prompt is empty: {blank[0]!r}.", hint="Remove it, or write a question.")
+    encoded = token_ids(tokenizer, render(tokenizer, prompts, rendering), rendering)
     found = []
     for prompt, ids in zip(prompts, encoded, strict=True):
-        if not ids or not messages(prompt)[-1]["content"].strip():
-            raise InputError(f"A prompt is empty: {prompt!r}.", hint="Remove it, or write a question.")
+        if not ids:
+            raise InputError(
+                f"The tokenizer leaves nothing of the prompt {shown(told(prompt))}.",
+                hint="Remove it, or use the tokenizer that the model was trained with.",
+            )
         ids = shortened(ids, max_tokens)
         found.append(Sentence(ids, len(ids)))
     return found
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[tuple[int, ...]]:
+def demand_readable(loaded: LanguageModel, prompts: Sequence[Prompt], max_tokens: int = MAX_TOKENS) -> None:
+    """Raise InputError for a prompt that the model cannot read, before anything heavy starts."""
+    for item in sentences(loaded.tokenizer, prompts, max_tokens, loaded.rendering):
+        demand_rows(loaded.tokenizer, item.ids, loaded.vocab)
+
+
+def token_ids(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], rendering: Rendering = PLAIN
+) -> list[tuple[int, ...]]:
     """Token ids of texts that went through `render`, whole."""
     # A chat template writes the special tokens itself; adding them again would put two BOS in front.
-    templated = bool(tokenizer.chat_template)
+    templated = template_of(tokenizer, rendering) is not None
     found = []
     for ids in tokenizer(list(texts), add_special_tokens=not templated, padding=False)["input_ids"]:
         # Some tokenizers close every text with EOS: the model would be asked what follows the end.
@@ -113,12 +111,14 @@ def shortened(ids: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
 
 
 def batches_of(
-    loaded: TextModel, items: Sequence[Sentence], batch_tokens: int = BATCH_TOKENS, batch_size: int | None = None
+    loaded: LanguageModel, items: Sequence[Sentence], batch_tokens: int = BATCH_TOKENS, batch_size: int | None = None
 ) -> list[Batch]:
     """Batches sorted by length, each with at most `batch_tokens` tokens and a bounded number of scored logits.
 
-    `batch_size` bounds the number of sequences too.
+    `batch_size` bounds the number of sequences too. Raises InputError for a token that the model has no row for.
     """
+    for item in items:
+        demand_rows(loaded.tokenizer, item.ids, loaded.vocab)
     scored_limit = max(1, BATCH_LOGITS // loaded.vocab)
     order = sorted(range(len(items)), key=lambda row: (len(items[row].ids), row))
     groups: list[list[int]] = []
@@ -135,9 +135,9 @@ def batches_of(
     return [_pad(loaded, [items[row] for row in group], tuple(group)) for group in groups]
 
 
-def _pad(loaded: TextModel, items: Sequence[Sentence], rows: tuple[int, ...]) -> Batch:
+def _pad(loaded: LanguageModel, items: Sequence[Sentence], rows: tuple[int, ...]) -> Batch:
     width = max(len(item.ids) for item in items)
-    pad = loaded.tokenizer.pad_token_id or 0
+    pad = padding_id(loaded.tokenizer, loaded.vocab)
     place = torch.arange(width)
     length, first, scored = (
         torch.tensor(column)[:, None]
@@ -151,15 +151,15 @@ def _pad(loaded: TextModel, items: Sequence[Sentence], rows: tuple[int, ...]) ->
 
 
 def encode(
-    loaded: LoadedModel, prompts: Sequence[str], max_tokens: int = MAX_TOKENS, batch_tokens: int = BATCH_TOKENS
+    loaded: LoadedModel, prompts: Sequence[Prompt], max_tokens: int = MAX_TOKENS, batch_tokens: int = BATCH_TOKENS
 ) -> list[Batch]:
     """Prompts as batches; `score_mask` marks the last prompt token of each."""
-    return batches_of(loaded, sentences(loaded.tokenizer, prompts, max_tokens), batch_tokens)
+    return batches_of(loaded, sentences(loaded.tokenizer, prompts, max_tokens, loaded.rendering), batch_tokens)
 
 
 def continued(
     loaded: LoadedModel,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     new_tokens: int = CONTINUATION_TOKENS,
     max_tokens: int = MAX_TOKENS,
     batch_tokens: int = BATCH_TOKENS,
@@ -168,7 +168,7 @@ def continued(
 
     A continuation stops at an end-of-sequence token and keeps it, so that *when to stop* is scored too.
     """
-    items = sentences(loaded.tokenizer, prompts, max_tokens)
+    items = sentences(loaded.tokenizer, prompts, max_tokens, loaded.rendering)
     if new_tokens < 1:
         return items
     world = current()
@@ -181,7 +181,7 @@ def continued(
 
 def with_continuations(
     loaded: LoadedModel,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     new_tokens: int = CONTINUATION_TOKENS,
     max_tokens: int = MAX_TOKENS,
     batch_tokens: int = BATCH_TOKENS,
@@ -191,13 +191,13 @@ def with_continuations(
     return batches_of(loaded, items, batch_tokens)
 
 
-def greedy(loaded: TextModel, items: Sequence[Sentence], new_tokens: int) -> list[tuple[int, ...]]:
+def greedy(loaded: LanguageModel, items: Sequence[Sentence], new_tokens: int) -> list[tuple[int, ...]]:
     """At most `new_tokens` tokens behind each sentence, the end token included where one was written.
 
     Left-padded, unlike everything else here, so that the newest token of all sequences stands in the last column.
     """
     width = max(len(item.ids) for item in items)
-    pad = loaded.tokenizer.pad_token_id or 0
+    pad = padding_id(loaded.tokenizer, loaded.vocab)
     ids = torch.tensor([[pad] * (width - len(item.ids)) + list(item.ids) for item in items])
     mask = torch.tensor([[0] * (width - len(item.ids)) + [1] * len(item.ids) for item in items])
     return [tuple(tail) for tail in loaded.continuations(ids, mask, new_tokens)]

@@ -13,13 +13,14 @@ from sspcompile.model.text import continued
 from sspcompile.prepare.importance import probe_directions
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.progress import Steps, no_steps
+from sspcompile.request.prompts import Prompt
 
 
 def importance_per_prompt(
     loaded: LoadedModel,
     toolkit: Toolkit,
     name: str,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     parts: np.ndarray,
     *,
     seed: int,

@@ -11,6 +11,7 @@ import numpy as np
 from sspcompile.criteria import measuring
 from sspcompile.criteria.table import CRITERIA, of_key
 from sspcompile.errors import InputError
+from sspcompile.model.chat import template_digest
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.text import CONTINUATION_TOKENS, MAX_TOKENS, TEXT_VERSION
 from sspcompile.prepare import axes as domain_axes
@@ -42,7 +43,6 @@ def prepare(
     """Learn everything that compiling scenarios for this model needs. The same inputs give the same Toolkit.
 
     `stages` says where an interrupted run kept what it had measured; without it, nothing is kept.
-
     `axes` of the `pools` become domains (all of them without it), and the others join `outside`: text of none of the
     domains, for the out-of-domain temperature; without any, that regime stays uncalibrated and `meta` says so. The
     whitelist is found with the first of `criteria` that scores every prompt. Raises InputError for pools that are too
@@ -70,6 +70,7 @@ def prepare(
     settings = {
         "seed": seed,
         "text_version": TEXT_VERSION,
+        "chat_template": template_digest(loaded.tokenizer, loaded.rendering),
         "max_tokens": max_tokens,
         "continuation_tokens": continuation_tokens,
         "pools_fingerprint": pools_fingerprint(pools),

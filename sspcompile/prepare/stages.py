@@ -25,6 +25,7 @@ from sspcompile.criteria import measuring
 from sspcompile.criteria.table import of_key
 from sspcompile.errors import ToolkitError
 from sspcompile.model import capture, parallel, text
+from sspcompile.model.chat import template_digest
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.text import TEXT_VERSION, Sentence
 from sspcompile.progress import Steps
@@ -49,7 +50,8 @@ class Stages:
         self._loaded = loaded
         self._folder = folder
         versions = (sspcompile.__version__, torch.__version__, transformers.__version__)
-        self._identity = [loaded.fingerprint, TEXT_VERSION, *versions]
+        template = template_digest(loaded.tokenizer, loaded.rendering)
+        self._identity = [loaded.fingerprint, TEXT_VERSION, template, *versions]
 
     def features(self, texts: Sequence[str], max_tokens: int, report: Steps) -> np.ndarray:
         """As `prepare.capture.features`, [N, L, d]."""

@@ -178,7 +178,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
     try:
         description = json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise ToolkitError(f"{path} is no JSON: {error}.", hint=PREPARE_AGAIN) from error
+        raise ToolkitError(f"{path} is not valid JSON: {error}.", hint=PREPARE_AGAIN) from error
     keys = {"schema_version": int, "fingerprint": str, "domains": list, "criteria": list, "arrays": dict, "meta": dict}
     wrong = [
         key

@@ -8,6 +8,7 @@ from pathlib import Path
 from sspcompile import prepare as preparing
 from sspcompile.criteria import of_key
 from sspcompile.model import parallel
+from sspcompile.model.chat import rendering_of, template_digest
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.dense import DenseModel
 from sspcompile.model.text import TEXT_VERSION
@@ -26,7 +27,7 @@ STANDARD_CRITERIA = ("fisher", "subspace")
 
 
 def toolkit_for(
-    subject: DenseModel,
+    dense: DenseModel,
     loaded: LoadedModel,
     options: Options,
     workspace: Workspace,
@@ -35,16 +36,16 @@ def toolkit_for(
 ) -> tuple[Toolkit, bool]:
     """The model's toolkit with STANDARD_CRITERIA and `criteria` in it, and whether it was prepared just now.
 
-    A toolkit that was learned from an earlier content of the shipped pools is made anew. Raises InputError like
-    `pools_of`.
+    A toolkit that was learned from an earlier content of the shipped pools, or with another chat template, is made
+    anew. Raises InputError like `pools_of` and `template_of`.
     """
     for key in criteria:
         of_key(key)
     criteria = tuple(dict.fromkeys((*STANDARD_CRITERIA, *criteria)))
-    folder = toolkit_folder(subject, options, workspace)
+    folder = toolkit_folder(dense, options, workspace)
     given = pools_of(options)
     candidates = fit_part(given.candidates)
-    toolkit = _stored(folder, subject, options, given)
+    toolkit = _stored(folder, dense, options, given, template_digest(loaded.tokenizer, loaded.rendering))
     fresh = toolkit is None
     stages = Stages(loaded, beside(folder))
     if toolkit is None:
@@ -72,27 +73,28 @@ def toolkit_for(
     return toolkit, fresh
 
 
-def toolkit_folder(subject: DenseModel, options: Options, workspace: Workspace) -> Path:
-    """Where the toolkit lies. Other than default pools, axes or settings have folders of their own; none displaces
-    another."""
+def toolkit_folder(dense: DenseModel, options: Options, workspace: Workspace) -> Path:
+    """Where the toolkit lies. Other than default pools, axes, settings or renderings have folders of their own; none
+    displaces another."""
     settings = {name: getattr(options, name) for name in ("max_tokens", "continuation_tokens", "seed")}
     suffix = "".join(f"-{name[:3]}{value}" for name, value in settings.items() if value != default_of(name))
-    return workspace.toolkit(subject.fingerprint + pools_suffix(options) + suffix)
+    return workspace.toolkit(dense.fingerprint + pools_suffix(options) + suffix + rendering_of(options).suffix)
 
 
-def _stored(folder: Path, subject: DenseModel, options: Options, given: PoolSet) -> Toolkit | None:
+def _stored(folder: Path, dense: DenseModel, options: Options, given: PoolSet, template: str) -> Toolkit | None:
     """The saved toolkit when it was learned from these pools with these settings; None when there is none.
 
     Raises ToolkitError when the folder holds one that is damaged or of another model.
     """
     if not folder.exists() or preparing.is_outdated(folder):
         return None
-    toolkit = preparing.load(folder, fingerprint=subject.fingerprint)
+    toolkit = preparing.load(folder, fingerprint=dense.fingerprint)
     wanted = {
         "candidates_fingerprint": pools_fingerprint(fit_part(given.candidates)),
         "axes_asked": given.axes,
         "given_outside_fingerprint": pools_fingerprint(given.outside),
         "text_version": TEXT_VERSION,
+        "chat_template": template,
         "seed": options.seed,
         "max_tokens": options.max_tokens,
         "continuation_tokens": options.continuation_tokens,

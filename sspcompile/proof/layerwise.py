@@ -1,4 +1,4 @@
-"""The proof for models that do not fit twice: dense and cut side by side, one layer of each in memory at a time.
+"""The proof for models that do not fit: dense and cut side by side, one layer of each in memory at a time.
 
 Both models are built without weights. Layer by layer, the weights are read, both layers are run on their own hidden
 states, the states are compared, and the weights are dropped. Masking a head at the input of o_proj is the same as
@@ -7,100 +7,85 @@ zeroing its columns of o_proj, so that is how the dense model is masked here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sspcompile.checkpoint.source import Checkpoint, TensorInfo, read_words, tensor_table
-from sspcompile.checkpoint.tensors import EMBEDDING, FINAL_NORM, LM_HEAD
+from sspcompile.checkpoint.headers import TensorInfo, read_words
+from sspcompile.checkpoint.source import tensor_table
+from sspcompile.checkpoint.tensors import EMBEDDING, EXPERTS_DOWN, EXPERTS_GATE_UP, FINAL_NORM, LM_HEAD, ROUTER
 from sspcompile.errors import ParityError
 from sspcompile.families import Geometry, layer_prefix
+from sspcompile.model.exact import in_float64
+from sspcompile.model.hooks import LayerCall, recorded_calls
+from sspcompile.model.loading import computing_in, open_config, readable
 from sspcompile.model.modules import layer_output
+from sspcompile.model.stored import as_tensor, read_tensor
 from sspcompile.progress import Steps, no_steps
-from sspcompile.proof.parity import PROBE_PROMPTS, PROBE_TOKENS, TOLERANCE, Parity
+from sspcompile.proof.claim import BIAS, WEIGHT, Claim
+from sspcompile.proof.parity import BOUND, DTYPE, PROBE_PROMPTS, PROBE_TOKENS, REPORT, Distance, Parity
 from sspcompile.repair.repair import DOWN
-from sspcompile.slicing.mask import HeadMask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TORCH_DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 # Rows of the output matrix that are multiplied at once.
 VOCABULARY_ROWS = 8192
-WEIGHT, BIAS = "self_attn.o_proj.weight", "self_attn.o_proj.bias"
 Tensors = Mapping[str, TensorInfo]
-# What a layer is called with beside the hidden state.
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class _Side:
-    """One of the two models: its empty skeleton, where its tensors lie, and one hidden state [1, T, d] per prompt."""
+    """One of the two models: its empty skeleton, where its tensors lie, and one hidden state [1, T, d] per prompt.
+
+    `calls`: how its decoder calls each layer, per prompt. Neither positions nor masks depend on hidden states.
+    """
 
     model: PreTrainedModel
     tensors: Tensors
     hidden: list[Tensor]
+    calls: list[dict[int, LayerCall]]
 
 
 @torch.inference_mode()
-def compare_layerwise(
-    checkpoint: Checkpoint,
-    mask: HeadMask,
-    folder: Path,
-    prompts: Sequence[Sequence[int]],
-    *,
-    repaired: bool,
-    custom_code: bool,
-    down: bool = False,
-    progress: Steps = no_steps,
-) -> Parity:
-    """Compare the model in `folder` with the masked dense model on token ids `prompts`, layer by layer, in fp32.
+def compare_layerwise(claim: Claim, prompts: Sequence[Sequence[int]], *, progress: Steps = no_steps) -> Parity:
+    """Compare on token ids `prompts`: the states behind every layer, then the logits of every token.
 
-    `repaired`: the kept columns of o_proj were refitted, and with `down` down_proj, so the oracle takes them from the
-    cut. `same_text`: both prefer the same next token at every position. Raises ParityError naming the first layer
-    whose output differs.
+    Raises ParityError naming the first layer whose output differs.
     """
-    g = checkpoint.geometry
-    prompts = [list(ids[:PROBE_TOKENS]) for ids in prompts[:PROBE_PROMPTS]]
-    dense = _side(checkpoint.path, checkpoint.tensors, prompts, g, trusted=False)
-    cut = _side(folder, tensor_table(folder), prompts, g, trusted=custom_code)
-    calls = [_calls(side.model, side.hidden) for side in (dense, cut)]
-    for index in range(g.layers):
-        states = _states(dense.tensors, cut.tensors, index, g)
-        _mask(*states, mask.kept[index], g, repaired=repaired)
-        if down:
-            states[0][DOWN] = states[1][DOWN]
-        for side, weights, recorded in zip((dense, cut), states, calls, strict=True):
-            _run(side, index, weights, recorded)
-        _compare_states(dense.hidden, cut.hidden, index)
-        progress(index + 1, g.layers + 1)
-    for side in (dense, cut):
-        side.model.model.norm.load_state_dict(_norm_state(side.tensors), assign=True)
-        side.hidden[:] = [side.model.model.norm(hidden) for hidden in side.hidden]
-    parity = _compare_logits(dense, cut, g)
+    g = claim.geometry
+    texts = [list(ids[:PROBE_TOKENS]) for ids in prompts[:PROBE_PROMPTS]]
+    dense = _side(claim.checkpoint.path, claim.checkpoint.tensors, texts, g, trusted=False)
+    cut = _side(claim.written, tensor_table(claim.written), texts, g, trusted=claim.custom_code)
+    with in_float64():
+        for index in range(g.layers):
+            states = _states(dense.tensors, cut.tensors, index)
+            _mask(*states, index, claim)
+            for side, weights in zip((dense, cut), states, strict=True):
+                _run(side, index, _in_memory(weights, index, g))
+            _compare_states(dense.hidden, cut.hidden, index)
+            progress(index + 1, g.layers + 1)
+        for side in (dense, cut):
+            side.model.model.norm.load_state_dict(_state(side.tensors, FINAL_NORM + "."), assign=True)
+            side.hidden[:] = [side.model.model.norm(hidden) for hidden in side.hidden]
+        parity = _compare_logits(dense, cut, g)
     progress(g.layers + 1, g.layers + 1)
     return parity
 
 
 def _side(folder: Path, tensors: Tensors, prompts: list[list[int]], g: Geometry, *, trusted: bool) -> _Side:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
-    with torch.device("meta"):
+    with readable(folder), torch.device("meta"):
+        config = open_config(folder, trust_remote_code=trusted)
         model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=g.family.attention, trust_remote_code=trusted
+            config, attn_implementation=g.family.attention, trust_remote_code=trusted, **computing_in(torch.float64)
         ).eval()
     for module in model.modules():
         empty = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
@@ -108,75 +93,66 @@ def _side(folder: Path, tensors: Tensors, prompts: list[list[int]], g: Geometry,
             module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
         if empty:  # rotary frequencies, embedding scales: computed, never stored
             model._init_weights(module)
-    return _Side(model, tensors, _embedded(model, tensors[EMBEDDING], prompts))
+    model.double()
+    ids = _embeddable(model, tensors[EMBEDDING], prompts)
+    with in_float64(), _layers_passed_over(model):
+        calls = [_recorded(model, row) for row in ids]
+    return _Side(model, tensors, [recorded[0].hidden for recorded in calls], calls)
 
 
-def _embedded(model: PreTrainedModel, info: TensorInfo, prompts: list[list[int]]) -> list[Tensor]:
-    """What enters the decoder: ids of a small vocabulary, whose rows are the only ones that are read."""
+def _embeddable(model: PreTrainedModel, info: TensorInfo, prompts: list[list[int]]) -> list[Tensor]:
+    """The prompts in ids of a small vocabulary, whose rows are the only ones that are read."""
     used = sorted({token for ids in prompts for token in ids})
-    rows = np.concatenate([_words(info, token, token + 1) for token in used])
+    rows = np.concatenate([read_words(info.band(token, token + 1)) for token in used])
     model.model.embed_tokens.padding_idx = None  # only training looks at it, but its range is checked
-    model.model.embed_tokens.weight = nn.Parameter(_tensor(rows, info.dtype), requires_grad=False)
+    model.model.embed_tokens.weight = nn.Parameter(as_tensor(rows, info.dtype).double(), requires_grad=False)
     place = {token: index for index, token in enumerate(used)}
     return [torch.tensor([[place[token] for token in ids]]) for ids in prompts]
 
 
-def _calls(model: PreTrainedModel, ids: list[Tensor]) -> list[list[Call]]:
-    """How the decoder calls each layer for each prompt; `ids` become the hidden states that enter the first one.
-
-    Positions and masks do not depend on hidden states, so the layers themselves are passed over.
-    """
-    recorded: list[list[Call]] = []
-    originals = [layer.forward for layer in model.model.layers]
-    seen: list[Call] = []
-    first: list[Tensor] = []
-
-    def pass_over(hidden_states: Tensor, *rest: Any, **options: Any) -> Tensor:
-        if not seen:
-            first.append(hidden_states)
-        seen.append((rest, options))
-        return hidden_states
-
-    norm = model.model.norm.forward
+@contextlib.contextmanager
+def _layers_passed_over(model: PreTrainedModel) -> Iterator[None]:
+    """Run the decoder around its layers and its norm, which have no weights yet."""
+    modules = [*model.model.layers, model.model.norm]
+    originals = [module.forward for module in modules]
     try:
-        model.model.norm.forward = lambda hidden_states: hidden_states
-        for layer in model.model.layers:
-            layer.forward = pass_over
-        for number, tokens in enumerate(ids):
-            seen.clear()
-            first.clear()
-            model.model(input_ids=tokens, use_cache=False)
-            recorded.append(list(seen))
-            ids[number] = first[0]
+        for module in modules:
+            module.forward = lambda hidden_states, *_, **__: hidden_states
+        yield
     finally:
-        model.model.norm.forward = norm
-        for layer, forward in zip(model.model.layers, originals, strict=True):
-            layer.forward = forward
-    return recorded
+        for module, forward in zip(modules, originals, strict=True):
+            module.forward = forward
 
 
-def _run(side: _Side, index: int, weights: dict[str, Tensor], recorded: list[list[Call]]) -> None:
+def _recorded(model: PreTrainedModel, ids: Tensor) -> dict[int, LayerCall]:
+    with recorded_calls(model.model.layers) as calls:
+        model.model(input_ids=ids, use_cache=False)
+    return calls
+
+
+def _run(side: _Side, index: int, weights: dict[str, Tensor]) -> None:
     layer = side.model.model.layers[index]
     layer.load_state_dict(weights, assign=True)
     for number, hidden in enumerate(side.hidden):
-        rest, options = recorded[number][index]
-        side.hidden[number] = layer_output(layer(hidden, *rest, **options))
+        call = side.calls[number][index]
+        side.hidden[number] = layer_output(layer(hidden, *call.rest, **call.options))
     layer.to("meta")
 
 
-def _states(dense: Tensors, cut: Tensors, index: int, g: Geometry) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Both layers' weights in fp32, by their names in memory. Tensors that are the same bytes are held once."""
+def _states(dense: Tensors, cut: Tensors, index: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Both layers' weights in float64, by their names in the layer. Tensors of the same bytes are held once."""
     prefix = layer_prefix(index)
-    first, second = {}, {}
-    for name in (name for name in dense if name.startswith(prefix)):
-        words = read_words(dense[name])
-        tensor = first[name.removeprefix(prefix)] = _tensor(words, dense[name].dtype)
-        if name in cut and cut[name].shape == dense[name].shape and np.array_equal(words, read_words(cut[name])):
-            second[name.removeprefix(prefix)] = tensor
+    first, second = _state(dense, prefix), {}
     for name in (name for name in cut if name.startswith(prefix)):
-        if name.removeprefix(prefix) not in second:
-            second[name.removeprefix(prefix)] = _tensor(read_words(cut[name]), cut[name].dtype)
-    return _in_memory(first, index, g), _in_memory(second, index, g)
+        part = name.removeprefix(prefix)
+        tensor = read_tensor(cut[name]).double()
+        second[part] = first[part] if part in first and tensor.equal(first[part]) else tensor
+    return first, second
+
+
+def _state(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
+    infos = {name.removeprefix(prefix): info for name, info in tensors.items() if name.startswith(prefix)}
+    return {name: read_tensor(info).double() for name, info in infos.items()}
 
 
 def _in_memory(state: dict[str, Tensor], index: int, g: Geometry) -> dict[str, Tensor]:
@@ -191,32 +167,26 @@ def _in_memory(state: dict[str, Tensor], index: int, g: Geometry) -> dict[str, T
 
     numbers = range(g.experts)
     stacked = {
-        "mlp.experts.gate_up_proj": torch.stack(
+        EXPERTS_GATE_UP: torch.stack(
             [torch.cat([part(number, name) for name in experts.gate_up]) for number in numbers]
         ),
-        "mlp.experts.down_proj": torch.stack([part(number, experts.down) for number in numbers]),
-        "mlp.gate.weight": state.pop(experts.router + ".weight"),
+        EXPERTS_DOWN: torch.stack([part(number, experts.down) for number in numbers]),
+        ROUTER: state.pop(experts.router + ".weight"),
     }
     return {**state, **stacked}
 
 
-def _mask(
-    state: dict[str, Tensor], cut: Mapping[str, Tensor], kept: Sequence[int], g: Geometry, *, repaired: bool
-) -> None:
-    """Leave in the dense layer's o_proj the columns of the kept heads, or the cut's own columns in their places."""
-    columns = list(kept)
-    weight = torch.zeros(g.hidden, g.heads, g.head_dim)
-    source = cut[WEIGHT].view(g.hidden, -1, g.head_dim) if repaired else state[WEIGHT].view_as(weight)[:, columns]
-    weight[:, columns] = source
-    state[WEIGHT] = weight.view(g.hidden, g.heads * g.head_dim)
-    if repaired and BIAS in state:  # a repair may have changed it
-        state[BIAS] = cut[BIAS]
-
-
-def _norm_state(tensors: Tensors) -> dict[str, Tensor]:
-    prefix = FINAL_NORM + "."
-    infos = {name.removeprefix(prefix): info for name, info in tensors.items() if name.startswith(prefix)}
-    return {name: _tensor(read_words(info), info.dtype) for name, info in infos.items()}
+def _mask(dense: dict[str, Tensor], cut: Mapping[str, Tensor], index: int, claim: Claim) -> None:
+    """Leave in the dense layer's o_proj the columns of the kept heads, and put in what was refitted."""
+    g, kept = claim.geometry, list(claim.mask.kept[index])
+    refitted = {part for part in (WEIGHT, BIAS, DOWN) if layer_prefix(index) + part in claim.refitted}
+    weight = torch.zeros(g.hidden, g.heads, g.head_dim, dtype=torch.float64)
+    if WEIGHT in refitted:
+        weight[:, kept] = cut[WEIGHT].view(g.hidden, len(kept), g.head_dim)
+    else:
+        weight[:, kept] = dense[WEIGHT].view_as(weight)[:, kept]
+    dense[WEIGHT] = weight.view(g.hidden, g.heads * g.head_dim)
+    dense |= {part: cut[part] for part in refitted - {WEIGHT}}
 
 
 def _compare_states(dense: list[Tensor], cut: list[Tensor], index: int) -> None:
@@ -224,11 +194,11 @@ def _compare_states(dense: list[Tensor], cut: list[Tensor], index: int) -> None:
         if not (torch.isfinite(one).all() and torch.isfinite(other).all()):
             raise ParityError(f"Layer {index} computes infinite or undefined numbers.", hint="Check the weights.")
         relative = float((one - other).abs().max() / one.abs().max().clamp_min(1e-30))
-        if relative > TOLERANCE:
+        if relative > BOUND:
             raise ParityError(
-                f"The output of layer {index} differs from the masked model's by {relative:.2e} of its scale; at most "
-                f"{TOLERANCE:g} is allowed.",
-                hint="Build the artifact again.",
+                f"The output of layer {index} differs from the masked model's by {relative:.2e} of its scale in "
+                f"{DTYPE}; at most {BOUND:.1e} is allowed.",
+                hint=REPORT,
             )
 
 
@@ -236,30 +206,15 @@ def _compare_logits(dense: _Side, cut: _Side, g: Geometry) -> Parity:
     """Logits in slices of the vocabulary; only the best of each position is kept."""
     infos = [side.tensors[EMBEDDING if g.tied and LM_HEAD not in side.tensors else LM_HEAD] for side in (dense, cut)]
     hidden = [torch.cat([state[0] for state in side.hidden]) for side in (dense, cut)]
-    best = [torch.full((len(states),), -torch.inf) for states in hidden]
-    token = [torch.zeros(len(states), dtype=torch.long) for states in hidden]
-    difference = scale = 0.0
+    best = [torch.full((len(states),), -torch.inf, dtype=torch.float64) for states in hidden]
+    chosen, distance = torch.zeros_like(best[0]), Distance()
     for start in range(0, g.vocab, VOCABULARY_ROWS):
-        stop = min(g.vocab, start + VOCABULARY_ROWS)
-        weights = [_tensor(_words(info, start, stop), info.dtype) for info in infos]
-        logits = [states @ weight.T for states, weight in zip(hidden, weights, strict=True)]
-        difference = max(difference, float((logits[0] - logits[1]).abs().max()))
-        scale = max(scale, float(logits[0].abs().max()))
-        for side, values in enumerate(logits):
-            top, where = values.max(-1)
-            better = top > best[side]
-            best[side] = torch.where(better, top, best[side])
-            token[side] = torch.where(better, where + start, token[side])
-    return Parity(difference, scale, bool(token[0].equal(token[1])), len(dense.hidden))
-
-
-def _words(info: TensorInfo, start: int, stop: int) -> np.ndarray:
-    rows = info.rows(start, stop)
-    return read_words(TensorInfo(info.file, info.dtype, (stop - start, *info.shape[1:]), rows.offset))
-
-
-def _tensor(words: np.ndarray, dtype: str) -> Tensor:
-    """Raw words of a floating-point dtype as fp32."""
-    if dtype not in TORCH_DTYPES:
-        raise ParityError(f"Weights stored as {dtype} cannot be computed with.", hint=f"Use {', '.join(TORCH_DTYPES)}.")
-    return torch.from_numpy(words.view(np.uint8)).view(TORCH_DTYPES[dtype]).view(words.shape).float()
+        rows = [read_tensor(info.band(start, min(g.vocab, start + VOCABULARY_ROWS))).double() for info in infos]
+        expected, found = (states @ weight.T for states, weight in zip(hidden, rows, strict=True))
+        distance.add_values(float((expected - found).abs().max()), float(expected.abs().max()))
+        top, where = found.max(-1)
+        # What the dense model gives to the token that the cut prefers.
+        chosen = torch.where(top > best[1], expected.gather(-1, where[:, None])[:, 0], chosen)
+        best = [best[0].maximum(expected.max(-1).values), best[1].maximum(top)]
+    distance.add_preference(best[0] - chosen)
+    return distance.parity(len(dense.hidden), layerwise=True)

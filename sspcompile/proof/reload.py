@@ -1,58 +1,100 @@
-"""Load a written model in a process of its own and say what it computes.
+"""Load a written model in a process of its own, and say how far it is from the masked model.
 
-`python -m sspcompile.proof.reload FOLDER ANSWER`, the request on stdin; ANSWER is the number of an open file.
+`python -m sspcompile.proof.reload FOLDER`, where FOLDER holds what `whole.py` asks and takes the answer.
 
-Only files and transformers' own loading take part: nothing that the building process patched or cached can help.
+Only files and transformers' own loading take part: nothing that the building process patched or cached can help. One
+model is in memory at a time, the written one first.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
+from sspcompile.checkpoint.source import Checkpoint
+from sspcompile.errors import CheckpointError, RunError, SspError
+from sspcompile.model.cache import cache_argument, cache_of
+from sspcompile.model.exact import in_float64
+from sspcompile.model.hooks import head_gates
+from sspcompile.model.loading import load, load_cut, open_config, readable
+from sspcompile.proof.claim import Claim, written_repair
+from sspcompile.proof.parity import Distance, Parity
+from sspcompile.repair.repair import repaired
+from sspcompile.slicing.mask import load_mask
 from sspcompile.startup import spare_the_collector
 
+REQUEST, MASK, ANSWER = "request.json", "mask.json", "answer.json"
 
-def main(folder: str, answer: str) -> None:
-    """Read {"prompts": [[token ids]], "new_tokens", "custom_code", "threads", "attention"}.
 
-    Writes logits and greedy tokens of every prompt.
-    """
+def main(scratch: str) -> None:
+    """Write the fields of a Parity, or of an error of ours, as JSON."""
     spare_the_collector()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    asked = json.load(sys.stdin)
+    folder = Path(scratch)
+    asked = json.loads((folder / REQUEST).read_text("utf-8"))
     torch.set_num_threads(asked["threads"])
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=asked["attention"], trust_remote_code=asked["custom_code"]
-    ).eval()
-    AutoTokenizer.from_pretrained(folder)
-    arrays = {}
-    for number, ids in enumerate(asked["prompts"]):
-        logits, tokens = respond(model, ids, asked["new_tokens"])
-        arrays[f"logits.{number}"], arrays[f"tokens.{number}"] = logits, tokens
-    with os.fdopen(int(answer), "wb") as stream:
-        np.savez(stream, **arrays)
+    try:
+        mask = load_mask(folder / MASK, empty_layers=True)
+        claim = Claim(
+            Checkpoint(Path(asked["dense"])),
+            mask,
+            Path(asked["written"]),
+            asked["custom_code"],
+            dict.fromkeys(asked["refitted"]),
+        )
+        found: dict[str, Any] = asdict(_compare(claim, asked["prompts"], asked["new_tokens"]))
+    except SspError as error:
+        found = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
+    (folder / ANSWER).write_text(json.dumps(found), "utf-8")
+
+
+def _compare(claim: Claim, prompts: Sequence[Sequence[int]], new_tokens: int) -> Parity:
+    with readable(claim.checkpoint.path):  # what is wrong with the user's own configuration is told of that
+        open_config(claim.checkpoint.path)
+    answers = _answers(claim, prompts, new_tokens)
+    dense = load(claim.checkpoint.path, fingerprint="", dtype=torch.float64)
+    gates, fitted, distance = torch.from_numpy(claim.mask.as_array()), written_repair(claim), Distance()
+    with head_gates(dense, gates), repaired(dense, fitted), in_float64():
+        for ids, (logits, tokens) in zip(prompts, answers, strict=True):
+            expected, _ = respond(dense.model, ids, new_tokens, read=tokens)
+            distance.add(expected, logits)
+    return distance.parity(len(prompts), layerwise=False)
+
+
+def _answers(claim: Claim, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[tuple[Tensor, list[int]]]:
+    try:
+        cut = load_cut(claim.written, dtype=torch.float64, trust_remote_code=claim.custom_code)
+    except CheckpointError as error:  # not the user's fault: the folder is ours
+        raise RunError(f"The written model does not load in a fresh process: {error.message}") from error
+    with in_float64():
+        return [respond(cut.model, ids, new_tokens) for ids in prompts]
 
 
 @torch.inference_mode()
-def respond(model: torch.nn.Module, ids: list[int], new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Logits [T, V] of one prompt in fp32, and its greedy continuation [new_tokens] decoded with a KV cache.
+def respond(
+    model: torch.nn.Module, ids: Sequence[int], new_tokens: int, *, read: Sequence[int] | None = None
+) -> tuple[Tensor, list[int]]:
+    """Logits [T + new_tokens - 1, V] of a prompt and its continuation, and the tokens that it prefers there.
 
-    End-of-sequence does not stop it: a short answer would prove little.
+    The continuation is decoded with a KV cache: greedily, or with `read` the tokens given. End-of-sequence does not
+    stop it: a short answer would prove little.
     """
-    prompt = torch.tensor([ids], device=model.device)
-    output = model(input_ids=prompt, use_cache=True)
-    logits, tokens = output.logits[0].float().cpu().numpy(), []
-    for _ in range(new_tokens):
-        token = output.logits[:, -1:].argmax(-1)
-        tokens.append(int(token))
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-    return logits, np.array(tokens)
+    device = next(model.parameters()).device
+    output = model(input_ids=torch.tensor([list(ids)], device=device), use_cache=True)
+    logits, tokens = [output.logits[0]], []
+    for step in range(new_tokens):
+        tokens.append(int(logits[-1][-1].argmax()))
+        if step + 1 < new_tokens:
+            token = torch.tensor([[tokens[step] if read is None else read[step]]], device=device)
+            output = model(input_ids=token, use_cache=True, **{cache_argument(model): cache_of(output)})
+            logits.append(output.logits[0])
+    return torch.cat(logits), tokens
 
 
 if __name__ == "__main__":

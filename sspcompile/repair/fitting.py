@@ -101,7 +101,7 @@ class _Dense:
         self.weights = [w[real] for w, real in zip(_position_weights(batches), self.real, strict=True)]
         self._calls: list[list[tuple[tuple[Any, ...], Mapping[str, Any]]]] = []
         for batch in batches:
-            with recorded_calls(loaded) as recorded:
+            with recorded_calls(loaded.layers) as recorded:
                 loaded.model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
             # Only the first layer's hidden state is kept: all of them would be a whole forward pass in memory.
             self.hidden.append(recorded[0].hidden)

@@ -18,7 +18,7 @@ excite.
 
 *FLAP's bias* (An et al. 2024, arXiv 2312.11983, section 3.3) leaves the weights alone and adds what the removed heads
 put out on average, b + W_removed mean(x_removed), the mean taken over the dense model's inputs of o_proj. It needs an
-o_proj with a bias; families.py says which architectures have one (`o_bias`).
+o_proj with a bias; families says which architectures have one (`o_bias`).
 """
 
 from __future__ import annotations
@@ -26,18 +26,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from sspcompile.checkpoint.source import WORD_DTYPE
+from sspcompile.checkpoint.headers import WORD_DTYPE
 from sspcompile.errors import UnsupportedModelError
 from sspcompile.families import Geometry, layer_prefix
 from sspcompile.model.decoder import LoadedModel
-from sspcompile.model.modules import o_proj
+from sspcompile.model.modules import down_proj, o_proj
 
 # With 4 to 8 prompts a refit made things worse in earlier measurements, with 16 it helped.
 MIN_PROMPTS = 16
@@ -107,47 +105,25 @@ def repaired(loaded: LoadedModel, repair: Repair | None) -> Iterator[None]:
     originals: dict[int, tuple[Tensor, nn.Parameter | None]] = {}
     down: dict[int, Tensor] = {}
     try:
-        for layer, weight in (repair.down if repair is not None else {}).items():
+        for layer, refitted in (repair.down if repair is not None else {}).items():
             projection = down_proj(loaded.layers[layer])
             down[layer] = projection.weight.data
-            projection.weight.data = weight.to(projection.weight)
-        for layer in sorted({*repair.weights, *repair.biases} if repair is not None else ()):
+            projection.weight.data = refitted.to(projection.weight)
+        weights = repair.weights if repair is not None else {}
+        biases = repair.biases if repair is not None else {}
+        for layer in sorted({*weights, *biases}):
             projection = o_proj(loaded.layers[layer])
             originals[layer] = projection.weight.data, projection.bias
-            if layer in repair.weights:
-                projection.weight.data = repair.weights[layer].to(projection.weight)
-            if layer in repair.biases:
-                bias = repair.biases[layer].to(projection.weight)
+            if layer in weights:
+                projection.weight.data = weights[layer].to(projection.weight)
+            if layer in biases:
+                bias = biases[layer].to(projection.weight)
                 projection.bias = nn.Parameter(bias, requires_grad=False)
         yield
     finally:
-        for layer, (weight, bias) in originals.items():
+        for layer, (weight, own_bias) in originals.items():
             projection = o_proj(loaded.layers[layer])
-            projection.weight.data, projection.bias = weight, bias
+            projection.weight.data = weight
+            projection.bias = own_bias  # type: ignore[assignment]  # None where there was none
         for layer, weight in down.items():
             down_proj(loaded.layers[layer]).weight.data = weight
-
-
-def down_proj(layer: nn.Module) -> nn.Linear:
-    """The MLP's output projection; its input is [batch, tokens, intermediate]."""
-    return layer.mlp.down_proj
-
-
-def written_down(folder: Path, geometry: Geometry) -> dict[int, Tensor]:
-    """The down_proj weights [hidden, intermediate] of a finished cut, by layer, in fp32."""
-    return _written(folder, {layer_prefix(layer) + DOWN: layer for layer in range(geometry.layers)})
-
-
-def written_biases(folder: Path, geometry: Geometry) -> dict[int, Tensor]:
-    """The o_proj biases [hidden] of a finished cut, by layer, in fp32; none where the architecture has none."""
-    if not geometry.o_bias:
-        return {}
-    return _written(folder, {layer_prefix(n) + "self_attn.o_proj.bias": n for n in range(geometry.layers)})
-
-
-def _written(folder: Path, names: Mapping[str, int]) -> dict[int, Tensor]:
-    found: dict[int, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            found |= {names[name]: opened.get_tensor(name).float() for name in names.keys() & set(opened.keys())}
-    return found

@@ -47,7 +47,7 @@ class Point(Section):
 class Points(Section):
     """What `compare` and a sweep write as JSON. `notes` say what keeps the points from being compared."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     title: str
     points: tuple[Point, ...]
     notes: tuple[str, ...] = ()
@@ -192,9 +192,8 @@ def draw_frontier(points: Points) -> str:
     with matplotlib.rc_context({"svg.hashsalt": "frontier", "svg.fonttype": "none", "font.family": "sans-serif"}):
         figure, axes = pyplot.subplots(1, len(panels), figsize=(10.5, 3.4), sharey=True)
         for axis, (label, place) in zip(axes, panels, strict=True):
-            found = [(x, p) for p in points.points if (x := place(p)) is not None and p.mean_kl is not None]
-            for x, point in found:
-                kl = point.mean_kl
+            found = [(x, kl, p) for p in points.points if (x := place(p)) and (kl := p.mean_kl)]
+            for x, kl, point in found:
                 axis.errorbar(
                     [x.value],
                     [kl.value],

@@ -28,4 +28,4 @@ def read_report(path: Path) -> Report:
     except FileNotFoundError:
         raise ArtifactError(f"There is no report {path}.", hint="Build the artifact again.") from None
     except (ValidationError, ValueError):
-        raise ArtifactError(f"{path} is no report of this version.", hint="Build the artifact again.") from None
+        raise ArtifactError(f"{path} is not a report of this version.", hint="Build the artifact again.") from None

@@ -43,7 +43,7 @@ class MaskSection(Section):
     @model_validator(mode="after")
     def _shapes(self) -> MaskSection:
         if self.heads % self.kv_heads:
-            raise ValueError("heads is no multiple of kv_heads")
+            raise ValueError("heads is not a multiple of kv_heads")
         for name in ("scores", "whitelist"):
             rows = getattr(self, name)
             if rows is not None and (len(rows) != self.layers or any(len(row) != self.heads for row in rows)):
@@ -93,11 +93,15 @@ class LayoutSection(Section):
 
 
 class ParitySection(Section):
-    """Written files against the masked model: largest logit difference, the scale of the logits, greedy text."""
+    """Written files against the masked model: largest logit difference, the scale of the logits, greedy text.
+
+    `dtype`: the numbers that both were computed in; reports of earlier versions do not say that it was fp32.
+    """
 
     max_difference: float
     logit_scale: float
     tolerance: float
+    dtype: str = "fp32"
     texts_equal: bool | None = None
     after_repair: bool = False
 
@@ -215,7 +219,7 @@ class LatencySection(Section):
 class Report(Section):
     """Everything that is known about one build. `origin`: fingerprints and seeds of what it was made from."""
 
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[2] = 2
     title: str
     model: str | None = None
     scenario: ScenarioSection | None = None

@@ -135,7 +135,7 @@ def _layout(report: Report) -> Block | None:
     if layout is None:
         return None
     reason = f" ({layout.reason})" if layout.reason else ""
-    tables = ()
+    tables: tuple[Table, ...] = ()
     if layout.figures:
         tables = (_quality_table("Layouts at the same budget", layout.figures),)
     return Block("layout", "Layout", (f"Requested {layout.requested}, built {layout.chosen}{reason}.",), tables)
@@ -289,8 +289,8 @@ def _checks(report: Report) -> Block | None:
             (
                 "equal to the masked model" + (", after repair" if parity.after_repair else ""),
                 "yes" if parity.holds else "NO",
-                f"relative difference {figures(parity.relative)}, allowed {figures(parity.tolerance)}; "
-                f"greedy text {texts}",
+                f"difference of logits {figures(parity.relative)} of their scale in {parity.dtype}, "
+                f"allowed {figures(parity.tolerance)}; greedy text {texts}",
             )
         )
     if not rows:
@@ -300,7 +300,7 @@ def _checks(report: Report) -> Block | None:
 
 def _reproduce(report: Report) -> Block | None:
     sentences = tuple(_reproduce_sentences(report))
-    tables = ()
+    tables: tuple[Table, ...] = ()
     if report.origin:
         tables = (
             Table(

@@ -89,8 +89,7 @@ def _parity(report: Report) -> Iterator[str]:
     parity = report.parity
     if parity is None:
         return
-    scale = figures(parity.logit_scale)
-    figure = f"largest logit difference {figures(parity.max_difference)} at a logit scale of {scale}"
+    figure = f"largest logit difference {figures(parity.relative)} of the scale in {parity.dtype}"
     if parity.holds:
         yield f"The files equal the masked model: {figure}."
     elif parity.relative > parity.tolerance:

@@ -124,7 +124,7 @@ def _refuse_expansion(path: Path, text: str) -> None:
 
 
 def _walk(node: Node, place: Place, lines: dict[Place, int]) -> Iterator[str]:
-    """Fill `lines`, and yield a problem for every key that is repeated or is no plain word."""
+    """Fill `lines`, and yield a problem for every key that is repeated or is not a plain word."""
     lines.setdefault(place, node.start_mark.line + 1)
     if isinstance(node, SequenceNode):
         for index, item in enumerate(node.value):
@@ -174,7 +174,7 @@ def explain(error: Mapping[str, Any], model: type[BaseModel]) -> str:
     if kind == "extra_forbidden":
         known = list(_fields_at(model, place[:-1]))
         close = difflib.get_close_matches(str(place[-1]), known, n=1, cutoff=0.5)
-        return "is no known key; " + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}")
+        return "is not a known key; " + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}")
     if kind in ("value_error", "exclusive"):
         return error["msg"].removeprefix("Value error, ")
     if kind == "too_short":

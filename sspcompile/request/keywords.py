@@ -9,7 +9,6 @@ from typing import Literal, TypedDict
 class Keywords(TypedDict, total=False):
     """Every option of a build; `docs/options.md` says what each one does."""
 
-    model: str | None
     keep: float | None
     strength: float | None
     layout: Literal["auto", "uniform", "per-layer"] | None
@@ -21,6 +20,8 @@ class Keywords(TypedDict, total=False):
     importance_from: Literal["domains", "prompts", "auto"] | None
     repair: Literal["least-squares", "least-squares-mlp", "flap-bias", "none"] | None
     without: Sequence[Literal["axes", "whitelist", "mixing", "scenario", "calibration"]]
+    chat_template: str | None
+    raw: bool | None
     max_tokens: int | None
     continuation_tokens: int | None
     seed: int | None

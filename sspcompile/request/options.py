@@ -22,6 +22,7 @@ ENVIRONMENT_PREFIX = "SSPCOMPILE_"
 AUTO = "auto"
 DEFAULT_KEEP = 0.5
 HINT = "See `sspcompile build --help`; --keep lies in (0, 1], --strength in [0, 1]."
+SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 EXCLUSIVE = "keep and strength exclude each other; give one"
 
 # What `--without` switches off, to see what it is worth: `axes` (no selection: every pool is a domain), `whitelist` (no
@@ -115,11 +116,22 @@ class Options(BaseModel):
         AfterValidator(_in_order),
         Shown("Switch a part of the method off, to see what it is worth; may be repeated."),
     ] = ()
+    chat_template: Annotated[
+        Text | None, Shown("Render prompts with this one of the model's named chat templates.", "NAME")
+    ] = None
+    raw: Annotated[bool, Shown("Leave the chat template out: the model reads the prompts as they are.")] = False
     max_tokens: Annotated[int, Field(ge=8, le=131072), Shown("Read at most N tokens of each text.", "N")] = 512
     continuation_tokens: Annotated[
         int, Field(ge=0, le=4096), Shown("Let the dense model continue each text by N tokens.", "N")
     ] = 16
     seed: Annotated[int, Field(ge=0, lt=2**32), Shown("Seed of every random choice.", "N")] = 0
+
+    @model_validator(mode="after")
+    def _one_rendering(self) -> Options:
+        if self.raw and self.chat_template is not None:
+            problem = "raw and chat_template exclude each other; give one"
+            raise PydanticCustomError("exclusive", "{problem}", {"problem": problem})
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -147,11 +159,13 @@ class Options(BaseModel):
 
 @dataclass(frozen=True)
 class Kind:
-    """How an option is typed: `number` (int, float or None for text), its `choices`, and whether it may be repeated."""
+    """How an option is typed: `number` (int, float or None for text), its `choices`, whether it may be repeated, and
+    whether it is a switch."""
 
     number: type[int] | type[float] | None
     choices: tuple[str, ...]
     multiple: bool
+    switch: bool
 
 
 NAMES: tuple[str, ...] = tuple(Options.model_fields)
@@ -172,7 +186,7 @@ def kind_of(name: str) -> Kind:
     kinds = list(_kinds(Options.model_fields[name].annotation))
     choices = tuple(value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind))
     number = next((kind for kind in (int, float) if kind in kinds), None)
-    return Kind(number, choices, any(get_origin(kind) is tuple for kind in kinds))
+    return Kind(number, choices, any(get_origin(kind) is tuple for kind in kinds), bool in kinds)
 
 
 def _kinds(annotation: Any) -> Iterator[Any]:
@@ -254,6 +268,9 @@ def from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
         kind = kind_of(name)
         if kind.multiple:
             found[name] = tuple(part.strip() for part in text.split(",") if part.strip())
+            continue
+        if kind.switch:
+            found[name] = SWITCHES.get(text.lower(), text)
             continue
         try:
             found[name] = kind.number(text) if kind.number else text

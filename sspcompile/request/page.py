@@ -13,6 +13,7 @@ from typing import Any
 from sspcompile.request.options import NAMES, default_of, flag, kind_of, shown_of, variable
 from sspcompile.request.recipe import Recipe
 
+POSITIONAL = "model"
 KEYWORDS, PAGE, SCHEMA = "sspcompile/request/keywords.py", "docs/options.md", "docs/schemas/recipe.schema.json"
 
 
@@ -22,8 +23,8 @@ def files() -> Mapping[str, str]:
 
 
 def keywords() -> str:
-    """The module with the types of the keyword arguments."""
-    lines = [f"    {name}: {_type_of(name)}" for name in NAMES]
+    """The module with the types of the keyword arguments; the model is an argument by itself."""
+    lines = [f"    {name}: {_type_of(name)}" for name in NAMES if name != POSITIONAL]
     return (
         '"""The options of a build as keyword arguments. Written by `make generated`; edit options.py instead."""\n\n'
         "from __future__ import annotations\n\n"
@@ -37,7 +38,8 @@ def keywords() -> str:
 def _type_of(name: str) -> str:
     kind = kind_of(name)
     words = ", ".join(f'"{choice}"' for choice in kind.choices)
-    one = f"Literal[{words}]" if words else kind.number.__name__ if kind.number else "str"
+    plain = "bool" if kind.switch else kind.number.__name__ if kind.number else "str"
+    one = f"Literal[{words}]" if words else plain
     return f"Sequence[{one}]" if kind.multiple else f"{one} | None"
 
 
@@ -57,8 +59,8 @@ def page() -> str:
 def _rows() -> Iterator[str]:
     for name in NAMES:
         shown, kind, default = shown_of(name), kind_of(name), default_of(name)
-        values = ", ".join(f"`{choice}`" for choice in kind.choices) or shown.metavar
-        stated = "" if default in (None, ()) else f"`{default}`"
+        values = ", ".join(f"`{choice}`" for choice in kind.choices) or ("" if kind.switch else shown.metavar)
+        stated = "" if default in (None, (), False) else f"`{default}`"
         yield f"| `{flag(name)}` | `{name}` | `{variable(name)}` | {values} | {stated} | {shown.help} |"
 
 

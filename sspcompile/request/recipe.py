@@ -20,6 +20,7 @@ from sspcompile.errors import RecipeError
 from sspcompile.request.documents import NAME_PATTERN, YAML_BYTES, Document, Text, read_yaml, validation_problems
 from sspcompile.request.domains import recipes_folder
 from sspcompile.request.options import EXCLUSIVE, NAMES, Options, shown_of
+from sspcompile.request.prompts import PromptField
 
 SCENARIO_FORMS = ("text", "prompts", "prompts_file", "domains")
 
@@ -32,7 +33,7 @@ class ScenarioSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     text: Text | None = None
-    prompts: tuple[Text, ...] | None = Field(default=None, min_length=1, strict=False)
+    prompts: tuple[PromptField, ...] | None = Field(default=None, min_length=1, strict=False)
     prompts_file: Text | None = None
     domains: dict[str, Weight] | None = None
 
@@ -56,7 +57,7 @@ class _Frame(BaseModel):
 def _open(name: str) -> tuple[Any, Any]:
     """The definition of an option, with None for "left open" as its default."""
     field: FieldInfo = Options.model_fields[name]
-    annotation = Annotated[(field.annotation, *field.metadata)]  # type: ignore[valid-type]
+    annotation: Any = Annotated.__class_getitem__((field.annotation, *field.metadata))  # type: ignore[attr-defined]
     return annotation | None, Field(default=None, description=shown_of(name).help, strict=None)
 
 
@@ -83,8 +84,9 @@ def _form_problem(spec: Mapping[str, Any]) -> str | None:
     if len(given) != 1:
         return f"needs exactly one of {', '.join(SCENARIO_FORMS)}; it has {', '.join(given) or 'none'}"
     weights = spec.get("domains")
-    numbers = isinstance(weights, Mapping) and all(isinstance(w, int | float) for w in weights.values())
-    if numbers and not sum(weights.values()) > 0:
+    values = list(weights.values()) if isinstance(weights, Mapping) else []
+    numbers = isinstance(weights, Mapping) and all(isinstance(w, int | float) for w in values)
+    if numbers and not sum(values) > 0:
         return "needs at least one domain of positive weight"
     return None
 
@@ -132,7 +134,7 @@ def dump_recipe(recipe: Recipe) -> str:
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.allow_unicode = True
-    yaml.sort_base_mapping_type_on_output = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # declared as None
     yaml.width = 110
     stream = io.StringIO()
     yaml.dump(recipe.model_dump(mode="json", exclude_none=True), stream)

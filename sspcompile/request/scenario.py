@@ -15,6 +15,7 @@ from typing import Literal
 
 from sspcompile.errors import ScenarioError
 from sspcompile.request.documents import plain_text, shown
+from sspcompile.request.prompts import Prompt, bare, read_line
 from sspcompile.request.recipe import Recipe, ScenarioSpec, find_recipe, load_recipe, shipped_recipes
 
 LINE_BYTES = 1_000_000
@@ -23,8 +24,9 @@ SLUG_CHARACTERS = 48
 RECIPE_SUFFIXES = (".yaml", ".yml")
 PROMPT_SUFFIXES = (".txt", ".jsonl")
 ACCEPTED = (
-    "A scenario is a recipe (.yaml), the name of a shipped recipe, a file of prompts (.txt with one per line, "
-    '.jsonl with {"prompt": "..."} per line), or a sentence of two words or more.'
+    "A scenario is a recipe (.yaml), the name of a shipped recipe, a file of prompts (.txt with one per line, .jsonl "
+    'with {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]} per line), or a sentence of two '
+    "words or more."
 )
 
 
@@ -37,12 +39,12 @@ class Scenario:
 
     name: str
     text: str | None
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
     domains: Mapping[str, float] | None
     source: Literal["recipe", "sentence", "prompts"]
 
     @property
-    def texts(self) -> tuple[str, ...]:
+    def texts(self) -> tuple[Prompt, ...]:
         """What the model reads to recognise the scenario: its prompts, or its sentence."""
         return self.prompts or ((self.text,) if self.text is not None else ())
 
@@ -144,7 +146,7 @@ def scenario_of(recipe: Recipe) -> Scenario:
 
 def _read_prompts(path: Path) -> Scenario:
     if path.suffix.lower() not in PROMPT_SUFFIXES:
-        raise ScenarioError(f"{path} is no {' or '.join(PROMPT_SUFFIXES)} file.", hint=ACCEPTED)
+        raise ScenarioError(f"{path} is not a {' or '.join(PROMPT_SUFFIXES)} file.", hint=ACCEPTED)
     lines = _lines(path)
     read = _jsonl_prompts if path.suffix.lower() == ".jsonl" else _txt_prompts
     prompts = tuple(read(path, lines))
@@ -165,8 +167,8 @@ def _lines(path: Path) -> list[str]:
         raise ScenarioError(f"{path} is larger than {FILE_BYTES >> 20} MB.", hint="A few hundred prompts do.")
     if b"\0" in data:
         raise ScenarioError(f"{path} is binary or not UTF-8.", hint=ACCEPTED)
-    for number, line in enumerate(data.split(b"\n"), 1):
-        if len(line) > LINE_BYTES:
+    for number, content in enumerate(data.split(b"\n"), 1):
+        if len(content) > LINE_BYTES:
             raise ScenarioError(f"{path}, line {number} is longer than {LINE_BYTES} bytes.", hint=ACCEPTED)
     try:
         text = data.decode("utf-8-sig")
@@ -184,7 +186,7 @@ def _txt_prompts(path: Path, lines: list[str]) -> Iterator[str]:
             yield line.strip()
 
 
-def _jsonl_prompts(path: Path, lines: list[str]) -> Iterator[str]:
+def _jsonl_prompts(path: Path, lines: list[str]) -> Iterator[Prompt]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -194,12 +196,10 @@ def _jsonl_prompts(path: Path, lines: list[str]) -> Iterator[str]:
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else "too large or too deep"
             raise ScenarioError(f"{where} is not JSON ({reason}).", hint=ACCEPTED) from None
-        prompt = item.get("prompt") if isinstance(item, dict) else None
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ScenarioError(f"{where} has no text under the key 'prompt'.", hint=ACCEPTED)
-        prompt = prompt.replace("\r\n", "\n")
-        _refuse_controls(prompt, where)
-        yield prompt.strip()
+        try:
+            yield bare(read_line(item).prompt)
+        except ValueError as error:
+            raise ScenarioError(f"{where} {error}.", hint=ACCEPTED) from None
 
 
 def _refuse_controls(text: str, where: str) -> None:

@@ -9,10 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
 from sspcompile.request.domains import DomainPool
+from sspcompile.request.prompts import Prompt
+
+# A pool holds texts, a scenario conversations too.
+Item = TypeVar("Item", bound=Prompt)
 
 FIT_PROMPTS = 96
 GUARD_PROMPTS = 32
@@ -36,10 +41,10 @@ class Splits:
     The first `own_fit`, `own_guard` and `own_judge` of them are the scenario's own prompts.
     """
 
-    fit: tuple[str, ...]
-    guard: tuple[str, ...]
-    judge: tuple[str, ...]
-    off: tuple[str, ...]
+    fit: tuple[Prompt, ...]
+    guard: tuple[Prompt, ...]
+    judge: tuple[Prompt, ...]
+    off: tuple[Prompt, ...]
     own_fit: int
     own_guard: int
     own_judge: int
@@ -57,14 +62,14 @@ class Splits:
         }
 
 
-def split(texts: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+def split(texts: Sequence[Item]) -> tuple[tuple[Item, ...], tuple[Item, ...], tuple[Item, ...]]:
     """(fit, guard, judge): numbers 7, 15, ... guard and 3, 11, ... judge, so that a sorted file is split evenly."""
     held = tuple(text for index, text in enumerate(texts) if index % HOLD_EVERY == HOLD_EVERY - 1)
     fit = tuple(text for index, text in enumerate(texts) if index % HOLD_EVERY != HOLD_EVERY - 1)
     return fit, held[1::2], held[::2]
 
 
-def seen_part(texts: Sequence[str]) -> tuple[str, ...]:
+def seen_part(texts: Sequence[Prompt]) -> tuple[Prompt, ...]:
     """Those of the texts that may have chosen, repaired or decided anything; what is left may be asked."""
     fit, guard, _ = split(texts)
     return fit + guard
@@ -75,12 +80,12 @@ def fit_part(pools: Sequence[DomainPool]) -> tuple[DomainPool, ...]:
     return tuple(replace(pool, prompts=split(pool.prompts)[0]) for pool in pools)
 
 
-def own_fit_part(prompts: Sequence[str]) -> tuple[str, ...]:
+def own_fit_part(prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
     """The scenario's own prompts that may choose heads: neither repeated nor held out, OWN_FIT_PROMPTS at most."""
     return _thinned(split(tuple(dict.fromkeys(prompts)))[0], OWN_FIT_PROMPTS)
 
 
-def draw_splits(prompts: Sequence[str], parts: np.ndarray, pools: Sequence[DomainPool], seed: int) -> Splits:
+def draw_splits(prompts: Sequence[Prompt], parts: np.ndarray, pools: Sequence[DomainPool], seed: int) -> Splits:
     """Splits for a scenario with these prompts of its own (none for a sentence or a given mixture).
 
     `parts` [K] is what each of the `pools` counts for; it sums to 1.
@@ -93,14 +98,14 @@ def draw_splits(prompts: Sequence[str], parts: np.ndarray, pools: Sequence[Domai
     own_guard, own_judge = _thinned(own_guard, OWN_GUARD_PROMPTS), _thinned(own_judge, OWN_JUDGE_PROMPTS)
     rng = np.random.default_rng(seed)
 
-    def drawn(part: int, weights: np.ndarray, count: int) -> tuple[str, ...]:
-        found: list[str] = []
+    def drawn(part: int, weights: np.ndarray, count: int) -> tuple[Prompt, ...]:
+        found: list[Prompt] = []
         for share, pool in zip(whole_shares(weights, count), pools, strict=True):
             texts = [text for text in split(pool.prompts)[part] if text not in own]
             found += [texts[index] for index in np.sort(rng.permutation(len(texts))[:share])]
         return tuple(found)
 
-    def fill(part: int, have: int, wanted: int) -> tuple[str, ...]:
+    def fill(part: int, have: int, wanted: int) -> tuple[Prompt, ...]:
         return drawn(part, parts, wanted - have)
 
     strange = (parts < FOREIGN / len(pools)).astype(float)
@@ -121,7 +126,7 @@ def draw_splits(prompts: Sequence[str], parts: np.ndarray, pools: Sequence[Domai
     )
 
 
-def _thinned(texts: tuple[str, ...], limit: int) -> tuple[str, ...]:
+def _thinned(texts: tuple[Prompt, ...], limit: int) -> tuple[Prompt, ...]:
     """At most `limit` of the texts, evenly spaced."""
     if len(texts) <= limit:
         return texts

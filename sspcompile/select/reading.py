@@ -133,7 +133,7 @@ def choices_for(reading: Reading, geometry: Geometry) -> Mapping[Layout, Choice]
     for name in asked:
         choice = choose(reading.merit, geometry.kv_heads, reading.keep, name, groups_only=reading.groups_only)
         try:
-            host_of(geometry, choice.shapes, options.wanted_host)
+            host_of(geometry, choice.shapes, options.wanted_host, layout=name)
         except UnsupportedModelError:
             if name == asked[-1] and not found:
                 raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from sspcompile.request.options import AUTO
 from sspcompile.request.pools import pools_of
 from sspcompile.request.request import Request
 from sspcompile.request.splits import Splits, draw_splits
-from sspcompile.select.baselines import measure_baselines
+from sspcompile.select.baselines import Baseline, measure_baselines
 from sspcompile.select.judging import Decision, Judge, Reported, decide
 from sspcompile.select.reading import Ranking, Reading, choices_for, read_through
 from sspcompile.select.search import Searched, Tried, best_mask, rankings
@@ -44,7 +45,7 @@ class Selection:
     cost: Reported
     decision: Decision
     tried: tuple[Tried, ...]
-    baselines: Mapping[str, Reported]
+    baselines: tuple[Baseline, ...]
     splits: Splits
     probes: tuple[tuple[int, ...], ...]
 
@@ -98,9 +99,9 @@ def search(
     if not cut:
         return {}
 
-    def holds(choice: Choice) -> bool:
+    def holds(layout: Layout, choice: Choice) -> bool:
         try:
-            host_of(geometry, choice.shapes, reading.options.wanted_host)
+            host_of(geometry, choice.shapes, reading.options.wanted_host, layout=layout)
         except (UnsupportedModelError, InputError):
             return False
         return True
@@ -108,7 +109,13 @@ def search(
     ranked = rankings(judge, reading.ranking, cut, reading.options.granularity)
     found = {
         layout: best_mask(
-            judge, ranked, layout, reading.whitelist, reading.keep, groups_only=reading.groups_only, holds=holds
+            judge,
+            ranked,
+            layout,
+            reading.whitelist,
+            reading.keep,
+            groups_only=reading.groups_only,
+            holds=partial(holds, layout),
         )
         for layout in cut
     }

@@ -11,7 +11,8 @@ from itertools import groupby
 
 import numpy as np
 
-from sspcompile.checkpoint.source import WORD_DTYPE, Checkpoint, dtype_bytes, fill
+from sspcompile.checkpoint.headers import WORD_DTYPE, dtype_bytes, fill
+from sspcompile.checkpoint.source import Checkpoint
 from sspcompile.checkpoint.tensors import attention_blocks
 from sspcompile.checkpoint.transfer import Extent
 from sspcompile.checkpoint.writer import OutputTensor, Piece
@@ -40,8 +41,9 @@ def cut_tensors(
         elif info is None or name in silent:
             content = _constant(np.zeros(shape, dtype=WORD_DTYPE[dtype_bytes(dtype)]))
         elif info.shape == shape:
-            whole = info.extent
-            content = _extents([whole])
+            content = _extents([info.extent])
+            # A file with this tensor under another name, or inside of a stack, is not the file to be written.
+            whole = info.extent if checkpoint.stored.get(name) == info else None
         else:
             axis, kept = blocks[name]
             content = _rows(checkpoint, name, kept, plan) if axis == 0 else _columns(checkpoint, name, kept, plan)
@@ -64,7 +66,7 @@ def _roles(plan: SlicePlan) -> tuple[dict[str, tuple[int, tuple[int, ...]]], set
 
 
 def _constant(words: np.ndarray) -> Content:
-    return lambda: [memoryview(np.ascontiguousarray(words)).cast("B")]
+    return lambda: [np.ascontiguousarray(words).data.cast("B")]
 
 
 def _extents(extents: Sequence[Extent]) -> Content:
@@ -93,7 +95,7 @@ def _columns(checkpoint: Checkpoint, name: str, kept: Sequence[int], plan: Slice
                 fill(stream.fileno(), band[:count], info.file, info.rows(row, row + count).offset)
                 # mode="clip" writes straight into `out`; the default would go through a copy of it.
                 np.take(band[:count], columns, axis=1, out=gathered[:count], mode="clip")
-                yield memoryview(gathered[:count]).cast("B")
+                yield gathered[:count].data.cast("B")
 
     return content
 

@@ -2,24 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
-
 from sspcompile.errors import InputError, UnsupportedModelError
-from sspcompile.families import FAMILIES, Family, Geometry
-
-
-@dataclass(frozen=True)
-class Host:
-    """`family` loads the cut. `settings`: what its configuration must say to compute what the source computes.
-
-    `zero_biases`: biases that its class has and the source has not ("qkv", "o"); they are written as zeros.
-    """
-
-    family: Family
-    settings: Mapping[str, Any]
-    zero_biases: tuple[str, ...] = ()
+from sspcompile.families import Geometry, Host, holds, hosting
 
 
 def uniform_host(geometry: Geometry, heads: int, wanted: str | None = None) -> Host:
@@ -32,7 +16,7 @@ def uniform_host(geometry: Geometry, heads: int, wanted: str | None = None) -> H
     candidates = (family.model_type, *family.hosts) if wanted is None else (wanted,)
     for name in candidates:
         host = hosting(geometry, name)
-        if host is not None and _holds(geometry, host.family, heads):
+        if host is not None and holds(geometry, host.family, heads):
             return host
     what = f"{heads} heads at hidden_size {geometry.hidden}"
     if wanted is not None:
@@ -67,12 +51,6 @@ def _unfit(geometry: Geometry, wanted: str, what: str) -> InputError:
     )
 
 
-def _holds(geometry: Geometry, family: Family, heads: int) -> bool:
-    if family.hidden_must_divide and geometry.hidden % heads:
-        return False
-    return not (geometry.fixed_heads and heads != geometry.heads)
-
-
 def per_layer_host(geometry: Geometry, wanted: str | None = None) -> Host:
     """The family whose classes the per-layer class extends: the first that does not look at global head
     counts, or its own.
@@ -91,24 +69,3 @@ def per_layer_host(geometry: Geometry, wanted: str | None = None) -> Host:
             hint="Leave --host out, or compile the mask with --layout uniform.",
         )
     return host
-
-
-def hosting(geometry: Geometry, name: str) -> Host | None:
-    """How the family called `name` holds this model losslessly, or None when it cannot."""
-    source = geometry.family
-    if name == source.model_type:
-        return Host(source, {})
-    if name not in source.hosts or geometry.windowed:
-        return None
-    host = FAMILIES[name]
-    wanted = {"qkv": geometry.qkv_bias, "o": geometry.o_bias, "mlp": geometry.mlp_bias}
-    rules = {"qkv": host.qkv_bias, "o": host.o_bias, "mlp": host.mlp_bias}
-    switches: dict[str, bool] = {}
-    for part, rule in rules.items():
-        if isinstance(rule, str):
-            switches[rule] = switches.get(rule, False) or wanted[part]
-    has = {part: switches[rule] if isinstance(rule, str) else rule for part, rule in rules.items()}
-    zero = tuple(part for part in rules if has[part] and not wanted[part])
-    if "mlp" in zero or any(wanted[part] and not has[part] for part in rules):
-        return None
-    return Host(host, {**host.neutral(geometry.head_dim), **switches}, zero)

@@ -150,7 +150,7 @@ def _best_uniform(merit: np.ndarray, budget: int) -> Shape:
     layers, groups, per_group = merit.shape
     shapes = [(g, r) for g in range(1, groups + 1) for r in range(1, per_group + 1) if layers * g * r <= budget]
     # [groups, heads per group]: the best g groups of every layer when each keeps its best r heads
-    values = sum((-np.sort(-_top_sums(layer), axis=0)).cumsum(0) for layer in merit)
+    values = np.sum([(-np.sort(-_top_sums(layer), axis=0)).cumsum(0) for layer in merit], axis=0)
     return max(shapes, key=lambda shape: (values[shape[0] - 1, shape[1] - 1], shape[0] * shape[1], -shape[0]))
 
 

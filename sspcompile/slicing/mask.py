@@ -91,7 +91,7 @@ def load_mask(path: Path, *, empty_layers: bool = False) -> HeadMask:
     except FileNotFoundError as error:
         raise ArtifactError(f"There is no mask {path}.", hint="Run `sspcompile build` first.") from error
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise ArtifactError(f"{path} is no mask.json.", hint="Run `sspcompile build` again.") from error
+        raise ArtifactError(f"{path} is not a mask.json.", hint="Run `sspcompile build` again.") from error
     check_mask(mask, source=str(path), empty_layers=empty_layers)
     return mask
 

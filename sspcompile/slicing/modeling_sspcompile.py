@@ -4,6 +4,8 @@
 `PerLayerMistralForCausalLM` is `MistralForCausalLM` with each decoder layer built from its own head counts, and so on
 for every stock class. Only the sizes of the projections differ; every forward is inherited. Works with transformers
 4.57 and 5.
+
+`Gemma2Config` and so on are the stock configurations, with global head counts that can be read without a warning.
 """
 
 import copy
@@ -12,6 +14,7 @@ import functools
 import transformers
 
 PREFIX = "PerLayer"
+COUNTS = ("num_attention_heads", "num_key_value_heads")
 
 
 class _LayerView:
@@ -46,7 +49,17 @@ def _counts(config, layer):
     entries = config.per_layer_config
     if isinstance(entries, dict):
         return dict(entries[str(layer)])
-    return {key: getattr(entries[layer], key) for key in ("num_attention_heads", "num_key_value_heads")}
+    return {key: getattr(entries[layer], key) for key in COUNTS}
+
+
+class _GlobalCounts:
+    """A configuration that answers for its global head counts although layers have their own.
+
+    Some stock classes look at them while they are built. transformers 5 warns of that even where it is allowed.
+    """
+
+    def __getattribute__(self, name):
+        return object.__getattribute__(self, name) if name in COUNTS else super().__getattribute__(name)
 
 
 class _PerLayerHeads:
@@ -73,11 +86,21 @@ class _PerLayerHeads:
 
 @functools.cache
 def _per_layer(stock_name):
-    stock = getattr(transformers, stock_name)
-    return type(PREFIX + stock_name, (_PerLayerHeads, stock), {"__module__": __name__})
+    # With _auto_class save_pretrained copies this file beside the weights. Not every transformers sets it.
+    own = {"__module__": __name__, "_auto_class": "AutoModelForCausalLM"}
+    return type(PREFIX + stock_name, (_PerLayerHeads, getattr(transformers, stock_name)), own)
+
+
+@functools.cache
+def _configuration(stock_name):
+    # The stock class's own name: by it transformers compares a configuration with the one that a model declares.
+    own = {"__module__": __name__, "_auto_class": "AutoConfig"}
+    return type(stock_name, (_GlobalCounts, getattr(transformers, stock_name)), own)
 
 
 def __getattr__(name):
     if name.startswith(PREFIX):
         return _per_layer(name.removeprefix(PREFIX))
+    if name.endswith("Config"):
+        return _configuration(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from sspcompile.checkpoint.source import Checkpoint, dtype_bytes
+from sspcompile.checkpoint.headers import dtype_bytes
+from sspcompile.checkpoint.source import Checkpoint
 from sspcompile.checkpoint.tensors import attention_shapes, mlp_multiplied
-from sspcompile.errors import ArtifactError
-from sspcompile.families import Family, Geometry, layer_prefix
-from sspcompile.slicing.hosts import Host, per_layer_host, uniform_host
+from sspcompile.errors import ArtifactError, UnsupportedModelError
+from sspcompile.families import Family, Geometry, Host, graph_refusal, layer_prefix
+from sspcompile.slicing.hosts import per_layer_host, uniform_host
 from sspcompile.slicing.layouts import choose
 from sspcompile.slicing.mask import HeadMask, Layout, check_mask, kept_of
 from sspcompile.slicing.runtimes import Verdict, verdicts
@@ -55,8 +56,8 @@ class SlicePlan:
     """Everything about the cut except the weights. `tensors`: output name -> (shape, dtype), in the source's order.
 
     `host` is the family of the class that loads the result, `settings` what its configuration must say; `custom_code`
-    says that head counts differ by layer, so that the class travels in the folder. `by_layer` has (dense, sliced) of
-    every layer, its MLP and norms included.
+    says that no stock class can state the head counts, so that the class travels in the folder. `by_layer` has
+    (dense, sliced) of every layer, its MLP and norms included.
     """
 
     geometry: Geometry
@@ -122,21 +123,38 @@ def plan_counts(checkpoint: Checkpoint, keep: float, layout: Layout, *, host: st
     return _plan(checkpoint, tuple(LayerCut(k, v) for k, v in zip(kept, groups, strict=True)), layout, host)
 
 
-def host_of(geometry: Geometry, shapes: Sequence[tuple[int, int]], wanted: str | None = None) -> Host:
+def host_of(
+    geometry: Geometry, shapes: Sequence[tuple[int, int]], wanted: str | None = None, *, layout: Layout = "uniform"
+) -> Host:
     """The class that holds layers of these shapes (groups, heads per group), custom or stock.
 
-    Raises UnsupportedModelError when there is none, and InputError when the one `wanted` cannot.
+    The `layout` per-layer asks for the custom class where layers of one shape fit no stock class. Raises
+    UnsupportedModelError when there is none, and InputError when the one `wanted` cannot.
     """
+    return _placed(geometry, shapes, wanted, layout)[0]
+
+
+def _placed(
+    geometry: Geometry, shapes: Sequence[tuple[int, int]], wanted: str | None, layout: Layout
+) -> tuple[Host, bool]:
+    """The class, and whether it is the custom one."""
     if len(set(shapes)) > 1:
-        return per_layer_host(geometry, wanted)
-    return uniform_host(geometry, shapes[0][0] * shapes[0][1], wanted)
+        return per_layer_host(geometry, wanted), True
+    try:
+        return uniform_host(geometry, shapes[0][0] * shapes[0][1], wanted), False
+    except UnsupportedModelError:
+        if layout == "uniform":
+            raise
+        return per_layer_host(geometry), True
 
 
 def _plan(checkpoint: Checkpoint, layers: tuple[LayerCut, ...], layout: Layout, wanted: str | None) -> SlicePlan:
     g = checkpoint.geometry
     counts = [(len(layer.heads), len(layer.groups)) for layer in layers]
-    host = host_of(g, tuple((kv_heads, heads // kv_heads) for heads, kv_heads in counts), wanted)
+    shapes = tuple((kv_heads, heads // kv_heads) for heads, kv_heads in counts)
+    host, custom_code = _placed(g, shapes, wanted, layout)
     expected = checkpoint.expected()
+    dtypes = {dtype for _, dtype in expected.values()}
     tensors, prunable = dict(expected), 0
     hosted = replace(g, qkv_bias=g.qkv_bias or "qkv" in host.zero_biases, o_bias=g.o_bias or "o" in host.zero_biases)
     for layer, (heads, kv_heads) in enumerate(counts):
@@ -153,14 +171,14 @@ def _plan(checkpoint: Checkpoint, layers: tuple[LayerCut, ...], layout: Layout, 
         host=host.family,
         settings=host.settings,
         layout=layout,
-        custom_code=len(set(counts)) > 1,
+        custom_code=custom_code,
         layers=layers,
         tensors=tensors,
         dense=dense_total,
         sliced=sliced_total,
         by_layer=tuple(zip(dense, sliced, strict=True)),
         prunable_share=prunable / dense_total.parameters,
-        runtimes=verdicts(g, host.family, counts),
+        runtimes=verdicts(g, host.family, counts, custom=custom_code, onnx=graph_refusal(checkpoint.config, g, dtypes)),
     )
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sspcompile.families import ONNX_FAMILIES, Family, Geometry
+from sspcompile.families import Family, Geometry
 
-# ONNX Runtime's CPU GroupQueryAttention with rotary inside fails when run, not when built, for other head sizes.
-ONNX_HEAD_DIM_MULTIPLE = 16
 # Where cuts were run in llama.cpp.
 TRIED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 # Native vLLM classes (0.33): these honour head_dim, those derive it as hidden_size / num_attention_heads. Others were
@@ -36,30 +34,34 @@ class Verdict:
     tensor_parallel: Mapping[int, str] = field(default_factory=dict)
 
 
-def verdicts(geometry: Geometry, host: Family, counts: Sequence[tuple[int, int]]) -> tuple[Verdict, ...]:
-    """One verdict per runtime for a cut with these (query, key/value) head counts per layer."""
-    uniform = len(set(counts)) == 1
+def verdicts(
+    geometry: Geometry, host: Family, counts: Sequence[tuple[int, int]], *, custom: bool, onnx: str | None
+) -> tuple[Verdict, ...]:
+    """One verdict per runtime for a cut with these (query, key/value) head counts per layer.
+
+    `custom`: the class in the folder loads it. `onnx`: why the ONNX export refuses it, as `graph_refusal` says.
+    """
     return (
-        *_transformers(host, uniform),
-        _vllm(geometry, host, counts, uniform),
-        _onnx(geometry),
-        _llama_cpp(geometry, counts, uniform),
+        *_transformers(host, custom),
+        _vllm(geometry, host, counts, custom),
+        _onnx(onnx),
+        _llama_cpp(geometry, counts),
     )
 
 
-def _transformers(host: Family, uniform: bool) -> Iterator[Verdict]:
-    how = f"stock {host.architecture}" if uniform else "custom class in the folder: trust_remote_code=True"
+def _transformers(host: Family, custom: bool) -> Iterator[Verdict]:
+    how = "custom class in the folder: trust_remote_code=True" if custom else f"stock {host.architecture}"
     for version in ("transformers 4.57", "transformers 5"):
         yield Verdict(version, True, how)
 
 
-def _vllm(geometry: Geometry, host: Family, counts: Sequence[tuple[int, int]], uniform: bool) -> Verdict:
+def _vllm(geometry: Geometry, host: Family, counts: Sequence[tuple[int, int]], custom: bool) -> Verdict:
     degrees = {degree: _unsplittable(counts, degree) for degree in DEGREES}
     fine = [str(degree) for degree in USUAL_DEGREES if not degrees[degree]]
     bad = [f"not {degree} ({degrees[degree]})" for degree in USUAL_DEGREES if degrees[degree]]
     parallel = "tensor parallel " + ", ".join([*fine, *bad])
     derived = geometry.hidden == counts[0][0] * geometry.head_dim
-    if not uniform:
+    if custom:
         how = "--model-impl transformers --trust-remote-code, not run here"
     elif host.model_type in VLLM_HONOURS_HEAD_DIM or (host.model_type in VLLM_DERIVES_HEAD_DIM and derived):
         how = f"native {host.architecture}"
@@ -81,22 +83,20 @@ def _unsplittable(counts: Sequence[tuple[int, int]], degree: int) -> str:
     return ""
 
 
-def _onnx(geometry: Geometry) -> Verdict:
-    if geometry.head_dim % ONNX_HEAD_DIM_MULTIPLE:
-        reason = f"GroupQueryAttention wants head_dim % {ONNX_HEAD_DIM_MULTIPLE} == 0, it is {geometry.head_dim}"
-        return Verdict("ONNX Runtime", False, reason)
-    if geometry.family.model_type not in ONNX_FAMILIES:
-        return Verdict("ONNX Runtime", False, f"the export has no graph for {geometry.family.architecture}")
+def _onnx(refusal: str | None) -> Verdict:
+    if refusal is not None:
+        return Verdict("ONNX Runtime", False, refusal)
     return Verdict("ONNX Runtime", True, "`sspcompile export --format onnx`; any head count per layer")
 
 
-def _llama_cpp(geometry: Geometry, counts: Sequence[tuple[int, int]], uniform: bool) -> Verdict:
+def _llama_cpp(geometry: Geometry, counts: Sequence[tuple[int, int]]) -> Verdict:
+    uniform = len(set(counts)) == 1
     kind = geometry.family.model_type
     if kind not in TRIED:
         return Verdict("llama.cpp", False, f"no GGUF of {geometry.family.architecture} was tried")
     quants = ""
     if any(heads * geometry.head_dim % K_QUANT_BLOCK for heads, _ in counts):
-        quants = f"; no K-quants of o_proj (heads * head_dim is no multiple of {K_QUANT_BLOCK})"
+        quants = f"; no K-quants of o_proj (heads * head_dim is not a multiple of {K_QUANT_BLOCK})"
     if uniform:
         how = f"as architecture {LLAMA_CPP_UNIFORM.get(kind, 'llama')}"
     else:

@@ -17,6 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from builders import CONFIGS, FAMILY_SETTINGS, Shape, family_config, make_checkpoint, save_random
+from stored import decoder_as, stacked, stored_as
 
 from sspcompile.checkpoint import Checkpoint
 from sspcompile.model.hooks import head_gates
@@ -44,6 +45,17 @@ SCALED = {
     },
 }
 
+# Settings in two places of which the versions would take another one each.
+TWICE = {
+    "positions": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 3e5},
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        "rope_theta": 1e3,
+    },
+    "head": {"tie_word_embeddings": True},
+    "silence": {"rope_parameters": None, "rope_theta": None, "rms_norm_eps": None, "max_position_embeddings": None},
+}
+
 
 def write(folder: Path, family: str, layout: str, rope_scaling: bool) -> None:
     """One case: `cut` is the model, `expected.npz` what it must compute."""
@@ -65,6 +77,15 @@ def write(folder: Path, family: str, layout: str, rope_scaling: bool) -> None:
 def write_family(folder: Path, family: str, layout: str, host: str | None = None) -> None:
     """A family of the table with settings that are not neutral, in its own class or in another."""
     record(folder, save_random(folder / "dense", family_config(family, bias=host is None)), layout, host)
+
+
+def write_twice(folder: Path, family: str, what: str, layout: str) -> None:
+    """Settings that contradict each other, or say nothing; a null here takes the key out."""
+    dense = save_random(folder / "dense", family_config(family))
+    file = dense / "config.json"
+    config = json.loads(file.read_text()) | TWICE[what]
+    file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    record(folder, dense, layout)
 
 
 def record(folder: Path, dense: Path, layout: str, host: str | None = None) -> None:
@@ -94,7 +115,7 @@ def record(folder: Path, dense: Path, layout: str, host: str | None = None) -> N
     loaded = load(folder / "dense", fingerprint="")
     with head_gates(loaded, torch.from_numpy(choice.kept).float()):
         logits, tokens = respond(loaded.model, IDS, NEW_TOKENS)
-    np.savez(folder / "expected.npz", ids=np.array(IDS), logits=logits, tokens=tokens)
+    np.savez(folder / "expected.npz", ids=np.array(IDS), logits=logits[: len(IDS)].numpy(), tokens=np.array(tokens))
     (folder / "case.json").write_text(json.dumps({"custom_code": plan.custom_code, "attention": g.family.attention}))
 
 
@@ -108,6 +129,10 @@ def main(target: str) -> None:
     for family in FAMILY_SETTINGS:
         for layout in ("uniform", "per-layer"):
             write_family(Path(target) / f"{family}-{layout}-own", family, layout)
+    for family in ("llama", "qwen2", "smollm3", "mixtral"):
+        for what in TWICE:
+            for layout in ("uniform", "per-layer"):
+                write_twice(Path(target) / f"{family}-{layout}-{what}", family, what, layout)
     for family, rope in SCALED.items():
         config = family_config(family, hidden=128)
         config.rope_parameters = rope
@@ -115,6 +140,11 @@ def main(target: str) -> None:
             config.original_max_position_embeddings = 16
         folder = Path(target) / f"{family}-per-layer-scaled"
         record(folder, save_random(folder / "dense", config), "per-layer")
+    # Sources that 4.57 itself would load with random weights.
+    for family, change in (("qwen3", decoder_as("model.language_model.")), ("mixtral", stacked("mixtral", "mlp"))):
+        folder = Path(target) / f"{family}-stored-otherwise"
+        usual = save_random(folder / "usual", family_config(family))
+        record(folder, stored_as(usual, folder / "dense", change), "uniform")
     for family, host in (("llama", "seed_oss"), ("llama", "granite"), ("qwen2", "seed_oss"), ("qwen2", "granite")):
         write_family(Path(target) / f"{family}-uniform-{host}", family, "uniform", host)
 

@@ -16,8 +16,9 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["sspcompile", "ruamel.yaml"]):
+    from sspcompile.checkpoint.headers import read_header
     from sspcompile.checkpoint.manifest import read_manifest
-    from sspcompile.checkpoint.source import Checkpoint, read_header, tensor_table
+    from sspcompile.checkpoint.source import Checkpoint, tensor_table
     from sspcompile.errors import SspError
     from sspcompile.request.recipe import load_recipe
     from sspcompile.request.scenario import read_scenario

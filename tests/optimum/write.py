@@ -45,7 +45,7 @@ def write(folder: Path, family: str, layout: str) -> None:
         blocks=Blocks(),
         probes=ROWS,
         origin={},
-        card=lambda _: "card\n",
+        card=lambda *_: "card\n",
         trust_remote_code=True,
         last_logits=family == "llama",
     )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from typing import Any
 
+from sspcompile.checkpoint.settings import read_generation
 from sspcompile.export.onnx.decoder import Decoder
+from sspcompile.model.loading import load_tokenizer
+from sspcompile.model.vocabulary import declared_ends, first_within
 
 # Names that onnxruntime-genai gives to families; it treats all of them as the same kind of decoder.
 GENAI_TYPE = {"seed_oss": "llama"}
@@ -27,19 +30,18 @@ SEARCH: dict[str, Any] = {
 
 
 def genai_config(decoder: Decoder) -> dict[str, Any]:
-    """The settings as plain data. Counts of key/value heads that differ by layer are read from the graph's inputs."""
-    g, config = decoder.geometry, decoder.config
-    generation = _generation(decoder)
-    eos = generation.get("eos_token_id", config.get("eos_token_id"))
-    first = eos[0] if isinstance(eos, list) and eos else eos
-    pads = (generation.get("pad_token_id"), config.get("pad_token_id"), first, 0)
-    pad = next(value for value in pads if value is not None)
-    bos = generation.get("bos_token_id", config.get("bos_token_id"))
+    """The settings as plain data. Counts of key/value heads that differ by layer are read from the graph's inputs.
+
+    Special tokens are those that transformers' `generate` takes.
+    """
+    g, said = decoder.geometry, _generation(decoder)
+    ends = _ends(decoder, said)
+    pad = first_within((said.get("pad_token_id"), *ends, 0), g.vocab)
     return {
         "model": {
             "type": GENAI_TYPE.get(g.family.model_type, g.family.model_type),
-            "bos_token_id": bos if bos is not None else pad,
-            "eos_token_id": eos if eos is not None else pad,
+            "bos_token_id": first_within((said.get("bos_token_id"), pad), g.vocab),
+            "eos_token_id": ends[0] if len(ends) == 1 else ends,
             "pad_token_id": pad,
             "context_length": decoder.positions,
             "vocab_size": g.vocab,
@@ -68,6 +70,17 @@ def genai_config(decoder: Decoder) -> dict[str, Any]:
     }
 
 
-def _generation(decoder: Decoder) -> dict[str, Any]:
-    path = decoder.folder / "generation_config.json"
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+def _ends(decoder: Decoder, said: Mapping[str, Any]) -> list[int]:
+    """The end tokens that the model can write; empty for a model that has none, which the runtime takes.
+
+    It refuses ids outside the table. A stand-in would end texts where nobody meant them to.
+    """
+    vocab = decoder.geometry.vocab
+    found = declared_ends(said.get("eos_token_id"), vocab)
+    return found or declared_ends(load_tokenizer(decoder.folder).eos_token_id, vocab)
+
+
+def _generation(decoder: Decoder) -> Mapping[str, Any]:
+    """Where `generate` looks: generation_config.json, whatever it leaves open, and config.json only in its absence."""
+    found = read_generation(decoder.folder)
+    return decoder.config if found is None else found

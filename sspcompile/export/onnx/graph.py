@@ -6,7 +6,8 @@ last real token, [B, 1, vocabulary], and `present.N.key/value` [B, kv heads, T, 
 
 com.microsoft.GroupQueryAttention computes the positions itself, from how many tokens of a row are real, and expects
 every row to start at once. Rows that are padded on the left are therefore rolled to the left on the way in, and their
-results are rolled back on the way out; the cache holds them rolled.
+results are rolled back on the way out; the cache holds them rolled. Head sizes that it attends over but does not rotate
+are rotated before it, with the same tables.
 """
 
 from __future__ import annotations
@@ -20,19 +21,18 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, num
 
 import sspcompile
 from sspcompile.checkpoint.tensors import EMBEDDING, FINAL_NORM, LM_HEAD
+from sspcompile.export.onnx.placed import COSINES, ELEMENT, SINES, Placed, Quantised
 from sspcompile.families import layer_prefix
 
 if TYPE_CHECKING:
-    from sspcompile.export.onnx.decoder import Decoder, Layer
-    from sspcompile.export.onnx.weights import Placed, Quantised
+    from sspcompile.export.onnx.decoder import Decoder
+    from sspcompile.families.graphs import GraphLayer
 
 OPSET, IR_VERSION = 23, 11
 MICROSOFT = "com.microsoft"
-ELEMENT = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "U8": TensorProto.UINT8}
-COSINES, SINES = "rotary.cos", "rotary.sin"
-
-
 _PARTS = ("packed", "scales", "zeros")
+# 0, 1, ..., S - 1; and the positions of new tokens [B, S], in graphs that rotate them before the attention.
+_STEPS, _POSITION_IDS = "new.steps", "position_ids"
 
 
 @dataclass
@@ -65,10 +65,15 @@ class Graph:
         return self.constant(f"f{value!r}", np.array(value, dtype=kind))
 
     def weight(self, name: str) -> str:
-        """A tensor of the checkpoint, by reference."""
-        if name not in self.initializers:
-            self.initializers[name] = self.weights[name].reference(name)
-        return name
+        """A tensor of the checkpoint, by reference; in the dtype of the activations, whatever it is stored in."""
+        placed = self.weights[name]
+        new, same = name not in self.initializers, placed.dtype == self.dtype
+        cast = name if same else name + ".cast"
+        if new:
+            self.initializers[name] = placed.reference(name)
+        if new and not same:
+            self.node("Cast", [name], cast, to=ELEMENT[self.dtype])
+        return cast
 
     def linear(self, source: str, name: str, *, bias: bool) -> str:
         """`source` times the transpose of NAME.weight [out, in], plus NAME.bias: as the checkpoint stores it."""
@@ -80,17 +85,23 @@ class Graph:
             out = self.node("FusedMatMul", inputs, name + ".out", domain=MICROSOFT, transB=1)
         return self.node("Add", [out, self.weight(name + ".bias")], name + ".biased") if bias else out
 
-    def split(self, source: str, name: str, parts: Mapping[str, int], *, bias: bool) -> list[str]:
-        """Products with several matrices that lie one below the other in NAME; `parts`: name -> rows of each."""
-        joined = self._quantised(source, name)
-        self.node("Split", [joined, self.integers(*parts.values())], name + ".parts", outputs=len(parts), axis=-1)
-        found = [name + ".parts", *(f"{name}.parts.{number}" for number in range(1, len(parts)))]
+    def products(self, source: str, name: str, parts: Mapping[str, int], *, bias: bool) -> list[str]:
+        """`source` times the transposes of several matrices that lie one below the other in the rounded NAME.
+
+        `parts`: the name of each -> its rows. Each has a bias of its own.
+        """
+        found = self.apart(self._quantised(source, name), name, list(parts.values()))
         if not bias:
             return found
         return [
             self.node("Add", [out, self.weight(part + ".bias")], part + ".biased")
             for out, part in zip(found, parts, strict=True)
         ]
+
+    def apart(self, source: str, name: str, sizes: Sequence[int]) -> list[str]:
+        """Split the last axis of `source` into pieces of `sizes`."""
+        first = self.node("Split", [source, self.integers(*sizes)], name + ".parts", outputs=len(sizes), axis=-1)
+        return [first, *(f"{first}.{number}" for number in range(1, len(sizes)))]
 
     def lookup(self, ids: str, table: str, name: str) -> str:
         """Rows of a table: of the rounded one where the head has rounded it already, of its own otherwise."""
@@ -170,6 +181,8 @@ def emit(
     for name, placed in rotary.items():
         graph.initializers[name] = placed.reference(name)
     lengths, total, tail, start = _positions(graph)
+    if decoder.rotates_apart:
+        _position_ids(graph)
     ids = _rolled(graph, start)
     stream = graph.lookup(ids, EMBEDDING, "embedded")
     stream = graph.times(stream, decoder.embedding, "embedded.scaled")
@@ -207,16 +220,23 @@ def _positions(graph: Graph) -> tuple[str, str, str, str]:
     before = graph.node("Sub", [total, new], "mask.before")
     tail = graph.node("Slice", ["attention_mask", before, total, graph.integers(1)], "mask.new")
     start = graph.node("ArgMax", [tail], "mask.start", axis=1, keepdims=1)
+    length = graph.node("Squeeze", [new], "new.count")
+    zero, one = (graph.constant(f"i{n}.scalar", np.array(n, dtype=np.int64)) for n in (0, 1))
+    graph.node("Range", [zero, length, one], _STEPS)
     return lengths, scalar, tail, start
+
+
+def _position_ids(graph: Graph) -> None:
+    """The positions [B, S] of new tokens, rolled as the tokens are: a row goes on behind its real tokens so far."""
+    before = graph.node("Slice", ["attention_mask", graph.integers(0), "mask.before", graph.integers(1)], "mask.past")
+    first = graph.node("ReduceSum", [before, graph.integers(1)], "mask.past.real", keepdims=1)
+    graph.node("Add", [first, _STEPS], _POSITION_IDS)
 
 
 def _order(graph: Graph, start: str, op: str, name: str) -> str:
     """Indices [B, S]: (s + start) mod S, or (s - start) mod S."""
-    length = graph.node("Squeeze", ["new.length"], name + ".length")
-    zero, one = (graph.constant(f"i{n}.scalar", np.array(n, dtype=np.int64)) for n in (0, 1))
-    steps = graph.node("Range", [zero, length, one], name + ".steps")
-    moved = graph.node(op, [steps, start], name + ".moved")
-    return graph.node("Mod", [moved, length], name + ".order")
+    moved = graph.node(op, [_STEPS, start], name + ".moved")
+    return graph.node("Mod", [moved, "new.count"], name + ".order")
 
 
 def _rolled(graph: Graph, start: str) -> str:
@@ -238,25 +258,25 @@ def _last(graph: Graph, hidden: str, tail: str) -> str:
     return graph.node("GatherND", [hidden, place], "hidden.last", batch_dims=1)
 
 
-def _attention(graph: Graph, decoder: Decoder, layer: Layer, index: int, source: str, lengths: tuple[str, str]) -> str:
+def _attention(
+    graph: Graph, decoder: Decoder, layer: GraphLayer, index: int, source: str, lengths: tuple[str, str]
+) -> str:
     """[B, S, hidden] -> [B, S, hidden], the layer's cache beside it."""
     g, prefix = decoder.geometry, layer_prefix(index) + "self_attn."
-    joined = prefix + "qkv_proj"
-    if g.family.fused_qkv or (joined + ".weight" in graph.quantised and not (g.qkv_bias or g.family.qk_norm)):
-        queries, keys, values = graph.linear(source, joined, bias=g.qkv_bias), "", ""
-    elif joined + ".weight" in graph.quantised:
-        sizes = (layer.heads * g.head_dim, layer.kv_heads * g.head_dim, layer.kv_heads * g.head_dim)
-        parts = {prefix + part: size for part, size in zip(_QKV, sizes, strict=True)}
-        queries, keys, values = graph.split(source, joined + ".weight", parts, bias=g.qkv_bias)
-    else:
-        queries, keys, values = (graph.linear(source, prefix + part, bias=g.qkv_bias) for part in _QKV)
+    rotated_before = layer.rotary and decoder.rotates_apart
+    packed = not (g.family.qk_norm or rotated_before)
+    queries, keys, values = _projected(graph, decoder, layer, prefix, source, packed=packed)
     if g.family.qk_norm:
         queries = _head_norm(graph, decoder, queries, prefix + "q_norm", layer.heads)
         keys = _head_norm(graph, decoder, keys, prefix + "k_norm", layer.kv_heads)
+    if rotated_before:
+        queries = _rotated(graph, queries, prefix + "q_rotated", layer.heads)
+        keys = _rotated(graph, keys, prefix + "k_rotated", layer.kv_heads)
+    rotated_inside = layer.rotary and not rotated_before
     past = [f"past_key_values.{index}.{part}" for part in ("key", "value")]
     present = [f"present.{index}.{part}" for part in ("key", "value")]
-    inputs = [queries, keys, values, *past, *lengths, *((COSINES, SINES) if layer.rotary else ())]
-    window = {} if layer.window is None else {"local_window_size": layer.window}
+    inputs = [queries, keys, values, *past, *lengths, *((COSINES, SINES) if rotated_inside else ())]
+    window: dict[str, Any] = {} if layer.window is None else {"local_window_size": layer.window}
     graph.nodes.append(
         helper.make_node(
             "GroupQueryAttention",
@@ -267,12 +287,40 @@ def _attention(graph: Graph, decoder: Decoder, layer: Layer, index: int, source:
             num_heads=layer.heads,
             kv_num_heads=layer.kv_heads,
             scale=decoder.attention,
-            do_rotary=int(layer.rotary),
+            do_rotary=int(rotated_inside),
             rotary_interleaved=0,
             **window,
         )
     )
     return graph.linear(prefix + "out", prefix + "o_proj", bias=g.o_bias)
+
+
+def _projected(
+    graph: Graph, decoder: Decoder, layer: GraphLayer, prefix: str, source: str, *, packed: bool
+) -> tuple[str, str, str]:
+    """Queries, keys and values, each [B, S, heads * D].
+
+    Where `packed` allows it and one product computes all three, they stay in one tensor, which the attention takes in
+    the place of the queries, with "" for the others.
+    """
+    g, joined = decoder.geometry, prefix + "qkv_proj"
+    sizes = [count * g.head_dim for count in (layer.heads, layer.kv_heads, layer.kv_heads)]
+    rounded = joined + ".weight" in graph.quantised
+    if g.family.fused_qkv or (rounded and packed and not g.qkv_bias):
+        together = graph.linear(source, joined, bias=g.qkv_bias)
+        queries, keys, values = (together, "", "") if packed else graph.apart(together, joined, sizes)
+    elif rounded:
+        parts = {prefix + part: size for part, size in zip(_QKV, sizes, strict=True)}
+        queries, keys, values = graph.products(source, joined + ".weight", parts, bias=g.qkv_bias)
+    else:
+        queries, keys, values = (graph.linear(source, prefix + part, bias=g.qkv_bias) for part in _QKV)
+    return queries, keys, values
+
+
+def _rotated(graph: Graph, source: str, name: str, heads: int) -> str:
+    """[B, S, heads * D] at their positions, as the attention would rotate them."""
+    inputs = [source, _POSITION_IDS, COSINES, SINES]
+    return graph.node("RotaryEmbedding", inputs, name, domain=MICROSOFT, num_heads=heads, interleaved=0)
 
 
 _QKV = ("q_proj", "k_proj", "v_proj")
@@ -291,12 +339,10 @@ def _mlp(graph: Graph, decoder: Decoder, prefix: str, source: str) -> str:
     bias, size = decoder.geometry.mlp_bias, decoder.geometry.intermediate
     joined = prefix + "gate_up_proj"
     if decoder.fused_mlp:
-        both = graph.linear(source, joined, bias=bias)
-        gate = graph.node("Split", [both, graph.integers(size, size)], prefix + "halves", outputs=2, axis=-1)
-        up = gate + ".1"
+        gate, up = graph.apart(graph.linear(source, joined, bias=bias), joined, (size, size))
     elif joined + ".weight" in graph.quantised:
         parts = {prefix + "gate_proj": size, prefix + "up_proj": size}
-        gate, up = graph.split(source, joined + ".weight", parts, bias=bias)
+        gate, up = graph.products(source, joined + ".weight", parts, bias=bias)
     else:
         gate = graph.linear(source, prefix + "gate_proj", bias=bias)
         up = graph.linear(source, prefix + "up_proj", bias=bias)

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from onnx import TensorProto
 
-from sspcompile.checkpoint.source import INDEX_NAME, TensorInfo, read_words, tensor_table
+from sspcompile.checkpoint.headers import TensorInfo, read_words
+from sspcompile.checkpoint.source import INDEX_NAME, file_order
 from sspcompile.checkpoint.tensors import LM_HEAD
 from sspcompile.checkpoint.transfer import hard_link, write_all
 from sspcompile.errors import CheckpointError
-from sspcompile.export.onnx.graph import COSINES, ELEMENT, SINES
+from sspcompile.export.onnx.placed import COSINES, SINES, Placed, Quantised, placed
 
 ROTARY_FILE, DATA_FILE = "rotary.bin", "model.onnx.data"
 # Kernels read whole cache lines.
@@ -28,55 +27,14 @@ NUMPY = {"F32": np.float32, "F16": np.float16}
 FLOATS = ("F32", "F16", "BF16")
 
 
-@dataclass(frozen=True)
-class Placed:
-    """A tensor in a file beside the graph: `offset` in bytes. Several may be views of the same bytes."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-
-    def reference(self, name: str) -> TensorProto:
-        """The initializer that points there."""
-        tensor = TensorProto(name=name, data_type=ELEMENT[self.dtype], dims=self.shape)
-        tensor.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", self.file), ("offset", self.offset), ("length", self.nbytes)):
-            tensor.external_data.add(key=key, value=str(value))
-        return tensor
-
-
-@dataclass(frozen=True)
-class Quantised:
-    """A weight [rows, columns] in blocks along its columns, as MatMulNBits reads it: packed, scales and zero points."""
-
-    rows: int
-    columns: int
-    bits: int
-    block_size: int
-    accuracy_level: int
-    parts: tuple[Placed, ...]
-
-    def as_table(self) -> tuple[Placed, ...]:
-        """The same bytes as GatherBlockQuantized reads them: codes [rows, bytes of a row]."""
-        codes, *beside = self.parts
-        return replace(codes, shape=(self.rows, codes.nbytes // self.rows)), *beside
-
-
-def placed(info: TensorInfo) -> Placed:
-    return Placed(info.file.name, info.dtype, info.shape, info.offset, info.nbytes)
-
-
-def share_weights(source: Path, folder: Path, *, link: bool) -> dict[str, Placed]:
-    """Copy the weight files of `source` whole, or with `link` give them a second name, and point into them."""
-    files = {info.file for info in tensor_table(source).values()}
-    for file in sorted(files):
+def share_weights(tensors: Mapping[str, TensorInfo], source: Path, folder: Path, *, link: bool) -> dict[str, Placed]:
+    """Copy the weight files of `source` whole, or with `link` give them a second name, and point into the copies."""
+    for file in file_order(source):
         if not (link and hard_link(file, folder / file.name)):
             shutil.copyfile(file, folder / file.name)
     if (source / INDEX_NAME).is_file():
         shutil.copyfile(source / INDEX_NAME, folder / INDEX_NAME)
-    return {name: placed(info) for name, info in tensor_table(folder).items()}
+    return {name: placed(info) for name, info in tensors.items()}
 
 
 class DataFile:
@@ -99,15 +57,17 @@ class DataFile:
         write_all(self._stream.fileno(), bytes(gap))
         start = self._end = self._end + gap
         for piece in pieces:
-            write_all(self._stream.fileno(), memoryview(np.ascontiguousarray(piece)).cast("B"))
+            write_all(self._stream.fileno(), np.ascontiguousarray(piece).data.cast("B"))
             self._end += piece.nbytes
             self._progress(piece.nbytes)
         return Placed(self._path.name, dtype, shape, start, self._end - start)
 
 
 def convert(tensors: Mapping[str, TensorInfo], data: DataFile, dtype: str) -> dict[str, Placed]:
-    """Write every tensor as `dtype` ("F32", "F16"), a band of rows at a time. Raises CheckpointError for a value that
-    the dtype cannot hold."""
+    """Write every tensor as `dtype` ("F32", "F16"), a band of rows at a time.
+
+    Raises CheckpointError for a value that the dtype cannot hold.
+    """
     return {name: data.append(_bands(info, name, dtype), dtype, info.shape) for name, info in tensors.items()}
 
 
@@ -161,12 +121,7 @@ def quantise(
 
 
 def _bands(info: TensorInfo, name: str, dtype: str) -> Iterator[np.ndarray]:
-    rows = info.shape[0] if info.shape else 1
-    step = max(1, BAND_BYTES // max(1, info.row_bytes))
-    for start in range(0, rows, step):
-        shape = (min(step, rows - start), *info.shape[1:])
-        band = TensorInfo(info.file, info.dtype, shape, info.offset + start * info.row_bytes)
-        yield as_float(band, name, dtype)
+    return (as_float(info.band(*rows), name, dtype) for rows in info.bands(BAND_BYTES))
 
 
 def as_float(info: TensorInfo, name: str, dtype: str) -> np.ndarray:
@@ -187,7 +142,7 @@ def as_float(info: TensorInfo, name: str, dtype: str) -> np.ndarray:
 
 
 def used_tensors(tensors: Mapping[str, TensorInfo], *, tied: bool) -> dict[str, TensorInfo]:
-    """What the graph reads, in file order: not a second copy of tied embeddings, nor stored rotary frequencies."""
+    """What the graph reads, in file order. It has no use for a second copy of tied embeddings or stored frequencies."""
     unused = {LM_HEAD} if tied else set()
     return {
         name: info for name, info in tensors.items() if name not in unused and not name.endswith("rotary_emb.inv_freq")
@@ -195,13 +150,18 @@ def used_tensors(tensors: Mapping[str, TensorInfo], *, tied: bool) -> dict[str, 
 
 
 def write_rotary(folder: Path, frequencies: np.ndarray, scale: float, positions: int, dtype: str) -> dict[str, Placed]:
-    """Cosines and sines [positions, head_dim / 2] of every angle, computed in fp32."""
-    angles = np.arange(positions, dtype=np.float32)[:, None] * frequencies[None, :].astype(np.float32)
-    found, offset = {}, 0
-    with (folder / ROTARY_FILE).open("wb") as stream:
-        for name, function in ((COSINES, np.cos), (SINES, np.sin)):
-            values = (function(angles) * np.float32(scale)).astype(NUMPY[dtype])
-            stream.write(memoryview(values).cast("B"))
-            found[name] = Placed(ROTARY_FILE, dtype, values.shape, offset, values.nbytes)
-            offset += values.nbytes
-    return found
+    """Cosines and sines [positions, head_dim / 2] of every angle, computed in fp32, a band of positions at a time.
+
+    All layers share them. Together they take positions * head_dim * 4 bytes in "F32" and half of that in "F16".
+    """
+    turned = frequencies.astype(np.float32)[None, :]
+    step = max(1, BAND_BYTES // turned.nbytes)
+
+    def rows(function: Callable[[np.ndarray], np.ndarray]) -> Iterator[np.ndarray]:
+        for start in range(0, positions, step):
+            angles = np.arange(start, min(positions, start + step), dtype=np.float32)[:, None] * turned
+            yield (function(angles) * np.float32(scale)).astype(NUMPY[dtype])
+
+    shape = (positions, turned.shape[1])
+    with DataFile(folder / ROTARY_FILE, lambda _: None) as data:
+        return {name: data.append(rows(f), dtype, shape) for name, f in ((COSINES, np.cos), (SINES, np.sin))}

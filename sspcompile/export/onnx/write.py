@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,26 @@ import onnx
 
 import sspcompile
 from sspcompile.checkpoint import Manifest, copy_companions, staged, write_manifest
-from sspcompile.checkpoint.source import TensorInfo
+from sspcompile.checkpoint.headers import TensorInfo
+from sspcompile.checkpoint.references import drop_references, without_code
 from sspcompile.checkpoint.tensors import EMBEDDING
 from sspcompile.errors import InputError
 from sspcompile.export.onnx.agreement import Agreement, Gate
 from sspcompile.export.onnx.decoder import Decoder, read_decoder
 from sspcompile.export.onnx.genai import genai_config
 from sspcompile.export.onnx.graph import emit
+from sspcompile.export.onnx.placed import Placed, Quantised
+from sspcompile.export.onnx.structure import prove_structure
 from sspcompile.export.onnx.weights import (
     DATA_FILE,
     DataFile,
-    Placed,
-    Quantised,
     convert,
     quantise,
     share_weights,
     used_tensors,
     write_rotary,
 )
+from sspcompile.model.context import positions_of
 from sspcompile.model.onnx_session import GRAPH, SETTINGS, demand_runtime
 from sspcompile.progress import Progress, silent
 
@@ -53,8 +56,8 @@ JOINED: Mapping[str, str] = {
 class Precision:
     """`dtype` of activations and cache. `bits` of the weights of matrices, None when they have that dtype as well.
 
-    `gate`: what must hold against transformers in fp32 before anything is published; None where rounding is the point,
-    and its cost is reported instead.
+    `gate`: what is asked of it against transformers in fp32 before anything is published; None where rounding is the
+    point, and its cost is reported instead.
     """
 
     name: str
@@ -73,6 +76,8 @@ PRECISIONS: Mapping[str, Precision] = {
     )
 }
 
+EXACT = PRECISIONS["fp32"]
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -88,8 +93,11 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Exported:
+    """A published folder. `context_length`: tokens of the longest text that the graph reads."""
+
     manifest: Manifest
     agreement: Agreement
+    context_length: int
 
 
 def export_onnx(
@@ -100,7 +108,7 @@ def export_onnx(
     blocks: Blocks,
     probes: list[list[int]],
     origin: Mapping[str, Any],
-    card: Callable[[Agreement], str],
+    card: Callable[[Agreement, int], str],
     trust_remote_code: bool,
     positions: int | None = None,
     last_logits: bool = False,
@@ -110,32 +118,54 @@ def export_onnx(
 ) -> Exported:
     """Publish the model folder `model` for ONNX Runtime and onnxruntime-genai.
 
-    `probes`: token ids to run before publishing. `positions` shortens the context, `last_logits` computes those of the
-    last token alone. With `link` unchanged weight files become second names of the source's. Raises
-    UnsupportedModelError for what the kernels cannot compute, ParityError when the graph does not compute what
-    transformers does, InputError for an `out` inside `model`.
+    `probes`: token ids to run before publishing, and before any rounding. `card` writes the model card, from what that
+    run found and the longest text in tokens, which `positions` shortens. `last_logits` computes the logits of the last
+    token alone. With `link` unchanged weight files become second names of the source's.
+
+    Raises UnsupportedModelError for what the kernels cannot compute, ParityError when the graph does not compute what
+    transformers does, InputError for an `out` inside `model` or positions that the model does not have.
     """
     if out.resolve().is_relative_to(model.resolve()):
         raise InputError(f"{out} lies inside {model}.", hint="Give an --out outside of it.")
     # Writing needs neither torch nor the model classes, and little memory; running against transformers does.
-    from sspcompile.export.onnx.check import check_runs
+    from sspcompile.export.onnx.check import NEW_TOKENS, PROBE_TOKENS, check_runs
 
     demand_runtime()
     decoder = read_decoder(model, positions=positions)
+    run = partial(
+        check_runs,
+        model=model,
+        probes=probes,
+        positions=decoder.positions,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
     with staged(out, overwrite=overwrite) as folder:
+        if precision != EXACT:
+            unrounded = partial(run, gate=EXACT.gate, dtype=EXACT.dtype)
+            prove_structure(decoder, folder, PROBE_TOKENS + NEW_TOKENS, unrounded, last_logits=last_logits)
         write_graph(decoder, folder, precision, blocks, last_logits=last_logits, link=link, progress=progress)
         _check_graph(folder)
-        agreement = check_runs(
-            folder, model, probes, gate=precision.gate, trust_remote_code=trust_remote_code, progress=progress
-        )
+        agreement = run(folder, gate=precision.gate, dtype=precision.dtype)
         (folder / CHECKS).write_text(json.dumps(asdict(agreement), indent=1) + "\n", "utf-8")
-        (folder / "README.md").write_text(card(agreement), "utf-8")
-        described = {"sspcompile": sspcompile.__version__, **origin, "format": "onnx", "precision": precision.name}
-        if precision.bits is not None:
-            described |= {**asdict(blocks), "activations": precision.dtype.replace("F", "fp")}
-        if last_logits:
-            described["last_logits"] = True
-        return Exported(write_manifest(folder, described), agreement)
+        (folder / "README.md").write_text(card(agreement, decoder.positions), "utf-8")
+        described = _described(decoder, precision, blocks, last_logits=last_logits)
+        return Exported(write_manifest(folder, {**origin, **described}), agreement, decoder.positions)
+
+
+def _described(decoder: Decoder, precision: Precision, blocks: Blocks, *, last_logits: bool) -> dict[str, Any]:
+    """What the manifest says of the graph."""
+    found: dict[str, Any] = {
+        "sspcompile": sspcompile.__version__,
+        "format": "onnx",
+        "precision": precision.name,
+        "context_length": decoder.positions,
+    }
+    if precision.bits is not None:
+        found |= {**asdict(blocks), "activations": precision.dtype.replace("F", "fp")}
+    if last_logits:
+        found["last_logits"] = True
+    return found
 
 
 def write_graph(
@@ -154,8 +184,12 @@ def write_graph(
     graph = emit(decoder, weights, quantised, rotary, precision.dtype, last_logits=last_logits)
     (folder / GRAPH).write_bytes(graph.SerializeToString())
     copy_companions(decoder.folder, folder)
+    drop_references(folder)
     shutil.copyfile(Path(__file__).with_name(OPTIMUM), folder / OPTIMUM)
-    config = {key: value for key, value in decoder.config.items() if key != "auto_map"}
+    config = without_code(decoder.config)
+    if decoder.positions != positions_of(config):
+        # optimum, and whoever else reads this file, learns the limit from it.
+        config["max_position_embeddings"] = decoder.positions
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
     (folder / SETTINGS).write_text(json.dumps(genai_config(decoder), indent=2) + "\n", "utf-8")
 
@@ -163,7 +197,8 @@ def write_graph(
 def _check_graph(folder: Path) -> None:
     """ONNX's own checker, on the graph and the places of its weights.
 
-    It refuses files with several names, which hard links are, so it sees files of the same sizes that hold nothing.
+    The checker refuses files with several names, and hard links are such files. It is shown empty files of the same
+    sizes instead.
     """
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         for file in filter(Path.is_file, folder.iterdir()):
@@ -181,7 +216,7 @@ def _place(
     tensors = used_tensors(decoder.tensors, tied=decoder.geometry.tied)
     if precision.bits is None and {info.dtype for info in tensors.values()} == {precision.dtype}:
         progress("weights", 0, 1)
-        placed = share_weights(decoder.folder, folder, link=link)
+        placed = share_weights(tensors, decoder.folder, folder, link=link)
         progress("weights", 1, 1)
         return placed, {}
     total, done = sum(info.nbytes for info in tensors.values()), 0
@@ -210,8 +245,9 @@ def _place(
 
 
 def _matrices(tensors: Mapping[str, TensorInfo], *, tied: bool) -> dict[str, dict[str, TensorInfo]]:
-    """What is rounded, by the name of the product: the head, every matrix of a layer, and those with the same input as
-    one, because a product costs a call and one rounding of its input.
+    """The matrices to round, under the name of their product: the head and every matrix of a layer.
+
+    Those with the same input are one product, because every product costs a call and one more rounding of its input.
     """
     found: dict[str, dict[str, TensorInfo]] = {}
     for name, info in tensors.items():

@@ -1,17 +1,13 @@
 """Facts per architecture, as a table: what the tensors are called, which class hosts a uniform cut, what is refused.
 
-Adding a family is one row here and one row in the tests. Nothing in this module touches weights or imports torch;
-`checkpoint.tensors` turns a geometry into names and shapes.
+Adding a family is one row here and one row in the tests.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
-
-from sspcompile.errors import CheckpointError, UnsupportedModelError
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,7 @@ MIXTRAL_EXPERTS = Experts(
         Linear("w2", "hidden", "expert_intermediate"),
         Linear("w3", "expert_intermediate", "hidden"),
     ),
-    counts=("num_local_experts",),
+    counts=("num_local_experts", "num_experts"),
     width="intermediate_size",
     gate_up=("w1", "w3"),
     down="w2",
@@ -74,7 +70,7 @@ QWEN_EXPERTS = Experts(
         Linear("up_proj", "expert_intermediate", "hidden"),
         Linear("down_proj", "hidden", "expert_intermediate"),
     ),
-    # transformers 5 writes num_local_experts, 4.57 num_experts.
+    # transformers 5 writes num_local_experts and takes it for the other one, 4.57 writes num_experts.
     counts=("num_experts", "num_local_experts"),
     width="moe_intermediate_size",
     gate_up=("gate_proj", "up_proj"),
@@ -102,7 +98,14 @@ class Family:
     positions as follow from hidden_size / heads, so that no other head count can be stated.
     `hosts`: other families whose stock class holds this one's weights, the best first; `neutral(head_dim)` are the
     settings under which this family, as a host, computes plain attention; `own_keys` leave the configuration when
-    another family hosts it. `window`: the key that switches sliding windows on, which no host has in the same layers.
+    another family hosts it.
+    `window`: which layers have the sliding window, "every" or those that "layer_types" names; "" for a class without
+    windows. `window_switch`: the key without which `sliding_window` counts for nothing. No host has windows.
+    `tokenizer`: the class that transformers 5 reads every tokenizer of this type with; "" where the one that
+    tokenizer_config.json names counts (see checkpoint.tokenizers).
+    `partial_rotary`: positions may turn a part of each head. `scales_logits`, `caps_logits`: the class reads
+    logits_scaling, final_logit_softcapping.
+    `silent`: what its class in transformers 5 takes for a setting of which config.json says nothing.
     """
 
     model_type: str
@@ -128,10 +131,33 @@ class Family:
     hosts: tuple[str, ...] = ()
     neutral: Callable[[int], Mapping[str, Any]] = _nothing
     own_keys: tuple[str, ...] = ()
-    window: str | None = None
+    window: Literal["", "every", "layer_types"] = ""
+    window_switch: str | None = None
+    tokenizer: str = ""
+    partial_rotary: bool = False
+    scales_logits: bool = False
+    caps_logits: bool = False
+    silent: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _silent(positions: int, kv_heads: int | None = None, /, **more: Any) -> Mapping[str, Any]:
+    """The usual silent settings, `more` instead of them; None for one that the class does not have.
+
+    `kv_heads` None: as many as query heads.
+    """
+    sizes = {"max_position_embeddings": positions, "num_key_value_heads": kv_heads}
+    usual = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e4}
+    return {key: value for key, value in {**sizes, **usual, **more}.items() if value is not None}
+
+
+# The name in transformers 4.57, which 5 understands.
+AS_IN_FILE = "PreTrainedTokenizerFast"
+GELU = "gelu_pytorch_tanh"
 
 
 FOUR_NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+# Granite's; each is 1 where config.json is silent.
+MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 # What Gemma 2 and 3 have in common: two norms around each block, so the residual stream is seen by the second pair.
 SANDWICHED: Mapping[str, Any] = {
     "norms": FOUR_NORMS,
@@ -141,12 +167,14 @@ SANDWICHED: Mapping[str, Any] = {
     "head_dim": 256,
     "hidden_must_divide": True,
     "reads_heads": True,
+    "window": "layer_types",
+    "caps_logits": True,
 }
 
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
     for family in (
-        # transformers 5 rejects a LlamaConfig whose hidden_size is no multiple of num_attention_heads even when
+        # transformers 5 rejects a LlamaConfig whose hidden_size is not a multiple of num_attention_heads even when
         # head_dim is given; Mistral has the same tensors and the same forward with `sliding_window: null`.
         Family(
             "llama",
@@ -158,30 +186,62 @@ FAMILIES: Mapping[str, Family] = {
             reads_heads=True,
             hosts=("mistral", "seed_oss", "granite"),
             own_keys=("attention_bias", "mlp_bias", "pretraining_tp"),
+            silent=_silent(2048),
         ),
         Family(
             "mistral",
             "MistralForCausalLM",
             hosts=("seed_oss", "granite"),
-            window="sliding_window",
+            window="every",
             own_keys=("sliding_window",),
+            tokenizer=AS_IN_FILE,
             neutral=lambda _: {"sliding_window": None},
+            silent=_silent(131072, 8, sliding_window=4096),
         ),
-        Family("ministral", "MinistralForCausalLM"),
+        Family(
+            "ministral", "MinistralForCausalLM", window="layer_types", silent=_silent(131072, 8, sliding_window=4096)
+        ),
         Family(
             "qwen2",
             "Qwen2ForCausalLM",
             qkv_bias=True,
             hosts=("seed_oss", "granite"),
-            window="use_sliding_window",
+            window="layer_types",
+            window_switch="use_sliding_window",
             own_keys=("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
+            tokenizer="Qwen2Tokenizer",
+            silent=_silent(32768, 32, sliding_window=4096, max_window_layers=28),
         ),
         Family(
-            "qwen3", "Qwen3ForCausalLM", qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, head_dim=128
+            "qwen3",
+            "Qwen3ForCausalLM",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            qk_norm=True,
+            head_dim=128,
+            window="layer_types",
+            window_switch="use_sliding_window",
+            silent=_silent(32768, 32, sliding_window=4096, max_window_layers=28),
         ),
-        Family("phi3", "Phi3ForCausalLM", fused_qkv=True, mlp=FUSED_GATED, reads_heads=True, longrope_by_heads=True),
         Family(
-            "gemma", "GemmaForCausalLM", qkv_bias="attention_bias", o_bias="attention_bias", tied=True, head_dim=256
+            "phi3",
+            "Phi3ForCausalLM",
+            fused_qkv=True,
+            mlp=FUSED_GATED,
+            reads_heads=True,
+            longrope_by_heads=True,
+            window="every",
+            partial_rotary=True,
+            silent=_silent(4096, rms_norm_eps=1e-5, original_max_position_embeddings=4096),
+        ),
+        Family(
+            "gemma",
+            "GemmaForCausalLM",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            tied=True,
+            head_dim=256,
+            silent=_silent(8192, 16, hidden_act=GELU),
         ),
         Family(  # sdpa knows no soft capping of scores
             "gemma2",
@@ -189,6 +249,7 @@ FAMILIES: Mapping[str, Family] = {
             qkv_bias="attention_bias",
             o_bias="attention_bias",
             attention="eager",
+            silent=_silent(8192, 4, sliding_window=4096, hidden_act=None, hidden_activation=GELU),
             **SANDWICHED,
         ),
         Family(
@@ -197,6 +258,15 @@ FAMILIES: Mapping[str, Family] = {
             qkv_bias="attention_bias",
             o_bias="attention_bias",
             qk_norm=True,
+            silent=_silent(
+                131072,
+                4,
+                sliding_window=4096,
+                rope_theta=1e6,
+                rope_local_base_freq=1e4,
+                hidden_act=None,
+                hidden_activation=GELU,
+            ),
             **SANDWICHED,
         ),
         Family(
@@ -212,6 +282,9 @@ FAMILIES: Mapping[str, Family] = {
                 "residual_multiplier": 1.0,
                 "logits_scaling": 1.0,
             },
+            scales_logits=True,
+            tokenizer=AS_IN_FILE,
+            silent=_silent(2048, None, **dict.fromkeys(MULTIPLIERS, 1.0)),
         ),
         Family(
             "smollm3",
@@ -220,6 +293,8 @@ FAMILIES: Mapping[str, Family] = {
             o_bias="attention_bias",
             mlp_bias="mlp_bias",
             tied=True,
+            window="layer_types",
+            silent=_silent(32768, 4, rope_theta=2e6, no_rope_layer_interval=4),
         ),
         Family(
             "starcoder2",
@@ -230,6 +305,8 @@ FAMILIES: Mapping[str, Family] = {
             norm_bias=True,
             mlp=PLAIN,
             tied=True,
+            window="every",
+            silent=_silent(4096, 2, hidden_act=GELU, rms_norm_eps=None, norm_epsilon=1e-5, use_bias=True),
         ),
         Family(
             "seed_oss",
@@ -239,8 +316,15 @@ FAMILIES: Mapping[str, Family] = {
             mlp_bias="mlp_bias",
             head_dim=128,
             neutral=lambda _: {"attention_dropout": 0.0, "residual_dropout": 0.0},
+            silent=_silent(524288, 8, attention_bias=True),
         ),
-        Family("mixtral", "MixtralForCausalLM", experts=MIXTRAL_EXPERTS),
+        Family(
+            "mixtral",
+            "MixtralForCausalLM",
+            experts=MIXTRAL_EXPERTS,
+            window="every",
+            silent=_silent(131072, 8, rms_norm_eps=1e-5, rope_theta=1e6),
+        ),
         Family(
             "qwen3_moe",
             "Qwen3MoeForCausalLM",
@@ -248,6 +332,9 @@ FAMILIES: Mapping[str, Family] = {
             o_bias="attention_bias",
             qk_norm=True,
             experts=QWEN_EXPERTS,
+            window="every",
+            window_switch="use_sliding_window",
+            silent=_silent(32768, 4, sliding_window=4096),
         ),
     )
 }
@@ -263,179 +350,3 @@ REFUSED: Mapping[str, str] = {
 }
 # Those that the ONNX export has a graph for, each compared with transformers in its tests.
 ONNX_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "phi3", "seed_oss")
-# Families whose switch is on unless config.json says otherwise.
-ON_BY_DEFAULT = frozenset({("starcoder2", "use_bias"), ("seed_oss", "attention_bias"), ("mistral", "sliding_window")})
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Sizes of a decoder as its configuration states them; counts of heads are per layer and equal in all layers.
-
-    `sparse`: the layers whose MLP is `experts` experts of `expert_intermediate` each, `active_experts` of which a
-    token visits. `windowed`: some layers attend through a sliding window that the family can switch on.
-    `fixed_heads`: the stock class can state no other number of query heads (see Family.longrope_by_heads).
-    """
-
-    family: Family
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    tied: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    dtype: str
-    residual_multiplier: float = 1.0
-    windowed: bool = False
-    fixed_heads: bool = False
-    experts: int = 0
-    active_experts: int = 0
-    expert_intermediate: int = 0
-    sparse: frozenset[int] = frozenset()
-
-    @property
-    def group_size(self) -> int:
-        """Query heads per key/value head in the dense model."""
-        return self.heads // self.kv_heads
-
-    @property
-    def total_heads(self) -> int:
-        return self.layers * self.heads
-
-
-def family_of(config: Mapping[str, Any]) -> Family:
-    """The table row for a configuration.
-
-    Raises UnsupportedModelError with the reason for a known misfit, and with the list of what is accepted otherwise.
-    """
-    model_type = config.get("model_type")
-    accepted = ", ".join(sorted(FAMILIES))
-    if not isinstance(model_type, str):
-        raise CheckpointError("config.json names no model_type.", hint=f"Accepted: {accepted}.")
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
-    reason = REFUSED.get(model_type, "its tensors are not described in the family table")
-    raise UnsupportedModelError(
-        f"Models of type {model_type!r} cannot be cut: {reason}.", hint=f"Accepted types: {accepted}."
-    )
-
-
-# Far beyond any model, and small enough that what is counted by them fits into memory.
-LARGEST_SIZE = 1 << 31
-LARGEST = {
-    "num_hidden_layers": 4096,
-    "num_attention_heads": 1 << 16,
-    "num_key_value_heads": 1 << 16,
-    "num_experts": 4096,
-    "num_local_experts": 4096,
-    "n_routed_experts": 4096,
-    "num_experts_per_tok": 4096,
-}
-
-
-def _positive(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = config.get(key)
-    if value is None:
-        value = default
-    most = LARGEST.get(key, LARGEST_SIZE)
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise CheckpointError(
-            f"config.json has {key} = {_shortly(value)}.", hint=f"{key} must be a whole number from 1 to {most:,}."
-        )
-    return value
-
-
-def _shortly(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:60] + "..."
-
-
-def _switch(family: Family, rule: str | bool, config: Mapping[str, Any]) -> bool:
-    if isinstance(rule, bool):
-        return rule
-    return bool(config.get(rule, (family.model_type, rule) in ON_BY_DEFAULT))
-
-
-def geometry_of(config: Mapping[str, Any]) -> Geometry:
-    """Read the sizes from a configuration. Raises CheckpointError or UnsupportedModelError."""
-    family = family_of(config)
-    if config.get("per_layer_config"):
-        raise UnsupportedModelError(
-            "This checkpoint is a per-layer cut already.", hint="Build from the dense model that it was cut from."
-        )
-    heads = _positive(config, "num_attention_heads")
-    hidden = _positive(config, "hidden_size")
-    kv_heads = _positive(config, "num_key_value_heads", default=heads)
-    if heads % kv_heads:
-        raise CheckpointError(
-            f"config.json has {heads} query heads for {kv_heads} key/value heads.",
-            hint="num_attention_heads must be a multiple of num_key_value_heads.",
-        )
-    if config.get("head_dim") is None and family.head_dim is None and hidden % heads:
-        raise CheckpointError(
-            f"config.json has hidden_size {hidden} for {heads} heads and no head_dim.", hint="Set head_dim."
-        )
-    layers = _positive(config, "num_hidden_layers")
-    return Geometry(
-        family=family,
-        layers=layers,
-        hidden=hidden,
-        intermediate=_positive(config, "intermediate_size"),
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=_positive(config, "head_dim", default=family.head_dim or hidden // heads),
-        vocab=_positive(config, "vocab_size"),
-        tied=bool(config.get("tie_word_embeddings", family.tied)),
-        qkv_bias=_switch(family, family.qkv_bias, config),
-        o_bias=_switch(family, family.o_bias, config),
-        mlp_bias=_switch(family, family.mlp_bias, config),
-        # 4.x writes torch_dtype, 5.x writes dtype.
-        dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
-        residual_multiplier=_multiplier(family.residual_multiplier, config),
-        windowed=_switch(family, family.window or False, config),
-        fixed_heads=family.longrope_by_heads and _scaled_by_factors(config),
-        **_sparse(family, config, layers),
-    )
-
-
-def _multiplier(key: str | None, config: Mapping[str, Any]) -> float:
-    value = 1.0 if key is None else config.get(key, 1.0)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
-        raise CheckpointError(f"config.json has {key} = {_shortly(value)}.", hint=f"{key} must be a finite number.")
-    return float(value)
-
-
-def _layer_numbers(key: str, config: Mapping[str, Any]) -> Sequence[int]:
-    value = config.get(key) or ()
-    if not isinstance(value, list | tuple) or not all(isinstance(number, int) for number in value):
-        raise CheckpointError(f"config.json has {key} = {_shortly(value)}.", hint=f"{key} must list layer numbers.")
-    return value
-
-
-def _scaled_by_factors(config: Mapping[str, Any]) -> bool:
-    rope = config.get("rope_parameters") or config.get("rope_scaling")
-    return isinstance(rope, Mapping) and rope.get("short_factor") is not None
-
-
-def _sparse(family: Family, config: Mapping[str, Any], layers: int) -> dict[str, Any]:
-    """The fields of Geometry that describe experts; nothing for a dense family."""
-    if family.experts is None:
-        return {}
-    key = next((key for key in family.experts.counts if config.get(key) is not None), family.experts.counts[0])
-    step = _positive(config, "decoder_sparse_step", default=1)
-    dense = set(_layer_numbers("mlp_only_layers", config))
-    return {
-        "experts": _positive(config, key),
-        "active_experts": _positive(config, "num_experts_per_tok"),
-        "expert_intermediate": _positive(config, family.experts.width),
-        "sparse": frozenset(n for n in range(layers) if n not in dense and (n + 1) % step == 0),
-    }
-
-
-def layer_prefix(layer: int) -> str:
-    """Prefix of one decoder layer's tensor names; the same in every family of the table."""
-    return f"model.layers.{layer}."

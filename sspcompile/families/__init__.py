@@ -1,0 +1,37 @@
+"""What is known of architectures: a table of facts, and what follows from it for a configuration.
+
+Nothing in this room touches weights or imports torch; `checkpoint.tensors` turns a geometry into names and shapes.
+"""
+
+from sspcompile.families.geometry import LARGEST, LARGEST_SIZE, Geometry, family_of, geometry_of, layer_prefix
+from sspcompile.families.graphs import graph_refusal
+from sspcompile.families.hosting import Host, holds, hosted_config, hosting, stand_in
+from sspcompile.families.positions import Positions, rope_of
+from sspcompile.families.table import FAMILIES, FUSED_GATED, GATED, ONNX_FAMILIES, REFUSED, Experts, Family, Linear
+from sspcompile.families.windows import windows_of
+
+__all__ = [
+    "FAMILIES",
+    "FUSED_GATED",
+    "GATED",
+    "LARGEST",
+    "LARGEST_SIZE",
+    "ONNX_FAMILIES",
+    "REFUSED",
+    "Experts",
+    "Family",
+    "Geometry",
+    "Host",
+    "Linear",
+    "Positions",
+    "family_of",
+    "geometry_of",
+    "graph_refusal",
+    "holds",
+    "hosted_config",
+    "hosting",
+    "layer_prefix",
+    "rope_of",
+    "stand_in",
+    "windows_of",
+]

@@ -1,0 +1,65 @@
+"""The proof with whole models, in a fresh process that loads both from their files."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from sspcompile import errors
+from sspcompile.errors import RunError
+from sspcompile.proof.claim import Claim
+from sspcompile.proof.parity import PROBE_PROMPTS, PROBE_TOKENS, Parity
+from sspcompile.proof.reload import ANSWER, MASK, REQUEST
+from sspcompile.slicing.mask import dump_mask
+
+NEW_TOKENS = 24
+# Activations, the interpreter and what torch allocates beside the weights.
+MEMORY_SLACK = 1.2
+
+
+def compare_whole(claim: Claim, prompts: Sequence[Sequence[int]]) -> Parity:
+    """Compare on token ids `prompts`, and on what the written model generates behind each, with a cache.
+
+    Raises RunError when the written model does not load or the process ends early, ParityError for logits that are not
+    numbers, and what `load` raises for the dense model.
+    """
+    asked = {
+        "dense": str(claim.checkpoint.path.absolute()),
+        "written": str(claim.written.absolute()),
+        "custom_code": claim.custom_code,
+        "refitted": sorted(claim.refitted),
+        "prompts": [list(ids[:PROBE_TOKENS]) for ids in prompts[:PROBE_PROMPTS]],
+        "new_tokens": NEW_TOKENS,
+        "threads": torch.get_num_threads(),
+    }
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        (scratch / REQUEST).write_text(json.dumps(asked), "utf-8")
+        (scratch / MASK).write_text(dump_mask(claim.mask), "utf-8")
+        command = [sys.executable, "-P", "-m", "sspcompile.proof.reload", name]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise RunError(
+                f"The process that compares the models failed: {reason}",
+                hint="If memory ran out, `sspcompile verify --layerwise` needs less.",
+            )
+        found = json.loads((scratch / ANSWER).read_text("utf-8"))
+    if "error" in found:
+        raise getattr(errors, found["error"])(found["message"], hint=found["hint"])
+    return Parity(**found)
+
+
+def whole_bytes(claim: Claim) -> int:
+    """Memory that the comparison takes: the larger model in float64, its files while they are read, the logits."""
+    tensors = claim.checkpoint.tensors.values()
+    weights = sum(8 * math.prod(info.shape) + info.nbytes for info in tensors)
+    logits = 8 * PROBE_PROMPTS * (PROBE_TOKENS + NEW_TOKENS) * claim.geometry.vocab
+    return int(MEMORY_SLACK * (weights + logits))

@@ -1,0 +1,208 @@
+"""What a model is asked: a text, or a conversation that ends with one; and the lines of .jsonl files that hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
+
+from pydantic import BeforeValidator
+
+from sspcompile.request.documents import plain_text, shown
+
+Role = Literal["system", "user", "assistant"]
+ROLES: tuple[Role, ...] = get_args(Role)
+# Other names of the roles: OpenAI's newer one, and those of ShareGPT.
+OTHER_ROLES: Mapping[str, Role] = {"developer": "system", "human": "user", "gpt": "assistant", "model": "assistant"}
+# Under which keys a line may hold its answer. `output` belongs to `instruction` alone: elsewhere it is often a label.
+ANSWERS = ("answer", "completion", "response")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of a conversation. `content` has no white space around it."""
+
+    role: Role
+    content: str
+
+
+# What a user types, or the conversation that leads to it: messages in any order of roles, the last one the user's.
+Prompt = str | tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Line:
+    """What one line of a .jsonl file asks. `answer` is what the file holds, unchecked, None where it holds nothing.
+
+    `needs_answer`: lines of this form are questions, so an evaluation takes a missing answer for a mistake.
+    """
+
+    prompt: Prompt
+    answer: object = None
+    needs_answer: bool = False
+
+
+def as_prompt(value: object) -> Prompt:
+    """A text, or messages (`Message`, or mappings as in the files) as a prompt; a lone text of the user is that text.
+
+    Raises ValueError for anything else, and for a conversation that does not end with the user's words.
+    """
+    if isinstance(value, str):
+        return plain_text(value)
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"must be text or a list of messages, not {shown(value)}")
+    asked, answer = _split_answer([_message(item, f"message {number}") for number, item in enumerate(value, 1)])
+    if answer is not None:
+        raise ValueError("must end with a message of the user, not of the assistant")
+    return asked
+
+
+PromptField = Annotated[str | tuple[Message, ...], BeforeValidator(as_prompt)]
+
+
+def messages_of(prompt: Prompt) -> tuple[Message, ...]:
+    """The messages of a prompt; a text is a message of the user."""
+    return (Message("user", prompt),) if isinstance(prompt, str) else prompt
+
+
+def bare(prompt: Prompt) -> Prompt:
+    """The prompt as it is compared with others: without white space around it."""
+    return prompt.strip() if isinstance(prompt, str) else prompt
+
+
+def told(prompt: Prompt) -> str:
+    """The prompt as a report shows it: a text as it is, a conversation with the role before each message."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m.role}: {m.content}" for m in prompt)
+
+
+def read_line(item: object) -> Line:
+    """One parsed line. The first key of FORMS that it has says what form it is of; other keys are the file's own.
+
+    Raises ValueError that says what is wrong with it.
+    """
+    if not isinstance(item, Mapping):
+        raise ValueError("must be a JSON object")
+    for key, read in FORMS.items():
+        if item.get(key) is not None:
+            return read(item, key)
+    raise ValueError(f"has none of the keys {', '.join(FORMS)}")
+
+
+def _text(item: Mapping[str, object], key: str) -> str:
+    value = item[key]
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"has no text under the key {key!r}")
+    return _cleaned(value, key)
+
+
+def _cleaned(value: str, place: str) -> str:
+    """With plain line ends. Raises ValueError for control characters."""
+    value = value.replace("\r\n", "\n")
+    try:
+        return plain_text(value) if value.strip() else value
+    except ValueError as error:
+        raise ValueError(f"{place} {error}") from None
+
+
+def _message(item: object, place: str) -> Message:
+    if isinstance(item, Message):
+        item = {"role": item.role, "content": item.content}
+    if not isinstance(item, Mapping):
+        raise ValueError(f"{place} must be a mapping with role and content, not {shown(item)}")
+    role, content = (item.get(name, item.get(other)) for name, other in (("role", "from"), ("content", "value")))
+    role = OTHER_ROLES.get(role, role) if isinstance(role, str) else role
+    if role not in ROLES:
+        raise ValueError(f"{place} has the role {shown(role)}; accepted: {', '.join((*ROLES, *OTHER_ROLES))}")
+    if isinstance(content, list) and content and all(map(_is_text_part, content)):
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise ValueError(f"{place} must have text as its content, not {shown(content)}")
+    return Message(role, _cleaned(content, place).strip())
+
+
+def _is_text_part(part: object) -> bool:
+    """Whether it is a part of a content as vision models take it, `{"type": "text", "text": ...}`."""
+    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def _split_answer(found: Sequence[Message]) -> tuple[Prompt, str | None]:
+    """What stands up to the last message of the user, and the assistant's answer to it where there is one."""
+    last = max((place for place, message in enumerate(found) if message.role == "user"), default=None)
+    if last is None:
+        raise ValueError("holds no message of the user")
+    behind = found[last + 1 :]
+    if any(message.role != "assistant" for message in behind):
+        raise ValueError("has a system message behind the last message of the user")
+    if not found[last].content:
+        raise ValueError("has an empty message of the user at its end")
+    asked = tuple(found[: last + 1])
+    return asked[0].content if len(asked) == 1 else asked, behind[0].content if behind else None
+
+
+def _conversation(item: Mapping[str, object], key: str) -> Line:
+    listed = item[key]
+    if not isinstance(listed, list) or not listed:
+        raise ValueError(f"has no list of messages under the key {key!r}")
+    found = [_message(message, f"message {number} of {key!r}") for number, message in enumerate(listed, 1)]
+    try:
+        asked, last = _split_answer(_with_system(item, found))
+    except ValueError as error:
+        raise ValueError(f"{error} (key {key!r})") from None
+    given = _answer(item, ANSWERS)
+    return Line(asked, last or None if given is None else given)
+
+
+def _prompt(item: Mapping[str, object], key: str) -> Line:
+    if isinstance(item[key], list):
+        return _conversation(item, key)
+    return Line(_text(item, key), _answer(item, ANSWERS), needs_answer=True)
+
+
+def _instruction(item: Mapping[str, object], key: str) -> Line:
+    """Alpaca: the input stands on a line of its own below the instruction; `history` holds earlier pairs of texts."""
+    asked = _text(item, key)
+    if isinstance(item.get("input"), str) and str(item["input"]).strip():
+        asked = f"{asked.rstrip()}\n{_text(item, 'input').lstrip()}"
+    history = item.get("history") or []
+    if not isinstance(history, list):
+        raise ValueError("has no list of pairs under the key 'history'")
+    found = []
+    for number, pair in enumerate(history, 1):
+        place = f"pair {number} of 'history'"
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise ValueError(f"{place} must be a list of two texts")
+        found += [
+            Message(*turn) for turn in zip(ROLES[1:], (_cleaned(text, place).strip() for text in pair), strict=True)
+        ]
+    prompt, _ = _split_answer(_with_system(item, [*found, Message("user", asked)]))
+    return Line(prompt, _answer(item, ("output", *ANSWERS)), needs_answer=True)
+
+
+def _plain(item: Mapping[str, object], key: str) -> Line:
+    return Line(_text(item, key), _answer(item, ANSWERS))
+
+
+def _with_system(item: Mapping[str, object], found: list[Message]) -> list[Message]:
+    """A system message that stands beside the conversation goes before it, unless the conversation has its own."""
+    beside = item.get("system")
+    if not isinstance(beside, str) or not beside.strip() or (found and found[0].role == "system"):
+        return found
+    return [Message("system", _cleaned(beside, "'system'").strip()), *found]
+
+
+def _answer(item: Mapping[str, object], keys: Sequence[str]) -> object:
+    """What stands under the first of the keys; the words of the assistant where that is a list of messages."""
+    answer = next((item[key] for key in keys if item.get(key) is not None), None)
+    if isinstance(answer, list) and answer and all(isinstance(part, Mapping) for part in answer):
+        return _message(answer[0], "the answer").content
+    return answer
+
+
+FORMS: Mapping[str, Callable[[Mapping[str, object], str], Line]] = {
+    "prompt": _prompt,
+    "messages": _conversation,
+    "conversations": _conversation,
+    "instruction": _instruction,
+    "question": _prompt,
+    "text": _plain,
+}

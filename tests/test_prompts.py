@@ -1,0 +1,170 @@
+"""Lines of prompt files as users have them: what is asked, what is kept as the answer, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sspcompile.errors import InputError, ScenarioError
+from sspcompile.evaluate.questions import read_data
+from sspcompile.request.options import resolve
+from sspcompile.request.prompts import Message, as_prompt, bare, read_line, told
+from sspcompile.request.recipe import ScenarioSpec, dump_recipe, load_recipe
+from sspcompile.request.scenario import as_recipe, read_scenario, scenario_of
+from sspcompile.request.splits import own_fit_part, seen_part, split
+
+
+def said(*turns: str) -> list[dict[str, str]]:
+    """Messages as OpenAI has them, from "user: ..." and so on."""
+    return [dict(zip(("role", "content"), turn.split(": ", 1), strict=True)) for turn in turns]
+
+
+def talk(*turns: str) -> tuple[Message, ...]:
+    return tuple(Message(**turn) for turn in said(*turns))
+
+
+ASKED = talk("system: Be brief.", "user: Gold?", "assistant: Au", "user: Iron?")
+SHAREGPT = [{"from": "human", "value": "Gold?"}, {"from": "gpt", "value": "Au"}]
+PARTS = [{"type": "text", "text": "Gold"}, {"type": "text", "text": "?"}]
+# line -> what is asked, what is the answer
+LINES = {
+    "prompt": ({"prompt": "Gold?", "id": 7}, "Gold?", None),
+    "prompt and answer": ({"prompt": "Gold?", "answer": ["Au", "au"]}, "Gold?", ["Au", "au"]),
+    "prompt and completion": ({"prompt": "Gold?", "completion": "Au"}, "Gold?", "Au"),
+    "prompt and the conversation that it opened": ({"prompt": "Gold?", "messages": said("user: x")}, "Gold?", None),
+    "prompt of messages": ({"prompt": said("user: Gold?"), "completion": said("assistant: Au")}, "Gold?", "Au"),
+    "one message": ({"messages": said("user:  Gold? ")}, "Gold?", None),
+    "question and answer": ({"messages": said("user: Gold?", "assistant: Au")}, "Gold?", "Au"),
+    "system message": ({"messages": said("system: S", "user: Gold?")}, talk("system: S", "user: Gold?"), None),
+    "developer": ({"messages": said("developer: S", "user: Gold?")}, talk("system: S", "user: Gold?"), None),
+    "empty system message": ({"messages": said("system: ", "user: Gold?")}, talk("system: ", "user: Gold?"), None),
+    "conversation": ({"messages": [{"role": m.role, "content": m.content} for m in ASKED]}, ASKED, None),
+    "answered conversation": (
+        {"messages": said("system: Be brief.", "user: Gold?", "assistant: Au", "user: Iron?", "assistant: Fe")},
+        ASKED,
+        "Fe",
+    ),
+    "empty last answer": ({"messages": said("user: Gold?", "assistant: ")}, "Gold?", None),
+    "answer beside messages": ({"messages": said("user: Gold?"), "answer": "Au"}, "Gold?", "Au"),
+    "content in parts": ({"messages": [{"role": "user", "content": PARTS}]}, "Gold?", None),
+    "further keys of a message": ({"messages": [{"role": "user", "content": "Gold?", "name": "x"}]}, "Gold?", None),
+    "ShareGPT": ({"conversations": SHAREGPT}, "Gold?", "Au"),
+    "ShareGPT with a system text": ({"conversations": SHAREGPT, "system": "S"}, talk("system: S", "user: Gold?"), "Au"),
+    "conversations with roles": ({"conversations": said("user: Gold?", "assistant: Au")}, "Gold?", "Au"),
+    "Alpaca": ({"instruction": "Name it.", "input": "gold", "output": "Au"}, "Name it.\ngold", "Au"),
+    "Alpaca without input": ({"instruction": "Name gold.", "input": "", "output": "Au"}, "Name gold.", "Au"),
+    "Alpaca with system and history": (
+        {"instruction": "Iron?", "output": "Fe", "system": "Be brief.", "history": [["Gold?", "Au"]]},
+        ASKED,
+        "Fe",
+    ),
+    "question": ({"question": "Gold?", "answer": "Au"}, "Gold?", "Au"),
+    "text": ({"text": "Gold?", "label": 3}, "Gold?", None),
+    "null where another key is meant": ({"prompt": None, "messages": said("user: Gold?")}, "Gold?", None),
+    "line ends of Windows": ({"prompt": "Gold?\r\nIron?"}, "Gold?\nIron?", None),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_line_says_what_is_asked_and_what_the_answer_is(name: str) -> None:
+    item, asked, answer = LINES[name]
+    found = read_line(item)
+    assert (found.prompt, found.answer) == (asked, answer)
+    hash(found.prompt)
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_file_of_such_lines_is_a_scenario_that_its_recipe_holds(name: str, tmp_path: Path) -> None:
+    item, asked, _ = LINES[name]
+    (tmp_path / "p.jsonl").write_text(json.dumps(item) + "\n" + json.dumps({"prompt": "Lead?"}) + "\n", "utf-8")
+    scenario, _ = read_scenario(str(tmp_path / "p.jsonl"))
+    assert scenario.prompts == (asked, "Lead?")
+    resolved = resolve(as_recipe(scenario), command_line={}, environment={})
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(resolved), "utf-8")
+    again = load_recipe(tmp_path / "recipe.yaml")
+    assert again == resolved and scenario_of(again).prompts == scenario.prompts
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_file_of_such_lines_is_data_with_the_answers_that_it_holds(name: str, tmp_path: Path) -> None:
+    item, asked, answer = LINES[name]
+    (tmp_path / "d.jsonl").write_text(json.dumps(item), "utf-8")
+    if answer is None and isinstance(item.get("prompt"), str):
+        with pytest.raises(InputError, match="answer is missing"):
+            read_data(tmp_path / "d.jsonl")
+        return
+    ((question,),) = (c.turns for c in read_data(tmp_path / "d.jsonl"))
+    assert question.prompt == asked
+    assert question.answers == (() if answer is None else tuple([answer] if isinstance(answer, str) else answer))
+
+
+REFUSED = {
+    "no object": (["prompt"], "must be a JSON object"),
+    "no known key": ({"content": "a"}, "none of the keys prompt, messages, conversations, instruction, question, text"),
+    "prompt of another kind": ({"prompt": 7}, "no text under the key 'prompt'"),
+    "blank question": ({"question": " "}, "no text under the key 'question'"),
+    "no messages": ({"messages": []}, "no list of messages under the key 'messages'"),
+    "messages that are text": ({"messages": "user: hello"}, "no list of messages under the key 'messages'"),
+    "message that is text": ({"messages": ["hello"]}, "message 1 of 'messages' must be a mapping with role"),
+    "unknown role": ({"messages": said("user: a", "tool: b")}, "message 2 of 'messages' has the role 'tool'; accepted"),
+    "no role": ({"messages": [{"content": "a"}]}, "has the role None"),
+    "call of a tool": ({"messages": [{"role": "assistant", "content": None}]}, "must have text as its content"),
+    "picture": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "must have text as its content"),
+    "nobody asks": ({"messages": said("assistant: Hello.")}, "holds no message of the user"),
+    "blank question in messages": ({"messages": said("user: ", "assistant: Hello.")}, "an empty message of the user"),
+    "system at the end": ({"messages": said("user: a", "system: b")}, "a system message behind the last message"),
+    "control character in messages": ({"messages": said("user: a\x1b[2J")}, "control character U+001B"),
+    "half a character": ({"conversations": [{"from": "human", "value": "\ud800"}]}, "lone surrogate"),
+    "history of another kind": ({"instruction": "a", "history": "b"}, "no list of pairs"),
+    "history that is no pair": ({"instruction": "a", "history": [["b"]]}, "must be a list of two texts"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_lines_are_refused_in_one_line_that_names_the_place(name: str, tmp_path: Path) -> None:
+    item, expected = REFUSED[name]
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "fine", "answer": "yes"}\n' + json.dumps(item) + "\n", "utf-8")
+    for read, error in ((lambda: read_scenario(str(path)), ScenarioError), (lambda: read_data(path), InputError)):
+        with pytest.raises(error) as caught:
+            read()
+        message = str(caught.value)
+        assert expected in message and "line 2" in message and "\n" not in message and "\x1b" not in message
+
+
+words = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), max_size=20)
+turns = st.builds(Message, st.sampled_from(["system", "user", "assistant"]), words)
+conversations = st.builds(
+    lambda before, last: (*before, Message("user", last)), st.lists(turns, max_size=4), words.filter(str.strip)
+)
+
+
+@given(conversations)
+def test_conversations_come_back_equal_from_a_recipe(prompt: tuple[Message, ...]) -> None:
+    spec = ScenarioSpec(prompts=(prompt, "a text"))
+    assert ScenarioSpec.model_validate(spec.model_dump(exclude_none=True)) == spec
+    assert ScenarioSpec.model_validate_json(spec.model_dump_json(exclude_none=True)) == spec
+    assert spec.prompts[0] == as_prompt(prompt) == as_prompt(as_prompt(prompt))
+
+
+def test_a_recipe_takes_conversations_and_says_what_is_wrong_with_one(tmp_path: Path) -> None:
+    text = "schema_version: 1\nname: x\ndescription: y\nscenario:\n  prompts:\n  - Gold?\n  - - role: system\n"
+    text += "      content: Be brief.\n    - role: {role}\n      content: Iron?\n"
+    (tmp_path / "r.yaml").write_text(text.replace("{role}", "user"))
+    assert read_scenario(str(tmp_path / "r.yaml"))[0].prompts == ("Gold?", talk("system: Be brief.", "user: Iron?"))
+    (tmp_path / "r.yaml").write_text(text.replace("{role}", "robot"))
+    with pytest.raises(InputError, match=r"scenario.prompts\[1\] \(line 7\): message 2 has the role 'robot'"):
+        read_scenario(str(tmp_path / "r.yaml"))
+
+
+def test_conversations_are_split_like_texts_and_told_with_their_roles() -> None:
+    many = tuple(talk("system: S", f"user: number {n}") for n in range(12))
+    fit, guard, judge = split((*many, "a", "b"))
+    assert sorted(map(told, fit + guard + judge)) == sorted(map(told, (*many, "a", "b")))
+    assert len(own_fit_part((*many, *many))) == len(split(many)[0])
+    assert set(seen_part(many)) < set(many)
+    assert told(many[3]) == "system: S\nuser: number 3" and bare(many[3]) == many[3] and bare(" a ") == "a"
