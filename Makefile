@@ -3,6 +3,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 COMPAT := .venv-compat
+NEWEST := .venv-newest
 OPTIMUM := .venv-optimum
 BROWSER := .venv-browser
 HARNESS := .venv-lm-eval
@@ -13,7 +14,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 # Two test processes: as many as the smallest machine that this is meant for has cores.
 WORKERS ?= 2
 
-.PHONY: demo test audit test-compat test-optimum test-browser screenshots fuzz test-kills test-wheel test-shapes test-lm-eval generated docs lint format train bench-compile bench-prepare \
+.PHONY: demo test audit test-compat test-newest test-optimum test-browser screenshots fuzz test-kills test-wheel test-shapes test-lm-eval generated docs lint format train bench-compile bench-prepare \
 	bench-quality bench-slice bench-onnx bench-bench clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -46,6 +47,15 @@ audit: $(VENV)/.done $(AUDIT)/.done  ## Do the pinned dependencies agree, and ha
 test-compat: $(VENV)/.done $(COMPAT)/.done  ## What transformers 5 wrote, loaded by transformers 4.57.
 	$(BIN)/python tests/compat/write.py $(COMPAT)/fixtures
 	COMPAT_FIXTURES=$(COMPAT)/fixtures $(COMPAT)/bin/python -P -m pytest --confcutdir tests/compat tests/compat
+
+$(NEWEST)/.done: constraints-newest.txt
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install $(PIP_FLAGS) --requirement constraints-newest.txt
+	touch $@
+
+test-newest: $(VENV)/.done $(NEWEST)/.done  ## What was written, loaded by the newest transformers.
+	$(BIN)/python tests/compat/write.py $(NEWEST)/fixtures
+	COMPAT_FIXTURES=$(NEWEST)/fixtures $(NEWEST)/bin/python -P -m pytest --confcutdir tests/compat tests/compat
 
 $(OPTIMUM)/.done: constraints-optimum.txt
 	$(PYTHON) -m venv $(OPTIMUM)
@@ -140,4 +150,4 @@ bench-prepare: $(VENV)/.done  ## What learning a model costs, in bare forward pa
 	$(BIN)/python benchmarks/prepare.py
 
 clean:
-	rm -rf $(VENV) $(COMPAT) $(OPTIMUM) $(HARNESS) $(DOCS) site build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(COMPAT) $(NEWEST) $(OPTIMUM) $(HARNESS) $(DOCS) site build dist .pytest_cache .ruff_cache .hypothesis

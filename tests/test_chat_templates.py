@@ -18,9 +18,8 @@ from sspcompile.model.text import demand_readable, sentences
 from sspcompile.prepare import prepare
 from sspcompile.prepare.stages import Stages
 from sspcompile.prepare.toolkits import toolkit_folder
-from sspcompile.request.options import resolve
 from sspcompile.request.prompts import Message
-from sspcompile.request.scenario import as_recipe, read_scenario
+from sspcompile.request.request import read_request
 from sspcompile.workspace import Workspace
 
 OPEN = "{% if add_generation_prompt %}<model>{% endif %}"
@@ -199,7 +198,7 @@ def test_a_stage_measured_with_one_template_is_not_taken_for_another(tmp_path: P
 
 def test_toolkits_of_renderings_lie_in_folders_of_their_own_and_know_their_template(tmp_path: Path) -> None:
     subject, workspace = open_dense(None), Workspace(tmp_path)
-    options = resolve(as_recipe(read_scenario("no scenario")[0]), command_line={}, environment={})
+    options = read_request("no scenario", {}, {}).options
     renderings = (Rendering(), Rendering(raw=True), Rendering("rag"), Rendering("tool"))
     assert len({toolkit_folder(subject, options, workspace, rendering) for rendering in renderings}) == 4
     assert toolkit_folder(subject, options, workspace) == toolkit_folder(subject, options, workspace, Rendering())

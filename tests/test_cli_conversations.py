@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from sspcompile.embedded.corpus import items
 from test_cli import refused, run, shell  # noqa: F401 (a fixture)
 
 from sspcompile.request.recipe import load_recipe
 from sspcompile.request.scenario import scenario_of
 from sspcompile.request.splits import seen_part
+from training.corpus import items
 
 FAST = ("--continuation-tokens", "2", "--max-tokens", "48", "--criterion", "subspace", "--repair", "none", "--quiet")
 ASKED = list(items("chemistry", "train", 77, 16))

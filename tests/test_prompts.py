@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from sspcompile.errors import InputError, ScenarioError
 from sspcompile.evaluate.questions import read_data
-from sspcompile.request.options import resolve
 from sspcompile.request.prompts import Message, as_prompt, bare, read_line, told
 from sspcompile.request.recipe import ScenarioSpec, dump_recipe, load_recipe
-from sspcompile.request.scenario import as_recipe, read_scenario, scenario_of
+from sspcompile.request.request import read_request
+from sspcompile.request.scenario import read_scenario, scenario_of
 from sspcompile.request.splits import own_fit_part, seen_part, split
 
 
@@ -83,7 +83,7 @@ def test_a_file_of_such_lines_is_a_scenario_that_its_recipe_holds(name: str, tmp
     (tmp_path / "p.jsonl").write_text(json.dumps(item) + "\n" + json.dumps({"prompt": "Lead?"}) + "\n", "utf-8")
     scenario, _ = read_scenario(str(tmp_path / "p.jsonl"))
     assert scenario.prompts == (asked, "Lead?")
-    resolved = resolve(as_recipe(scenario), command_line={}, environment={})
+    resolved = read_request(scenario, {}, {}).recipe()
     (tmp_path / "recipe.yaml").write_text(dump_recipe(resolved), "utf-8")
     again = load_recipe(tmp_path / "recipe.yaml")
     assert again == resolved and scenario_of(again).prompts == scenario.prompts

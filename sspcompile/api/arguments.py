@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from sspcompile.checkpoint import Manifest, check_manifest, locate
+from sspcompile.checkpoint.foreign import other_format
 from sspcompile.checkpoint.locate import EMBEDDED, is_hub_name
 from sspcompile.checkpoint.manifest import NAME as MANIFEST
 from sspcompile.errors import ArtifactError, InputError
 from sspcompile.model.chat import PLAIN, Rendering, rendering_of
 from sspcompile.model.context import shortest_context
-from sspcompile.model.decoder import LanguageModel, LoadedModel
 from sspcompile.model.dense import DenseModel, open_dense
-from sspcompile.model.loading import load_cut
-from sspcompile.model.onnx_text import is_onnx, load_onnx
+from sspcompile.model.onnx_session import is_onnx
 from sspcompile.model.vocabulary import same_tokens
 from sspcompile.request.request import built_request
 from sspcompile.slicing.configuration import MODELING_FILE, ships_code
 from sspcompile.workspace import MASK, MODEL, RECIPE, Workspace
+
+if TYPE_CHECKING:
+    from sspcompile.model.decoder import LanguageModel, LoadedModel
 
 Kind = Literal["build", "cut", "export", "model"]
 KINDS: dict[Kind, str] = {
@@ -101,6 +103,9 @@ class CutModel:
         Raises InputError when their tokenizers differ, because their tokens could not be compared, and for an export
         that cannot score a text.
         """
+        from sspcompile.model.loading import load_cut
+        from sspcompile.model.onnx_text import load_onnx
+
         cut: LanguageModel
         if self.found.onnx:
             export = load_onnx(self.found.model, spin=False, rendering=self.rendering)
@@ -168,7 +173,8 @@ def _recognised(folder: Path) -> Named | None:
 
 
 def _refuse(argument: str) -> Named:
-    raise ArtifactError(
+    foreign = other_format(Path(argument).expanduser(), argument)
+    raise foreign or ArtifactError(
         f"{argument} is neither a build, a cut, an export nor a model folder.",
         hint="Name a folder that `sspcompile build`, `slice` or `export` wrote, or one with config.json and weights.",
     )

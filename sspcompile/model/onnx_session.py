@@ -189,6 +189,11 @@ class Settings:
     ends: frozenset[int]
 
 
+def is_onnx(folder: Path) -> bool:
+    """Whether a folder holds an ONNX export."""
+    return (folder / GRAPH).is_file()
+
+
 def read_settings(folder: Path) -> Settings | None:
     """The genai_config.json of an export, None where there is none. Raises ArtifactError for one that is damaged."""
     path = folder / SETTINGS

@@ -16,7 +16,7 @@ from sspcompile.errors import ArtifactError, CheckpointError, InputError
 from sspcompile.model.chat import PLAIN, Rendering
 from sspcompile.model.decoder import Chooser, Rows
 from sspcompile.model.loading import demand_json, load_tokenizer
-from sspcompile.model.onnx_session import GRAPH, SETTINGS, OnnxModel, read_settings
+from sspcompile.model.onnx_session import SETTINGS, OnnxModel, read_settings
 from sspcompile.model.vocabulary import ends_of
 
 if TYPE_CHECKING:
@@ -86,11 +86,6 @@ class OnnxText:
                 break
             scores = self.session.step(np.asarray(tokens), cache)
         return rows.tails
-
-
-def is_onnx(folder: Path) -> bool:
-    """Whether a folder holds an ONNX export."""
-    return (folder / GRAPH).is_file()
 
 
 def load_onnx(folder: Path, *, provider: str = "cpu", spin: bool = True, rendering: Rendering = PLAIN) -> OnnxText:

@@ -1,7 +1,4 @@
-"""What needs no torch: it runs where torch is not to be had, and does not wait for it where it is.
-
-Part of the suite, and run by `make test-pythons` under every Python that the package is for.
-"""
+"""What needs no torch: it does not wait for it."""
 
 from __future__ import annotations
 
