@@ -25,8 +25,9 @@ from sspcompile.checkpoint import Checkpoint, check_manifest, write_manifest
 from sspcompile.criteria import Criterion
 from sspcompile.criteria.units import CriterionInput
 from sspcompile.errors import InputError, OutputExistsError
-from sspcompile.families import FAMILIES, Family
+from sspcompile.families import FAMILIES, table
 from sspcompile.model.text import encode
+from sspcompile.request.options import NAMES, default_of, flag
 from sspcompile.slicing.plan import make_plan
 from sspcompile.slicing.write import write_model
 
@@ -115,6 +116,14 @@ def test_the_reference_describes_what_the_library_has():
             assert hasattr(importlib.import_module(module), member), name
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if default_of(name) not in (None, ())])
+def test_the_page_of_options_states_every_default(name):
+    """Zero is a default too; a switch that is off has none to state."""
+    (row,) = re.findall(rf"^\| `{flag(name)}` .*$", DOCUMENTS["docs/options.md"], flags=re.MULTILINE)
+    default = default_of(name)
+    assert f"| {'' if default is False else f'`{default}`'} |" in row
+
+
 def test_this_version_has_an_entry_in_the_changelog():
     titles = re.findall(r"^## (\S+)", DOCUMENTS["CHANGELOG.md"], flags=re.MULTILINE)
     assert titles[0] == "Unreleased" and sspcompile.__version__ in titles
@@ -153,7 +162,7 @@ def test_the_criterion_of_the_recipe_scores_what_the_recipe_says(tmp_path):
 
 @pytest.mark.parametrize("layout", ["uniform", "per-layer"])
 def test_the_family_of_the_recipe_is_cut_exactly(layout, tmp_path, monkeypatch):
-    row = eval(block("a row of FAMILIES"), {"Family": Family})
+    row = eval(block("a row of FAMILIES"), vars(table))
     ((name, settings),) = ast.literal_eval(block("a row of FAMILY_SETTINGS")).items()
     assert name == row.model_type
     monkeypatch.setitem(FAMILIES, name, row)

@@ -60,7 +60,7 @@ def _rows() -> Iterator[str]:
     for name in NAMES:
         shown, kind, default = shown_of(name), kind_of(name), default_of(name)
         values = ", ".join(f"`{choice}`" for choice in kind.choices) or ("" if kind.switch else shown.metavar)
-        stated = "" if default in (None, (), False) else f"`{default}`"
+        stated = "" if isinstance(default, bool) or default in (None, ()) else f"`{default}`"
         yield f"| `{flag(name)}` | `{name}` | `{variable(name)}` | {values} | {stated} | {shown.help} |"
 
 
