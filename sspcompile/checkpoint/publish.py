@@ -102,8 +102,9 @@ class _Sibling:
                 # mkdtemp lets nobody else in; what is published has the permissions of any other folder.
                 self.content.mkdir()
                 return
-            except FileNotFoundError:
-                # Until it was locked, another run that began here took it for what a killed one had left.
+            except (FileNotFoundError, FileExistsError):
+                # Until it was locked, another run that began here took it for what a killed one had left. filelock
+                # makes a folder that it misses, and says that it exists if it goes at that moment.
                 self.remove()
             except BaseException:
                 self.remove()
