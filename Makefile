@@ -4,6 +4,8 @@ PYTHON ?= python3.11
 VENV := .venv
 COMPAT := .venv-compat
 NEWEST := .venv-newest
+OLDEST := .venv-oldest
+BARE := .venv-python
 OPTIMUM := .venv-optimum
 BROWSER := .venv-browser
 HARNESS := .venv-lm-eval
@@ -14,7 +16,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 # Two test processes: as many as the smallest machine that this is meant for has cores.
 WORKERS ?= 2
 
-.PHONY: demo test audit test-compat test-newest test-optimum test-browser screenshots fuzz test-kills test-wheel test-shapes test-lm-eval generated docs lint format train bench-compile bench-prepare \
+.PHONY: demo test audit test-compat test-oldest test-pythons test-optimum test-browser screenshots fuzz test-kills test-wheel test-shapes test-lm-eval generated docs lint format train bench-compile bench-prepare \
 	bench-quality bench-slice bench-onnx bench-bench clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -44,18 +46,49 @@ audit: $(VENV)/.done $(AUDIT)/.done  ## Do the pinned dependencies agree, and ha
 	$(BIN)/pip check
 	$(AUDIT)/bin/python .ci/audit.py
 
-test-compat: $(VENV)/.done $(COMPAT)/.done  ## What transformers 5 wrote, loaded by transformers 4.57.
-	$(BIN)/python tests/compat/write.py $(COMPAT)/fixtures
-	COMPAT_FIXTURES=$(COMPAT)/fixtures $(COMPAT)/bin/python -P -m pytest --confcutdir tests/compat tests/compat
-
 $(NEWEST)/.done: constraints-newest.txt
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/pip install $(PIP_FLAGS) --requirement constraints-newest.txt
 	touch $@
 
-test-newest: $(VENV)/.done $(NEWEST)/.done  ## What was written, loaded by the newest transformers.
-	$(BIN)/python tests/compat/write.py $(NEWEST)/fixtures
-	COMPAT_FIXTURES=$(NEWEST)/fixtures $(NEWEST)/bin/python -P -m pytest --confcutdir tests/compat tests/compat
+LOADS = COMPAT_FIXTURES=$(COMPAT)/fixtures COMPAT_CONSTRAINTS=constraints-$(2).txt \
+    $(1)/bin/python -P -m pytest --confcutdir tests/compat tests/compat
+
+test-compat: $(VENV)/.done $(COMPAT)/.done $(NEWEST)/.done  ## What is written, loaded by transformers 4.57 and by the newest.
+	$(BIN)/python tests/compat/write.py $(COMPAT)/fixtures
+	$(call LOADS,$(COMPAT),compat)
+	$(call LOADS,$(NEWEST),newest)
+
+$(OLDEST)/.done: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install $(PIP_FLAGS) --constraint constraints-oldest.txt --editable '.[accelerate,cpu,genai]' \
+	    pytest pytest-xdist hypothesis jsonschema
+	touch $@
+
+# What pydantic writes as a JSON schema is compared with the published ones in the main environment alone.
+test-oldest: $(OLDEST)/.done  ## The lowest versions that pyproject.toml allows: writing, loading, exporting, building.
+	$(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" -k "not schemas and not up_to_date" \
+	    $(addprefix tests/,test_light.py test_recipe.py test_report.py test_checkpoint.py test_loaded.py \
+	    test_slicing_exact.py test_families.py test_placement.py test_repair.py test_export_onnx.py test_prepare_run.py \
+	    test_malformed.py test_cli.py test_cli_slice.py)
+
+# torch for these Pythons comes with gigabytes of CUDA libraries; what needs none runs without it.
+PYTHONS ?= 3.12 3.13
+# pyenv answers to these names only where their versions are switched on.
+test-pythons: export PYENV_VERSION ?= $(shell pyenv versions --bare 2>/dev/null | grep -E '^3\.1[1-9]\.' | paste -sd:)
+
+$(BARE)%/.done: constraints.txt
+	python$* -m venv $(BARE)$*
+	$(BARE)$*/bin/pip install $(PIP_FLAGS) --constraint constraints.txt numpy scipy pydantic click rich ruamel.yaml \
+	    filelock safetensors huggingface_hub jinja2 psutil pytest hypothesis
+	touch $@
+
+test-pythons: $(PYTHONS:%=$(BARE)%/.done)  ## Other Pythons: everything compiles; commands that need no torch run.
+	for python in $(PYTHONS:%=$(BARE)%/bin/python); do \
+	    $$python -W error -m compileall -q -f sspcompile tests benchmarks && \
+	    PYTHONPATH=. $$python -P -m pytest --noconftest tests/test_light.py tests/test_recipe.py tests/test_scenario.py \
+	        tests/test_domains.py tests/test_questions.py || exit; \
+	done
 
 $(OPTIMUM)/.done: constraints-optimum.txt
 	$(PYTHON) -m venv $(OPTIMUM)
@@ -150,4 +183,4 @@ bench-prepare: $(VENV)/.done  ## What learning a model costs, in bare forward pa
 	$(BIN)/python benchmarks/prepare.py
 
 clean:
-	rm -rf $(VENV) $(COMPAT) $(NEWEST) $(OPTIMUM) $(HARNESS) $(DOCS) site build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(COMPAT) $(NEWEST) $(OLDEST) $(BARE)* $(OPTIMUM) $(HARNESS) $(DOCS) site build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,10 +1,11 @@
-"""What needs no torch: it does not wait for it."""
+"""What needs no torch: it does not wait for it, and runs where it is not to be had (`make test-pythons`)."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import pkgutil
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,8 @@ def home(tmp_path_factory) -> Path:
     rows = kept_of(kept)
     mask = HeadMask("", g.layers, g.heads, g.kv_heads, rows, "per-layer", 0.75, 0.75, scores, (), "random", {})
     (home / "mask.json").write_text(dump_mask(mask))
-    (home / "artifacts" / "made").mkdir(parents=True)
+    (home / "artifacts" / "made" / "model").mkdir(parents=True)
+    shutil.copyfile(embedded_model() / "config.json", home / "artifacts" / "made" / "model" / "config.json")
     (home / "artifacts" / "made" / "mask.json").write_text(dump_mask(mask))
     (home / "artifacts" / "last").write_text("made\n")
     return home
