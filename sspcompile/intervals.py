@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from scipy import stats
 
 LEVEL = 0.95
 # A report asks a dozen ratios at once whether something changed: at 95 % every other one would call noise a change.
@@ -91,6 +90,8 @@ def bootstrap(
     """
     if count < FEWEST_SAMPLES:
         return None
+    from scipy import stats  # half a second that reading a report does not need
+
     rng = np.random.default_rng(seed)
     block = max(1, BLOCK_ELEMENTS // count)
     sizes = [min(block, resamples - start) for start in range(0, resamples, block)]
@@ -123,5 +124,7 @@ def ratio_interval(numerator: Sequence[float], denominator: Sequence[float]) -> 
     mean = float(logs.mean())
     if len(logs) < FEWEST_PAIRS:
         return float(np.exp(mean)), None
+    from scipy import stats
+
     reach = float(stats.t.ppf((1 + RATIO_LEVEL) / 2, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs)))
     return float(np.exp(mean)), Interval(float(np.exp(mean - reach)), float(np.exp(mean + reach)))

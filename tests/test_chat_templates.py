@@ -199,9 +199,9 @@ def test_a_stage_measured_with_one_template_is_not_taken_for_another(tmp_path: P
 def test_toolkits_of_renderings_lie_in_folders_of_their_own_and_know_their_template(tmp_path: Path) -> None:
     subject, workspace = open_dense(None), Workspace(tmp_path)
     options = read_request("no scenario", {}, {}).options
-    renderings = (Rendering(), Rendering(raw=True), Rendering("rag"), Rendering("tool"))
-    assert len({toolkit_folder(subject, options, workspace, rendering) for rendering in renderings}) == 4
-    assert toolkit_folder(subject, options, workspace) == toolkit_folder(subject, options, workspace, Rendering())
+    renderings = ({}, {"raw": True}, {"chat_template": "rag"}, {"chat_template": "tool"})
+    asked = [options.model_copy(update=rendering) for rendering in renderings]
+    assert len({toolkit_folder(subject, one, workspace) for one in asked}) == 4
     for template in (TEMPLATE, TEXTS):
         loaded = tiny(template=template)
         made = prepare(loaded, pools(), outside(), criteria=["fisher"], continuation_tokens=2)

@@ -223,7 +223,7 @@ BAD = {
     "no last build to inspect": (("inspect",), 2, ("no last build",)),
     "no last build to verify": (("verify",), 2, ("no last build",)),
     "unknown artifact": (("verify", "artifacts/none"), 2, ("artifacts/none is neither a build, a cut,",)),
-    "model folder as artifact": (("inspect", "{in}/truncated"), 2, ("is neither a build, a cut,",)),
+    "model folder as artifact": (("inspect", "{in}/truncated"), 2, ("is a model folder, and .* does not take it",)),
 }
 
 

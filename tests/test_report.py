@@ -247,10 +247,10 @@ def test_json_reads_back_to_the_same_report(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"title": "x", "schema_version": 9}', '{"title": 1}'])
 def test_a_broken_report_file_is_an_artifact_error(tmp_path: Path, content: str) -> None:
-    with pytest.raises(ArtifactError, match="no report"):
+    with pytest.raises(ArtifactError, match="There is no report"):
         read_report(tmp_path / "report.json")
     (tmp_path / "report.json").write_text(content)
-    with pytest.raises(ArtifactError, match="no report of this version"):
+    with pytest.raises(ArtifactError, match="is not a report of this version"):
         read_report(tmp_path / "report.json")
 
 

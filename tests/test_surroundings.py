@@ -174,7 +174,7 @@ def test_nobody_sees_a_traceback_without_asking_for_it(debug, home):
     wrong = surrounded(home, "", *flag, "inspect", "nowhere")
     assert wrong.returncode == 2 and ("Traceback" in wrong.stderr) == debug
     assert wrong.stderr.splitlines()[-1].startswith("Error: nowhere is neither a build")
-    defect = "import sspcompile.workspace as w\nw.Workspace.find = None\n"
+    defect = "import sspcompile.workspace as w\nw.Workspace.artifact = None\n"
     broken = surrounded(home, defect, *flag, "inspect", "nowhere")
     assert broken.returncode == 1 and ("Traceback" in broken.stderr) == debug, broken.stderr
     if not debug:

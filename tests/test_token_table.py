@@ -15,6 +15,7 @@ from test_cli import refused, run  # noqa: F401 (a fixture)
 from test_prepare_tools import WORDS, tiny
 from transformers import AutoTokenizer
 
+from sspcompile.api.arguments import Named
 from sspcompile.api.run import Sampling, open_model, write
 from sspcompile.errors import CheckpointError, InputError
 from sspcompile.evaluate.answers import answer_scores, encode_items, encode_references
@@ -125,7 +126,7 @@ def export(folder: Path, out: Path, probes: list[list[int]]) -> None:
         blocks=Blocks(16),
         probes=probes,
         origin={},
-        card=lambda _: "",
+        card=lambda *_: "",
         trust_remote_code=False,
     )
 
@@ -154,8 +155,8 @@ def test_folders_load_run_and_export_alike(change, tmp_path: Path) -> None:
     # Of two lengths, so that one is padded: the check before publishing is itself what must not stumble.
     export(folder, tmp_path / "onnx", [[5, 6, 7], list(range(40, 60))])
     written = [
-        write(open_model(place), "What is gold?", new_tokens=6, sampling=Sampling()).tokens
-        for place in (folder, tmp_path / "onnx")
+        write(open_model(found)[1], "What is gold?", new_tokens=6, sampling=Sampling()).tokens
+        for found in (Named("model", folder, folder), Named("export", tmp_path / "onnx", tmp_path / "onnx"))
     ]
     assert written[0] == written[1]
 
@@ -186,7 +187,8 @@ def test_an_export_names_ids_that_its_runtime_takes_and_stops_where_transformers
     pad, ends = genai_ends(tmp_path / "onnx")
     assert 0 <= pad < VOCAB and ends == expected
     og.Model(str(tmp_path / "onnx"))  # refuses ends outside the table
-    assert {i for i in open_model(tmp_path / "onnx").ends if i < VOCAB} == set(ends)
+    _, opened = open_model(Named("export", tmp_path / "onnx", tmp_path / "onnx"))
+    assert {i for i in opened.ends if i < VOCAB} == set(ends)
 
 
 @pytest.mark.parametrize("pad", [VOCAB, 32000])
