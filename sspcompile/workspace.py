@@ -49,5 +49,7 @@ class Workspace:
             ) from error
         folder = next((f for f in (Path(given), self.artifact(given)) if (f / MASK).is_file()), None)
         if folder is None:
-            raise ArtifactError(f"The last build, {given}, is gone.", hint="Build again, or name an artifact.")
+            raise ArtifactError(
+                f"The last build, {given}, is gone.", hint="Run `sspcompile build` again, or name an artifact."
+            )
         return folder

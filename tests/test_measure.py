@@ -17,6 +17,7 @@ from sspcompile.bench.latency import Contender, bench
 from sspcompile.bench.load import Load, Settings
 from sspcompile.bench.memory import kv_bytes_per_token, peak_resident_bytes
 from sspcompile.bench.metrics import METRICS
+from sspcompile.bench.process import Worker
 from sspcompile.bench.ratios import compare, compare_all
 from sspcompile.bench.roofline import predict, roofline
 from sspcompile.errors import CheckpointError, InputError, RunError
@@ -370,12 +371,23 @@ def test_an_onnx_contender_is_measured_like_the_others(tmp_path: Path) -> None:
     }
 
 
-def test_a_worker_that_dies_is_one_line_with_its_reason(tmp_path: Path, models: dict[str, Path]) -> None:
+def test_a_worker_that_refuses_its_model_is_one_line_with_its_reason(tmp_path: Path, models: dict[str, Path]) -> None:
     config = (models["dense"] / "config.json").read_text()
     (tmp_path / "config.json").write_text(config)
-    with pytest.raises(RunError, match=r"measurement of 'broken' ended with code 1: .*safetensors") as caught:
+    with pytest.raises(CheckpointError, match=r"holds no weights.*safetensors") as caught:
         bench([Contender("broken", tmp_path)], settings_of())
     assert "\n" not in caught.value.message
+
+
+def test_a_worker_that_dies_is_one_line_with_its_reason() -> None:
+    with (
+        pytest.raises(
+            RunError, match=r"^The measurement of 'broken' ended with code 1: RuntimeError: a request was made"
+        ),
+        Worker("broken", "transformers", threads=1) as worker,
+    ):
+        worker.wait_ready()
+        worker.ask("load")  # without a session
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ Examples:
     "criteria",
     multiple=True,
     metavar="NAME",
-    help="Score of the heads to prepare, may be repeated; `sspcompile criteria` lists them.  [default: fisher-rounds]",
+    help="Score of the heads to prepare (fisher, kl, greedy-kl, ...; `sspcompile criteria` lists them), may be "
+    "repeated.  [default: fisher-rounds]",
 )
 @build_option("chat_template")
 @build_option("raw")
