@@ -353,7 +353,7 @@ def test_criteria_lists_every_score_with_its_source_and_cost(run):
 def test_help_names_the_common_criteria_and_where_to_find_the_rest(run):
     for command in ("build", "plan", "prepare"):
         text = " ".join(run(command, "--help").out.split())
-        assert "fisher, kl, greedy-kl" in text and "sspcompile criteria" in text
+        assert "fisher, kl, wanda" in text and "sspcompile criteria" in text
 
 
 def test_doctor_reports_versions_as_json(run):

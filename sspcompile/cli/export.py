@@ -25,7 +25,7 @@ NOTICEABLE_BYTES, NOTICEABLE_SHARE = 1_000_000, 0.1
 Examples:
   sspcompile export
   sspcompile export artifacts/chemistry-helpdesk --format hf --out ./served/chemistry
-  sspcompile export artifacts/qwen-desk --host seed_oss   (a uniform Qwen2 for vLLM's native class)
+  sspcompile export artifacts/qwen-desk --host granite   (a uniform Qwen2 for vLLM's native class)
   sspcompile export --format onnx
   sspcompile export artifacts/qwen-desk --format onnx --precision int4 --out ./served/qwen-int4
   sspcompile export --format onnx --model ./Qwen2.5-0.5B --out ./served/dense   (a checkpoint as it is)

@@ -23,7 +23,7 @@ UNNAMED = "a model without a scenario"
 Examples:
   sspcompile plan --scenario finance-desk --keep 0.5
   sspcompile plan --model ./Llama-3.1-8B --keep 0.5 --layout uniform     (a config.json is enough)
-  sspcompile plan --model ./Qwen2.5-7B --mask artifacts/mine/mask.json --host seed_oss --by-layer
+  sspcompile plan --model ./Qwen2.5-7B --mask artifacts/mine/mask.json --host granite --by-layer
 """,
 )
 @build_options

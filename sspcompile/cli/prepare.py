@@ -30,7 +30,7 @@ Examples:
     "criteria",
     multiple=True,
     metavar="NAME",
-    help="Score of the heads to prepare (fisher, kl, greedy-kl, ...; `sspcompile criteria` lists them), may be "
+    help="Score of the heads to prepare (fisher, kl, wanda, ...; `sspcompile criteria` lists them), may be "
     "repeated.  [default: fisher-rounds]",
 )
 @build_option("chat_template")

@@ -23,7 +23,7 @@ from sspcompile.cli.options import (
     epilog="""\b
 Examples:
   sspcompile slice --model ./Llama-3.1-8B --mask artifacts/mine/mask.json --out ./Llama-3.1-8B-mine
-  sspcompile slice --model ./Qwen2.5-7B --mask mask.json --out ./served --host seed_oss   (vLLM's native class)
+  sspcompile slice --model ./Qwen2.5-7B --mask mask.json --out ./served --host granite   (vLLM's native class)
   sspcompile slice --model ./big --mask mask.json --out ./small --max-shard-size 2GB --checksums
 """,
 )

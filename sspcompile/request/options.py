@@ -91,7 +91,7 @@ class Options(BaseModel):
         str,
         Field(pattern=NAME_PATTERN),
         Shown(
-            "Score of the heads (fisher, kl, greedy-kl, ...; `sspcompile criteria` lists them); auto takes the best of "
+            "Score of the heads (fisher, kl, wanda, ...; `sspcompile criteria` lists them); auto takes the best of "
             "some by measuring their masks, and fisher-rounds where nothing is measured (plan).",
             "NAME",
         ),

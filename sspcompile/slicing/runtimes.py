@@ -7,18 +7,28 @@ from dataclasses import dataclass, field
 
 from sspcompile.families import Family, Geometry
 
-# Where cuts were run in llama.cpp.
-TRIED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-# Native vLLM classes (0.33): these honour head_dim, those derive it as hidden_size / num_attention_heads. Others were
-# not read, so its Transformers backend is named for them.
-VLLM_HONOURS_HEAD_DIM = frozenset({"llama", "mistral", "qwen3", "granite", "seed_oss"})
-VLLM_DERIVES_HEAD_DIM = frozenset({"qwen2", "starcoder2"})
+# What was run in vLLM 0.32: by classes of its own that honour head_dim, and by its Transformers backend, which it
+# chooses itself. Its class for Qwen2 derives head_dim as hidden_size / num_attention_heads.
+VLLM_NATIVE = frozenset({"llama", "mistral", "qwen3", "granite", "gemma3_text", "phi3"})
+VLLM_BACKEND = frozenset({"smollm3", "starcoder2", "seed_oss"})
+VLLM_DERIVES_HEAD_DIM = frozenset({"qwen2"})
 DEGREES = range(1, 9)
 # Named in the sentence; the others are in the data.
 USUAL_DEGREES = (1, 2, 4, 8)
 # K-quants of llama.cpp pack rows in blocks of this many elements.
 K_QUANT_BLOCK = 256
-LLAMA_CPP_UNIFORM: Mapping[str, str] = {"qwen2": "llama or seed_oss", "qwen3": "qwen3"}
+# The GGUF architecture under which cuts of a family were run in llama.cpp (b11434), by layout.
+LLAMA_CPP_UNIFORM: Mapping[str, str] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2"), "llama"),
+    "qwen3": "qwen3",
+    "gemma3_text": "gemma3",
+    "granite": "granite",
+    "smollm3": "smollm3",
+}
+LLAMA_CPP_PER_LAYER: Mapping[str, str] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "granite"), "deci"),
+    "gemma3_text": "gemma3, padded to the widest layer,",
+}
 
 
 @dataclass(frozen=True)
@@ -62,13 +72,15 @@ def _vllm(geometry: Geometry, host: Family, counts: Sequence[tuple[int, int]], c
     parallel = "tensor parallel " + ", ".join([*fine, *bad])
     derived = geometry.hidden == counts[0][0] * geometry.head_dim
     if custom:
-        how = "--model-impl transformers --trust-remote-code, not run here"
-    elif host.model_type in VLLM_HONOURS_HEAD_DIM or (host.model_type in VLLM_DERIVES_HEAD_DIM and derived):
+        return Verdict("vLLM", False, "it takes one head count for all layers: --layout uniform", degrees)
+    if host.model_type in VLLM_NATIVE or (host.model_type in VLLM_DERIVES_HEAD_DIM and derived):
         how = f"native {host.architecture}"
+    elif host.model_type in VLLM_BACKEND:
+        how = "by its Transformers backend"
     elif host.model_type in VLLM_DERIVES_HEAD_DIM:
-        how = "--model-impl transformers (the native class derives head_dim)"
+        how = "--host granite, or --model-impl transformers (the native class derives head_dim)"
     else:
-        how = "--model-impl transformers, not run here"
+        how = "--model-impl transformers, not tried"
     return Verdict("vLLM", True, f"{how}; {parallel}", degrees)
 
 
@@ -92,13 +104,13 @@ def _onnx(refusal: str | None) -> Verdict:
 def _llama_cpp(geometry: Geometry, counts: Sequence[tuple[int, int]]) -> Verdict:
     uniform = len(set(counts)) == 1
     kind = geometry.family.model_type
-    if kind not in TRIED:
-        return Verdict("llama.cpp", False, f"no GGUF of {geometry.family.architecture} was tried")
+    architecture = (LLAMA_CPP_UNIFORM if uniform else LLAMA_CPP_PER_LAYER).get(kind)
+    if kind == "qwen3" and not uniform:
+        architecture = "openelm" if geometry.tied else "step35"
+    if architecture is None:
+        layout = "uniform" if uniform else "per-layer"
+        return Verdict("llama.cpp", False, f"no GGUF of a {layout} {geometry.family.architecture} was tried")
     quants = ""
     if any(heads * geometry.head_dim % K_QUANT_BLOCK for heads, _ in counts):
-        quants = f"; no K-quants of o_proj (heads * head_dim is not a multiple of {K_QUANT_BLOCK})"
-    if uniform:
-        how = f"as architecture {LLAMA_CPP_UNIFORM.get(kind, 'llama')}"
-    else:
-        how = f"as architecture {'step35' if kind == 'qwen3' else 'deci'} with per-layer head counts"
-    return Verdict("llama.cpp", True, f"{how}; write the GGUF directly{quants}")
+        quants = f"; K-quants of o_proj fall back (its rows are not a multiple of {K_QUANT_BLOCK})"
+    return Verdict("llama.cpp", True, f"as architecture {architecture}; write the GGUF directly{quants}")
