@@ -133,7 +133,7 @@ def test_plan_of_a_mask_is_the_plan_that_slice_follows(run, model, mask, tmp_pat
     assert dry == json.loads(json.dumps({key: planned[key] for key in dry}))
     table = run("plan", "--model", model, "--mask", mask, "--by-layer")[1]
     assert ("tensor parallel" in table) == (len(set(map(tuple, planned["counts"]))) == 1)
-    assert ("--layout uniform" in table) == (len(set(map(tuple, planned["counts"]))) > 1)
+    assert ("it takes one head" in table) == (len(set(map(tuple, planned["counts"]))) > 1)
     refused(run("plan", "--mask", mask, "--model", model, "--scenario", "some words"), 2, "exclude each other")
 
 
