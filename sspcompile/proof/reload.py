@@ -1,6 +1,7 @@
 """Load a written model in a process of its own, and say how far it is from the masked model.
 
-`python -m sspcompile.proof.reload FOLDER`, where FOLDER holds what `whole.py` asks and takes the answer.
+`python -m sspcompile.proof.reload` reads what `whole.py` asks from standard input, and answers on standard output: no
+file of the exchange can stay behind.
 
 Only files and transformers' own loading take part: nothing that the building process patched or cached can help. One
 model is in memory at a time, the written one first.
@@ -9,6 +10,7 @@ model is in memory at a time, the written one first.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -27,20 +29,20 @@ from sspcompile.model.loading import load, load_cut, open_config, readable
 from sspcompile.proof.claim import Claim, written_repair
 from sspcompile.proof.parity import Distance, Parity
 from sspcompile.repair.repair import repaired
-from sspcompile.slicing.mask import load_mask
+from sspcompile.slicing.mask import parse_mask
 from sspcompile.startup import spare_the_collector
 
-REQUEST, MASK, ANSWER = "request.json", "mask.json", "answer.json"
 
-
-def main(scratch: str) -> None:
-    """Write the fields of a Parity, or of an error of ours, as JSON."""
+def main() -> None:
+    """Print the fields of a Parity, or of an error of ours, as JSON."""
     spare_the_collector()
-    folder = Path(scratch)
-    asked = json.loads((folder / REQUEST).read_text("utf-8"))
+    # What libraries print goes to standard error, beside the answer.
+    answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    asked = json.load(sys.stdin)
     torch.set_num_threads(asked["threads"])
     try:
-        mask = load_mask(folder / MASK, empty_layers=True)
+        mask = parse_mask(asked["mask"], empty_layers=True)
         claim = Claim(
             Checkpoint(Path(asked["dense"])),
             mask,
@@ -51,7 +53,8 @@ def main(scratch: str) -> None:
         found: dict[str, Any] = asdict(_compare(claim, asked["prompts"], asked["new_tokens"]))
     except SspError as error:
         found = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
-    (folder / ANSWER).write_text(json.dumps(found), "utf-8")
+    with answer:
+        json.dump(found, answer)
 
 
 def _compare(claim: Claim, prompts: Sequence[Sequence[int]], new_tokens: int) -> Parity:
@@ -98,4 +101,4 @@ def respond(
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

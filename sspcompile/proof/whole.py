@@ -6,9 +6,7 @@ import json
 import math
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -16,7 +14,6 @@ from sspcompile import errors
 from sspcompile.errors import RunError
 from sspcompile.proof.claim import Claim
 from sspcompile.proof.parity import PROBE_PROMPTS, PROBE_TOKENS, Parity
-from sspcompile.proof.reload import ANSWER, MASK, REQUEST
 from sspcompile.slicing.mask import dump_mask
 
 NEW_TOKENS = 24
@@ -32,6 +29,7 @@ def compare_whole(claim: Claim, prompts: Sequence[Sequence[int]]) -> Parity:
     """
     asked = {
         "dense": str(claim.checkpoint.path.absolute()),
+        "mask": dump_mask(claim.mask),
         "written": str(claim.written.absolute()),
         "custom_code": claim.custom_code,
         "refitted": sorted(claim.refitted),
@@ -39,19 +37,17 @@ def compare_whole(claim: Claim, prompts: Sequence[Sequence[int]]) -> Parity:
         "new_tokens": NEW_TOKENS,
         "threads": torch.get_num_threads(),
     }
-    with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
-        (scratch / REQUEST).write_text(json.dumps(asked), "utf-8")
-        (scratch / MASK).write_text(dump_mask(claim.mask), "utf-8")
-        command = [sys.executable, "-P", "-m", "sspcompile.proof.reload", name]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            raise RunError(
-                f"The process that compares the models failed: {reason}",
-                hint="If memory ran out, `sspcompile verify --layerwise` needs less.",
-            )
-        found = json.loads((scratch / ANSWER).read_text("utf-8"))
+    command = [sys.executable, "-P", "-m", "sspcompile.proof.reload"]
+    done = subprocess.run(
+        command, input=json.dumps(asked), capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise RunError(
+            f"The process that compares the models failed: {reason}",
+            hint="If memory ran out, `sspcompile verify --layerwise` needs less.",
+        )
+    found = json.loads(done.stdout)
     if "error" in found:
         raise getattr(errors, found["error"])(found["message"], hint=found["hint"])
     return Parity(**found)

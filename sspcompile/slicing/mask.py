@@ -83,16 +83,23 @@ def load_mask(path: Path, *, empty_layers: bool = False) -> HeadMask:
     `empty_layers` accepts layers that keep no head: never compiled here, but a mask from elsewhere may have them.
     """
     try:
-        value = json.loads(path.read_text("utf-8"))
-        if value.pop("schema_version") != SCHEMA_VERSION:
-            raise ArtifactError(f"{path} is of another schema version.", hint=f"This version reads {SCHEMA_VERSION}.")
-        # JSON knows no tuples, which the strictness of JSON mode allows for.
-        mask = _MASK.validate_json(json.dumps(value, allow_nan=False), strict=True)
+        text = path.read_bytes()
     except FileNotFoundError as error:
         raise ArtifactError(f"There is no mask {path}.", hint="Run `sspcompile build` first.") from error
+    return parse_mask(text, source=str(path), empty_layers=empty_layers)
+
+
+def parse_mask(text: str | bytes, *, source: str = "The mask", empty_layers: bool = False) -> HeadMask:
+    """The mask that the content of a mask.json describes, called `source` in errors. Raises as `load_mask` does."""
+    try:
+        value = json.loads(text)
+        if value.pop("schema_version") != SCHEMA_VERSION:
+            raise ArtifactError(f"{source} is of another schema version.", hint=f"This version reads {SCHEMA_VERSION}.")
+        # JSON knows no tuples, which the strictness of JSON mode allows for.
+        mask = _MASK.validate_json(json.dumps(value, allow_nan=False), strict=True)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise ArtifactError(f"{path} is not a mask.json.", hint="Run `sspcompile build` again.") from error
-    check_mask(mask, source=str(path), empty_layers=empty_layers)
+        raise ArtifactError(f"{source} is not a mask.json.", hint="Run `sspcompile build` again.") from error
+    check_mask(mask, source=source, empty_layers=empty_layers)
     return mask
 
 
