@@ -90,7 +90,12 @@ def test_per_layer_model_is_refused_without_its_code_and_survives_saving(case, t
     again = AutoModelForCausalLM.from_pretrained(
         tmp_path / "again", trust_remote_code=True, attn_implementation=model.config._attn_implementation
     )
+    saved, read = model.state_dict(), again.state_dict()
+    assert saved.keys() == read.keys()
+    assert all(tensor.equal(read[name]) for name, tensor in saved.items())
     with torch.inference_mode():
-        assert again(ids).logits.equal(model(ids).logits)
+        expected = model(ids).logits
+        # Not bit for bit: weights that are mapped from files lie at another alignment, which rounds sums otherwise.
+        assert (again(ids).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
         again.set_attn_implementation("eager")
         assert torch.allclose(again(ids).logits, model(ids).logits, atol=1e-4)
