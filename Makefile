@@ -86,7 +86,7 @@ $(BARE)%/.done: constraints.txt
 test-pythons: $(PYTHONS:%=$(BARE)%/.done)  ## Other Pythons: everything compiles; commands that need no torch run.
 	for python in $(PYTHONS:%=$(BARE)%/bin/python); do \
 	    $$python -W error -m compileall -q -f sspcompile tests benchmarks && \
-	    PYTHONPATH=. $$python -P -m pytest --noconftest tests/test_light.py tests/test_recipe.py tests/test_scenario.py \
+	    PYTHONPATH=$(CURDIR) $$python -P -m pytest --noconftest tests/test_light.py tests/test_recipe.py tests/test_scenario.py \
 	        tests/test_domains.py tests/test_questions.py || exit; \
 	done
 
