@@ -14,7 +14,7 @@ from scipy.stats import mannwhitneyu
 from test_prepare_tools import DOMAINS, outside, pool_of, pools, tiny
 
 from sspcompile.errors import ScenarioError, ToolkitError
-from sspcompile.prepare import features, importance_by_domain, importance_of, prepare, with_importance
+from sspcompile.prepare import features, importance_of, prepare, with_scores
 from sspcompile.prepare.direct import relative_variance, spread_by_domain
 from sspcompile.prepare.stages import Stages
 from sspcompile.request.domains import load_outside, load_pools
@@ -24,7 +24,8 @@ from sspcompile.request.scenario import Scenario
 from sspcompile.request.splits import fit_part, own_fit_part, split
 from sspcompile.select.mixture import Mixture, ablated, head_scores, mixture_of
 from sspcompile.select.reading import Reading, read_through
-from sspcompile.select.scoring import score_heads
+from sspcompile.select.scoring import ENOUGH_PROMPTS, cached_keys, score_heads
+from sspcompile.select.texts import Texts
 from sspcompile.select.shrinkage import shrink
 
 SHAPE, COUNT = (2, 3), 3
@@ -130,7 +131,8 @@ def scenario(**how) -> Scenario:
 
 def compiled(model, toolkit, read: Scenario, **options) -> Reading:
     options = {"criterion": "fisher-greedy", "continuation_tokens": 3, **options}
-    return read_through(Request(read, Options(**options), "x"), toolkit, model)
+    asked = Options(**options)
+    return read_through(Request(read, asked, "x"), toolkit, model, Texts(model, asked))
 
 
 @pytest.mark.parametrize("criterion", ["fisher-greedy", "subspace"])
@@ -160,6 +162,27 @@ def test_a_scenario_without_prompts_uses_the_cache_and_cannot_be_scored_on_promp
     assert found.scores.source == "domains"
     with pytest.raises(ScenarioError, match=r"has none of its own.*--importance-from domains"):
         compiled(model, toolkit, read, importance_from="prompts")
+
+
+def test_enough_prompts_of_its_own_need_no_scores_of_the_pools(model):
+    """The pools say what the scenario is made of; the toolkit scores no head, and the whitelist stays empty."""
+    told = prepare(model, pools(12), outside(), criteria=(), continuation_tokens=3)
+    assert not told.importance and not told.whitelist.any() and told.meta["whitelist"] is None
+    many = pool_of("chemistry", DOMAINS["chemistry"], 2 * ENOUGH_PROMPTS, seed=5).prompts
+    read = scenario(prompts=many)
+    assert cached_keys(Request(read, Options(), "x")) == ()
+    found = compiled(model, told, read, criterion="auto")
+    assert (found.scores.source, found.scores.prompt_weight) == ("prompts", 1.0)
+    assert [ranking.name for ranking in found.rankings] == ["fisher", "obs"]
+    assert not np.allclose(found.rankings[0].values, found.rankings[1].values)
+    # What a toolkit holds from another build changes nothing.
+    scored = with_scores(Stages(model), told, pools(12), "fisher")
+    np.testing.assert_array_equal(compiled(model, scored, read, criterion="auto").merit, found.merit)
+    few = scenario(prompts=PROMPTS)
+    assert cached_keys(Request(few, Options(), "x")) == ("fisher",)
+    assert cached_keys(Request(read, Options(baselines="all"), "x")) == ("fisher", "subspace")
+    with pytest.raises(ToolkitError, match="no fisher importance"):
+        compiled(model, told, few, criterion="auto")
 
 
 def test_spread_is_cached_per_domain(model, toolkit):
@@ -204,9 +227,9 @@ def test_switched_off_parts_change_what_they_stand_for_and_nothing_else(model, t
 
 def test_without_the_scenario_its_prompts_do_not_count_either(model, toolkit):
     read = scenario(prompts=PROMPTS)
-    request = Request(read, Options(without=("scenario",)), "x")
+    request = Request(read, Options(without=("scenario",), criterion="subspace"), "x")
     used = ablated(compiled(model, toolkit, read).mixture, request.options.without)
-    assert score_heads(request, used, toolkit, model, "subspace").source == "domains"
+    assert score_heads(request, used, toolkit, model, Texts(model, request.options)).source == "domains"
 
 
 # --- Scenarios that fit no domain ------------------------------------------------------------------------------------
@@ -247,7 +270,7 @@ def test_a_mixture_says_when_it_fits_no_domain():
 
 def test_whole_groups_are_scored_and_cut_when_they_are_asked_for(model, toolkit):
     key = "fisher-greedy.group"
-    both = with_importance(toolkit, key, *importance_by_domain(Stages(model), toolkit, pools(40), key))
+    both = with_scores(Stages(model), toolkit, pools(40), key)
     found = compiled(model, both, scenario(prompts=PROMPTS), granularity="group", keep=0.5)
     per_group = found.scores.values.reshape(3, 2, 2)
     np.testing.assert_allclose(per_group[..., 0], per_group[..., 1])
@@ -259,10 +282,10 @@ def test_whole_groups_are_scored_and_cut_when_they_are_asked_for(model, toolkit)
 
 
 def test_a_score_of_all_prompts_together_is_weighed_by_their_number(model, toolkit):
-    both = with_importance(toolkit, "wanda", *importance_by_domain(Stages(model), toolkit, pools(40), "wanda"))
+    both = with_scores(Stages(model), toolkit, pools(40), "wanda")
     both = replace(both, spread={**both.spread, "fisher": both.spread["fisher-greedy"]})
     weights = []
-    for count in (4, 40):
+    for count in (4, 36):
         prompts = pool_of("chemistry", DOMAINS["chemistry"], count, seed=6).prompts
         found = compiled(model, both, scenario(prompts=prompts), criterion="wanda").scores
         assert found.source == "both" and found.prompts == len(own_fit_part(prompts))

@@ -21,6 +21,7 @@ from sspcompile.criteria.page import page
 from sspcompile.criteria.units import CriterionInput, Units, rising
 from sspcompile.errors import InputError
 from sspcompile.model.hooks import head_gates
+from sspcompile.model.modules import input_norm
 from sspcompile.model.text import batches_of, continued, encode
 
 PROMPTS = [
@@ -61,7 +62,7 @@ def texts(loaded):
     return continued(loaded, PROMPTS, 2)
 
 
-DRAWN = {"fisher", "fisher-sampled", "fisher-rounds", "fisher-midway"}
+DRAWN = {"fisher", "obs", "fisher-sampled", "fisher-rounds", "fisher-midway"}
 """They draw random numbers per batch."""
 
 
@@ -125,6 +126,7 @@ def test_what_stands_in_the_padding_changes_no_score(loaded, name):
 
 SILENT = (
     "fisher",
+    "obs",
     "fisher-sampled",
     "fisher-greedy",
     "fisher-rounds",
@@ -193,7 +195,7 @@ def test_a_group_is_closed_and_gated_as_a_whole(loaded):
         assert closed[layer, group] == pytest.approx(divergence_of(loaded, given_.batches, gates), rel=1e-3)
     (batch,) = given_.batches
     by_head, by_group = (
-        next(fisher.gate_gradients(loaded, batch, units, "greedy", 1, torch.Generator()))
+        (fisher.gate_gradients(loaded, batch, units, "greedy", 1, torch.Generator()))[0]
         for units in (Units(LAYERS, HEADS, 1), Units(LAYERS, GROUPS, 2))
     )
     torch.testing.assert_close(by_group, by_head.unflatten(-1, (GROUPS, 2)).sum(-1), rtol=1e-4, atol=1e-6)
@@ -277,14 +279,14 @@ def test_rising_keeps_the_order_and_what_rises_already(costs):
 
 def test_fisher_rounds_remove_the_least_informative_quarter_first_and_keep_that_order(loaded):
     given_ = look(loaded)
-    once = fisher.information(loaded, given_, "normal", fisher.DRAWS).mean(0).ravel()
+    once = fisher.information(loaded, given_, "normal", fisher.ROUND_DRAWS).mean(0).ravel()
     found = fisher.rounds(loaded, given_).ravel()
     order = np.argsort(found)
     assert set(order[:2]) == set(np.argsort(once)[:2]) and len(set(found)) == 8
     np.testing.assert_allclose(found[order[:2]], once[order[:2]], rtol=1e-5)
     kept = np.ones((LAYERS, HEADS), dtype=bool)
     kept.flat[order[:2]] = False
-    again = fisher.information(loaded, given_, "normal", fisher.DRAWS, kept).mean(0).ravel()
+    again = fisher.information(loaded, given_, "normal", fisher.ROUND_DRAWS, kept).mean(0).ravel()
     assert set(order[2:4]) == set(sorted(np.flatnonzero(kept), key=lambda u: again[u])[:2])
 
 
@@ -443,7 +445,8 @@ def test_passes_are_what_was_promised(loaded, texts, name):
     """Counted in layers of one prompt; resuming from a layer costs the layer itself too, hence (1 + 1 / layers)."""
     ran = [0]
     handles = [
-        y.register_forward_pre_hook(lambda _m, args: ran.__setitem__(0, ran[0] + len(args[0]))) for y in loaded.layers
+        input_norm(y).register_forward_pre_hook(lambda _m, args: ran.__setitem__(0, ran[0] + len(args[0])))
+        for y in loaded.layers
     ]
     try:
         measure(loaded, name, texts, directions=directions())
@@ -457,7 +460,7 @@ def test_passes_are_what_was_promised(loaded, texts, name):
 def test_the_table_agrees_with_the_modules_and_describes_every_entry():
     assert CRITERIA["fisher"].passes(64, 1).backward == fisher.DRAWS
     for name in ("fisher-rounds", "fisher-midway"):
-        assert CRITERIA[name].passes(64, 1).backward == fisher.ROUNDS * fisher.DRAWS
+        assert CRITERIA[name].passes(64, 1).backward == fisher.ROUNDS * fisher.ROUND_DRAWS
     for units in (3, 64, 1000):
         assert CRITERIA["bonsai"].passes(units, 1).forward == 1 + bonsai.mask_count(units)
     assert str(greedy_kl.WINDOW) in CRITERIA["greedy-kl"].cost and str(greedy_kl.STEPS) in CRITERIA["greedy-kl"].cost
@@ -483,7 +486,7 @@ def test_names_are_known_without_torch_and_the_room_can_be_entered_first():
 
 
 def test_unknown_names_are_refused(loaded, texts):
-    with pytest.raises(InputError, match=r"Accepted: fisher, kl.*`sspcompile criteria`"):
+    with pytest.raises(InputError, match=r"Accepted: fisher, obs, kl.*`sspcompile criteria`"):
         measure(loaded, "taste", texts)
     with pytest.raises(InputError, match="Accepted: head or group"):
         measure(loaded, "random", texts, granularity="layer")

@@ -25,7 +25,7 @@ from sspcompile.request.splits import (
     fit_part,
     split,
 )
-from sspcompile.select.judging import Candidate, Figures, decide
+from sspcompile.select.judging import Candidate, decide
 from sspcompile.select.mixture import Mixture
 from sspcompile.slicing.layouts import Choice
 
@@ -93,33 +93,31 @@ def divergence(*kl: float) -> Divergence:
     return Divergence(mean_estimate(kl, seed=0), Estimate(1.0), places, kl, (1.0,) * count, (1,) * count)
 
 
-def candidate(layout: str, plain: Figures, with_repair: Figures | None = None) -> Candidate:
+def candidate(layout: str, plain: Divergence, with_repair: Divergence | None = None) -> Candidate:
     return Candidate(layout, Choice(np.ones((1, 2), dtype=bool), ((1, 2),)), plain, Repair({}), with_repair)
 
 
 GOOD, BAD = divergence(*[0.1, 0.2, 0.15] * 4), divergence(*[0.5, 0.7, 0.6] * 4)
 
 
-def test_only_the_guard_texts_decide_whether_a_repair_stays():
-    kept = candidate("uniform", Figures(guard=BAD, judge=GOOD), Figures(guard=GOOD, judge=BAD))
-    dropped = candidate("uniform", Figures(guard=GOOD, judge=BAD), Figures(guard=BAD, judge=GOOD))
-    assert kept.keeps_repair and kept.final.judge is BAD
-    assert not dropped.keeps_repair and dropped.final.judge is BAD and dropped.final_repair is None
+def test_a_repair_stays_unless_it_makes_the_guard_texts_worse():
+    kept, dropped = candidate("uniform", BAD, GOOD), candidate("uniform", GOOD, BAD)
+    assert kept.keeps_repair and kept.final is GOOD and kept.final_repair is not None
+    assert not dropped.keeps_repair and dropped.final is GOOD and dropped.final_repair is None
 
 
-def test_only_the_guard_texts_decide_the_layout():
-    cheap, dear = Figures(guard=GOOD, judge=BAD), Figures(guard=BAD, judge=GOOD)
-    pair = {"uniform": candidate("uniform", cheap), "per-layer": candidate("per-layer", dear)}
+def test_the_uniform_layout_is_taken_unless_it_costs_more():
+    pair = {"uniform": candidate("uniform", GOOD), "per-layer": candidate("per-layer", BAD)}
     assert decide(pair).chosen.layout == "uniform"
-    pair = {"uniform": candidate("uniform", dear), "per-layer": candidate("per-layer", cheap)}
+    pair = {"uniform": candidate("uniform", BAD), "per-layer": candidate("per-layer", GOOD)}
     assert decide(pair).chosen.layout == "per-layer"
 
 
 def test_one_unlucky_guard_text_does_not_drop_a_repair_but_too_few_texts_do():
     """Twelve texts better and one much worse is no evidence; three texts allow no interval, so the mean decides."""
     with_repair = divergence(*[0.1] * 12, 2.0)
-    assert candidate("uniform", Figures(divergence(*[0.2] * 13), GOOD), Figures(with_repair, GOOD)).keeps_repair
-    few = candidate("uniform", Figures(divergence(0.2, 0.2, 0.2), GOOD), Figures(divergence(0.1, 0.1, 0.5), GOOD))
+    assert candidate("uniform", divergence(*[0.2] * 13), with_repair).keeps_repair
+    few = candidate("uniform", divergence(0.2, 0.2, 0.2), divergence(0.1, 0.1, 0.5))
     assert not few.keeps_repair
 
 

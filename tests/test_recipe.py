@@ -182,6 +182,7 @@ def test_default_options() -> None:
             "axes": None,
             "importance_from": "auto",
             "repair": "least-squares",
+            "baselines": "few",
             "without": (),
             "chat_template": None,
             "raw": False,

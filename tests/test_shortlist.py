@@ -1,4 +1,4 @@
-"""The masks of a default build: several rankings, every shape of a uniform one, the best by cross-fitting."""
+"""The masks of a default build: several rankings, every shape of a uniform one, the best by measuring."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from sspcompile.errors import BudgetError
 from sspcompile.model.loading import load
 from sspcompile.request.options import Options
 from sspcompile.request.splits import Splits
+from sspcompile.progress import no_steps
 from sspcompile.select.judging import Judge
-from sspcompile.select.reading import Ranking
-from sspcompile.select.search import MEASURED_SCORES, WITHIN_LAYERS, Folds, best_mask, rankings
+from sspcompile.select.scoring import Ranking, measured_rankings
+from sspcompile.select.search import best_of, masks_of
+from sspcompile.select.texts import Texts
 from sspcompile.slicing.layouts import choose, uniform_choices
 
 grids = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(0, 1000))
@@ -51,48 +53,53 @@ def judge(tmp_path_factory) -> Judge:
     shape = Shape(layers=3, hidden=64, kv_heads=4, group_size=2, head_dim=16)
     loaded = load(make_checkpoint(tmp_path_factory.mktemp("model"), shape), fingerprint="")
     texts = tuple(f"What is {n} plus {n + 1}?" for n in range(28))
-    return Judge(
-        loaded,
-        Splits(texts[:20], texts[20:], (), (), 20, 8, 0),
-        Options(max_tokens=32, continuation_tokens=4),
-        dtype=torch.float32,
-        progress=lambda *_: None,
-    )
+    options = Options(max_tokens=32, continuation_tokens=4)
+    splits = Splits(texts[:20], texts[20:], (), (), 20, 8, 0)
+    return Judge(loaded, splits, options, Texts(loaded, options), dtype=torch.float32)
 
 
-def test_winner_has_the_least_divergence_of_all_that_were_tried(judge):
-    rng = np.random.default_rng(0)
-    ranked = rankings(judge, Ranking("mine", rng.random((3, 8))), ("per-layer", "uniform"))
-    assert [ranking.name for ranking in ranked] == ["mine", *MEASURED_SCORES, *WITHIN_LAYERS]
-    found = best_mask(judge, ranked, "uniform", np.zeros((3, 8), dtype=bool), 0.5)
-    values = [one.distance for one in found.tried]
-    assert values == sorted(values) and len(found.tried) >= 3
-    assert {one.shape for one in found.tried} == {(4, 1), (2, 2)}
-    assert Folds(judge).distances([found.choice.kept]) == values[:1] and found.ranking.name == found.tried[0].criterion
-    # A mask that is the same by two rankings is measured once, and is the earlier one's.
-    twins = [ranked[0], Ranking("twin", ranked[0].values)]
-    again = best_mask(judge, twins, "uniform", np.zeros((3, 8), dtype=bool), 0.5)
-    assert {one.criterion for one in again.tried} == {"mine"}
+NOBODY = np.zeros((3, 8), dtype=bool)
 
 
-def test_scores_of_single_layers_take_no_part_where_layers_share_a_budget(judge):
-    rng = np.random.default_rng(1)
-    ranked = rankings(judge, Ranking("mine", rng.random((3, 8))), ("per-layer",))
-    assert [ranking.name for ranking in ranked] == ["mine", *MEASURED_SCORES]
-    ranked = (*ranked, Ranking(WITHIN_LAYERS[0], rng.random((3, 8))))
-    found = best_mask(judge, ranked, "per-layer", np.zeros((3, 8), dtype=bool), 0.5)
-    assert {one.criterion for one in found.tried} == {"mine", *MEASURED_SCORES}
-    assert {one.shape for one in found.tried} == {None}
-    best = next(ranking for ranking in ranked if ranking.name == found.tried[0].criterion)
-    np.testing.assert_array_equal(found.choice.kept, choose(best.values, 4, 0.5, "per-layer").kept)
+def ranked(judge: Judge, seed: int) -> tuple[Ranking, ...]:
+    mine = Ranking("mine", np.random.default_rng(seed).random((3, 8)))
+    return (mine, *measured_rankings(judge.loaded, judge.sentences, 0, "head", no_steps))
 
 
-def test_a_shape_that_no_class_holds_is_left_out(judge):
-    ranked = [Ranking("mine", np.random.default_rng(0).random((3, 8)))]
-    nobody = np.zeros((3, 8), dtype=bool)
-    found = best_mask(judge, ranked, "uniform", nobody, 0.5, holds=lambda choice: choice.shapes[0] != (4, 1))
-    assert {one.shape for one in found.tried} == {(2, 2)}
-    assert best_mask(judge, ranked, "uniform", nobody, 0.5, holds=lambda _: False) is None
+def test_winner_of_every_layout_has_the_least_divergence_of_all_that_were_tried(judge):
+    rankings = ranked(judge, 0)
+    assert [ranking.name for ranking in rankings] == ["mine", "fisher", "obs"]
+    masks = {layout: masks_of(rankings, layout, NOBODY, 0.5, 4) for layout in ("uniform", "per-layer")}
+    found = best_of(judge, masks)
+    for layout, shapes in (("uniform", {(4, 1), (2, 2)}), ("per-layer", {None})):
+        tried = found[layout].tried
+        values = [one.distance for one in tried]
+        assert values == sorted(values) and len(tried) == len(masks[layout]) >= 2
+        assert {one.shape for one in tried} == shapes
+        assert found[layout].ranking.name == tried[0].criterion and found[layout].repair is not None
+        # The winner by itself comes to the same distance.
+        pair = masks_of([found[layout].ranking], layout, NOBODY, 0.5, 4)
+        alone = best_of(judge, {layout: [*pair, *masks[layout]]})
+        assert alone[layout].tried[0].distance == pytest.approx(values[0], rel=1e-4)
+
+
+def test_a_mask_that_is_the_same_by_two_rankings_is_measured_once_and_is_the_earlier_ones():
+    values = np.random.default_rng(0).random((3, 8))
+    masks = masks_of([Ranking("mine", values), Ranking("twin", values)], "uniform", NOBODY, 0.5, 4)
+    assert {ranking.name for ranking, _ in masks} == {"mine"}
+
+
+def test_masks_per_layer_are_those_of_the_rankings(judge):
+    rankings = ranked(judge, 1)
+    for ranking, choice in masks_of(rankings, "per-layer", NOBODY, 0.5, 4):
+        np.testing.assert_array_equal(choice.kept, choose(ranking.values, 4, 0.5, "per-layer").kept)
+
+
+def test_a_shape_that_no_class_holds_is_left_out():
+    mine = [Ranking("mine", np.random.default_rng(0).random((3, 8)))]
+    masks = masks_of(mine, "uniform", NOBODY, 0.5, 4, holds=lambda choice: choice.shapes[0] != (4, 1))
+    assert {choice.shapes[0] for _, choice in masks} == {(2, 2)}
+    assert not masks_of(mine, "uniform", NOBODY, 0.5, 4, holds=lambda _: False)
 
 
 def test_default_build_records_what_it_tried_and_a_named_criterion_tries_nothing(tmp_path):

@@ -27,7 +27,7 @@ from sspcompile.proof.prove import prove
 from sspcompile.report.write import write_report
 from sspcompile.request.recipe import dump_recipe
 from sspcompile.request.request import Request
-from sspcompile.select.reading import score_key
+from sspcompile.select.scoring import cached_keys
 from sspcompile.select.selection import Selection, select
 from sspcompile.slicing.mask import dump_mask
 from sspcompile.slicing.plan import SlicePlan, make_plan, plan_json
@@ -49,7 +49,7 @@ def build(
     with staged(out, overwrite=overwrite) as folder:
         loaded = dense.load(rendering=rendering_of(request.options))
         demand_readable(loaded, request.scenario.prompts, request.options.max_tokens)
-        toolkit, _ = toolkit_for(dense, loaded, request.options, workspace, progress, [score_key(request.options)])
+        toolkit, _ = toolkit_for(dense, loaded, request.options, workspace, progress, cached_keys(request))
         selection = select(request, toolkit, loaded, dtype=_weight_dtype(dense), progress=progress)
         plan = make_plan(dense.checkpoint, selection.mask, host=request.options.wanted_host)
         refitted = _write(folder / MODEL, dense, selection, plan, progress)

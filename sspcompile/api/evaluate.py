@@ -27,7 +27,7 @@ from sspcompile.request.pools import pools_of
 from sspcompile.request.prompts import Prompt, bare
 from sspcompile.request.request import built_request, read_request
 from sspcompile.request.splits import seen_part, split, whole_shares
-from sspcompile.select.reading import read_through, score_key
+from sspcompile.select.reading import mixture_through
 from sspcompile.slicing.mask import load_mask
 from sspcompile.workspace import MASK, RECIPE, Workspace
 
@@ -63,8 +63,8 @@ def deployment_of(
         return own
     rendering = {"chat_template": model.rendering.template, "raw": model.rendering.raw or None}
     request = read_request(scenario, {"seed": seed, **rendering}, {})
-    toolkit, _ = toolkit_for(model.dense, loaded, request.options, workspace, progress, [score_key(request.options)])
-    mixture = read_through(request, toolkit, loaded).mixture
+    toolkit, _ = toolkit_for(model.dense, loaded, request.options, workspace, progress, ())
+    mixture = mixture_through(request, toolkit, loaded)
     shares = dict(zip(mixture.domains, map(float, mixture.weights), strict=True))
     prompts = request.scenario.prompts
     return Deployment(

@@ -58,16 +58,18 @@ def plan_scenario(
     from sspcompile.model.dense import open_dense
     from sspcompile.model.text import demand_readable
     from sspcompile.prepare.toolkits import toolkit_for
-    from sspcompile.select.reading import choices_for, read_through, score_key
+    from sspcompile.select.reading import choices_for, read_through
+    from sspcompile.select.scoring import cached_keys
     from sspcompile.select.selection import mask_of
+    from sspcompile.select.texts import Texts
 
     options = request.options
     dense = open_dense(options.model)
     refuse_hopeless(request, dense)
     loaded = dense.load(rendering=rendering_of(options))
     demand_readable(loaded, request.scenario.prompts, options.max_tokens)
-    toolkit, _ = toolkit_for(dense, loaded, options, workspace, progress, [score_key(options)])
-    reading = read_through(request, toolkit, loaded, progress)
+    toolkit, _ = toolkit_for(dense, loaded, options, workspace, progress, cached_keys(request))
+    reading = read_through(request, toolkit, loaded, Texts(loaded, options), progress)
     choices = choices_for(reading, loaded.geometry)
     masks = [mask_of(reading, loaded, choice, layout) for layout, choice in choices.items()]
     return [make_plan(dense.checkpoint, mask, host=options.wanted_host) for mask in masks], reading

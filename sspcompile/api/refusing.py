@@ -10,8 +10,7 @@ from sspcompile.model.dense import DenseModel
 from sspcompile.repair.repair import demand_place, is_linear
 from sspcompile.request.pools import pools_of
 from sspcompile.request.request import Request
-from sspcompile.select.reading import score_key
-from sspcompile.select.scoring import demand_prompts
+from sspcompile.select.scoring import demand_prompts, score_key
 from sspcompile.slicing.hosts import demand_host
 from sspcompile.slicing.layouts import choose
 

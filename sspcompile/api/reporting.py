@@ -89,20 +89,21 @@ def _row(
 
 def _quality(outcome: Outcome) -> Iterator[QualityRow]:
     """Ours first; the baselines have the same budget, layout and repair."""
-    chosen = outcome.selection.decision.chosen
-    ours = chosen.final.judge
-    yield _row("this build", ours, "ours", ours, outcome.selection.cost.off)
-    if chosen.final is not chosen.plain:
-        yield _row("this build, without repair", chosen.plain.judge, "other", ours)
-    for other in outcome.selection.baselines:
+    selection = outcome.selection
+    ours = selection.cost.own
+    yield _row("this build", ours, "ours", ours, selection.cost.off)
+    if selection.repair is not None:
+        plain = selection.without_repair
+        yield _row("this build, without repair", plain.own, "other", ours, plain.off)
+    for other in selection.baselines:
         yield _row(other.name, other.cost.own, other.role, ours, other.cost.off)
 
 
 def _layout(outcome: Outcome) -> LayoutSection:
     decision = outcome.selection.decision
-    reference = decision.chosen.final.judge
+    reference = decision.chosen.final
     figures = tuple(
-        _row(f"{layout} ({candidate.choice.ratio:.1%} kept)", candidate.final.judge, layout, reference)
+        _row(f"{layout} ({candidate.choice.ratio:.1%} kept)", candidate.final, layout, reference)
         for layout, candidate in decision.candidates.items()
     )
     cost = decision.uniform_cost
@@ -118,7 +119,8 @@ def _layout(outcome: Outcome) -> LayoutSection:
 
 
 def _repair(outcome: Outcome) -> RepairSection:
-    chosen = outcome.selection.decision.chosen
+    selection = outcome.selection
+    chosen = selection.decision.chosen
     if outcome.request.options.repair == "none":
         return RepairSection(used=False, reason="switched off with --repair none")
     if chosen.with_repair is None:
@@ -129,8 +131,8 @@ def _repair(outcome: Outcome) -> RepairSection:
     return RepairSection(
         used=chosen.keeps_repair,
         reason=None if chosen.keeps_repair else "it made the guard texts worse",
-        kl_before=chosen.plain.judge.mean_kl.value,
-        kl_after=chosen.with_repair.judge.mean_kl.value,
+        kl_before=selection.without_repair.own.mean_kl.value,
+        kl_after=selection.with_repair.own.mean_kl.value if selection.with_repair is not None else None,
     )
 
 

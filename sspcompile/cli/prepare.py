@@ -30,8 +30,8 @@ Examples:
     "criteria",
     multiple=True,
     metavar="NAME",
-    help="Score of the heads to prepare (fisher, kl, wanda, ...; `sspcompile criteria` lists them), may be "
-    "repeated.  [default: fisher-rounds]",
+    help="Score of the heads to prepare (fisher, obs, kl, ...; `sspcompile criteria` lists them), may be "
+    "repeated.  [default: fisher]",
 )
 @build_option("chat_template")
 @build_option("raw")
@@ -54,7 +54,7 @@ def prepare(criteria: tuple[str, ...], device_map: str | None, as_json: bool, qu
     from sspcompile.model.dense import open_dense
     from sspcompile.prepare.toolkits import toolkit_folder, toolkit_for
     from sspcompile.request.options import resolve
-    from sspcompile.select.reading import AUTO_CRITERION
+    from sspcompile.select.scoring import CACHED
 
     options = resolve(given, environment=os.environ)
     from sspcompile.cli.progress import stages
@@ -64,7 +64,7 @@ def prepare(criteria: tuple[str, ...], device_map: str | None, as_json: bool, qu
     dense = open_dense(options.model)
     with parallel.joined() as world, stages(quiet or not world.first) as progress:
         loaded = dense.load(device=world.device, device_map=device_map, rendering=rendering_of(options))
-        toolkit, fresh = toolkit_for(dense, loaded, options, workspace(), progress, criteria or (AUTO_CRITERION,))
+        toolkit, fresh = toolkit_for(dense, loaded, options, workspace(), progress, criteria or (CACHED,))
     if not world.first:
         return
     folder = toolkit_folder(dense, options, workspace())

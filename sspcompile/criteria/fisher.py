@@ -16,7 +16,7 @@ Deep Networks, arXiv 1703.01365, section 3; their integral, by the midpoint rule
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,12 +24,17 @@ from torch import Tensor
 
 from sspcompile.criteria.units import CriterionInput, Units, rising
 from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.gradients import state_gradients
 from sspcompile.model.hooks import head_gates
-from sspcompile.model.logits import decoder_output, scored_logits
+from sspcompile.model.logits import decoder_output
+from sspcompile.model.recompute import recomputed
 from sspcompile.model.text import Batch
 
 TARGETS = ("normal", "sampled", "greedy")
-DRAWS = 4
+# Of the score that is cached and of its variants: more texts are worth more than more draws of each.
+DRAWS = 1
+# Of the scores that remove heads on the way, where an early mistake is not made good.
+ROUND_DRAWS = 4
 ROUNDS = 4
 
 
@@ -69,7 +74,7 @@ def eliminated(loaded: LoadedModel, given: CriterionInput, opening: float) -> np
     order: list[int] = []
     costs: list[float] = []
     for number in range(1, ROUNDS + 1):
-        found = information(loaded, given, "normal", DRAWS, kept * opening, quiet=True).mean(0).ravel()
+        found = information(loaded, given, "normal", ROUND_DRAWS, kept * opening, quiet=True).mean(0).ravel()
         alive = np.flatnonzero(kept)
         ranked = alive[np.argsort(found[alive], kind="stable")]
         removed = ranked[: units.total * number // ROUNDS - len(order)]
@@ -98,19 +103,22 @@ def information(
     number of positions, long answers do not count for more.
     """
     units = Units.of(loaded.geometry, given.granularity)
-    generator = torch.Generator(device=loaded.device)
     found = np.zeros((given.prompts, units.layers, units.count))
     for index, batch in enumerate(given.batches):
-        # A stream for every batch: what is drawn does not depend on which process looks at which batches.
-        stream = np.random.SeedSequence((given.seed, batch.rows[0])).generate_state(1, np.uint64)
-        generator.manual_seed(int(stream[0]))
+        generator = batch_generator(loaded, given.seed, batch)
         drawn = gate_gradients(loaded, batch, units, targets, draws, generator, opened)
-        squares = sum(x.double().square() for x in drawn)
+        squares = torch.stack([x.double().square() for x in drawn]).sum(0)
         positions = batch.score_mask.sum(-1).view(-1, 1, 1)
         found[list(batch.rows)] = (squares / (draws * positions)).cpu().numpy()
         if not quiet:
             given.report(index + 1, len(given.batches))
     return found
+
+
+def batch_generator(loaded: LoadedModel, seed: int, batch: Batch) -> torch.Generator:
+    """A stream for every batch: what is drawn does not depend on which process looks at which batches."""
+    stream = np.random.SeedSequence((seed, batch.rows[0])).generate_state(1, np.uint64)
+    return torch.Generator(device=loaded.device).manual_seed(int(stream[0]))
 
 
 def gate_gradients(
@@ -121,7 +129,7 @@ def gate_gradients(
     draws: int,
     generator: torch.Generator,
     opened: np.ndarray | None = None,
-) -> Iterator[Tensor]:
+) -> list[Tensor]:
     """One tensor [B, L, U] per draw: gradient of each sequence's objective with respect to its own gates.
 
     Gates stand per sequence, so one backward pass of the summed objective gives every sequence's gradient.
@@ -130,12 +138,16 @@ def gate_gradients(
     if opened is not None:
         gates *= torch.from_numpy(opened).to(gates).unsqueeze(1)
     gates.requires_grad_()
-    with torch.enable_grad(), head_gates(loaded, units.gates(gates)):
-        logits = scored_logits(loaded, decoder_output(loaded, batch), batch.score_mask)
-    for draw in range(draws):
-        cotangent = logit_cotangent(logits, targets, generator)
-        (gradient,) = torch.autograd.grad(logits, gates, cotangent, retain_graph=draw + 1 < draws)
-        yield gradient.transpose(0, 1)
+    cotangent = partial(logit_cotangent, targets=targets, generator=generator)
+    found = []
+    with torch.enable_grad(), head_gates(loaded, units.gates(gates)), recomputed(loaded.layers):
+        hidden = decoder_output(loaded, batch)
+        states = hidden[batch.score_mask.to(hidden.device)]
+        for draw in range(draws):
+            towards = state_gradients(loaded, states, cotangent)
+            (gradient,) = torch.autograd.grad(states, gates, towards, retain_graph=draw + 1 < draws)
+            found.append(gradient.transpose(0, 1))
+    return found
 
 
 def logit_cotangent(logits: Tensor, targets: str, generator: torch.Generator) -> Tensor:

@@ -96,7 +96,7 @@ def of_key(key: str) -> tuple[Criterion, Granularity]:
 
 
 # The methods' own constants, repeated because their modules import torch; a test holds the two together.
-_FISHER_DRAWS, _FISHER_ROUNDS = 4, 4
+_FISHER_DRAWS, _ROUND_DRAWS, _FISHER_ROUNDS = 1, 4, 4
 _MICHEL = "Michel et al., arXiv 1905.10650"
 _SUBSPACE = "SubspacePath Pruner, ICML 2026, head importance"
 _O_PROJ = "summed over a head's columns of o_proj"
@@ -119,11 +119,22 @@ _ALL = (
         "squared gradient of the model's own next-token log-likelihood with respect to a gate on each head",
         f"second-order expansion of kl; gates on heads as in {_MICHEL}, section 4",
         "one gate per head, or one per group",
-        "one forward and 4 backward passes",
+        "2 forward passes and a backward one",
         "fisher.normal",
         "prompts, a backward pass",
-        lambda _: Passes(1, _FISHER_DRAWS),
+        lambda _: Passes(1 + _FISHER_DRAWS, _FISHER_DRAWS),
         per="prompt",
+    ),
+    Criterion(
+        "obs",
+        "cost of removing the head after the best change of what stays, by the curvature of the model's own prediction",
+        "optimal brain surgeon (Hassibi and Stork 1993) with Kronecker-factored Fisher information (Martens and "
+        "Grosse, arXiv 1503.05671); whole structures as in ZipLM, arXiv 2302.04089",
+        "the columns of o_proj of a head are removed together, the cheapest head of the layer first; score = cost then",
+        "2 forward passes and a backward one",
+        "curvature.compensated",
+        "prompts, a backward pass",
+        lambda _: Passes(2, 1),
     ),
     Criterion(
         "kl",
@@ -152,20 +163,20 @@ _ALL = (
         "fisher measured anew on what is left after each of 4 rounds that remove a quarter of the heads",
         "iterative pruning as in Molchanov et al., arXiv 1906.10771, section 3, with fisher",
         "score = information in the round of removal, kept in the order of removal",
-        "4 forward and 16 backward passes",
+        "20 forward and 16 backward passes",
         "fisher.rounds",
         "prompts, a backward pass",
-        lambda _: Passes(_FISHER_ROUNDS, _FISHER_ROUNDS * _FISHER_DRAWS),
+        lambda _: Passes(_FISHER_ROUNDS * (1 + _ROUND_DRAWS), _FISHER_ROUNDS * _ROUND_DRAWS),
     ),
     Criterion(
         "fisher-midway",
         "fisher-rounds with the gates half closed: it sees heads whose work is saturated when they are open",
         "see fisher-rounds; the midpoint of a path as in Sundararajan et al., arXiv 1703.01365, section 3",
         "score = information in the round of removal, kept in the order of removal",
-        "4 forward and 16 backward passes",
+        "20 forward and 16 backward passes",
         "fisher.midway",
         "prompts, a backward pass",
-        lambda _: Passes(_FISHER_ROUNDS, _FISHER_ROUNDS * _FISHER_DRAWS),
+        lambda _: Passes(_FISHER_ROUNDS * (1 + _ROUND_DRAWS), _FISHER_ROUNDS * _ROUND_DRAWS),
     ),
     Criterion(
         "subspace",
@@ -194,10 +205,10 @@ _ALL = (
         "fisher with targets sampled from the model's prediction: the textbook estimate, noisier",
         "see fisher",
         "one gate per head, or one per group",
-        "one forward and 4 backward passes",
+        "2 forward passes and a backward one",
         "fisher.sampled",
         "prompts, a backward pass",
-        lambda _: Passes(1, _FISHER_DRAWS),
+        lambda _: Passes(1 + _FISHER_DRAWS, _FISHER_DRAWS),
         per="prompt",
     ),
     Criterion(
@@ -205,10 +216,10 @@ _ALL = (
         "fisher with the model's own most likely token as the only target: no randomness, but biased",
         "see fisher",
         "one gate per head, or one per group",
-        "one forward and one backward pass",
+        "2 forward passes and a backward one",
         "fisher.greedy",
         "prompts, a backward pass",
-        lambda _: Passes(1, 1),
+        lambda _: Passes(2, 1),
         per="prompt",
     ),
     Criterion(

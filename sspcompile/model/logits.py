@@ -8,6 +8,14 @@ from torch import Tensor
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.text import Batch
 
+# Logits that exist at a time: 32 MiB in fp32, and a few tensors of that size beside them.
+LOGITS_AT_ONCE = 2**23
+
+
+def rows_at_once(loaded: LoadedModel) -> int:
+    """Of how many positions the logits may exist at a time."""
+    return max(1, LOGITS_AT_ONCE // loaded.vocab)
+
 
 def decoder_output(loaded: LoadedModel, batch: Batch) -> Tensor:
     """The decoder's normalised output, [B, T, d]."""
@@ -22,6 +30,16 @@ def scored_logits(loaded: LoadedModel, hidden: Tensor, score_mask: Tensor) -> Te
     They are on the device that token ids are on, wherever the last layers of a spread model lie.
     """
     return loaded.logits_of(hidden[score_mask.to(hidden.device)]).to(loaded.device)
+
+
+@torch.inference_mode()
+def scored_states(loaded: LoadedModel, batch: Batch) -> Tensor:
+    """The decoder's normalised output at the scored positions, [S, d]: what lm_head makes logits of.
+
+    To keep it instead of logits is smaller by the factor V / d, for one more multiplication with lm_head.
+    """
+    hidden = decoder_output(loaded, batch)
+    return hidden[batch.score_mask.to(hidden.device)]
 
 
 def log_probabilities(loaded: LoadedModel, hidden: Tensor, score_mask: Tensor) -> Tensor:

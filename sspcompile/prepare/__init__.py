@@ -4,7 +4,7 @@ from sspcompile.model.capture import features
 from sspcompile.model.text import encode, with_continuations
 from sspcompile.prepare.importance import importance_of
 from sspcompile.prepare.probes import probabilities
-from sspcompile.prepare.run import importance_by_domain, prepare
+from sspcompile.prepare.run import prepare, with_scores
 from sspcompile.prepare.toolkit import REGIMES, Toolkit, is_outdated, load, save, with_importance
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "Toolkit",
     "encode",
     "features",
-    "importance_by_domain",
     "importance_of",
     "is_outdated",
     "load",
@@ -21,4 +20,5 @@ __all__ = [
     "save",
     "with_continuations",
     "with_importance",
+    "with_scores",
 ]

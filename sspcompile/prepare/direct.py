@@ -9,38 +9,33 @@ import numpy as np
 from sspcompile.criteria import measuring
 from sspcompile.criteria.table import of_key
 from sspcompile.model.decoder import LoadedModel
-from sspcompile.model.text import continued
+from sspcompile.model.text import Sentence
 from sspcompile.prepare.importance import probe_directions
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.progress import Steps, no_steps
-from sspcompile.request.prompts import Prompt
 
 
 def importance_per_prompt(
     loaded: LoadedModel,
     toolkit: Toolkit,
     name: str,
-    prompts: Sequence[Prompt],
+    texts: Sequence[Sentence],
     parts: np.ndarray,
-    *,
     seed: int,
-    max_tokens: int,
-    continuation_tokens: int,
     progress: Steps = no_steps,
 ) -> np.ndarray:
-    """Importance of every head for each of the prompts with the dense model's continuation, [N, L, H] float64.
+    """Importance of every head for each of the continued texts, [N, L, H] float64.
 
-    N is smaller than the number of prompts where the criterion bounds its cost (they are then evenly spaced), and 1
-    where it scores all prompts together. Criteria with a value per axis are combined with `parts` [K]. Raises
+    N is smaller than the number of texts where the criterion bounds its cost (they are then evenly spaced), and 1
+    where it scores all of them together. Criteria with a value per axis are combined with `parts` [K]. Raises
     InputError for an unknown name.
     """
     chosen, granularity = of_key(name)
-    limit = min(len(prompts), chosen.max_prompts or len(prompts))
-    read = [prompts[index * len(prompts) // limit] for index in range(limit)]
+    limit = min(len(texts), chosen.max_prompts or len(texts))
     values = measuring.measure(
         loaded,
         chosen.name,
-        continued(loaded, read, continuation_tokens, max_tokens),
+        [texts[index * len(texts) // limit] for index in range(limit)],
         directions=probe_directions(toolkit.probe_weight, toolkit.feature_scale),
         seed=seed,
         granularity=granularity,

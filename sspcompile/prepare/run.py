@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from sspcompile.criteria import measuring
-from sspcompile.criteria.table import CRITERIA, of_key
+from sspcompile.criteria.table import of_key
 from sspcompile.errors import InputError
 from sspcompile.model.chat import template_digest
 from sspcompile.model.decoder import LoadedModel
@@ -19,8 +19,8 @@ from sspcompile.prepare import calibration, importance, probes
 from sspcompile.prepare.direct import spread_by_domain
 from sspcompile.prepare.recognition import Recognition, corpus_of, recognise, selected_axes
 from sspcompile.prepare.stages import Stages
-from sspcompile.prepare.toolkit import Toolkit, check
-from sspcompile.prepare.whitelist import FALSE_DISCOVERY, Whitelist, whitelist
+from sspcompile.prepare.toolkit import Toolkit, check, with_importance
+from sspcompile.prepare.whitelist import FALSE_DISCOVERY, whitelist
 from sspcompile.progress import Progress, silent, stage_of
 from sspcompile.request.domains import DomainPool, pools_fingerprint
 
@@ -44,11 +44,13 @@ def prepare(
 
     `stages` says where an interrupted run kept what it had measured; without it, nothing is kept.
     `axes` of the `pools` become domains (all of them without it), and the others join `outside`: text of none of the
-    domains, for the out-of-domain temperature; without any, that regime stays uncalibrated and `meta` says so. The
-    whitelist is found with the first of `criteria` that scores every prompt. Raises InputError for pools that are too
-    few, too small or share a name, for unknown criteria, and when none of them scores every prompt.
+    domains, for the out-of-domain temperature; without any, that regime stays uncalibrated and `meta` says so. Without
+    `criteria` the toolkit tells domains apart and scores no head (`with_scores` does). Raises InputError for pools that
+    are too few, too small or share a name, and for unknown criteria.
     """
-    _validate(pools, criteria, axes)
+    _validate(pools, axes)
+    for key in criteria:
+        of_key(key)
     stages = stages or Stages(loaded)
     facts = _given_facts(pools, outside, axes)
     if axes is not None and axes < len(pools):
@@ -57,16 +59,6 @@ def prepare(
     corpus = corpus_of(pools)
     told = recognise(stages, corpus, pools, outside, seed, max_tokens, progress)
     prompts = [corpus.texts[row] for row in corpus.prompt_rows]
-    labels = corpus.labels[corpus.prompt_rows]
-    progress("continuations", 0, 1)
-    texts = stages.continued(prompts, continuation_tokens, max_tokens, stage_of(progress, "continuations"))
-    progress("continuations", 1, 1)
-    unit = importance.probe_directions(told.fitted.weight, told.fitted.scale)
-    scores = {
-        key: stages.scored(key, texts, labels, unit, seed, stage_of(progress, key)) for key in dict.fromkeys(criteria)
-    }
-    tested = next(key for key in scores if of_key(key)[0].per == "prompt")
-    confirmed = whitelist(scores[tested].own_axis(), scores[tested].labels)
     settings = {
         "seed": seed,
         "text_version": TEXT_VERSION,
@@ -78,26 +70,51 @@ def prepare(
         "prompts": {pool.name: len(pool.prompts) for pool in pools},
     }
     learned = {
-        "format_confound": probes.format_confound(prompts, labels, seed),
-        "importance_prompts": {name: found.prompts for name, found in scores.items()},
-        "whitelist": _whitelist_facts(tested, confirmed),
+        "format_confound": probes.format_confound(prompts, corpus.labels[corpus.prompt_rows], seed),
+        "importance_prompts": {},
+        "whitelist": None,
     }
-    meta = _versions() | told.facts() | facts | settings | learned
-    cached = {key: _cached(found, len(pools)) for key, found in scores.items()}
-    toolkit = _toolkit(loaded, pools, told, cached, confirmed, meta)
+    toolkit = _toolkit(loaded, pools, told, _versions() | told.facts() | facts | settings | learned)
     check(toolkit)
+    for name in dict.fromkeys(criteria):
+        toolkit = with_scores(stages, toolkit, pools, name, progress)
     return toolkit
 
 
-def _toolkit(
-    loaded: LoadedModel,
-    pools: Sequence[DomainPool],
-    told: Recognition,
-    cached: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    confirmed: Whitelist,
-    meta: dict[str, Any],
+def with_scores(
+    stages: Stages, toolkit: Toolkit, pools: Sequence[DomainPool], name: str, progress: Progress = silent
 ) -> Toolkit:
-    fitted = told.fitted
+    """The toolkit with one more criterion; the first one that scores every prompt finds the whitelist too.
+
+    Raises InputError for an unknown criterion, and when `pools` are not those that the toolkit was prepared with.
+    """
+    of_key(name)
+    if pools_fingerprint(pools) != toolkit.meta["pools_fingerprint"]:
+        raise InputError("The domain pools changed since the toolkit was prepared.", hint="Prepare again.")
+    corpus, report = corpus_of(pools), stage_of(progress, "continuations")
+    prompts = [corpus.texts[row] for row in corpus.prompt_rows]
+    report(0, 1)
+    texts = stages.continued(prompts, toolkit.meta["continuation_tokens"], toolkit.meta["max_tokens"], report)
+    report(1, 1)
+    unit = importance.probe_directions(toolkit.probe_weight, toolkit.feature_scale)
+    labels = corpus.labels[corpus.prompt_rows]
+    scores = stages.scored(name, texts, labels, unit, toolkit.meta["seed"], stage_of(progress, name))
+    mean = _f32(scores.by_domain(len(pools)))
+    spread = _f32(spread_by_domain(scores.own_axis(), scores.labels, len(pools)))
+    counts = toolkit.meta["importance_prompts"] | {name: scores.prompts}
+    added = with_importance(replace(toolkit, meta={**toolkit.meta, "importance_prompts": counts}), name, mean, spread)
+    if toolkit.meta["whitelist"] is not None or of_key(name)[0].per != "prompt":
+        return added
+    confirmed = whitelist(scores.own_axis(), scores.labels)
+    facts = {"criterion": name, "false_discovery": FALSE_DISCOVERY, "heads": int(confirmed.chosen.sum())}
+    return replace(
+        added, whitelist_p=_f32(confirmed.p), whitelist=confirmed.chosen, meta={**added.meta, "whitelist": facts}
+    )
+
+
+def _toolkit(loaded: LoadedModel, pools: Sequence[DomainPool], told: Recognition, meta: dict[str, Any]) -> Toolkit:
+    """What tells domains apart; no head is scored yet, and none is on the whitelist."""
+    fitted, heads = told.fitted, (loaded.geometry.layers, loaded.geometry.heads)
     return Toolkit(
         fingerprint=loaded.fingerprint,
         domains=tuple(pool.name for pool in pools),
@@ -110,43 +127,15 @@ def _toolkit(
         probe_auc=_f32(told.auc),
         layer_weight=_f32(probes.layer_weights(told.auc)),
         log_temperature=_f32(calibration.log_temperatures(told.fits, loaded.geometry.layers)),
-        importance={key: mean for key, (mean, _) in cached.items()},
-        spread={key: spread for key, (_, spread) in cached.items()},
-        whitelist_p=_f32(confirmed.p),
-        whitelist=confirmed.chosen,
+        importance={},
+        spread={},
+        whitelist_p=np.ones(heads, dtype=np.float32),
+        whitelist=np.zeros(heads, dtype=bool),
         meta=meta,
     )
 
 
-def importance_by_domain(
-    stages: Stages, toolkit: Toolkit, pools: Sequence[DomainPool], name: str, progress: Progress = silent
-) -> tuple[np.ndarray, np.ndarray]:
-    """Importance and spread of one more criterion for an existing toolkit, [L, H, K] each, as `prepare` would have
-    measured them; see `with_importance`.
-
-    Raises InputError when `pools` are not those that the toolkit was prepared with.
-    """
-    if pools_fingerprint(pools) != toolkit.meta["pools_fingerprint"]:
-        raise InputError("The domain pools changed since the toolkit was prepared.", hint="Prepare again.")
-    corpus = corpus_of(pools)
-    texts = stages.continued(
-        [corpus.texts[row] for row in corpus.prompt_rows],
-        toolkit.meta["continuation_tokens"],
-        toolkit.meta["max_tokens"],
-        stage_of(progress, "continuations"),
-    )
-    unit = importance.probe_directions(toolkit.probe_weight, toolkit.feature_scale)
-    labels = corpus.labels[corpus.prompt_rows]
-    scores = stages.scored(name, texts, labels, unit, toolkit.meta["seed"], stage_of(progress, name))
-    return _cached(scores, len(pools))
-
-
-def _cached(scores: measuring.Scores, domains: int) -> tuple[np.ndarray, np.ndarray]:
-    """Importance and spread per domain, [L, H, K] float32 each."""
-    return _f32(scores.by_domain(domains)), _f32(spread_by_domain(scores.own_axis(), scores.labels, domains))
-
-
-def _validate(pools: Sequence[DomainPool], criteria: Sequence[str], axes: int | None) -> None:
+def _validate(pools: Sequence[DomainPool], axes: int | None) -> None:
     if len(pools) < 2:
         raise InputError(f"{len(pools)} domain pools were given.", hint="At least 2 are needed to tell them apart.")
     if axes is not None and not 2 <= axes <= len(pools):
@@ -158,14 +147,6 @@ def _validate(pools: Sequence[DomainPool], criteria: Sequence[str], axes: int | 
     small = [f"{pool.name} ({len(pool.prompts)})" for pool in pools if len(pool.prompts) < MIN_PROMPTS]
     if small:
         raise InputError(f"Too few prompts: {', '.join(small)}.", hint=f"At least {MIN_PROMPTS} per domain.")
-    if not criteria:
-        raise InputError("No criterion was given.", hint=f"Accepted: {', '.join(CRITERIA)}.")
-    if all(of_key(key)[0].per != "prompt" for key in criteria):
-        fit = ", ".join(name for name, entry in CRITERIA.items() if entry.per == "prompt")
-        raise InputError(
-            f"The whitelist cannot be tested with {', '.join(criteria)}: no score for each prompt.",
-            hint=f"Add one of {fit}.",
-        )
 
 
 def _given_facts(pools: Sequence[DomainPool], outside: Sequence[DomainPool], axes: int | None) -> dict[str, Any]:
@@ -175,10 +156,6 @@ def _given_facts(pools: Sequence[DomainPool], outside: Sequence[DomainPool], axe
         "given_outside_fingerprint": pools_fingerprint(outside),
         "axes_asked": axes,
     }
-
-
-def _whitelist_facts(criterion: str, confirmed: Whitelist) -> dict[str, Any]:
-    return {"criterion": criterion, "false_discovery": FALSE_DISCOVERY, "heads": int(confirmed.chosen.sum())}
 
 
 def _versions() -> dict[str, Any]:

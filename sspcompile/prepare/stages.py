@@ -49,6 +49,7 @@ class Stages:
     def __init__(self, loaded: LoadedModel, folder: Path | None = None) -> None:
         self._loaded = loaded
         self._folder = folder
+        self._continuations: tuple[list[object], Arrays] | None = None
         versions = (sspcompile.__version__, torch.__version__, transformers.__version__)
         template = template_digest(loaded.tokenizer, loaded.rendering)
         self._identity = [loaded.fingerprint, TEXT_VERSION, template, *versions]
@@ -71,7 +72,11 @@ class Stages:
                 "lengths": np.array([(len(item.ids), item.prompt) for item in found]),
             }
 
-        found = self._stage("continuations", [list(prompts), new_tokens, max_tokens], measure, report)
+        inputs = [list(prompts), new_tokens, max_tokens]
+        # Every score reads them.
+        if self._continuations is None or self._continuations[0] != inputs:
+            self._continuations = inputs, self._stage("continuations", inputs, measure, report)
+        found = self._continuations[1]
         ends = np.cumsum(found["lengths"][:, 0])
         return [
             Sentence(tuple(found["ids"][end - length : end].tolist()), int(prompt))

@@ -21,10 +21,6 @@ from sspcompile.request.pools import PoolSet, pools_of, pools_suffix
 from sspcompile.request.splits import fit_part
 from sspcompile.workspace import Workspace
 
-# Always measured, so that no figure depends on what was prepared before: the first finds the whitelist, and every
-# report shows both.
-STANDARD_CRITERIA = ("fisher", "subspace")
-
 
 def toolkit_for(
     dense: DenseModel,
@@ -34,14 +30,14 @@ def toolkit_for(
     progress: Progress,
     criteria: Sequence[str],
 ) -> tuple[Toolkit, bool]:
-    """The model's toolkit with STANDARD_CRITERIA and `criteria` in it, and whether it was prepared just now.
+    """The model's toolkit with the scores `criteria` in it, and whether it was prepared just now.
 
     A toolkit that was learned from an earlier content of the shipped pools, or with another chat template, is made
-    anew. Raises InputError like `pools_of` and `template_of`.
+    anew. Without `criteria` the pools are read once, to tell domains apart. Raises InputError like `pools_of` and
+    `template_of`.
     """
     for key in criteria:
         of_key(key)
-    criteria = tuple(dict.fromkeys((*STANDARD_CRITERIA, *criteria)))
     folder = toolkit_folder(dense, options, workspace)
     given = pools_of(options)
     candidates = fit_part(given.candidates)
@@ -54,18 +50,17 @@ def toolkit_for(
             candidates,
             given.outside,
             axes=given.axes,
-            criteria=criteria,
+            criteria=(),
             seed=options.seed,
             max_tokens=options.max_tokens,
             continuation_tokens=options.continuation_tokens,
             stages=stages,
             progress=progress,
         )
-    missing = [name for name in criteria if name not in toolkit.importance]
+    missing = [name for name in dict.fromkeys(criteria) if name not in toolkit.importance]
     for name in missing:
         chosen = fit_part(given.named(toolkit.domains))
-        mean, spread = preparing.importance_by_domain(stages, toolkit, chosen, name, progress)
-        toolkit = preparing.with_importance(toolkit, name, mean, spread)
+        toolkit = preparing.with_scores(stages, toolkit, chosen, name, progress)
     # Under torchrun all processes have learned the same.
     if (fresh or missing) and parallel.current().first:
         preparing.save(toolkit, folder)

@@ -34,6 +34,7 @@ Repairing = Literal["least-squares", "least-squares-mlp", "flap-bias", "none"]
 AskedLayout = Literal["auto", "uniform", "per-layer"]
 Granularity = Literal["head", "group"]
 ImportanceFrom = Literal["domains", "prompts", "auto"]
+Baselines = Literal["few", "all", "none"]
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ class Options(BaseModel):
         str,
         Field(pattern=NAME_PATTERN),
         Shown(
-            "Score of the heads (fisher, kl, wanda, ...; `sspcompile criteria` lists them); auto takes the best of "
-            "some by measuring their masks, and fisher-rounds where nothing is measured (plan).",
+            "Score of the heads (fisher, obs, kl, ...; `sspcompile criteria` lists them); auto takes the better of "
+            "fisher and obs by measuring their masks, and fisher where nothing is measured (plan).",
             "NAME",
         ),
     ] = AUTO
@@ -101,7 +102,10 @@ class Options(BaseModel):
     ] = "head"
     importance_from: Annotated[
         ImportanceFrom,
-        Shown("Score heads by the domains' cached importance, on the scenario's own prompts, or by both (auto)."),
+        Shown(
+            "Score heads by the domains' cached importance, or on the scenario's own prompts; auto takes the prompts "
+            "where there are enough of them, and both where there are few."
+        ),
     ] = "auto"
     repair: Annotated[
         Repairing,
@@ -110,6 +114,10 @@ class Options(BaseModel):
             "bias where o_proj has one."
         ),
     ] = "least-squares"
+    baselines: Annotated[
+        Baselines,
+        Shown("What the report compares with: a few cheap baselines, or all (several times the passes), or none."),
+    ] = "few"
     without: Annotated[
         tuple[Part, ...],
         Field(strict=False),

@@ -2,7 +2,7 @@
 
 A text is in one part only. What is decided on a text (layout, whether and how strongly to repair) looks better there
 than elsewhere, so the texts that are reported decide nothing. The scenario's own prompts come first; where they are
-few, pool prompts fill up in the proportion of the mixture, and the counts say so.
+less than half of what is wanted, pool prompts fill up in the proportion of the mixture, and the counts say so.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ def draw_splits(prompts: Sequence[Prompt], parts: np.ndarray, pools: Sequence[Do
         return tuple(found)
 
     def fill(part: int, have: int, wanted: int) -> tuple[Prompt, ...]:
-        return drawn(part, parts, wanted - have)
+        """Nothing where the scenario's own are half of what is wanted: text of others would only blur what they say."""
+        return drawn(part, parts, wanted - have) if 2 * have < wanted else ()
 
     strange = (parts < FOREIGN / len(pools)).astype(float)
     fit, guard, judge = (

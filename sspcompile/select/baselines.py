@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from sspcompile.criteria.chance import first_layer_kept
+from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.divergence import average
 from sspcompile.prepare.toolkit import Toolkit
-from sspcompile.prepare.toolkits import STANDARD_CRITERIA
 from sspcompile.select.budget import merit
-from sspcompile.select.judging import Judge, Reported
+from sspcompile.select.judging import Reported
+from sspcompile.select.mixture import head_scores
 from sspcompile.select.reading import Reading
-from sspcompile.select.scoring import score_heads
-from sspcompile.slicing.layouts import choose
+from sspcompile.select.scoring import CACHED_BASELINES
+from sspcompile.slicing.layouts import Choice, choose
 from sspcompile.slicing.mask import Layout
 
+# Draws of random heads in the table of all baselines.
 SEEDS = 3
 Role = Literal["random", "domain-free", "criterion"]
 
@@ -30,26 +34,61 @@ class Baseline:
     cost: Reported
 
 
-def measure_baselines(judge: Judge, reading: Reading, toolkit: Toolkit, layout: Layout) -> tuple[Baseline, ...]:
-    """Random heads with the first layer kept (the mean of SEEDS draws), the domain-free mask, the standard scores."""
-    random = [first_layer_kept(reading.merit.shape, judge.seed + number) for number in range(SEEDS)]
-    free: tuple[Role, str] = ("domain-free", "domain-free mask")
-    named = {free: merit(toolkit.importance[reading.criterion].mean(-1), reading.whitelist)}
-    for name in STANDARD_CRITERIA:
-        if name != reading.criterion:
-            scores = score_heads(reading.request, reading.used, toolkit, judge.loaded, name)
-            named["criterion", f"criterion {name}"] = merit(scores.values, reading.whitelist)
-    kv_heads = judge.loaded.geometry.kv_heads
-    choices = [
-        (layout, choose(values, kv_heads, reading.keep, layout, groups_only=reading.groups_only))
-        for values in (*random, *named.values())
-    ]
-    reported = [judge.reported(one) for one in judge.candidates(choices, "baselines")]
-    averaged = Baseline("random", f"random, first layer kept ({SEEDS}x)", _average(reported[:SEEDS], judge.seed))
-    others = zip(named, reported[SEEDS:], strict=True)
-    return (averaged, *(Baseline(role, name, cost) for (role, name), cost in others))
+@dataclass(frozen=True)
+class Rival:
+    """A baseline before it is measured; of several with one name the mean is reported."""
+
+    role: Role
+    name: str
+    choice: Choice
+
+
+def rivals(reading: Reading, toolkit: Toolkit, loaded: LoadedModel, layout: Layout) -> list[Rival]:
+    """Nothing, a few that need no pass for their scores, or all, as the options say."""
+    kv_heads = loaded.geometry.kv_heads
+
+    def rival(role: Role, name: str, values: np.ndarray) -> Rival:
+        chosen = choose(values, kv_heads, reading.keep, layout, groups_only=reading.groups_only)
+        return Rival(role, name, chosen)
+
+    return [rival(*one) for one in _scores(reading, toolkit)]
+
+
+def _scores(reading: Reading, toolkit: Toolkit) -> Iterator[tuple[Role, str, np.ndarray]]:
+    """Role, name and merit [layers, heads] of every baseline."""
+    wanted = reading.options.baselines
+    if wanted == "none":
+        return
+    draws = SEEDS if wanted == "all" else 1
+    for number in range(draws):
+        scores = first_layer_kept(reading.merit.shape, reading.options.seed + number)
+        yield "random", "random, first layer kept" + (f" ({draws}x)" if draws > 1 else ""), scores
+    # A toolkit may hold scores from another build; what a report shows may not depend on that.
+    if wanted == "all" or reading.scores.source != "prompts":
+        free = toolkit.importance[reading.criterion].mean(-1)
+        yield "domain-free", "domain-free mask", merit(free, reading.whitelist)
+    if wanted == "all":
+        for name in CACHED_BASELINES:
+            if name != reading.criterion or reading.scores.source == "prompts":
+                yield (
+                    "criterion",
+                    f"criterion {name}",
+                    merit(head_scores(toolkit, name, reading.used), reading.whitelist),
+                )
+        for ranking in reading.scores.others:
+            yield "criterion", f"criterion {ranking.name}", merit(ranking.values, reading.whitelist)
+
+
+def baselines_of(asked: Sequence[Rival], costs: Sequence[Reported], seed: int) -> tuple[Baseline, ...]:
+    """Rivals with what they cost, those of one name as their mean."""
+    named: dict[tuple[Role, str], list[Reported]] = {}
+    for rival, cost in zip(asked, costs, strict=True):
+        named.setdefault((rival.role, rival.name), []).append(cost)
+    return tuple(Baseline(role, name, _average(found, seed)) for (role, name), found in named.items())
 
 
 def _average(models: Sequence[Reported], seed: int) -> Reported:
+    if len(models) == 1:
+        return models[0]
     off = [model.off for model in models if model.off is not None]
     return Reported(average([model.own for model in models], seed=seed), average(off, seed=seed) if off else None)

@@ -11,18 +11,19 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sspcompile.intervals import Estimate
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.divergence import Divergence, DivergenceAccumulator, compare_divergences
 from sspcompile.model.hooks import head_gates
-from sspcompile.model.text import Batch, batches_of, continued
+from sspcompile.model.logits import rows_at_once, scored_states
+from sspcompile.model.text import Batch, Sentence, batches_of
 from sspcompile.progress import Progress, Steps, no_steps, silent, stage_of
 from sspcompile.repair.fitting import fit_biases, fit_repairs
 from sspcompile.repair.repair import MIN_PROMPTS, Repair, is_linear, repaired
 from sspcompile.request.options import Options
 from sspcompile.request.splits import Splits
+from sspcompile.select.texts import Texts
 from sspcompile.slicing.layouts import Choice
 from sspcompile.slicing.mask import Layout
 
@@ -31,14 +32,6 @@ FITS: Mapping[str, Callable[..., Iterable[Repair]]] = {
     "least-squares-mlp": partial(fit_repairs, mlp=True),
     "flap-bias": fit_biases,
 }
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Divergence from the dense model on the texts that decide, and on those that are only reported."""
-
-    guard: Divergence
-    judge: Divergence
 
 
 @dataclass(frozen=True)
@@ -53,23 +46,21 @@ class Reported:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One layout's mask: measured plain and, where a repair was fitted, repaired."""
+    """A mask on the guard texts: plain and, where a repair was fitted, repaired."""
 
     layout: Layout
     choice: Choice
-    plain: Figures
+    plain: Divergence
     repair: Repair | None
-    with_repair: Figures | None
+    with_repair: Divergence | None
 
     @property
     def keeps_repair(self) -> bool:
         """A repair stays unless it makes the guard texts worse: measurably so, or at all where they are too few."""
-        return self.with_repair is not None and not _costs_more(
-            compare_divergences(self.with_repair.guard, self.plain.guard)
-        )
+        return self.with_repair is not None and not _costs_more(compare_divergences(self.with_repair, self.plain))
 
     @property
-    def final(self) -> Figures:
+    def final(self) -> Divergence:
         return self.with_repair if self.with_repair is not None and self.keeps_repair else self.plain
 
     @property
@@ -78,14 +69,21 @@ class Candidate:
 
 
 class Judge:
-    """Holds the texts as batches, and the dense model's logits at the scored positions of those that were held out.
+    """Holds the texts as batches, and what the dense model says at the scored positions of those that were held out.
 
     `options.repair` is fitted for every candidate; nothing is with too few texts, or where o_proj's output is not a
     linear part of the residual stream. `dtype` is the one in which repaired tensors will be written.
     """
 
     def __init__(
-        self, loaded: LoadedModel, splits: Splits, options: Options, *, dtype: torch.dtype, progress: Progress = silent
+        self,
+        loaded: LoadedModel,
+        splits: Splits,
+        options: Options,
+        texts: Texts,
+        *,
+        dtype: torch.dtype,
+        progress: Progress = silent,
     ) -> None:
         self.loaded = loaded
         self.splits = splits
@@ -95,38 +93,27 @@ class Judge:
         self.repair = repair if possible else "none"
         self.dtype = dtype
         self.progress = progress
-        self.sentences, *others = (
-            continued(loaded, part, options.continuation_tokens, options.max_tokens)
-            for part in (splits.fit, splits.guard, splits.judge, splits.off)
-        )
-        self.fit, self.guard, self.held, self.off = (batches_of(loaded, part) for part in (self.sentences, *others))
-        self._dense = {
-            part: [logits_at(loaded, batch) for batch in getattr(self, part)] for part in ("guard", "held", "off")
+        self.sentences = texts.continued(splits.fit)
+        self._held = {
+            part: HeldOut(loaded, texts.continued(prompts), self.seed)
+            for part, prompts in (("guard", splits.guard), ("judge", splits.judge), ("off", splits.off))
+            if prompts
         }
 
-    def figures(self, kept: np.ndarray, repair: Repair | None = None) -> Figures:
-        """Of the masked model, `kept` bool [layers, heads]."""
-        return Figures(
-            *(
-                divergence_of(self.loaded, kept, repair, getattr(self, part), self._dense[part], seed=self.seed)
-                for part in ("guard", "held")
-            )
-        )
+    def guarded(self, kept: np.ndarray, repair: Repair | None = None) -> Divergence:
+        """Of the masked model, `kept` bool [layers, heads], on the texts that decide."""
+        return self._held["guard"].divergence(kept, repair)
 
-    def reported(self, candidate: Candidate) -> Reported:
-        """A candidate's figures on the texts that decide nothing, on the scenario and off it."""
-        off = None
-        if self.off:
-            off = divergence_of(
-                self.loaded, candidate.choice.kept, candidate.final_repair, self.off, self._dense["off"], seed=self.seed
-            )
-        return Reported(candidate.final.judge, off)
+    def reported(self, kept: np.ndarray, repair: Repair | None = None) -> Reported:
+        """Figures on the texts that decide nothing, on the scenario and off it."""
+        own, off = self._held["judge"], self._held.get("off")
+        return Reported(own.divergence(kept, repair), off.divergence(kept, repair) if off is not None else None)
 
     def probes(self) -> list[list[int]]:
         """Token ids of six of the texts that decide nothing, unpadded, the shortest and the longest among them."""
         rows = [
             batch.input_ids[row][batch.attention_mask[row].bool()].tolist()
-            for batch in self.held
+            for batch in self._held["judge"].batches
             for row in range(len(batch.rows))
         ]
         step = max(1, len(rows) // 5)
@@ -146,41 +133,43 @@ class Judge:
         for mend in wanted:
             yield next(repairs) if mend else None
 
-    def candidates(self, choices: Sequence[tuple[Layout, Choice]], what: str) -> Iterator[Candidate]:
-        """Measure choices, and once more with a repair when repairs are on and something was cut.
+    def fitted_to_all(self, masks: Sequence[np.ndarray], what: str) -> Iterator[Repair | None]:
+        """The repairs of masks on all texts that may fit one; `what` they are is shown meanwhile."""
+        batches = batches_of(self.loaded, self.sentences)
+        return self.fitted(masks, batches, stage_of(self.progress, f"repair ({what})"))
 
-        `what` they are is shown while they are repaired.
-        """
-        fitted = self.fitted(
-            [choice.kept for _, choice in choices], self.fit, stage_of(self.progress, f"repair ({what})")
-        )
-        for (layout, choice), repair in zip(choices, fitted, strict=True):
-            with_repair = self.figures(choice.kept, repair) if repair is not None else None
-            yield Candidate(layout, choice, self.figures(choice.kept), repair, with_repair)
+    def candidate(self, layout: Layout, choice: Choice, repair: Repair | None) -> Candidate:
+        """A mask, measured on the guard texts with and without its repair."""
+        with_repair = self.guarded(choice.kept, repair) if repair is not None else None
+        return Candidate(layout, choice, self.guarded(choice.kept), repair, with_repair)
 
 
-def divergence_of(
-    loaded: LoadedModel,
-    kept: np.ndarray,
-    repair: Repair | None,
-    batches: Sequence[Batch],
-    dense: Sequence[Tensor],
-    *,
-    seed: int = 0,
-) -> Divergence:
-    """Of the masked, repaired model from the dense one, whose logits at the scored positions are `dense`."""
-    collected = DivergenceAccumulator()
-    gates = torch.from_numpy(kept).float().to(loaded.device)
-    with head_gates(loaded, gates), repaired(loaded, repair):
-        for batch, expected in zip(batches, dense, strict=True):
-            owner = torch.tensor(batch.rows)[batch.score_mask.nonzero()[:, 0].cpu()]
-            collected.add(expected, logits_at(loaded, batch), owner)
-    return collected.result(seed=seed)
+class HeldOut:
+    """Texts, and the dense model's states at their scored positions.
 
+    A state [d] is what lm_head makes logits [V] of. It is kept in their place, because it is smaller by the factor
+    V / d; the logits of a few positions at a time are made again for each comparison.
+    """
 
-def logits_at(loaded: LoadedModel, batch: Batch) -> Tensor:
-    """Logits at the scored positions, [S, V] fp32 on the CPU."""
-    return loaded.scored_logits(batch.input_ids, batch.attention_mask, batch.score_mask).cpu()
+    def __init__(self, loaded: LoadedModel, texts: Sequence[Sentence], seed: int = 0) -> None:
+        self._loaded = loaded
+        self._seed = seed
+        self.batches = batches_of(loaded, texts)
+        self._dense = [scored_states(loaded, batch) for batch in self.batches]
+
+    @torch.inference_mode()
+    def divergence(self, kept: np.ndarray, repair: Repair | None = None) -> Divergence:
+        """Of the masked, repaired model (`kept` bool [layers, heads]) from the dense one."""
+        loaded, collected = self._loaded, DivergenceAccumulator()
+        gates = torch.from_numpy(kept).float().to(loaded.device)
+        rows = rows_at_once(loaded)
+        with head_gates(loaded, gates), repaired(loaded, repair):
+            for batch, dense in zip(self.batches, self._dense, strict=True):
+                owner = torch.tensor(batch.rows)[batch.score_mask.nonzero()[:, 0].cpu()]
+                parts = (one.split(rows) for one in (dense, scored_states(loaded, batch), owner))
+                for expected, found, whose in zip(*parts, strict=True):
+                    collected.add(loaded.logits_of(expected), loaded.logits_of(found), whose)
+        return collected.result(seed=self._seed)
 
 
 @dataclass(frozen=True)
@@ -197,7 +186,7 @@ def decide(candidates: Mapping[Layout, Candidate]) -> Decision:
     if len(candidates) == 1:
         return Decision(next(iter(candidates.values())), candidates, None)
     uniform, per_layer = candidates["uniform"], candidates["per-layer"]
-    cost = compare_divergences(uniform.final.guard, per_layer.final.guard)
+    cost = compare_divergences(uniform.final, per_layer.final)
     return Decision(per_layer if _costs_more(cost) else uniform, candidates, cost)
 
 

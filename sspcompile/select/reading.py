@@ -11,32 +11,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sspcompile.criteria import key_of
-from sspcompile.errors import ToolkitError, UnsupportedModelError
+from sspcompile.errors import UnsupportedModelError
 from sspcompile.families import Geometry
 from sspcompile.model.capture import features
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.progress import Progress, silent
-from sspcompile.request.options import AUTO, Options
+from sspcompile.request.options import Options
 from sspcompile.request.request import Request
 from sspcompile.select.budget import keep_from_strength, merit
 from sspcompile.select.mixture import Mixture, ablated, given_mixture, mixture_of
-from sspcompile.select.scoring import HeadScores, score_heads
+from sspcompile.select.scoring import HeadScores, Ranking, score_heads, score_key
+from sspcompile.select.texts import Texts
 from sspcompile.slicing.layouts import Choice, choose
 from sspcompile.slicing.mask import Layout
 from sspcompile.slicing.plan import host_of
 
-# What ranks heads where nobody says otherwise: the best at every budget per-layer among those that cost a few passes.
-AUTO_CRITERION = "fisher-rounds"
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """Scores [layers, heads] of the criterion `name`; only their order matters."""
-
-    name: str
-    values: np.ndarray
+# So many of a scenario's texts say what it is made of.
+MIXTURE_TEXTS = 64
 
 
 @dataclass(frozen=True)
@@ -45,7 +37,7 @@ class Reading:
 
     `mixture` is what was measured; `used` is what scored the heads, and differs only where a part of the method is
     switched off (`without`). `merit` is [layers, heads], `whitelist` bool [layers, heads]. `keep` is the budget, kept
-    heads / all heads. `criterion` is the name under which the toolkit has the scores.
+    heads / all heads. `criterion` is the name under which a toolkit has the scores.
     """
 
     request: Request
@@ -67,29 +59,24 @@ class Reading:
         return self.options.granularity == "group"
 
     @property
-    def ranking(self) -> Ranking:
-        return Ranking(self.criterion, self.scores.values)
+    def rankings(self) -> tuple[Ranking, ...]:
+        """The scenario's own first, then what else was measured in the same pass."""
+        return (Ranking(self.criterion, self.scores.values), *self.scores.others)
 
 
-def score_key(options: Options) -> str:
-    """The name under which the toolkit caches the scores that a build asks for."""
-    return key_of(AUTO_CRITERION if options.criterion == AUTO else options.criterion, options.granularity)
+def read_through(
+    request: Request, toolkit: Toolkit, loaded: LoadedModel, texts: Texts, progress: Progress = silent
+) -> Reading:
+    """Read a scenario through the toolkit. Raises what `score_heads` raises.
 
-
-def read_through(request: Request, toolkit: Toolkit, loaded: LoadedModel, progress: Progress = silent) -> Reading:
-    """Read a scenario through the toolkit. Raises ToolkitError when it lacks the scores that are asked for.
-
-    Where the scenario's own prompts score heads too (`importance_from`), the passes of the criterion come on top.
+    Where the scenario's own prompts score heads (`source_of`), the passes of the criterion come on top.
     """
-    options, name = request.options, score_key(request.options)
-    if name not in toolkit.importance:
-        raise ToolkitError(
-            f"The toolkit has no {name} importance.", hint=f"Run `sspcompile prepare --criterion {name}`."
-        )
-    mixture = _mixture(request, toolkit, loaded)
+    options = request.options
+    mixture = mixture_through(request, toolkit, loaded)
     used = ablated(mixture, options.without)
-    scores = score_heads(request, used, toolkit, loaded, name, progress)
-    whitelist = toolkit.whitelist & ("whitelist" not in options.without)
+    scores = score_heads(request, used, toolkit, loaded, texts, progress)
+    # Privilege comes with the pools' scores; a toolkit may hold it from another build that read them.
+    whitelist = toolkit.whitelist & ("whitelist" not in options.without) & (scores.source != "prompts")
     return Reading(
         request=request,
         mixture=mixture,
@@ -98,7 +85,19 @@ def read_through(request: Request, toolkit: Toolkit, loaded: LoadedModel, progre
         whitelist=whitelist,
         merit=merit(scores.values, whitelist),
         keep=_budget(options, mixture.breadth),
-        criterion=name,
+        criterion=score_key(options),
+    )
+
+
+def mixture_through(request: Request, toolkit: Toolkit, loaded: LoadedModel) -> Mixture:
+    """What a scenario is made of; of many prompts MIXTURE_TEXTS are read, evenly spaced."""
+    scenario, options = request.scenario, request.options
+    if scenario.domains is not None:
+        return given_mixture(toolkit, scenario.domains, source=scenario.name)
+    limit = min(len(scenario.texts), MIXTURE_TEXTS)
+    read = [scenario.texts[index * len(scenario.texts) // limit] for index in range(limit)]
+    return mixture_of(
+        toolkit, features(loaded, read, options.max_tokens), calibrated="calibration" not in options.without
     )
 
 
@@ -107,14 +106,6 @@ def _budget(options: Options, breadth: float) -> float:
         return options.keep
     assert options.strength is not None  # noqa: S101 (Options has exactly one of the two)
     return keep_from_strength(options.strength, breadth)
-
-
-def _mixture(request: Request, toolkit: Toolkit, loaded: LoadedModel) -> Mixture:
-    scenario, options = request.scenario, request.options
-    if scenario.domains is not None:
-        return given_mixture(toolkit, scenario.domains, source=scenario.name)
-    found = features(loaded, scenario.texts, options.max_tokens)
-    return mixture_of(toolkit, found, calibrated="calibration" not in options.without)
 
 
 def choices_for(reading: Reading, geometry: Geometry) -> Mapping[Layout, Choice]:

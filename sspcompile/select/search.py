@@ -1,38 +1,34 @@
-"""The default's masks are chosen by measuring: several head scores, each repaired, compared by cross-fitting.
+"""The default's masks are chosen by measuring: several rankings and shapes, each repaired, compared on other texts.
 
-No score ranks heads best in every model and under every budget. `fisher-midway` sees heads whose work is saturated,
-`fisher-rounds` leaves the dense model's own neighbourhood less; which of them is ahead differs by model. A uniform cut
-takes the same share from every layer, from those that bear it and from those that do not: what remains depends on the
-repair more than on the score, so every shape is tried, and scores that look at one layer by itself (`greedy-output`,
-`probe-pruning`, `wanda`) take part. The two Fisher scores cost a few backward passes over the texts that fit the
-repair, the others a forward pass each. The price is that masks of two budgets may come from different scores, and then
-one is not part of the other.
+No score ranks heads best in every model and under every budget. `obs` asks what a head costs after the best repair,
+`fisher` what it costs without one; which of them is ahead differs by budget, and one pass over the texts gives both. A
+uniform cut takes the same share from every layer, from those that bear it and from those that do not, so every shape is
+tried. The price is that masks of two budgets may come from different scores, and then one is not part of the other.
 
-Masks are compared on the texts that fit the repair, each text under a repair that has not seen it; the guard texts
-stay fresh for the layout. The measure is the mean of sqrt(KL): up to a constant it bounds the total variation between
-the two predictions (Pinsker), so a text that is lost anyway does not outvote those that are not.
+Masks are compared on a part of the texts that may fit the repair, each under a repair that another part fits; the guard
+texts stay fresh for the layout. The measure is the mean of sqrt(KL): up to a constant it bounds the total variation
+between the two predictions (Pinsker), so a text that is lost anyway does not outvote those that are not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from sspcompile.criteria.measuring import measure
-from sspcompile.model.text import Batch, batches_of
-from sspcompile.request.options import Granularity
+from sspcompile.model.text import Sentence, batches_of
+from sspcompile.progress import stage_of
+from sspcompile.repair.repair import Repair
 from sspcompile.select.budget import merit
-from sspcompile.select.judging import Judge, divergence_of, logits_at
-from sspcompile.select.reading import Ranking
+from sspcompile.select.judging import HeldOut, Judge
+from sspcompile.select.scoring import Ranking
 from sspcompile.slicing.layouts import Choice, Shape, choose, uniform_choices
 from sspcompile.slicing.mask import Layout
 
-FOLDS = 4
-MEASURED_SCORES = ("fisher-midway",)
-WITHIN_LAYERS = ("greedy-output", "probe-pruning", "wanda")
-"""Scores that compare the heads of one layer; they know nothing of what a layer is worth."""
+# Of the texts that may fit the repair; a third at most is held out to compare on.
+COMPARED_FIT, COMPARED_HELD = 32, 24
+HOLD_EVERY = 3
 
 
 @dataclass(frozen=True)
@@ -49,70 +45,34 @@ class Tried:
 
 @dataclass(frozen=True)
 class Searched:
-    """The winner and everything that was tried, best first."""
+    """The winner of a layout, the repair that it was compared with, and everything that was tried, best first (nothing
+    where there was one mask only)."""
 
     ranking: Ranking
     choice: Choice
+    repair: Repair | None
     tried: tuple[Tried, ...]
 
 
-class Folds:
-    """The texts that fit the repair, in FOLDS parts; each part is measured under a repair that the others fit."""
-
-    def __init__(self, judge: Judge) -> None:
-        self._judge = judge
-        texts = judge.sentences
-        count = min(FOLDS, len(texts)) if judge.repair != "none" else 1
-        self._parts: list[tuple[list[Batch], list[Batch]]] = []
-        for fold in range(count):
-            held = [text for number, text in enumerate(texts) if number % count == fold]
-            fit = [text for number, text in enumerate(texts) if number % count != fold]
-            self._parts.append((batches_of(judge.loaded, fit), batches_of(judge.loaded, held)))
-        self._dense = [[logits_at(judge.loaded, batch) for batch in held] for _, held in self._parts]
-
-    def distances(self, masks: Sequence[np.ndarray]) -> list[float]:
-        """Mean over texts of sqrt(KL) of each mask (bool [layers, heads]), repaired."""
-        roots: list[list[float]] = [[] for _ in masks]
-        for part, ((fit, held), dense) in enumerate(zip(self._parts, self._dense, strict=True)):
-            self._judge.progress("comparing masks", part, len(self._parts))
-            for mine, kept, repair in zip(roots, masks, self._judge.fitted(masks, fit), strict=True):
-                found = divergence_of(self._judge.loaded, kept, repair, held, dense)
-                mine += np.sqrt(np.maximum(found.kl_per_prompt, 0.0)).tolist()
-        self._judge.progress("comparing masks", len(self._parts), len(self._parts))
-        return [float(np.mean(mine)) for mine in roots]
+Masks = Sequence[tuple[Ranking, Choice]]
 
 
-def rankings(
-    judge: Judge, own: Ranking, layouts: Iterable[Layout], granularity: Granularity = "head"
-) -> tuple[Ranking, ...]:
-    """The scenario's own ranking, and one by each score that `layouts` call for from the texts that fit the repair."""
-    names = (*MEASURED_SCORES, *WITHIN_LAYERS) if "uniform" in layouts else MEASURED_SCORES
-    found = [own]
-    for name in names:
-        scores = measure(judge.loaded, name, judge.sentences, seed=judge.seed, granularity=granularity)
-        found.append(Ranking(name, scores.by_domain(1)[..., 0]))
-    return tuple(found)
-
-
-def best_mask(
-    judge: Judge,
+def masks_of(
     ranked: Sequence[Ranking],
     layout: Layout,
     whitelist: np.ndarray,
     keep: float,
+    kv_heads: int,
     *,
     groups_only: bool = False,
     holds: Callable[[Choice], bool] = lambda _: True,
-) -> Searched | None:
-    """The mask of a layout within `keep` that diverges least once repaired; ties go to the earlier one.
+) -> Masks:
+    """The different masks of a layout within `keep` that the rankings call for, of every shape where it is uniform.
 
-    `whitelist` is bool [layers, heads]. `holds` says whether a class can hold a mask; None when it holds none.
+    `whitelist` is bool [layers, heads]. `holds` says whether a class can hold a mask.
     """
-    kv_heads = judge.loaded.geometry.kv_heads
     masks: dict[bytes, tuple[Ranking, Choice]] = {}
     for ranking in ranked:
-        if layout == "per-layer" and ranking.name in WITHIN_LAYERS:
-            continue
         values = merit(ranking.values, whitelist)
         if layout == "uniform":
             choices = uniform_choices(values, kv_heads, keep, groups_only=groups_only)
@@ -121,16 +81,54 @@ def best_mask(
         for choice in choices:
             if holds(choice):
                 masks.setdefault(choice.kept.tobytes(), (ranking, choice))
-    if not masks:
-        return None
-    distances = Folds(judge).distances([choice.kept for _, choice in masks.values()])
-    found = [
-        (distance, number, ranking, choice)
-        for number, (distance, (ranking, choice)) in enumerate(zip(distances, masks.values(), strict=True))
-    ]
-    found.sort(key=lambda one: one[:2])
-    tried = tuple(
-        Tried(ranking.name, choice.shapes[0] if layout == "uniform" else None, value)
-        for value, _, ranking, choice in found
+    return tuple(masks.values())
+
+
+def best_of(judge: Judge, masks: Mapping[Layout, Masks]) -> dict[Layout, Searched]:
+    """The mask of every layout that diverges least once repaired; ties go to the earlier one.
+
+    All are repaired together: a half of what that costs are passes of the dense model, the same for all.
+    """
+    fit, held = _parts(judge)
+    listed = [(layout, ranking, choice) for layout, some in masks.items() for ranking, choice in some]
+    compared = HeldOut(judge.loaded, held, judge.seed) if any(len(some) > 1 for some in masks.values()) else None
+    fitted = judge.fitted(
+        [choice.kept for *_, choice in listed],
+        batches_of(judge.loaded, fit),
+        stage_of(judge.progress, "repair (masks to compare)"),
     )
-    return Searched(found[0][2], found[0][3], tried)
+    best: dict[Layout, tuple[float, Ranking, Choice, Repair | None]] = {}
+    tried: dict[Layout, list[Tried]] = {layout: [] for layout in masks}
+    report = stage_of(judge.progress, "comparing masks")
+    for number, ((layout, ranking, choice), repair) in enumerate(zip(listed, fitted, strict=True)):
+        distance = 0.0
+        if compared is not None and len(masks[layout]) > 1:
+            distance = _distance(compared, choice, repair)
+            shape = choice.shapes[0] if layout == "uniform" else None
+            tried[layout].append(Tried(ranking.name, shape, distance))
+        if layout not in best or distance < best[layout][0]:
+            best[layout] = distance, ranking, choice, repair
+        report(number + 1, len(listed))
+    return {
+        layout: Searched(ranking, choice, repair, tuple(sorted(tried[layout], key=lambda one: one.distance)))
+        for layout, (_, ranking, choice, repair) in best.items()
+    }
+
+
+def _distance(compared: HeldOut, choice: Choice, repair: Repair | None) -> float:
+    found = compared.divergence(choice.kept, repair)
+    return float(np.sqrt(np.maximum(found.kl_per_prompt, 0.0)).mean())
+
+
+def _parts(judge: Judge) -> tuple[list[Sentence], list[Sentence]]:
+    """The texts that fit the repairs of the comparison, and those that compare; without repairs, all may compare."""
+    texts = judge.sentences
+    if judge.repair == "none":
+        return [], texts[:COMPARED_HELD]
+    held = texts[HOLD_EVERY - 1 :: HOLD_EVERY]
+    fit = [text for number, text in enumerate(texts) if number % HOLD_EVERY != HOLD_EVERY - 1]
+    return _thinned(fit, COMPARED_FIT), _thinned(held, COMPARED_HELD)
+
+
+def _thinned(texts: list[Sentence], limit: int) -> list[Sentence]:
+    return [texts[index * len(texts) // limit] for index in range(limit)] if len(texts) > limit else texts

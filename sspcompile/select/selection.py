@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -10,19 +9,20 @@ import numpy as np
 import torch
 
 from sspcompile.errors import InputError, UnsupportedModelError
-from sspcompile.families import Geometry
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.prepare.toolkit import Toolkit
-from sspcompile.progress import Progress, silent
+from sspcompile.progress import Progress, silent, stage_of
 from sspcompile.repair.repair import Repair
 from sspcompile.request.options import AUTO
 from sspcompile.request.pools import pools_of
 from sspcompile.request.request import Request
 from sspcompile.request.splits import Splits, draw_splits
-from sspcompile.select.baselines import Baseline, measure_baselines
+from sspcompile.select.baselines import Baseline, baselines_of, rivals
 from sspcompile.select.judging import Decision, Judge, Reported, decide
-from sspcompile.select.reading import Ranking, Reading, choices_for, read_through
-from sspcompile.select.search import Searched, Tried, best_mask, rankings
+from sspcompile.select.reading import Reading, choices_for, read_through
+from sspcompile.select.scoring import Ranking, measured_rankings
+from sspcompile.select.search import Masks, Searched, Tried, best_of, masks_of
+from sspcompile.select.texts import Texts
 from sspcompile.slicing.layouts import Choice
 from sspcompile.slicing.mask import HeadMask, Layout, kept_of
 from sspcompile.slicing.plan import host_of
@@ -34,8 +34,9 @@ class Selection:
 
     `mask` names every kept unit, the score that ranked them and the scenario they are for; `repair` is what the kept
     ones are refitted to, None for none. `cost` is the divergence from the dense model on texts that decided nothing,
-    `decision` the layouts that were measured, `tried` the masks that were compared on the way (best first, empty where
-    the score was given), `baselines` what else could have been cut at this budget. `splits` are the texts, `probes`
+    `without_repair` the same of the mask alone, `with_repair` repaired where a repair was fitted, kept or not.
+    `decision` holds the layouts that were measured, `tried` the masks that were compared on the way (best first, empty
+    where there was one), `baselines` what else could have been cut at this budget. `splits` are the texts, `probes`
     token ids [prompts][tokens] of some that decided nothing, to prove the cut with.
     """
 
@@ -43,6 +44,8 @@ class Selection:
     mask: HeadMask
     repair: Repair | None
     cost: Reported
+    without_repair: Reported
+    with_repair: Reported | None
     decision: Decision
     tried: tuple[Tried, ...]
     baselines: tuple[Baseline, ...]
@@ -58,27 +61,35 @@ def select(
     `dtype` is the one that refitted weights will be written in: what is measured is what is written. Raises BudgetError
     for a budget below the floors, and what `choices_for` raises.
     """
-    reading = read_through(request, toolkit, loaded, progress)
-    geometry = loaded.geometry
-    choices = dict(choices_for(reading, geometry))
+    texts = Texts(loaded, request.options)
+    reading = read_through(request, toolkit, loaded, texts, progress)
     splits = splits_for(reading)
-    judge = Judge(loaded, splits, request.options, dtype=dtype, progress=progress)
-    searched = search(judge, reading, choices, geometry) if request.options.criterion == AUTO else {}
-    choices |= {layout: found.choice for layout, found in searched.items()}
-    measured = judge.candidates(list(choices.items()), "layouts")
-    decision = decide(dict(zip(choices, measured, strict=True)))
-    chosen = decision.chosen
-    best = searched.get(chosen.layout)
-    tried = best.tried if best is not None else ()
-    ranking = best.ranking if best is not None else reading.ranking
+    judge = Judge(loaded, splits, request.options, texts, dtype=dtype, progress=progress)
+    searched, decided = _compared(judge, reading)
+    layout = decided.chosen.layout if decided is not None else next(iter(searched))
+    best = searched[layout]
+    asked = rivals(reading, toolkit, loaded, layout)
+    masks = [best.choice, *(rival.choice for rival in asked)]
+    fitted = judge.fitted_to_all([choice.kept for choice in masks], "this build and its baselines")
+    chosen = judge.candidate(layout, best.choice, next(fitted))
+    without_repair = judge.reported(best.choice.kept)
+    with_repair = judge.reported(best.choice.kept, chosen.repair) if chosen.repair is not None else None
+    pairs = zip(asked, fitted, strict=True)
+    costs = [judge.reported(rival.choice.kept, repair) for rival, repair in pairs]
     return Selection(
         reading=reading,
-        mask=mask_of(reading, loaded, chosen.choice, chosen.layout, ranking, tried),
+        mask=mask_of(reading, loaded, best.choice, chosen.layout, best.ranking, best.tried),
         repair=chosen.final_repair,
-        cost=judge.reported(chosen),
-        decision=decision,
-        tried=tried,
-        baselines=measure_baselines(judge, reading, toolkit, chosen.layout),
+        cost=with_repair if with_repair is not None and chosen.keeps_repair else without_repair,
+        without_repair=without_repair,
+        with_repair=with_repair,
+        decision=Decision(
+            chosen,
+            {**(decided.candidates if decided is not None else {}), layout: chosen},
+            decided.uniform_cost if decided is not None else None,
+        ),
+        tried=best.tried,
+        baselines=baselines_of(asked, costs, judge.seed),
         splits=splits,
         probes=tuple(map(tuple, judge.probes())),
     )
@@ -91,35 +102,53 @@ def splits_for(reading: Reading) -> Splits:
     return draw_splits(reading.request.scenario.prompts, reading.mixture.parts, pools, options.seed)
 
 
-def search(
-    judge: Judge, reading: Reading, choices: Mapping[Layout, Choice], geometry: Geometry
-) -> dict[Layout, Searched]:
-    """The best measured choice of every layout in which something is cut and a class holds one."""
+def _compared(judge: Judge, reading: Reading) -> tuple[dict[Layout, Searched], Decision | None]:
+    """The best mask of every layout in question, and the layout that the guard texts decide for, if there are two."""
+    masks = masks_for(reading, judge)
+    if sum(map(len, masks.values())) == 1:
+        return {layout: Searched(*some[0], None, ()) for layout, some in masks.items()}, None
+    found = best_of(judge, masks)
+    if len(found) == 1:
+        return found, None
+    return found, decide({name: judge.candidate(name, one.choice, one.repair) for name, one in found.items()})
+
+
+def masks_for(reading: Reading, judge: Judge) -> dict[Layout, Masks]:
+    """The masks that are compared for every layout in question; one each where the score was given.
+
+    Raises BudgetError, UnsupportedModelError and InputError like `choices_for`.
+    """
+    geometry, options = judge.loaded.geometry, reading.options
+    choices = choices_for(reading, geometry)
+    masks: dict[Layout, Masks] = {layout: ((reading.rankings[0], choice),) for layout, choice in choices.items()}
     cut = [layout for layout, choice in choices.items() if not choice.kept.all()]
-    if not cut:
-        return {}
+    if options.criterion != AUTO or not cut:
+        return masks
+    ranked = reading.rankings
+    if reading.scores.source != "prompts":
+        report = stage_of(judge.progress, "head scores on the texts of this build")
+        ranked += measured_rankings(judge.loaded, judge.sentences, judge.seed, options.granularity, report)
 
     def holds(layout: Layout, choice: Choice) -> bool:
         try:
-            host_of(geometry, choice.shapes, reading.options.wanted_host, layout=layout)
+            host_of(geometry, choice.shapes, options.wanted_host, layout=layout)
         except (UnsupportedModelError, InputError):
             return False
         return True
 
-    ranked = rankings(judge, reading.ranking, cut, reading.options.granularity)
     found = {
-        layout: best_mask(
-            judge,
+        layout: masks_of(
             ranked,
             layout,
             reading.whitelist,
             reading.keep,
+            geometry.kv_heads,
             groups_only=reading.groups_only,
             holds=partial(holds, layout),
         )
         for layout in cut
     }
-    return {layout: one for layout, one in found.items() if one is not None}
+    return masks | {layout: some for layout, some in found.items() if some}
 
 
 def mask_of(
@@ -134,7 +163,7 @@ def mask_of(
 
     `ranking` is what the heads were chosen by, where it was not the scenario's own.
     """
-    ranking = ranking or reading.ranking
+    ranking = ranking or reading.rankings[0]
     g, scenario = loaded.geometry, reading.request.scenario
     privileged = np.argwhere(reading.whitelist & choice.kept)
     facts = {

@@ -1,0 +1,124 @@
+"""Optimal brain surgeon on heads: what removing a unit costs after the best change of everything that stays.
+
+With x the input of a layer's o_proj and W its weight, a change D of W costs, to second order, half of the Fisher
+information in its direction; with the Kronecker-factored Fisher H (x) G, H = E[x x^T] over tokens and G the sum of
+g g^T over tokens per scored position (g the gradient of the model's own stochastic log-likelihood with respect to the
+output of o_proj), it is 1/2 tr(D^T G D H) nats per token. Removing the columns R of W with the best change of all
+others costs
+
+    1/2 tr( (H^-1[R, R])^-1 (W^T G W)[R, R] ),    W <- W - W[:, R] (H^-1[R, R])^-1 H^-1[R, :]
+
+(Hassibi and Stork, Second order derivatives for network pruning, 1993; the factors as in Martens and Grosse, Optimizing
+Neural Networks with Kronecker-factored Approximate Curvature, arXiv 1503.05671; for whole structures as in Kurtic et
+al., ZipLM, arXiv 2302.04089). G and W are never formed: the gradient with respect to x is y = W^T g, so W^T G W is the
+sum of y y^T, and a change of W is one of both sides of it. Units of a layer are removed one by one, the cheapest first.
+
+The same pass gives the Fisher information of gates on the heads (`fisher`): the gradient of a gate is x . y over the
+head's channels, summed over a text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sspcompile.criteria.fisher import batch_generator, logit_cotangent
+from sspcompile.criteria.units import CriterionInput, Units, rising
+from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.gradients import read_gradients
+from sspcompile.model.modules import o_proj
+
+# Of the mean of H's diagonal.
+RIDGE = 1e-2
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """What one forward and one backward pass over N texts tell of every o_proj.
+
+    `inputs` [L, n, n]: E[x x^T] over tokens, n = heads * head_dim; `writes` [L, n, n]: W^T G W, nats per scored
+    position; both fp32. `gates` [N, L, U] float64: Fisher information of the units' gates per text and scored position.
+    """
+
+    inputs: Tensor
+    writes: Tensor
+    gates: np.ndarray
+
+
+def curvature(loaded: LoadedModel, given: CriterionInput) -> Curvature:
+    """One stochastic gradient per text (`normal` targets of `fisher`), in batches."""
+    g = loaded.geometry
+    n = g.heads * g.head_dim
+    inputs, writes = (torch.zeros(g.layers, n, n) for _ in range(2))
+    units = Units.of(g, given.granularity)
+    gates = np.zeros((given.prompts, g.layers, units.count))
+    tokens = scored = 0
+    for index, batch in enumerate(given.batches):
+        generator = batch_generator(loaded, given.seed, batch)
+        real, positions = batch.attention_mask.bool(), batch.score_mask.sum(-1)
+        rows = list(batch.rows)
+
+        def read(
+            layer: int, x: Tensor, y: Tensor, real: Tensor = real, positions: Tensor = positions, rows: list[int] = rows
+        ) -> None:
+            closing = (x * y).float().unflatten(-1, (units.count, -1)).sum((1, 3))  # padding has no gradient
+            gates[rows, layer] = (closing.double().square() / positions.to(closing.device)[:, None]).cpu().numpy()
+            x, y = (part[real.to(part.device)].float() for part in (x, y))
+            inputs[layer] += (x.T @ x).cpu()
+            writes[layer] += (y.T @ y).cpu()
+
+        cotangent = partial(logit_cotangent, targets="normal", generator=generator)
+        read_gradients(loaded, batch, [o_proj(layer) for layer in loaded.layers], "o_proj", cotangent, read)
+        tokens += int(real.sum())
+        scored += int(positions.sum())
+        given.report(index + 1, len(given.batches))
+    return Curvature(inputs / max(1, tokens), writes / max(1, scored), gates)
+
+
+def compensated(loaded: LoadedModel, given: CriterionInput) -> np.ndarray:
+    """[L, U], see `removal_costs`."""
+    units = Units.of(loaded.geometry, given.granularity)
+    return costs_of(curvature(loaded, given), units)
+
+
+def costs_of(found: Curvature, units: Units) -> np.ndarray:
+    """Costs of removing units in nats per scored position, [L, U]."""
+    pairs = zip(found.inputs, found.writes, strict=True)
+    return np.stack([removal_costs(h.double(), m.double(), units.count) for h, m in pairs])
+
+
+def removal_costs(inputs: Tensor, writes: Tensor, units: int) -> np.ndarray:
+    """Costs [units] of a layer's units when they are removed one by one, the cheapest first.
+
+    `inputs` and `writes` are [n, n] float64, a unit is n / units channels side by side. Each cost counts what the ones
+    before it left behind, and never lies below an earlier one. What no text excites costs nothing.
+    """
+    n = len(inputs)
+    strength = RIDGE * inputs.diagonal().mean()
+    if not strength > 0:
+        return np.zeros(units)
+    inverse = torch.linalg.inv(inputs + strength * torch.eye(n, dtype=inputs.dtype, device=inputs.device))
+    writes = writes.clone()
+    channels = torch.arange(n, device=inputs.device).view(units, -1)
+    left, order, costs = list(range(units)), [], []
+    while left:
+        prices = [0.5 * float((torch.linalg.inv(inverse[c][:, c]) * writes[c][:, c]).sum()) for c in channels[left]]
+        cheapest = int(np.argmin(prices))
+        unit = left.pop(cheapest)
+        order.append(unit)
+        costs.append(max(0.0, prices[cheapest]))
+        c = channels[unit]
+        change = torch.linalg.solve(inverse[c][:, c], inverse[c])  # [|c|, n]
+        inverse = inverse - inverse[:, c] @ change
+        rows = change.T @ writes[c]
+        writes = writes - rows - rows.T + change.T @ writes[c][:, c] @ change
+        # Rounding leaves something in the removed places, which an inverse would blow up.
+        for matrix in (inverse, writes):
+            matrix[c], matrix[:, c] = 0.0, 0.0
+    scores = np.empty(units)
+    scores[order] = rising(costs)
+    return scores
