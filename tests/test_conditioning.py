@@ -25,8 +25,8 @@ from sspcompile.request.splits import fit_part, own_fit_part, split
 from sspcompile.select.mixture import Mixture, ablated, head_scores, mixture_of
 from sspcompile.select.reading import Reading, read_through
 from sspcompile.select.scoring import ENOUGH_PROMPTS, cached_keys, score_heads
-from sspcompile.select.texts import Texts
 from sspcompile.select.shrinkage import shrink
+from sspcompile.select.texts import Texts
 
 SHAPE, COUNT = (2, 3), 3
 scores = hnp.arrays(np.float64, (*SHAPE, COUNT), elements=st.floats(0, 100))

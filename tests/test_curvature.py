@@ -40,7 +40,7 @@ def second_order(weight: torch.Tensor, outputs: torch.Tensor, inputs: torch.Tens
     d, n = weight.shape
     fixed = torch.zeros(d, n, dtype=torch.float64)
     fixed[:, zero] = -weight[:, zero]
-    place = torch.tensor([row * n + column for row in range(d) for column in free])
+    place = torch.tensor([row * n + column for row in range(d) for column in free], dtype=torch.int64)
     flat = fixed.flatten()
     towards = -(quadratic @ flat)[place]
     flat[place] = torch.linalg.solve(quadratic[place][:, place], towards)

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from sspcompile.errors import BudgetError
 from sspcompile.model.loading import load
+from sspcompile.progress import no_steps
 from sspcompile.request.options import Options
 from sspcompile.request.splits import Splits
-from sspcompile.progress import no_steps
 from sspcompile.select.judging import Judge
 from sspcompile.select.scoring import Ranking, measured_rankings
 from sspcompile.select.search import best_of, masks_of

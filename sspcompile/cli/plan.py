@@ -23,15 +23,21 @@ UNNAMED = "a model without a scenario"
 Examples:
   sspcompile plan --scenario finance-desk --keep 0.5
   sspcompile plan --model ./Llama-3.1-8B --keep 0.5 --layout uniform     (a config.json is enough)
+  sspcompile plan --model ./Qwen2.5-7B --scenario prompts.jsonl --cost   (one short pass is run)
   sspcompile plan --model ./Qwen2.5-7B --mask artifacts/mine/mask.json --host granite --by-layer
 """,
 )
 @build_options
 @click.option("--mask", type=click.Path(path_type=Path), help="Plan the cut of this mask.json instead of compiling.")
+@click.option(
+    "--cost", is_flag=True, help="Say instead what the build will cost here: passes, minutes and memory, by stage."
+)
 @click.option("--by-layer", is_flag=True, help="Also print a row for every layer (--json always has them).")
 @json_option
 @quiet_option
-def plan(scenario: str | None, mask: Path | None, by_layer: bool, as_json: bool, quiet: bool, **given: Any) -> None:
+def plan(
+    scenario: str | None, mask: Path | None, cost: bool, by_layer: bool, as_json: bool, quiet: bool, **given: Any
+) -> None:
     """Show parameters, bytes, KV bytes and FLOPs per token, and which runtimes will load the result.
 
     Without a scenario, or for a folder that holds no weights, sizes follow from the head counts alone, read from the
@@ -39,6 +45,9 @@ def plan(scenario: str | None, mask: Path | None, by_layer: bool, as_json: bool,
     layouts are shown, because `build` measures before it chooses; --json then has the uniform one at the top and both
     under "layouts".
     """
+    if cost:
+        _cost(scenario, mask, as_json, given)
+        return
     plans = _plans(scenario, mask, quiet, given)
     if as_json:
         from sspcompile.slicing.plan import plan_json
@@ -81,3 +90,24 @@ def _plans(scenario: str | None, mask: Path | None, quiet: bool, given: dict[str
         plans, reading = plan_scenario(request, workspace(), progress)
     warn_unknown(reading.mixture)
     return plans
+
+
+def _cost(scenario: str | None, mask: Path | None, as_json: bool, given: dict[str, Any]) -> None:
+    from sspcompile.errors import InputError
+
+    if scenario is None or mask is not None:
+        raise InputError("--cost is of a build.", hint="Give --scenario, and no --mask.")
+    from sspcompile.api.cost import cost_of
+    from sspcompile.api.refusing import refuse_hopeless
+    from sspcompile.model.dense import open_dense
+
+    request = request_of(scenario, given)
+    dense = open_dense(request.options.model)
+    refuse_hopeless(request, dense)
+    found = cost_of(request, dense, workspace())
+    if as_json:
+        click.echo(json.dumps(found.as_mapping(), indent=1))
+        return
+    from sspcompile.cli.tables import print_cost
+
+    print_cost(found)

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from sspcompile.api.cost import Cost
     from sspcompile.criteria import Criterion
     from sspcompile.report import Report
     from sspcompile.slicing.mask import HeadMask
@@ -79,6 +80,31 @@ def _layers(plan: SlicePlan) -> Table:
             f"{dense.flops_per_token:,} → {sliced.flops_per_token:,}",
         )
     return table
+
+
+def print_cost(cost: Cost) -> None:
+    """A row per stage, then the whole of it."""
+    console = Console()
+    table = Table("stage", title="A build here, in forward passes over the tokens of each stage", title_justify="left")
+    for name in ("texts", "tokens", "passes", "decoding steps", "share"):
+        table.add_column(name, justify="right")
+    whole = sum(cost.stage_seconds)
+    for stage, seconds in zip(cost.stages, cost.stage_seconds, strict=True):
+        steps = str(stage.steps) if stage.steps else ""
+        row = (f"{stage.texts:,}", f"{stage.tokens:,}", f"{stage.passes:.1f}", steps, f"{seconds / whole:.0%}")
+        table.add_row(stage.name, *row)
+    console.print(table)
+    console.print(
+        f"About {_duration(cost.seconds)} and {cost.peak_bytes / 1e9:.1f} GB at the peak, on {cost.device} in "
+        f"{cost.dtype} with {cost.threads} threads: {cost.passes:.1f} passes over {cost.tokens:,} tokens, "
+        f"{cost.seconds_per_pass:.1f} s each."
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def print_criteria(criteria: Iterable[Criterion]) -> None:

@@ -139,3 +139,19 @@ def recorded_calls(layers: Sequence[nn.Module]) -> Iterator[dict[int, LayerCall]
         yield calls
         if len(calls) != len(layers):
             raise RunError(f"Only {len(calls)} of {len(layers)} layers were called.")
+
+
+@contextlib.contextmanager
+def passed_over(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Run a decoder around modules: each gives back the hidden state that it is called with.
+
+    How layers are called (positions, masks) does not depend on hidden states, so it can be recorded without a pass.
+    """
+    originals = [module.forward for module in modules]
+    try:
+        for module in modules:
+            module.forward = lambda hidden_states, *_, **__: hidden_states
+        yield
+    finally:
+        for module, forward in zip(modules, originals, strict=True):
+            module.forward = forward

@@ -17,7 +17,7 @@ from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.progress import Progress
 from sspcompile.request.domains import pools_fingerprint
 from sspcompile.request.options import Options, default_of
-from sspcompile.request.pools import PoolSet, pools_of, pools_suffix
+from sspcompile.request.pools import pools_of, pools_suffix
 from sspcompile.request.splits import fit_part
 from sspcompile.workspace import Workspace
 
@@ -41,7 +41,7 @@ def toolkit_for(
     folder = toolkit_folder(dense, options, workspace)
     given = pools_of(options)
     candidates = fit_part(given.candidates)
-    toolkit = _stored(folder, dense, options, given, template_digest(loaded.tokenizer, loaded.rendering))
+    toolkit = stored_toolkit(dense, options, workspace, template_digest(loaded.tokenizer, loaded.rendering))
     fresh = toolkit is None
     stages = Stages(loaded, beside(folder))
     if toolkit is None:
@@ -76,11 +76,14 @@ def toolkit_folder(dense: DenseModel, options: Options, workspace: Workspace) ->
     return workspace.toolkit(dense.fingerprint + pools_suffix(options) + suffix + rendering_of(options).suffix)
 
 
-def _stored(folder: Path, dense: DenseModel, options: Options, given: PoolSet, template: str) -> Toolkit | None:
+def stored_toolkit(dense: DenseModel, options: Options, workspace: Workspace, template: str) -> Toolkit | None:
     """The saved toolkit when it was learned from these pools with these settings; None when there is none.
+
+    `template` is the digest of the chat template that texts are rendered with.
 
     Raises ToolkitError when the folder holds one that is damaged or of another model.
     """
+    folder, given = toolkit_folder(dense, options, workspace), pools_of(options)
     if not folder.exists() or preparing.is_outdated(folder):
         return None
     toolkit = preparing.load(folder, fingerprint=dense.fingerprint)

@@ -7,8 +7,7 @@ zeroing its columns of o_proj, so that is how the dense model is masked here.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +22,7 @@ from sspcompile.checkpoint.tensors import EMBEDDING, EXPERTS_DOWN, EXPERTS_GATE_
 from sspcompile.errors import ParityError
 from sspcompile.families import Geometry, layer_prefix
 from sspcompile.model.exact import in_float64
-from sspcompile.model.hooks import LayerCall, recorded_calls
+from sspcompile.model.hooks import LayerCall, passed_over, recorded_calls
 from sspcompile.model.loading import computing_in, open_config, readable
 from sspcompile.model.modules import layer_output
 from sspcompile.model.stored import as_tensor, read_tensor
@@ -95,7 +94,7 @@ def _side(folder: Path, tensors: Tensors, prompts: list[list[int]], g: Geometry,
             model._init_weights(module)
     model.double()
     ids = _embeddable(model, tensors[EMBEDDING], prompts)
-    with in_float64(), _layers_passed_over(model):
+    with in_float64(), passed_over([*model.model.layers, model.model.norm]):  # which have no weights yet
         calls = [_recorded(model, row) for row in ids]
     return _Side(model, tensors, [recorded[0].hidden for recorded in calls], calls)
 
@@ -108,20 +107,6 @@ def _embeddable(model: PreTrainedModel, info: TensorInfo, prompts: list[list[int
     model.model.embed_tokens.weight = nn.Parameter(as_tensor(rows, info.dtype).double(), requires_grad=False)
     place = {token: index for index, token in enumerate(used)}
     return [torch.tensor([[place[token] for token in ids]]) for ids in prompts]
-
-
-@contextlib.contextmanager
-def _layers_passed_over(model: PreTrainedModel) -> Iterator[None]:
-    """Run the decoder around its layers and its norm, which have no weights yet."""
-    modules = [*model.model.layers, model.model.norm]
-    originals = [module.forward for module in modules]
-    try:
-        for module in modules:
-            module.forward = lambda hidden_states, *_, **__: hidden_states
-        yield
-    finally:
-        for module, forward in zip(modules, originals, strict=True):
-            module.forward = forward
 
 
 def _recorded(model: PreTrainedModel, ids: Tensor) -> dict[int, LayerCall]:

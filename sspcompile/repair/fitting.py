@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sspcompile.model.decoder import LoadedModel
-from sspcompile.model.hooks import input_of, recorded_calls
+from sspcompile.model.hooks import input_of, passed_over, recorded_calls
 from sspcompile.model.modules import down_proj, layer_output, o_proj, residual_norm
 from sspcompile.model.text import Batch
 from sspcompile.progress import Steps, no_steps
@@ -45,7 +45,7 @@ def fit_repairs(
     """Refit o_proj, and with `mlp` down_proj too, for each mask (bool [layers, heads]) on the texts of `batches`.
 
     Held are the hidden states of all batches, [B, T, d], twice for the dense model and once per mask, and the weights
-    of the masks of a round. In each round every layer runs twice dense, and per mask once as far as o_proj and once
+    of the masks of a round. In each round every layer runs once dense, and per mask once as far as o_proj and once
     whole, with `mlp` once more. A round begins when the first of its repairs is asked for. `dtype` is the dtype that
     the weights will be written in.
     """
@@ -101,9 +101,8 @@ class _Dense:
         self.weights = [w[real] for w, real in zip(_position_weights(batches), self.real, strict=True)]
         self._calls: list[list[tuple[tuple[Any, ...], Mapping[str, Any]]]] = []
         for batch in batches:
-            with recorded_calls(loaded.layers) as recorded:
+            with passed_over(loaded.layers), recorded_calls(loaded.layers) as recorded:
                 loaded.model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-            # Only the first layer's hidden state is kept: all of them would be a whole forward pass in memory.
             self.hidden.append(recorded[0].hidden)
             self._calls.append([(recorded[index].rest, recorded[index].options) for index in range(len(recorded))])
 

@@ -1,0 +1,289 @@
+"""What a build will cost, before it is begun: tokens, forward passes per stage, minutes here, and peak memory.
+
+Stages are counted in forward passes of the decoder over one token, from the same numbers that the stages themselves
+work with; one short pass on this machine turns them into seconds. What depends on what the texts will say (the mixture,
+which masks coincide) is counted as if it came out dear.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from sspcompile.criteria.table import of_key
+from sspcompile.families import Geometry
+from sspcompile.model.chat import rendering_of, template_digest
+from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.dense import DenseModel
+from sspcompile.model.logits import LOGITS_AT_ONCE
+from sspcompile.model.text import BATCH_TOKENS, batches_of, greedy, sentences
+from sspcompile.prepare.recognition import CROSS_PER_PAIR
+from sspcompile.prepare.toolkits import stored_toolkit
+from sspcompile.proof.parity import PROBE_PROMPTS, PROBE_TOKENS
+from sspcompile.proof.whole import NEW_TOKENS
+from sspcompile.request.options import AUTO
+from sspcompile.request.pools import pools_of
+from sspcompile.request.prompts import Prompt
+from sspcompile.request.request import Request
+from sspcompile.request.splits import draw_splits, fit_part
+from sspcompile.select.baselines import SEEDS
+from sspcompile.select.reading import MIXTURE_TEXTS
+from sspcompile.select.scoring import CURVATURE_TEXTS, cached_keys, source_of
+from sspcompile.select.search import COMPARED_FIT, COMPARED_HELD
+from sspcompile.slicing.layouts import uniform_choices
+from sspcompile.workspace import Workspace
+
+# A stage of one short pass, in tokens: long enough to be bound by what a real batch is bound by.
+SAMPLE_TOKENS = 1024
+# Python, torch and transformers themselves.
+LIBRARIES = 600 << 20
+# float64 against float32, where a processor computes.
+DOUBLE = 2.0
+# What starting two processes, loading the model in each, and writing take beside any pass, in seconds.
+STARTING = 12.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`passes` of the decoder over `tokens` of `texts`; a stage's cost is the product. `steps`: decoding steps, which
+    are bound by reading the weights instead.
+    """
+
+    name: str
+    texts: int
+    tokens: int
+    passes: float
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a build will take here. `tokens`: of the texts that it reads, the scenario's own where they suffice and the
+    pools' otherwise; `passes`: of the decoder over those in all. `seconds` and `peak_bytes` are of the whole command.
+    """
+
+    stages: tuple[Stage, ...]
+    stage_seconds: tuple[float, ...]
+    tokens: int
+    passes: float
+    seconds: float
+    peak_bytes: int
+    seconds_per_pass: float
+    device: str
+    dtype: str
+    threads: int
+
+    def as_mapping(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+
+def cost_of(request: Request, dense: DenseModel, workspace: Workspace) -> Cost:
+    """Count the stages of a build, and run one short pass and a few decoding steps to time them.
+
+    Raises what loading the model and reading the prompts raise.
+    """
+    loaded = dense.load(rendering=rendering_of(request.options))
+    lengths = _Lengths(loaded, request.options.max_tokens)
+    stages = tuple(_stages(request, dense, loaded, workspace, lengths))
+    own = source_of(request) == "prompts"
+    given = pools_of(request.options)
+    pooled = [text for pool in (*fit_part(given.candidates), *given.outside) for text in pool.prompts]
+    tokens = lengths.sum(request.scenario.prompts if own else pooled)
+    sample = _sample(request.scenario.prompts if own else pooled, lengths)
+    per_token, per_step = _speed(loaded, sample)
+    taken = tuple(s.tokens * s.passes * per_token + s.steps * per_step for s in stages)
+    seconds = STARTING + sum(taken)
+    return Cost(
+        stages=stages,
+        stage_seconds=taken,
+        tokens=tokens,
+        passes=seconds / (tokens * per_token),
+        seconds=seconds,
+        peak_bytes=_peak(loaded, stages, lengths),
+        seconds_per_pass=tokens * per_token,
+        device=str(loaded.device),
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+    )
+
+
+class _Lengths:
+    """Tokens of prompts, each tokenised once."""
+
+    def __init__(self, loaded: LoadedModel, max_tokens: int) -> None:
+        self._loaded, self._max = loaded, max_tokens
+        self._known: dict[Prompt, int] = {}
+        self.longest = 0
+
+    def of(self, prompts: Sequence[Prompt]) -> list[int]:
+        new = list(dict.fromkeys(p for p in prompts if p not in self._known))
+        read = sentences(self._loaded.tokenizer, new, self._max, self._loaded.rendering)
+        self._known |= {prompt: len(item.ids) for prompt, item in zip(new, read, strict=True)}
+        found = [self._known[prompt] for prompt in prompts]
+        self.longest = max([self.longest, *found])
+        return found
+
+    def sum(self, prompts: Sequence[Prompt]) -> int:
+        return sum(self.of(prompts))
+
+    def mean(self, prompts: Sequence[Prompt]) -> float:
+        return self.sum(prompts) / max(1, len(prompts))
+
+
+def _stages(
+    request: Request, dense: DenseModel, loaded: LoadedModel, workspace: Workspace, lengths: _Lengths
+) -> Iterator[Stage]:
+    options, scenario = request.options, request.scenario
+    given, new = pools_of(options), options.continuation_tokens
+    candidates, source = fit_part(given.candidates), source_of(request)
+    pool = [text for one in candidates for text in one.prompts]
+    outside = [text for one in given.outside for text in one.prompts]
+    toolkit = stored_toolkit(dense, options, workspace, template_digest(loaded.tokenizer, loaded.rendering))
+    if toolkit is None:
+        yield Stage("recognition: domain pools", len(pool), lengths.sum(pool), 1)
+        pairs = CROSS_PER_PAIR * len(candidates) * (len(candidates) - 1) // 2
+        yield Stage("recognition: pairs of texts", pairs, int(2 * pairs * lengths.mean(pool)), 1)
+        yield Stage("recognition: other subjects", len(outside), lengths.sum(outside), 1)
+    missing = [key for key in cached_keys(request) if toolkit is None or key not in toolkit.importance]
+    if missing:
+        yield _continuing("continuations of the pools", pool, lengths, new)
+        for key in missing:
+            yield Stage(f"{key} on the pools", len(pool), _continued(pool, lengths, new), _passes_of(key, loaded))
+    if scenario.domains is None:
+        read = min(len(scenario.texts), MIXTURE_TEXTS)
+        yield Stage("what the scenario is made of", read, int(read * lengths.mean(scenario.texts)), 1)
+    # Without a pass the mixture is not known; the texts that stand in for it are as long as the pools' on average.
+    even = np.full(len(given.candidates), 1 / len(given.candidates))
+    splits = draw_splits(scenario.prompts, even, given.candidates, options.seed)
+    off = list(splits.off) or pool[:32]
+    every = [*splits.fit, *splits.guard, *splits.judge, *off]
+    yield _continuing("continuations", every, lengths, new)
+    fit, guard, judge = (_continued(part, lengths, new) for part in (splits.fit, splits.guard, splits.judge))
+    apart = _continued(off, lengths, new)
+    yield Stage("dense model on held-out texts", len(every) - len(splits.fit), guard + judge + apart, 1)
+    mean = fit / max(1, len(splits.fit))
+    if options.criterion == AUTO:
+        count = min(len(splits.fit), CURVATURE_TEXTS)
+        yield Stage("head scores", count, int(count * mean), _gradient_passes(loaded.geometry, loaded))
+    elif source != "domains":
+        yield Stage("head scores", len(splits.fit), fit, _passes_of(options.criterion, loaded))
+    masks, layouts = _masks(request, loaded.geometry)
+    repaired = _mask_passes(loaded.geometry, options.repair)
+    if masks > 1:
+        count = min(len(splits.fit) * 2 // 3, COMPARED_FIT)
+        yield Stage(f"repairing {masks} masks to compare", count, int(count * mean), 1 + masks * repaired)
+        count = min(len(splits.fit) // 3, COMPARED_HELD)
+        yield Stage("comparing masks", count, int(count * mean), 1 + masks)
+    if layouts > 1:
+        yield Stage("comparing layouts", len(splits.guard), guard, 2 * layouts)
+    rivals = {"none": 0, "few": 1 + (source != "prompts"), "all": SEEDS + 4}[options.baselines]
+    yield Stage("repairing this build and its baselines", len(splits.fit), fit, 1 + (1 + rivals) * repaired)
+    yield Stage("judging the repair", len(splits.guard), guard, 2)
+    yield Stage("judging this build and its baselines", len(splits.judge) + len(off), judge + apart, 2 + rivals)
+    probes = min(PROBE_PROMPTS, len(splits.judge))
+    tokens = min(PROBE_TOKENS, int(judge / max(1, len(splits.judge))))
+    yield Stage("proof", probes, probes * tokens, 2 * DOUBLE, steps=int(2 * DOUBLE * probes * NEW_TOKENS))
+
+
+def _continued(prompts: Sequence[Prompt], lengths: _Lengths, new: int) -> int:
+    return lengths.sum(prompts) + new * len(prompts)
+
+
+def _continuing(name: str, prompts: Sequence[Prompt], lengths: _Lengths, new: int) -> Stage:
+    """The prompts once, then a step for each new token of each batch."""
+    tokens = lengths.sum(prompts)
+    batches = max(1, -(-tokens // BATCH_TOKENS))
+    return Stage(name, len(prompts), tokens, 1, steps=batches * max(0, new - 1))
+
+
+def _layer_parameters(g: Geometry, loaded: LoadedModel) -> float:
+    return sum(p.numel() for p in loaded.layers[-1].parameters())
+
+
+def _gradient_passes(g: Geometry, loaded: LoadedModel) -> float:
+    """Forward, forward again, backward, and two products of inputs [n] with themselves in every layer."""
+    n = g.heads * g.head_dim
+    return 3 + 2 * n * n / _layer_parameters(g, loaded)
+
+
+def _passes_of(key: str, loaded: LoadedModel) -> float:
+    """A backward pass without gradients of weights is as dear as a forward one."""
+    criterion, granularity = of_key(key)
+    units = loaded.geometry.total_heads if granularity == "head" else loaded.geometry.layers * loaded.geometry.kv_heads
+    found = criterion.per_prompt(units)
+    return found.forward + found.backward
+
+
+def _mask_passes(g: Geometry, repair: str) -> float:
+    """Of one mask that is repaired: each layer as far as o_proj and once whole, and normal equations in float64."""
+    if repair in ("none", "flap-bias"):
+        return 0.0
+    n, d = g.heads * g.head_dim, g.hidden
+    attention = (g.heads + 2 * g.kv_heads) * g.head_dim * d
+    layer = attention + n * d + 3 * d * g.intermediate
+    passes = 1 + attention / layer + DOUBLE * (n * n + n * d) / layer
+    return passes + (1 + DOUBLE * (g.intermediate**2 + g.intermediate * d) / layer if repair.endswith("mlp") else 0)
+
+
+def _masks(request: Request, g: Geometry) -> tuple[int, int]:
+    """How many masks are compared, and of how many layouts."""
+    options = request.options
+    keep = options.keep if options.keep is not None else 0.5
+    layouts = {"auto": ("uniform", "per-layer"), "uniform": ("uniform",), "per-layer": ("per-layer",)}[options.layout]
+    if options.criterion != AUTO:
+        return len(layouts), len(layouts)
+    rankings = 2 if source_of(request) == "prompts" else 3
+    shapes = uniform_choices(np.ones((g.layers, g.heads)), g.kv_heads, keep, groups_only=options.granularity == "group")
+    return sum(rankings * (len(shapes) if name == "uniform" else 1) for name in layouts), len(layouts)
+
+
+def _sample(prompts: Sequence[Prompt], lengths: _Lengths) -> list[Prompt]:
+    """Texts of about SAMPLE_TOKENS, evenly spaced."""
+    count = max(1, min(len(prompts), int(SAMPLE_TOKENS / max(1.0, lengths.mean(prompts)))))
+    return [prompts[index * len(prompts) // count] for index in range(count)]
+
+
+@torch.inference_mode()
+def _speed(loaded: LoadedModel, sample: Sequence[Prompt]) -> tuple[float, float]:
+    """Seconds of a forward pass per token, and of a decoding step of a batch; each is the better of two."""
+    items = sentences(loaded.tokenizer, sample, loaded.positions or BATCH_TOKENS, loaded.rendering)
+    batches = batches_of(loaded, items)
+    tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+
+    def forward() -> None:
+        for batch in batches:
+            loaded.model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+
+    forward()
+    passed = min(_seconds(forward) for _ in range(2))
+    one, several = (min(_seconds(partial(greedy, loaded, items, n)) for _ in range(2)) for n in (1, 5))
+    return passed / tokens, max(0.0, several - one) / 4
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _peak(loaded: LoadedModel, stages: Sequence[Stage], lengths: _Lengths) -> int:
+    """Weights, then the dearest of: gradients of a batch, hidden states of a repair, activations of a layer."""
+    g = loaded.geometry
+    n, width = g.heads * g.head_dim, 4
+    weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters() if not p.is_meta)
+    batch = max(BATCH_TOKENS, lengths.longest)
+    layer = batch * (3 * g.intermediate + 6 * g.hidden + 4 * n) * width
+    logits = 6 * LOGITS_AT_ONCE * width
+    gradients = (g.layers + 2) * batch * g.hidden * width + 2 * layer + logits + 2 * g.layers * n * n * width
+    repairing = [stage for stage in stages if stage.name.startswith("repairing")]
+    states = max((stage.tokens * (2 + stage.passes) for stage in repairing), default=0) * g.hidden * width
+    return int(LIBRARIES + weights + max(gradients, states + layer, layer + logits))
