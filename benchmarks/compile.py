@@ -28,7 +28,9 @@ from sspcompile.model.text import encode
 from sspcompile.prepare.toolkits import toolkit_for
 from sspcompile.progress import silent
 from sspcompile.request.request import Request, read_request
-from sspcompile.select.reading import read_through, score_key
+from sspcompile.select.reading import read_through
+from sspcompile.select.scoring import cached_keys
+from sspcompile.select.texts import Texts
 from sspcompile.slicing.layouts import choose
 from sspcompile.workspace import Workspace
 
@@ -57,12 +59,12 @@ def main(scenario: str, model: str | None, repeats: int) -> None:
     options, texts = cached.options, cached.scenario.texts
     subject = open_dense(options.model)
     loaded = subject.load()
-    toolkit, _ = toolkit_for(subject, loaded, options, Workspace(Path()), silent, [score_key(options)])
+    toolkit, _ = toolkit_for(subject, loaded, options, Workspace(Path()), silent, cached_keys(cached))
     batches = encode(loaded, texts, options.max_tokens)
     g = subject.checkpoint.geometry
 
     def whole(request: Request) -> None:
-        reading = read_through(request, toolkit, loaded)
+        reading = read_through(request, toolkit, loaded, Texts(loaded, request.options))
         for layout in ("uniform", "per-layer"):
             choose(reading.merit, g.kv_heads, 0.5, layout)
 
@@ -77,7 +79,7 @@ def main(scenario: str, model: str | None, repeats: int) -> None:
             lambda: features(loaded, texts, options.max_tokens), repeats
         ),
         "compile (features, mixture, scores, both layouts)": milliseconds(lambda: whole(cached), repeats),
-        "compile, importance from the prompts too": milliseconds(lambda: whole(direct), max(3, repeats // 5)),
+        "compile, importance from the prompts": milliseconds(lambda: whole(direct), max(3, repeats // 5)),
     }
     base = np.median(timed["forward pass over the scenario's text"])
     title = f"{scenario}: {len(texts)} texts, {repeats} repeats"

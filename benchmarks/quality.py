@@ -6,8 +6,8 @@ For each of the six domains of the embedded model a scenario of PROMPTS generate
 heads and fits repairs; the masked model then answers held-out items of that domain and, for the price of it, items of
 the other five. No prompt that chose or repaired is ever asked. Exact match is that of greedy decoding.
 
-Rows are scores, and `auto`, the product's default: the mask that its shortlist (select/search.py) finds best by
-cross-fitting on the scenario's own prompts.
+Rows are scores, and `auto`, the product's default: the mask that select/search.py finds best on the scenario's
+own prompts.
 
 Work is done in jobs whose results are kept in the output folder, so an interrupted run goes on where it stopped;
 `quality_tables.py` turns them into the tables and the figure.
@@ -37,14 +37,16 @@ from sspcompile.model.hooks import head_gates
 from sspcompile.model.text import MAX_TOKENS, Batch, Sentence, batches_of, continued
 from sspcompile.prepare import prepare
 from sspcompile.prepare.importance import probe_directions
+from sspcompile.progress import no_steps
 from sspcompile.repair.fitting import fit_biases, fit_repairs
 from sspcompile.repair.repair import Repair, repaired
 from sspcompile.request.domains import load_outside, load_pools
 from sspcompile.request.options import Options
 from sspcompile.request.splits import Splits, fit_part
 from sspcompile.select.judging import Judge
-from sspcompile.select.reading import AUTO_CRITERION, Ranking
-from sspcompile.select.search import best_mask, rankings
+from sspcompile.select.scoring import CACHED, measured_rankings
+from sspcompile.select.search import best_of, masks_of
+from sspcompile.select.texts import Texts as Continued
 from sspcompile.slicing.layouts import Choice, choose
 from sspcompile.slicing.mask import Layout
 from training.corpus import DOMAINS, items
@@ -60,7 +62,7 @@ OFF_DOMAIN_ITEMS = 6
 CONTINUATION_TOKENS = 16
 NOT_COMPARED = ("fisher-sampled", "fisher-greedy")
 """Variants of a score that is compared already."""
-OURS, RANKED_BY = "auto", AUTO_CRITERION
+OURS, RANKED_BY = "auto", CACHED
 DOMAIN_FREE, DOMAIN_FREE_MASK = f"{OURS}, domain-free", f"{OURS}, domain-free mask"
 RANKED_FREE, RANKED_FREE_MASK = f"{RANKED_BY}, domain-free", f"{RANKED_BY}, domain-free mask"
 FIRST_LAYER = "random-first-layer"
@@ -184,17 +186,19 @@ def judge_job(seed: int, domain: str, count: int, out: Path) -> None:
     _store(path, lambda part: np.savez_compressed(part, **cells))
 
 
-def shortlisted(texts: Texts, scores: np.ndarray, seed: int) -> dict[Cell, Choice]:
+def shortlisted(texts: Texts, seed: int) -> dict[Cell, Choice]:
     """The default's masks."""
-    judge = Judge(
-        model(),
-        Splits(texts.prompts, (), (), (), len(texts.prompts), 0, 0),
-        Options(max_tokens=MAX_TOKENS, continuation_tokens=CONTINUATION_TOKENS, seed=seed),
-        dtype=torch.float32,
-    )
-    ranked = rankings(judge, Ranking(RANKED_BY, scores), LAYOUTS)
-    nobody = np.zeros(scores.shape, dtype=bool)
-    return {(layout, keep): best_mask(judge, ranked, layout, nobody, keep).choice for layout, keep in CELLS}
+    options = Options(max_tokens=MAX_TOKENS, continuation_tokens=CONTINUATION_TOKENS, seed=seed)
+    splits = Splits(texts.prompts, (), (), (), len(texts.prompts), 0, 0)
+    judge = Judge(model(), splits, options, Continued(model(), options), dtype=torch.float32)
+    ranked = measured_rankings(model(), judge.sentences, seed, "head", no_steps)
+    nobody = np.zeros(ranked[0].values.shape, dtype=bool)
+    groups = model().geometry.kv_heads
+
+    def best(layout: Layout, keep: float) -> Choice:
+        return best_of(judge, {layout: masks_of(ranked, layout, nobody, keep, groups)})[layout].choice
+
+    return {cell: best(*cell) for cell in CELLS}
 
 
 def mixed_job(seed: int, out: Path) -> None:
@@ -202,7 +206,7 @@ def mixed_job(seed: int, out: Path) -> None:
     path = out / f"mixed-{seed}.npz"
     if path.exists():
         return
-    found = shortlisted(mixed(seed), np.load(out / f"scores-{seed}-{RANKED_BY}.npy").mean(-1), seed)
+    found = shortlisted(mixed(seed), seed)
     arrays = {}
     for (layout, keep), choice in found.items():
         arrays |= {f"kept-{layout}-{keep:g}": choice.kept, f"shapes-{layout}-{keep:g}": np.array(choice.shapes)}
@@ -225,8 +229,8 @@ def default_job(seed: int, domain: str, count: int, out: Path) -> None:
     path = out / f"default-{seed}-{domain}.npz"
     if path.exists():
         return
-    scores, own = np.load(out / f"scores-{seed}-{RANKED_BY}.npy"), scenario(domain, seed)
-    mine, free = shortlisted(own, scores[..., DOMAINS.index(domain)], seed), mixed_masks(seed, out)
+    own = scenario(domain, seed)
+    mine, free = shortlisted(own, seed), mixed_masks(seed, out)
     cells: dict[str, np.ndarray] = {}
     for row, chosen, texts in ((OURS, mine, own), (DOMAIN_FREE, free, mixed(seed)), (DOMAIN_FREE_MASK, free, own)):
         for name, fitted in repairs(row, [choice.kept for choice in chosen.values()], texts).items():

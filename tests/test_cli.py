@@ -195,7 +195,7 @@ BAD = {
     "strength 2": ((*BUILD, "--strength", "2"), 2, ("--strength", "1")),
     "keep and strength": ((*BUILD, "--keep", "0.5", "--strength", "0.5"), 2, ("--keep and --strength exclude",)),
     "unknown layout": ((*BUILD, "--layout", "round"), 2, ("--layout", "per-layer")),
-    "unknown criterion": ((*BUILD, "--criterion", "taste"), 2, ("criterion 'taste'", "fisher, kl", "criteria`")),
+    "unknown criterion": ((*BUILD, "--criterion", "taste"), 2, ("criterion 'taste'", "fisher, obs, kl", "criteria`")),
     "unknown criterion in prepare": (("prepare", "--criterion", "taste"), 2, ("criterion 'taste'", "fisher")),
     "unknown repair": ((*BUILD, "--repair", "glue"), 2, ("--repair", "least-squares")),
     "one axis": ((*BUILD, "--axes", "1"), 2, ("--axes", "greater than or equal to 2")),
@@ -345,7 +345,7 @@ def test_criteria_lists_every_score_with_its_source_and_cost(run):
     listed = run("criteria", "--json").json
     assert [entry["name"] for entry in listed] == list(CRITERIA)
     assert all(entry["summary"] and entry["source"] and entry["cost"] for entry in listed)
-    assert listed[0]["passes_per_prompt"] == {"heads": 1024, "forward": 1, "backward": 4}
+    assert listed[0]["passes_per_prompt"] == {"heads": 1024, "forward": 2, "backward": 1}
     shown = run("criteria", env={"COLUMNS": "200"})
     assert shown.code == 0 and all(name in shown.out for name in CRITERIA)
 
@@ -353,7 +353,7 @@ def test_criteria_lists_every_score_with_its_source_and_cost(run):
 def test_help_names_the_common_criteria_and_where_to_find_the_rest(run):
     for command in ("build", "plan", "prepare"):
         text = " ".join(run(command, "--help").out.split())
-        assert "fisher, kl, wanda" in text and "sspcompile criteria" in text
+        assert "fisher, obs, kl" in text and "sspcompile criteria" in text
 
 
 def test_doctor_reports_versions_as_json(run):

@@ -57,7 +57,7 @@ class _Frame(BaseModel):
 def _open(name: str) -> tuple[Any, Any]:
     """The definition of an option, with None for "left open" as its default."""
     field: FieldInfo = Options.model_fields[name]
-    annotation: Any = Annotated[(field.annotation, *field.metadata)]  # type: ignore[valid-type]
+    annotation: Any = Annotated[(field.annotation, *field.metadata)]
     return annotation | None, Field(default=None, description=shown_of(name).help, strict=None)
 
 
