@@ -71,6 +71,14 @@ def build(model: str, scenario: str, out: str, folder: Path, keep: float, more: 
     return run([sys.executable, "-m", "sspcompile.cli.main", "build", *words], folder)
 
 
+def foretell(model: str, scenario: str, folder: Path, keep: float, more: Sequence[str]) -> dict[str, float]:
+    """`sspcompile plan --cost`."""
+    words = ["--scenario", scenario, "--model", model, "--keep", str(keep), "--cost", "--json", *more]
+    command = [sys.executable, "-m", "sspcompile.cli.main", "plan", *words]
+    found: dict[str, float] = json.loads(subprocess.run(command, cwd=folder, capture_output=True, check=True).stdout)
+    return found
+
+
 def problems(path: Path, first: int, count: int) -> list[tuple[str, str]]:
     """Questions and answers of a file."""
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()[first : first + count]]
@@ -184,18 +192,22 @@ def main(
                 read = [text for pool in (*fit_part(load_pools()), *load_outside()) for text in pool.prompts]
             seconds, tokens = bare_pass(model, read, 2)
             scenario = SENTENCE if kind == "sentence" else f"prompts-{int(kind == 'second')}.jsonl"
+            foretold = foretell(model, scenario, home, keep, words)
             cost = build(model, scenario, kind, home, keep, words)
             figures = lost(model, home / kind / "model", problems(judge, 0, JUDGED))
             rows[kind] = {
                 "tokens": tokens,
                 "bare_pass_seconds": seconds,
                 "passes": cost.wall / seconds,
+                "foretold_seconds": foretold["seconds"],
+                "foretold_peak": foretold["peak_bytes"],
                 **asdict(cost),
                 **figures,
             }
             click.echo(
                 f"{kind}: {cost.wall / seconds:.1f} passes of {seconds:.1f} s over {tokens} tokens, "
-                f"{cost.wall / 60:.1f} min, {cost.peak / 1e9:.2f} GB; KL {figures['kl']:.3f}, same token "
+                f"{cost.wall / 60:.1f} min ({foretold['seconds'] / 60:.1f} foretold), {cost.peak / 1e9:.2f} GB "
+                f"({foretold['peak_bytes'] / 1e9:.2f} foretold); KL {figures['kl']:.3f}, same token "
                 f"{figures['same_token']:.1%}, perplexity {figures['perplexity_ratio']:.3f} times dense"
             )
         if beside:

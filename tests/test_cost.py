@@ -1,0 +1,80 @@
+"""`plan --cost`: what is foretold, against what a build really runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from builders import Shape, make_checkpoint
+
+from sspcompile.api.build import build
+from sspcompile.api.cost import cost_of
+from sspcompile.model.dense import open_dense
+from sspcompile.model.modules import input_norm
+from sspcompile.request.request import read_request
+from sspcompile.workspace import Workspace
+
+PROMPTS = [f"How much is {n} times {n + 3} plus {7 * n}?" for n in range(56)]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("home")
+    make_checkpoint(home / "model", Shape(layers=2, hidden=64, kv_heads=2, group_size=2, head_dim=16))
+    (home / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    return home
+
+
+@pytest.mark.parametrize(("scenario", "own"), [("prompts.txt", True), ("please tell me about acid", False)])
+def test_a_build_runs_what_was_foretold_and_a_second_one_no_pools(home, scenario, own, monkeypatch):
+    """Token by layer, forward runs only; the foretelling counts backward runs and normal equations as passes too."""
+    given = {"model": str(home / "model"), "keep": 0.5, "max_tokens": 64, "continuation_tokens": 4}
+    place = str(home / scenario) if own else scenario
+    request = read_request(place, given, {})
+    dense = open_dense(str(home / "model"))
+    workspace = Workspace(home / ("own" if own else "sentence"))
+    ran = [0]
+    load = type(dense).load
+
+    def counted(self, **options):
+        loaded = load(self, **options)
+        for layer in loaded.layers:
+            input_norm(layer).register_forward_pre_hook(
+                lambda _m, args: ran.__setitem__(0, ran[0] + args[0].shape[0] * args[0].shape[1])
+            )
+        return loaded
+
+    monkeypatch.setattr(type(dense), "load", counted)
+    totals, names = [], []
+    for number in range(2):
+        cost = cost_of(request, dense, workspace)
+        apart = sum(s.tokens * s.passes for s in cost.stages if s.name == "proof")  # in a process of its own
+        foretold = sum(s.tokens * s.passes for s in cost.stages) - apart
+        names.append([stage.name for stage in cost.stages])
+        ran[0] = 0
+        build(request, dense, home / f"out-{own}-{number}", workspace)
+        totals.append(ran[0] / 2)
+        assert 0.5 * foretold <= totals[-1] <= 1.25 * foretold
+    assert totals[1] < totals[0]
+    assert "recognition: domain pools" in names[0] and not any("pools" in name for name in names[1])
+    assert any(name == "fisher on the pools" for name in names[0]) == (not own)
+
+
+def test_the_command_prints_minutes_and_memory_and_writes_nothing(home):
+    before = sorted(os.listdir(home))
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "sspcompile.cli.main", "plan", "--model", "model", "--cost", *words]
+        return subprocess.run(command, cwd=home, capture_output=True, text=True, check=False)
+
+    shown = run("--scenario", "prompts.txt")
+    assert shown.returncode == 0 and "at the peak" in shown.stdout and "domain pools" in shown.stdout
+    found = json.loads(run("--scenario", "prompts.txt", "--json").stdout)
+    assert found["seconds"] > 0 and found["peak_bytes"] > 1e8 and len(found["stages"]) == len(found["stage_seconds"])
+    assert sorted(os.listdir(home)) == before
+    refused = run()
+    assert refused.returncode == 2 and "Give --scenario" in refused.stderr
