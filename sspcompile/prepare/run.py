@@ -58,9 +58,7 @@ def prepare(
     told = recognise(stages, corpus, pools, outside, seed, max_tokens, progress)
     prompts = [corpus.texts[row] for row in corpus.prompt_rows]
     labels = corpus.labels[corpus.prompt_rows]
-    progress("continuations", 0, 1)
     texts = stages.continued(prompts, continuation_tokens, max_tokens, stage_of(progress, "continuations"))
-    progress("continuations", 1, 1)
     unit = importance.probe_directions(told.fitted.weight, told.fitted.scale)
     scores = {
         key: stages.scored(key, texts, labels, unit, seed, stage_of(progress, key)) for key in dict.fromkeys(criteria)
