@@ -59,13 +59,16 @@ Arrays = Mapping[str, np.ndarray]
 
 
 class Journal:
-    """Keeps what was measured in `folder`, at most once in `every` seconds; without a folder it keeps nothing."""
+    """Keeps what was measured in `folder`, writing at most once in `every` seconds (SECONDS unless given).
 
-    def __init__(self, folder: Path | None = None, *, every: float = SECONDS) -> None:
+    Without a folder it keeps nothing.
+    """
+
+    def __init__(self, folder: Path | None = None, *, every: float | None = None) -> None:
         self.folder = folder
-        self.every = every
+        self.every = SECONDS if every is None else every
         self._pending: dict[str, dict[int, np.ndarray]] = {}
-        self._due = time.monotonic() + every
+        self._due = time.monotonic() + self.every
 
     def rows(self, name: str, loaded: LoadedModel, inputs: object) -> Rows:
         """The pieces of a stage of a dense model. `inputs` is all that they depend on beside it, see `digest`.
@@ -222,6 +225,7 @@ def claimed(folder: Path) -> Iterator[Journal]:
     At a clean end the folder is removed, and after a refusal, which would come again. Whatever else ends the run leaves
     it for the next one.
     """
+    made = [place for place in folder.parents if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = _lock_of(folder)
     try:
@@ -231,13 +235,13 @@ def claimed(folder: Path) -> Iterator[Journal]:
         return
     try:
         yield Journal(folder)
-    except (InputError, GateError):
-        _remove(folder, lock)
-        raise
-    except BaseException:
+    except BaseException as error:
         lock.release()
-        if not holds_work(folder):
+        if isinstance(error, (InputError, GateError)) or not holds_work(folder):
             _remove(folder, lock)
+            with contextlib.suppress(OSError):  # something else lies in them by now
+                for place in made:
+                    place.rmdir()
         raise
     _remove(folder, lock)
 
@@ -246,6 +250,8 @@ def holds_work(folder: Path) -> bool:
     """Whether an interrupted run left something in `folder` or below it that the next one goes on with."""
     if not [*folder.glob(f"*{SUFFIX}"), *folder.glob(f"*/*{SUFFIX}")]:
         return False
+    if not (folder / LOCK).exists():  # a toolkit's, whose stages several processes may share
+        return True
     try:
         with _lock_of(folder).acquire(timeout=0):
             return True
@@ -274,12 +280,16 @@ def _remove(folder: Path, lock: FileLock) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def versions() -> tuple[str, ...]:
+    """Of what computes."""
+    return sspcompile.__version__, torch.__version__, transformers.__version__, np.__version__
+
+
 def identity_of(loaded: LoadedModel) -> list[object]:
     """What every number depends on that a dense model computes from the same text, down to its last bit."""
-    versions = (sspcompile.__version__, torch.__version__, transformers.__version__, np.__version__)
     machine = (loaded.device.type, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability())
     template = template_digest(loaded.tokenizer, loaded.rendering)
-    return [loaded.fingerprint, str(loaded.model.dtype), template, *versions, *machine]
+    return [loaded.fingerprint, str(loaded.model.dtype), template, *versions(), *machine]
 
 
 def digest(inputs: object) -> str:

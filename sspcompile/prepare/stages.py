@@ -44,7 +44,7 @@ class Stages:
     after every process has taken part in it.
     """
 
-    def __init__(self, loaded: LoadedModel, folder: Path | None = None, *, every: float = journal.SECONDS) -> None:
+    def __init__(self, loaded: LoadedModel, folder: Path | None = None, *, every: float | None = None) -> None:
         self._loaded = loaded
         self._folder = folder
         self._journal = Journal(folder / PASSES if folder is not None else None, every=every)

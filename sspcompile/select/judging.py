@@ -95,9 +95,16 @@ class Judge:
         self.repair = repair if possible else "none"
         self.dtype = dtype
         self.progress = progress
+        parts = {"fit": splits.fit, "guard": splits.guard, "judge": splits.judge, "off": splits.off}
         self.sentences, *others = (
-            continued(loaded, part, options.continuation_tokens, options.max_tokens)
-            for part in (splits.fit, splits.guard, splits.judge, splits.off)
+            continued(
+                loaded,
+                part,
+                options.continuation_tokens,
+                options.max_tokens,
+                progress=stage_of(progress, f"continuations ({name})"),
+            )
+            for name, part in parts.items()
         )
         self.fit, self.guard, self.held, self.off = (batches_of(loaded, part) for part in (self.sentences, *others))
         self._dense = {

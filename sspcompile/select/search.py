@@ -15,13 +15,16 @@ the two predictions (Pinsker), so a text that is lost anyway does not outvote th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from sspcompile.criteria.measuring import measure
+from sspcompile.model import journal
 from sspcompile.model.text import Batch, batches_of
+from sspcompile.progress import stage_of
 from sspcompile.request.options import Granularity
 from sspcompile.select.budget import merit
 from sspcompile.select.judging import Judge, divergence_of, logits_at
@@ -73,13 +76,29 @@ class Folds:
     def distances(self, masks: Sequence[np.ndarray]) -> list[float]:
         """Mean over texts of sqrt(KL) of each mask (bool [layers, heads]), repaired."""
         roots: list[list[float]] = [[] for _ in masks]
-        for part, ((fit, held), dense) in enumerate(zip(self._parts, self._dense, strict=True)):
-            self._judge.progress("comparing masks", part, len(self._parts))
-            for mine, kept, repair in zip(roots, masks, self._judge.fitted(masks, fit), strict=True):
-                found = divergence_of(self._judge.loaded, kept, repair, held, dense)
-                mine += np.sqrt(np.maximum(found.kl_per_prompt, 0.0)).tolist()
-        self._judge.progress("comparing masks", len(self._parts), len(self._parts))
+        report = stage_of(self._judge.progress, "comparing masks")
+        for part in range(len(self._parts)):
+            for done, (mine, found) in enumerate(zip(roots, self._roots(part, masks), strict=True), 1):
+                mine += found.tolist()
+                report(part * len(masks) + done, len(self._parts) * len(masks))
         return [float(np.mean(mine)) for mine in roots]
+
+    def _roots(self, part: int, masks: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        """sqrt(KL) of each mask on the texts of a part, [texts]; what an interrupted run measured is not fitted."""
+        judge, (fit, held) = self._judge, self._parts[part]
+        measured = journal.current().rows(
+            "masks", judge.loaded, [fit, held, list(masks), judge.repair, str(judge.dtype)]
+        )
+        left = [kept for number, kept in enumerate(masks) if number not in measured]
+        fitting = stage_of(judge.progress, f"repair (part {part + 1} of {len(self._parts)})")
+        repairs = iter(judge.fitted(left, fit, fitting))
+
+        def measure_root(kept: np.ndarray) -> np.ndarray:
+            found = divergence_of(judge.loaded, kept, next(repairs), held, self._dense[part])
+            return np.sqrt(np.maximum(found.kl_per_prompt, 0.0))
+
+        for number, kept in enumerate(masks):
+            yield measured.of(number, partial(measure_root, kept))
 
 
 def rankings(
@@ -89,7 +108,8 @@ def rankings(
     names = (*MEASURED_SCORES, *WITHIN_LAYERS) if "uniform" in layouts else MEASURED_SCORES
     found = [own]
     for name in names:
-        scores = measure(judge.loaded, name, judge.sentences, seed=judge.seed, granularity=granularity)
+        report = stage_of(judge.progress, f"{name} on the scenario's texts")
+        scores = measure(judge.loaded, name, judge.sentences, seed=judge.seed, granularity=granularity, progress=report)
         found.append(Ranking(name, scores.by_domain(1)[..., 0]))
     return tuple(found)
 
