@@ -206,3 +206,18 @@ def test_two_builds_of_one_request_at_once_write_the_same_bytes(undisturbed):
     assert sorted(code for _, code in ends) == [0, 2], ends
     assert next((home / "artifacts").glob("*/manifest.json")).read_bytes() == manifest
     assert not [*(home / "artifacts").glob(".*")]
+
+
+def test_stages_that_run_the_model_tell_every_step(undisturbed):
+    _, steps, _, _ = undisturbed
+    for stage, fewest in (
+        ("comparing masks", 12),
+        ("proving", 14),
+        ("repair (layouts)", 3),
+        ("continuations (fit)", 1),
+    ):
+        told = [step[1:] for step in steps if step[0] == stage]
+        assert len(told) >= fewest, stage
+        for (done, total), (later, _) in zip(told, told[1:], strict=False):
+            assert later == (done + 1 if done < total else 1), stage  # masks are compared once per layout
+        assert told[-1][0] == told[-1][1], stage
