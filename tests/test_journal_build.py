@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import shutil
@@ -210,14 +211,10 @@ def test_two_builds_of_one_request_at_once_write_the_same_bytes(undisturbed):
 
 def test_stages_that_run_the_model_tell_every_step(undisturbed):
     _, steps, _, _ = undisturbed
-    for stage, fewest in (
-        ("comparing masks", 12),
-        ("proving", 14),
-        ("repair (layouts)", 3),
-        ("continuations (fit)", 1),
-    ):
+    fewest = {"comparing masks": 12, "proving": 14, "repair (layouts)": 3, "continuations (fit)": 1}
+    for stage, least in fewest.items():
         told = [step[1:] for step in steps if step[0] == stage]
-        assert len(told) >= fewest, stage
-        for (done, total), (later, _) in zip(told, told[1:], strict=False):
+        assert len(told) >= least, stage
+        for (done, total), (later, _) in itertools.pairwise(told):
             assert later == (done + 1 if done < total else 1), stage  # masks are compared once per layout
         assert told[-1][0] == told[-1][1], stage
