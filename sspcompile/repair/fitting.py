@@ -110,17 +110,19 @@ def _go_on(stand: Arrays, dense: _Dense, streams: Sequence[_Stream], dtype: torc
     """Bring all to where a `_stand` was taken; gives the number of layers that are done."""
     layers = int(stand["layers"][0])
     if layers < len(dense.loaded.layers):
-        dense.hidden = [_tensor(stand[f"dense.{number}"], like) for number, like in enumerate(dense.hidden)]
+        dense.hidden = [
+            _tensor(stand[f"dense.{number}"], like.dtype).to(like.device) for number, like in enumerate(dense.hidden)
+        ]
     for place, stream in enumerate(streams):
         stream.hidden = [
-            _tensor(stand[name], like) if (name := f"{place}.hidden.{number}") in stand else like
+            _tensor(stand[name], like.dtype).to(like.device) if (name := f"{place}.hidden.{number}") in stand else like
             for number, like in enumerate(dense.hidden)
         ]
-        for index, layer in enumerate(dense.loaded.layers[:layers]):
+        for index in range(layers):
             if (name := f"{place}.weights.{index}") in stand:
-                stream.weights[index] = _tensor(stand[name], o_proj(layer).weight, dtype)
+                stream.weights[index] = _tensor(stand[name], dtype)
             if (name := f"{place}.down.{index}") in stand:
-                stream.down[index] = _tensor(stand[name], down_proj(layer).weight, dtype)
+                stream.down[index] = _tensor(stand[name], dtype)
     return layers
 
 
@@ -130,9 +132,9 @@ def _array(tensor: Tensor) -> np.ndarray:
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def _tensor(array: np.ndarray, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Out of an `_array`, in memory of torch's own: results depend on how it is aligned. On the device of `like`."""
-    return torch.from_numpy(array).clone().view(dtype or like.dtype).to(like.device)
+def _tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """Out of an `_array`, in memory of torch's own: results depend on how it is aligned."""
+    return torch.from_numpy(array).clone().view(dtype)
 
 
 class _Dense:
