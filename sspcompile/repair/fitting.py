@@ -83,8 +83,10 @@ def _fit_round(
     streams = [_Stream(kept, list(dense.hidden)) for kept in masks]
     kept_state = journal.current().state("repair", loaded, [batches, list(masks), str(dtype), ridge, mlp])
     stand = kept_state.read()
-    begun = _go_on(stand, dense, streams, dtype) if stand is not None else 0
-    report(begun)
+    begun = 0
+    if stand is not None:
+        begun = _go_on(stand, dense, streams, dtype)
+        report(begun)
     for index in range(begun, len(loaded.layers)):
         dense.advance(index)
         for stream in streams:
