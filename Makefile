@@ -114,7 +114,7 @@ screenshots: $(VENV)/.done $(BROWSER)/.done  ## The pictures of the README, of t
 	    --confcutdir tests/browser tests/browser
 
 test-kills: $(VENV)/.done  ## Fifty kills at random moments, signals, full and read-only disks, two builds at once.
-	$(BIN)/python -m pytest tests/test_kills.py tests/test_surroundings.py -m slow -s
+	$(BIN)/python -m pytest tests/test_kills.py tests/test_journal_build.py tests/test_surroundings.py -m slow -s
 
 fuzz: $(VENV)/.done  ## Over a million executions of everything that reads files, coverage-guided (Linux, CPython 3.11).
 	$(BIN)/pip install $(PIP_FLAGS) --constraint constraints.txt atheris

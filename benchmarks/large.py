@@ -142,9 +142,10 @@ def main(
         **asdict(cost),
         "python": sys.version.split()[0],
     }
+    times = cost.wall / foretold["seconds"]
     click.echo(
-        f"{shape}: {size / 1e9:.1f} GB of weights, {cost.wall / 60:.1f} min ({cost.wall / foretold['seconds']:.2f} times "
-        f"the foretold), {cost.peak / 1e9:.2f} GB at the peak within {memory}"
+        f"{shape}: {size / 1e9:.1f} GB of weights, {cost.wall / 60:.1f} min ({times:.2f} times the foretold), "
+        f"{cost.peak / 1e9:.2f} GB at the peak within {memory}"
     )
     place = out or Path(f"benchmarks/results/large-{shape}.json")
     place.parent.mkdir(parents=True, exist_ok=True)

@@ -26,8 +26,12 @@ class Workspace:
     def exported(self) -> Path:
         return self.root / "exported"
 
+    @property
+    def toolkits(self) -> Path:
+        return self.artifacts / "toolkits"
+
     def toolkit(self, fingerprint: str) -> Path:
-        return self.artifacts / "toolkits" / fingerprint
+        return self.toolkits / fingerprint
 
     def artifact(self, name: str) -> Path:
         return self.artifacts / name

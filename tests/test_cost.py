@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,7 +64,7 @@ def test_a_build_runs_what_was_foretold_and_a_second_one_no_pools(home, scenario
 
 
 def test_the_command_prints_minutes_and_memory_and_writes_nothing(home):
-    before = sorted(os.listdir(home))
+    before = sorted(home.iterdir())
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "sspcompile.cli.main", "plan", "--model", "model", "--cost", *words]
@@ -75,6 +74,6 @@ def test_the_command_prints_minutes_and_memory_and_writes_nothing(home):
     assert shown.returncode == 0 and "at the peak" in shown.stdout and "domain pools" in shown.stdout
     found = json.loads(run("--scenario", "prompts.txt", "--json").stdout)
     assert found["seconds"] > 0 and found["peak_bytes"] > 1e8 and len(found["stages"]) == len(found["stage_seconds"])
-    assert sorted(os.listdir(home)) == before
+    assert sorted(home.iterdir()) == before
     refused = run()
     assert refused.returncode == 2 and "Give --scenario" in refused.stderr

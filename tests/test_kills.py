@@ -99,7 +99,9 @@ def test_killed_at_random_moments_nothing_looks_finished_and_the_next_run_succee
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         new = strays(place, known | {out})
-        assert all(name.startswith((f".partial-{out}-", f".replaced-{out}-", ".partial-last")) for name in new), new
+        assert all(
+            name.startswith((f".partial-{out}-", f".replaced-{out}-", ".partial-last", ".unfinished-")) for name in new
+        ), new
         left_behind += bool(new)
         assert strays(home / "tmp", set()) == set(), "nothing outside of the partial folder"
         if (place / out).exists():

@@ -15,6 +15,7 @@ from builders import Shape, make_checkpoint
 from sspcompile.criteria.measuring import measure
 from sspcompile.model import parallel
 from sspcompile.model.capture import features
+from sspcompile.model.journal import Journal, keeping
 from sspcompile.model.loading import load
 from sspcompile.model.text import batches_of, continued
 
@@ -64,6 +65,22 @@ def test_two_processes_measure_what_one_measures(model, tmp_path):
             assert 0 < found["own"][0] < alone["batches"][0]
 
 
+def test_two_processes_go_on_with_what_one_had_measured(model, tmp_path):
+    with keeping(Journal(tmp_path / "kept", every=0)):
+        alone = find(model)
+    rows = sorted((tmp_path / "kept").glob("*.safetensors"))
+    times = {path: path.stat().st_mtime_ns for path in rows[::2]}
+    assert len(rows) > 10
+    for path in rows[1::2]:
+        path.unlink()
+    torchrun(tmp_path, 2, Path(__file__), model, tmp_path)
+    for rank in range(2):
+        with np.load(tmp_path / f"{rank}.npz") as found:
+            assert all(np.array_equal(found[name], value) for name, value in alone.items())
+    assert sorted((tmp_path / "kept").glob("*.safetensors")) == rows, "each process keeps what it measured"
+    assert {path: path.stat().st_mtime_ns for path in times} == times, "nothing is measured twice"
+
+
 def test_prepare_under_torchrun_writes_one_toolkit_equal_to_that_of_one_process(model, tmp_path):
     options = ("prepare", "--model", model, "--criterion", "subspace", "--max-tokens", 16, "--json")
     options = (*options, "--continuation-tokens", 1)
@@ -88,7 +105,7 @@ def test_alone_nothing_is_shared_and_nothing_is_imported():
 
 
 if __name__ == "__main__":
-    with parallel.joined() as world:
+    with parallel.joined() as world, keeping(Journal(Path(sys.argv[2]) / "kept", every=0)):
         values = find(Path(sys.argv[1]))
         count = len(world.share(range(int(values["batches"][0]))))
         np.savez(Path(sys.argv[2]) / f"{world.rank}.npz", own=np.array([count]), **values)

@@ -13,11 +13,14 @@ import torch
 from sspcompile.api.outcome import Outcome
 from sspcompile.api.refusing import refuse_hopeless
 from sspcompile.api.reporting import origin_of, report_of
+from sspcompile.api.unfinished import passes_folder, remove_old
 from sspcompile.checkpoint import staged, write_manifest
+from sspcompile.checkpoint.publish import refuse_existing
 from sspcompile.export.card import CARD, model_card
 from sspcompile.families import layer_prefix
 from sspcompile.model.chat import rendering_of
 from sspcompile.model.dense import DenseModel
+from sspcompile.model.journal import claimed, keeping
 from sspcompile.model.stored import stored_dtype
 from sspcompile.model.text import demand_readable
 from sspcompile.prepare.toolkits import toolkit_for
@@ -44,13 +47,20 @@ def build(
     *,
     overwrite: bool = False,
 ) -> Outcome:
-    """Read the scenario, decide what stays, cut, prove and publish. Nothing is left behind when any step fails."""
+    """Read the scenario, decide what stays, cut, prove and publish.
+
+    Nothing but what an interrupted run had measured is left behind when any step fails. The next run of the request
+    goes on with that.
+    """
     refuse_hopeless(request, dense)
-    with staged(out, overwrite=overwrite) as folder:
+    refuse_existing(out, overwrite=overwrite)
+    remove_old(workspace)
+    with claimed(passes_folder(request, dense, workspace)) as journal, staged(out, overwrite=overwrite) as folder:
         loaded = dense.load(rendering=rendering_of(request.options))
         demand_readable(loaded, request.scenario.prompts, request.options.max_tokens)
         toolkit, _ = toolkit_for(dense, loaded, request.options, workspace, progress, cached_keys(request))
-        selection = select(request, toolkit, loaded, dtype=_weight_dtype(dense), progress=progress)
+        with keeping(journal):
+            selection = select(request, toolkit, loaded, dtype=_weight_dtype(dense), progress=progress)
         plan = make_plan(dense.checkpoint, selection.mask, host=request.options.wanted_host)
         refitted = _write(folder / MODEL, dense, selection, plan, progress)
         claim = Claim(dense.checkpoint, selection.mask, folder / MODEL, plan.custom_code, refitted)

@@ -81,9 +81,10 @@ def build(
     """Compile a scenario into a smaller model: choose heads, repair, cut, prove, report.
 
     `model` is a folder or a hub name, None for the embedded one. The artifact is written to `out`, by default to
-    `root`/artifacts/NAME; it is whole, or absent when anything fails. The first build of a model prepares its toolkit
-    under `root`, later ones reuse it. Raises what the command `build` exits with: InputError and its kin for what
-    cannot be used, BudgetError and ParityError for promises that do not hold.
+    `root`/artifacts/NAME; it is whole, or absent when anything fails. A call that was interrupted goes on where it was
+    when it is made again. The first build of a model prepares its toolkit under `root`, later ones reuse it. Raises
+    what the command `build` exits with: InputError and its kin for what cannot be used, BudgetError and ParityError for
+    promises that do not hold.
     """
     from sspcompile.api.build import build as run
     from sspcompile.model.dense import open_dense

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from sspcompile.cli.options import (
+    GOING_ON,
     build_options,
     json_option,
     overwrite_option,
@@ -85,8 +86,11 @@ def build(
         click.echo(as_data if as_json else dump_recipe(recipe), nl=False)
         return
     from sspcompile.api.build import build as run
+    from sspcompile.api.unfinished import goes_on
     from sspcompile.cli.progress import stages
 
+    if not quiet and goes_on(request, dense, workspace()):
+        click.echo(GOING_ON, err=True)
     with stages(quiet) as progress:
         outcome = run(request, dense, out, workspace(), progress, overwrite=overwrite)
     warn_unknown(outcome.selection.reading.mixture)

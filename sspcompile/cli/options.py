@@ -39,6 +39,7 @@ class Counts(click.ParamType):
 COUNTS = Counts()
 
 NAMED = 8
+GOING_ON = "Going on from an interrupted run: what it had measured is used."
 
 
 def say_left_out(names: Sequence[str], *, quiet: bool) -> None:

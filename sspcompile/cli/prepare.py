@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from sspcompile.cli.options import build_option, json_option, model_option, quiet_option, workspace
+from sspcompile.cli.options import GOING_ON, build_option, json_option, model_option, quiet_option, workspace
 
 
 @click.command(
@@ -52,6 +52,8 @@ def prepare(criteria: tuple[str, ...], device_map: str | None, as_json: bool, qu
     from sspcompile.model import parallel
     from sspcompile.model.chat import rendering_of
     from sspcompile.model.dense import open_dense
+    from sspcompile.model.journal import holds_work
+    from sspcompile.prepare.stages import beside
     from sspcompile.prepare.toolkits import toolkit_folder, toolkit_for
     from sspcompile.request.options import resolve
     from sspcompile.select.scoring import CACHED
@@ -63,6 +65,8 @@ def prepare(criteria: tuple[str, ...], device_map: str | None, as_json: bool, qu
     pools_of(options)  # refused, if at all, before the model is loaded
     dense = open_dense(options.model)
     with parallel.joined() as world, stages(quiet or not world.first) as progress:
+        if world.first and not quiet and holds_work(beside(toolkit_folder(dense, options, workspace()))):
+            click.echo(GOING_ON, err=True)
         loaded = dense.load(device=world.device, device_map=device_map, rendering=rendering_of(options))
         toolkit, fresh = toolkit_for(dense, loaded, options, workspace(), progress, criteria or (CACHED,))
     if not world.first:

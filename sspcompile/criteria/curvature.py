@@ -28,6 +28,7 @@ from torch import Tensor
 
 from sspcompile.criteria.fisher import batch_generator, logit_cotangent
 from sspcompile.criteria.units import CriterionInput, Units, rising
+from sspcompile.model import journal
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.gradients import read_gradients
 from sspcompile.model.modules import o_proj
@@ -57,7 +58,13 @@ def curvature(loaded: LoadedModel, given: CriterionInput) -> Curvature:
     units = Units.of(g, given.granularity)
     gates = np.zeros((given.prompts, g.layers, units.count))
     tokens = scored = 0
-    for index, batch in enumerate(given.batches):
+    walk = journal.current().state("curvature", loaded, [given.batches, given.seed, given.granularity])
+    begun = 0
+    if (stand := walk.read()) is not None:
+        inputs, writes = (torch.from_numpy(stand[name]).clone() for name in ("inputs", "writes"))
+        gates[...] = stand["gates"]
+        begun, tokens, scored = stand["counts"].tolist()
+    for index, batch in list(enumerate(given.batches))[begun:]:
         generator = batch_generator(loaded, given.seed, batch)
         real, positions = batch.attention_mask.bool(), batch.score_mask.sum(-1)
         rows = list(batch.rows)
@@ -75,8 +82,14 @@ def curvature(loaded: LoadedModel, given: CriterionInput) -> Curvature:
         read_gradients(loaded, batch, [o_proj(layer) for layer in loaded.layers], "o_proj", cotangent, read)
         tokens += int(real.sum())
         scored += int(positions.sum())
+        counts = np.array([index + 1, tokens, scored])
+        walk.keep(partial(_stand, inputs, writes, gates, counts))
         given.report(index + 1, len(given.batches))
     return Curvature(inputs / max(1, tokens), writes / max(1, scored), gates)
+
+
+def _stand(inputs: Tensor, writes: Tensor, gates: np.ndarray, counts: np.ndarray) -> journal.Arrays:
+    return {"inputs": inputs.numpy(), "writes": writes.numpy(), "gates": gates, "counts": counts}
 
 
 def compensated(loaded: LoadedModel, given: CriterionInput) -> np.ndarray:

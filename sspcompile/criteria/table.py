@@ -4,7 +4,7 @@ All criteria share one signature, `measure(loaded, given)`: a score per layer an
 larger = more needed, never negative. What comes back is
 
 * `per = "prompt"`: [N, L, U], one value per prompt; where every domain's axis gives its own value (`per_axis`),
-  [N, L, U, K];
+  [N, L, U, K]. A row depends on its own batch alone, so that batches can be measured apart;
 * `per = "set"`: [L, U], one value for all prompts of the given together.
 
 `measuring.measure` turns either into scores of heads per domain.

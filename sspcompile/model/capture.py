@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sspcompile.model import journal
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.hooks import end_pass, reading, until
 from sspcompile.model.modules import o_proj, residual_norm
@@ -50,14 +52,22 @@ def capture(loaded: LoadedModel, batch: Batch, read_heads: HeadReader | None = N
     return torch.stack([x for x in pooled if x is not None], dim=1)
 
 
+def _pooled(loaded: LoadedModel, batch: Batch) -> np.ndarray:
+    """`capture` as an array."""
+    return capture(loaded, batch).numpy()
+
+
 def features(
     loaded: LoadedModel, prompts: Sequence[Prompt], max_tokens: int = MAX_TOKENS, on_batch: Steps = no_steps
 ) -> np.ndarray:
     """What the probes read: [N, L, d] float32 in the order of the prompts. The same call offline and online."""
     world = current()
-    batches = world.share(encode(loaded, prompts, max_tokens))
+    batches = encode(loaded, prompts, max_tokens)
+    kept = journal.current().rows("features", loaded, batches)
+    own = world.share(range(len(batches)))
     found = np.zeros((len(prompts), loaded.geometry.layers, loaded.geometry.hidden), dtype=np.float32)
-    for index, batch in enumerate(batches):
-        found[list(batch.rows)] = capture(loaded, batch).numpy()
-        on_batch(index + 1, len(batches))
+    for done, number in enumerate(own, 1):
+        batch = batches[number]
+        found[list(batch.rows)] = kept.of(number, partial(_pooled, loaded, batch))
+        on_batch(done, len(own))
     return world.total(found)

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sspcompile.errors import InputError
+from sspcompile.model import journal
 from sspcompile.model.chat import PLAIN, Rendering, render, template_of
 from sspcompile.model.parallel import current
 from sspcompile.model.vocabulary import demand_rows, padding_id
+from sspcompile.progress import Steps, no_steps
 from sspcompile.request.documents import shown
 from sspcompile.request.prompts import Prompt, messages_of, told
 
@@ -30,6 +34,7 @@ TEXT_VERSION = 1
 MAX_TOKENS = 512
 CONTINUATION_TOKENS = 16
 BATCH_TOKENS = 4096  # padding included
+NOTHING = -1  # no token
 # Logits of one batch stay under 2^26 numbers (256 MiB in fp32) however large the vocabulary is.
 BATCH_LOGITS = 2**26
 
@@ -163,6 +168,7 @@ def continued(
     new_tokens: int = CONTINUATION_TOKENS,
     max_tokens: int = MAX_TOKENS,
     batch_tokens: int = BATCH_TOKENS,
+    progress: Steps = no_steps,
 ) -> list[Sentence]:
     """Prompts with the dense model's own greedy continuation behind them, in the caller's order.
 
@@ -172,11 +178,25 @@ def continued(
     if new_tokens < 1:
         return items
     world = current()
+    batches = batches_of(loaded, items, batch_tokens)
+    kept = journal.current().rows("continuations", loaded, [batches, new_tokens])
+    share = world.share(range(len(batches)))
     own: dict[int, tuple[int, ...]] = {}
-    for batch in world.share(batches_of(loaded, items, batch_tokens)):
-        own |= zip(batch.rows, greedy(loaded, [items[row] for row in batch.rows], new_tokens), strict=True)
+    for done, number in enumerate(share, 1):
+        rows = batches[number].rows
+        write = partial(_continuations, loaded, [items[row] for row in rows], new_tokens)
+        own |= zip(rows, (tuple(tail[tail != NOTHING].tolist()) for tail in kept.of(number, write)), strict=True)
+        progress(done, len(share))
     tails = world.union(own)
     return [Sentence(item.ids + tails[row], item.prompt) for row, item in enumerate(items)]
+
+
+def _continuations(loaded: LoadedModel, items: Sequence[Sentence], new_tokens: int) -> np.ndarray:
+    """`greedy` as an array [B, new_tokens] int64, NOTHING behind the end of each."""
+    found = np.full((len(items), new_tokens), NOTHING, dtype=np.int64)
+    for row, tail in zip(found, greedy(loaded, items, new_tokens), strict=True):
+        row[: len(tail)] = tail
+    return found
 
 
 def with_continuations(

@@ -1,7 +1,8 @@
 """The stages of `prepare` that run the model. What a stage found is kept until the toolkit is finished.
 
-An interrupted `prepare` so goes on where it stopped. Each file carries in its name the digest of everything that the
-stage was measured from; when any of it changes, the stage is measured again.
+An interrupted `prepare` so goes on where it stopped, inside of a stage at the batch where it was (`model/journal.py`).
+Each file carries in its name the digest of everything that the stage was measured from; when any of it changes, the
+stage is measured again.
 """
 
 from __future__ import annotations
@@ -14,29 +15,26 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-import transformers
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-import sspcompile
 from sspcompile.checkpoint.publish import write_atomically
 from sspcompile.criteria import measuring
 from sspcompile.criteria.table import of_key
 from sspcompile.errors import ToolkitError
-from sspcompile.model import capture, parallel, text
-from sspcompile.model.chat import template_digest
+from sspcompile.model import capture, journal, parallel, text
 from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.journal import Journal
 from sspcompile.model.text import TEXT_VERSION, Sentence
 from sspcompile.progress import Steps
 
-PREFIX = ".unfinished-"
+PASSES = "passes"
 Arrays = Mapping[str, np.ndarray]
 
 
 def beside(folder: Path) -> Path:
     """Where the stages of an unfinished toolkit lie."""
-    return folder.with_name(f"{PREFIX}{folder.name}")
+    return folder.with_name(f"{journal.PREFIX}{folder.name}")
 
 
 class Stages:
@@ -46,13 +44,12 @@ class Stages:
     after every process has taken part in it.
     """
 
-    def __init__(self, loaded: LoadedModel, folder: Path | None = None) -> None:
+    def __init__(self, loaded: LoadedModel, folder: Path | None = None, *, every: float | None = None) -> None:
         self._loaded = loaded
         self._folder = folder
         self._continuations: tuple[list[object], Arrays] | None = None
-        versions = (sspcompile.__version__, torch.__version__, transformers.__version__)
-        template = template_digest(loaded.tokenizer, loaded.rendering)
-        self._identity = [loaded.fingerprint, TEXT_VERSION, template, *versions]
+        self._journal = Journal(folder / PASSES if folder is not None else None, every=every)
+        self._identity = [*journal.identity_of(loaded), TEXT_VERSION]
 
     def features(self, texts: Sequence[str], max_tokens: int, report: Steps) -> np.ndarray:
         """As `prepare.capture.features`, [N, L, d]."""
@@ -66,7 +63,7 @@ class Stages:
         """As `prepare.text.continued`."""
 
         def measure() -> Arrays:
-            found = text.continued(self._loaded, prompts, new_tokens, max_tokens)
+            found = text.continued(self._loaded, prompts, new_tokens, max_tokens, progress=report)
             return {
                 "ids": np.array([token for item in found for token in item.ids]),
                 "lengths": np.array([(len(item.ids), item.prompt) for item in found]),
@@ -120,12 +117,14 @@ class Stages:
         if kept is not None:
             report(1, 1)
             return kept
-        found = measure()
+        with journal.keeping(self._journal):
+            found = measure()
         if parallel.current().first:
             # Another run that prepared the same has finished, and has removed what neither of them needs.
             with contextlib.suppress(FileNotFoundError):
                 self._folder.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, save({key: np.ascontiguousarray(array) for key, array in found.items()}))
+        self._journal.clear(remove=parallel.current().first)
         return found
 
 

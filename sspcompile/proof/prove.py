@@ -27,8 +27,6 @@ def prove(
     if layerwise:
         parity = compare_layerwise(claim, probes, progress=stage_of(progress, "proving"))
     else:
-        progress("proving", 0, 1)
-        parity = compare_whole(claim, probes)
-        progress("proving", 1, 1)
+        parity = compare_whole(claim, probes, progress=stage_of(progress, "proving"))
     demand(parity)
     return parity

@@ -1,7 +1,7 @@
 """Load a written model in a process of its own, and say how far it is from the masked model.
 
 `python -m sspcompile.proof.reload` reads what `whole.py` asks from standard input, and answers on standard output: no
-file of the exchange can stay behind.
+file of the exchange can stay behind. On standard error it says how far it is, in lines that begin with STEP.
 
 Only files and transformers' own loading take part: nothing that the building process patched or cached can help. One
 model is in memory at a time, the written one first.
@@ -32,6 +32,8 @@ from sspcompile.repair.repair import repaired
 from sspcompile.slicing.mask import parse_mask
 from sspcompile.startup import spare_the_collector
 
+STEP = "sspcompile-step"
+
 
 def main() -> None:
     """Print the fields of a Parity, or of an error of ours, as JSON."""
@@ -60,23 +62,45 @@ def main() -> None:
 def _compare(claim: Claim, prompts: Sequence[Sequence[int]], new_tokens: int) -> Parity:
     with readable(claim.checkpoint.path):  # what is wrong with the user's own configuration is told of that
         open_config(claim.checkpoint.path)
-    answers = _answers(claim, prompts, new_tokens)
+    done = _Done(2 * len(prompts) + 2)
+    answers = _answers(claim, prompts, new_tokens, done)
     dense = load(claim.checkpoint.path, fingerprint="", dtype=torch.float64)
+    done.step()
     gates, fitted, distance = torch.from_numpy(claim.mask.as_array()), written_repair(claim), Distance()
     with head_gates(dense, gates), repaired(dense, fitted), in_float64():
         for ids, (logits, tokens) in zip(prompts, answers, strict=True):
             expected, _ = respond(dense.model, ids, new_tokens, read=tokens)
             distance.add(expected, logits)
+            done.step()
     return distance.parity(len(prompts), layerwise=False)
 
 
-def _answers(claim: Claim, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[tuple[Tensor, list[int]]]:
+class _Done:
+    """Says on standard error how many of `total` steps are done."""
+
+    def __init__(self, total: int) -> None:
+        self._done, self._total = -1, total
+        self.step()
+
+    def step(self) -> None:
+        self._done += 1
+        print(STEP, self._done, self._total, file=sys.stderr, flush=True)
+
+
+def _answers(
+    claim: Claim, prompts: Sequence[Sequence[int]], new_tokens: int, done: _Done
+) -> list[tuple[Tensor, list[int]]]:
     try:
         cut = load_cut(claim.written, dtype=torch.float64, trust_remote_code=claim.custom_code)
     except CheckpointError as error:  # not the user's fault: the folder is ours
         raise RunError(f"The written model does not load in a fresh process: {error.message}") from error
+    done.step()
+    answers = []
     with in_float64():
-        return [respond(cut.model, ids, new_tokens) for ids in prompts]
+        for ids in prompts:
+            answers.append(respond(cut.model, ids, new_tokens))
+            done.step()
+    return answers
 
 
 @torch.inference_mode()

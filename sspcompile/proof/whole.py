@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import subprocess
@@ -12,8 +13,10 @@ import torch
 
 from sspcompile import errors
 from sspcompile.errors import RunError
+from sspcompile.progress import Steps, no_steps
 from sspcompile.proof.claim import Claim
 from sspcompile.proof.parity import PROBE_PROMPTS, PROBE_TOKENS, Parity
+from sspcompile.proof.reload import STEP
 from sspcompile.slicing.mask import dump_mask
 
 NEW_TOKENS = 24
@@ -21,7 +24,7 @@ NEW_TOKENS = 24
 MEMORY_SLACK = 1.2
 
 
-def compare_whole(claim: Claim, prompts: Sequence[Sequence[int]]) -> Parity:
+def compare_whole(claim: Claim, prompts: Sequence[Sequence[int]], progress: Steps = no_steps) -> Parity:
     """Compare on token ids `prompts`, and on what the written model generates behind each, with a cache.
 
     Raises RunError when the written model does not load or the process ends early, ParityError for logits that are not
@@ -38,19 +41,38 @@ def compare_whole(claim: Claim, prompts: Sequence[Sequence[int]]) -> Parity:
         "threads": torch.get_num_threads(),
     }
     command = [sys.executable, "-P", "-m", "sspcompile.proof.reload"]
-    done = subprocess.run(
-        command, input=json.dumps(asked), capture_output=True, encoding="utf-8", errors="replace", check=False
-    )
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    code, answer, said = _ask(command, json.dumps(asked), progress)
+    if code:
+        reason = said or f"exit code {code}"
         raise RunError(
             f"The process that compares the models failed: {reason}",
             hint="If memory ran out, `sspcompile verify --layerwise` needs less.",
         )
-    found = json.loads(done.stdout)
+    found = json.loads(answer)
     if "error" in found:
         raise getattr(errors, found["error"])(found["message"], hint=found["hint"])
     return Parity(**found)
+
+
+def _ask(command: Sequence[str], question: str, progress: Steps) -> tuple[int, str, str]:
+    """Exit code, answer, and the last line on standard error of a process that says there how far it is."""
+    pipe, said = subprocess.PIPE, ""
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, encoding="utf-8", errors="replace") as process:
+        assert process.stdin and process.stdout and process.stderr  # noqa: S101 (pipes were asked for)
+        try:
+            with contextlib.suppress(BrokenPipeError), process.stdin:  # it died: the reason comes below
+                process.stdin.write(question)
+            for line in process.stderr:  # the answer is shorter than what a pipe holds, and can wait
+                if line.startswith(STEP):
+                    done, total = map(int, line.split()[1:])
+                    progress(done, total)
+                else:
+                    said = line.strip() or said
+            answer = process.stdout.read()
+        except BaseException:
+            process.kill()
+            raise
+    return process.returncode, answer, said
 
 
 def whole_bytes(claim: Claim) -> int:

@@ -8,14 +8,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sspcompile.model import journal
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.hooks import input_of, passed_over, recorded_calls
+from sspcompile.model.journal import Arrays
 from sspcompile.model.modules import down_proj, layer_output, o_proj, residual_norm
 from sspcompile.model.text import Batch
 from sspcompile.progress import Steps, no_steps
@@ -78,12 +81,62 @@ def _fit_round(
 ) -> list[Repair]:
     dense = _Dense(loaded, batches)
     streams = [_Stream(kept, list(dense.hidden)) for kept in masks]
-    for index in range(len(loaded.layers)):
+    kept_state = journal.current().state("repair", loaded, [batches, list(masks), str(dtype), ridge, mlp])
+    stand = kept_state.read()
+    begun = 0
+    if stand is not None:
+        begun = _go_on(stand, dense, streams, dtype)
+        report(begun)
+    for index in range(begun, len(loaded.layers)):
         dense.advance(index)
         for stream in streams:
             stream.advance(index, dense, ridge, dtype, mlp=mlp)
+        kept_state.keep(partial(_stand, index + 1, dense, streams))
         report(index + 1)
     return [Repair(stream.weights, down=stream.down) for stream in streams]
+
+
+def _stand(layers: int, dense: _Dense, streams: Sequence[_Stream]) -> Arrays:
+    """All that the layers behind the first `layers` are fitted from, and what those were refitted to."""
+    ended = layers == len(dense.loaded.layers)
+    found = {} if ended else {f"dense.{number}": _array(hidden) for number, hidden in enumerate(dense.hidden)}
+    for place, stream in enumerate(streams):
+        if stream.weights and not ended:  # before the first cut the states are the dense model's
+            found |= {f"{place}.hidden.{number}": _array(hidden) for number, hidden in enumerate(stream.hidden)}
+        found |= {f"{place}.weights.{index}": _array(weight) for index, weight in stream.weights.items()}
+        found |= {f"{place}.down.{index}": _array(weight) for index, weight in stream.down.items()}
+    return found | {"layers": np.array([layers])}
+
+
+def _go_on(stand: Arrays, dense: _Dense, streams: Sequence[_Stream], dtype: torch.dtype) -> int:
+    """Bring all to where a `_stand` was taken; gives the number of layers that are done."""
+    layers = int(stand["layers"][0])
+    if layers < len(dense.loaded.layers):
+        dense.hidden = [
+            _tensor(stand[f"dense.{number}"], like.dtype).to(like.device) for number, like in enumerate(dense.hidden)
+        ]
+    for place, stream in enumerate(streams):
+        stream.hidden = [
+            _tensor(stand[name], like.dtype).to(like.device) if (name := f"{place}.hidden.{number}") in stand else like
+            for number, like in enumerate(dense.hidden)
+        ]
+        for index in range(layers):
+            if (name := f"{place}.weights.{index}") in stand:
+                stream.weights[index] = _tensor(stand[name], dtype)
+            if (name := f"{place}.down.{index}") in stand:
+                stream.down[index] = _tensor(stand[name], dtype)
+    return layers
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """NumPy has no bfloat16: its words stand for it."""
+    tensor = tensor.cpu()
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """Out of an `_array`, in memory of torch's own: results depend on how it is aligned."""
+    return torch.from_numpy(array).clone().view(dtype)
 
 
 class _Dense:

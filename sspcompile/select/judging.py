@@ -93,9 +93,9 @@ class Judge:
         self.repair = repair if possible else "none"
         self.dtype = dtype
         self.progress = progress
-        self.sentences = texts.continued(splits.fit)
+        self.sentences = texts.continued(splits.fit, stage_of(progress, "continuations (fit)"))
         self._held = {
-            part: HeldOut(loaded, texts.continued(prompts), self.seed)
+            part: HeldOut(loaded, texts.continued(prompts, stage_of(progress, f"continuations ({part})")), self.seed)
             for part, prompts in (("guard", splits.guard), ("judge", splits.judge), ("off", splits.off))
             if prompts
         }

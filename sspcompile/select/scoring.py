@@ -130,11 +130,12 @@ def score_heads(
     if source == "domains":
         return HeadScores(head_scores(toolkit, name, used), source, 0, 0.0)
     prompts = own_fit_part(request.scenario.prompts)
+    written = texts.continued(prompts, stage_of(progress, "continuations (the scenario's prompts)"))
     report = stage_of(progress, "head scores on the scenario's prompts")
     if source == "prompts" and options.criterion == AUTO:
-        first, *others = measured_rankings(loaded, texts.continued(prompts), options.seed, options.granularity, report)
+        first, *others = measured_rankings(loaded, written, options.seed, options.granularity, report)
         return HeadScores(first.values, source, min(len(prompts), CURVATURE_TEXTS), 1.0, tuple(others))
-    values = importance_per_prompt(loaded, toolkit, name, texts.continued(prompts), used.parts, options.seed, report)
+    values = importance_per_prompt(loaded, toolkit, name, written, used.parts, options.seed, report)
     criterion, _ = of_key(name)
     read = min(len(prompts), criterion.max_prompts or len(prompts))
     if source == "prompts":
