@@ -379,12 +379,6 @@ def test_file_in_place_of_a_folder(run, tmp_path):
         refused(run("plan", "--model", tmp_path / name, "--keep", 0.5), fragments)
 
 
-def test_hub_cache_in_place_of_a_snapshot(run, dense, tmp_path):
-    cache = tmp_path / "models--org--tiny"
-    stored_as(dense(), cache / "snapshots" / "abc", lambda tensors: tensors)
-    refused(run("plan", "--model", cache, "--keep", 0.5), ("hub cache", f"Give {cache}/snapshots/abc"))
-
-
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config", "quantization"])
 def test_null_says_nothing_and_does_not_go_with_the_cut(key, run, dense, tmp_path):
     """transformers 5 reads a null as none; 4.57 ends with an error that names neither file nor key."""

@@ -33,7 +33,7 @@ def plan_sizes(options: Options) -> SlicePlan:
         raise InputError(
             "--strength needs a scenario and weights to find the breadth.", hint="Give --keep to plan by size alone."
         )
-    checkpoint, host = Checkpoint(locate(options.model)), options.wanted_host
+    checkpoint, host = Checkpoint(locate(options.source)), options.wanted_host
     if options.layout != "auto":
         return plan_counts(checkpoint, options.keep, options.layout, host=host)
     try:
@@ -62,7 +62,7 @@ def plan_scenario(
     from sspcompile.select.selection import mask_of
 
     options = request.options
-    dense = open_dense(options.model)
+    dense = open_dense(options.source)
     refuse_hopeless(request, dense)
     loaded = dense.load(rendering=rendering_of(options))
     demand_readable(loaded, request.scenario.prompts, options.max_tokens)

@@ -91,9 +91,24 @@ def other_format(path: Path, typed: str) -> InputError | None:
         return adapter_error(path, typed)
     if (form := other_weights(names)) is not None:
         return CheckpointError(f"{typed} has no config.json; it holds {form.what}.", hint=form.way)
-    if snapshots := sorted(found.name for found in path.glob("snapshots/*") if found.is_dir()):
-        return CheckpointError(f"{typed} is a hub cache.", hint=f"Give {typed}/snapshots/{snapshots[-1]}.")
+    if snapshots := snapshots_in(path):
+        places = " or ".join(f"{typed}/snapshots/{name}" for name in snapshots)
+        return CheckpointError(f"{typed} is a hub cache of {len(snapshots)} revisions.", hint=f"Give {places}.")
     return None
+
+
+def snapshots_in(folder: Path) -> list[str]:
+    """The commits of which a repository's folder in a hub cache (`models--OWNER--NAME`) holds a snapshot, sorted."""
+    return sorted(found.name for found in folder.glob("snapshots/*") if found.is_dir())
+
+
+def chosen_snapshot(folder: Path) -> Path | None:
+    """The snapshot that a repository's folder in a hub cache stands for: that of `refs/main`, or the only one."""
+    names = snapshots_in(folder)
+    main = folder / "refs" / "main"
+    named = main.read_text("utf-8", errors="replace").strip() if main.is_file() else ""
+    chosen = named if named in names else names[0] if len(names) == 1 else None
+    return folder / "snapshots" / chosen if chosen is not None else None
 
 
 # --- Adapters --------------------------------------------------------------------------------------------------------

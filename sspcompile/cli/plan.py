@@ -62,14 +62,14 @@ def _plans(scenario: str | None, mask: Path | None, quiet: bool, given: dict[str
     if mask is not None:
         if scenario is not None:
             raise InputError("--mask and --scenario exclude each other.", hint="A mask was compiled already; give one.")
-        return [plan_mask(options.model, mask, options.wanted_host)]
-    sizes_only = scenario is None or not Checkpoint(locate(options.model)).has_weights
+        return [plan_mask(options.source, mask, options.wanted_host)]
+    sizes_only = scenario is None or not Checkpoint(locate(options.source)).has_weights
     if sizes_only and not needs_model(options):
         return [plan_sizes(options)]
     from sspcompile.api.refusing import refuse_hopeless, warnings_of
     from sspcompile.model.dense import open_dense
 
-    dense = open_dense(options.model)
+    dense = open_dense(options.source)
     refuse_hopeless(request, dense, weights=not sizes_only)
     for warning in warnings_of(request, dense):
         warn(warning)

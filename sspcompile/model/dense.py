@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sspcompile.checkpoint import Checkpoint, fingerprint, locate
+from sspcompile.checkpoint import Checkpoint, fingerprint
 from sspcompile.checkpoint.companions import companions
-from sspcompile.checkpoint.locate import EMBEDDED
+from sspcompile.checkpoint.locate import EMBEDDED, find
 from sspcompile.model.chat import PLAIN, Rendering
 
 if TYPE_CHECKING:
@@ -18,19 +16,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DenseModel:
-    """A dense checkpoint: opened, identified, and called `name` as the user typed it."""
+    """A dense checkpoint: opened, identified, and called `name` as the user typed it.
+
+    `place` and `revision` say where to find it again: see `Found`.
+    """
 
     checkpoint: Checkpoint
     fingerprint: str
     name: str
+    place: str
+    revision: str | None = None
 
     @property
-    def place(self) -> str:
-        """Where to find it again from any folder: a hub name, `embedded`, or an absolute path."""
-        typed = Path(self.name).expanduser()
-        if not typed.is_dir() or self.name == EMBEDDED:
-            return self.name
-        return os.path.abspath(typed)  # noqa: PTH100 (resolves `..` and keeps symbolic links, which absolute() does not)
+    def origin(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        revision = {"source_revision": self.revision} if self.revision is not None else {}
+        return {"source": self.fingerprint, "source_name": self.place, **revision}
 
     def load(
         self,
@@ -55,8 +56,9 @@ class DenseModel:
 
 def open_dense(model: str | None) -> DenseModel:
     """Find and check the dense checkpoint; reads headers, and small weights for the fingerprint."""
-    checkpoint = Checkpoint(locate(model))
+    found = find(model)
+    checkpoint = Checkpoint(found.folder)
     if checkpoint.has_weights:
         checkpoint.tensors  # noqa: B018 (validates headers before anything heavy starts)
         companions(checkpoint.path)  # and what will go with a cut
-    return DenseModel(checkpoint, fingerprint(checkpoint), model or EMBEDDED)
+    return DenseModel(checkpoint, fingerprint(checkpoint), model or EMBEDDED, found.place, found.revision)
