@@ -235,7 +235,8 @@ QUANTISED: dict[str, tuple[tuple[Change, ...], tuple[str, ...]]] = {
 }
 ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "owner/base", "r": 8}
 LORA = json.dumps(ADAPTER)
-WAY = ("is a LoRA adapter of owner/base", "merge_and_unload()")
+# Merged where the base is to be had and peft is there (test_adapters.py).
+WAY = ("is a LoRA adapter of owner/base",)
 OTHERS: dict[str, tuple[tuple[Change, ...], tuple[str, ...]]] = {
     "an adapter": (
         (gone("model.safetensors", "config.json"), files(adapter_config__json=LORA, adapter_model__safetensors=b"")),
@@ -249,10 +250,6 @@ OTHERS: dict[str, tuple[tuple[Change, ...], tuple[str, ...]]] = {
     "an adapter of prompts": (
         (gone("model.safetensors"), files(adapter_config__json=json.dumps(ADAPTER | {"peft_type": "PROMPT_TUNING"}))),
         ("PROMPT_TUNING adapter of owner/base", "Cut owner/base itself"),
-    ),
-    "an adapter with a broken configuration": (
-        (gone("model.safetensors"), files(adapter_config__json="{")),
-        ("is a LoRA adapter of another model",),
     ),
     "an adapter beside whole weights": (
         (files(adapter_config__json=LORA),),
@@ -363,6 +360,14 @@ def test_configuration_of_another_depth_is_refused(layers, fragments, run, dense
     folder = stored_as(dense(), tmp_path / "model", lambda tensors: tensors)
     said(num_hidden_layers=layers)(folder)
     refused(run("plan", "--model", folder, "--keep", 0.5), fragments)
+
+
+def test_adapter_with_a_broken_configuration_is_damaged(run, dense, tmp_path):
+    folder = stored_as(dense(), tmp_path / "model", lambda tensors: tensors)
+    for change in (gone("model.safetensors"), files(adapter_config__json="{")):
+        change(folder)
+    done = run("plan", "--model", folder, "--keep", 0.5)
+    assert done[0] == 2 and done[2].count("\n") == 1 and "adapter_config.json is not valid JSON" in done[2], done
 
 
 @pytest.mark.parametrize("tied", [False, True])

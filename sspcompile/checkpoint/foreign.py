@@ -114,7 +114,8 @@ def chosen_snapshot(folder: Path) -> Path | None:
 # --- Adapters --------------------------------------------------------------------------------------------------------
 
 ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "adapter_model.bin", "adapters.safetensors")
 # Kinds that add tokens or layers of their own, so that there is nothing to merge into.
 UNMERGEABLE = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
 UNMERGED = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|modules_to_save)\.")
@@ -134,7 +135,7 @@ def adapter_error(folder: Path, typed: str) -> UnsupportedModelError:
         )
     return UnsupportedModelError(
         f"{typed} is a {kind} adapter of {base}, not a whole model.",
-        hint=f"Merge it first: peft.AutoPeftModelForCausalLM.from_pretrained({typed!r}).merge_and_unload()"
+        hint=f"Merge it: peft.AutoPeftModelForCausalLM.from_pretrained({typed!r}).merge_and_unload()"
         ".save_pretrained('merged'); then copy the tokenizer into that folder.",
     )
 
@@ -165,8 +166,8 @@ def _adapter(folder: Path) -> tuple[str, str]:
     except (FileNotFoundError, ValueError, RecursionError):
         said = None
     said = said if isinstance(said, dict) else {}
-    kind, base = said.get("peft_type") or "LORA", said.get("base_model_name_or_path") or "another model"
-    return str(kind).replace("LORA", "LoRA"), str(base)
+    kind, base = str(said.get("peft_type") or "LORA"), said.get("base_model_name_or_path") or "another model"
+    return "LoRA" if kind == "LORA" else kind, str(base)
 
 
 # --- Models that do something else than writing ----------------------------------------------------------------------

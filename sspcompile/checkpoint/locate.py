@@ -8,8 +8,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from sspcompile.checkpoint.adapters import is_adapter_folder, read_adapter
 from sspcompile.checkpoint.companions import CODE, FOLDERS, PATTERNS
-from sspcompile.checkpoint.foreign import ADAPTER_CONFIG, chosen_snapshot, other_format
+from sspcompile.checkpoint.foreign import ADAPTER_CONFIG, ADAPTER_WEIGHTS, chosen_snapshot, other_format
 from sspcompile.checkpoint.quantised import FILES as QUANTISED_FILES
 from sspcompile.checkpoint.source import INDEX_NAME, SINGLE_NAME, absent_shards, refuse_by_configuration
 from sspcompile.errors import CheckpointError, InputError
@@ -37,12 +38,14 @@ EMBEDDED = "embedded"
 class Found:
     """A model folder, and how to find it again from any folder.
 
-    `place`: a hub name, `embedded`, or an absolute path. `revision`: the commit of a hub repository.
+    `place`: a hub name, `embedded`, or an absolute path. `revision`: the commit of a hub repository. `adapter`: whether
+    it is an adapter, which needs its base to be a model.
     """
 
     folder: Path
     place: str
     revision: str | None = None
+    adapter: bool = False
 
 
 def embedded_model() -> Path:
@@ -58,7 +61,8 @@ def locate(model: str | None) -> Path:
 
 
 def find(model: str | None) -> Found:
-    """A folder with a config.json: the embedded model for None or its name, a local folder, or a hub snapshot.
+    """A folder with a config.json: the embedded model for None or its name, a local folder, or a hub snapshot. Or a
+    folder with an adapter_config.json and no whole weights.
 
     A hub name may end in `@REVISION`. Hub and cache behaviour is huggingface_hub's own (HF_HOME, HF_TOKEN,
     HF_HUB_OFFLINE). Raises CheckpointError.
@@ -68,9 +72,12 @@ def find(model: str | None) -> Found:
     folder = Path(model).expanduser()
     if folder.is_dir():
         folder = model_folder(folder)
+        place = os.path.abspath(folder)  # noqa: PTH100 (resolves `..` and keeps symbolic links)
+        if is_adapter_folder(folder):
+            return Found(folder, place, adapter=True)
         if not (folder / "config.json").is_file():
             raise _no_config(folder, str(model))
-        return Found(folder, os.path.abspath(folder))  # noqa: PTH100 (resolves `..` and keeps symbolic links)
+        return Found(folder, place)
     if folder.exists():
         raise other_format(folder, str(model)) or CheckpointError(
             f"{model} is a file.", hint="--model takes the folder that holds config.json."
@@ -86,8 +93,7 @@ def find(model: str | None) -> Found:
             f"{revision!r:.80} is not a revision.", hint=f"Give a branch, a tag or a commit of {name}."
         )
     snapshot = _snapshot(name, revision or None)
-    commit = snapshot.name if re.fullmatch(COMMIT, snapshot.name) else None
-    return Found(snapshot, name, commit or revision or None)
+    return Found(snapshot, name, _commit_of(snapshot) or revision or None, is_adapter_folder(snapshot))
 
 
 def model_folder(folder: Path) -> Path:
@@ -121,15 +127,23 @@ def at_revision(model: str | None, revision: str | None) -> str | None:
 def _snapshot(name: str, revision: str | None) -> Path:
     """A repository of the hub: the small files first, and the weights only of a model that can be cut."""
     folder = _fetched(name, SMALL_PATTERNS, revision)
+    if not (folder / "config.json").is_file() and is_adapter_folder(folder):
+        read_adapter(folder, name)
+        _fetched(name, [ADAPTER_WEIGHTS], _commit_of(folder) or revision)
+        return folder
     if not (folder / "config.json").is_file():
         raise _no_config(folder, name)
     refuse_by_configuration(folder)
-    # A snapshot's folder is called by its commit, so that all files are of one.
-    commit = folder.name if re.fullmatch(COMMIT, folder.name) else revision
+    commit = _commit_of(folder) or revision
     _fetched(name, [SINGLE_NAME], commit)
     if absent := absent_shards(folder):  # shards may have any name; the index is the one to say
         _fetched(name, [glob.escape(shard) for shard in absent], commit)
     return folder
+
+
+def _commit_of(snapshot: Path) -> str | None:
+    """A snapshot's folder is called by its commit; asked for by it, all files are of one."""
+    return snapshot.name if re.fullmatch(COMMIT, snapshot.name) else None
 
 
 def _fetched(name: str, patterns: list[str], revision: str | None) -> Path:

@@ -54,8 +54,8 @@ def plan(scenario: str | None, mask: Path | None, by_layer: bool, as_json: bool,
 
 def _plans(scenario: str | None, mask: Path | None, quiet: bool, given: dict[str, Any]) -> list[SlicePlan]:
     from sspcompile.api.plan import needs_model, plan_mask, plan_scenario, plan_sizes
-    from sspcompile.checkpoint import Checkpoint, locate
     from sspcompile.errors import InputError
+    from sspcompile.model.dense import open_sizes
 
     request = request_of(scenario or UNNAMED, given)
     options = request.options
@@ -63,7 +63,7 @@ def _plans(scenario: str | None, mask: Path | None, quiet: bool, given: dict[str
         if scenario is not None:
             raise InputError("--mask and --scenario exclude each other.", hint="A mask was compiled already; give one.")
         return [plan_mask(options.source, mask, options.wanted_host)]
-    sizes_only = scenario is None or not Checkpoint(locate(options.source)).has_weights
+    sizes_only = scenario is None or not open_sizes(options.source).has_weights
     if sizes_only and not needs_model(options):
         return [plan_sizes(options)]
     from sspcompile.api.refusing import refuse_hopeless, warnings_of
