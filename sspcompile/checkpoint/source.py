@@ -183,7 +183,7 @@ def plain_table(folder: Path, config: Mapping[str, Any]) -> dict[str, TensorInfo
             raise
         raise quantised_error(said, error.message.rstrip("."), folder) from error
     refuse_adapted(folder, table)
-    refuse_quantised(config, {name: info.dtype for name, info in table.items()}, folder)
+    refuse_quantised(config, table, folder)
     refuse_other_task(config, table, stored_prefix(table), folder)
     return table
 
