@@ -11,12 +11,26 @@ from pathlib import Path
 from threading import Thread
 from urllib.parse import unquote, urlsplit
 
+import pytest
+from huggingface_hub import constants
+
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
 def commit_of(revision: str) -> str:
     """The commit that a branch or tag of the hub points to."""
     return REVISION if revision == "main" else hashlib.sha1(revision.encode()).hexdigest()
+
+
+def ask(monkeypatch: pytest.MonkeyPatch, address: str | None, cache: Path) -> None:
+    """From here on the hub is at `address`, or out of reach for None, and its cache in `cache`."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", address is None)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1" if address is None else "")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "ENDPOINT", address or "http://127.0.0.1:9")
+    resolved = "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", constants.ENDPOINT + resolved)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import byte_tokenizer, family_config, save_random
+from hub import REVISION, ask, hub
 from safetensors.torch import load_file, save_file
 from stored import below, stored_as
 from test_slicing_exact import mask_for
@@ -111,8 +112,10 @@ def origin_of(folder: Path) -> dict:
 
 
 @pytest.fixture(autouse=True)
-def anew():
-    """What one test merged is merged again by the next."""
+def anew(tmp_path, monkeypatch):
+    """Temporary folders are this test's own, and what one test merged is merged again by the next."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     yield
     remove_temporary()
 
@@ -260,6 +263,24 @@ def test_sizes_are_those_of_the_base_without_a_merge(bases, run, tmp_path):
     assert plans[0][0] == 0 and plans[0][1] == plans[1][1] and plans[0][2] == ""
 
 
+def test_adapter_of_the_hub_is_found_again_at_its_commit(peft, bases, run, tmp_path, monkeypatch):
+    """Nothing but the adapter is fetched of its repository."""
+    folder = adapter(tmp_path / "adapter", bases())
+    for name in ("optimizer.pt", "training_args.bin", "README.md"):
+        (folder / name).write_bytes(b"x")
+    mask = mask_of(open_dense(str(folder)).checkpoint, tmp_path / "mask.json")
+    with hub("org/lora", folder) as (address, fetched):
+        ask(monkeypatch, address, tmp_path / "hub")
+        assert run("slice", "--model", "org/lora", "--mask", mask, "--out", "cut")[0] == 0
+        assert sorted(fetched) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    told = origin_of(tmp_path / "cut")
+    assert (told["source_name"], told["source_revision"]) == ("org/lora", REVISION)
+    assert told["adapter"]["base_name"] == str(bases())
+    assert "base_model: org/lora\n" in (tmp_path / "cut" / "README.md").read_text()
+    ask(monkeypatch, None, tmp_path / "hub")
+    assert run("verify", "cut", "--layerwise")[0] == 0
+
+
 def test_verify_tells_an_adapter_that_was_trained_on(peft, bases, run, tmp_path):
     folder = adapter(tmp_path / "adapter", bases())
     mask = mask_of(open_dense(str(folder)).checkpoint, tmp_path / "mask.json")
@@ -274,7 +295,6 @@ def test_killed_run_leaves_nothing_once_another_begins(peft, bases, tmp_path):
     folder = adapter(tmp_path / "adapter", bases())
     code = f"from sspcompile.model.dense import open_dense\nopen_dense({str(folder)!r})\n" + KILL
     place = tmp_path / "temporary"
-    place.mkdir()
     surroundings = {**os.environ, "TMPDIR": str(place)}
     subprocess.run([sys.executable, "-c", code], env=surroundings, check=False)
     assert len(list(place.iterdir())) == 1

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 from builders import family_config, save_random
-from hub import REVISION, commit_of, hub
-from huggingface_hub import constants
+from hub import REVISION, ask, commit_of, hub
 from test_slicing_exact import mask_for
 
 from sspcompile.checkpoint import Checkpoint, fingerprint
@@ -72,16 +71,7 @@ def refused(done: tuple[int, str, str], *fragments: str) -> None:
 def home(tmp_path, monkeypatch):
     """Called with an address, or None for offline: from then on that is the hub, and its cache lies here."""
 
-    def turn(address: str | None) -> None:
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", address is None)
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1" if address is None else "")
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "ENDPOINT", address or "http://127.0.0.1:9")
-        resolved = "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", constants.ENDPOINT + resolved)
-
-    return turn
+    return lambda address: ask(monkeypatch, address, tmp_path / "hub")
 
 
 @pytest.fixture
