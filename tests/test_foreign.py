@@ -235,7 +235,8 @@ QUANTISED: dict[str, tuple[tuple[Change, ...], tuple[str, ...]]] = {
 }
 ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "owner/base", "r": 8}
 LORA = json.dumps(ADAPTER)
-WAY = ("is a LoRA adapter of owner/base", "merge_and_unload()")
+# Merged where the base is to be had and peft is there (test_adapters.py).
+WAY = ("is a LoRA adapter of owner/base",)
 OTHERS: dict[str, tuple[tuple[Change, ...], tuple[str, ...]]] = {
     "an adapter": (
         (gone("model.safetensors", "config.json"), files(adapter_config__json=LORA, adapter_model__safetensors=b"")),
@@ -249,10 +250,6 @@ OTHERS: dict[str, tuple[tuple[Change, ...], tuple[str, ...]]] = {
     "an adapter of prompts": (
         (gone("model.safetensors"), files(adapter_config__json=json.dumps(ADAPTER | {"peft_type": "PROMPT_TUNING"}))),
         ("PROMPT_TUNING adapter of owner/base", "Cut owner/base itself"),
-    ),
-    "an adapter with a broken configuration": (
-        (gone("model.safetensors"), files(adapter_config__json="{")),
-        ("is a LoRA adapter of another model",),
     ),
     "an adapter beside whole weights": (
         (files(adapter_config__json=LORA),),
@@ -365,6 +362,14 @@ def test_configuration_of_another_depth_is_refused(layers, fragments, run, dense
     refused(run("plan", "--model", folder, "--keep", 0.5), fragments)
 
 
+def test_adapter_with_a_broken_configuration_is_damaged(run, dense, tmp_path):
+    folder = stored_as(dense(), tmp_path / "model", lambda tensors: tensors)
+    for change in (gone("model.safetensors"), files(adapter_config__json="{")):
+        change(folder)
+    done = run("plan", "--model", folder, "--keep", 0.5)
+    assert done[0] == 2 and done[2].count("\n") == 1 and "adapter_config.json is not valid JSON" in done[2], done
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_reward_model_is_refused_however_its_embeddings_are(tied, run, dense, tmp_path):
     folder = stored_as(dense(tied), tmp_path / "model", lambda tensors: tensors)
@@ -377,12 +382,6 @@ def test_file_in_place_of_a_folder(run, tmp_path):
     for name, fragments in (("m.gguf", ("GGUF weights", "safetensors checkpoint")), ("m.safetensors", ("is a file",))):
         (tmp_path / name).write_bytes(b"GGUF")
         refused(run("plan", "--model", tmp_path / name, "--keep", 0.5), fragments)
-
-
-def test_hub_cache_in_place_of_a_snapshot(run, dense, tmp_path):
-    cache = tmp_path / "models--org--tiny"
-    stored_as(dense(), cache / "snapshots" / "abc", lambda tensors: tensors)
-    refused(run("plan", "--model", cache, "--keep", 0.5), ("hub cache", f"Give {cache}/snapshots/abc"))
 
 
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config", "quantization"])

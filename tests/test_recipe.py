@@ -173,6 +173,7 @@ def test_default_options() -> None:
         == resolve({}, environment={}).model_dump()
         == {
             "model": None,
+            "revision": None,
             "keep": 0.5,
             "strength": None,
             "layout": "auto",

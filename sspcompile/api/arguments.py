@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from sspcompile.checkpoint import Manifest, check_manifest, locate
 from sspcompile.checkpoint.foreign import other_format
-from sspcompile.checkpoint.locate import EMBEDDED, is_hub_name
+from sspcompile.checkpoint.locate import EMBEDDED, is_hub_name, model_folder
 from sspcompile.checkpoint.manifest import NAME as MANIFEST
 from sspcompile.errors import ArtifactError, InputError
 from sspcompile.model.chat import PLAIN, Rendering, rendering_of
@@ -34,14 +34,20 @@ KINDS: dict[Kind, str] = {
 
 @dataclass(frozen=True)
 class Named:
-    """What an argument names. `folder` was named; `model` is the folder in it that a runtime loads."""
+    """What an argument names. `folder` was named; `model` is the folder in it that a runtime loads.
+
+    `typed`: the argument, where the folder is only what it was found as.
+    """
 
     kind: Kind
     folder: Path
     model: Path
+    typed: str | None = None
 
     @property
     def name(self) -> str:
+        if self.typed is not None and is_hub_name(self.typed):
+            return self.typed.partition("@")[0].partition("/")[2]
         return self.folder.resolve().name
 
     @property
@@ -157,7 +163,7 @@ def named(argument: str | None, workspace: Workspace) -> Named:
     ours = places[0].absolute().parent in (workspace.artifacts.absolute(), workspace.exported.absolute())
     if argument == EMBEDDED or (is_hub_name(argument) and not places[0].exists() and not ours):
         folder = locate(argument)
-        return Named("model", folder, folder)
+        return Named("model", folder, folder, argument)
     return _refuse(argument)
 
 
@@ -166,6 +172,7 @@ def _recognised(folder: Path) -> Named | None:
         return Named("build", folder, folder / MODEL)
     if is_onnx(folder):
         return Named("export", folder, folder)
+    folder = model_folder(folder)
     if not (folder / "config.json").is_file():
         return None
     if (folder / MASK).is_file():
@@ -193,12 +200,13 @@ def demand(found: Named, *kinds: Kind, command: str) -> Named:
 
 def dense_of(folder: Path, manifest: Manifest, given: str | None, *, option: str = "--model") -> DenseModel:
     """The dense model behind a finished folder: at `given`, or where its manifest says. Raises ArtifactError."""
-    source, place = (manifest.origin.get(key) for key in ("source", "source_name"))
+    source, place, revision = (manifest.origin.get(f"source{key}") for key in ("", "_name", "_revision"))
     if given is None and not isinstance(place, str):
         raise ArtifactError(
             f"The manifest of {folder} does not name the model behind it.", hint=f"Name that model with {option}."
         )
-    dense = open_dense(given or str(place))
+    was = f"{place}@{revision}" if isinstance(revision, str) else str(place)
+    dense = open_dense(given or was)
     if isinstance(source, str) and dense.fingerprint != source:
         raise ArtifactError(
             f"{dense.name} is not the model that {folder} was made from.", hint=f"Name that model with {option}."

@@ -60,13 +60,8 @@ def source_of(found: Named) -> Source:
             custom_code=found.custom_code,
         )
     if found.kind == "model":
-        dense = open_dense(str(found.folder))
-        origin = {
-            "source": dense.fingerprint,
-            "source_name": dense.place,
-            "licence": licence_of(found.model),
-            "left_out": not_carried(found.model),
-        }
+        dense = open_dense(found.typed or str(found.folder))
+        origin = {**dense.origin, "licence": licence_of(found.model), "left_out": not_carried(found.model)}
     else:
         origin = {**found.manifest().origin, "artifact": found.name}
     vocab = read_decoder(found.model).geometry.vocab

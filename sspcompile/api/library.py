@@ -61,7 +61,7 @@ def plan(
 
     request = _request(model, scenario if scenario is not None else _UNNAMED, options)
     if mask is not None:
-        return plan_mask(request.options.model, Path(mask), request.options.wanted_host)
+        return plan_mask(request.options.source, Path(mask), request.options.wanted_host)
     if scenario is None:
         return plan_sizes(request.options)
     plans, _ = plan_scenario(request, Workspace(Path(root)), progress)
@@ -91,7 +91,7 @@ def build(
 
     request, workspace = _request(model, scenario, options), Workspace(Path(root))
     folder = Path(out) if out is not None else workspace.artifact(request.scenario.name)
-    run(request, open_dense(request.options.model), folder, workspace, progress, overwrite=overwrite)
+    run(request, open_dense(request.options.source), folder, workspace, progress, overwrite=overwrite)
     return Artifact(folder, workspace.root)
 
 

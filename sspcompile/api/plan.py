@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sspcompile.api.slice import open_cut
-from sspcompile.checkpoint import Checkpoint, locate
 from sspcompile.errors import InputError, UnsupportedModelError
+from sspcompile.model.dense import open_dense, open_sizes
 from sspcompile.progress import Progress, silent
 from sspcompile.request.options import Options, default_of
 from sspcompile.request.request import Request
@@ -33,7 +33,7 @@ def plan_sizes(options: Options) -> SlicePlan:
         raise InputError(
             "--strength needs a scenario and weights to find the breadth.", hint="Give --keep to plan by size alone."
         )
-    checkpoint, host = Checkpoint(locate(options.model)), options.wanted_host
+    checkpoint, host = open_sizes(options.source), options.wanted_host
     if options.layout != "auto":
         return plan_counts(checkpoint, options.keep, options.layout, host=host)
     try:
@@ -55,7 +55,6 @@ def plan_scenario(
     # Sizes alone need neither torch nor the weights' fingerprint.
     from sspcompile.api.refusing import refuse_hopeless
     from sspcompile.model.chat import rendering_of
-    from sspcompile.model.dense import open_dense
     from sspcompile.model.text import demand_readable
     from sspcompile.prepare.toolkits import toolkit_for
     from sspcompile.select.reading import choices_for, read_through
@@ -64,7 +63,7 @@ def plan_scenario(
     from sspcompile.select.texts import Texts
 
     options = request.options
-    dense = open_dense(options.model)
+    dense = open_dense(options.source)
     refuse_hopeless(request, dense)
     loaded = dense.load(rendering=rendering_of(options))
     demand_readable(loaded, request.scenario.prompts, options.max_tokens)

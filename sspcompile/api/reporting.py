@@ -181,8 +181,7 @@ def origin_of(outcome: Outcome) -> dict[str, Any]:
     """What the artifact was made from; the same origin gives the same bytes."""
     return {
         "sspcompile": sspcompile.__version__,
-        "source": outcome.dense.fingerprint,
-        "source_name": outcome.dense.place,
+        **outcome.dense.origin,
         "licence": licence_of(outcome.dense.checkpoint.path),
         "left_out": not_carried(outcome.dense.checkpoint.path),
         "pools": pools_fingerprint(pools_of(outcome.request.options).candidates),

@@ -85,8 +85,7 @@ def write_cut(
         (folder / PLAN).write_text(json.dumps(plan, indent=1) + "\n", "utf-8")
         origin = {
             "sspcompile": sspcompile.__version__,
-            "source": cut.dense.fingerprint,
-            "source_name": cut.dense.place,
+            **cut.dense.origin,
             "licence": licence_of(cut.dense.checkpoint.path),
             "left_out": not_carried(cut.dense.checkpoint.path),
         }

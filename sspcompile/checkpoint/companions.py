@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -46,16 +46,21 @@ NEVER = (*CODE, "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 UNTOLD = ("config.json", "README.md", "manifest.json", ".*")
 
 
-def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy what a loader may read of a model folder; returns the relative paths, sorted.
+def copy_companions(source: Path, target: Path, *, wanted: Callable[[str], bool] = bool) -> list[str]:
+    """Copy what a loader may read of a model folder, as far as it is `wanted`; returns the relative paths, sorted.
 
     Raises what `companions` raises.
     """
-    names = companions(source)
+    names = [name for name in companions(source) if wanted(name)]
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, target / name)
     return names
+
+
+def of_tokenizer(name: str) -> bool:
+    """Whether a companion belongs to the tokenizer, its templates included."""
+    return _matches(name.rpartition("/")[2], (*TOKENIZER, *TEMPLATES))
 
 
 def companions(folder: Path) -> list[str]:

@@ -91,15 +91,31 @@ def other_format(path: Path, typed: str) -> InputError | None:
         return adapter_error(path, typed)
     if (form := other_weights(names)) is not None:
         return CheckpointError(f"{typed} has no config.json; it holds {form.what}.", hint=form.way)
-    if snapshots := sorted(found.name for found in path.glob("snapshots/*") if found.is_dir()):
-        return CheckpointError(f"{typed} is a hub cache.", hint=f"Give {typed}/snapshots/{snapshots[-1]}.")
+    if snapshots := snapshots_in(path):
+        places = " or ".join(f"{typed}/snapshots/{name}" for name in snapshots)
+        return CheckpointError(f"{typed} is a hub cache of {len(snapshots)} revisions.", hint=f"Give {places}.")
     return None
+
+
+def snapshots_in(folder: Path) -> list[str]:
+    """The commits of which a repository's folder in a hub cache (`models--OWNER--NAME`) holds a snapshot, sorted."""
+    return sorted(found.name for found in folder.glob("snapshots/*") if found.is_dir())
+
+
+def chosen_snapshot(folder: Path) -> Path | None:
+    """The snapshot that a repository's folder in a hub cache stands for: that of `refs/main`, or the only one."""
+    names = snapshots_in(folder)
+    main = folder / "refs" / "main"
+    named = main.read_text("utf-8", errors="replace").strip() if main.is_file() else ""
+    chosen = named if named in names else names[0] if len(names) == 1 else None
+    return folder / "snapshots" / chosen if chosen is not None else None
 
 
 # --- Adapters --------------------------------------------------------------------------------------------------------
 
 ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "adapter_model.bin", "adapters.safetensors")
 # Kinds that add tokens or layers of their own, so that there is nothing to merge into.
 UNMERGEABLE = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
 UNMERGED = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|modules_to_save)\.")
@@ -119,7 +135,7 @@ def adapter_error(folder: Path, typed: str) -> UnsupportedModelError:
         )
     return UnsupportedModelError(
         f"{typed} is a {kind} adapter of {base}, not a whole model.",
-        hint=f"Merge it first: peft.AutoPeftModelForCausalLM.from_pretrained({typed!r}).merge_and_unload()"
+        hint=f"Merge it: peft.AutoPeftModelForCausalLM.from_pretrained({typed!r}).merge_and_unload()"
         ".save_pretrained('merged'); then copy the tokenizer into that folder.",
     )
 
@@ -150,8 +166,8 @@ def _adapter(folder: Path) -> tuple[str, str]:
     except (FileNotFoundError, ValueError, RecursionError):
         said = None
     said = said if isinstance(said, dict) else {}
-    kind, base = said.get("peft_type") or "LORA", said.get("base_model_name_or_path") or "another model"
-    return str(kind).replace("LORA", "LoRA"), str(base)
+    kind, base = str(said.get("peft_type") or "LORA"), said.get("base_model_name_or_path") or "another model"
+    return "LoRA" if kind == "LORA" else kind, str(base)
 
 
 # --- Models that do something else than writing ----------------------------------------------------------------------

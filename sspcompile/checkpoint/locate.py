@@ -5,10 +5,12 @@ from __future__ import annotations
 import glob
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
+from sspcompile.checkpoint.adapters import is_adapter_folder, read_adapter
 from sspcompile.checkpoint.companions import CODE, FOLDERS, PATTERNS
-from sspcompile.checkpoint.foreign import ADAPTER_CONFIG, other_format
+from sspcompile.checkpoint.foreign import ADAPTER_CONFIG, ADAPTER_WEIGHTS, chosen_snapshot, other_format
 from sspcompile.checkpoint.quantised import FILES as QUANTISED_FILES
 from sspcompile.checkpoint.source import INDEX_NAME, SINGLE_NAME, absent_shards, refuse_by_configuration
 from sspcompile.errors import CheckpointError, InputError
@@ -24,10 +26,26 @@ SMALL_PATTERNS = [
 HUB_PATTERNS = [*SMALL_PATTERNS, SINGLE_NAME, "model-*-of-*.safetensors"]
 # Patterns of the hub match across slashes: every folder but those in FOLDERS, which begin with "ad".
 HUB_IGNORED = [*CODE, "[!a]*/*", "a[!d]*/*"]
-REVISION = r"[0-9a-f]{40}"
+COMMIT = r"[0-9a-f]{40}"
+# What git allows in the name of a branch or tag, as far as it cannot lead out of a folder.
+REVISION = r"(?!.*(\.\.|//))[\w][\w./+-]*"
 
 # What artifacts call the model that ships with the package; a folder of that name is `./embedded`.
 EMBEDDED = "embedded"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model folder, and how to find it again from any folder.
+
+    `place`: a hub name, `embedded`, or an absolute path. `revision`: the commit of a hub repository. `adapter`: whether
+    it is an adapter, which needs its base to be a model.
+    """
+
+    folder: Path
+    place: str
+    revision: str | None = None
+    adapter: bool = False
 
 
 def embedded_model() -> Path:
@@ -38,17 +56,28 @@ def embedded_model() -> Path:
 
 
 def locate(model: str | None) -> Path:
-    """A folder with a config.json: the embedded model for None or its name, a local folder, or a hub snapshot.
+    """The folder of what `find` finds."""
+    return find(model).folder
 
-    Hub and cache behaviour is huggingface_hub's own (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE). Raises CheckpointError.
+
+def find(model: str | None) -> Found:
+    """A folder with a config.json: the embedded model for None or its name, a local folder, or a hub snapshot. Or a
+    folder with an adapter_config.json and no whole weights.
+
+    A hub name may end in `@REVISION`. Hub and cache behaviour is huggingface_hub's own (HF_HOME, HF_TOKEN,
+    HF_HUB_OFFLINE). Raises CheckpointError.
     """
     if model in (None, EMBEDDED):
-        return embedded_model()
+        return Found(embedded_model(), EMBEDDED)
     folder = Path(model).expanduser()
     if folder.is_dir():
+        folder = model_folder(folder)
+        place = os.path.abspath(folder)  # noqa: PTH100 (resolves `..` and keeps symbolic links)
+        if is_adapter_folder(folder):
+            return Found(folder, place, adapter=True)
         if not (folder / "config.json").is_file():
             raise _no_config(folder, str(model))
-        return folder
+        return Found(folder, place)
     if folder.exists():
         raise other_format(folder, str(model)) or CheckpointError(
             f"{model} is a file.", hint="--model takes the folder that holds config.json."
@@ -58,32 +87,70 @@ def locate(model: str | None) -> Path:
             f"There is no model folder {model}.",
             hint="--model takes a folder with config.json, or a hub name such as Qwen/Qwen2.5-7B-Instruct.",
         )
-    return _snapshot(model)
+    name, at, revision = str(model).partition("@")
+    if at and not re.fullmatch(REVISION, revision):
+        raise CheckpointError(
+            f"{revision!r:.80} is not a revision.", hint=f"Give a branch, a tag or a commit of {name}."
+        )
+    snapshot = _snapshot(name, revision or None)
+    return Found(snapshot, name, _commit_of(snapshot) or revision or None, is_adapter_folder(snapshot))
+
+
+def model_folder(folder: Path) -> Path:
+    """The folder itself, or the snapshot that a hub cache's folder `models--OWNER--NAME` stands for."""
+    return folder if (folder / "config.json").is_file() else chosen_snapshot(folder) or folder
 
 
 def is_hub_name(text: str) -> bool:
-    """Whether a text has the form OWNER/NAME; whether the hub has it is another question."""
-    return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not text.endswith("/")
+    """Whether a text has the form OWNER/NAME or OWNER/NAME@REVISION; whether the hub has it is another question."""
+    name = text.partition("@")[0]
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
 
 
-def _snapshot(name: str) -> Path:
+def at_revision(model: str | None, revision: str | None) -> str | None:
+    """`model` with its revision in one word, as `find` takes it. Raises InputError for a model that has none."""
+    if revision is None:
+        return model
+    if model is None or model == EMBEDDED or Path(model).expanduser().exists() or not is_hub_name(model):
+        said = "no model is named" if model is None else f"{model} is none"
+        raise InputError(
+            f"The revision {revision!r:.80} is for a model of the hub, and {said}.",
+            hint="Leave the revision out, or give a hub name with --model.",
+        )
+    if "@" in model:
+        raise InputError(
+            f"{model} names its revision, and {revision!r:.80} is given beside it.", hint="Give one of them."
+        )
+    return f"{model}@{revision}"
+
+
+def _snapshot(name: str, revision: str | None) -> Path:
     """A repository of the hub: the small files first, and the weights only of a model that can be cut."""
-    folder = _fetched(name, SMALL_PATTERNS)
+    folder = _fetched(name, SMALL_PATTERNS, revision)
+    if not (folder / "config.json").is_file() and is_adapter_folder(folder):
+        read_adapter(folder, name)
+        _fetched(name, [ADAPTER_WEIGHTS], _commit_of(folder) or revision)
+        return folder
     if not (folder / "config.json").is_file():
         raise _no_config(folder, name)
     refuse_by_configuration(folder)
-    # A snapshot's folder is called by its revision, so that all files are of one.
-    revision = folder.name if re.fullmatch(REVISION, folder.name) else None
-    _fetched(name, [SINGLE_NAME], revision)
+    commit = _commit_of(folder) or revision
+    _fetched(name, [SINGLE_NAME], commit)
     if absent := absent_shards(folder):  # shards may have any name; the index is the one to say
-        _fetched(name, [glob.escape(shard) for shard in absent], revision)
+        _fetched(name, [glob.escape(shard) for shard in absent], commit)
     return folder
 
 
-def _fetched(name: str, patterns: list[str], revision: str | None = None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def _commit_of(snapshot: Path) -> str | None:
+    """A snapshot's folder is called by its commit; asked for by it, all files are of one."""
+    return snapshot.name if re.fullmatch(COMMIT, snapshot.name) else None
 
+
+def _fetched(name: str, patterns: list[str], revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RevisionNotFoundError
+
+    shown = f"revision {revision} of {name}" if revision else name
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=HUB_IGNORED))
     except HFValidationError as error:
@@ -91,8 +158,12 @@ def _fetched(name: str, patterns: list[str], revision: str | None = None) -> Pat
     except LocalEntryNotFoundError as error:
         state = "offline" if os.environ.get("HF_HUB_OFFLINE") else "unreachable"
         raise CheckpointError(
-            f"There is no folder {name}, the hub is {state}, and {name} is not in the local cache.",
+            f"There is no folder {name}, the hub is {state}, and {shown} is not in the local cache.",
             hint="Give a local folder with --model, or download it first with `hf download`.",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(
+            f"{name} has no revision {revision} on the hub.", hint="Give a branch, a tag or a whole commit of it."
         ) from error
     except HfHubHTTPError as error:
         raise CheckpointError(

@@ -6,6 +6,7 @@ what is being built. The next run that writes NAME removes the siblings whose lo
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import glob
 import os
@@ -70,6 +71,23 @@ def scratch(parent: Path, name: str) -> Iterator[Path]:
         yield sibling.content
     finally:
         sibling.remove()
+
+
+def temporary(name: str) -> Path:
+    """An empty folder where the system keeps temporary files (TMPDIR), until the process ends or `remove_temporary`.
+
+    What a killed run left of this name is removed before. Raises InputError when the place cannot be written to.
+    """
+    return _KEPT.enter_context(scratch(Path(tempfile.gettempdir()), name))
+
+
+def remove_temporary() -> None:
+    """Remove every `temporary` folder of this process."""
+    _KEPT.close()
+
+
+_KEPT = contextlib.ExitStack()
+atexit.register(remove_temporary)
 
 
 def refuse_existing(out: Path, *, overwrite: bool) -> None:

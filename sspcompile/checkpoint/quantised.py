@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sspcompile.checkpoint.headers import FLOATS
+from sspcompile.checkpoint.headers import FLOATS, TensorInfo
 from sspcompile.errors import CheckpointError, UnsupportedModelError
 
 # The keys of config.json that describe one: transformers', an older one of compressed-tensors, MLX's.
@@ -52,10 +52,16 @@ ORIGINAL = "Cut the model that it was made from, and quantise the cut"
 # What transformers can turn back, each with its library installed: the arguments of from_pretrained, and what follows.
 TURNED_BACK = {
     "bitsandbytes": ("", ".dequantize()"),
-    "fp8": (", quantization_config=FineGrainedFP8Config(dequantize=True)", ""),
-    "mxfp4": (", quantization_config=Mxfp4Config(dequantize=True)", ""),
-    "compressed-tensors": (", quantization_config=CompressedTensorsConfig(run_compressed=False)", ""),
+    "fp8": (", quantization_config=t.FineGrainedFP8Config(dequantize=True)", ""),
+    "mxfp4": (", quantization_config=t.Mxfp4Config(dequantize=True)", ""),
+    "compressed-tensors": (", quantization_config=t.CompressedTensorsConfig(run_compressed=False)", ""),
 }
+# Without `save_original_format=False`, transformers quantises again what it saves, or ends with an error.
+SAVE = (
+    "import transformers as t; t.AutoModelForCausalLM.from_pretrained({source!r}{arguments}){call}"
+    ".save_pretrained('plain', save_original_format=False); "
+    "t.AutoTokenizer.from_pretrained({source!r}).save_pretrained('plain')"
+)
 
 
 @dataclass(frozen=True)
@@ -85,18 +91,19 @@ def declared(config: Mapping[str, Any]) -> Quantisation | None:
     return None
 
 
-def refuse_quantised(config: Mapping[str, Any], stored: Mapping[str, str], folder: Path) -> None:
-    """`stored`: tensor name -> dtype.
+def refuse_quantised(config: Mapping[str, Any], table: Mapping[str, TensorInfo], folder: Path) -> None:
+    """`table`: what is stored, by its name.
 
     Raises UnsupportedModelError for quantised weights, and CheckpointError for plain ones that config.json calls
     quantised: transformers would look for the others in every cut of them.
     """
     said = declared(config)
     for pattern, method in MARKS:
-        mark = next((name for name in stored if pattern.search(name)), None)
+        mark = next((name for name in table if pattern.search(name)), None)
         if mark is not None:
-            raise quantised_error(said or _beside(folder) or Quantisation("", method), f"it stores {mark}", folder)
-    scale = next((name for name in stored if CACHE_MARK.search(name)), None)
+            found = said or _beside(folder) or Quantisation("", method)
+            raise quantised_error(found, f"it stores {mark}", folder, cut_off=_cut_off(config, table))
+    scale = next((name for name in table if CACHE_MARK.search(name)), None)
     if scale is not None:
         raise UnsupportedModelError(
             f"{folder} holds {scale}, a scale of a quantised key/value cache, which a cut would lose.",
@@ -104,7 +111,7 @@ def refuse_quantised(config: Mapping[str, Any], stored: Mapping[str, str], folde
         )
     if said is None:
         return
-    odd = next((f"it stores {name} as {dtype}" for name, dtype in stored.items() if dtype not in FLOATS), None)
+    odd = next((f"it stores {name} as {info.dtype}" for name, info in table.items() if info.dtype not in FLOATS), None)
     if odd is not None:
         raise quantised_error(said, odd, folder)
     raise CheckpointError(
@@ -123,14 +130,32 @@ def refuse_declared(config: Mapping[str, Any], folder: Path) -> None:
         )
 
 
-def quantised_error(said: Quantisation, shown: str, folder: Path) -> UnsupportedModelError:
-    """Quantised weights; `shown` says what shows it."""
+def _cut_off(config: Mapping[str, Any], table: Mapping[str, TensorInfo]) -> bool:
+    """Whether blocks with a scale end outside of their matrix.
+
+    transformers 5.23 takes the size of a block for that of the matrix by their number, so that it turns these back into
+    other numbers.
+    """
+    said = config.get(KEYS[0])
+    block = said.get("weight_block_size") if isinstance(said, Mapping) else None
+    if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
+        return False
+    scaled = [
+        table[name.removesuffix("_scale_inv")].shape
+        for name in table
+        if name.removesuffix("_scale_inv") in table and name.endswith("_scale_inv")
+    ]
+    return any(size % step for shape in scaled for size, step in zip(shape[-2:], block, strict=False))
+
+
+def quantised_error(said: Quantisation, shown: str, folder: Path, *, cut_off: bool = False) -> UnsupportedModelError:
+    """Quantised weights; `shown` says what shows it. `cut_off`: see `_cut_off`."""
     hint = ORIGINAL
-    if said.method in TURNED_BACK:
+    if said.method in TURNED_BACK and not cut_off:
         arguments, call = TURNED_BACK[said.method]
-        hint += (
-            f"; or save plain weights first: AutoModelForCausalLM.from_pretrained({str(folder)!r}{arguments}){call}"
-            ".save_pretrained('plain')"
+        command = SAVE.format(source=str(folder), arguments=arguments, call=call)
+        return UnsupportedModelError(
+            f"{folder} is {said}: {shown}.", hint=f'{hint}; or save plain weights and cut those: python -c "{command}"'
         )
     return UnsupportedModelError(f"{folder} is {said}: {shown}.", hint=f"{hint}.")
 

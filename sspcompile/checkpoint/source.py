@@ -33,6 +33,7 @@ from sspcompile.checkpoint.settings import read_generation, read_json
 from sspcompile.checkpoint.tensors import LM_HEAD, tensor_shapes
 from sspcompile.checkpoint.tied import untied_by_weights
 from sspcompile.checkpoint.tokenizers import named_class_counts
+from sspcompile.checkpoint.towers import refuse_seeing
 from sspcompile.errors import CheckpointError, UnsupportedModelError
 from sspcompile.families import Geometry, geometry_of
 
@@ -48,6 +49,7 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = read_json(path / "config.json")
+        refuse_seeing(self.config, path)
         self._stated = geometry_of(self.config)
         read_generation(path)
 
@@ -181,7 +183,7 @@ def plain_table(folder: Path, config: Mapping[str, Any]) -> dict[str, TensorInfo
             raise
         raise quantised_error(said, error.message.rstrip("."), folder) from error
     refuse_adapted(folder, table)
-    refuse_quantised(config, {name: info.dtype for name, info in table.items()}, folder)
+    refuse_quantised(config, table, folder)
     refuse_other_task(config, table, stored_prefix(table), folder)
     return table
 

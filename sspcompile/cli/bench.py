@@ -6,7 +6,15 @@ import json
 
 import click
 
-from sspcompile.cli.options import COUNTS, byte_size, json_option, model_option, quiet_option, workspace
+from sspcompile.cli.options import (
+    COUNTS,
+    byte_size,
+    json_option,
+    model_option,
+    quiet_option,
+    revision_option,
+    workspace,
+)
 
 
 @click.command(
@@ -29,6 +37,7 @@ Examples:
     help="Compare with the dense model, or with this artifact, export or model folder.",
 )
 @model_option
+@revision_option
 @click.option(
     "--runtimes",
     metavar="LIST",
@@ -67,6 +76,7 @@ def bench(
     artifacts: tuple[str, ...],
     against: str,
     model: str | None,
+    revision: str | None,
     runtimes: str,
     quick: bool,
     prompt_tokens: tuple[int, ...] | None,
@@ -88,6 +98,7 @@ def bench(
     """
     from sspcompile.api.bench import BenchRequest
     from sspcompile.api.bench import bench as run
+    from sspcompile.checkpoint.locate import at_revision
     from sspcompile.cli.progress import stages
 
     request = BenchRequest.of(
@@ -102,8 +113,9 @@ def bench(
         device=device,
         memory=byte_size(memory, "--memory"),
     )
+    place = at_revision(model, revision)
     with stages(quiet) as progress:
-        done = run(artifacts or (None,), request, workspace(), progress, against=against, model=model, fresh=fresh)
+        done = run(artifacts or (None,), request, workspace(), progress, against=against, model=place, fresh=fresh)
     if as_json:
         click.echo(json.dumps(done.result.to_json(), indent=1))
         return

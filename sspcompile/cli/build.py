@@ -76,7 +76,7 @@ def build(
     from sspcompile.api.refusing import refuse_hopeless, warnings_of
     from sspcompile.model.dense import open_dense
 
-    dense = open_dense(request.options.model)
+    dense = open_dense(request.options.source)
     refuse_hopeless(request, dense, weights=not dry_run)
     for warning in warnings_of(request, dense):
         warn(warning)
@@ -124,7 +124,7 @@ def _sweep(
     refuse_clash(axis, given)
     requests = [request_of(scenario, given | {axis.option: axis.value(value)}) for value in axis.values]
     out = out or workspace().artifact(f"{requests[0].scenario.name}-sweep")
-    dense = open_dense(requests[0].options.model)
+    dense = open_dense(requests[0].options.source)
     for request in requests:
         refuse_hopeless(request, dense, weights=not dry_run)
     if dry_run:

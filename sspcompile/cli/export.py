@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sspcompile.cli.options import host_option, json_option, overwrite_option, quiet_option, say_left_out, workspace
+from sspcompile.cli.options import (
+    host_option,
+    json_option,
+    overwrite_option,
+    quiet_option,
+    revision_option,
+    say_left_out,
+    workspace,
+)
 
 if TYPE_CHECKING:
     from sspcompile.api.export import Published
@@ -81,6 +89,7 @@ Examples:
 )
 @click.option("--hard-link", is_flag=True, help="ONNX: share unchanged weight files with the source.")
 @click.option("--model", "-m", metavar="MODEL", help="ONNX: export this checkpoint as it is instead of an artifact.")
+@revision_option
 @overwrite_option
 @json_option
 @quiet_option
@@ -90,6 +99,7 @@ def export(
     out: Path | None,
     host: str | None,
     model: str | None,
+    revision: str | None,
     overwrite: bool,
     as_json: bool,
     quiet: bool,
@@ -109,11 +119,13 @@ def export(
     from sspcompile.api.arguments import named
     from sspcompile.api.export import ExportRequest
     from sspcompile.api.export import export as run
+    from sspcompile.checkpoint.locate import at_revision
     from sspcompile.cli.progress import stages
 
     request = ExportRequest(form, host, **onnx)
     request.check()
-    found = named(artifact if model is None else model, workspace())
+    place = at_revision(model, revision)
+    found = named(artifact if place is None else place, workspace())
     with stages(quiet) as progress:
         done = run(found, request, workspace(), progress, out=out, overwrite=overwrite)
     measured = _measured(done)

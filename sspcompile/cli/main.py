@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         spare_the_collector()
         sys.excepthook = partial(_unexpected, run)
     try:
-        with _interruptible(run.arrived):
+        with _interruptible(run.arrived), _told():
             code = cli.main(args=argv, prog_name="sspcompile", standalone_mode=False, obj=run)
     except SspError as error:
         _fail(run, error, str(error), error.exit_code)
@@ -97,6 +98,30 @@ def main(argv: list[str] | None = None) -> None:
     else:
         # Without standalone mode click returns the code of ctx.exit() instead of raising.
         sys.exit(code if isinstance(code, int) else 0)
+
+
+class _Stderr(logging.Handler):
+    """What the library notes for its users, a line each."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(record.getMessage(), err=True)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Show what the library notes, and leave none of its temporary folders behind, whatever ends the run."""
+    log, handler = logging.getLogger("sspcompile"), _Stderr(logging.INFO)
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
+        publish = sys.modules.get("sspcompile.checkpoint.publish")  # without it, there is none
+        if publish is not None:
+            publish.remove_temporary()
 
 
 @contextmanager

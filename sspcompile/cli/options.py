@@ -87,6 +87,7 @@ scenario_option = click.option(
     help="A recipe (file or shipped name), a sentence, or a file of prompts (.txt, .jsonl).",
 )
 model_option = build_option("model")
+revision_option = build_option("revision")
 host_option = build_option("host")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="Print no progress.")

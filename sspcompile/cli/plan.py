@@ -63,22 +63,22 @@ def plan(
 
 def _plans(scenario: str | None, mask: Path | None, quiet: bool, given: dict[str, Any]) -> list[SlicePlan]:
     from sspcompile.api.plan import needs_model, plan_mask, plan_scenario, plan_sizes
-    from sspcompile.checkpoint import Checkpoint, locate
     from sspcompile.errors import InputError
+    from sspcompile.model.dense import open_sizes
 
     request = request_of(scenario or UNNAMED, given)
     options = request.options
     if mask is not None:
         if scenario is not None:
             raise InputError("--mask and --scenario exclude each other.", hint="A mask was compiled already; give one.")
-        return [plan_mask(options.model, mask, options.wanted_host)]
-    sizes_only = scenario is None or not Checkpoint(locate(options.model)).has_weights
+        return [plan_mask(options.source, mask, options.wanted_host)]
+    sizes_only = scenario is None or not open_sizes(options.source).has_weights
     if sizes_only and not needs_model(options):
         return [plan_sizes(options)]
     from sspcompile.api.refusing import refuse_hopeless, warnings_of
     from sspcompile.model.dense import open_dense
 
-    dense = open_dense(options.model)
+    dense = open_dense(options.source)
     refuse_hopeless(request, dense, weights=not sizes_only)
     for warning in warnings_of(request, dense):
         warn(warning)
@@ -102,7 +102,7 @@ def _cost(scenario: str | None, mask: Path | None, as_json: bool, given: dict[st
     from sspcompile.model.dense import open_dense
 
     request = request_of(scenario, given)
-    dense = open_dense(request.options.model)
+    dense = open_dense(request.options.source)
     refuse_hopeless(request, dense)
     found = cost_of(request, dense, workspace())
     if as_json:

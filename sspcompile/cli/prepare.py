@@ -8,7 +8,15 @@ from typing import Any
 
 import click
 
-from sspcompile.cli.options import GOING_ON, build_option, json_option, model_option, quiet_option, workspace
+from sspcompile.cli.options import (
+    GOING_ON,
+    build_option,
+    json_option,
+    model_option,
+    quiet_option,
+    revision_option,
+    workspace,
+)
 
 
 @click.command(
@@ -23,6 +31,7 @@ Examples:
 """,
 )
 @model_option
+@revision_option
 @build_option("pools")
 @build_option("axes")
 @click.option(
@@ -63,7 +72,7 @@ def prepare(criteria: tuple[str, ...], device_map: str | None, as_json: bool, qu
     from sspcompile.request.pools import pools_of
 
     pools_of(options)  # refused, if at all, before the model is loaded
-    dense = open_dense(options.model)
+    dense = open_dense(options.source)
     with parallel.joined() as world, stages(quiet or not world.first) as progress:
         if world.first and not quiet and holds_work(beside(toolkit_folder(dense, options, workspace()))):
             click.echo(GOING_ON, err=True)

@@ -14,6 +14,7 @@ from sspcompile.cli.options import (
     model_option,
     overwrite_option,
     quiet_option,
+    revision_option,
     say_left_out,
 )
 
@@ -28,6 +29,7 @@ Examples:
 """,
 )
 @model_option
+@revision_option
 @click.option("--mask", required=True, type=click.Path(path_type=Path), help="The mask.json that a build wrote.")
 @click.option("--out", "-o", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @host_option
@@ -41,6 +43,7 @@ Examples:
 @quiet_option
 def slice_command(
     model: str | None,
+    revision: str | None,
     mask: Path,
     out: Path,
     host: str | None,
@@ -59,12 +62,13 @@ def slice_command(
     was compiled on one machine cuts the checkpoint on another. `sspcompile verify DIR` proves the result.
     """
     from sspcompile.api.slice import open_cut, write_cut
+    from sspcompile.checkpoint.locate import at_revision
     from sspcompile.checkpoint.publish import refuse_existing
     from sspcompile.slicing.hosts import named_host
 
     limit = byte_size(max_shard_size, "--max-shard-size")
     refuse_existing(out, overwrite=overwrite)
-    cut = open_cut(model, mask, host=named_host(host), any_model=any_model)
+    cut = open_cut(at_revision(model, revision), mask, host=named_host(host), any_model=any_model)
     if not dry_run:
         from sspcompile.cli.progress import stages
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import click
 
-from sspcompile.cli.options import json_option, model_option, quiet_option, workspace
+from sspcompile.cli.options import json_option, model_option, quiet_option, revision_option, workspace
 
 
 @click.command(
@@ -21,6 +21,7 @@ Examples:
 )
 @click.argument("artifact", required=False)
 @model_option
+@revision_option
 @click.option(
     "--layerwise/--whole",
     default=None,
@@ -28,7 +29,9 @@ Examples:
 )
 @json_option
 @quiet_option
-def verify(artifact: str | None, model: str | None, layerwise: bool | None, as_json: bool, quiet: bool) -> None:
+def verify(
+    artifact: str | None, model: str | None, revision: str | None, layerwise: bool | None, as_json: bool, quiet: bool
+) -> None:
     """Check every file's sha256 and every weight that was kept, load the model in a fresh process, and compare it with
     the masked dense model in float64.
 
@@ -38,11 +41,12 @@ def verify(artifact: str | None, model: str | None, layerwise: bool | None, as_j
     """
     from sspcompile.api.arguments import named
     from sspcompile.api.verify import verify as run
+    from sspcompile.checkpoint.locate import at_revision
     from sspcompile.cli.progress import stages
 
     named_folder = named(artifact, workspace())
     with stages(quiet) as progress:
-        found = run(named_folder, model, progress, layerwise=layerwise)
+        found = run(named_folder, at_revision(model, revision), progress, layerwise=layerwise)
     manifest, parity = found.manifest, found.parity
     if as_json:
         click.echo(json.dumps({"files": len(manifest.files), **asdict(parity), "relative": parity.relative}))

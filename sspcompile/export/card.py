@@ -90,10 +90,10 @@ def _card(
 
     source = str(origin["source_name"])
     # The path of a local folder is not a hub name, and stays with whoever built from it.
-    is_hub_name = source.count("/") == 1 and not Path(source).is_absolute() and not source.startswith(".")
+    named = [name for name in (source, origin.get("adapter", {}).get("base_name")) if name and _at_hub(str(name))]
     measured = _metrics(report)
     data = ModelCardData(
-        base_model=source if is_hub_name else None,
+        base_model=named if len(named) > 1 else next(iter(named), None),
         library_name=library,
         pipeline_tag=TASK,
         tags=["sspcompile", *(PRUNED_TAGS if pruned else ())],
@@ -110,7 +110,7 @@ def _card(
         lstrip_blocks=True,
     )
     body = environment.get_template(template).render(
-        source=source if is_hub_name else Path(source).name,
+        source=source if _at_hub(source) else Path(source).name,
         name=name,
         report=report,
         licence=origin.get("licence", {}),
@@ -118,6 +118,10 @@ def _card(
         **values,
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
+
+
+def _at_hub(name: str) -> bool:
+    return name.count("/") == 1 and not Path(name).is_absolute() and not name.startswith(".")
 
 
 def _metrics(report: Mapping[str, Any] | None) -> list[EvalResult]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from sspcompile.checkpoint import Checkpoint, fingerprint, locate
+from sspcompile.checkpoint import Checkpoint, fingerprint
+from sspcompile.checkpoint.adapters import demand_weights, read_adapter
 from sspcompile.checkpoint.companions import companions
-from sspcompile.checkpoint.locate import EMBEDDED
+from sspcompile.checkpoint.locate import EMBEDDED, find
 from sspcompile.model.chat import PLAIN, Rendering
+from sspcompile.model.merging import base_of, merged
 
 if TYPE_CHECKING:
     from sspcompile.model.decoder import LoadedModel
@@ -18,19 +19,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DenseModel:
-    """A dense checkpoint: opened, identified, and called `name` as the user typed it."""
+    """A dense checkpoint: opened, identified, and called `name` as the user typed it.
+
+    `place` and `revision` say where to find it again: see `Found`. `merged`: what an adapter and its base were.
+    """
 
     checkpoint: Checkpoint
     fingerprint: str
     name: str
+    place: str
+    revision: str | None = None
+    merged: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def place(self) -> str:
-        """Where to find it again from any folder: a hub name, `embedded`, or an absolute path."""
-        typed = Path(self.name).expanduser()
-        if not typed.is_dir() or self.name == EMBEDDED:
-            return self.name
-        return os.path.abspath(typed)  # noqa: PTH100 (resolves `..` and keeps symbolic links, which absolute() does not)
+    def origin(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        revision = {"source_revision": self.revision} if self.revision is not None else {}
+        return {"source": self.fingerprint, "source_name": self.place, **revision, **self.merged}
 
     def load(
         self,
@@ -54,9 +59,23 @@ class DenseModel:
 
 
 def open_dense(model: str | None) -> DenseModel:
-    """Find and check the dense checkpoint; reads headers, and small weights for the fingerprint."""
-    checkpoint = Checkpoint(locate(model))
+    """Find and check the dense checkpoint; reads headers, and small weights for the fingerprint.
+
+    A LoRA adapter is merged into its base, for as long as the process lives: see `merging`.
+    """
+    found, name, origin = find(model), model or EMBEDDED, {}
+    if found.adapter:
+        whole = merged(demand_weights(read_adapter(found.folder, name)))
+        checkpoint, origin = whole.checkpoint, whole.origin
+    else:
+        checkpoint = Checkpoint(found.folder)
     if checkpoint.has_weights:
         checkpoint.tensors  # noqa: B018 (validates headers before anything heavy starts)
         companions(checkpoint.path)  # and what will go with a cut
-    return DenseModel(checkpoint, fingerprint(checkpoint), model or EMBEDDED)
+    return DenseModel(checkpoint, fingerprint(checkpoint), name, found.place, found.revision, origin)
+
+
+def open_sizes(model: str | None) -> Checkpoint:
+    """What says how large the parts of a model are: the checkpoint, or for an adapter that of its base."""
+    found = find(model)
+    return base_of(read_adapter(found.folder, str(model)))[1] if found.adapter else Checkpoint(found.folder)

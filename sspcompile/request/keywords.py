@@ -9,6 +9,7 @@ from typing import Literal, TypedDict
 class Keywords(TypedDict, total=False):
     """Every option of a build; `docs/options.md` says what each one does."""
 
+    revision: str | None
     keep: float | None
     strength: float | None
     layout: Literal["auto", "uniform", "per-layer"] | None

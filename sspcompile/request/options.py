@@ -23,6 +23,7 @@ AUTO = "auto"
 DEFAULT_KEEP = 0.5
 HINT = "See `sspcompile build --help`; --keep lies in (0, 1], --strength in [0, 1]."
 SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+BUDGETS = frozenset({"keep", "strength"})
 EXCLUSIVE = "keep and strength exclude each other; give one"
 
 # What `--without` switches off, to see what it is worth: `axes` (no selection: every pool is a domain), `whitelist` (no
@@ -58,6 +59,9 @@ class Options(BaseModel):
 
     model: Annotated[
         Text | None, Shown("A model folder or a hub name; the embedded model by default.", "MODEL", "-m")
+    ] = None
+    revision: Annotated[
+        Text | None, Shown("The branch, tag or commit of a hub name; MODEL@REV says the same.", "REV")
     ] = None
     keep: Annotated[
         float | None,
@@ -156,6 +160,13 @@ class Options(BaseModel):
         return self
 
     @property
+    def source(self) -> str | None:
+        """The model with its revision in one word. Raises InputError for a revision of what has none."""
+        from sspcompile.checkpoint.locate import at_revision
+
+        return at_revision(self.model, self.revision)
+
+    @property
     def wanted_host(self) -> str | None:
         """The family whose stock class is to load a uniform cut; None leaves the choice to the build."""
         return None if self.host == AUTO else self.host
@@ -242,9 +253,13 @@ def resolve(
     for values, label in sources:
         if "keep" in values and "strength" in values:
             problems.append(f"{label('keep')} and {label('strength')} exclude each other; give one")
-        budget_settled = "keep" in merged or "strength" in merged
+        settled = set(merged)
+        if settled & BUDGETS:
+            settled |= BUDGETS
+        if "model" in settled:  # a revision is of the model that it stands with
+            settled.add("revision")
         for name, value in values.items():
-            if name in merged or (budget_settled and name in ("keep", "strength")):
+            if name in settled:
                 continue
             merged[name], labels[name] = value, label(name)
     return _checked(merged, labels, problems)
