@@ -344,6 +344,34 @@ def test_what_is_not_plain_lora_is_refused_by_its_configuration(case, bases, run
     refused(run("prepare", "--model", folder), "not a plain LoRA adapter", says)
 
 
+MALFORMED = {
+    "modules_to_save": (7, "lm_head"),
+    "bias": (7, ["none"]),
+    "init_lora_weights": (["gaussian"], {}, 7),
+    "r": ("4", 0, -1, 4.5, None, [4]),
+    "lora_alpha": ("x", [1], float("nan"), float("inf")),
+    "rank_pattern": ([1], {"(": 2}, {"q_proj": "x"}, 7),
+    "alpha_pattern": ([1], {"(": 2}, {"q_proj": "x"}, 7),
+    "base_model_name_or_path": (7, "", ["a/b"]),
+    "revision": (7, ["main"], "../x"),
+    "peft_type": (7, None, ["LORA"]),
+}
+
+
+@pytest.mark.parametrize("key", MALFORMED)
+def test_malformed_configuration_ends_in_one_line_or_means_nothing(key, peft, bases, run, tmp_path):
+    mask = mask_of(Checkpoint(bases()), tmp_path / "mask.json")
+    for number, value in enumerate(MALFORMED[key]):
+        folder = adapter(tmp_path / f"adapter-{number}", bases())
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+        cut = ("slice", "--model", folder, "--mask", mask, "--any-model", "--out", f"cut-{number}")
+        code, _, err = run(*cut)
+        lines = [line for line in err.splitlines() if line.startswith("Error: ")]
+        assert (code, len(lines)) in ((2, 1), (0, 0)) and "Unexpected" not in err, (key, value, err)
+        assert (tmp_path / f"cut-{number}").exists() == (code == 0)
+
+
 @pytest.mark.parametrize("kind", ["IA3", "ADALORA", "LOHA", "PROMPT_TUNING"])
 def test_other_kinds_are_refused(kind, bases, run, tmp_path):
     folder = adapter(tmp_path / "adapter", bases(), peft_type=kind)

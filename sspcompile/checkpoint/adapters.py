@@ -120,7 +120,8 @@ class Adapter:
     def _beyond_plain(self) -> Iterator[str]:
         said = self.settings
         if saved := said.get("modules_to_save"):
-            yield f"replaces whole layers (modules_to_save: {', '.join(map(str, saved))})"
+            named = ", ".join(map(str, saved)) if isinstance(saved, list) else saved
+            yield f"replaces whole layers (modules_to_save: {named})"
         if said.get("bias") not in (None, "none"):
             yield f"changes biases (bias: {said['bias']})"
         if said.get("init_lora_weights") not in PLAIN_STARTS:
