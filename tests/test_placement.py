@@ -14,8 +14,10 @@ from sspcompile.model.capture import features
 from sspcompile.model.hooks import head_gates
 from sspcompile.model.loading import load
 from sspcompile.model.modules import o_proj
-from sspcompile.model.placement import DEVICE_MAPS, input_device, loading_options, weight_of
+from sspcompile.model.placement import DEVICE_MAPS, ON_CPU, Placement, loading_options, placement_of, resolve
+from sspcompile.model.weights import input_device, weight_of
 
+SPREAD = Placement(device="cpu", dtype="float32", device_map="auto")
 PROMPTS = ["What is 3 plus 4?", "Name a metal.", "x"]
 
 
@@ -24,16 +26,15 @@ def model(tmp_path):
     return make_checkpoint(tmp_path / "dense", Shape(layers=3, hidden=64, kv_heads=4, head_dim=16))
 
 
-def test_unknown_map_is_refused_with_the_known_ones(model):
+def test_unknown_map_is_refused_with_the_known_ones():
     with pytest.raises(InputError, match="Accepted: auto"):
-        load(model, fingerprint="", device_map="everywhere")
-    assert loading_options(None) == {} and "auto" in DEVICE_MAPS
+        placement_of({"device_map": "everywhere"}, {})
+    assert loading_options(resolve(ON_CPU)) == {} and "auto" in DEVICE_MAPS
 
 
 def test_weights_on_disk_are_found_and_give_the_same_features(model, tmp_path):
-    pytest.importorskip("accelerate")
     whole = load(model, fingerprint="")
-    spread = load(model, fingerprint="", device_map="auto")
+    spread = load(model, fingerprint="", placement=SPREAD)
     # As if the memory held a third of it: nothing is left but the disk.
     stored = AutoModelForCausalLM.from_pretrained(
         model, dtype=torch.float32, device_map="auto", max_memory={"cpu": 100_000}, offload_folder=tmp_path / "offload"

@@ -18,6 +18,7 @@ from sspcompile.export.card import CARD, model_card
 from sspcompile.families import layer_prefix
 from sspcompile.model.chat import rendering_of
 from sspcompile.model.dense import DenseModel
+from sspcompile.model.placement import ANYWHERE, Placement, resolve
 from sspcompile.model.stored import stored_dtype
 from sspcompile.model.text import demand_readable
 from sspcompile.prepare.toolkits import toolkit_for
@@ -43,19 +44,21 @@ def build(
     progress: Progress = silent,
     *,
     overwrite: bool = False,
+    placement: Placement = ANYWHERE,
 ) -> Outcome:
     """Read the scenario, decide what stays, cut, prove and publish. Nothing is left behind when any step fails."""
     refuse_hopeless(request, dense)
+    place = resolve(placement)
     with staged(out, overwrite=overwrite) as folder:
-        loaded = dense.load(rendering=rendering_of(request.options))
+        loaded = dense.load(placement=placement, rendering=rendering_of(request.options))
         demand_readable(loaded, request.scenario.prompts, request.options.max_tokens)
         toolkit, _ = toolkit_for(dense, loaded, request.options, workspace, progress, [score_key(request.options)])
         selection = select(request, toolkit, loaded, dtype=_weight_dtype(dense), progress=progress)
         plan = make_plan(dense.checkpoint, selection.mask, host=request.options.wanted_host)
         refitted = _write(folder / MODEL, dense, selection, plan, progress)
         claim = Claim(dense.checkpoint, selection.mask, folder / MODEL, plan.custom_code, refitted)
-        parity = prove(claim, selection.probes, progress)
-        outcome = Outcome(out, dense, request, toolkit, selection, plan, parity)
+        parity = prove(claim, selection.probes, progress, placement=placement)
+        outcome = Outcome(out, dense, request, toolkit, selection, plan, parity, place)
         _describe(folder, outcome, refitted, progress)
     workspace.remember(out)
     return outcome

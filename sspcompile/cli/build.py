@@ -12,6 +12,8 @@ from sspcompile.cli.options import (
     build_options,
     json_option,
     overwrite_option,
+    placement_in,
+    placement_options,
     quiet_option,
     request_of,
     say_left_out,
@@ -35,6 +37,7 @@ Examples:
 """,
 )
 @build_options
+@placement_options
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Artifact folder (default artifacts/NAME).")
 @overwrite_option
 @click.option(
@@ -66,7 +69,7 @@ def build(
     if sweep is not None:
         _sweep(sweep, scenario, out, overwrite, not no_bench, dry_run, as_json, quiet, given)
         return
-    request = request_of(scenario, given)
+    request, placement = request_of(scenario, given), placement_in(given)
     from sspcompile.checkpoint.publish import refuse_existing
     from sspcompile.request.recipe import dump_recipe
 
@@ -88,7 +91,7 @@ def build(
     from sspcompile.cli.progress import stages
 
     with stages(quiet) as progress:
-        outcome = run(request, dense, out, workspace(), progress, overwrite=overwrite)
+        outcome = run(request, dense, out, workspace(), progress, overwrite=overwrite, placement=placement)
     warn_unknown(outcome.selection.reading.mixture)
     from sspcompile.api.reporting import origin_of, report_of
     from sspcompile.checkpoint.locate import EMBEDDED
@@ -116,7 +119,7 @@ def _sweep(
     from sspcompile.api.sweep import sweep as run
     from sspcompile.model.dense import open_dense
 
-    axis = read_axis(text)
+    axis, placement = read_axis(text), placement_in(given)
     refuse_clash(axis, given)
     requests = [request_of(scenario, given | {axis.option: axis.value(value)}) for value in axis.values]
     out = out or workspace().artifact(f"{requests[0].scenario.name}-sweep")
@@ -129,7 +132,17 @@ def _sweep(
     from sspcompile.cli.progress import stages
 
     with stages(quiet) as progress:
-        points = run(axis, requests, dense, out, workspace(), progress, overwrite=overwrite, measured=measured)
+        points = run(
+            axis,
+            requests,
+            dense,
+            out,
+            workspace(),
+            progress,
+            overwrite=overwrite,
+            measured=measured,
+            placement=placement,
+        )
     from sspcompile.report.comparison import frontier_page, render_points
 
     if as_json:

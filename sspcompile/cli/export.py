@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sspcompile.cli.options import host_option, json_option, overwrite_option, quiet_option, say_left_out, workspace
+from sspcompile.cli.options import (
+    host_option,
+    json_option,
+    overwrite_option,
+    placement_in,
+    placement_options,
+    quiet_option,
+    say_left_out,
+    workspace,
+)
 
 if TYPE_CHECKING:
     from sspcompile.api.export import Published
@@ -81,6 +90,7 @@ Examples:
 )
 @click.option("--hard-link", is_flag=True, help="ONNX: share unchanged weight files with the source.")
 @click.option("--model", "-m", metavar="MODEL", help="ONNX: export this checkpoint as it is instead of an artifact.")
+@placement_options
 @overwrite_option
 @json_option
 @quiet_option
@@ -93,12 +103,13 @@ def export(
     overwrite: bool,
     as_json: bool,
     quiet: bool,
-    **onnx: Any,
+    **given: Any,
 ) -> None:
     """Write an artifact's model with a model card and a manifest; without ARTIFACT, the last build's.
 
     An onnx export is run before it is published: texts of the artifact, alone and in a padded batch, must come out as
-    transformers computes them. int8 and int4 change them by design; what that costs is printed.
+    transformers computes them on the CPU in fp32, within --memory and --threads. int8 and int4 change them by design;
+    what that costs is printed.
     """
     from sspcompile.errors import InputError
 
@@ -107,15 +118,16 @@ def export(
     if model is not None and artifact is not None:
         raise InputError("ARTIFACT and --model exclude each other.", hint="Name one of them.")
     from sspcompile.api.arguments import named
-    from sspcompile.api.export import ExportRequest
+    from sspcompile.api.export import ONNX_ONLY, ExportRequest
     from sspcompile.api.export import export as run
     from sspcompile.cli.progress import stages
 
-    request = ExportRequest(form, host, **onnx)
+    placement = placement_in(given)
+    request = ExportRequest(form, host, **{name: given[name] for name in ONNX_ONLY})
     request.check()
     found = named(artifact if model is None else model, workspace())
     with stages(quiet) as progress:
-        done = run(found, request, workspace(), progress, out=out, overwrite=overwrite)
+        done = run(found, request, workspace(), progress, out=out, overwrite=overwrite, placement=placement)
     measured = _measured(done)
     _say_tables(done)
     if found.kind == "model":

@@ -8,7 +8,15 @@ from typing import Any
 
 import click
 
-from sspcompile.cli.options import build_option, json_option, model_option, quiet_option, workspace
+from sspcompile.cli.options import (
+    build_option,
+    json_option,
+    model_option,
+    placement_in,
+    placement_options,
+    quiet_option,
+    workspace,
+)
 
 
 @click.command(
@@ -38,12 +46,10 @@ Examples:
 @build_option("max_tokens")
 @build_option("continuation_tokens")
 @build_option("seed")
-@click.option(
-    "--device-map", metavar="[auto]", help="Spread a model that no device holds over all of them (needs accelerate)."
-)
+@placement_options
 @json_option
 @quiet_option
-def prepare(criteria: tuple[str, ...], device_map: str | None, as_json: bool, quiet: bool, **given: Any) -> None:
+def prepare(criteria: tuple[str, ...], as_json: bool, quiet: bool, **given: Any) -> None:
     """Capture features, train probes, calibrate them, score every head per domain, find the whitelist.
 
     `build` does this by itself when it is missing; the toolkit is kept per model and reused. Under torchrun the
@@ -53,17 +59,18 @@ def prepare(criteria: tuple[str, ...], device_map: str | None, as_json: bool, qu
     from sspcompile.model.chat import rendering_of
     from sspcompile.model.dense import open_dense
     from sspcompile.prepare.toolkits import toolkit_folder, toolkit_for
-    from sspcompile.request.options import resolve
+    from sspcompile.request.options import NAMES, resolve
     from sspcompile.select.reading import AUTO_CRITERION
 
-    options = resolve(given, environment=os.environ)
+    placement = placement_in(given)
+    options = resolve({name: given[name] for name in NAMES if name in given}, environment=os.environ)
     from sspcompile.cli.progress import stages
     from sspcompile.request.pools import pools_of
 
     pools_of(options)  # refused, if at all, before the model is loaded
     dense = open_dense(options.model)
     with parallel.joined() as world, stages(quiet or not world.first) as progress:
-        loaded = dense.load(device=world.device, device_map=device_map, rendering=rendering_of(options))
+        loaded = dense.load(placement=placement, rendering=rendering_of(options))
         toolkit, fresh = toolkit_for(dense, loaded, options, workspace(), progress, criteria or (AUTO_CRITERION,))
     if not world.first:
         return

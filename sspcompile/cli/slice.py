@@ -7,15 +7,7 @@ from pathlib import Path
 
 import click
 
-from sspcompile.cli.options import (
-    byte_size,
-    host_option,
-    json_option,
-    model_option,
-    overwrite_option,
-    quiet_option,
-    say_left_out,
-)
+from sspcompile.cli.options import host_option, json_option, model_option, overwrite_option, quiet_option, say_left_out
 
 
 @click.command(
@@ -60,6 +52,7 @@ def slice_command(
     """
     from sspcompile.api.slice import open_cut, write_cut
     from sspcompile.checkpoint.publish import refuse_existing
+    from sspcompile.request.sizes import byte_size
     from sspcompile.slicing.hosts import named_host
 
     limit = byte_size(max_shard_size, "--max-shard-size")

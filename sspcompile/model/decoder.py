@@ -14,8 +14,8 @@ from sspcompile.families import FAMILIES, Geometry
 from sspcompile.model.cache import cache_argument, cache_of
 from sspcompile.model.chat import PLAIN, Rendering
 from sspcompile.model.context import positions_of
-from sspcompile.model.placement import input_device
 from sspcompile.model.vocabulary import ends_of
+from sspcompile.model.weights import input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -11,6 +11,7 @@ from sspcompile.checkpoint import Checkpoint, fingerprint, locate
 from sspcompile.checkpoint.companions import companions
 from sspcompile.checkpoint.locate import EMBEDDED
 from sspcompile.model.chat import PLAIN, Rendering
+from sspcompile.model.placement import ON_CPU, Placement
 
 if TYPE_CHECKING:
     from sspcompile.model.decoder import LoadedModel
@@ -33,12 +34,7 @@ class DenseModel:
         return os.path.abspath(typed)  # noqa: PTH100 (resolves `..` and keeps symbolic links, which absolute() does not)
 
     def load(
-        self,
-        *,
-        device: str = "cpu",
-        device_map: str | None = None,
-        trust_remote_code: bool = False,
-        rendering: Rendering = PLAIN,
+        self, *, placement: Placement = ON_CPU, trust_remote_code: bool = False, rendering: Rendering = PLAIN
     ) -> LoadedModel:
         # Headers alone need no torch.
         from sspcompile.model.loading import load
@@ -46,8 +42,7 @@ class DenseModel:
         return load(
             self.checkpoint.path,
             fingerprint=self.fingerprint,
-            device=device,
-            device_map=device_map,
+            placement=placement,
             trust_remote_code=trust_remote_code,
             rendering=rendering,
         )

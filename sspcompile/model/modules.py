@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sspcompile.families import FAMILIES, Geometry
 from sspcompile.model.decoder import LoadedModel
-from sspcompile.model.placement import weight_of
+from sspcompile.model.weights import weight_of
 
 
 def o_proj(layer: nn.Module) -> nn.Linear:

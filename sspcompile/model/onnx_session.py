@@ -47,11 +47,11 @@ class OnnxModel:
         self._past = [value for value in session.get_inputs() if value.name.startswith("past_key_values.")]
 
     @classmethod
-    def open(cls, folder: Path, *, provider: str = "cpu", threads: int | None = None, spin: bool = True) -> OnnxModel:
+    def open(cls, folder: Path, *, provider: str = "cpu", threads: int | None = None, spin: bool = False) -> OnnxModel:
         """Open MODEL.onnx of a folder. `threads` None leaves the number to ONNX Runtime.
 
         With `spin` its threads wait for work in a loop, which makes a step a little faster and, where others use the
-        processor too, everything several times slower.
+        processor too, everything several times slower. `bench` alone asks for it.
 
         Raises InputError when ONNX Runtime or the provider is not installed, ArtifactError for a folder that it cannot
         open.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -34,3 +35,41 @@ def as_tensor(words: np.ndarray, dtype: str) -> Tensor:
 def read_tensor(info: TensorInfo) -> Tensor:
     """A tensor of a weight file, in its stored dtype."""
     return as_tensor(read_words(info), info.dtype)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A parameter of `shape` that is read whenever it is needed, in `dtype`, on `device`.
+
+    `parts`: what it is made of, one behind the other in the order of storage; more than one for stacked experts.
+    """
+
+    parts: tuple[TensorInfo, ...]
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def read(self) -> Tensor:
+        """The numbers, in memory of their own. Raises CheckpointError when a file is shorter than it promised."""
+        found = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        flat, start = found.view(-1), 0
+        for part in self.parts:
+            numbers = read_tensor(part).view(-1)
+            flat[start : start + len(numbers)].copy_(numbers)
+            start += len(numbers)
+        return found
+
+    @property
+    def finite(self) -> bool:
+        """Whether every number is one; reads them all."""
+        return all(bool(torch.isfinite(read_tensor(part)).all()) for part in self.parts)
+
+
+def double_device(device: torch.device) -> torch.device:
+    """Where float64 of `device` is computed with: there, or on the CPU beside Apple's GPUs, which have none."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def in_double(tensor: Tensor) -> Tensor:
+    """A tensor in float64, where it lies or where there is float64."""
+    return tensor.to(double_device(tensor.device)).double()

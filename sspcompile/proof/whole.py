@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,13 +16,14 @@ from sspcompile.errors import RunError
 from sspcompile.proof.claim import Claim
 from sspcompile.proof.parity import PROBE_PROMPTS, PROBE_TOKENS, Parity
 from sspcompile.slicing.mask import dump_mask
+from sspcompile.startup import SLEEPING
 
 NEW_TOKENS = 24
 # Activations, the interpreter and what torch allocates beside the weights.
 MEMORY_SLACK = 1.2
 
 
-def compare_whole(claim: Claim, prompts: Sequence[Sequence[int]]) -> Parity:
+def compare_whole(claim: Claim, prompts: Sequence[Sequence[int]], *, device: str = "cpu") -> Parity:
     """Compare on token ids `prompts`, and on what the written model generates behind each, with a cache.
 
     Raises RunError when the written model does not load or the process ends early, ParityError for logits that are not
@@ -36,10 +38,17 @@ def compare_whole(claim: Claim, prompts: Sequence[Sequence[int]]) -> Parity:
         "prompts": [list(ids[:PROBE_TOKENS]) for ids in prompts[:PROBE_PROMPTS]],
         "new_tokens": NEW_TOKENS,
         "threads": torch.get_num_threads(),
+        "device": device,
     }
     command = [sys.executable, "-P", "-m", "sspcompile.proof.reload"]
     done = subprocess.run(
-        command, input=json.dumps(asked), capture_output=True, encoding="utf-8", errors="replace", check=False
+        command,
+        input=json.dumps(asked),
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+        env={**SLEEPING, **os.environ},
     )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
