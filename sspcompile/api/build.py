@@ -64,6 +64,20 @@ def build(
     return outcome
 
 
+def take_part(
+    request: Request,
+    dense: DenseModel,
+    workspace: Workspace,
+    progress: Progress = silent,
+    *,
+    placement: Placement = ANYWHERE,
+) -> None:
+    """What `build` does of the measuring in every further process of torchrun, step by step with it; writes nothing."""
+    loaded = dense.load(placement=placement, rendering=rendering_of(request.options))
+    toolkit, _ = toolkit_for(dense, loaded, request.options, workspace, progress, [score_key(request.options)])
+    select(request, toolkit, loaded, dtype=_weight_dtype(dense), progress=progress)
+
+
 def _weight_dtype(dense: DenseModel) -> torch.dtype:
     """In which refitted weights will be written: the one that they are stored in."""
     return stored_dtype(dense.checkpoint.tensors[layer_prefix(0) + "self_attn.o_proj.weight"].dtype)

@@ -145,8 +145,11 @@ def _present(wanted: str) -> str:
     from sspcompile.model.parallel import current
 
     here = devices_here()
+    world = current()
+    if world.size > 1 and wanted in (AUTO, world.device.partition(":")[0]):
+        return world.device
     if wanted == AUTO:
-        return current().device if current().size > 1 else here[0]
+        return here[0]
     if wanted not in (*here, *(name.partition(":")[0] for name in here)):
         raise InputError(f"This machine has no device {wanted!r}.", hint=f"It has {', '.join(reversed(here))}.")
     return wanted

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,8 @@ STORED_DTYPES: Mapping[str, torch.dtype] = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+# Of a tensor as it is stored, in memory at a time while it becomes one that is computed with.
+BAND_BYTES = 16 << 20
 
 
 def stored_dtype(dtype: str) -> torch.dtype:
@@ -53,8 +55,7 @@ class StoredTensor:
         """The numbers, in memory of their own. Raises CheckpointError when a file is shorter than it promised."""
         found = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         flat, start = found.view(-1), 0
-        for part in self.parts:
-            numbers = read_tensor(part).view(-1)
+        for numbers in self._pieces():
             flat[start : start + len(numbers)].copy_(numbers)
             start += len(numbers)
         return found
@@ -62,7 +63,13 @@ class StoredTensor:
     @property
     def finite(self) -> bool:
         """Whether every number is one; reads them all."""
-        return all(bool(torch.isfinite(read_tensor(part)).all()) for part in self.parts)
+        return all(bool(torch.isfinite(numbers).all()) for numbers in self._pieces())
+
+    def _pieces(self) -> Iterator[Tensor]:
+        """The numbers as they are stored, in their order, one band of a part at a time."""
+        for part in self.parts:
+            for rows in part.bands(BAND_BYTES):
+                yield read_tensor(part.band(*rows) if part.shape else part).view(-1)
 
 
 def double_device(device: torch.device) -> torch.device:

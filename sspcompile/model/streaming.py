@@ -28,7 +28,7 @@ from sspcompile.families import Geometry, geometry_of, layer_prefix, stand_in
 from sspcompile.machine import free_memory, resident_bytes
 from sspcompile.model.opening import computing_in, open_config, readable
 from sspcompile.model.placement import Place
-from sspcompile.model.stored import StoredTensor
+from sspcompile.model.stored import BAND_BYTES, StoredTensor
 from sspcompile.model.text import BATCH_LOGITS, BATCH_TOKENS
 
 if TYPE_CHECKING:
@@ -63,15 +63,15 @@ def layers_that_fit(path: Path, place: Place) -> int | None:
             return None
     tensors, g = _table(path)
     sizes = [0] * g.layers
-    fixed = largest = widest = 0
+    fixed = widest = 0
     for name, info in tensors.items():
         nbytes, layer = math.prod(info.shape) * width, _layer_of(name)
         if layer is not None:
             sizes[layer] += nbytes
-            largest, widest = max(largest, info.nbytes), max(widest, *info.shape)
+            widest = max(widest, *info.shape)
         elif not (name == LM_HEAD and g.tied):
             fixed += nbytes
-    one = max(sizes) + largest
+    one = max(sizes) + BAND_BYTES
     if place.limited and place.memory < fixed + one:
         least = fixed + one + (resident_bytes() if place.device.type != "cuda" else 0)
         raise InputError(
