@@ -89,6 +89,16 @@ def test_every_command_that_runs_a_model_takes_the_options(name):
     assert {"--device", "--dtype", "--device-map", "--memory", "--threads"} <= options
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_heeds_the_options_and_the_environment_before_any_work(name, monkeypatch):
+    words = [name, *{"build": ["-s", "A helpdesk for chemistry"], "run": ["-p", "x"]}.get(name, [])]
+    with pytest.raises(InputError, match="--threads is 0"):
+        cli.main([*words, "--threads", "0"], standalone_mode=False)
+    monkeypatch.setenv("SSPCOMPILE_DEVICE", "tpu")
+    with pytest.raises(InputError, match="no device 'tpu'"):
+        cli.main(words, standalone_mode=False)
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

@@ -21,6 +21,7 @@ from sspcompile.request.keywords import Keywords
 from sspcompile.request.options import Options
 from sspcompile.request.request import Request, read_request
 from sspcompile.request.scenario import Scenario, of_prompts
+from sspcompile.startup import let_threads_sleep
 from sspcompile.workspace import MASK, PLAN, RECIPE, REPORT, Workspace
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from sspcompile.report.model import Report
     from sspcompile.slicing.mask import HeadMask
     from sspcompile.slicing.plan import SlicePlan
+
+# Where torch is not imported yet; it reads this once.
+let_threads_sleep()
 
 Place = str | os.PathLike[str]
 Format = Literal["hf", "onnx"]

@@ -26,7 +26,8 @@ class TorchRunner:
 
         torch.set_num_threads(request["threads"])
         self.device = torch.device(request["device"])
-        spread = {} if request["device_map"] is None else {"device_map": request["device_map"]}
+        device_map = request.get("device_map")
+        spread = {} if device_map is None else {"device_map": device_map}
         path, trust = Path(request["path"]), request["trust_remote_code"]
         with readable(path):
             # transformers imports a model's module when it is first needed, seconds that are not loading. A model
@@ -37,7 +38,12 @@ class TorchRunner:
             keys = loading_keys(path) or None
             start = time.perf_counter()
             model = open_model(
-                path, dtype=request["dtype"], trust_remote_code=trust, local_files_only=True, key_mapping=keys, **spread
+                path,
+                dtype=request.get("dtype", "auto"),
+                trust_remote_code=trust,
+                local_files_only=True,
+                key_mapping=keys,
+                **spread,
             )
         self.model: Any = model.requires_grad_(False).eval()
         if spread:

@@ -163,7 +163,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class LoadedModel(TextModel):
-    """A dense decoder ready to run, with what is known of its build, in fp32."""
+    """A dense decoder ready to run, with what is known of it."""
 
     geometry: Geometry
     path: Path

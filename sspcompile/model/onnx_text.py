@@ -13,7 +13,6 @@ from torch import Tensor
 
 from sspcompile.checkpoint.settings import read_generation
 from sspcompile.errors import ArtifactError, CheckpointError, InputError
-from sspcompile.machine import usable_cores
 from sspcompile.model.chat import PLAIN, Rendering
 from sspcompile.model.decoder import Chooser, Rows
 from sspcompile.model.loading import demand_json, load_tokenizer
@@ -93,7 +92,7 @@ class OnnxText:
 
 def _session(folder: Path, placement: Placement) -> OnnxModel:
     device = "cpu" if placement.device == AUTO else placement.device
-    return OnnxModel.open(folder, provider=device, threads=placement.threads or usable_cores())
+    return OnnxModel.open(folder, provider=device, threads=placement.threads)
 
 
 def load_onnx(folder: Path, *, placement: Placement = ON_CPU, rendering: Rendering = PLAIN) -> OnnxText:

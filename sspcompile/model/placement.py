@@ -47,10 +47,15 @@ class Placement:
         return self.device.startswith("cuda")
 
     def half(self) -> Placement:
-        """The same for one of two models: half of what a stated limit leaves beside what this process holds now."""
+        """The same for one of two models: half of what a stated limit leaves beside what is held now.
+
+        Raises InputError for a device that is not there.
+        """
         if self.memory is None:
             return self
-        held = resident_bytes()
+        import torch
+
+        held = held_bytes(torch.device(_present(self.device)))
         return replace(self, memory=held + max(1, (self.memory - held) // 2))
 
 
@@ -123,13 +128,19 @@ def resolve(placement: Placement, dtype: torch.dtype | None = None) -> Place:
 
     device = torch.device(_present(placement.device))
     named: torch.dtype = getattr(torch, placement.dtype if placement.dtype != AUTO else _usual(device))
-    if device.type == "cuda":
-        free = int(torch.cuda.mem_get_info(device)[0])
-        memory = free if placement.memory is None else placement.memory
+    if placement.memory is not None:
+        memory = placement.memory - held_bytes(device)
     else:  # the memory of a Mac is one
-        memory = free_memory() if placement.memory is None else placement.memory - resident_bytes()
+        memory = int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory()
     threads = placement.threads or min(torch.get_num_threads(), usable_cores())
     return Place(device, dtype or named, placement.device_map, memory, placement.memory is not None, threads)
+
+
+def held_bytes(device: torch.device) -> int:
+    """What this process holds now: tensors on a CUDA device, or all that it has in the memory of the machine."""
+    import torch
+
+    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else resident_bytes()
 
 
 def devices_here() -> tuple[str, ...]:

@@ -25,9 +25,9 @@ from sspcompile.checkpoint.tensors import DECODER, EMBEDDING, EXPERTS_DOWN, EXPE
 from sspcompile.checkpoint.tied import untied_by_weights
 from sspcompile.errors import CheckpointError, InputError
 from sspcompile.families import Geometry, geometry_of, layer_prefix, stand_in
-from sspcompile.machine import free_memory, resident_bytes
+from sspcompile.machine import free_memory
 from sspcompile.model.opening import computing_in, open_config, readable
-from sspcompile.model.placement import Place
+from sspcompile.model.placement import Place, held_bytes
 from sspcompile.model.stored import BAND_BYTES, StoredTensor
 from sspcompile.model.text import BATCH_LOGITS, BATCH_TOKENS
 
@@ -73,10 +73,10 @@ def layers_that_fit(path: Path, place: Place) -> int | None:
             fixed += nbytes
     one = max(sizes) + BAND_BYTES
     if place.limited and place.memory < fixed + one:
-        least = fixed + one + (resident_bytes() if place.device.type != "cuda" else 0)
+        least = fixed + one + held_bytes(place.device)
         raise InputError(
             f"The memory limit leaves no room for the embeddings and one layer of {path}.",
-            hint=f"Give --memory {math.ceil(least / 1e6)}MB or more, or a narrower --dtype.",
+            hint=f"Give --memory {50 * math.ceil(least / 50e6)}MB or more, or a narrower --dtype.",
         )
     vocab, hidden = tensors[EMBEDDING].shape
     work = BATCH_TOKENS * (HIDDEN_STATES * hidden + WIDEST_PRODUCTS * widest) * width
