@@ -61,7 +61,7 @@ test-compat: $(VENV)/.done $(COMPAT)/.done $(NEWEST)/.done  ## What is written, 
 
 $(OLDEST)/.done: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/pip install $(PIP_FLAGS) --constraint constraints-oldest.txt --editable '.[accelerate,cpu,genai]' \
+	$(OLDEST)/bin/pip install $(PIP_FLAGS) --constraint constraints-oldest.txt --editable '.[cpu,genai]' \
 	    pytest pytest-xdist hypothesis jsonschema
 	touch $@
 

@@ -66,7 +66,7 @@ def onnx_steps(folder: Path, threads: int, prompt: int, contexts: list[int], ste
     from sspcompile.model.onnx_session import OnnxModel
 
     start = time.perf_counter()
-    model = OnnxModel.open(folder, threads=threads)
+    model = OnnxModel.open(folder, threads=threads, spin=True)
     found: dict[str, object] = {"load": time.perf_counter() - start}
     ids = np.arange(prompt)[None]
     model.prefill(ids)
@@ -89,7 +89,7 @@ def pair_steps(
     """By context, for either graph the median seconds of `steps` steps at each of its visits."""
     from sspcompile.model.onnx_session import OnnxModel
 
-    models = [OnnxModel.open(place, threads=threads) for place in (folder, Path(other))]
+    models = [OnnxModel.open(place, threads=threads, spin=True) for place in (folder, Path(other))]
     found: dict[str, list[list[float]]] = {}
     for context in contexts:
         caches = [random_cache(model, context, steps + 1) for model in models]

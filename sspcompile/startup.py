@@ -17,6 +17,19 @@ def spare_the_collector() -> None:
     atexit.register(gc.freeze)
 
 
+# libgomp and libomp let threads that wait spin, which slows whatever else runs on the machine.
+SLEEPING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+
+
+def let_threads_sleep() -> None:
+    """Let threads of torch and of what it brings along sleep while they wait, here and in processes started from here.
+
+    To be called before torch is imported. Whoever has set how threads wait is not overruled.
+    """
+    if not any(name in os.environ for name in (*SLEEPING, "GOMP_SPINCOUNT")):
+        os.environ.update(SLEEPING)
+
+
 def send_nothing_home() -> None:
     """Turn off what libraries report about their use, here and in every process that is started from here.
 

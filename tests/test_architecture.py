@@ -17,6 +17,7 @@ ROOMS = (
     "errors",
     "progress",
     "startup",
+    "machine",
     "intervals",
     "families",
     "embedded",

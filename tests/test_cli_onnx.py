@@ -268,4 +268,4 @@ def test_what_run_refuses(run, home, tmp_path):
     refused(run("run", "-p", "  "), 2, "prompt is empty")
     (tmp_path / "model.onnx").write_bytes(b"no graph")
     refused(run("run", tmp_path, "-p", "x"), 2, "ONNX Runtime cannot open")
-    refused(run("run", "exported/desk-onnx", "-p", "x", "--device", "npu"), 2, "no 'npu' provider", "Accepted: cpu")
+    refused(run("run", "exported/desk-onnx", "-p", "x", "--device", "mps"), 2, "no 'mps' provider", "Accepted: cpu")

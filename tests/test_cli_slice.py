@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from sspcompile.checkpoint import Checkpoint, fingerprint
 from sspcompile.cli.main import main
-from sspcompile.cli.options import byte_size
 from sspcompile.errors import ArtifactError, InputError
+from sspcompile.request.sizes import byte_size
 from sspcompile.slicing.mask import HeadMask, dump_mask, load_mask
 
 

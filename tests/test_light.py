@@ -21,7 +21,18 @@ from sspcompile.slicing.mask import HeadMask, dump_mask, kept_of
 
 HEAVY = ("torch", "transformers", "sklearn", "scipy", "matplotlib", "onnx", "onnxruntime", "accelerate")
 # Rooms, and modules of rooms, whose business is done without a model.
-LIGHT = ("errors", "progress", "startup", "intervals", "families", "checkpoint", "workspace", "request", "cli")
+LIGHT = (
+    "errors",
+    "progress",
+    "startup",
+    "machine",
+    "intervals",
+    "families",
+    "checkpoint",
+    "workspace",
+    "request",
+    "cli",
+)
 
 
 @pytest.fixture(scope="module")

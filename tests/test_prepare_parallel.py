@@ -104,6 +104,23 @@ def test_alone_nothing_is_shared_and_nothing_is_imported():
         assert joined is world
 
 
+def test_a_build_under_torchrun_is_the_build_of_one_process(model, tmp_path):
+    prompts = tmp_path / "desk.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    options = ("build", "--model", model, "--scenario", prompts, "--criterion", "subspace", "--max-tokens", 16)
+    options = (*options, "--continuation-tokens", 1, "--layout", "uniform", "--json")
+    written = {}
+    for processes in (1, 2):
+        home = tmp_path / str(processes)
+        home.mkdir()
+        done = torchrun(home, processes, "-m", "sspcompile.cli.main", *options)
+        assert json.loads(done.stdout)["model"] == str(model)  # printed once
+        folder = home / "artifacts" / "desk"
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        written[processes] = {str(file.relative_to(folder)): file.read_bytes() for file in files}
+    assert "manifest.json" in written[1] and written[1] == written[2]
+
+
 if __name__ == "__main__":
     with parallel.joined() as world, keeping(Journal(Path(sys.argv[2]) / "kept", every=0)):
         values = find(Path(sys.argv[1]))

@@ -20,8 +20,9 @@ from sspcompile.checkpoint import Checkpoint
 from sspcompile.cli.main import main
 from sspcompile.errors import ArtifactError, CheckpointError, InputError
 from sspcompile.families import FAMILIES, stand_in
-from sspcompile.model.loading import load, load_cut, readable
+from sspcompile.model.loading import load, load_cut
 from sspcompile.model.onnx_text import load_onnx
+from sspcompile.model.opening import readable
 from sspcompile.proof.claim import Claim
 from sspcompile.proof.layerwise import compare_layerwise
 from sspcompile.proof.whole import compare_whole

@@ -16,10 +16,14 @@ from sspcompile.families import FAMILIES
 from sspcompile.model.exact import in_float64
 from sspcompile.model.hooks import head_gates
 from sspcompile.model.loading import load
+from sspcompile.model.placement import Placement
 from sspcompile.model.text import with_continuations
+from sspcompile.progress import silent
 from sspcompile.proof.claim import Claim, any_refitted
 from sspcompile.proof.layerwise import compare_layerwise
+from sspcompile.proof.prove import prove
 from sspcompile.proof.reload import respond
+from sspcompile.proof.whole import whole_bytes
 from sspcompile.repair.fitting import fit_repairs
 from sspcompile.slicing.plan import make_plan
 from sspcompile.slicing.write import write_model
@@ -44,6 +48,17 @@ def test_layerwise_proof_has_the_logits_of_the_whole_models(family, dtype, tmp_p
         scale = max(float(respond(loaded.model, ids, 0)[0].abs().max()) for ids in PROBES)
     if family not in ("granite", "gemma2"):  # logits are compared before they are scaled or capped
         assert parity.logit_scale == pytest.approx(scale, rel=1e-12)
+
+
+def test_a_memory_limit_below_the_whole_models_has_them_compared_layer_by_layer(tmp_path):
+    source = save_random(tmp_path / "dense", family_config("llama"), seed=1)
+    checkpoint = Checkpoint(source)
+    mask = mask_for(checkpoint, 0.6, "uniform", 3)
+    plan = make_plan(checkpoint, mask)
+    write_model(checkpoint, plan, tmp_path / "cut")
+    claim = Claim(checkpoint, mask, tmp_path / "cut", plan.custom_code)
+    assert prove(claim, PROBES, silent, placement=Placement(memory=whole_bytes(claim) - 1)).layerwise
+    assert not prove(claim, PROBES, silent, placement=Placement(memory=1 << 30)).layerwise
 
 
 @pytest.mark.parametrize("mlp", [False, True])

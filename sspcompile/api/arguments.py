@@ -15,6 +15,7 @@ from sspcompile.model.chat import PLAIN, Rendering, rendering_of
 from sspcompile.model.context import shortest_context
 from sspcompile.model.dense import DenseModel, open_dense
 from sspcompile.model.onnx_session import is_onnx
+from sspcompile.model.placement import ANYWHERE, Placement
 from sspcompile.model.vocabulary import same_tokens
 from sspcompile.request.request import built_request
 from sspcompile.slicing.configuration import MODELING_FILE, ships_code
@@ -88,6 +89,7 @@ class CutModel:
     found: Named
     dense: DenseModel
     rendering: Rendering = PLAIN
+    placement: Placement = ANYWHERE
 
     @property
     def name(self) -> str:
@@ -114,12 +116,17 @@ class CutModel:
 
         cut: LanguageModel
         if self.found.onnx:
-            export = load_onnx(self.found.model, spin=False, rendering=self.rendering)
+            export = load_onnx(self.found.model, placement=self.placement, rendering=self.rendering)
             export.session.demand_all_logits()
             cut = export
         else:
-            cut = load_cut(self.found.model, trust_remote_code=self.found.custom_code, rendering=self.rendering)
-        dense = self.dense.load(rendering=self.rendering)
+            cut = load_cut(
+                self.found.model,
+                placement=self.placement.half(),
+                trust_remote_code=self.found.custom_code,
+                rendering=self.rendering,
+            )
+        dense = self.dense.load(placement=self.placement, rendering=self.rendering)
         if dense.vocab != cut.vocab or not same_tokens(dense.tokenizer, cut.tokenizer, dense.vocab):
             raise InputError(
                 f"{self.found.model} and {self.dense.name} have different tokenizers.",
@@ -129,24 +136,35 @@ class CutModel:
 
 
 def cut_model(
-    argument: str | None, dense: str | None, workspace: Workspace, *, option: str, rendering: Rendering | None = None
+    argument: str | None,
+    dense: str | None,
+    workspace: Workspace,
+    *,
+    option: str,
+    rendering: Rendering | None = None,
+    placement: Placement = ANYWHERE,
 ) -> CutModel:
     """What an argument names, with the model behind it: at `dense`, which the command calls `option`, or where it was.
 
     Without a `rendering`, prompts become text as they did in the build. Raises what `named` and `Named.dense` raise.
     """
     found = named(argument, workspace)
-    return with_dense(found, dense, option=option, rendering=rendering)
+    return with_dense(found, dense, option=option, rendering=rendering, placement=placement)
 
 
 def with_dense(
-    found: Named, dense: str | None, *, option: str = "--model", rendering: Rendering | None = None
+    found: Named,
+    dense: str | None,
+    *,
+    option: str = "--model",
+    rendering: Rendering | None = None,
+    placement: Placement = ANYWHERE,
 ) -> CutModel:
     """As `cut_model`, for what was found already."""
     if rendering is None:
         built = found.kind == "build"
         rendering = rendering_of(built_request(found.folder / RECIPE).options) if built else PLAIN
-    return CutModel(found, found.dense(dense, option=option), rendering)
+    return CutModel(found, found.dense(dense, option=option), rendering, placement)
 
 
 def named(argument: str | None, workspace: Workspace) -> Named:

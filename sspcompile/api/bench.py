@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,13 +22,16 @@ from sspcompile.checkpoint.manifest import NAME as MANIFEST
 from sspcompile.checkpoint.manifest import check_manifest, write_manifest
 from sspcompile.checkpoint.publish import scratch, write_atomically
 from sspcompile.errors import ArtifactError, InputError
+from sspcompile.machine import usable_cores
 from sspcompile.model.context import shortest_context
 from sspcompile.model.dense import DenseModel
+from sspcompile.model.placement import Placement, resolve
 from sspcompile.progress import Progress, silent
 from sspcompile.report.build import latency_section
 from sspcompile.report.json import read_report
 from sspcompile.report.model import Report
 from sspcompile.report.write import write_report
+from sspcompile.request.options import AUTO
 from sspcompile.slicing.plan import plan_counts
 from sspcompile.workspace import PLAN, REPORT, Workspace
 
@@ -42,10 +44,6 @@ RUNTIMES: tuple[Runtime, ...] = ("hf", "onnx")
 # quick look takes many.
 QUICK: Mapping[str, Any] = {"prompt_tokens": (64,), "new_tokens": 16, "repeats": 32, "sessions": 16}
 FEWEST_NEW_TOKENS = 2
-
-
-def _cores() -> int:
-    return os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -62,9 +60,11 @@ class BenchRequest:
     new_tokens: int = 64
     repeats: int = 24
     sessions: int = 8
-    threads: int = field(default_factory=_cores)
-    device: str = "cpu"
+    threads: int = field(default_factory=usable_cores)
+    device: str = AUTO
     memory: int | None = None
+    dtype: str = AUTO
+    device_map: str | None = None
     stated: frozenset[str] = frozenset()
 
     @classmethod
@@ -73,14 +73,16 @@ class BenchRequest:
         said = {name: value for name, value in given.items() if value is not None}
         return cls(**{**(QUICK if quick else {}), **said}, stated=frozenset(said))
 
-    def settings(self, positions: int | None) -> Settings:
-        """Loads that fit models of so many positions; the report states what was used."""
+    def settings(self, positions: int | None, *, onnx: bool = False) -> Settings:
+        """Loads that fit models of so many positions; the report states what was used. `auto` is the CPU where `onnx`
+        says that ONNX Runtime takes part. Raises InputError for a device that is not there."""
         new_tokens, prompts = self.new_tokens, self.prompt_tokens
         if positions is not None and "new_tokens" not in self.stated:
             new_tokens = max(FEWEST_NEW_TOKENS, min(new_tokens, positions // 2))
         if positions is not None and "prompt_tokens" not in self.stated:
             prompts = tuple(max(1, min(tokens, positions - new_tokens)) for tokens in prompts)
         sessions = min(self.sessions, self.repeats)
+        device = _device(self.device, onnx=onnx)
         return Settings(
             loads=tuple(Load(b, p, new_tokens) for b in self.batch for p in prompts),
             sessions=sessions,
@@ -88,13 +90,21 @@ class BenchRequest:
             warmup=1,
             threads=self.threads,
             seed=0,
-            device=self.device,
-            memory=_memory_of(self.device) if self.memory is None else self.memory,
+            device=device,
+            memory=_memory_of(device) if self.memory is None else self.memory,
+            dtype=self.dtype,
+            device_map=self.device_map,
         )
 
 
+def _device(asked: str, *, onnx: bool) -> str:
+    if asked == "cpu" or (onnx and asked == AUTO):
+        return "cpu"
+    return str(resolve(Placement(device=asked)).device)
+
+
 def _memory_of(device: str) -> int:
-    if device == "cpu":
+    if not device.startswith("cuda"):
         return int(psutil.virtual_memory().total)
     import torch
 
@@ -133,7 +143,8 @@ def bench(
     reference = None if against in (None, DENSE) else cut_model(against, model, workspace, option="--model")
     dense = _one_dense([*entries, *([reference] if reference else [])])
     models = [dense.checkpoint.path, *(entry.found.model for entry in (*entries, *([reference] if reference else [])))]
-    settings = request.settings(shortest_context(models))
+    onnx = any(entry.found.onnx for entry in entries) or "onnx" in request.runtimes
+    settings = request.settings(shortest_context(models), onnx=onnx)
     # Graphs that only this measurement needs lie where weights can be linked.
     with scratch(workspace.artifacts, "bench") as place:
         own = [list(_of(entry, _name(entry, entries), request, place)) for entry in entries]

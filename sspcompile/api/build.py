@@ -21,6 +21,7 @@ from sspcompile.families import layer_prefix
 from sspcompile.model.chat import rendering_of
 from sspcompile.model.dense import DenseModel
 from sspcompile.model.journal import claimed, keeping
+from sspcompile.model.placement import ANYWHERE, Placement, resolve
 from sspcompile.model.stored import stored_dtype
 from sspcompile.model.text import demand_readable
 from sspcompile.prepare.toolkits import toolkit_for
@@ -46,6 +47,7 @@ def build(
     progress: Progress = silent,
     *,
     overwrite: bool = False,
+    placement: Placement = ANYWHERE,
 ) -> Outcome:
     """Read the scenario, decide what stays, cut, prove and publish.
 
@@ -53,10 +55,11 @@ def build(
     goes on with that.
     """
     refuse_hopeless(request, dense)
+    place = resolve(placement)
     refuse_existing(out, overwrite=overwrite)
     remove_old(workspace)
     with claimed(passes_folder(request, dense, workspace)) as journal, staged(out, overwrite=overwrite) as folder:
-        loaded = dense.load(rendering=rendering_of(request.options))
+        loaded = dense.load(placement=placement, rendering=rendering_of(request.options))
         demand_readable(loaded, request.scenario.prompts, request.options.max_tokens)
         toolkit, _ = toolkit_for(dense, loaded, request.options, workspace, progress, cached_keys(request))
         with keeping(journal):
@@ -64,11 +67,25 @@ def build(
         plan = make_plan(dense.checkpoint, selection.mask, host=request.options.wanted_host)
         refitted = _write(folder / MODEL, dense, selection, plan, progress)
         claim = Claim(dense.checkpoint, selection.mask, folder / MODEL, plan.custom_code, refitted)
-        parity = prove(claim, selection.probes, progress)
-        outcome = Outcome(out, dense, request, toolkit, selection, plan, parity)
+        parity = prove(claim, selection.probes, progress, placement=placement)
+        outcome = Outcome(out, dense, request, toolkit, selection, plan, parity, place)
         _describe(folder, outcome, refitted, progress)
     workspace.remember(out)
     return outcome
+
+
+def take_part(
+    request: Request,
+    dense: DenseModel,
+    workspace: Workspace,
+    progress: Progress = silent,
+    *,
+    placement: Placement = ANYWHERE,
+) -> None:
+    """What `build` does of the measuring in every further process of torchrun, step by step with it; writes nothing."""
+    loaded = dense.load(placement=placement, rendering=rendering_of(request.options))
+    toolkit, _ = toolkit_for(dense, loaded, request.options, workspace, progress, cached_keys(request))
+    select(request, toolkit, loaded, dtype=_weight_dtype(dense), progress=progress)
 
 
 def _weight_dtype(dense: DenseModel) -> torch.dtype:

@@ -20,6 +20,7 @@ from sspcompile.export.onnx.agreement import Agreement
 from sspcompile.export.onnx.decoder import read_decoder
 from sspcompile.export.onnx.weights import ROTARY_FILE
 from sspcompile.model.dense import open_dense
+from sspcompile.model.placement import ANYWHERE, Placement
 from sspcompile.progress import Progress, silent
 from sspcompile.proof.probes import random_probes
 from sspcompile.request.options import flag
@@ -144,6 +145,7 @@ def export(
     *,
     out: Path | None = None,
     overwrite: bool = False,
+    placement: Placement = ANYWHERE,
 ) -> Published:
     """Write what an argument names in the form that a runtime takes; by default to exported/NAME-FORMAT.
 
@@ -172,6 +174,7 @@ def export(
         link=request.hard_link,
         overwrite=overwrite,
         progress=progress,
+        placement=placement,
     )
     sizes = _sizes(done.manifest)
     return Published(
@@ -200,6 +203,7 @@ def to_onnx(
     link: bool = False,
     overwrite: bool = False,
     progress: Progress = silent,
+    placement: Placement = ANYWHERE,
 ) -> Exported:
     """Write, run and publish. Raises what `export_onnx` raises."""
     return export_onnx(
@@ -225,6 +229,7 @@ def to_onnx(
         link=link,
         overwrite=overwrite,
         progress=progress,
+        placement=replace(placement, device="cpu", dtype="float32", device_map=None),
     )
 
 

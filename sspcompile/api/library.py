@@ -3,6 +3,9 @@
 Everything runs in this process and prints nothing. `progress` is called with (stage, steps done, steps in all). Errors
 are those of `sspcompile.errors`, each with a message and a hint. Options are the keywords that `docs/options.md` lists;
 the environment's `SSPCOMPILE_...` variables count here as they do on the command line.
+
+What runs a model takes `device`, `dtype`, `device_map`, `memory` (bytes, or text such as "8GB") and `threads`: where it
+is computed. They decide nothing about what comes out but its rounding, and raise InputError for what is not there.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from sspcompile.request.keywords import Keywords
 from sspcompile.request.options import Options
 from sspcompile.request.request import Request, read_request
 from sspcompile.request.scenario import Scenario, of_prompts
+from sspcompile.startup import let_threads_sleep
 from sspcompile.workspace import MASK, PLAN, RECIPE, REPORT, Workspace
 
 if TYPE_CHECKING:
@@ -28,9 +32,13 @@ if TYPE_CHECKING:
     from sspcompile.evaluate.asking import Limits
     from sspcompile.evaluate.results import SuiteResult
     from sspcompile.model.decoder import TextModel
+    from sspcompile.model.placement import Placement
     from sspcompile.report.model import Report
     from sspcompile.slicing.mask import HeadMask
     from sspcompile.slicing.plan import SlicePlan
+
+# Where torch is not imported yet; it reads this once.
+let_threads_sleep()
 
 Place = str | os.PathLike[str]
 Format = Literal["hf", "onnx"]
@@ -48,6 +56,11 @@ def plan(
     mask: Place | None = None,
     root: Place = ".",
     progress: Progress = silent,
+    device: str | None = None,
+    dtype: str | None = None,
+    device_map: str | None = None,
+    memory: int | str | None = None,
+    threads: int | None = None,
     **options: Unpack[Keywords],
 ) -> SlicePlan:
     """What a build would write: sizes, KV bytes, FLOPs, and which runtimes load it. No weights are written.
@@ -64,7 +77,8 @@ def plan(
         return plan_mask(request.options.source, Path(mask), request.options.wanted_host)
     if scenario is None:
         return plan_sizes(request.options)
-    plans, _ = plan_scenario(request, Workspace(Path(root)), progress)
+    placement = _placement(device=device, dtype=dtype, device_map=device_map, memory=memory, threads=threads)
+    plans, _ = plan_scenario(request, Workspace(Path(root)), progress, placement=placement)
     return plans[0]
 
 
@@ -76,6 +90,11 @@ def build(
     overwrite: bool = False,
     root: Place = ".",
     progress: Progress = silent,
+    device: str | None = None,
+    dtype: str | None = None,
+    device_map: str | None = None,
+    memory: int | str | None = None,
+    threads: int | None = None,
     **options: Unpack[Keywords],
 ) -> Artifact:
     """Compile a scenario into a smaller model: choose heads, repair, cut, prove, report.
@@ -91,7 +110,9 @@ def build(
 
     request, workspace = _request(model, scenario, options), Workspace(Path(root))
     folder = Path(out) if out is not None else workspace.artifact(request.scenario.name)
-    run(request, open_dense(request.options.source), folder, workspace, progress, overwrite=overwrite)
+    placement = _placement(device=device, dtype=dtype, device_map=device_map, memory=memory, threads=threads)
+    dense = open_dense(request.options.source)
+    run(request, dense, folder, workspace, progress, overwrite=overwrite, placement=placement)
     return Artifact(folder, workspace.root)
 
 
@@ -151,20 +172,37 @@ class Artifact:
         found: dict[str, object] = json.loads((self.path / PLAN).read_text("utf-8"))
         return found
 
-    def load_model(self, *, device: str = "cpu") -> TextModel:
-        """The smaller model and its tokenizer in memory, in fp32. Raises CheckpointError."""
+    def load_model(
+        self,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        device_map: str | None = None,
+        memory: int | str | None = None,
+        threads: int | None = None,
+    ) -> TextModel:
+        """The smaller model and its tokenizer in memory; on the CPU in fp32. Raises InputError or CheckpointError."""
         from sspcompile.model.chat import rendering_of
         from sspcompile.model.loading import load_cut
 
         return load_cut(
             self.model_path,
-            device=device,
+            placement=_placement(device=device, dtype=dtype, device_map=device_map, memory=memory, threads=threads),
             trust_remote_code=self._named.custom_code,
             rendering=rendering_of(self.options),
         )
 
     def verify(
-        self, *, model: Place | None = None, layerwise: bool | None = None, progress: Progress = silent
+        self,
+        *,
+        model: Place | None = None,
+        layerwise: bool | None = None,
+        progress: Progress = silent,
+        device: str | None = None,
+        dtype: str | None = None,
+        device_map: str | None = None,
+        memory: int | str | None = None,
+        threads: int | None = None,
     ) -> Verified:
         """Hold every file against the manifest, and the model against the masked dense one.
 
@@ -173,7 +211,8 @@ class Artifact:
         """
         from sspcompile.api.verify import verify
 
-        return verify(self._named, _text(model), progress, layerwise=layerwise)
+        placement = _placement(device=device, dtype=dtype, device_map=device_map, memory=memory, threads=threads)
+        return verify(self._named, _text(model), progress, layerwise=layerwise, placement=placement)
 
     def evaluate(
         self,
@@ -185,6 +224,11 @@ class Artifact:
         limits: Limits | None = None,
         seed: int = 0,
         progress: Progress = silent,
+        device: str | None = None,
+        dtype: str | None = None,
+        device_map: str | None = None,
+        memory: int | str | None = None,
+        threads: int | None = None,
     ) -> list[SuiteResult]:
         """Ask the smaller and the dense model the same questions: on the scenario, off it, and from files `data`.
 
@@ -195,8 +239,9 @@ class Artifact:
         from sspcompile.api.evaluate import evaluate
 
         files = [data] if isinstance(data, str | os.PathLike) else list(data)
+        placement = _placement(device=device, dtype=dtype, device_map=device_map, memory=memory, threads=threads)
         return evaluate(
-            with_dense(self._named, _text(model)),
+            with_dense(self._named, _text(model), placement=placement),
             Workspace(self.root),
             progress,
             scenario=scenario,
@@ -217,6 +262,8 @@ class Artifact:
         last_logits: bool = False,
         overwrite: bool = False,
         progress: Progress = silent,
+        memory: int | str | None = None,
+        threads: int | None = None,
     ) -> Path:
         """Write the model in the form that a runtime takes, run it where it is ONNX, and give its folder.
 
@@ -228,7 +275,8 @@ class Artifact:
 
         asked = ExportRequest(format, host, precision, context_length=context_length, last_logits=last_logits)
         place = Path(out) if out is not None else None
-        return export(self._named, asked, Workspace(self.root), progress, out=place, overwrite=overwrite).folder
+        placement, root = _placement(memory=memory, threads=threads), Workspace(self.root)
+        return export(self._named, asked, root, progress, out=place, overwrite=overwrite, placement=placement).folder
 
     def bench(self, request: BenchRequest | None = None, *, progress: Progress = silent) -> BenchResult:
         """Measure latency and memory against the dense model; the summary goes into the report.
@@ -249,6 +297,12 @@ class Artifact:
 
 def _request(model: Place | None, scenario: ScenarioLike, options: Mapping[str, Any]) -> Request:
     return read_request(_scenario(scenario), {**options, "model": _text(model)}, os.environ, call=str)
+
+
+def _placement(**given: Any) -> Placement:
+    from sspcompile.model.placement import placement_of
+
+    return placement_of(given, os.environ, call=str)
 
 
 def _scenario(given: ScenarioLike) -> str | Scenario:

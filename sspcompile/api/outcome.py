@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sspcompile.model.dense import DenseModel
+from sspcompile.model.placement import Place
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.proof.parity import Parity
 from sspcompile.request.request import Request
@@ -15,7 +16,8 @@ from sspcompile.slicing.plan import SlicePlan
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished build: what was asked, what was decided, what was written and what was proven of it."""
+    """A finished build: what was asked, what was decided, what was written, what was proven of it and where
+    it was computed."""
 
     folder: Path
     dense: DenseModel
@@ -24,3 +26,4 @@ class Outcome:
     selection: Selection
     plan: SlicePlan
     parity: Parity
+    place: Place

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sspcompile.api.slice import open_cut
 from sspcompile.errors import InputError, UnsupportedModelError
 from sspcompile.model.dense import open_dense, open_sizes
+from sspcompile.model.placement import ANYWHERE, Placement
 from sspcompile.progress import Progress, silent
 from sspcompile.request.options import Options, default_of
 from sspcompile.request.request import Request
@@ -46,7 +47,7 @@ def plan_sizes(options: Options) -> SlicePlan:
 
 
 def plan_scenario(
-    request: Request, workspace: Workspace, progress: Progress = silent
+    request: Request, workspace: Workspace, progress: Progress = silent, *, placement: Placement = ANYWHERE
 ) -> tuple[list[SlicePlan], Reading]:
     """The cuts that the scores of a scenario ask for, one for each layout in question, and how the scenario was read.
 
@@ -65,7 +66,7 @@ def plan_scenario(
     options = request.options
     dense = open_dense(options.source)
     refuse_hopeless(request, dense)
-    loaded = dense.load(rendering=rendering_of(options))
+    loaded = dense.load(placement=placement, rendering=rendering_of(options))
     demand_readable(loaded, request.scenario.prompts, options.max_tokens)
     toolkit, _ = toolkit_for(dense, loaded, options, workspace, progress, cached_keys(request))
     reading = read_through(request, toolkit, loaded, Texts(loaded, options), progress)

@@ -35,7 +35,7 @@ from sspcompile.slicing.plan import SlicePlan
 from sspcompile.workspace import RECIPE
 
 # The rest of the origin is told elsewhere in the report.
-ORIGIN_SHOWN = ("sspcompile", "source", "pools", "seed")
+ORIGIN_SHOWN = ("sspcompile", "source", "pools", "seed", "device", "dtype", "threads")
 
 
 def report_of(outcome: Outcome) -> Report:
@@ -186,6 +186,7 @@ def origin_of(outcome: Outcome) -> dict[str, Any]:
         "left_out": not_carried(outcome.dense.checkpoint.path),
         "pools": pools_fingerprint(pools_of(outcome.request.options).candidates),
         "seed": outcome.request.options.seed,
+        **outcome.place.facts(),
         "versions": outcome.toolkit.meta.get("versions", {}),
         "evidence": outcome.selection.splits.counts(),
         "min_prompts_for_repair": MIN_PROMPTS,

@@ -18,6 +18,7 @@ from sspcompile.model.chat import PLAIN, Rendering
 from sspcompile.model.decoder import Chooser, LanguageModel
 from sspcompile.model.loading import load_cut
 from sspcompile.model.onnx_text import load_onnx
+from sspcompile.model.placement import ANYWHERE, Placement
 from sspcompile.model.text import sentences
 from sspcompile.model.vocabulary import demand_rows
 
@@ -65,21 +66,22 @@ def open_model(
     found: Named,
     *,
     dense: bool = False,
-    device: str = "cpu",
+    placement: Placement = ANYWHERE,
     trust_remote_code: bool = False,
     rendering: Rendering = PLAIN,
 ) -> tuple[Path, LanguageModel]:
     """What an argument names, ready to write, and its folder; with `dense` the model that it was cut from.
 
-    Code in the folder runs only when it is ours, or trusted by the user. Raises ArtifactError or CheckpointError.
+    Code in the folder runs only when it is ours, or trusted by the user. Raises ArtifactError or CheckpointError,
+    and InputError for a placement that this machine does not have. An ONNX export computes in its own precision.
     """
     if dense:
         folder = found.dense().checkpoint.path
-        return folder, load_cut(folder, device=device, trust_remote_code=trust_remote_code, rendering=rendering)
+        return folder, load_cut(folder, placement=placement, trust_remote_code=trust_remote_code, rendering=rendering)
     if found.onnx:
-        return found.model, load_onnx(found.model, provider=device, rendering=rendering)
+        return found.model, load_onnx(found.model, placement=placement, rendering=rendering)
     trusted = found.custom_code or trust_remote_code
-    return found.model, load_cut(found.model, device=device, trust_remote_code=trusted, rendering=rendering)
+    return found.model, load_cut(found.model, placement=placement, trust_remote_code=trusted, rendering=rendering)
 
 
 def prompt_tokens(model: LanguageModel, prompt: str) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from sspcompile.checkpoint.manifest import NAME as MANIFEST
 from sspcompile.checkpoint.manifest import check_manifest
 from sspcompile.errors import InputError, OutputExistsError
 from sspcompile.model.dense import DenseModel
+from sspcompile.model.placement import ANYWHERE, Placement
 from sspcompile.progress import Progress, silent
 from sspcompile.report.comparison import Points, frontier_page, points_of, render_points
 from sspcompile.report.json import read_report
@@ -91,6 +92,7 @@ def sweep(
     *,
     overwrite: bool = False,
     measured: bool = True,
+    placement: Placement = ANYWHERE,
 ) -> Points:
     """Build every request under `out`, measure them in one run, and write the frontier to out/frontier.
 
@@ -102,12 +104,12 @@ def sweep(
         folder = out / f"{axis.option}-{value}"
         progress("sweep", number, len(requests))
         if not _finished(folder, request, dense, overwrite):
-            build(request, dense, folder, workspace, progress, overwrite=overwrite)
+            build(request, dense, folder, workspace, progress, overwrite=overwrite, placement=placement)
         folders.append(folder)
     progress("sweep", len(requests), len(requests))
     if measured:
         given = [str(folder) for folder in folders]
-        bench(given, BenchRequest.of(quick=True), workspace, progress)
+        bench(given, BenchRequest.of(quick=True, threads=placement.threads), workspace, progress)
     points = points_of(f"Sweep of {axis.option}", {folder.name: read_report(folder / REPORT) for folder in folders})
     with staged(out / FRONTIER, overwrite=True) as folder:
         write_page(frontier_page(points), render_points(points), folder, FRONTIER)

@@ -9,6 +9,7 @@ from pathlib import Path
 from sspcompile.api.arguments import Named, demand
 from sspcompile.checkpoint import Manifest
 from sspcompile.model.dense import DenseModel
+from sspcompile.model.placement import ANYWHERE, Placement
 from sspcompile.progress import Progress, silent
 from sspcompile.proof.claim import Claim, any_refitted
 from sspcompile.proof.parity import Parity
@@ -27,7 +28,12 @@ class Verified:
 
 
 def verify(
-    found: Named, model: str | None = None, progress: Progress = silent, *, layerwise: bool | None = None
+    found: Named,
+    model: str | None = None,
+    progress: Progress = silent,
+    *,
+    layerwise: bool | None = None,
+    placement: Placement = ANYWHERE,
 ) -> Verified:
     """Check a build, or a folder that `slice` wrote.
 
@@ -43,7 +49,7 @@ def verify(
     mask = load_mask(found.folder / MASK, empty_layers=True)
     probes, refitted = _probes(found.folder, dense)
     claim = Claim(dense.checkpoint, mask, found.model, found.custom_code, refitted)
-    return Verified(manifest, prove(claim, probes, progress, layerwise=layerwise))
+    return Verified(manifest, prove(claim, probes, progress, layerwise=layerwise, placement=placement))
 
 
 def _probes(folder: Path, dense: DenseModel) -> tuple[list[list[int]], dict[str, None]]:

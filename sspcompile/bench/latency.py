@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import psutil
 
 from sspcompile.bench.capacity import Capacity, capacity
 from sspcompile.bench.load import Load, Settings
@@ -25,6 +24,7 @@ from sspcompile.bench.roofline import Prediction, Roofline, predict, roofline
 from sspcompile.checkpoint.settings import read_generation, read_json
 from sspcompile.errors import InputError
 from sspcompile.intervals import Summary, summarize
+from sspcompile.machine import free_memory
 from sspcompile.model.context import context_of
 from sspcompile.progress import Progress, silent
 
@@ -193,7 +193,7 @@ def fit_together(contenders: Sequence[Contender], device: str) -> bool:
     A device is given to one at a time: what is free there is not known before it is used.
     """
     weights = sum(path.stat().st_size for c in contenders for path in c.path.iterdir() if path.suffix in WEIGHT_FILES)
-    return device == "cpu" and weights < psutil.virtual_memory().available / 2
+    return device == "cpu" and weights < free_memory() / 2
 
 
 def _load(worker: Worker, contender: Contender, settings: Settings) -> dict[str, Any]:
@@ -204,6 +204,8 @@ def _load(worker: Worker, contender: Contender, settings: Settings) -> dict[str,
         threads=settings.threads,
         seed=settings.seed,
         device=settings.device,
+        dtype=settings.dtype,
+        device_map=settings.device_map,
     )
 
 

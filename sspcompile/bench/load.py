@@ -39,7 +39,8 @@ class Settings:
     """Equal for all contenders.
 
     `trials` of every load are counted in each of `sessions` fresh processes, after `warmup` that are not. `device` is
-    `cpu` or `cuda`; `memory` the bytes that capacities are worked out for.
+    `cpu`, or another of torch's; `memory` the bytes that capacities are worked out for. Models in transformers compute
+    in `dtype`, or for auto in the one that they are stored in, and with a `device_map` are spread over devices.
     """
 
     loads: tuple[Load, ...]
@@ -50,6 +51,8 @@ class Settings:
     seed: int
     device: str
     memory: int
+    dtype: str = "auto"
+    device_map: str | None = None
 
     def check(self) -> None:
         """Raises InputError for what cannot be measured."""

@@ -23,7 +23,7 @@ class OnnxRunner:
 
         folder = Path(request["path"])
         start = time.perf_counter()
-        self.model = OnnxModel.open(folder, provider=request["device"], threads=request["threads"])
+        self.model = OnnxModel.open(folder, provider=request["device"], threads=request["threads"], spin=True)
         self.load_seconds = time.perf_counter() - start
         self.folder = folder
         self.seed = request["seed"]

@@ -15,9 +15,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from sspcompile.errors import EXIT_BAD_INPUT, CheckpointError, RunError, SspError
+from sspcompile.startup import SLEEPING
 
-# libgomp and libomp let idle threads spin by default, which slows whatever runs beside or after them.
-QUIET_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+QUIET_THREADS = {**SLEEPING, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 STOP_SECONDS = 10
 REASON_CHARACTERS = 300
 

@@ -21,10 +21,13 @@ class TorchRunner:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from sspcompile.model.loading import open_config, open_model, readable
+        from sspcompile.model.opening import open_config, open_model, readable
+        from sspcompile.model.weights import input_device
 
         torch.set_num_threads(request["threads"])
         self.device = torch.device(request["device"])
+        device_map = request.get("device_map")
+        spread = {} if device_map is None else {"device_map": device_map}
         path, trust = Path(request["path"]), request["trust_remote_code"]
         with readable(path):
             # transformers imports a model's module when it is first needed, seconds that are not loading. A model
@@ -34,8 +37,19 @@ class TorchRunner:
                 AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
             keys = loading_keys(path) or None
             start = time.perf_counter()
-            model = open_model(path, dtype="auto", trust_remote_code=trust, local_files_only=True, key_mapping=keys)
-        self.model: Any = model.requires_grad_(False).eval().to(self.device)
+            model = open_model(
+                path,
+                dtype=request.get("dtype", "auto"),
+                trust_remote_code=trust,
+                local_files_only=True,
+                key_mapping=keys,
+                **spread,
+            )
+        self.model: Any = model.requires_grad_(False).eval()
+        if spread:
+            self.device = input_device(self.model)
+        else:
+            self.model.to(self.device)
         self._synchronize()
         self.load_seconds = time.perf_counter() - start
         self.seed = request["seed"]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import click
 
 from sspcompile.cli.options import (
     COUNTS,
-    byte_size,
     json_option,
     model_option,
+    placement_in,
+    placement_options,
     quiet_option,
     revision_option,
     workspace,
@@ -62,13 +64,7 @@ Examples:
     metavar="N",
     help="Fresh processes of each contender (8; 16 with --quick); intervals are taken over them.",
 )
-@click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads of each contender (all cores).")
-@click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="Run on cpu, or on cuda.")
-@click.option(
-    "--memory",
-    metavar="SIZE",
-    help="Say what context and batch fit into this much, as 16GB (default: all that the machine has).",
-)
+@placement_options
 @click.option("--fresh", is_flag=True, help="Begin anew instead of going on where an interrupted run stopped.")
 @json_option
 @quiet_option
@@ -84,23 +80,24 @@ def bench(
     batch: tuple[int, ...] | None,
     repeats: int | None,
     sessions: int | None,
-    threads: int | None,
-    device: str,
-    memory: str | None,
     fresh: bool,
     as_json: bool,
     quiet: bool,
+    **given: Any,
 ) -> None:
     """Measure prefill, decode, memory and KV bytes of artifacts against their dense model, and write their reports.
 
     Each contender runs in processes of its own, in alternation, with equal threads; every sample is kept in bench.json.
-    ARTIFACT may also be an exported folder. Without one, the last build is measured.
+    ARTIFACT may also be an exported folder. Without one, the last build is measured. Models compute in the numbers that
+    they are stored in unless --dtype says otherwise; --memory says for how much the largest context and batch are
+    worked out, by default for all that the device has.
     """
     from sspcompile.api.bench import BenchRequest
     from sspcompile.api.bench import bench as run
     from sspcompile.checkpoint.locate import at_revision
     from sspcompile.cli.progress import stages
 
+    placement = placement_in(given)
     request = BenchRequest.of(
         quick=quick,
         runtimes=_runtimes(runtimes),
@@ -109,9 +106,11 @@ def bench(
         new_tokens=new_tokens,
         repeats=repeats,
         sessions=sessions,
-        threads=threads,
-        device=device,
-        memory=byte_size(memory, "--memory"),
+        threads=placement.threads,
+        device=placement.device,
+        memory=placement.memory,
+        dtype=placement.dtype,
+        device_map=placement.device_map,
     )
     place = at_revision(model, revision)
     with stages(quiet) as progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from sspcompile.cli.options import (
     build_options,
     json_option,
     overwrite_option,
+    placement_in,
+    placement_options,
     quiet_option,
     request_of,
     say_left_out,
@@ -33,9 +36,12 @@ Examples:
   sspcompile build --scenario prompts.jsonl --model ./Qwen2.5-7B-Instruct --keep 0.6
   sspcompile build --scenario finance-desk --strength 0.8 --layout uniform
   sspcompile build --scenario finance-desk --sweep keep=0.25:1:0.125
+  sspcompile build --scenario finance-desk --model ./Llama-3.1-8B --memory 16GB
+  torchrun --nproc-per-node 4 -m sspcompile.cli.main build --scenario finance-desk --model ./Qwen2.5-7B-Instruct
 """,
 )
 @build_options
+@placement_options
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Artifact folder (default artifacts/NAME).")
 @overwrite_option
 @click.option(
@@ -62,12 +68,13 @@ def build(
 ) -> None:
     """Compile a scenario into a smaller model: choose heads, repair, cut, prove, report.
 
-    The first build of a model prepares its toolkit; later ones reuse it.
+    The first build of a model prepares its toolkit; later ones reuse it. Under torchrun the processes share the texts,
+    one process per GPU; the first one writes.
     """
     if sweep is not None:
         _sweep(sweep, scenario, out, overwrite, not no_bench, dry_run, as_json, quiet, given)
         return
-    request = request_of(scenario, given)
+    request, placement = request_of(scenario, given), placement_in(given)
     from sspcompile.checkpoint.publish import refuse_existing
     from sspcompile.request.recipe import dump_recipe
 
@@ -86,13 +93,18 @@ def build(
         click.echo(as_data if as_json else dump_recipe(recipe), nl=False)
         return
     from sspcompile.api.build import build as run
+    from sspcompile.api.build import take_part
     from sspcompile.api.unfinished import goes_on
     from sspcompile.cli.progress import stages
+    from sspcompile.model import parallel
 
     if not quiet and goes_on(request, dense, workspace()):
         click.echo(GOING_ON, err=True)
-    with stages(quiet) as progress:
-        outcome = run(request, dense, out, workspace(), progress, overwrite=overwrite)
+    with parallel.joined() as world, stages(quiet or not world.first) as progress:
+        if not world.first:
+            take_part(request, dense, workspace(), progress, placement=placement)
+            return
+        outcome = run(request, dense, out, workspace(), progress, overwrite=overwrite, placement=placement)
     warn_unknown(outcome.selection.reading.mixture)
     from sspcompile.api.reporting import origin_of, report_of
     from sspcompile.checkpoint.locate import EMBEDDED
@@ -118,9 +130,12 @@ def _sweep(
     from sspcompile.api.refusing import refuse_hopeless
     from sspcompile.api.sweep import FRONTIER, read_axis, refuse_clash
     from sspcompile.api.sweep import sweep as run
+    from sspcompile.errors import InputError
     from sspcompile.model.dense import open_dense
 
-    axis = read_axis(text)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("torchrun cannot share a sweep.", hint="Run it in one process, or build value by value.")
+    axis, placement = read_axis(text), placement_in(given)
     refuse_clash(axis, given)
     requests = [request_of(scenario, given | {axis.option: axis.value(value)}) for value in axis.values]
     out = out or workspace().artifact(f"{requests[0].scenario.name}-sweep")
@@ -133,7 +148,17 @@ def _sweep(
     from sspcompile.cli.progress import stages
 
     with stages(quiet) as progress:
-        points = run(axis, requests, dense, out, workspace(), progress, overwrite=overwrite, measured=measured)
+        points = run(
+            axis,
+            requests,
+            dense,
+            out,
+            workspace(),
+            progress,
+            overwrite=overwrite,
+            measured=measured,
+            placement=placement,
+        )
     from sspcompile.report.comparison import frontier_page, render_points
 
     if as_json:

@@ -6,14 +6,23 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from sspcompile.cli.options import build_option, json_option, quiet_option, scenario_option, workspace
+from sspcompile.cli.options import (
+    build_option,
+    json_option,
+    placement_in,
+    placement_options,
+    quiet_option,
+    scenario_option,
+    workspace,
+)
 
 if TYPE_CHECKING:
     from sspcompile.evaluate.harness import HarnessRow
+    from sspcompile.model.placement import Placement
 
 
 @click.command(
@@ -61,6 +70,7 @@ Examples:
     metavar="DIR",
     help="A folder with further task definitions for --lm-eval.",
 )
+@placement_options
 @json_option
 @quiet_option
 def evaluate(
@@ -79,6 +89,7 @@ def evaluate(
     tasks_folder: Path | None,
     as_json: bool,
     quiet: bool,
+    **given: Any,
 ) -> None:
     """Ask an artifact and its dense model the same questions, and say what was lost.
 
@@ -86,8 +97,9 @@ def evaluate(
     match and recall are given only where answers are known. ARTIFACT is an artifact, an exported folder, or with
     --against any model folder; without it, the last build.
     """
+    placement = placement_in(given)
     if tasks is not None:
-        rows = _harness(artifact, against, tasks, tasks_folder, items, batch_size, seed)
+        rows = _harness(artifact, against, tasks, tasks_folder, items, batch_size, seed, placement)
         _print_harness(rows, as_json)
         return
     from sspcompile.api.arguments import cut_model
@@ -97,7 +109,7 @@ def evaluate(
     from sspcompile.model.chat import Rendering
 
     rendering = Rendering(chat_template, bool(raw)) if raw or chat_template is not None else None
-    model = cut_model(artifact, against, workspace(), option="--against", rendering=rendering)
+    model = cut_model(artifact, against, workspace(), option="--against", rendering=rendering, placement=placement)
     limits = limits_for(model.positions, max_tokens, max_new_tokens, batch_size)
     if max_tokens is not None and limits.max_tokens < max_tokens:
         click.echo(
@@ -128,6 +140,7 @@ def _harness(
     items: int | None,
     batch_size: int,
     seed: int,
+    placement: Placement,
 ) -> Sequence[HarnessRow]:
     from sspcompile.evaluate.harness import require_harness, run_harness
 
@@ -137,7 +150,9 @@ def _harness(
     model = cut_model(artifact, against, workspace(), option="--against")
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     models = ((model.dense.checkpoint.path, False), (model.found.model, model.found.custom_code))
-    return run_harness(models, names, tasks_folder=tasks_folder, items=items, batch_size=batch_size, seed=seed)
+    return run_harness(
+        models, names, tasks_folder=tasks_folder, items=items, batch_size=batch_size, seed=seed, placement=placement
+    )
 
 
 def _print_harness(rows: Sequence[HarnessRow], as_json: bool) -> None:

@@ -12,6 +12,8 @@ from sspcompile.cli.options import (
     host_option,
     json_option,
     overwrite_option,
+    placement_in,
+    placement_options,
     quiet_option,
     revision_option,
     say_left_out,
@@ -90,6 +92,7 @@ Examples:
 @click.option("--hard-link", is_flag=True, help="ONNX: share unchanged weight files with the source.")
 @click.option("--model", "-m", metavar="MODEL", help="ONNX: export this checkpoint as it is instead of an artifact.")
 @revision_option
+@placement_options
 @overwrite_option
 @json_option
 @quiet_option
@@ -103,12 +106,13 @@ def export(
     overwrite: bool,
     as_json: bool,
     quiet: bool,
-    **onnx: Any,
+    **given: Any,
 ) -> None:
     """Write an artifact's model with a model card and a manifest; without ARTIFACT, the last build's.
 
     An onnx export is run before it is published: texts of the artifact, alone and in a padded batch, must come out as
-    transformers computes them. int8 and int4 change them by design; what that costs is printed.
+    transformers computes them on the CPU in fp32, within --memory and --threads. int8 and int4 change them by design;
+    what that costs is printed.
     """
     from sspcompile.errors import InputError
 
@@ -117,17 +121,18 @@ def export(
     if model is not None and artifact is not None:
         raise InputError("ARTIFACT and --model exclude each other.", hint="Name one of them.")
     from sspcompile.api.arguments import named
-    from sspcompile.api.export import ExportRequest
+    from sspcompile.api.export import ONNX_ONLY, ExportRequest
     from sspcompile.api.export import export as run
     from sspcompile.checkpoint.locate import at_revision
     from sspcompile.cli.progress import stages
 
-    request = ExportRequest(form, host, **onnx)
+    placement = placement_in(given)
+    request = ExportRequest(form, host, **{name: given[name] for name in ONNX_ONLY})
     request.check()
     place = at_revision(model, revision)
     found = named(artifact if place is None else place, workspace())
     with stages(quiet) as progress:
-        done = run(found, request, workspace(), progress, out=out, overwrite=overwrite)
+        done = run(found, request, workspace(), progress, out=out, overwrite=overwrite, placement=placement)
     measured = _measured(done)
     _say_tables(done)
     if found.kind == "model":

@@ -33,7 +33,7 @@ from sspcompile.cli.run import run
 from sspcompile.cli.slice import slice_command
 from sspcompile.cli.verify import verify
 from sspcompile.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_TERMINATED, RunError, SspError
-from sspcompile.startup import send_nothing_home, spare_the_collector
+from sspcompile.startup import let_threads_sleep, send_nothing_home, spare_the_collector
 
 
 @dataclass
@@ -74,6 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point: runs the command line and exits with the codes of the errors' classes."""
     run = Run()
     send_nothing_home()
+    let_threads_sleep()
     if argv is None:
         spare_the_collector()
         sys.excepthook = partial(_unexpected, run)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,13 +12,12 @@ import click
 from sspcompile.request.options import NAMES, default_of, flag, kind_of, shown_of
 
 if TYPE_CHECKING:
+    from sspcompile.model.placement import Placement
     from sspcompile.request.request import Request
     from sspcompile.select.mixture import Mixture
     from sspcompile.workspace import Workspace
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
 class Counts(click.ParamType):
@@ -47,18 +45,6 @@ def say_left_out(names: Sequence[str], *, quiet: bool) -> None:
     if names and not quiet:
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         click.echo(f"Left out of what the model's folder holds: {', '.join(names[:NAMED])}{more}", err=True)
-
-
-def byte_size(text: str | None, option: str) -> int | None:
-    """`5GB`, `200MiB` or `1000000` as bytes. Raises InputError."""
-    from sspcompile.errors import InputError
-
-    if text is None:
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)?", text.strip(), re.IGNORECASE)
-    if found is None or float(found[1]) == 0:
-        raise InputError(f"{option} {text!r} is not a size.", hint="Type 5GB, 200MiB or a number of bytes.")
-    return max(1, int(float(found[1]) * UNITS[(found[2] or "").upper()]))
 
 
 def build_option(name: str) -> Callable[[Command], Command]:
@@ -92,6 +78,37 @@ host_option = build_option("host")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="Print no progress.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists.")
+
+
+PLACEMENT_OPTIONS = (
+    click.option("--device", metavar="DEVICE", help="Compute on auto (the default), cpu, cuda, cuda:N or mps."),
+    click.option(
+        "--dtype",
+        metavar="DTYPE",
+        help="Compute in float32, bfloat16 or float16 (float32 on the CPU, 16 bits on a GPU).",
+    ),
+    click.option("--device-map", metavar="[auto]", help="Spread a model that no device holds over all of them."),
+    click.option(
+        "--memory",
+        metavar="SIZE",
+        help="Take at most this much memory, as 16GB (what is free): layers beyond it are read from disk.",
+    ),
+    click.option("--threads", metavar="N", help="Use N threads (the cores that this process may use)."),
+)
+
+
+def placement_options(command: Command) -> Command:
+    """Where a model is computed: every command that runs one takes them."""
+    for option in reversed(PLACEMENT_OPTIONS):
+        command = option(command)
+    return command
+
+
+def placement_in(given: Mapping[str, Any]) -> Placement:
+    """The Placement of a command's options, and of the environment. Raises InputError."""
+    from sspcompile.model.placement import placement_of
+
+    return placement_of(given, os.environ)
 
 
 def build_options(command: Command) -> Command:

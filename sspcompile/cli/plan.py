@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sspcompile.cli.options import build_options, json_option, quiet_option, request_of, warn, warn_unknown, workspace
+from sspcompile.cli.options import (
+    build_options,
+    json_option,
+    placement_in,
+    placement_options,
+    quiet_option,
+    request_of,
+    warn,
+    warn_unknown,
+    workspace,
+)
 
 if TYPE_CHECKING:
     from sspcompile.slicing.plan import SlicePlan
@@ -33,6 +43,7 @@ Examples:
     "--cost", is_flag=True, help="Say instead what the build will cost here: passes, minutes and memory, by stage."
 )
 @click.option("--by-layer", is_flag=True, help="Also print a row for every layer (--json always has them).")
+@placement_options
 @json_option
 @quiet_option
 def plan(
@@ -66,7 +77,7 @@ def _plans(scenario: str | None, mask: Path | None, quiet: bool, given: dict[str
     from sspcompile.errors import InputError
     from sspcompile.model.dense import open_sizes
 
-    request = request_of(scenario or UNNAMED, given)
+    request, placement = request_of(scenario or UNNAMED, given), placement_in(given)
     options = request.options
     if mask is not None:
         if scenario is not None:
@@ -87,7 +98,7 @@ def _plans(scenario: str | None, mask: Path | None, quiet: bool, given: dict[str
     from sspcompile.cli.progress import stages
 
     with stages(quiet) as progress:
-        plans, reading = plan_scenario(request, workspace(), progress)
+        plans, reading = plan_scenario(request, workspace(), progress, placement=placement)
     warn_unknown(reading.mixture)
     return plans
 

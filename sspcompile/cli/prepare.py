@@ -13,6 +13,8 @@ from sspcompile.cli.options import (
     build_option,
     json_option,
     model_option,
+    placement_in,
+    placement_options,
     quiet_option,
     revision_option,
     workspace,
@@ -47,12 +49,10 @@ Examples:
 @build_option("max_tokens")
 @build_option("continuation_tokens")
 @build_option("seed")
-@click.option(
-    "--device-map", metavar="[auto]", help="Spread a model that no device holds over all of them (needs accelerate)."
-)
+@placement_options
 @json_option
 @quiet_option
-def prepare(criteria: tuple[str, ...], device_map: str | None, as_json: bool, quiet: bool, **given: Any) -> None:
+def prepare(criteria: tuple[str, ...], as_json: bool, quiet: bool, **given: Any) -> None:
     """Capture features, train probes, calibrate them, score every head per domain, find the whitelist.
 
     `build` does this by itself when it is missing; the toolkit is kept per model and reused. Under torchrun the
@@ -64,10 +64,11 @@ def prepare(criteria: tuple[str, ...], device_map: str | None, as_json: bool, qu
     from sspcompile.model.journal import holds_work
     from sspcompile.prepare.stages import beside
     from sspcompile.prepare.toolkits import toolkit_folder, toolkit_for
-    from sspcompile.request.options import resolve
+    from sspcompile.request.options import NAMES, resolve
     from sspcompile.select.scoring import CACHED
 
-    options = resolve(given, environment=os.environ)
+    placement = placement_in(given)
+    options = resolve({name: given[name] for name in NAMES if name in given}, environment=os.environ)
     from sspcompile.cli.progress import stages
     from sspcompile.request.pools import pools_of
 
@@ -76,7 +77,7 @@ def prepare(criteria: tuple[str, ...], device_map: str | None, as_json: bool, qu
     with parallel.joined() as world, stages(quiet or not world.first) as progress:
         if world.first and not quiet and holds_work(beside(toolkit_folder(dense, options, workspace()))):
             click.echo(GOING_ON, err=True)
-        loaded = dense.load(device=world.device, device_map=device_map, rendering=rendering_of(options))
+        loaded = dense.load(placement=placement, rendering=rendering_of(options))
         toolkit, fresh = toolkit_for(dense, loaded, options, workspace(), progress, criteria or (CACHED,))
     if not world.first:
         return

@@ -6,10 +6,11 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import click
 
-from sspcompile.cli.options import json_option, quiet_option, workspace
+from sspcompile.cli.options import json_option, placement_in, placement_options, quiet_option, workspace
 
 # What a terminal would obey instead of showing: C0 without tab and line feed, DEL, C1.
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -66,7 +67,7 @@ Examples:
 @click.option("--raw", is_flag=True, help="Leave the chat template out.")
 @click.option("--chat-template", metavar="NAME", help="Use this one of several chat templates.")
 @click.option("--dense", is_flag=True, help="Use the model that the artifact was cut from, to compare.")
-@click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="Run on cpu, or on cuda.")
+@placement_options
 @click.option("--trust-remote-code", is_flag=True, help="Run code that a model folder of others brings along.")
 @json_option
 @quiet_option
@@ -80,10 +81,10 @@ def run(
     raw: bool,
     chat_template: str | None,
     dense: bool,
-    device: str,
     trust_remote_code: bool,
     as_json: bool,
     quiet: bool,
+    **given: Any,
 ) -> None:
     """Write text with ARTIFACT: a build, an export in any format, or a model folder; without it, the last build.
 
@@ -91,7 +92,7 @@ def run(
     """
     from sspcompile.cli.progress import stages
 
-    texts = [_read(prompt) for prompt in prompts]
+    texts, placement = [_read(prompt) for prompt in prompts], placement_in(given)
     with stages(quiet):
         from sspcompile.api.arguments import named
         from sspcompile.api.run import Sampling, open_model, prompt_tokens, write
@@ -100,7 +101,7 @@ def run(
         folder, model = open_model(
             named(artifact, workspace()),
             dense=dense,
-            device=device,
+            placement=placement,
             trust_remote_code=trust_remote_code,
             rendering=Rendering(chat_template, raw),
         )

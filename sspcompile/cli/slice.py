@@ -8,7 +8,6 @@ from pathlib import Path
 import click
 
 from sspcompile.cli.options import (
-    byte_size,
     host_option,
     json_option,
     model_option,
@@ -64,6 +63,7 @@ def slice_command(
     from sspcompile.api.slice import open_cut, write_cut
     from sspcompile.checkpoint.locate import at_revision
     from sspcompile.checkpoint.publish import refuse_existing
+    from sspcompile.request.sizes import byte_size
     from sspcompile.slicing.hosts import named_host
 
     limit = byte_size(max_shard_size, "--max-shard-size")

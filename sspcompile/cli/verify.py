@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from typing import Any
 
 import click
 
-from sspcompile.cli.options import json_option, model_option, quiet_option, revision_option, workspace
+from sspcompile.cli.options import (
+    json_option,
+    model_option,
+    placement_in,
+    placement_options,
+    quiet_option,
+    revision_option,
+    workspace,
+)
 
 
 @click.command(
@@ -27,26 +36,33 @@ Examples:
     default=None,
     help="Hold one layer of each model at a time, or whole models; by default, what the free memory allows.",
 )
+@placement_options
 @json_option
 @quiet_option
 def verify(
-    artifact: str | None, model: str | None, revision: str | None, layerwise: bool | None, as_json: bool, quiet: bool
+    artifact: str | None,
+    model: str | None,
+    revision: str | None,
+    layerwise: bool | None,
+    as_json: bool,
+    quiet: bool,
+    **given: Any,
 ) -> None:
     """Check every file's sha256 and every weight that was kept, load the model in a fresh process, and compare it with
     the masked dense model in float64.
 
     ARTIFACT is a build, or a folder that `sspcompile slice` wrote; without it, the last build. Models that do not fit
     into memory are compared layer by layer, from their files. The dense model is looked for where the build found it;
-    --model names another place.
+    --model names another place. It is computed on the CPU, or on the CUDA device that --device names.
     """
     from sspcompile.api.arguments import named
     from sspcompile.api.verify import verify as run
     from sspcompile.checkpoint.locate import at_revision
     from sspcompile.cli.progress import stages
 
-    named_folder = named(artifact, workspace())
+    placement, named_folder = placement_in(given), named(artifact, workspace())
     with stages(quiet) as progress:
-        found = run(named_folder, at_revision(model, revision), progress, layerwise=layerwise)
+        found = run(named_folder, at_revision(model, revision), progress, layerwise=layerwise, placement=placement)
     manifest, parity = found.manifest, found.parity
     if as_json:
         click.echo(json.dumps({"files": len(manifest.files), **asdict(parity), "relative": parity.relative}))

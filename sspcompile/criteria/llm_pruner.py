@@ -19,13 +19,19 @@ from torch import Tensor, nn
 
 from sspcompile.criteria.magnitude import PROJECTIONS, attention_sums
 from sspcompile.criteria.units import CriterionInput, Units
+from sspcompile.errors import InputError
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.logits import decoder_output, log_probabilities, mean_by_sequence
 from sspcompile.model.modules import projection_place
 
 
 def llm_pruner(loaded: LoadedModel, given: CriterionInput) -> np.ndarray:
-    """[L, U]"""
+    """[L, U]. Raises InputError for a model whose weights are not all where it is computed."""
+    if any(parameter.is_meta for parameter in loaded.model.parameters()):
+        raise InputError(
+            "llm-pruner needs gradients of weights, and some of this model's lie outside of the device.",
+            hint="Give more --memory, or another --criterion.",
+        )
     units = Units.of(loaded.geometry, given.granularity)
     places = {name: projection_place(loaded.geometry, name) for name in PROJECTIONS}
     weights = {

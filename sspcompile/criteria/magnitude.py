@@ -16,6 +16,7 @@ from torch import Tensor
 from sspcompile.criteria.units import CriterionInput, Units
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.modules import projection_weight
+from sspcompile.model.stored import double_device
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 ElementValue = Callable[[str, Tensor], Tensor]
@@ -37,7 +38,7 @@ def attention_sums(loaded: LoadedModel, layer: int, of: ElementValue) -> np.ndar
     share of its group's, so that the heads of a group add up to the group.
     """
     g = loaded.geometry
-    total = torch.zeros(g.heads, dtype=torch.float64, device=loaded.device)
+    total = torch.zeros(g.heads, dtype=torch.float64, device=double_device(loaded.device))
     with torch.no_grad():
         for name in PROJECTIONS:
             values = of(name, projection_weight(loaded, layer, name))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sspcompile.errors import InputError
 from sspcompile.model.chat import render, replies
+from sspcompile.model.stored import double_device, in_double
 from sspcompile.model.text import BATCH_TOKENS, MAX_TOKENS, Batch, Sentence, batches_of, shortened, token_ids
 from sspcompile.model.vocabulary import end_id
 from sspcompile.request.prompts import Prompt, messages_of
@@ -171,13 +172,13 @@ def answer_scores(loaded: LanguageModel, encoded: EncodedItems) -> AnswerScores:
     """
     references = len(encoded.owner)
     wrong = torch.zeros(references, dtype=torch.int64, device=loaded.device)
-    total = torch.zeros(references, dtype=torch.float64, device=loaded.device)
+    total = torch.zeros(references, dtype=torch.float64, device=double_device(loaded.device))
     for part in encoded.batches:
         batch = part.batch
         logits = loaded.scored_logits(batch.input_ids, batch.attention_mask, batch.score_mask)
         wrong.index_add_(0, part.reference, (logits.argmax(-1) != part.targets).long())
         likelihood = logits.log_softmax(-1).gather(1, part.targets[:, None])[:, 0]
-        total.index_add_(0, part.reference, likelihood.double())
+        total.index_add_(0, part.reference.to(total.device), in_double(likelihood))
     right = np.zeros(encoded.count, dtype=bool)
     np.logical_or.at(right, encoded.owner, wrong.cpu().numpy() == 0)
     best = np.full(encoded.count, -np.inf)

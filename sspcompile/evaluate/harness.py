@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sspcompile.errors import InputError
-from sspcompile.model.loading import readable
+from sspcompile.model.opening import readable
+from sspcompile.model.placement import ANYWHERE, Placement, resolve, use_threads
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def run_harness(
     items: int | None,
     batch_size: int,
     seed: int,
-    device: str = "cpu",
+    placement: Placement = ANYWHERE,
 ) -> list[HarnessRow]:
     """Run tasks on the dense and on the sliced model, each a folder and whether its own code may run.
 
@@ -54,12 +55,20 @@ def run_harness(
 
     if tasks_folder is not None and not tasks_folder.is_dir():
         raise InputError(f"There is no folder {tasks_folder}.", hint="--lm-eval-tasks-dir takes a folder of tasks.")
+    place = resolve(placement)
+    use_threads(placement)
     manager = TaskManager(include_path=None if tasks_folder is None else str(tasks_folder))
     if unknown := sorted(set(tasks) - set(manager.all_tasks)):
         raise InputError(f"The harness has no task {unknown[0]!r}.", hint="`lm_eval ls tasks` lists them.")
     found = []
     for folder, trust in models:
-        arguments = {"pretrained": str(folder), "dtype": "float32", "trust_remote_code": trust}
+        arguments = {
+            "pretrained": str(folder),
+            "dtype": str(place.dtype).removeprefix("torch."),
+            "trust_remote_code": trust,
+        }
+        if place.device_map is not None:
+            arguments |= {"parallelize": True}
         with readable(folder):  # before the harness reads data: it loads by the folder's own class alone
             AutoConfig.from_pretrained(folder, trust_remote_code=trust)
         result = simple_evaluate(
@@ -69,7 +78,7 @@ def run_harness(
             task_manager=manager,
             limit=items,
             batch_size=batch_size,
-            device=device,
+            device=str(place.device),
             random_seed=seed,
             numpy_random_seed=seed,
             torch_random_seed=seed,

@@ -15,11 +15,13 @@ from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.hooks import end_pass, reading, until
 from sspcompile.model.modules import o_proj, residual_norm
 from sspcompile.model.parallel import current
+from sspcompile.model.stored import double_device
 from sspcompile.model.text import MAX_TOKENS, Batch, encode
 from sspcompile.progress import Steps, no_steps
 from sspcompile.request.prompts import Prompt
 
-# Called with (layer, x): x is the input of that layer's o_proj, [B, T, heads * head_dim]. It must not keep x.
+# Called with (layer, x): x is the input of that layer's o_proj, [B, T, heads * head_dim], on a device that has float64.
+# It must not keep x.
 HeadReader = Callable[[int, Tensor], None]
 
 
@@ -28,6 +30,10 @@ def pool(values: Tensor, attention_mask: Tensor) -> Tensor:
     real = attention_mask.to(values.device).bool().unsqueeze(-1)  # layers may lie on several devices
     total = values.float().masked_fill(~real, 0.0).sum(1)
     return total / real.sum(1)
+
+
+def _exactly(read_heads: HeadReader) -> HeadReader:
+    return lambda layer, x: read_heads(layer, x.to(double_device(x.device)))
 
 
 @torch.inference_mode()
@@ -46,7 +52,7 @@ def capture(loaded: LoadedModel, batch: Batch, read_heads: HeadReader | None = N
     with contextlib.ExitStack() as stack:
         stack.enter_context(reading([residual_norm(y) for y in loaded.layers], "residual norm", read_residual))
         if read_heads is not None:
-            stack.enter_context(reading([o_proj(y) for y in loaded.layers], "o_proj", read_heads))
+            stack.enter_context(reading([o_proj(y) for y in loaded.layers], "o_proj", _exactly(read_heads)))
         with until():
             loaded.model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     return torch.stack([x for x in pooled if x is not None], dim=1)

@@ -14,8 +14,8 @@ from sspcompile.families import FAMILIES, Geometry
 from sspcompile.model.cache import cache_argument, cache_of
 from sspcompile.model.chat import PLAIN, Rendering
 from sspcompile.model.context import positions_of
-from sspcompile.model.placement import input_device
 from sspcompile.model.vocabulary import ends_of
+from sspcompile.model.weights import input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -163,7 +163,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class LoadedModel(TextModel):
-    """A dense decoder ready to run, with what is known of its build, in fp32."""
+    """A dense decoder ready to run, with what is known of it."""
 
     geometry: Geometry
     path: Path

@@ -12,6 +12,7 @@ from sspcompile.checkpoint.companions import companions
 from sspcompile.checkpoint.locate import EMBEDDED, find
 from sspcompile.model.chat import PLAIN, Rendering
 from sspcompile.model.merging import base_of, merged
+from sspcompile.model.placement import ON_CPU, Placement
 
 if TYPE_CHECKING:
     from sspcompile.model.decoder import LoadedModel
@@ -38,12 +39,7 @@ class DenseModel:
         return {"source": self.fingerprint, "source_name": self.place, **revision, **self.merged}
 
     def load(
-        self,
-        *,
-        device: str = "cpu",
-        device_map: str | None = None,
-        trust_remote_code: bool = False,
-        rendering: Rendering = PLAIN,
+        self, *, placement: Placement = ON_CPU, trust_remote_code: bool = False, rendering: Rendering = PLAIN
     ) -> LoadedModel:
         # Headers alone need no torch.
         from sspcompile.model.loading import load
@@ -51,8 +47,7 @@ class DenseModel:
         return load(
             self.checkpoint.path,
             fingerprint=self.fingerprint,
-            device=device,
-            device_map=device_map,
+            placement=placement,
             trust_remote_code=trust_remote_code,
             rendering=rendering,
         )

@@ -49,6 +49,7 @@ def log_probabilities(loaded: LoadedModel, hidden: Tensor, score_mask: Tensor) -
 
 def mean_by_sequence(values: Tensor, score_mask: Tensor) -> Tensor:
     """Mean over each sequence's scored positions: [S] and the mask [B, T] -> [B], in the dtype of `values`."""
+    score_mask = score_mask.to(values.device)
     owner = score_mask.nonzero()[:, 0]
     total = torch.zeros(len(score_mask), dtype=values.dtype, device=values.device).index_add_(0, owner, values)
     return total / score_mask.sum(-1)

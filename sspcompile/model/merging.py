@@ -145,7 +145,7 @@ def _merge(adapter: Adapter, name: str, info: TensorInfo, a: TensorInfo, b: Tens
             warnings.simplefilter("ignore")
             config = LoraConfig(**said, target_modules=[layer])
             model = inject_adapter_in_model(config, _below(layer, linear), adapter_name=ONLY)
-        lora = model.get_submodule(layer)
+        lora: Any = model.get_submodule(layer)
         # As peft holds an adapter: never in fewer bits than these.
         dtype = torch.promote_types(weight.dtype, torch.float32)
         for part, found in ((lora.lora_A[ONLY], a), (lora.lora_B[ONLY], b)):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from sspcompile.families import FAMILIES, Geometry
 from sspcompile.model.decoder import LoadedModel
-from sspcompile.model.placement import weight_of
+from sspcompile.model.stored import double_device
+from sspcompile.model.weights import weight_of
 
 
 def o_proj(layer: nn.Module) -> nn.Linear:
@@ -35,9 +36,13 @@ def projection_place(geometry: Geometry, name: str) -> tuple[str, slice]:
 
 
 def projection_weight(loaded: LoadedModel, layer: int, name: str) -> Tensor:
-    """The weight of q_proj, k_proj, v_proj or o_proj, [rows, columns], wherever it lies; not to be written to."""
+    """The weight of q_proj, k_proj, v_proj or o_proj, [rows, columns], wherever it lies; not to be written to.
+
+    It is on its layer's device, or on the CPU beside one without float64.
+    """
     module, rows = projection_place(loaded.geometry, name)
-    return weight_of(loaded.layers[layer].get_submodule(f"self_attn.{module}"))[rows]
+    weight = weight_of(loaded.layers[layer].get_submodule(f"self_attn.{module}"))[rows]
+    return weight.to(double_device(weight.device))
 
 
 def residual_norm(layer: nn.Module) -> nn.Module:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sspcompile.errors import ArtifactError, InputError, RunError
+from sspcompile.machine import usable_cores
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue
@@ -47,11 +48,11 @@ class OnnxModel:
         self._past = [value for value in session.get_inputs() if value.name.startswith("past_key_values.")]
 
     @classmethod
-    def open(cls, folder: Path, *, provider: str = "cpu", threads: int | None = None, spin: bool = True) -> OnnxModel:
-        """Open MODEL.onnx of a folder. `threads` None leaves the number to ONNX Runtime.
+    def open(cls, folder: Path, *, provider: str = "cpu", threads: int | None = None, spin: bool = False) -> OnnxModel:
+        """Open MODEL.onnx of a folder. `threads` None means the cores that this process may use.
 
         With `spin` its threads wait for work in a loop, which makes a step a little faster and, where others use the
-        processor too, everything several times slower.
+        processor too, everything several times slower. `bench` alone asks for it.
 
         Raises InputError when ONNX Runtime or the provider is not installed, ArtifactError for a folder that it cannot
         open.
@@ -70,8 +71,7 @@ class OnnxModel:
         options.log_severity_level = 4
         if not spin:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if threads is not None:
-            options.intra_op_num_threads = threads
+        options.intra_op_num_threads = threads or usable_cores()
         try:
             session = ort.InferenceSession(folder / GRAPH, options, providers=[PROVIDERS[provider]])
         except _opening_errors() as error:

@@ -17,7 +17,9 @@ from sspcompile.model.chat import PLAIN, Rendering
 from sspcompile.model.decoder import Chooser, Rows
 from sspcompile.model.loading import demand_json, load_tokenizer
 from sspcompile.model.onnx_session import SETTINGS, OnnxModel, read_settings
+from sspcompile.model.placement import ON_CPU, Placement
 from sspcompile.model.vocabulary import ends_of
+from sspcompile.request.options import AUTO
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,14 +90,19 @@ class OnnxText:
         return rows.tails
 
 
-def load_onnx(folder: Path, *, provider: str = "cpu", spin: bool = True, rendering: Rendering = PLAIN) -> OnnxText:
-    """Open an export with its tokenizer, as `OnnxModel.open` does.
+def _session(folder: Path, placement: Placement) -> OnnxModel:
+    device = "cpu" if placement.device == AUTO else placement.device
+    return OnnxModel.open(folder, provider=device, threads=placement.threads)
+
+
+def load_onnx(folder: Path, *, placement: Placement = ON_CPU, rendering: Rendering = PLAIN) -> OnnxText:
+    """Open an export with its tokenizer, as `OnnxModel.open` does; `auto` is the CPU.
 
     Raises ArtifactError or CheckpointError for a damaged one, and what `OnnxModel.open` raises.
     """
     read_generation(folder)
     demand_json(folder / "tokenizer.json")
-    session, settings = OnnxModel.open(folder, provider=provider, spin=spin), read_settings(folder)
+    session, settings = _session(folder, placement), read_settings(folder)
     if settings is None:
         raise ArtifactError(f"{folder} lacks {SETTINGS}.", hint="Export it again.")
     try:

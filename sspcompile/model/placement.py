@@ -1,56 +1,203 @@
-"""Models larger than one device: accelerate spreads the layers over GPUs, memory and disk, and moves what passes by.
+"""Where a model is computed: device, dtype, memory and threads.
 
-A weight that lies in memory or on disk stands in its module as an empty `meta` tensor; it is real only while its module
-runs. Whoever reads weights directly asks `weight_of`.
+A `Placement` is no part of a build's request: a request says what comes out, a placement where it is worked out.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
 from sspcompile.errors import InputError
+from sspcompile.machine import free_memory, resident_bytes, usable_cores
+from sspcompile.request.options import AUTO, flag, variable
+from sspcompile.request.sizes import byte_size
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    import torch
 
+DEVICE = r"auto|cpu|mps|cuda(:\d{1,3})?"
+DTYPES = ("float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-# Where accelerate keeps weights without computing there, as long as there is a GPU.
-STORES = ("cpu", "disk")
+NAMES = ("device", "dtype", "device_map", "memory", "threads")
+MOST_THREADS = 4096
 
 
-def loading_options(device_map: str | None) -> dict[str, Any]:
-    """What `from_pretrained` needs to spread a model; nothing for None. Raises InputError without accelerate."""
-    if device_map is None:
+@dataclass(frozen=True)
+class Placement:
+    """Where to compute, as it was asked for; `resolve` settles what is left open.
+
+    `device`: auto, cpu, cuda, cuda:N or mps. `dtype`: auto or one of DTYPES. `device_map`: one of DEVICE_MAPS, which
+    spreads a model over several devices. `memory`: a limit in bytes, None for what is free. `threads`: None for as many
+    as this process may use.
+    """
+
+    device: str = AUTO
+    dtype: str = AUTO
+    device_map: str | None = None
+    memory: int | None = None
+    threads: int | None = None
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether a CUDA device was asked for by name."""
+        return self.device.startswith("cuda")
+
+    def half(self) -> Placement:
+        """The same for one of two models: half of what a stated limit leaves beside what is held now.
+
+        Raises InputError for a device that is not there.
+        """
+        if self.memory is None:
+            return self
+        import torch
+
+        held = held_bytes(torch.device(_present(self.device)))
+        return replace(self, memory=held + max(1, (self.memory - held) // 2))
+
+
+# What proofs and exports are held against, and what a model in memory means where nothing else is said.
+ON_CPU = Placement(device="cpu", dtype="float32")
+# Whatever the machine has.
+ANYWHERE = Placement()
+
+
+def placement_of(
+    given: Mapping[str, Any], environment: Mapping[str, str], call: Callable[[str], str] = flag
+) -> Placement:
+    """A Placement from what was `given` (flags or keywords; None is "not given"), then from the environment.
+
+    Sizes are numbers of bytes or text such as "8GB". Errors call names as `call` does. Raises InputError for what no
+    machine could have.
+    """
+    found: dict[str, Any] = {}
+    for name in NAMES:
+        value, label = given.get(name), call(name)
+        if value is None and (text := environment.get(variable(name), "").strip()):
+            value, label = text, variable(name)
+        if value is not None:
+            found[name] = _checked(name, value, label)
+    return Placement(**found)
+
+
+def _checked(name: str, value: Any, label: str) -> Any:
+    if name == "memory":
+        return byte_size(str(value), label)
+    if name == "threads":
+        if not str(value).isdecimal() or not 1 <= int(value) <= MOST_THREADS:
+            raise InputError(f"{label} is {value}.", hint=f"Give a whole number from 1 to {MOST_THREADS}.")
+        return int(value)
+    if name == "device" and not re.fullmatch(DEVICE, str(value)):
+        raise InputError(f"There is no device {str(value)!r}.", hint="Accepted: auto, cpu, cuda, cuda:N, mps.")
+    if name == "dtype" and value not in (AUTO, *DTYPES):
+        raise InputError(f"Nothing is computed in {str(value)!r}.", hint=f"Accepted: {', '.join((AUTO, *DTYPES))}.")
+    if name == "device_map" and value not in DEVICE_MAPS:
+        raise InputError(f"There is no device map {str(value)!r}.", hint=f"Accepted: {', '.join(DEVICE_MAPS)}.")
+    return value
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model is computed, settled. `memory`: bytes that its weights and its work may take beside what is held
+    now; `limited`: whether somebody stated that."""
+
+    device: torch.device
+    dtype: torch.dtype
+    device_map: str | None
+    memory: int
+    limited: bool
+    threads: int
+
+    def facts(self) -> dict[str, str]:
+        """What a manifest says of it."""
+        device = self.device.type if self.device_map is None else f"{self.device.type}, spread"
+        return {"device": device, "dtype": str(self.dtype).removeprefix("torch."), "threads": str(self.threads)}
+
+
+def resolve(placement: Placement, dtype: torch.dtype | None = None) -> Place:
+    """The place that a placement means here and now; `dtype` overrules what it says.
+
+    `auto` is the accelerator that is there: cuda, then mps, then cpu; under torchrun each process has its own. It
+    computes in float32 on the CPU, in bfloat16 on CUDA devices that have it, in float16 elsewhere. Raises InputError
+    for a device that is not there.
+    """
+    import torch
+
+    device = torch.device(_present(placement.device))
+    named: torch.dtype = getattr(torch, placement.dtype if placement.dtype != AUTO else _usual(device))
+    if placement.memory is not None:
+        memory = placement.memory - held_bytes(device)
+    else:  # the memory of a Mac is one
+        memory = int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory()
+    threads = placement.threads or min(torch.get_num_threads(), usable_cores())
+    return Place(device, dtype or named, placement.device_map, memory, placement.memory is not None, threads)
+
+
+def held_bytes(device: torch.device) -> int:
+    """What this process holds now: tensors on a CUDA device, or all that it has in the memory of the machine."""
+    import torch
+
+    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else resident_bytes()
+
+
+def devices_here() -> tuple[str, ...]:
+    """The devices of this machine, the one that `auto` takes first."""
+    import torch
+
+    cuda = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    return (*cuda, *(["mps"] if torch.backends.mps.is_available() else []), "cpu")
+
+
+def _present(wanted: str) -> str:
+    # Options alone need no torch.
+    from sspcompile.model.parallel import current
+
+    here = devices_here()
+    world = current()
+    if world.size > 1 and wanted in (AUTO, world.device.partition(":")[0]):
+        return world.device
+    if wanted == AUTO:
+        return here[0]
+    if wanted not in (*here, *(name.partition(":")[0] for name in here)):
+        raise InputError(f"This machine has no device {wanted!r}.", hint=f"It has {', '.join(reversed(here))}.")
+    return wanted
+
+
+def _usual(device: torch.device) -> str:
+    import torch
+
+    if device.type == "cpu":
+        return "float32"
+    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float16"
+
+
+def use_threads(placement: Placement) -> None:
+    """Let torch, and what numpy and scipy multiply with, use as many threads as were asked for.
+
+    Without a number they keep theirs, except where that is more than this process has cores.
+    """
+    import torch
+    from threadpoolctl import threadpool_info, threadpool_limits
+
+    cores, wanted = usable_cores(), placement.threads
+    if wanted is not None or torch.get_num_threads() > cores:
+        torch.set_num_threads(wanted or cores)
+    if wanted is not None or any(pool["num_threads"] > cores for pool in threadpool_info()):
+        threadpool_limits(wanted or cores)
+
+
+def loading_options(place: Place) -> dict[str, Any]:
+    """What `from_pretrained` needs to spread a model; nothing for one device."""
+    if place.device_map is None:
         return {}
-    if device_map not in DEVICE_MAPS:
-        raise InputError(f"There is no device map {device_map!r}.", hint=f"Accepted: {', '.join(DEVICE_MAPS)}.")
-    if importlib.util.find_spec("accelerate") is None:
-        raise InputError("--device-map needs accelerate.", hint="Install it: pip install accelerate.")
     # Only files that are not safetensors are copied there.
-    return {"device_map": device_map, "offload_folder": tempfile.gettempdir()}
+    options: dict[str, Any] = {"device_map": place.device_map, "offload_folder": tempfile.gettempdir()}
+    if place.limited:
+        import torch
 
-
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids go: the device of a whole model, or the first that computes of a spread one."""
-    placed: Mapping[str, Any] | None = getattr(model, "hf_device_map", None)
-    if not placed:
-        return model.device
-    computing = [device for device in placed.values() if device not in STORES]
-    return torch.device(computing[0] if computing else "cpu")
-
-
-def weight_of(module: nn.Module) -> Tensor:
-    """A module's weight, read from where it is kept if need be. It is a copy then: writing to it changes nothing."""
-    weight = module.get_parameter("weight")
-    if not weight.is_meta:
-        return weight.detach()
-    from accelerate.utils import align_module_device
-
-    with align_module_device(module):
-        return module.get_parameter("weight").detach().clone()
+        gpus = {number: int(torch.cuda.mem_get_info(number)[0]) for number in range(torch.cuda.device_count())}
+        options["max_memory"] = {**gpus, "cpu": max(1, place.memory)}
+    return options

@@ -23,9 +23,9 @@ from sspcompile.errors import ParityError
 from sspcompile.families import Geometry, layer_prefix
 from sspcompile.model.exact import in_float64
 from sspcompile.model.hooks import LayerCall, passed_over, recorded_calls
-from sspcompile.model.loading import computing_in, open_config, readable
 from sspcompile.model.modules import layer_output
 from sspcompile.model.stored import as_tensor, read_tensor
+from sspcompile.model.streaming import skeleton
 from sspcompile.progress import Steps, no_steps
 from sspcompile.proof.claim import BIAS, WEIGHT, Claim
 from sspcompile.proof.parity import BOUND, DTYPE, PROBE_PROMPTS, PROBE_TOKENS, REPORT, Distance, Parity
@@ -79,20 +79,7 @@ def compare_layerwise(claim: Claim, prompts: Sequence[Sequence[int]], *, progres
 
 
 def _side(folder: Path, tensors: Tensors, prompts: list[list[int]], g: Geometry, *, trusted: bool) -> _Side:
-    from transformers import AutoModelForCausalLM
-
-    with readable(folder), torch.device("meta"):
-        config = open_config(folder, trust_remote_code=trusted)
-        model = AutoModelForCausalLM.from_config(
-            config, attn_implementation=g.family.attention, trust_remote_code=trusted, **computing_in(torch.float64)
-        ).eval()
-    for module in model.modules():
-        empty = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-        for name in empty:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
-        if empty:  # rotary frequencies, embedding scales: computed, never stored
-            model._init_weights(module)
-    model.double()
+    model = skeleton(folder, torch.float64, g.family.attention, trust_remote_code=trusted)
     ids = _embeddable(model, tensors[EMBEDDING], prompts)
     with in_float64(), passed_over([*model.model.layers, model.model.norm]):  # which have no weights yet
         calls = [_recorded(model, row) for row in ids]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import psutil
-
+from sspcompile.machine import free_memory
+from sspcompile.model.placement import ON_CPU, Placement, resolve, use_threads
 from sspcompile.progress import Progress, stage_of
 from sspcompile.proof.claim import Claim
 from sspcompile.proof.contents import check_contents
@@ -15,18 +15,29 @@ from sspcompile.proof.whole import compare_whole, whole_bytes
 
 
 def prove(
-    claim: Claim, probes: Sequence[Sequence[int]], progress: Progress, *, layerwise: bool | None = None
+    claim: Claim,
+    probes: Sequence[Sequence[int]],
+    progress: Progress,
+    *,
+    layerwise: bool | None = None,
+    placement: Placement = ON_CPU,
 ) -> Parity:
-    """Read every tensor, and compare logits on token ids `probes`. `layerwise` None decides by the free memory.
+    """Read every tensor, and compare logits on token ids `probes`. `layerwise` None decides by the memory that
+    `placement` allows. Whole models are computed on a CUDA device where one was named, on the CPU otherwise: another
+    GPU need not have float64.
 
     Raises ParityError when something is not as claimed, RunError when the written model does not load.
     """
     check_contents(claim, stage_of(progress, "comparing bytes"))
+    if placement.on_cuda:
+        resolve(placement)  # refused here where it is not there
+    use_threads(placement)
     if layerwise is None:
-        layerwise = whole_bytes(claim) > psutil.virtual_memory().available
+        layerwise = whole_bytes(claim) > (placement.memory or free_memory())
     if layerwise:
         parity = compare_layerwise(claim, probes, progress=stage_of(progress, "proving"))
     else:
-        parity = compare_whole(claim, probes, progress=stage_of(progress, "proving"))
+        device = placement.device if placement.on_cuda else "cpu"
+        parity = compare_whole(claim, probes, progress=stage_of(progress, "proving"), device=device)
     demand(parity)
     return parity

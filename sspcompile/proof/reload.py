@@ -25,7 +25,9 @@ from sspcompile.errors import CheckpointError, RunError, SspError
 from sspcompile.model.cache import cache_argument, cache_of
 from sspcompile.model.exact import in_float64
 from sspcompile.model.hooks import head_gates
-from sspcompile.model.loading import load, load_cut, open_config, readable
+from sspcompile.model.loading import load, load_cut
+from sspcompile.model.opening import open_config, readable
+from sspcompile.model.placement import Placement
 from sspcompile.proof.claim import Claim, written_repair
 from sspcompile.proof.parity import Distance, Parity
 from sspcompile.repair.repair import repaired
@@ -52,19 +54,20 @@ def main() -> None:
             asked["custom_code"],
             dict.fromkeys(asked["refitted"]),
         )
-        found: dict[str, Any] = asdict(_compare(claim, asked["prompts"], asked["new_tokens"]))
+        found: dict[str, Any] = asdict(_compare(claim, asked["prompts"], asked["new_tokens"], asked["device"]))
     except SspError as error:
         found = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
     with answer:
         json.dump(found, answer)
 
 
-def _compare(claim: Claim, prompts: Sequence[Sequence[int]], new_tokens: int) -> Parity:
+def _compare(claim: Claim, prompts: Sequence[Sequence[int]], new_tokens: int, device: str) -> Parity:
+    placement = Placement(device=device, threads=torch.get_num_threads())
     with readable(claim.checkpoint.path):  # what is wrong with the user's own configuration is told of that
         open_config(claim.checkpoint.path)
     done = _Done(2 * len(prompts) + 2)
-    answers = _answers(claim, prompts, new_tokens, done)
-    dense = load(claim.checkpoint.path, fingerprint="", dtype=torch.float64)
+    answers = _answers(claim, prompts, new_tokens, placement, done)
+    dense = load(claim.checkpoint.path, fingerprint="", placement=placement, dtype=torch.float64)
     done.step()
     gates, fitted, distance = torch.from_numpy(claim.mask.as_array()), written_repair(claim), Distance()
     with head_gates(dense, gates), repaired(dense, fitted), in_float64():
@@ -88,10 +91,10 @@ class _Done:
 
 
 def _answers(
-    claim: Claim, prompts: Sequence[Sequence[int]], new_tokens: int, done: _Done
+    claim: Claim, prompts: Sequence[Sequence[int]], new_tokens: int, placement: Placement, done: _Done
 ) -> list[tuple[Tensor, list[int]]]:
     try:
-        cut = load_cut(claim.written, dtype=torch.float64, trust_remote_code=claim.custom_code)
+        cut = load_cut(claim.written, placement=placement, dtype=torch.float64, trust_remote_code=claim.custom_code)
     except CheckpointError as error:  # not the user's fault: the folder is ours
         raise RunError(f"The written model does not load in a fresh process: {error.message}") from error
     done.step()

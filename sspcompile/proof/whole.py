@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,13 +19,16 @@ from sspcompile.proof.claim import Claim
 from sspcompile.proof.parity import PROBE_PROMPTS, PROBE_TOKENS, Parity
 from sspcompile.proof.reload import STEP
 from sspcompile.slicing.mask import dump_mask
+from sspcompile.startup import SLEEPING
 
 NEW_TOKENS = 24
 # Activations, the interpreter and what torch allocates beside the weights.
 MEMORY_SLACK = 1.2
 
 
-def compare_whole(claim: Claim, prompts: Sequence[Sequence[int]], progress: Steps = no_steps) -> Parity:
+def compare_whole(
+    claim: Claim, prompts: Sequence[Sequence[int]], progress: Steps = no_steps, *, device: str = "cpu"
+) -> Parity:
     """Compare on token ids `prompts`, and on what the written model generates behind each, with a cache.
 
     Raises RunError when the written model does not load or the process ends early, ParityError for logits that are not
@@ -39,6 +43,7 @@ def compare_whole(claim: Claim, prompts: Sequence[Sequence[int]], progress: Step
         "prompts": [list(ids[:PROBE_TOKENS]) for ids in prompts[:PROBE_PROMPTS]],
         "new_tokens": NEW_TOKENS,
         "threads": torch.get_num_threads(),
+        "device": device,
     }
     command = [sys.executable, "-P", "-m", "sspcompile.proof.reload"]
     code, answer, said = _ask(command, json.dumps(asked), progress)
@@ -57,7 +62,10 @@ def compare_whole(claim: Claim, prompts: Sequence[Sequence[int]], progress: Step
 def _ask(command: Sequence[str], question: str, progress: Steps) -> tuple[int, str, str]:
     """Exit code, answer, and the last line on standard error of a process that says there how far it is."""
     pipe, said = subprocess.PIPE, ""
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, encoding="utf-8", errors="replace") as process:
+    asleep = {**SLEEPING, **os.environ}
+    with subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=pipe, encoding="utf-8", errors="replace", env=asleep
+    ) as process:
         assert process.stdin and process.stdout and process.stderr  # noqa: S101 (pipes were asked for)
         try:
             with contextlib.suppress(BrokenPipeError), process.stdin:  # it died: the reason comes below

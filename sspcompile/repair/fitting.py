@@ -20,7 +20,10 @@ from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.hooks import input_of, passed_over, recorded_calls
 from sspcompile.model.journal import Arrays
 from sspcompile.model.modules import down_proj, layer_output, o_proj, residual_norm
+from sspcompile.model.stored import double_device, in_double
+from sspcompile.model.streaming import in_memory
 from sspcompile.model.text import Batch
+from sspcompile.model.weights import tensor_of, weight_of
 from sspcompile.progress import Steps, no_steps
 from sspcompile.repair.repair import Repair, repaired
 
@@ -53,9 +56,9 @@ def fit_repairs(
     the weights will be written in.
     """
     states = sum(batch.input_ids.numel() for batch in batches) * loaded.geometry.hidden * 4
-    refitted = [o_proj(layer).weight for layer in loaded.layers]
-    refitted += [down_proj(layer).weight for layer in loaded.layers] if mlp else []
-    weights = sum(weight.numel() for weight in refitted) * dtype.itemsize
+    refitted = [o_proj(layer) for layer in loaded.layers]
+    refitted += [down_proj(layer) for layer in loaded.layers] if mlp else []
+    weights = sum(projection.in_features * projection.out_features for projection in refitted) * dtype.itemsize
     at_once = max(1, ROUND_BYTES // max(1, states + weights))
     rounds = [masks[start : start + at_once] for start in range(0, len(masks), at_once)]
     layers = len(loaded.layers)
@@ -88,9 +91,10 @@ def _fit_round(
         begun = _go_on(stand, dense, streams, dtype)
         report(begun)
     for index in range(begun, len(loaded.layers)):
-        dense.advance(index)
-        for stream in streams:
-            stream.advance(index, dense, ridge, dtype, mlp=mlp)
+        with in_memory(loaded.layers[index]):  # read once where it lies on disk
+            dense.advance(index)
+            for stream in streams:
+                stream.advance(index, dense, ridge, dtype, mlp=mlp)
         kept_state.keep(partial(_stand, index + 1, dense, streams))
         report(index + 1)
     return [Repair(stream.weights, down=stream.down) for stream in streams]
@@ -184,7 +188,7 @@ class _Stream:
     def advance(self, index: int, dense: _Dense, ridge: float, dtype: torch.dtype, *, mlp: bool) -> None:
         """Fit a layer to the dense one, and take the hidden states through what came out."""
         loaded = dense.loaded
-        columns = torch.from_numpy(np.repeat(self.kept[index], loaded.geometry.head_dim)).to(loaded.device)
+        columns = torch.from_numpy(np.repeat(self.kept[index], loaded.geometry.head_dim))
         if not self.weights and columns.all():
             # Nothing was cut yet, here neither: these are the dense model's own states.
             self.hidden = list(dense.hidden)
@@ -204,28 +208,31 @@ class _Stream:
     def _refit_attention(self, index: int, dense: _Dense, columns: Tensor, ridge: float) -> Tensor:
         """o_proj [hidden, heads * D] with refitted kept columns and zeros elsewhere: a removed head adds nothing."""
         projection = o_proj(dense.loaded.layers[index])
-        system = _Normal(int(columns.sum()), projection.out_features, columns.device)
+        weight, bias = weight_of(projection), tensor_of(projection, "bias")
+        columns = columns.to(weight.device)
+        system = _Normal(int(columns.sum()), projection.out_features, weight.device)
         for number, hidden in enumerate(self.hidden):
             with input_of(projection, "o_proj", then_end=True) as seen:
                 dense.run(index, number, hidden)
-            self._add(system, seen[0][..., columns], hidden, projection.bias, number, dense)
-        full = torch.zeros_like(projection.weight, dtype=torch.float64)
-        full[:, columns] = system.solve(projection.weight[:, columns].double().T, ridge).T
+            self._add(system, seen[0][..., columns], hidden, bias, number, dense)
+        full = torch.zeros(weight.shape, dtype=torch.float64)
+        full[:, columns.cpu()] = system.solve(weight[:, columns].T, ridge).T.cpu()
         return full
 
     def _refit_mlp(self, index: int, dense: _Dense) -> Tensor:
         """down_proj [hidden, intermediate] of a layer whose o_proj is repaired."""
         layer = dense.loaded.layers[index]
         projection = down_proj(layer)
-        system = _Normal(projection.in_features, projection.out_features, projection.weight.device)
+        weight, bias = weight_of(projection), tensor_of(projection, "bias")
+        system = _Normal(projection.in_features, projection.out_features, weight.device)
         for number, hidden in enumerate(self.hidden):
             with (
                 input_of(residual_norm(layer), "residual norm") as after,
                 input_of(projection, "down_proj", then_end=True) as seen,
             ):
                 dense.run(index, number, hidden)
-            self._add(system, seen[0], after[0], projection.bias, number, dense, whole_layer=True)
-        return system.solve(projection.weight.double().T, MLP_RIDGE).T
+            self._add(system, seen[0], after[0], bias, number, dense, whole_layer=True)
+        return system.solve(weight.T, MLP_RIDGE).T.cpu()
 
     def _add(
         self,
@@ -242,10 +249,10 @@ class _Stream:
         model is after attention, or after the whole layer.
         """
         target = dense.hidden[number] if whole_layer else dense.after[number]
-        missing = (target - residual) / dense.loaded.geometry.residual_multiplier
+        missing = (target.float() - residual.float()) / dense.loaded.geometry.residual_multiplier
         if bias is not None:
             missing = missing - bias
-        real = dense.real[number]
+        real = dense.real[number].to(inputs.device)
         system.add(inputs[real], missing[real], dense.weights[number])
 
 
@@ -263,7 +270,7 @@ def fit_biases(
     Works for every model in memory; only those whose o_proj has a bias can be written with it (`demand_place`).
     """
     g = loaded.geometry
-    total = torch.zeros(g.layers, g.heads * g.head_dim, dtype=torch.float64, device=loaded.device)
+    total = torch.zeros(g.layers, g.heads * g.head_dim, dtype=torch.float64)
     tokens = 0
     for number, batch in enumerate(batches):
         real = batch.attention_mask.bool()
@@ -272,7 +279,7 @@ def fit_biases(
             entering = [stack.enter_context(input_of(o_proj(layer), "o_proj")) for layer in loaded.layers]
             loaded.model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         for index, seen in enumerate(entering):
-            total[index] += seen[0][real].double().sum(0)
+            total[index] += in_double(seen[0][real.to(seen[0].device)]).sum(0).cpu()
         progress(number + 1, len(batches))
     return [Repair({}, _biases(loaded, kept, total / tokens, dtype)) for kept in masks]
 
@@ -281,11 +288,12 @@ def _biases(loaded: LoadedModel, kept: np.ndarray, mean: Tensor, dtype: torch.dt
     """Biases [hidden] of o_proj by layer, from the mean inputs of o_proj, [layers, heads * D]."""
     biases: dict[int, Tensor] = {}
     for index, layer in enumerate(loaded.layers):
-        removed = torch.from_numpy(np.repeat(~kept[index], loaded.geometry.head_dim)).to(loaded.device)
+        removed = torch.from_numpy(np.repeat(~kept[index], loaded.geometry.head_dim))
         if removed.any():
             projection = o_proj(layer)
-            added = projection.weight[:, removed].double() @ mean[index, removed]
-            before = 0.0 if projection.bias is None else projection.bias.double()
+            bias = tensor_of(projection, "bias")
+            added = weight_of(projection).cpu().double()[:, removed] @ mean[index, removed]
+            before = 0.0 if bias is None else bias.cpu().double()
             biases[index] = (before + added).to(dtype)
     return biases
 
@@ -299,20 +307,26 @@ def _position_weights(batches: Sequence[Batch]) -> list[Tensor]:
 
 
 class _Normal:
-    """Normal equations in float64: X^T diag(w) X and X^T diag(w) Y, summed over batches."""
+    """Normal equations in float64: X^T diag(w) X and X^T diag(w) Y, summed over batches.
+
+    They are worked out on `device`, or on the CPU for one without float64.
+    """
 
     def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
+        device = double_device(device)
         self.xx = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
         self.xy = torch.zeros(inputs, outputs, dtype=torch.float64, device=device)
 
     def add(self, x: Tensor, y: Tensor, weights: Tensor) -> None:
         """Rows x [N, inputs] and y [N, outputs], with a weight [N] each."""
-        x, weighted = x.double(), x.double() * weights.double().unsqueeze(1)
+        x, y, w = (in_double(given).to(self.xx.device) for given in (x, y, weights))
+        weighted = x * w.unsqueeze(1)
         self.xx += weighted.T @ x
-        self.xy += weighted.T @ y.double()
+        self.xy += weighted.T @ y
 
     def solve(self, start: Tensor, ridge: float) -> Tensor:
         """W^T [inputs, outputs] that minimises the ridge problem around `start`, of the same shape."""
+        start = in_double(start).to(self.xx.device)
         size = len(self.xx)
         strength = ridge * self.xx.diagonal().mean()
         if not strength > 0:

@@ -29,13 +29,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sspcompile.checkpoint.headers import WORD_DTYPE
 from sspcompile.errors import UnsupportedModelError
 from sspcompile.families import Geometry, layer_prefix
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.modules import down_proj, o_proj
+from sspcompile.model.weights import replaced
 
 # With 4 to 8 prompts a refit made things worse in earlier measurements, with 16 it helped.
 MIN_PROMPTS = 16
@@ -102,28 +103,20 @@ def repaired(loaded: LoadedModel, repair: Repair | None) -> Iterator[None]:
 
     A bias may be put where the architecture has none: such a model can be judged, but not written.
     """
-    originals: dict[int, tuple[Tensor, nn.Parameter | None]] = {}
-    down: dict[int, Tensor] = {}
-    try:
-        for layer, refitted in (repair.down if repair is not None else {}).items():
-            projection = down_proj(loaded.layers[layer])
-            down[layer] = projection.weight.data
-            projection.weight.data = refitted.to(projection.weight)
-        weights = repair.weights if repair is not None else {}
-        biases = repair.biases if repair is not None else {}
-        for layer in sorted({*weights, *biases}):
-            projection = o_proj(loaded.layers[layer])
-            originals[layer] = projection.weight.data, projection.bias
-            if layer in weights:
-                projection.weight.data = weights[layer].to(projection.weight)
-            if layer in biases:
-                bias = biases[layer].to(projection.weight)
-                projection.bias = nn.Parameter(bias, requires_grad=False)
+    with contextlib.ExitStack() as stack:
+        for layer, tensors in _parameters(repair).items():
+            for module, own in ((o_proj, tensors[0]), (down_proj, tensors[1])):
+                if own:
+                    stack.enter_context(replaced(module(loaded.layers[layer]), own))
         yield
-    finally:
-        for layer, (weight, own_bias) in originals.items():
-            projection = o_proj(loaded.layers[layer])
-            projection.weight.data = weight
-            projection.bias = own_bias  # type: ignore[assignment]  # None where there was none
-        for layer, weight in down.items():
-            down_proj(loaded.layers[layer]).weight.data = weight
+
+
+def _parameters(repair: Repair | None) -> dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Layer -> what o_proj gets, and what down_proj gets."""
+    if repair is None:
+        return {}
+    found: dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
+    for place, name, tensors in ((0, "weight", repair.weights), (0, "bias", repair.biases), (1, "weight", repair.down)):
+        for layer, tensor in tensors.items():
+            found.setdefault(layer, ({}, {}))[place][name] = tensor
+    return found

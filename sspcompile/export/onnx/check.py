@@ -24,6 +24,7 @@ from sspcompile.model.divergence import divergence
 from sspcompile.model.exact import in_float64
 from sspcompile.model.loading import load_cut
 from sspcompile.model.onnx_session import OnnxModel
+from sspcompile.model.placement import Placement
 from sspcompile.model.vocabulary import padding_id
 from sspcompile.progress import Progress
 
@@ -62,6 +63,7 @@ def check_runs(
     positions: int,
     dtype: str,
     trust_remote_code: bool,
+    placement: Placement,
     progress: Progress,
 ) -> Agreement:
     """Run token ids `probes` through both: each alone, and the shortest with the longest in one batch.
@@ -72,9 +74,9 @@ def check_runs(
     """
     new_tokens = min(NEW_TOKENS, positions // 2)
     batches = _batches([list(ids[: min(PROBE_TOKENS, positions - new_tokens)]) for ids in probes[:PROBES]])
-    reference = load_cut(model, trust_remote_code=trust_remote_code)
+    reference = load_cut(model, placement=placement.half(), trust_remote_code=trust_remote_code)
     padding = padding_id(reference.tokenizer, reference.vocab)
-    session = OnnxModel.open(folder, spin=False)
+    session = OnnxModel.open(folder, threads=placement.threads)
     runs = []
     for number, batch in enumerate(batches):
         progress("running", number, len(batches))
@@ -85,7 +87,7 @@ def check_runs(
         return agreement
     del reference, session  # the model in float64 takes their place in memory
     progress("measuring rounding", 0, 1)
-    rounding = _demand_rounding(model, runs, agreement, dtype, trust_remote_code=trust_remote_code)
+    rounding = _demand_rounding(model, runs, agreement, dtype, placement, trust_remote_code=trust_remote_code)
     progress("measuring rounding", 1, 1)
     return replace(agreement, rounding=rounding)
 
@@ -128,17 +130,23 @@ def _agreement(runs: Sequence[_Run]) -> Agreement:
 
 
 def _demand_rounding(
-    model: Path, runs: Sequence[_Run], agreement: Agreement, dtype: str, *, trust_remote_code: bool
+    model: Path,
+    runs: Sequence[_Run],
+    agreement: Agreement,
+    dtype: str,
+    placement: Placement,
+    *,
+    trust_remote_code: bool,
 ) -> float:
     """How far transformers in `dtype` is from float64, in shares of the scale of logits.
 
     Raises ParityError unless the graph is at most ROUNDING_FACTOR times as far, which leaves its tokens to differ only
     where the model scores two as closely, or when rounding is so large that nothing could be told.
     """
-    exact = _forced(model, runs, torch.float64, trust_remote_code=trust_remote_code)
+    exact = _forced(model, runs, torch.float64, placement, trust_remote_code=trust_remote_code)
     rounded = [run.expected for run in runs]
     if TORCH_DTYPES[dtype] != torch.float32:
-        rounded = _forced(model, runs, TORCH_DTYPES[dtype], trust_remote_code=trust_remote_code)
+        rounded = _forced(model, runs, TORCH_DTYPES[dtype], placement, trust_remote_code=trust_remote_code)
     scale = max(np.abs(logits).max() for logits in exact)
     own = max(float(np.abs(one - other).max() / scale) for one, other in zip(rounded, exact, strict=True))
     graph = max(float(np.abs(run.found - other).max() / scale) for run, other in zip(runs, exact, strict=True))
@@ -159,9 +167,11 @@ def _demand_rounding(
     return own
 
 
-def _forced(model: Path, runs: Sequence[_Run], dtype: torch.dtype, *, trust_remote_code: bool) -> list[np.ndarray]:
+def _forced(
+    model: Path, runs: Sequence[_Run], dtype: torch.dtype, placement: Placement, *, trust_remote_code: bool
+) -> list[np.ndarray]:
     """Logits of transformers in `dtype` at the positions of `expected`, which read the same tokens."""
-    other = load_cut(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    other = load_cut(model, placement=placement, dtype=dtype, trust_remote_code=trust_remote_code)
     with in_float64() if dtype == torch.float64 else contextlib.nullcontext():
         found = [_transformers(other, run.ids, run.mask, run.tokens.shape[1], run.tokens)[0] for run in runs]
     return [logits[:, -run.real.shape[1] :][run.real] for logits, run in zip(found, runs, strict=True)]

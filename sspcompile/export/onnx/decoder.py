@@ -177,7 +177,7 @@ def _stock(plain: Mapping[str, Any]) -> PreTrainedConfig:
     """The configuration as its class reads it. Raises CheckpointError."""
     from transformers import CONFIG_MAPPING
 
-    from sspcompile.model.loading import readable
+    from sspcompile.model.opening import readable
 
     with readable("config.json"):
         return CONFIG_MAPPING[plain["model_type"]](**plain)

@@ -37,6 +37,7 @@ from sspcompile.export.onnx.weights import (
 )
 from sspcompile.model.context import positions_of
 from sspcompile.model.onnx_session import GRAPH, SETTINGS, demand_runtime
+from sspcompile.model.placement import ON_CPU, Placement
 from sspcompile.progress import Progress, silent
 
 CHECKS = "check.json"
@@ -115,12 +116,14 @@ def export_onnx(
     link: bool = False,
     overwrite: bool = False,
     progress: Progress = silent,
+    placement: Placement = ON_CPU,
 ) -> Exported:
     """Publish the model folder `model` for ONNX Runtime and onnxruntime-genai.
 
     `probes`: token ids to run before publishing, and before any rounding. `card` writes the model card, from what that
     run found and the longest text in tokens, which `positions` shortens. `last_logits` computes the logits of the last
-    token alone. With `link` unchanged weight files become second names of the source's.
+    token alone. With `link` unchanged weight files become second names of the source's. `placement` bounds
+    memory and threads of the run; it computes on the CPU.
 
     Raises UnsupportedModelError for what the kernels cannot compute, ParityError when the graph does not compute what
     transformers does, InputError for an `out` inside `model` or positions that the model does not have.
@@ -138,6 +141,7 @@ def export_onnx(
         probes=probes,
         positions=decoder.positions,
         trust_remote_code=trust_remote_code,
+        placement=placement,
         progress=progress,
     )
     with staged(out, overwrite=overwrite) as folder:

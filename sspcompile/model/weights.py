@@ -1,0 +1,93 @@
+"""Weights of a model in memory, wherever they lie.
+
+A weight that lies on disk, or in memory beside a GPU, stands in its module as an empty `meta` tensor; it is real only
+while its layer runs. Whoever reads weights directly asks `tensor_of` or `weight_of`, and whoever puts others in their
+place for a while uses `replaced`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Where accelerate keeps weights without computing there, as long as there is a GPU.
+STORES = ("cpu", "disk")
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids go: the device of a whole model, or the first that computes of a spread one."""
+    placed: Mapping[str, Any] | None = getattr(model, "hf_device_map", None)
+    if not placed:
+        return model.device
+    computing = [device for device in placed.values() if device not in STORES]
+    return torch.device(computing[0] if computing else "cpu")
+
+
+def computing_device(module: nn.Module) -> torch.device:
+    """Where a module computes, wherever its weight is kept."""
+    weight = module.get_parameter("weight")
+    if not weight.is_meta:
+        return weight.device
+    stored = getattr(weight, "stored", None)
+    if stored is not None:
+        return torch.device(stored.device)
+    hook: Any = module._hf_hook  # accelerate's
+    return torch.device(hook.execution_device)
+
+
+def tensor_of(module: nn.Module, name: str) -> Tensor | None:
+    """A module's parameter, read from where it is kept if need be; None where the module has none of that name.
+
+    It is a copy where it had to be read: writing to it changes nothing.
+    """
+    parameter = module._parameters.get(name)
+    if parameter is None or not parameter.is_meta:
+        return None if parameter is None else parameter.detach()
+    stored = getattr(parameter, "stored", None)
+    if stored is not None:
+        found: Tensor = stored.read()
+        return found
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        return module.get_parameter(name).detach().clone()
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """A module's weight, read from where it is kept if need be; see `tensor_of`."""
+    weight = tensor_of(module, "weight")
+    if weight is None:
+        raise AttributeError(f"{type(module).__name__} has no weight")
+    return weight
+
+
+@contextlib.contextmanager
+def replaced(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Other parameters in a linear module for the duration of the context, wherever its own are kept.
+
+    A bias may be put where there is none.
+    """
+    weight = module.get_parameter("weight")
+    device, dtype = computing_device(module), weight.dtype
+    spread = weight.is_meta and not hasattr(weight, "stored")
+    if spread:  # by accelerate, whose hook would put the module's own weights back
+        kept = {name: tensor_of(module, name) for name in ("weight", "bias")}
+        tensors = {**{name: one for name, one in kept.items() if one is not None}, **tensors}
+    own, forward = {name: module._parameters.get(name) for name in tensors}, module.forward
+    try:
+        if spread:
+            module.forward = module._old_forward  # type: ignore[assignment]
+        for name, tensor in tensors.items():
+            module._parameters[name] = nn.Parameter(tensor.to(device, dtype), requires_grad=False)
+        yield
+    finally:
+        if spread:
+            module.forward = forward
+        module._parameters.update(own)
