@@ -22,6 +22,7 @@ from sspcompile.model.chat import rendering_of, template_digest
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.dense import DenseModel
 from sspcompile.model.logits import LOGITS_AT_ONCE
+from sspcompile.model.placement import ANYWHERE, Placement
 from sspcompile.model.text import BATCH_TOKENS, batches_of, greedy, sentences
 from sspcompile.prepare.recognition import CROSS_PER_PAIR
 from sspcompile.prepare.toolkits import stored_toolkit
@@ -84,12 +85,12 @@ class Cost:
         return asdict(self)
 
 
-def cost_of(request: Request, dense: DenseModel, workspace: Workspace) -> Cost:
+def cost_of(request: Request, dense: DenseModel, workspace: Workspace, *, placement: Placement = ANYWHERE) -> Cost:
     """Count the stages of a build, and run one short pass and a few decoding steps to time them.
 
     Raises what loading the model and reading the prompts raise.
     """
-    loaded = dense.load(rendering=rendering_of(request.options))
+    loaded = dense.load(placement=placement, rendering=rendering_of(request.options))
     lengths = _Lengths(loaded, request.options.max_tokens)
     stages = tuple(_stages(request, dense, loaded, workspace, lengths))
     own = source_of(request) == "prompts"
@@ -98,16 +99,19 @@ def cost_of(request: Request, dense: DenseModel, workspace: Workspace) -> Cost:
     tokens = lengths.sum(request.scenario.prompts if own else pooled)
     sample = _sample(request.scenario.prompts if own else pooled, lengths)
     per_token, per_step = _speed(loaded, sample)
-    taken = tuple(s.tokens * s.passes * per_token + s.steps * per_step for s in stages)
-    seconds = STARTING + sum(taken)
+    # A batch costs a step beside its tokens: the weights are read once, from memory or from disk.
+    taken = tuple(
+        s.passes * (s.tokens * per_token + -(-s.tokens // BATCH_TOKENS) * per_step) + s.steps * per_step for s in stages
+    )
+    seconds, whole = STARTING + sum(taken), tokens * per_token + -(-tokens // BATCH_TOKENS) * per_step
     return Cost(
         stages=stages,
         stage_seconds=taken,
         tokens=tokens,
-        passes=seconds / (tokens * per_token),
+        passes=seconds / whole,
         seconds=seconds,
         peak_bytes=_peak(loaded, stages, lengths),
-        seconds_per_pass=tokens * per_token,
+        seconds_per_pass=whole,
         device=str(loaded.device),
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
@@ -252,7 +256,10 @@ def _sample(prompts: Sequence[Prompt], lengths: _Lengths) -> list[Prompt]:
 
 @torch.inference_mode()
 def _speed(loaded: LoadedModel, sample: Sequence[Prompt]) -> tuple[float, float]:
-    """Seconds of a forward pass per token, and of a decoding step of a batch; each is the better of two."""
+    """Seconds of a forward pass per token beside those of a step, and of a decoding step of a batch.
+
+    Each is the better of two.
+    """
     items = sentences(loaded.tokenizer, sample, loaded.positions or BATCH_TOKENS, loaded.rendering)
     batches = batches_of(loaded, items)
     tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
@@ -264,7 +271,8 @@ def _speed(loaded: LoadedModel, sample: Sequence[Prompt]) -> tuple[float, float]
     forward()
     passed = min(_seconds(forward) for _ in range(2))
     one, several = (min(_seconds(partial(greedy, loaded, items, n)) for _ in range(2)) for n in (1, 5))
-    return passed / tokens, max(0.0, several - one) / 4
+    step = min(max(0.0, several - one) / 4, passed / (2 * len(batches)))
+    return (passed - len(batches) * step) / tokens, step
 
 
 def _seconds(run: Callable[[], object]) -> float:
@@ -279,7 +287,11 @@ def _peak(loaded: LoadedModel, stages: Sequence[Stage], lengths: _Lengths) -> in
     """Weights, then the dearest of: gradients of a batch, hidden states of a repair, activations of a layer."""
     g = loaded.geometry
     n, width = g.heads * g.head_dim, 4
-    weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters() if not p.is_meta)
+    # Of weights that lie on disk, those of the layer that runs are in memory.
+    held = {id(p): p for p in loaded.model.parameters() if not p.is_meta}
+    weights = sum(p.numel() * p.element_size() for p in held.values())
+    if any(p.is_meta for p in loaded.model.parameters()):
+        weights += int(_layer_parameters(g, loaded)) * width
     batch = max(BATCH_TOKENS, lengths.longest)
     layer = batch * (3 * g.intermediate + 6 * g.hidden + 4 * n) * width
     logits = 6 * LOGITS_AT_ONCE * width

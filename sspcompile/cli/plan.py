@@ -112,10 +112,10 @@ def _cost(scenario: str | None, mask: Path | None, as_json: bool, given: dict[st
     from sspcompile.api.refusing import refuse_hopeless
     from sspcompile.model.dense import open_dense
 
-    request = request_of(scenario, given)
+    request, placement = request_of(scenario, given), placement_in(given)
     dense = open_dense(request.options.source)
     refuse_hopeless(request, dense)
-    found = cost_of(request, dense, workspace())
+    found = cost_of(request, dense, workspace(), placement=placement)
     if as_json:
         click.echo(json.dumps(found.as_mapping(), indent=1))
         return

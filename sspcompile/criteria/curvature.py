@@ -73,7 +73,7 @@ def curvature(loaded: LoadedModel, given: CriterionInput) -> Curvature:
             layer: int, x: Tensor, y: Tensor, real: Tensor = real, positions: Tensor = positions, rows: list[int] = rows
         ) -> None:
             closing = (x * y).float().unflatten(-1, (units.count, -1)).sum((1, 3))  # padding has no gradient
-            gates[rows, layer] = (closing.double().square() / positions.to(closing.device)[:, None]).cpu().numpy()
+            gates[rows, layer] = (closing.cpu().double().square() / positions.cpu()[:, None]).numpy()
             x, y = (part[real.to(part.device)].float() for part in (x, y))
             inputs[layer] += (x.T @ x).cpu()
             writes[layer] += (y.T @ y).cpu()

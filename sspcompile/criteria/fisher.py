@@ -28,6 +28,7 @@ from sspcompile.model.gradients import state_gradients
 from sspcompile.model.hooks import head_gates
 from sspcompile.model.logits import decoder_output
 from sspcompile.model.recompute import recomputed
+from sspcompile.model.stored import in_double
 from sspcompile.model.text import Batch
 
 TARGETS = ("normal", "sampled", "greedy")
@@ -107,8 +108,8 @@ def information(
     for index, batch in enumerate(given.batches):
         generator = batch_generator(loaded, given.seed, batch)
         drawn = gate_gradients(loaded, batch, units, targets, draws, generator, opened)
-        squares = torch.stack([x.double().square() for x in drawn]).sum(0)
-        positions = batch.score_mask.sum(-1).view(-1, 1, 1)
+        squares = torch.stack([in_double(x).square() for x in drawn]).sum(0)
+        positions = batch.score_mask.sum(-1).view(-1, 1, 1).to(squares.device)
         found[list(batch.rows)] = (squares / (draws * positions)).cpu().numpy()
         if not quiet:
             given.report(index + 1, len(given.batches))
