@@ -17,7 +17,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 WORKERS ?= 2
 
 .PHONY: demo test audit test-compat test-oldest test-pythons test-optimum test-browser screenshots fuzz test-kills test-wheel test-shapes test-lm-eval generated docs lint format train bench-compile bench-prepare \
-	bench-quality bench-slice bench-onnx bench-bench clean
+	bench-quality bench-slice bench-onnx bench-bench bench-build bench-large clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -169,6 +169,18 @@ bench-quality: $(VENV)/.done  ## Quality at a given size: every head score, both
 
 bench-compile: $(VENV)/.done  ## How long compiling a scenario takes once everything is loaded.
 	$(BIN)/python benchmarks/compile.py
+
+# A hub name or a folder, and questions with answers, {"question": ..., "answer": ...} a line (GSM8K has this form).
+MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
+QUESTIONS ?= train.jsonl
+JUDGE ?= test.jsonl
+
+bench-build: $(VENV)/.done  ## What builds of a real model cost: passes, minutes, memory, and what was lost.
+	$(BIN)/python -m benchmarks.build --model $(MODEL) --questions $(QUESTIONS) --judge $(JUDGE) --busy 1
+
+bench-large: $(VENV)/.done  ## Builds of random models that do not fit. TOKENIZER: a folder with a tokenizer.
+	$(BIN)/python -m benchmarks.large --tokenizer $(TOKENIZER) --shape 1.2b --memory 6GB
+	$(BIN)/python -m benchmarks.large --tokenizer $(TOKENIZER) --shape 7b --memory 12GB
 
 bench-bench: $(VENV)/.done  ## Whether `bench` repeats itself and tells a model from itself.
 	$(BIN)/python -m benchmarks.bench

@@ -23,7 +23,7 @@ from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.dense import DenseModel
 from sspcompile.model.logits import LOGITS_AT_ONCE
 from sspcompile.model.placement import ANYWHERE, Placement
-from sspcompile.model.text import BATCH_TOKENS, batches_of, greedy, sentences
+from sspcompile.model.text import BATCH_TOKENS, GRADIENT_TOKENS, batches_of, greedy, sentences
 from sspcompile.prepare.recognition import CROSS_PER_PAIR
 from sspcompile.prepare.toolkits import stored_toolkit
 from sspcompile.proof.parity import PROBE_PROMPTS, PROBE_TOKENS
@@ -295,7 +295,9 @@ def _peak(loaded: LoadedModel, stages: Sequence[Stage], lengths: _Lengths) -> in
     batch = max(BATCH_TOKENS, lengths.longest)
     layer = batch * (3 * g.intermediate + 6 * g.hidden + 4 * n) * width
     logits = 6 * LOGITS_AT_ONCE * width
-    gradients = (g.layers + 2) * batch * g.hidden * width + 2 * layer + logits + 2 * g.layers * n * n * width
+    backward = max(GRADIENT_TOKENS, lengths.longest) / batch
+    gradients = backward * ((g.layers + 2) * batch * g.hidden * width + 2 * layer) + logits
+    gradients += 2 * g.layers * n * n * width
     repairing = [stage for stage in stages if stage.name.startswith("repairing")]
     states = max((stage.tokens * (2 + stage.passes) for stage in repairing), default=0) * g.hidden * width
     return int(LIBRARIES + weights + max(gradients, states + layer, layer + logits))

@@ -15,7 +15,7 @@ from sspcompile.model import journal
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.journal import Rows
 from sspcompile.model.parallel import current, shared
-from sspcompile.model.text import Sentence, batches_of
+from sspcompile.model.text import BATCH_TOKENS, GRADIENT_TOKENS, Sentence, batches_of
 from sspcompile.progress import Steps, no_steps
 from sspcompile.request.options import Granularity
 
@@ -78,9 +78,11 @@ def measure(
     read = [texts[row] for row in rows.tolist()] if reads else []
     kept = journal.current().rows(name, loaded, [granularity, seed, labels[rows], read, directions])
 
+    tokens = GRADIENT_TOKENS if "backward" in chosen.needs else BATCH_TOKENS
+
     def given(part: np.ndarray, report: Steps) -> CriterionInput:
         read = [texts[row] for row in part] if reads else []
-        return CriterionInput(batches_of(loaded, read), len(read), directions, seed, granularity, report)
+        return CriterionInput(batches_of(loaded, read, tokens), len(read), directions, seed, granularity, report)
 
     # Rows of prompts are shared, and kept, by batch, sets of prompts as a whole.
     if chosen.per == "prompt":

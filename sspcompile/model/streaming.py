@@ -29,7 +29,7 @@ from sspcompile.machine import free_memory
 from sspcompile.model.opening import computing_in, open_config, readable
 from sspcompile.model.placement import Place, held_bytes
 from sspcompile.model.stored import BAND_BYTES, StoredTensor
-from sspcompile.model.text import BATCH_LOGITS, BATCH_TOKENS
+from sspcompile.model.text import BATCH_LOGITS, BATCH_TOKENS, GRADIENT_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,8 +49,8 @@ def layers_that_fit(path: Path, place: Place) -> int | None:
 
     A model is whole where its weights in the dtype of computing and the work of one batch fit into `place.memory`:
 
-        weights + BATCH_TOKENS * ((8 + layers) * hidden + 3 * widest) * bytes per number + 2 * min(BATCH_LOGITS,
-        BATCH_TOKENS * vocabulary) * 4 + 2 * layers * (heads * head size)^2 * 4
+        weights + (BATCH_TOKENS * (8 * hidden + 3 * widest) + GRADIENT_TOKENS * layers * hidden) * bytes per number
+        + 2 * min(BATCH_LOGITS, BATCH_TOKENS * vocabulary) * 4 + 2 * layers * (heads * head size)^2 * 4
 
     with `widest` the rows of the largest matrix of a layer: a backward pass holds what enters every layer, and the
     curvature of every o_proj is a pair of square matrices. Where a limit was stated even a whole model is read tensor
@@ -80,7 +80,8 @@ def layers_that_fit(path: Path, place: Place) -> int | None:
             hint=f"Give --memory {50 * math.ceil(least / 50e6)}MB or more, or a narrower --dtype.",
         )
     vocab, hidden = tensors[EMBEDDING].shape
-    work = BATCH_TOKENS * ((HIDDEN_STATES + g.layers) * hidden + WIDEST_PRODUCTS * widest) * width
+    work = BATCH_TOKENS * (HIDDEN_STATES * hidden + WIDEST_PRODUCTS * widest) * width
+    work += GRADIENT_TOKENS * g.layers * hidden * width
     work += 2 * g.layers * (g.heads * g.head_dim) ** 2 * 4
     work += LOGITS_HELD * min(BATCH_LOGITS, BATCH_TOKENS * vocab) * 4
     room = place.memory - fixed - work

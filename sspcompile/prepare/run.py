@@ -93,9 +93,7 @@ def with_scores(
         raise InputError("The domain pools changed since the toolkit was prepared.", hint="Prepare again.")
     corpus, report = corpus_of(pools), stage_of(progress, "continuations")
     prompts = [corpus.texts[row] for row in corpus.prompt_rows]
-    report(0, 1)
     texts = stages.continued(prompts, toolkit.meta["continuation_tokens"], toolkit.meta["max_tokens"], report)
-    report(1, 1)
     unit = importance.probe_directions(toolkit.probe_weight, toolkit.feature_scale)
     labels = corpus.labels[corpus.prompt_rows]
     scores = stages.scored(name, texts, labels, unit, toolkit.meta["seed"], stage_of(progress, name))

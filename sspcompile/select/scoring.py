@@ -17,7 +17,7 @@ from sspcompile.criteria.curvature import costs_of, curvature
 from sspcompile.criteria.units import CriterionInput, Units
 from sspcompile.errors import ScenarioError, ToolkitError
 from sspcompile.model.decoder import LoadedModel
-from sspcompile.model.text import Sentence, batches_of
+from sspcompile.model.text import GRADIENT_TOKENS, Sentence, batches_of
 from sspcompile.prepare.direct import importance_per_prompt
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.progress import Progress, Steps, silent, stage_of
@@ -105,7 +105,7 @@ def measured_rankings(
     """
     limit = min(len(texts), CURVATURE_TEXTS)
     read = [texts[index * len(texts) // limit] for index in range(limit)]
-    given = CriterionInput(batches_of(loaded, read), len(read), None, seed, granularity, progress)
+    given = CriterionInput(batches_of(loaded, read, GRADIENT_TOKENS), len(read), None, seed, granularity, progress)
     found, units = curvature(loaded, given), Units.of(loaded.geometry, granularity)
     return (
         Ranking(key_of(CACHED, granularity), units.spread(found.gates.mean(0), axis=1)),
