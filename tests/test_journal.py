@@ -26,6 +26,8 @@ def _small_batches(monkeypatch):
     """A handful of batches out of a few prompts."""
     monkeypatch.setattr(text.batches_of, "__defaults__", (40, None))
     monkeypatch.setattr(text.encode, "__defaults__", (text.MAX_TOKENS, 40))
+    for name in ("BATCH_TOKENS", "GRADIENT_TOKENS"):
+        monkeypatch.setattr(f"sspcompile.criteria.measuring.{name}", 40)
     monkeypatch.setattr(text.continued, "__defaults__", (text.CONTINUATION_TOKENS, text.MAX_TOKENS, 40, text.no_steps))
 
 

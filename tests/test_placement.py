@@ -36,7 +36,6 @@ from sspcompile.model.placement import (
 )
 from sspcompile.model.text import encode
 from sspcompile.model.weights import input_device, weight_of
-from sspcompile.select.judging import logits_at
 from sspcompile.startup import SLEEPING
 
 SPREAD = Placement(device="cpu", dtype="float32", device_map="auto")
@@ -154,7 +153,8 @@ def test_a_gpu_computes_what_the_processor_computes_and_reads_layers_from_disk(m
 def test_half_precision_gives_logits_in_float32(model, dtype):
     loaded = load(model, fingerprint="", placement=Placement("cpu", dtype))
     assert loaded.model.dtype == getattr(torch, dtype)
-    logits = logits_at(loaded, encode(loaded, PROMPTS, 16)[0])
+    batch = encode(loaded, PROMPTS, 16)[0]
+    logits = loaded.scored_logits(batch.input_ids, batch.attention_mask, batch.score_mask)
     assert logits.dtype == torch.float32 and logits.isfinite().all()
 
 

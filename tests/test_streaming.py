@@ -144,12 +144,13 @@ def test_a_layer_is_dropped_again_when_its_pass_fails(model):
 
 
 def test_as_many_layers_stay_as_the_limit_has_room_for(model):
-    """64 and 48 are the sizes; work as the docstring says: 4096 * (8 * 64 + 3 * 128) * 4 + 2 * 4096 * 260 * 4."""
+    """64 and 48 are the sizes; work as the docstring says: a batch forward, its logits, backward, and curvature."""
     tensors = Checkpoint(model).tensors
     layer = sum(4 * np.prod(info.shape) for name, info in tensors.items() if name.startswith("model.layers.0."))
     fixed = sum(4 * np.prod(info.shape) for name, info in tensors.items() if ".layers." not in name)
     band = 16 << 20  # of a tensor as it is stored, while it is read
-    work = 4096 * (8 * 64 + 3 * 128) * 4 + 2 * 4096 * 260 * 4
+    channels = Checkpoint(model).geometry.heads * Checkpoint(model).geometry.head_dim
+    work = 4096 * (8 * 64 + 3 * 128) * 4 + 2 * 4096 * 260 * 4 + 1024 * 3 * 64 * 4 + 2 * 3 * channels**2 * 4
 
     def fits(memory: int, *, limited: bool = True) -> int | None:
         return layers_that_fit(model, Place(torch.device("cpu"), torch.float32, None, memory, limited, 1))
