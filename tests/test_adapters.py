@@ -15,6 +15,7 @@ import pytest
 import torch
 from builders import byte_tokenizer, family_config, save_random
 from hub import REVISION, ask, hub
+from refusals import refused
 from safetensors.torch import load_file, save_file
 from stored import below, stored_as
 from test_slicing_exact import mask_for
@@ -22,7 +23,6 @@ from transformers import AutoModelForCausalLM
 
 from sspcompile.checkpoint import Checkpoint, fingerprint
 from sspcompile.checkpoint.publish import remove_temporary
-from sspcompile.cli.main import main
 from sspcompile.errors import CheckpointError
 from sspcompile.model.dense import open_dense
 from sspcompile.model.stored import read_tensor
@@ -57,17 +57,9 @@ def peft():
 
 
 @pytest.fixture
-def run(capfd, tmp_path, monkeypatch):
+def run(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-    def call(*args: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main([str(arg) for arg in args])
-        captured = capfd.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return call
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -122,11 +114,6 @@ def anew(tmp_path, monkeypatch):
 
 def left_behind() -> list[Path]:
     return list(Path(tempfile.gettempdir()).glob(".partial-sspcompile-merged-*"))
-
-
-def refused(done: tuple[int, str, str], *fragments: str) -> None:
-    assert done[0] == 2 and done[1] == "" and done[2].startswith("Error: ") and done[2].count("\n") == 1, done
-    assert not [fragment for fragment in fragments if fragment not in done[2]], done
 
 
 # --- Merging ---------------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ import pytest
 from builders import Shape, make_checkpoint
 
 from sspcompile.checkpoint import check_manifest
-from sspcompile.cli.main import main
 
 PROGRAM = (sys.executable, "-m", "sspcompile.cli.main")
 FAST = ("--max-tokens", "24", "--continuation-tokens", "4", "--criterion", "fisher")
@@ -40,16 +39,12 @@ def home(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(home, capfd, monkeypatch):
-    """The command line in this process: exit code, stdout, stderr."""
+def run(run, home, monkeypatch):
+    """In the home, wherever a test went in between."""
 
     def call(*args: object) -> tuple[int, str, str]:
         monkeypatch.chdir(home)
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main([str(arg) for arg in args])
-        captured = capfd.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
+        return run(*args)
 
     return call
 

@@ -15,22 +15,9 @@ from test_slicing_exact import mask_for
 from transformers import AutoModelForCausalLM
 
 from sspcompile.checkpoint import Checkpoint, fingerprint
-from sspcompile.cli.main import main
 from sspcompile.errors import ArtifactError, InputError
 from sspcompile.request.sizes import byte_size
 from sspcompile.slicing.mask import HeadMask, dump_mask, load_mask
-
-
-@pytest.fixture
-def run(capfd):
-    def call(*args: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main([str(arg) for arg in args])
-        captured = capfd.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,6 @@ from sspcompile.checkpoint import Checkpoint, copy_companions
 from sspcompile.checkpoint.companions import companions
 from sspcompile.checkpoint.locate import HUB_IGNORED, HUB_PATTERNS
 from sspcompile.checkpoint.source import not_carried
-from sspcompile.cli.main import main
 from sspcompile.slicing.mask import dump_mask
 
 # What tokenizers, templates and licences are called in public repositories.
@@ -71,18 +70,6 @@ def model(dense, tmp_path) -> Path:
 
 def carried(folder: Path) -> list[str]:
     return sorted(name for name in CARRIED if (folder / name).is_file())
-
-
-@pytest.fixture
-def run(capfd):
-    def call(*args: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main([str(arg) for arg in args])
-        captured = capfd.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 def sliced(run, folder: Path, out: Path) -> tuple[int, str, str]:

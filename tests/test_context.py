@@ -29,18 +29,9 @@ def random_model(folder: Path, positions: int) -> Path:
 
 
 @pytest.fixture
-def run(capfd, monkeypatch, tmp_path):
-    """The command line in this process: exit code, stdout, stderr, with what libraries write to the descriptors."""
-
-    def call(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setenv("SSPCOMPILE_HOME", str(tmp_path))
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main([str(arg) for arg in args])
-        captured = capfd.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return call
+def run(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("SSPCOMPILE_HOME", str(tmp_path))
+    return run
 
 
 @pytest.fixture(scope="module")

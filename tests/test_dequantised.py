@@ -15,7 +15,6 @@ from test_slicing_exact import mask_for
 from torch import Tensor
 
 from sspcompile.checkpoint import Checkpoint
-from sspcompile.cli.main import main
 from sspcompile.model.stored import read_tensor
 from sspcompile.slicing.mask import dump_mask
 
@@ -23,18 +22,6 @@ from sspcompile.slicing.mask import dump_mask
 BLOCK = 8
 # The largest number of e4m3.
 LARGEST = 448.0
-
-
-@pytest.fixture
-def run(capfd):
-    def call(*args: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main([str(arg) for arg in args])
-        captured = capfd.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 def in_blocks(weight: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:

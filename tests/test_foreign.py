@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import refusals
 import torch
 from builders import family_config, save_random
 from safetensors.torch import load_file, save_file
@@ -14,7 +15,6 @@ from stored import below, stored_as
 from test_slicing_exact import mask_for
 
 from sspcompile.checkpoint import Checkpoint
-from sspcompile.cli.main import main
 from sspcompile.slicing.mask import dump_mask
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -32,18 +32,6 @@ def dense(tmp_path_factory):
         return made[tied]
 
     return get
-
-
-@pytest.fixture
-def run(capfd):
-    def call(*args: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main([str(arg) for arg in args])
-        captured = capfd.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 def said(**settings: object) -> Change:
@@ -322,8 +310,7 @@ def other_dtype(folder: Path) -> None:
 
 
 def refused(done: tuple[int, str, str], fragments: tuple[str, ...]) -> None:
-    assert done[0] == 2 and done[1] == "" and done[2].startswith("Error: ") and done[2].count("\n") == 1, done
-    assert not [fragment for fragment in fragments if fragment not in done[2]], done
+    refusals.refused(done, *fragments)
     assert "Download it again" not in done[2]
 
 

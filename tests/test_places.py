@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from builders import family_config, save_random
 from hub import REVISION, ask, commit_of, hub
+from refusals import refused
 from test_slicing_exact import mask_for
 
 from sspcompile.checkpoint import Checkpoint, fingerprint
-from sspcompile.cli.main import main
 from sspcompile.errors import CheckpointError, InputError, RecipeError
 from sspcompile.model.dense import open_dense
 from sspcompile.request.options import resolve
@@ -36,17 +36,9 @@ def older(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(capfd, tmp_path, monkeypatch):
+def run(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-    def call(*args: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main([str(arg) for arg in args])
-        captured = capfd.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return call
+    return run
 
 
 def mask_of(folder: Path, path: Path) -> Path:
@@ -57,11 +49,6 @@ def mask_of(folder: Path, path: Path) -> Path:
 
 def origin_of(folder: Path) -> dict:
     return json.loads((folder / "manifest.json").read_text())["origin"]
-
-
-def refused(done: tuple[int, str, str], *fragments: str) -> None:
-    assert done[0] == 2 and done[1] == "" and done[2].startswith("Error: ") and done[2].count("\n") == 1, done
-    assert not [fragment for fragment in fragments if fragment not in done[2]], done
 
 
 # --- Revisions -------------------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 from sspcompile.checkpoint import Checkpoint, fingerprint
 from sspcompile.checkpoint.headers import read_header
 from sspcompile.checkpoint.transfer import Extent
-from sspcompile.cli.main import main
 from sspcompile.errors import CheckpointError
 from sspcompile.families import FAMILIES
 from sspcompile.model.loading import load
@@ -180,18 +179,6 @@ def test_stack_of_another_shape_is_refused(part, dense, tmp_path):
 
 
 # --- The commands ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run(capfd):
-    def call(*args: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main([str(arg) for arg in args])
-        captured = capfd.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 @pytest.mark.parametrize("layout", ["uniform", "per-layer"])

@@ -13,7 +13,6 @@ from test_slicing_exact import mask_for
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from sspcompile.checkpoint import Checkpoint
-from sspcompile.cli.main import main
 from sspcompile.slicing.mask import dump_mask
 
 SIZES = {
@@ -101,18 +100,6 @@ SEEING: dict[str, tuple[str, str, dict]] = {
         {"text_config": text("mistral", sliding_window=None), "vision_config": PIXTRAL, "spatial_merge_size": 1},
     ),
 }
-
-
-@pytest.fixture
-def run(capfd):
-    def call(*args: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main([str(arg) for arg in args])
-        captured = capfd.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 def seeing(folder: Path, name: str, **more: object) -> Path:

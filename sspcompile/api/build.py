@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from sspcompile.api.outcome import Outcome
 from sspcompile.api.refusing import refuse_hopeless
@@ -17,17 +16,16 @@ from sspcompile.api.unfinished import passes_folder, remove_old
 from sspcompile.checkpoint import staged, write_manifest
 from sspcompile.checkpoint.publish import refuse_existing
 from sspcompile.export.card import CARD, model_card
-from sspcompile.families import layer_prefix
 from sspcompile.model.chat import rendering_of
 from sspcompile.model.dense import DenseModel
 from sspcompile.model.journal import claimed, keeping
 from sspcompile.model.placement import ANYWHERE, Placement, resolve
-from sspcompile.model.stored import stored_dtype
 from sspcompile.model.text import demand_readable
 from sspcompile.prepare.toolkits import toolkit_for
 from sspcompile.progress import Progress, silent
 from sspcompile.proof.claim import Claim
 from sspcompile.proof.prove import prove
+from sspcompile.repair.repair import refitted_dtype
 from sspcompile.report.write import write_report
 from sspcompile.request.recipe import dump_recipe
 from sspcompile.request.request import Request
@@ -63,7 +61,7 @@ def build(
         demand_readable(loaded, request.scenario.prompts, request.options.max_tokens)
         toolkit, _ = toolkit_for(dense, loaded, request.options, workspace, progress, cached_keys(request))
         with keeping(journal):
-            selection = select(request, toolkit, loaded, dtype=_weight_dtype(dense), progress=progress)
+            selection = select(request, toolkit, loaded, dtype=refitted_dtype(dense.checkpoint), progress=progress)
         plan = make_plan(dense.checkpoint, selection.mask, host=request.options.wanted_host)
         refitted = _write(folder / MODEL, dense, selection, plan, progress)
         claim = Claim(dense.checkpoint, selection.mask, folder / MODEL, plan.custom_code, refitted)
@@ -85,12 +83,7 @@ def take_part(
     """What `build` does of the measuring in every further process of torchrun, step by step with it; writes nothing."""
     loaded = dense.load(placement=placement, rendering=rendering_of(request.options))
     toolkit, _ = toolkit_for(dense, loaded, request.options, workspace, progress, cached_keys(request))
-    select(request, toolkit, loaded, dtype=_weight_dtype(dense), progress=progress)
-
-
-def _weight_dtype(dense: DenseModel) -> torch.dtype:
-    """In which refitted weights will be written: the one that they are stored in."""
-    return stored_dtype(dense.checkpoint.tensors[layer_prefix(0) + "self_attn.o_proj.weight"].dtype)
+    select(request, toolkit, loaded, dtype=refitted_dtype(dense.checkpoint), progress=progress)
 
 
 def _write(

@@ -28,12 +28,14 @@ from sspcompile.prepare.recognition import CROSS_PER_PAIR
 from sspcompile.prepare.toolkits import stored_toolkit
 from sspcompile.proof.parity import PROBE_PROMPTS, PROBE_TOKENS
 from sspcompile.proof.whole import NEW_TOKENS
+from sspcompile.repair.fitting import masks_at_once
+from sspcompile.repair.repair import refitted_dtype
 from sspcompile.request.options import AUTO
 from sspcompile.request.pools import pools_of
 from sspcompile.request.prompts import Prompt
 from sspcompile.request.request import Request
-from sspcompile.request.splits import draw_splits, fit_part
-from sspcompile.select.baselines import SEEDS
+from sspcompile.request.splits import OFF_PROMPTS, draw_splits, fit_part, thinned
+from sspcompile.select.baselines import most_rivals
 from sspcompile.select.reading import MIXTURE_TEXTS
 from sspcompile.select.scoring import CURVATURE_TEXTS, cached_keys, source_of
 from sspcompile.select.search import COMPARED_FIT, COMPARED_HELD
@@ -44,6 +46,8 @@ from sspcompile.workspace import Workspace
 SAMPLE_TOKENS = 1024
 # Python, torch and transformers themselves.
 LIBRARIES = 600 << 20
+# What was freed and is not given back: on SmolLM2-135M about as much again as is in use at the peak.
+ALLOCATOR = 2
 # float64 against float32, where a processor computes.
 DOUBLE = 2.0
 # What starting two processes, loading the model in each, and writing take beside any pass, in seconds.
@@ -53,7 +57,7 @@ STARTING = 12.0
 @dataclass(frozen=True)
 class Stage:
     """`passes` of the decoder over `tokens` of `texts`; a stage's cost is the product. `steps`: decoding steps, which
-    are bound by reading the weights instead.
+    are bound by reading the weights instead. `masks`: how many are repaired at a time, whose hidden states are held.
     """
 
     name: str
@@ -61,6 +65,7 @@ class Stage:
     tokens: int
     passes: float
     steps: int = 0
+    masks: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,8 @@ def cost_of(request: Request, dense: DenseModel, workspace: Workspace, *, placem
     """
     loaded = dense.load(placement=placement, rendering=rendering_of(request.options))
     lengths = _Lengths(loaded, request.options.max_tokens)
-    stages = tuple(_stages(request, dense, loaded, workspace, lengths))
+    learning = _learning(request, dense, loaded, workspace, lengths)
+    stages = (*learning, *_deciding(request, dense, loaded, lengths))
     own = source_of(request) == "prompts"
     given = pools_of(request.options)
     pooled = [text for pool in (*fit_part(given.candidates), *given.outside) for text in pool.prompts]
@@ -141,12 +147,12 @@ class _Lengths:
         return self.sum(prompts) / max(1, len(prompts))
 
 
-def _stages(
+def _learning(
     request: Request, dense: DenseModel, loaded: LoadedModel, workspace: Workspace, lengths: _Lengths
 ) -> Iterator[Stage]:
-    options, scenario = request.options, request.scenario
-    given, new = pools_of(options), options.continuation_tokens
-    candidates, source = fit_part(given.candidates), source_of(request)
+    """What the toolkit still lacks for this request, as `toolkit_for` measures it."""
+    options, given = request.options, pools_of(request.options)
+    candidates = fit_part(given.candidates)
     pool = [text for one in candidates for text in one.prompts]
     outside = [text for one in given.outside for text in one.prompts]
     toolkit = stored_toolkit(dense, options, workspace, template_digest(loaded.tokenizer, loaded.rendering))
@@ -157,43 +163,62 @@ def _stages(
         yield Stage("recognition: other subjects", len(outside), lengths.sum(outside), 1)
     missing = [key for key in cached_keys(request) if toolkit is None or key not in toolkit.importance]
     if missing:
-        yield _continuing("continuations of the pools", pool, lengths, new)
+        tokens = _continued(pool, lengths, options.continuation_tokens)
+        yield _continuing("continuations of the pools", pool, lengths, options.continuation_tokens)
         for key in missing:
-            yield Stage(f"{key} on the pools", len(pool), _continued(pool, lengths, new), _passes_of(key, loaded))
+            yield Stage(f"{key} on the pools", len(pool), tokens, _passes_of(key, loaded))
+
+
+def _deciding(request: Request, dense: DenseModel, loaded: LoadedModel, lengths: _Lengths) -> Iterator[Stage]:
+    """What `select` measures, and the proof."""
+    options, scenario, source = request.options, request.scenario, source_of(request)
+    given, new = pools_of(options), options.continuation_tokens
     if scenario.domains is None:
         read = min(len(scenario.texts), MIXTURE_TEXTS)
         yield Stage("what the scenario is made of", read, int(read * lengths.mean(scenario.texts)), 1)
     # Without a pass the mixture is not known; the texts that stand in for it are as long as the pools' on average.
     even = np.full(len(given.candidates), 1 / len(given.candidates))
     splits = draw_splits(scenario.prompts, even, given.candidates, options.seed)
-    off = list(splits.off) or pool[:32]
+    off = splits.off or tuple(text for one in given.candidates for text in one.prompts)[:OFF_PROMPTS]
     every = [*splits.fit, *splits.guard, *splits.judge, *off]
     yield _continuing("continuations", every, lengths, new)
-    fit, guard, judge = (_continued(part, lengths, new) for part in (splits.fit, splits.guard, splits.judge))
-    apart = _continued(off, lengths, new)
+    fit, guard, judge, apart = (_continued(one, lengths, new) for one in (splits.fit, splits.guard, splits.judge, off))
     yield Stage("dense model on held-out texts", len(every) - len(splits.fit), guard + judge + apart, 1)
     mean = fit / max(1, len(splits.fit))
     if options.criterion == AUTO:
         count = min(len(splits.fit), CURVATURE_TEXTS)
-        yield Stage("head scores", count, int(count * mean), _gradient_passes(loaded.geometry, loaded))
+        yield Stage("head scores", count, int(count * mean), _gradient_passes(loaded))
     elif source != "domains":
         yield Stage("head scores", len(splits.fit), fit, _passes_of(options.criterion, loaded))
     masks, layouts = _masks(request, loaded.geometry)
-    repaired = _mask_passes(loaded.geometry, options.repair)
     if masks > 1:
         count = min(len(splits.fit) * 2 // 3, COMPARED_FIT)
-        yield Stage(f"repairing {masks} masks to compare", count, int(count * mean), 1 + masks * repaired)
+        name = f"repairing {masks} masks to compare"
+        yield _repairing(name, count, int(count * mean), masks, request, dense, loaded)
         count = min(len(splits.fit) // 3, COMPARED_HELD)
         yield Stage("comparing masks", count, int(count * mean), 1 + masks)
     if layouts > 1:
         yield Stage("comparing layouts", len(splits.guard), guard, 2 * layouts)
-    rivals = {"none": 0, "few": 1 + (source != "prompts"), "all": SEEDS + 4}[options.baselines]
-    yield Stage("repairing this build and its baselines", len(splits.fit), fit, 1 + (1 + rivals) * repaired)
+    rivals, name = most_rivals(options.baselines, source), "repairing this build and its baselines"
+    yield _repairing(name, len(splits.fit), fit, 1 + rivals, request, dense, loaded)
     yield Stage("judging the repair", len(splits.guard), guard, 2)
     yield Stage("judging this build and its baselines", len(splits.judge) + len(off), judge + apart, 2 + rivals)
     probes = min(PROBE_PROMPTS, len(splits.judge))
     tokens = min(PROBE_TOKENS, int(judge / max(1, len(splits.judge))))
     yield Stage("proof", probes, probes * tokens, 2 * DOUBLE, steps=int(2 * DOUBLE * probes * NEW_TOKENS))
+
+
+def _repairing(
+    name: str, texts: int, tokens: int, masks: int, request: Request, dense: DenseModel, loaded: LoadedModel
+) -> Stage:
+    """The dense model once for every round of masks, and each mask."""
+    repair = request.options.repair
+    if repair == "none":
+        return Stage(name, texts, tokens, 0)
+    dtype, mlp = refitted_dtype(dense.checkpoint), repair == "least-squares-mlp"
+    at_once = min(masks, masks_at_once(loaded, tokens, dtype, mlp=mlp))
+    passes = -(-masks // at_once) + masks * _mask_passes(loaded.geometry, repair)
+    return Stage(name, texts, tokens, passes, masks=at_once)
 
 
 def _continued(prompts: Sequence[Prompt], lengths: _Lengths, new: int) -> int:
@@ -207,14 +232,14 @@ def _continuing(name: str, prompts: Sequence[Prompt], lengths: _Lengths, new: in
     return Stage(name, len(prompts), tokens, 1, steps=batches * max(0, new - 1))
 
 
-def _layer_parameters(g: Geometry, loaded: LoadedModel) -> float:
+def _layer_parameters(loaded: LoadedModel) -> int:
     return sum(p.numel() for p in loaded.layers[-1].parameters())
 
 
-def _gradient_passes(g: Geometry, loaded: LoadedModel) -> float:
+def _gradient_passes(loaded: LoadedModel) -> float:
     """Forward, forward again, backward, and two products of inputs [n] with themselves in every layer."""
-    n = g.heads * g.head_dim
-    return 3 + 2 * n * n / _layer_parameters(g, loaded)
+    n = loaded.geometry.heads * loaded.geometry.head_dim
+    return 3 + 2 * n * n / _layer_parameters(loaded)
 
 
 def _passes_of(key: str, loaded: LoadedModel) -> float:
@@ -248,10 +273,9 @@ def _masks(request: Request, g: Geometry) -> tuple[int, int]:
     return sum(rankings * (len(shapes) if name == "uniform" else 1) for name in layouts), len(layouts)
 
 
-def _sample(prompts: Sequence[Prompt], lengths: _Lengths) -> list[Prompt]:
+def _sample(prompts: Sequence[Prompt], lengths: _Lengths) -> tuple[Prompt, ...]:
     """Texts of about SAMPLE_TOKENS, evenly spaced."""
-    count = max(1, min(len(prompts), int(SAMPLE_TOKENS / max(1.0, lengths.mean(prompts)))))
-    return [prompts[index * len(prompts) // count] for index in range(count)]
+    return thinned(prompts, max(1, int(SAMPLE_TOKENS / max(1.0, lengths.mean(prompts)))))
 
 
 @torch.inference_mode()
@@ -291,13 +315,12 @@ def _peak(loaded: LoadedModel, stages: Sequence[Stage], lengths: _Lengths) -> in
     held = {id(p): p for p in loaded.model.parameters() if not p.is_meta}
     weights = sum(p.numel() * p.element_size() for p in held.values())
     if any(p.is_meta for p in loaded.model.parameters()):
-        weights += int(_layer_parameters(g, loaded)) * width
+        weights += _layer_parameters(loaded) * width
     batch = max(BATCH_TOKENS, lengths.longest)
     layer = batch * (3 * g.intermediate + 6 * g.hidden + 4 * n) * width
     logits = 6 * LOGITS_AT_ONCE * width
     backward = max(GRADIENT_TOKENS, lengths.longest) / batch
     gradients = backward * ((g.layers + 2) * batch * g.hidden * width + 2 * layer) + logits
     gradients += 2 * g.layers * n * n * width
-    repairing = [stage for stage in stages if stage.name.startswith("repairing")]
-    states = max((stage.tokens * (2 + stage.passes) for stage in repairing), default=0) * g.hidden * width
-    return int(LIBRARIES + weights + max(gradients, states + layer, layer + logits))
+    states = max((s.tokens * (2 + s.masks) for s in stages if s.masks), default=0) * g.hidden * width
+    return int(LIBRARIES + weights + ALLOCATOR * max(gradients, states + layer, layer + logits))

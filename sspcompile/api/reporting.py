@@ -101,7 +101,7 @@ def _quality(outcome: Outcome) -> Iterator[QualityRow]:
 
 def _layout(outcome: Outcome) -> LayoutSection:
     decision = outcome.selection.decision
-    reference = decision.chosen.final
+    reference = decision.candidates[decision.chosen.layout].final
     figures = tuple(
         _row(f"{layout} ({candidate.choice.ratio:.1%} kept)", candidate.final, layout, reference)
         for layout, candidate in decision.candidates.items()

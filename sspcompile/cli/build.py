@@ -98,12 +98,12 @@ def build(
     from sspcompile.cli.progress import stages
     from sspcompile.model import parallel
 
-    if not quiet and goes_on(request, dense, workspace()):
-        click.echo(GOING_ON, err=True)
     with parallel.joined() as world, stages(quiet or not world.first) as progress:
         if not world.first:
             take_part(request, dense, workspace(), progress, placement=placement)
             return
+        if not quiet and goes_on(request, dense, workspace()):
+            click.echo(GOING_ON, err=True)
         outcome = run(request, dense, out, workspace(), progress, overwrite=overwrite, placement=placement)
     warn_unknown(outcome.selection.reading.mixture)
     from sspcompile.api.reporting import origin_of, report_of

@@ -13,6 +13,7 @@ from sspcompile.model.text import Sentence
 from sspcompile.prepare.importance import probe_directions
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.progress import Steps, no_steps
+from sspcompile.request.splits import thinned
 
 
 def importance_per_prompt(
@@ -31,11 +32,10 @@ def importance_per_prompt(
     InputError for an unknown name.
     """
     chosen, granularity = of_key(name)
-    limit = min(len(texts), chosen.max_prompts or len(texts))
     values = measuring.measure(
         loaded,
         chosen.name,
-        [texts[index * len(texts) // limit] for index in range(limit)],
+        thinned(texts, chosen.max_prompts or len(texts)),
         directions=probe_directions(toolkit.probe_weight, toolkit.feature_scale),
         seed=seed,
         granularity=granularity,

@@ -55,11 +55,7 @@ def fit_repairs(
     whole, with `mlp` once more. A round begins when the first of its repairs is asked for. `dtype` is the dtype that
     the weights will be written in.
     """
-    states = sum(batch.input_ids.numel() for batch in batches) * loaded.geometry.hidden * 4
-    refitted = [o_proj(layer) for layer in loaded.layers]
-    refitted += [down_proj(layer) for layer in loaded.layers] if mlp else []
-    weights = sum(projection.in_features * projection.out_features for projection in refitted) * dtype.itemsize
-    at_once = max(1, ROUND_BYTES // max(1, states + weights))
+    at_once = masks_at_once(loaded, sum(batch.input_ids.numel() for batch in batches), dtype, mlp=mlp)
     rounds = [masks[start : start + at_once] for start in range(0, len(masks), at_once)]
     layers = len(loaded.layers)
     for turn, together in enumerate(rounds):
@@ -69,6 +65,14 @@ def fit_repairs(
             progress(before + done, len(rounds) * layers)
 
         yield from _fit_round(loaded, together, batches, dtype, ridge, mlp=mlp, report=report)
+
+
+def masks_at_once(loaded: LoadedModel, tokens: int, dtype: torch.dtype, *, mlp: bool = False) -> int:
+    """How many masks one round fits on texts of so many tokens, padding included."""
+    refitted = [o_proj(layer) for layer in loaded.layers]
+    refitted += [down_proj(layer) for layer in loaded.layers] if mlp else []
+    weights = sum(projection.in_features * projection.out_features for projection in refitted) * dtype.itemsize
+    return max(1, ROUND_BYTES // max(1, tokens * loaded.geometry.hidden * 4 + weights))
 
 
 @torch.inference_mode()

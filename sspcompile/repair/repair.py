@@ -32,10 +32,12 @@ import torch
 from torch import Tensor
 
 from sspcompile.checkpoint.headers import WORD_DTYPE
+from sspcompile.checkpoint.source import Checkpoint
 from sspcompile.errors import UnsupportedModelError
 from sspcompile.families import Geometry, layer_prefix
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.modules import down_proj, o_proj
+from sspcompile.model.stored import stored_dtype
 from sspcompile.model.weights import replaced
 
 # With 4 to 8 prompts a refit made things worse in earlier measurements, with 16 it helped.
@@ -74,6 +76,11 @@ class Repair:
 
 def _words(tensor: Tensor) -> np.ndarray:
     return tensor.contiguous().view(torch.uint8).numpy().view(WORD_DTYPE[tensor.element_size()])
+
+
+def refitted_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """In which refitted weights are written: the one that they are stored in."""
+    return stored_dtype(checkpoint.tensors[layer_prefix(0) + "self_attn.o_proj.weight"].dtype)
 
 
 def is_linear(geometry: Geometry) -> bool:

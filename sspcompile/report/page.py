@@ -137,7 +137,9 @@ def _layout(report: Report) -> Block | None:
     reason = f" ({layout.reason})" if layout.reason else ""
     tables: tuple[Table, ...] = ()
     if layout.figures:
-        tables = (_quality_table("Layouts at the same budget", layout.figures),)
+        tables = (
+            _quality_table("Layouts at the same budget, on the guard texts, which decide between them", layout.figures),
+        )
     return Block("layout", "Layout", (f"Requested {layout.requested}, built {layout.chosen}{reason}.",), tables)
 
 

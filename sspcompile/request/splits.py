@@ -18,6 +18,7 @@ from sspcompile.request.prompts import Prompt
 
 # A pool holds texts, a scenario conversations too.
 Item = TypeVar("Item", bound=Prompt)
+Text = TypeVar("Text")
 
 FIT_PROMPTS = 96
 GUARD_PROMPTS = 32
@@ -82,7 +83,7 @@ def fit_part(pools: Sequence[DomainPool]) -> tuple[DomainPool, ...]:
 
 def own_fit_part(prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
     """The scenario's own prompts that may choose heads: neither repeated nor held out, OWN_FIT_PROMPTS at most."""
-    return _thinned(split(tuple(dict.fromkeys(prompts)))[0], OWN_FIT_PROMPTS)
+    return thinned(split(tuple(dict.fromkeys(prompts)))[0], OWN_FIT_PROMPTS)
 
 
 def draw_splits(prompts: Sequence[Prompt], parts: np.ndarray, pools: Sequence[DomainPool], seed: int) -> Splits:
@@ -95,7 +96,7 @@ def draw_splits(prompts: Sequence[Prompt], parts: np.ndarray, pools: Sequence[Do
     learned = {text for pool in fit_part(pools) for text in pool.prompts}
     held = ([text for text in part if text not in learned] for part in split(tuple(dict.fromkeys(prompts)))[1:])
     own_fit, (own_guard, own_judge) = own_fit_part(prompts), (tuple(part) for part in held)
-    own_guard, own_judge = _thinned(own_guard, OWN_GUARD_PROMPTS), _thinned(own_judge, OWN_JUDGE_PROMPTS)
+    own_guard, own_judge = thinned(own_guard, OWN_GUARD_PROMPTS), thinned(own_judge, OWN_JUDGE_PROMPTS)
     rng = np.random.default_rng(seed)
 
     def drawn(part: int, weights: np.ndarray, count: int) -> tuple[Prompt, ...]:
@@ -127,11 +128,10 @@ def draw_splits(prompts: Sequence[Prompt], parts: np.ndarray, pools: Sequence[Do
     )
 
 
-def _thinned(texts: tuple[Prompt, ...], limit: int) -> tuple[Prompt, ...]:
+def thinned(texts: Sequence[Text], limit: int) -> tuple[Text, ...]:
     """At most `limit` of the texts, evenly spaced."""
-    if len(texts) <= limit:
-        return texts
-    return tuple(texts[index * len(texts) // limit] for index in range(limit))
+    count = min(len(texts), limit)
+    return tuple(texts[index * len(texts) // count] for index in range(count))
 
 
 def whole_shares(weights: np.ndarray, count: int) -> list[int]:

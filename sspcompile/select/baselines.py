@@ -12,11 +12,12 @@ from sspcompile.criteria.chance import first_layer_kept
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.divergence import average
 from sspcompile.prepare.toolkit import Toolkit
+from sspcompile.request.options import Baselines
 from sspcompile.select.budget import merit
 from sspcompile.select.judging import Reported
 from sspcompile.select.mixture import head_scores
 from sspcompile.select.reading import Reading
-from sspcompile.select.scoring import CACHED_BASELINES
+from sspcompile.select.scoring import CACHED_BASELINES, Source
 from sspcompile.slicing.layouts import Choice, choose
 from sspcompile.slicing.mask import Layout
 
@@ -77,6 +78,12 @@ def _scores(reading: Reading, toolkit: Toolkit) -> Iterator[tuple[Role, str, np.
                 )
         for ranking in reading.scores.others:
             yield "criterion", f"criterion {ranking.name}", merit(ranking.values, reading.whitelist)
+
+
+def most_rivals(wanted: Baselines, source: Source) -> int:
+    """How many masks `rivals` names at most, before any score is known."""
+    free = 1 if wanted == "all" or source != "prompts" else 0
+    return {"none": 0, "few": 1 + free, "all": SEEDS + free + len(CACHED_BASELINES) + 1}[wanted]
 
 
 def baselines_of(asked: Sequence[Rival], costs: Sequence[Reported], seed: int) -> tuple[Baseline, ...]:

@@ -174,7 +174,9 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Decision:
-    """The chosen candidate, all candidates, and what the uniform layout costs (None when only one was asked for)."""
+    """The chosen candidate, all that were compared, and what the uniform layout costs (None when only one was asked
+    for). Layouts are compared with repairs that a part of the texts fits; the chosen one's is fitted to all of them.
+    """
 
     chosen: Candidate
     candidates: Mapping[Layout, Candidate]

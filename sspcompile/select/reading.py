@@ -19,6 +19,7 @@ from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.progress import Progress, silent
 from sspcompile.request.options import Options
 from sspcompile.request.request import Request
+from sspcompile.request.splits import thinned
 from sspcompile.select.budget import keep_from_strength, merit
 from sspcompile.select.mixture import Mixture, ablated, given_mixture, mixture_of
 from sspcompile.select.scoring import HeadScores, Ranking, score_heads, score_key
@@ -94,8 +95,7 @@ def mixture_through(request: Request, toolkit: Toolkit, loaded: LoadedModel) -> 
     scenario, options = request.scenario, request.options
     if scenario.domains is not None:
         return given_mixture(toolkit, scenario.domains, source=scenario.name)
-    limit = min(len(scenario.texts), MIXTURE_TEXTS)
-    read = [scenario.texts[index * len(scenario.texts) // limit] for index in range(limit)]
+    read = thinned(scenario.texts, MIXTURE_TEXTS)
     return mixture_of(
         toolkit, features(loaded, read, options.max_tokens), calibrated="calibration" not in options.without
     )

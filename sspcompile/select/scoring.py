@@ -23,7 +23,7 @@ from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.progress import Progress, Steps, silent, stage_of
 from sspcompile.request.options import AUTO, Granularity, Options
 from sspcompile.request.request import Request
-from sspcompile.request.splits import own_fit_part
+from sspcompile.request.splits import own_fit_part, thinned
 from sspcompile.select.mixture import Mixture, head_scores
 from sspcompile.select.shrinkage import shrink
 from sspcompile.select.texts import Texts
@@ -103,8 +103,7 @@ def measured_rankings(
 
     At most CURVATURE_TEXTS of them are read, evenly spaced.
     """
-    limit = min(len(texts), CURVATURE_TEXTS)
-    read = [texts[index * len(texts) // limit] for index in range(limit)]
+    read = thinned(texts, CURVATURE_TEXTS)
     given = CriterionInput(batches_of(loaded, read, GRADIENT_TOKENS), len(read), None, seed, granularity, progress)
     found, units = curvature(loaded, given), Units.of(loaded.geometry, granularity)
     return (

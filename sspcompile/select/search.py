@@ -20,6 +20,7 @@ import numpy as np
 from sspcompile.model.text import Sentence, batches_of
 from sspcompile.progress import stage_of
 from sspcompile.repair.repair import Repair
+from sspcompile.request.splits import thinned
 from sspcompile.select.budget import merit
 from sspcompile.select.judging import HeldOut, Judge
 from sspcompile.select.scoring import Ranking
@@ -120,15 +121,11 @@ def _distance(compared: HeldOut, choice: Choice, repair: Repair | None) -> float
     return float(np.sqrt(np.maximum(found.kl_per_prompt, 0.0)).mean())
 
 
-def _parts(judge: Judge) -> tuple[list[Sentence], list[Sentence]]:
+def _parts(judge: Judge) -> tuple[Sequence[Sentence], Sequence[Sentence]]:
     """The texts that fit the repairs of the comparison, and those that compare; without repairs, all may compare."""
     texts = judge.sentences
     if judge.repair == "none":
-        return [], texts[:COMPARED_HELD]
+        return (), thinned(texts, COMPARED_HELD)
     held = texts[HOLD_EVERY - 1 :: HOLD_EVERY]
     fit = [text for number, text in enumerate(texts) if number % HOLD_EVERY != HOLD_EVERY - 1]
-    return _thinned(fit, COMPARED_FIT), _thinned(held, COMPARED_HELD)
-
-
-def _thinned(texts: list[Sentence], limit: int) -> list[Sentence]:
-    return [texts[index * len(texts) // limit] for index in range(limit)] if len(texts) > limit else texts
+    return thinned(fit, COMPARED_FIT), thinned(held, COMPARED_HELD)

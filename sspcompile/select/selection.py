@@ -85,7 +85,7 @@ def select(
         with_repair=with_repair,
         decision=Decision(
             chosen,
-            {**(decided.candidates if decided is not None else {}), layout: chosen},
+            decided.candidates if decided is not None else {layout: chosen},
             decided.uniform_cost if decided is not None else None,
         ),
         tried=best.tried,
