@@ -16,10 +16,12 @@ from pathlib import Path
 import click
 import pytest
 from builders import Shape, make_checkpoint
+from safetensors.numpy import load_file
 
 from sspcompile.cli import main as cli_main
 from sspcompile.cli.main import cli, main
 from sspcompile.criteria import CRITERIA
+from sspcompile.model import journal
 from sspcompile.request.recipe import load_recipe
 
 SENTENCE = "A helpdesk for questions about chemistry"
@@ -627,7 +629,7 @@ def test_flap_bias_goes_the_whole_way_where_o_proj_has_a_bias(run, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_build_leaves_nothing(number, code, tiny, tmp_path):
+def test_interrupted_build_leaves_only_what_the_next_one_goes_on_with(number, code, tiny, tmp_path):
     command = [sys.executable, "-m", "sspcompile.cli.main", *BUILD, "--model", str(tiny), "--out", "deep/out"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         deadline = time.monotonic() + 60
@@ -638,7 +640,14 @@ def test_interrupted_build_leaves_nothing(number, code, tiny, tmp_path):
         out, err = running.communicate(timeout=60)
     assert running.returncode == code and out == "" and "Traceback" not in err
     assert err.strip().splitlines()[-1] == "Error: Interrupted; nothing was published."
-    assert listing(tmp_path) == set()
+    # Whether a batch, or the toolkit, had been measured by then depends on the machine.
+    kept = re.compile(r"artifacts/(toolkits/|(toolkits/)?\.unfinished-)[^/]+/.+")
+    left = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert all(kept.fullmatch(path.relative_to(tmp_path).as_posix()) for path in left), left
+    for path in left:
+        if path.suffix == journal.SUFFIX:
+            assert load_file(path), "files are whole or absent"
+    assert not (tmp_path / "deep").exists() and (left or not any(tmp_path.iterdir()))
 
 
 def test_last_build_that_was_deleted_is_named(run, built, home, tmp_path):
