@@ -16,8 +16,9 @@ from sspcompile.checkpoint import Checkpoint
 from sspcompile.criteria.measuring import measure
 from sspcompile.errors import UnsupportedModelError
 from sspcompile.families import FAMILIES
+from sspcompile.model.hooks import answered, input_of, recorded_calls
 from sspcompile.model.loading import load
-from sspcompile.model.modules import residual_norm
+from sspcompile.model.modules import attention, layer_output, o_proj, residual_norm
 from sspcompile.model.text import continued
 from sspcompile.slicing.plan import make_plan
 from sspcompile.slicing.write import write_model
@@ -79,6 +80,24 @@ def test_residual_norm_reads_the_stream_after_attention(family, tmp_path):
         hook.remove()
     # Gemma's norm after the MLP maps zero to zero.
     assert torch.allclose(seen[0], stream[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_layer_goes_on_from_its_attention_as_if_that_had_run(family, tmp_path):
+    loaded = load(save_random(tmp_path / "dense", family_config(family, layers=2), seed=2), fingerprint="")
+    ids = torch.tensor([IDS, IDS[::-1]])
+    with torch.inference_mode(), recorded_calls(loaded.layers) as calls:
+        loaded.model(ids, use_cache=False)
+    for layer, call in zip(loaded.layers, calls.values(), strict=True):
+        with torch.inference_mode():
+            with input_of(o_proj(layer), "o_proj") as seen:
+                expected = layer_output(layer(call.hidden, *call.rest, **call.options))
+            with answered(attention(layer), o_proj(layer)(seen[0])):
+                found = layer_output(layer(call.hidden, *call.rest, **call.options))
+            again = layer_output(layer(call.hidden, *call.rest, **call.options))
+        assert found.equal(expected) and again.equal(expected)
+        with answered(attention(layer), torch.zeros_like(call.hidden)), torch.inference_mode():
+            assert not layer_output(layer(call.hidden, *call.rest, **call.options)).equal(expected)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

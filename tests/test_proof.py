@@ -28,6 +28,7 @@ from sspcompile.proof.contents import check_contents
 from sspcompile.proof.layerwise import compare_layerwise
 from sspcompile.proof.parity import BOUND, Distance
 from sspcompile.proof.prove import prove
+from sspcompile.proof.reload import respond
 from sspcompile.proof.whole import compare_whole
 from sspcompile.slicing.mask import HeadMask
 from sspcompile.slicing.plan import make_plan
@@ -75,6 +76,22 @@ def test_a_right_cut_is_proven_however_much_its_model_rounds(family, layout, lay
     parity = prove(claim, PROBES, silent, layerwise=layerwise)
     assert parity.layerwise == layerwise and parity.dtype == "float64" and parity.bound == BOUND
     assert parity.relative < BOUND / 100
+
+
+def test_prompts_of_one_length_are_answered_together_as_each_alone(tmp_path):
+    loaded = load(save_random(tmp_path / "dense", family_config("qwen3"), seed=1), fingerprint="", dtype=torch.float64)
+    prompts = [IDS[:7], IDS[1:8], IDS[2:9]]
+    with in_float64():
+        together = torch.cat(list(respond(loaded.model, prompts, 6)), 1)
+        for ids, answer in zip(prompts, together, strict=True):
+            alone, read = torch.cat(list(respond(loaded.model, [ids], 6)), 1)[0], list(ids)
+            for _ in range(5):  # without a cache
+                with torch.inference_mode():
+                    read.append(int(loaded.model(torch.tensor([read]), use_cache=False).logits[0, -1].argmax()))
+            with torch.inference_mode():
+                whole = loaded.model(torch.tensor([read]), use_cache=False).logits[0]
+            assert len(answer) == len(ids) + 5
+            assert torch.allclose(answer, alone, atol=1e-12) and torch.allclose(answer, whole, atol=1e-12)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from sspcompile.model.placement import ANYWHERE, Placement
 from sspcompile.model.text import BATCH_TOKENS, GRADIENT_TOKENS, batches_of, greedy, sentences
 from sspcompile.prepare.recognition import CROSS_PER_PAIR
 from sspcompile.prepare.toolkits import stored_toolkit
-from sspcompile.proof.parity import PROBE_PROMPTS, PROBE_TOKENS
+from sspcompile.proof.parity import PROBE_TOKENS
 from sspcompile.proof.whole import NEW_TOKENS
 from sspcompile.repair.fitting import masks_at_once
 from sspcompile.repair.repair import refitted_dtype
@@ -36,6 +36,7 @@ from sspcompile.request.prompts import Prompt
 from sspcompile.request.request import Request
 from sspcompile.request.splits import OFF_PROMPTS, draw_splits, fit_part, thinned
 from sspcompile.select.baselines import most_rivals
+from sspcompile.select.judging import spread
 from sspcompile.select.reading import MIXTURE_TEXTS
 from sspcompile.select.scoring import CURVATURE_TEXTS, cached_keys, source_of
 from sspcompile.select.search import COMPARED_FIT, COMPARED_HELD
@@ -203,9 +204,10 @@ def _deciding(request: Request, dense: DenseModel, loaded: LoadedModel, lengths:
     yield _repairing(name, len(splits.fit), fit, 1 + rivals, request, dense, loaded)
     yield Stage("judging the repair", len(splits.guard), guard, 2)
     yield Stage("judging this build and its baselines", len(splits.judge) + len(off), judge + apart, 2 + rivals)
-    probes = min(PROBE_PROMPTS, len(splits.judge))
-    tokens = min(PROBE_TOKENS, int(judge / max(1, len(splits.judge))))
-    yield Stage("proof", probes, probes * tokens, 2 * DOUBLE, steps=int(2 * DOUBLE * probes * NEW_TOKENS))
+    probes = spread(sorted(min(PROBE_TOKENS, length + new) for length in lengths.of(splits.judge)))
+    # Those of one length decode together, in the dense model and in the cut one.
+    steps = int(2 * DOUBLE * NEW_TOKENS * len(set(probes)))
+    yield Stage("proof", len(probes), sum(probes), 2 * DOUBLE, steps=steps)
 
 
 def _repairing(
@@ -251,14 +253,14 @@ def _passes_of(key: str, loaded: LoadedModel) -> float:
 
 
 def _mask_passes(g: Geometry, repair: str) -> float:
-    """Of one mask that is repaired: each layer as far as o_proj and once whole, and normal equations in float64."""
+    """Of one mask that is repaired: each layer once, and normal equations in float64."""
     if repair in ("none", "flap-bias"):
         return 0.0
     n, d = g.heads * g.head_dim, g.hidden
-    attention = (g.heads + 2 * g.kv_heads) * g.head_dim * d
-    layer = attention + n * d + 3 * d * g.intermediate
-    passes = 1 + attention / layer + DOUBLE * (n * n + n * d) / layer
-    return passes + (1 + DOUBLE * (g.intermediate**2 + g.intermediate * d) / layer if repair.endswith("mlp") else 0)
+    mlp = 3 * d * g.intermediate
+    layer = (2 * g.heads + 2 * g.kv_heads) * g.head_dim * d + mlp
+    passes = 1 + DOUBLE * (n * n + n * d) / layer
+    return passes + ((mlp + DOUBLE * (g.intermediate**2 + g.intermediate * d)) / layer if repair.endswith("mlp") else 0)
 
 
 def _masks(request: Request, g: Geometry) -> tuple[int, int]:
@@ -322,5 +324,5 @@ def _peak(loaded: LoadedModel, stages: Sequence[Stage], lengths: _Lengths) -> in
     backward = max(GRADIENT_TOKENS, lengths.longest) / batch
     gradients = backward * ((g.layers + 2) * batch * g.hidden * width + 2 * layer) + logits
     gradients += 2 * g.layers * n * n * width
-    states = max((s.tokens * (2 + s.masks) for s in stages if s.masks), default=0) * g.hidden * width
+    states = max((s.tokens * (3 + s.masks) for s in stages if s.masks), default=0) * g.hidden * width
     return int(LIBRARIES + weights + ALLOCATOR * max(gradients, states + layer, layer + logits))

@@ -22,6 +22,11 @@ def o_proj(layer: nn.Module) -> nn.Linear:
     return cast(nn.Linear, layer.get_submodule("self_attn.o_proj"))
 
 
+def attention(layer: nn.Module) -> nn.Module:
+    """The whole attention of one decoder layer; it gives its output [batch, tokens, hidden] first of two."""
+    return layer.get_submodule("self_attn")
+
+
 def input_norm(layer: nn.Module) -> nn.Module:
     """The module whose positional input is the residual stream before attention, [batch, tokens, hidden]."""
     return layer.get_submodule("input_layernorm")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -71,11 +71,18 @@ def _compare(claim: Claim, prompts: Sequence[Sequence[int]], new_tokens: int, de
     done.step()
     gates, fitted, distance = torch.from_numpy(claim.mask.as_array()), written_repair(claim), Distance()
     with head_gates(dense, gates), repaired(dense, fitted), in_float64():
-        for ids, (logits, tokens) in zip(prompts, answers, strict=True):
-            expected, _ = respond(dense.model, ids, new_tokens, read=tokens)
-            distance.add(expected, logits)
-            done.step()
+        for alike, found in zip(_alike(prompts), answers, strict=True):
+            read = [logits[:, -1].argmax(-1) for logits in found]
+            for expected, logits in zip(respond(dense.model, alike, new_tokens, read=read), found, strict=True):
+                distance.add(expected, logits)
+            done.step(len(alike))
     return distance.parity(len(prompts), layerwise=False)
+
+
+def _alike(prompts: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
+    """Prompts of one length together: they decode as one batch without padding, which reads the weights once a step."""
+    lengths = dict.fromkeys(map(len, prompts))
+    return [[ids for ids in prompts if len(ids) == length] for length in lengths]
 
 
 class _Done:
@@ -85,14 +92,14 @@ class _Done:
         self._done, self._total = -1, total
         self.step()
 
-    def step(self) -> None:
-        self._done += 1
+    def step(self, count: int = 1) -> None:
+        self._done += count
         print(STEP, self._done, self._total, file=sys.stderr, flush=True)
 
 
 def _answers(
     claim: Claim, prompts: Sequence[Sequence[int]], new_tokens: int, placement: Placement, done: _Done
-) -> list[tuple[Tensor, list[int]]]:
+) -> list[list[Tensor]]:
     try:
         cut = load_cut(claim.written, placement=placement, dtype=torch.float64, trust_remote_code=claim.custom_code)
     except CheckpointError as error:  # not the user's fault: the folder is ours
@@ -100,31 +107,28 @@ def _answers(
     done.step()
     answers = []
     with in_float64():
-        for ids in prompts:
-            answers.append(respond(cut.model, ids, new_tokens))
-            done.step()
+        for alike in _alike(prompts):
+            answers.append(list(respond(cut.model, alike, new_tokens)))
+            done.step(len(alike))
     return answers
 
 
 @torch.inference_mode()
 def respond(
-    model: torch.nn.Module, ids: Sequence[int], new_tokens: int, *, read: Sequence[int] | None = None
-) -> tuple[Tensor, list[int]]:
-    """Logits [T + new_tokens - 1, V] of a prompt and its continuation, and the tokens that it prefers there.
+    model: torch.nn.Module, prompts: Sequence[Sequence[int]], new_tokens: int, *, read: Sequence[Tensor] | None = None
+) -> Iterator[Tensor]:
+    """Logits [B, T, V] of prompts of one length, then [B, 1, V] at each token of their continuations but the last.
 
-    The continuation is decoded with a KV cache: greedily, or with `read` the tokens given. End-of-sequence does not
-    stop it: a short answer would prove little.
+    These are decoded with a KV cache: greedily, or with the tokens [B] of each step given by `read`. End-of-sequence
+    does not stop them: a short answer would prove little.
     """
     device = next(model.parameters()).device
-    output = model(input_ids=torch.tensor([list(ids)], device=device), use_cache=True)
-    logits, tokens = [output.logits[0]], []
-    for step in range(new_tokens):
-        tokens.append(int(logits[-1][-1].argmax()))
-        if step + 1 < new_tokens:
-            token = torch.tensor([[tokens[step] if read is None else read[step]]], device=device)
-            output = model(input_ids=token, use_cache=True, **{cache_argument(model): cache_of(output)})
-            logits.append(output.logits[0])
-    return torch.cat(logits), tokens
+    output = model(input_ids=torch.tensor([list(ids) for ids in prompts], device=device), use_cache=True)
+    yield output.logits
+    for step in range(new_tokens - 1):
+        tokens = output.logits[:, -1].argmax(-1) if read is None else read[step]
+        output = model(input_ids=tokens[:, None], use_cache=True, **{cache_argument(model): cache_of(output)})
+        yield output.logits
 
 
 if __name__ == "__main__":

@@ -84,8 +84,8 @@ def _ask(command: Sequence[str], question: str, progress: Steps) -> tuple[int, s
 
 
 def whole_bytes(claim: Claim) -> int:
-    """Memory that the comparison takes: the larger model in float64, its files while they are read, the logits."""
+    """Memory that the comparison takes: the larger model in float64, its files while they are read, logits of both."""
     tensors = claim.checkpoint.tensors.values()
     weights = sum(8 * math.prod(info.shape) + info.nbytes for info in tensors)
-    logits = 8 * PROBE_PROMPTS * (PROBE_TOKENS + NEW_TOKENS) * claim.geometry.vocab
+    logits = 2 * 8 * PROBE_PROMPTS * (PROBE_TOKENS + NEW_TOKENS) * claim.geometry.vocab
     return int(MEMORY_SLACK * (weights + logits))

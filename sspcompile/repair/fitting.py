@@ -17,9 +17,9 @@ from torch import Tensor
 
 from sspcompile.model import journal
 from sspcompile.model.decoder import LoadedModel
-from sspcompile.model.hooks import input_of, passed_over, recorded_calls
+from sspcompile.model.hooks import answered, input_of, passed_over, recorded_calls
 from sspcompile.model.journal import Arrays
-from sspcompile.model.modules import down_proj, layer_output, o_proj, residual_norm
+from sspcompile.model.modules import attention, down_proj, layer_output, o_proj, residual_norm
 from sspcompile.model.stored import double_device, in_double
 from sspcompile.model.streaming import in_memory
 from sspcompile.model.text import Batch
@@ -50,10 +50,10 @@ def fit_repairs(
 ) -> Iterator[Repair]:
     """Refit o_proj, and with `mlp` down_proj too, for each mask (bool [layers, heads]) on the texts of `batches`.
 
-    Held are the hidden states of all batches, [B, T, d], twice for the dense model and once per mask, and the weights
-    of the masks of a round. In each round every layer runs once dense, and per mask once as far as o_proj and once
-    whole, with `mlp` once more. A round begins when the first of its repairs is asked for. `dtype` is the dtype that
-    the weights will be written in.
+    Held are the hidden states of all batches, [B, T, d], twice for the dense model, once per mask and once for the
+    layer that is fitted, and the weights of the masks of a round. In each round every layer runs once dense and once
+    per mask, with `mlp` its MLP once more. A round begins when the first of its repairs is asked for. `dtype` is the
+    dtype that the weights will be written in.
     """
     at_once = masks_at_once(loaded, sum(batch.input_ids.numel() for batch in batches), dtype, mlp=mlp)
     rounds = [masks[start : start + at_once] for start in range(0, len(masks), at_once)]
@@ -198,39 +198,53 @@ class _Stream:
             self.hidden = list(dense.hidden)
             return
         layer = loaded.layers[index]
-        self.weights[index] = self._refit_attention(index, dense, columns, ridge).to(dtype)
-        refit = Repair({index: self.weights[index]})
+        attended = self._attend(index, dense)
+        self.weights[index] = self._refit_attention(index, dense, attended, columns, ridge).to(dtype)
+        with repaired(loaded, Repair({index: self.weights[index]})):
+            # Inputs of o_proj up to here, and outputs from here on: each batch in the place of the other.
+            for number, x in enumerate(attended):
+                attended[number] = o_proj(layer)(x)
         if mlp:
-            with repaired(loaded, refit):
-                self.down[index] = self._refit_mlp(index, dense).to(dtype).contiguous()
-            refit = Repair(refit.weights, down={index: self.down[index]})
+            self.down[index] = self._refit_mlp(index, dense, attended).to(dtype).contiguous()
         if layer is loaded.layers[-1]:
             return
-        with repaired(loaded, refit):
-            self.hidden = [dense.run(index, number, hidden) for number, hidden in enumerate(self.hidden)]
+        with repaired(loaded, Repair({}, down={index: self.down[index]} if mlp else {})):
+            for number, output in enumerate(attended):
+                with answered(attention(layer), output):
+                    self.hidden[number] = dense.run(index, number, self.hidden[number])
 
-    def _refit_attention(self, index: int, dense: _Dense, columns: Tensor, ridge: float) -> Tensor:
+    def _attend(self, index: int, dense: _Dense) -> list[Tensor]:
+        """The inputs of o_proj, [B, T, heads * D] per batch; no fit of this layer changes them."""
+        found = []
+        for number, hidden in enumerate(self.hidden):
+            with input_of(o_proj(dense.loaded.layers[index]), "o_proj", then_end=True) as seen:
+                dense.run(index, number, hidden)
+            found.append(seen[0])
+        return found
+
+    def _refit_attention(
+        self, index: int, dense: _Dense, inputs: Sequence[Tensor], columns: Tensor, ridge: float
+    ) -> Tensor:
         """o_proj [hidden, heads * D] with refitted kept columns and zeros elsewhere: a removed head adds nothing."""
         projection = o_proj(dense.loaded.layers[index])
         weight, bias = weight_of(projection), tensor_of(projection, "bias")
         columns = columns.to(weight.device)
         system = _Normal(int(columns.sum()), projection.out_features, weight.device)
-        for number, hidden in enumerate(self.hidden):
-            with input_of(projection, "o_proj", then_end=True) as seen:
-                dense.run(index, number, hidden)
-            self._add(system, seen[0][..., columns], hidden, bias, number, dense)
+        for number, (x, hidden) in enumerate(zip(inputs, self.hidden, strict=True)):
+            self._add(system, x[..., columns], hidden, bias, number, dense)
         full = torch.zeros(weight.shape, dtype=torch.float64)
         full[:, columns.cpu()] = system.solve(weight[:, columns].T, ridge).T.cpu()
         return full
 
-    def _refit_mlp(self, index: int, dense: _Dense) -> Tensor:
-        """down_proj [hidden, intermediate] of a layer whose o_proj is repaired."""
+    def _refit_mlp(self, index: int, dense: _Dense, outputs: Sequence[Tensor]) -> Tensor:
+        """down_proj [hidden, intermediate] of a layer whose attention puts out `outputs`, [B, T, d] per batch."""
         layer = dense.loaded.layers[index]
         projection = down_proj(layer)
         weight, bias = weight_of(projection), tensor_of(projection, "bias")
         system = _Normal(projection.in_features, projection.out_features, weight.device)
         for number, hidden in enumerate(self.hidden):
             with (
+                answered(attention(layer), outputs[number]),
                 input_of(residual_norm(layer), "residual norm") as after,
                 input_of(projection, "down_proj", then_end=True) as seen,
             ):

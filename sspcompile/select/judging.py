@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ from sspcompile.request.splits import Splits
 from sspcompile.select.texts import Texts
 from sspcompile.slicing.layouts import Choice
 from sspcompile.slicing.mask import Layout
+
+T = TypeVar("T")
 
 FITS: Mapping[str, Callable[..., Iterable[Repair]]] = {
     "least-squares": fit_repairs,
@@ -99,6 +102,7 @@ class Judge:
             for part, prompts in (("guard", splits.guard), ("judge", splits.judge), ("off", splits.off))
             if prompts
         }
+        self._plain: dict[bytes, Divergence] = {}
 
     def guarded(self, kept: np.ndarray, repair: Repair | None = None) -> Divergence:
         """Of the masked model, `kept` bool [layers, heads], on the texts that decide."""
@@ -116,8 +120,7 @@ class Judge:
             for batch in self._held["judge"].batches
             for row in range(len(batch.rows))
         ]
-        step = max(1, len(rows) // 5)
-        return rows[::step][:5] + rows[-1:]
+        return spread(rows)
 
     def fitted(
         self, masks: Sequence[np.ndarray], batches: Sequence[Batch], report: Steps = no_steps
@@ -139,9 +142,18 @@ class Judge:
         return self.fitted(masks, batches, stage_of(self.progress, f"repair ({what})"))
 
     def candidate(self, layout: Layout, choice: Choice, repair: Repair | None) -> Candidate:
-        """A mask, measured on the guard texts with and without its repair."""
+        """A mask, measured on the guard texts with and without its repair; without one, once per mask."""
+        plain, mask = self._plain, choice.kept.tobytes()
+        if mask not in plain:
+            plain[mask] = self.guarded(choice.kept)
         with_repair = self.guarded(choice.kept, repair) if repair is not None else None
-        return Candidate(layout, choice, self.guarded(choice.kept), repair, with_repair)
+        return Candidate(layout, choice, plain[mask], repair, with_repair)
+
+
+def spread(ordered: Sequence[T]) -> list[T]:
+    """Six of many, evenly spaced, the first and the last among them."""
+    step = max(1, len(ordered) // 5)
+    return [*ordered[::step][:5], *ordered[-1:]]
 
 
 class HeldOut:

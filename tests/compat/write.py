@@ -114,8 +114,9 @@ def record(folder: Path, dense: Path, layout: str, host: str | None = None) -> N
     write_model(checkpoint, plan, folder / "cut", max_shard_bytes=60_000)
     loaded = load(folder / "dense", fingerprint="")
     with head_gates(loaded, torch.from_numpy(choice.kept).float()):
-        logits, tokens = respond(loaded.model, IDS, NEW_TOKENS)
-    np.savez(folder / "expected.npz", ids=np.array(IDS), logits=logits[: len(IDS)].numpy(), tokens=np.array(tokens))
+        answer = [logits[0] for logits in respond(loaded.model, [IDS], NEW_TOKENS)]
+    tokens = np.array([int(logits[-1].argmax()) for logits in answer])
+    np.savez(folder / "expected.npz", ids=np.array(IDS), logits=answer[0].numpy(), tokens=tokens)
     (folder / "case.json").write_text(json.dumps({"custom_code": plan.custom_code, "attention": g.family.attention}))
 
 
