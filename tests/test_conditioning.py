@@ -17,6 +17,7 @@ from sspcompile.errors import ScenarioError, ToolkitError
 from sspcompile.prepare import features, importance_of, prepare, with_scores
 from sspcompile.prepare.direct import relative_variance, spread_by_domain
 from sspcompile.prepare.stages import Stages
+from sspcompile.progress import no_steps
 from sspcompile.request.domains import load_outside, load_pools
 from sspcompile.request.options import Options
 from sspcompile.request.request import Request
@@ -24,7 +25,7 @@ from sspcompile.request.scenario import Scenario
 from sspcompile.request.splits import fit_part, own_fit_part, split
 from sspcompile.select.mixture import Mixture, ablated, head_scores, mixture_of
 from sspcompile.select.reading import Reading, read_through
-from sspcompile.select.scoring import ENOUGH_PROMPTS, cached_keys, score_heads
+from sspcompile.select.scoring import ENOUGH_PROMPTS, cached_keys, measured_rankings, score_heads
 from sspcompile.select.shrinkage import shrink
 from sspcompile.select.texts import Texts
 
@@ -173,16 +174,33 @@ def test_enough_prompts_of_its_own_need_no_scores_of_the_pools(model):
     assert cached_keys(Request(read, Options(), "x")) == ()
     found = compiled(model, told, read, criterion="auto")
     assert (found.scores.source, found.scores.prompt_weight) == ("prompts", 1.0)
-    assert [ranking.name for ranking in found.rankings] == ["fisher", "obs"]
-    assert not np.allclose(found.rankings[0].values, found.rankings[1].values)
+    assert found.ranking.name == "obs" and [other.name for other in found.scores.others] == ["fisher"]
+    assert not np.allclose(found.ranking.values, found.scores.others[0].values)
     # What a toolkit holds from another build changes nothing.
     scored = with_scores(Stages(model), told, pools(12), "fisher")
     np.testing.assert_array_equal(compiled(model, scored, read, criterion="auto").merit, found.merit)
-    few = scenario(prompts=PROMPTS)
-    assert cached_keys(Request(few, Options(), "x")) == ("fisher",)
     assert cached_keys(Request(read, Options(baselines="all"), "x")) == ("fisher", "subspace")
-    with pytest.raises(ToolkitError, match="no fisher importance"):
-        compiled(model, told, few, criterion="auto")
+
+
+@pytest.mark.parametrize(
+    "how", [{"text": "please tell me about acid"}, {"domains": {"math": 1.0}}, {"prompts": PROMPTS}]
+)
+def test_texts_of_the_mixture_score_heads_where_the_scenario_brings_too_few(model, how):
+    """In one pass, by default, and no score of the pools is cached. A named criterion and its ablations need those."""
+    told = prepare(model, pools(12), outside(), criteria=(), continuation_tokens=3)
+    read = scenario(**how)
+    assert cached_keys(Request(read, Options(), "x")) == ()
+    found = compiled(model, told, read, criterion="auto")
+    scores = found.scores
+    assert (scores.criterion, scores.source, scores.prompts) == ("obs", "texts", min(64, len(found.splits.fit)))
+    assert set(own_fit_part(read.prompts)) <= set(found.splits.fit) and not found.whitelist.any()
+    continued = Texts(model, found.options).continued(found.splits.fit)
+    expected, _ = measured_rankings(model, continued, found.options.seed, "head", no_steps)
+    np.testing.assert_array_equal(scores.values, expected.values)
+    for options in ({"without": ("mixing",)}, {"importance_from": "domains"}, {"criterion": "fisher"}):
+        assert cached_keys(Request(read, Options(**options), "x")) == ("fisher",)
+        with pytest.raises(ToolkitError, match="no fisher importance"):
+            compiled(model, told, read, **{"criterion": "auto", **options})
 
 
 def test_spread_is_cached_per_domain(model, toolkit):
@@ -229,7 +247,7 @@ def test_without_the_scenario_its_prompts_do_not_count_either(model, toolkit):
     read = scenario(prompts=PROMPTS)
     request = Request(read, Options(without=("scenario",), criterion="subspace"), "x")
     used = ablated(compiled(model, toolkit, read).mixture, request.options.without)
-    assert score_heads(request, used, toolkit, model, Texts(model, request.options)).source == "domains"
+    assert score_heads(request, used, (), toolkit, model, Texts(model, request.options)).source == "domains"
 
 
 # --- Scenarios that fit no domain ------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def ranked(judge: Judge, seed: int) -> tuple[Ranking, ...]:
 
 def test_winner_of_every_layout_has_the_least_divergence_of_all_that_were_tried(judge):
     rankings = ranked(judge, 0)
-    assert [ranking.name for ranking in rankings] == ["mine", "fisher", "obs"]
+    assert [ranking.name for ranking in rankings] == ["mine", "obs", "fisher"]
     masks = {layout: masks_of(rankings, layout, NOBODY, 0.5, 4) for layout in ("uniform", "per-layer")}
     found = best_of(judge, masks)
     for layout, shapes in (("uniform", {(4, 1), (2, 2)}), ("per-layer", {None})):
@@ -113,7 +113,7 @@ def test_default_build_records_what_it_tried_and_a_named_criterion_tries_nothing
         assert done.returncode == 0, done.stderr
         masks.append(json.loads((tmp_path / more[1] / "mask.json").read_text()))
     tried = masks[0]["scenario"]["tried"]
-    assert masks[0]["criterion"] == tried[0]["criterion"] and len(tried) >= 3
+    assert masks[0]["criterion"] == tried[0]["criterion"] == "obs" and len(tried) == 2
     assert min(one["distance"] for one in tried) == tried[0]["distance"]
     assert masks[1]["criterion"] == "fisher-rounds" and "tried" not in masks[1]["scenario"]
     assert Path(tmp_path / "auto" / "model" / "config.json").is_file()

@@ -38,7 +38,7 @@ from sspcompile.request.splits import OFF_PROMPTS, draw_splits, fit_part, thinne
 from sspcompile.select.baselines import most_rivals
 from sspcompile.select.judging import spread
 from sspcompile.select.reading import MIXTURE_TEXTS
-from sspcompile.select.scoring import CURVATURE_TEXTS, cached_keys, source_of
+from sspcompile.select.scoring import CURVATURE_TEXTS, cached_keys, reads_cache, source_of
 from sspcompile.select.search import COMPARED_FIT, COMPARED_HELD
 from sspcompile.slicing.layouts import uniform_choices
 from sspcompile.workspace import Workspace
@@ -270,7 +270,7 @@ def _masks(request: Request, g: Geometry) -> tuple[int, int]:
     layouts = {"auto": ("uniform", "per-layer"), "uniform": ("uniform",), "per-layer": ("per-layer",)}[options.layout]
     if options.criterion != AUTO:
         return len(layouts), len(layouts)
-    rankings = 2 if source_of(request) == "prompts" else 3
+    rankings = 2 if reads_cache(source_of(request)) else 1
     shapes = uniform_choices(np.ones((g.layers, g.heads)), g.kv_heads, keep, groups_only=options.granularity == "group")
     return sum(rankings * (len(shapes) if name == "uniform" else 1) for name in layouts), len(layouts)
 

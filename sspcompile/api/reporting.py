@@ -124,7 +124,7 @@ def _repair(outcome: Outcome) -> RepairSection:
     if outcome.request.options.repair == "none":
         return RepairSection(used=False, reason="switched off with --repair none")
     if chosen.with_repair is None:
-        few = len(outcome.selection.splits.fit) < MIN_PROMPTS
+        few = len(outcome.selection.reading.splits.fit) < MIN_PROMPTS
         return RepairSection(
             used=False, reason=f"fewer than {MIN_PROMPTS} texts to fit it on" if few else "nothing was removed"
         )
@@ -145,7 +145,7 @@ def _sizes(plan: SlicePlan) -> SizesSection:
 
 
 def _notes(outcome: Outcome) -> Iterator[str]:
-    e = outcome.selection.splits.counts()
+    e = outcome.selection.reading.splits.counts()
     yield (
         f"Chosen and repaired on {e['fit']} texts ({e['own_fit']} of the scenario's own); layout and repair decided on "
         f"{e['guard']} others ({e['own_guard']} own); judged on {e['judge']} that decided nothing ({e['own_judge']} "
@@ -166,6 +166,8 @@ def _importance(scores: HeadScores) -> str:
         return "Heads were scored by the domains' cached importance, mixed in the proportion of the scenario."
     if scores.source == "prompts":
         return f"Heads were scored on {scores.prompts} of the scenario's own prompts alone."
+    if scores.source == "texts":
+        return f"Heads were scored on {scores.prompts} of the texts that chose."
     return (
         f"Heads were scored by the domains' cached importance and on {scores.prompts} of the scenario's own prompts, "
         f"which had a weight of {scores.prompt_weight:.0%}."
@@ -188,6 +190,6 @@ def origin_of(outcome: Outcome) -> dict[str, Any]:
         "seed": outcome.request.options.seed,
         **outcome.place.facts(),
         "versions": outcome.toolkit.meta.get("versions", {}),
-        "evidence": outcome.selection.splits.counts(),
+        "evidence": outcome.selection.reading.splits.counts(),
         "min_prompts_for_repair": MIN_PROMPTS,
     }

@@ -17,7 +17,7 @@ from sspcompile.select.budget import merit
 from sspcompile.select.judging import Reported
 from sspcompile.select.mixture import head_scores
 from sspcompile.select.reading import Reading
-from sspcompile.select.scoring import CACHED_BASELINES, Source
+from sspcompile.select.scoring import CACHED_BASELINES, Source, reads_cache, score_key
 from sspcompile.slicing.layouts import Choice, choose
 from sspcompile.slicing.mask import Layout
 
@@ -65,12 +65,12 @@ def _scores(reading: Reading, toolkit: Toolkit) -> Iterator[tuple[Role, str, np.
         scores = first_layer_kept(reading.merit.shape, reading.options.seed + number)
         yield "random", "random, first layer kept" + (f" ({draws}x)" if draws > 1 else ""), scores
     # A toolkit may hold scores from another build; what a report shows may not depend on that.
-    if wanted == "all" or reading.scores.source != "prompts":
-        free = toolkit.importance[reading.criterion].mean(-1)
+    if wanted == "all" or reads_cache(reading.scores.source):
+        free = toolkit.importance[score_key(reading.options)].mean(-1)
         yield "domain-free", "domain-free mask", merit(free, reading.whitelist)
     if wanted == "all":
         for name in CACHED_BASELINES:
-            if name != reading.criterion or reading.scores.source == "prompts":
+            if name != reading.scores.criterion or not reads_cache(reading.scores.source):
                 yield (
                     "criterion",
                     f"criterion {name}",
@@ -82,7 +82,7 @@ def _scores(reading: Reading, toolkit: Toolkit) -> Iterator[tuple[Role, str, np.
 
 def most_rivals(wanted: Baselines, source: Source) -> int:
     """How many masks `rivals` names at most, before any score is known."""
-    free = 1 if wanted == "all" or source != "prompts" else 0
+    free = 1 if wanted == "all" or reads_cache(source) else 0
     return {"none": 0, "few": 1 + free, "all": SEEDS + free + len(CACHED_BASELINES) + 1}[wanted]
 
 

@@ -18,11 +18,12 @@ from sspcompile.model.decoder import LoadedModel
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.progress import Progress, silent
 from sspcompile.request.options import Options
+from sspcompile.request.pools import pools_of
 from sspcompile.request.request import Request
-from sspcompile.request.splits import thinned
+from sspcompile.request.splits import Splits, draw_splits, thinned
 from sspcompile.select.budget import keep_from_strength, merit
 from sspcompile.select.mixture import Mixture, ablated, given_mixture, mixture_of
-from sspcompile.select.scoring import HeadScores, Ranking, score_heads, score_key
+from sspcompile.select.scoring import HeadScores, Ranking, reads_cache, score_heads
 from sspcompile.select.texts import Texts
 from sspcompile.slicing.layouts import Choice, choose
 from sspcompile.slicing.mask import Layout
@@ -37,18 +38,19 @@ class Reading:
     """What a scenario is made of and what every head is worth to it.
 
     `mixture` is what was measured; `used` is what scored the heads, and differs only where a part of the method is
-    switched off (`without`). `merit` is [layers, heads], `whitelist` bool [layers, heads]. `keep` is the budget, kept
-    heads / all heads. `criterion` is the name under which a toolkit has the scores.
+    switched off (`without`). `splits` are the texts of the build, drawn from the scenario and, in the proportion of the
+    mixture, from the pools. `merit` is [layers, heads], `whitelist` bool [layers, heads]. `keep` is the budget, kept
+    heads / all heads.
     """
 
     request: Request
     mixture: Mixture
     used: Mixture
+    splits: Splits
     scores: HeadScores
     whitelist: np.ndarray
     merit: np.ndarray
     keep: float
-    criterion: str
 
     @property
     def options(self) -> Options:
@@ -60,9 +62,9 @@ class Reading:
         return self.options.granularity == "group"
 
     @property
-    def rankings(self) -> tuple[Ranking, ...]:
-        """The scenario's own first, then what else was measured in the same pass."""
-        return (Ranking(self.criterion, self.scores.values), *self.scores.others)
+    def ranking(self) -> Ranking:
+        """What the heads are chosen by, unless a build measures more."""
+        return Ranking(self.scores.criterion, self.scores.values)
 
 
 def read_through(
@@ -70,23 +72,25 @@ def read_through(
 ) -> Reading:
     """Read a scenario through the toolkit. Raises what `score_heads` raises.
 
-    Where the scenario's own prompts score heads (`source_of`), the passes of the criterion come on top.
+    Where texts score heads (`source_of`), the passes of the criterion come on top.
     """
     options = request.options
     mixture = mixture_through(request, toolkit, loaded)
     used = ablated(mixture, options.without)
-    scores = score_heads(request, used, toolkit, loaded, texts, progress)
+    pools = pools_of(options).named(mixture.domains)
+    splits = draw_splits(request.scenario.prompts, mixture.parts, pools, options.seed)
+    scores = score_heads(request, used, splits.fit, toolkit, loaded, texts, progress)
     # Privilege comes with the pools' scores; a toolkit may hold it from another build that read them.
-    whitelist = toolkit.whitelist & ("whitelist" not in options.without) & (scores.source != "prompts")
+    whitelist = toolkit.whitelist & ("whitelist" not in options.without) & reads_cache(scores.source)
     return Reading(
         request=request,
         mixture=mixture,
         used=used,
+        splits=splits,
         scores=scores,
         whitelist=whitelist,
         merit=merit(scores.values, whitelist),
         keep=_budget(options, mixture.breadth),
-        criterion=score_key(options),
     )
 
 

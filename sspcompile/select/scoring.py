@@ -1,7 +1,8 @@
-"""Head scores of a scenario: from the domains' cached importance, from its own prompts, or from both.
+"""Head scores of a scenario: from texts like its own, or from the domains' cached importance.
 
-Where the scenario brings enough prompts of its own they score heads alone: the pools say what a scenario is made of,
-and nothing that its own prompts do not say better. Where it brings none, or few, the pools' scores stand in.
+The default scores heads on texts, in one pass: on the scenario's own prompts where it brings enough of them, otherwise
+on those that a build chooses and repairs with, which pool prompts fill up in the proportion of the mixture. A criterion
+that is named is cached per domain, as published: mixed for a sentence, and joined with what few own prompts say.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ from sspcompile.prepare.direct import importance_per_prompt
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.progress import Progress, Steps, silent, stage_of
 from sspcompile.request.options import AUTO, Granularity, Options
+from sspcompile.request.prompts import Prompt
 from sspcompile.request.request import Request
 from sspcompile.request.splits import own_fit_part, thinned
 from sspcompile.select.mixture import Mixture, head_scores
 from sspcompile.select.shrinkage import shrink
 from sspcompile.select.texts import Texts
 
-# What the default caches of the pools. A score of all prompts together says nothing about its own spread over prompts:
-# this one's stands in for it, and finds the whitelist.
+# Cached beside any other: a score of all prompts together says nothing about its own spread over prompts; this one's
+# stands in for it, and finds the whitelist.
 CACHED = "fisher"
 COMPENSATED = "obs"
 # Scores of the pools that the table of all baselines compares with.
@@ -39,7 +41,7 @@ ENOUGH_PROMPTS = 32
 # More texts change no ranking that a measurement could tell from the one of these.
 CURVATURE_TEXTS = 64
 
-Source = Literal["domains", "prompts", "both"]
+Source = Literal["domains", "prompts", "both", "texts"]
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,12 @@ class Ranking:
 
 @dataclass(frozen=True)
 class HeadScores:
-    """`values` [L, H] in the criterion's unit. `prompts` of the scenario's own were looked at, and had `prompt_weight`
-    (mean over heads, in [0, 1]) against the domains' cached scores. `others`: what the same pass said in other terms.
+    """`values` [L, H] of `criterion`, in its unit. `prompts` texts were looked at, and had `prompt_weight` (mean over
+    heads, in [0, 1]) against the domains' cached scores: the scenario's own, or with the source `texts` pool prompts
+    among them. `others`: what the same pass said in other terms.
     """
 
+    criterion: str
     values: np.ndarray
     source: Source
     prompts: int
@@ -73,18 +77,29 @@ def score_key(options: Options) -> str:
 
 def source_of(request: Request) -> Source:
     """Where the head scores of a scenario come from."""
-    asked, own = request.options.importance_from, own_fit_part(request.scenario.prompts)
-    if asked == "domains" or "scenario" in request.options.without or not own:
+    options = request.options
+    asked, own = options.importance_from, own_fit_part(request.scenario.prompts)
+    if asked == "domains" or "scenario" in options.without:
         return "domains"
-    return "prompts" if asked == "prompts" or len(own) >= ENOUGH_PROMPTS else "both"
+    if own and (asked == "prompts" or len(own) >= ENOUGH_PROMPTS):
+        return "prompts"
+    # Texts drawn from the pools know the mixture; what a mixture of scores is worth is seen on cached ones.
+    if options.criterion == AUTO and "mixing" not in options.without:
+        return "texts"
+    return "both" if own else "domains"
 
 
 def cached_keys(request: Request) -> tuple[str, ...]:
-    """The scores that the toolkit must hold for this request: none where its own prompts suffice."""
+    """The scores that the toolkit must hold for this request: none where texts alone score heads."""
     options = request.options
     if options.baselines == "all":
         return tuple(dict.fromkeys((*CACHED_BASELINES, score_key(options))))
-    return () if source_of(request) == "prompts" else tuple(dict.fromkeys((CACHED, score_key(options))))
+    return tuple(dict.fromkeys((CACHED, score_key(options)))) if reads_cache(source_of(request)) else ()
+
+
+def reads_cache(source: Source) -> bool:
+    """Whether scores of that source are made of the pools' cached ones."""
+    return source in ("domains", "both")
 
 
 def demand_prompts(request: Request) -> None:
@@ -99,7 +114,7 @@ def demand_prompts(request: Request) -> None:
 def measured_rankings(
     loaded: LoadedModel, texts: Sequence[Sentence], seed: int, granularity: Granularity, progress: Steps
 ) -> tuple[Ranking, Ranking]:
-    """What one forward and one backward pass over texts say of the heads: `fisher`, and `obs`.
+    """What one forward and one backward pass over texts say of the heads: `obs`, and `fisher`.
 
     At most CURVATURE_TEXTS of them are read, evenly spaced.
     """
@@ -107,39 +122,46 @@ def measured_rankings(
     given = CriterionInput(batches_of(loaded, read, GRADIENT_TOKENS), len(read), None, seed, granularity, progress)
     found, units = curvature(loaded, given), Units.of(loaded.geometry, granularity)
     return (
-        Ranking(key_of(CACHED, granularity), units.spread(found.gates.mean(0), axis=1)),
         Ranking(key_of(COMPENSATED, granularity), units.spread(costs_of(found, units), axis=1)),
+        Ranking(key_of(CACHED, granularity), units.spread(found.gates.mean(0), axis=1)),
     )
 
 
 def score_heads(
-    request: Request, used: Mixture, toolkit: Toolkit, loaded: LoadedModel, texts: Texts, progress: Progress = silent
+    request: Request,
+    used: Mixture,
+    chosen: Sequence[Prompt],
+    toolkit: Toolkit,
+    loaded: LoadedModel,
+    texts: Texts,
+    progress: Progress = silent,
 ) -> HeadScores:
     """Score the heads for a scenario by the criterion that it asks for.
 
-    Only prompts that may choose are looked at (`own_fit_part`). Raises ScenarioError like `demand_prompts`, and
+    `chosen` are the texts of the build that may choose, filled up from the pools. Of the scenario's own only those are
+    looked at (`own_fit_part`). Raises ScenarioError like `demand_prompts`, and
     ToolkitError where the toolkit lacks the scores that the source needs.
     """
     demand_prompts(request)
     options, source, name = request.options, source_of(request), score_key(request.options)
-    if source != "prompts" and name not in toolkit.importance:
+    if reads_cache(source) and name not in toolkit.importance:
         raise ToolkitError(
             f"The toolkit has no {name} importance.", hint=f"Run `sspcompile prepare --criterion {name}`."
         )
     if source == "domains":
-        return HeadScores(head_scores(toolkit, name, used), source, 0, 0.0)
-    prompts = own_fit_part(request.scenario.prompts)
-    written = texts.continued(prompts, stage_of(progress, "continuations (the scenario's prompts)"))
-    report = stage_of(progress, "head scores on the scenario's prompts")
-    if source == "prompts" and options.criterion == AUTO:
+        return HeadScores(name, head_scores(toolkit, name, used), source, 0, 0.0)
+    prompts = chosen if source == "texts" else own_fit_part(request.scenario.prompts)
+    written = texts.continued(prompts, stage_of(progress, "continuations (texts that score heads)"))
+    report = stage_of(progress, "head scores")
+    if options.criterion == AUTO and not reads_cache(source):
         first, *others = measured_rankings(loaded, written, options.seed, options.granularity, report)
-        return HeadScores(first.values, source, min(len(prompts), CURVATURE_TEXTS), 1.0, tuple(others))
+        return HeadScores(first.name, first.values, source, min(len(prompts), CURVATURE_TEXTS), 1.0, tuple(others))
     values = importance_per_prompt(loaded, toolkit, name, written, used.parts, options.seed, report)
     criterion, _ = of_key(name)
     read = min(len(prompts), criterion.max_prompts or len(prompts))
     if source == "prompts":
-        return HeadScores(values.mean(0), source, read, 1.0)
+        return HeadScores(name, values.mean(0), source, read, 1.0)
     importance = toolkit.importance[name].astype(np.float64)
     spread = toolkit.spread[CACHED if criterion.per == "set" else name].astype(np.float64)
     shrunk = shrink(importance, spread, used.parts, values, prompts=read)
-    return HeadScores(shrunk.scores, source, read, float(shrunk.weight.mean()))
+    return HeadScores(name, shrunk.scores, source, read, float(shrunk.weight.mean()))

@@ -1,9 +1,8 @@
-"""The default's masks are chosen by measuring: several rankings and shapes, each repaired, compared on other texts.
+"""The default's masks are chosen by measuring: several shapes and rankings, each repaired, compared on other texts.
 
-No score ranks heads best in every model and under every budget. `obs` asks what a head costs after the best repair,
-`fisher` what it costs without one; which of them is ahead differs by budget, and one pass over the texts gives both. A
-uniform cut takes the same share from every layer, from those that bear it and from those that do not, so every shape is
-tried. The price is that masks of two budgets may come from different scores, and then one is not part of the other.
+A uniform cut takes the same share from every layer, from those that bear it and from those that do not, so every shape
+is tried; where the pools' scores are mixed for the scenario, they are tried beside `obs` on its texts. Masks of two
+budgets may then come from different scores, and one is not part of the other.
 
 Masks are compared on a part of the texts that may fit the repair, each under a repair that another part fits; the guard
 texts stay fresh for the layout. The measure is the mean of sqrt(KL): up to a constant it bounds the total variation

@@ -14,13 +14,11 @@ from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.progress import Progress, silent, stage_of
 from sspcompile.repair.repair import Repair
 from sspcompile.request.options import AUTO
-from sspcompile.request.pools import pools_of
 from sspcompile.request.request import Request
-from sspcompile.request.splits import Splits, draw_splits
 from sspcompile.select.baselines import Baseline, baselines_of, rivals
 from sspcompile.select.judging import Decision, Judge, Reported, decide
 from sspcompile.select.reading import Reading, choices_for, read_through
-from sspcompile.select.scoring import Ranking, measured_rankings
+from sspcompile.select.scoring import Ranking, measured_rankings, reads_cache
 from sspcompile.select.search import Masks, Searched, Tried, best_of, masks_of
 from sspcompile.select.texts import Texts
 from sspcompile.slicing.layouts import Choice
@@ -36,8 +34,8 @@ class Selection:
     ones are refitted to, None for none. `cost` is the divergence from the dense model on texts that decided nothing,
     `without_repair` the same of the mask alone, `with_repair` repaired where a repair was fitted, kept or not.
     `decision` holds the layouts that were measured, `tried` the masks that were compared on the way (best first, empty
-    where there was one), `baselines` what else could have been cut at this budget. `splits` are the texts, `probes`
-    token ids [prompts][tokens] of some that decided nothing, to prove the cut with.
+    where there was one), `baselines` what else could have been cut at this budget. `probes` are token ids
+    [prompts][tokens] of some texts that decided nothing, to prove the cut with.
     """
 
     reading: Reading
@@ -49,7 +47,6 @@ class Selection:
     decision: Decision
     tried: tuple[Tried, ...]
     baselines: tuple[Baseline, ...]
-    splits: Splits
     probes: tuple[tuple[int, ...], ...]
 
 
@@ -63,8 +60,7 @@ def select(
     """
     texts = Texts(loaded, request.options)
     reading = read_through(request, toolkit, loaded, texts, progress)
-    splits = splits_for(reading)
-    judge = Judge(loaded, splits, request.options, texts, dtype=dtype, progress=progress)
+    judge = Judge(loaded, reading.splits, request.options, texts, dtype=dtype, progress=progress)
     searched, decided = _compared(judge, reading)
     layout = decided.chosen.layout if decided is not None else next(iter(searched))
     best = searched[layout]
@@ -90,16 +86,8 @@ def select(
         ),
         tried=best.tried,
         baselines=baselines_of(asked, costs, judge.seed),
-        splits=splits,
         probes=tuple(map(tuple, judge.probes())),
     )
-
-
-def splits_for(reading: Reading) -> Splits:
-    """The texts of a build, drawn from the scenario and the pools."""
-    options = reading.options
-    pools = pools_of(options).named(reading.mixture.domains)
-    return draw_splits(reading.request.scenario.prompts, reading.mixture.parts, pools, options.seed)
 
 
 def _compared(judge: Judge, reading: Reading) -> tuple[dict[Layout, Searched], Decision | None]:
@@ -120,14 +108,14 @@ def masks_for(reading: Reading, judge: Judge) -> dict[Layout, Masks]:
     """
     geometry, options = judge.loaded.geometry, reading.options
     choices = choices_for(reading, geometry)
-    masks: dict[Layout, Masks] = {layout: ((reading.rankings[0], choice),) for layout, choice in choices.items()}
+    masks: dict[Layout, Masks] = {layout: ((reading.ranking, choice),) for layout, choice in choices.items()}
     cut = [layout for layout, choice in choices.items() if not choice.kept.all()]
     if options.criterion != AUTO or not cut:
         return masks
-    ranked = reading.rankings
-    if reading.scores.source != "prompts":
+    ranked = [reading.ranking]
+    if reads_cache(reading.scores.source):
         report = stage_of(judge.progress, "head scores on the texts of this build")
-        ranked += measured_rankings(judge.loaded, judge.sentences, judge.seed, options.granularity, report)
+        ranked += measured_rankings(judge.loaded, judge.sentences, judge.seed, options.granularity, report)[:1]
 
     def holds(layout: Layout, choice: Choice) -> bool:
         try:
@@ -163,7 +151,7 @@ def mask_of(
 
     `ranking` is what the heads were chosen by, where it was not the scenario's own.
     """
-    ranking = ranking or reading.rankings[0]
+    ranking = ranking or reading.ranking
     g, scenario = loaded.geometry, reading.request.scenario
     privileged = np.argwhere(reading.whitelist & choice.kept)
     facts = {
