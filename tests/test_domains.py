@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from sspcompile.errors import RecipeError
 from sspcompile.request.documents import read_yaml
-from sspcompile.request.domains import load_outside, load_pool, load_pools, pools_fingerprint, recipes_folder
+from sspcompile.request.domains import (
+    DomainPool,
+    load_outside,
+    load_pool,
+    load_pools,
+    pools_fingerprint,
+    recipes_folder,
+)
 
 GOOD = """\
 schema_version: 1
@@ -116,3 +124,39 @@ def test_shipped_pools_are_valid() -> None:
     names = [pool.name for pool in load_pools()]
     assert names == ["chemistry", "finance", "history", "math", "philosophy", "technology"]
     assert load_outside()
+
+
+REAL = recipes_folder() / "real" / "domains"
+FORMS = {
+    "options": r"(?s)\bA[.)] .*\bB[.)] .*\bC[.)] ",
+    "question": r"\?\s*$",
+    "lines": r"\n",
+    "table": r"\|.*\|.*\||,.*,.*\n",
+}
+
+
+def shingles(text: str) -> set[tuple[str, ...]]:
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[place : place + 3]) for place in range(max(1, len(words) - 2))}
+
+
+@pytest.mark.parametrize("pool", [*load_pools(REAL), *load_outside(REAL / "outside")], ids=lambda pool: pool.name)
+def test_pools_for_real_models_are_varied_and_alike_in_form(pool: DomainPool) -> None:
+    """Many prompts, short and long, none twice in other words, of the same forms in every domain."""
+    inside = pool in load_pools(REAL)
+    assert len(pool.prompts) >= (150 if inside else 50) and len(pool.descriptions) >= (25 if inside else 10)
+    lengths = sorted(len(prompt.split()) for prompt in pool.prompts)
+    assert lengths[len(lengths) // 10] <= 15 and lengths[-len(lengths) // 20] >= 100 and lengths[-1] <= 400
+    for name, pattern in FORMS.items():
+        share = sum(bool(re.search(pattern, prompt)) for prompt in pool.prompts) / len(pool.prompts)
+        assert 0.05 <= share <= 0.6, f"{share:.0%} of {pool.name} have the form {name}"
+    known = [shingles(prompt) for prompt in pool.prompts]
+    for number, one in enumerate(known):
+        for other in known[:number]:
+            assert len(one & other) <= 0.5 * min(len(one), len(other)), pool.prompts[number]
+    assert not re.search(r"\b(Nora|Mira|Pavel|Olek|Tessa|Ruben|Viktor)\b", " ".join(pool.prompts))
+
+
+def test_at_least_fourteen_domains_stand_ready_for_real_models() -> None:
+    assert len(load_pools(REAL)) >= 14 and len(load_outside(REAL / "outside")) >= 8
+    assert {pool.name for pool in load_pools()} <= {pool.name for pool in load_pools(REAL)}
