@@ -17,7 +17,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 WORKERS ?= 2
 
 .PHONY: demo test audit test-compat test-oldest test-pythons test-optimum test-browser screenshots fuzz test-kills test-wheel test-shapes test-lm-eval generated docs lint format train bench-compile bench-prepare \
-	bench-quality bench-slice bench-onnx bench-bench bench-build bench-large clean
+	bench-quality bench-slice bench-onnx bench-bench bench-build bench-scores bench-large clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -177,6 +177,9 @@ JUDGE ?= test.jsonl
 
 bench-build: $(VENV)/.done  ## What builds of a real model cost: passes, minutes, memory, and what was lost.
 	$(BIN)/python -m benchmarks.build --model $(MODEL) --questions $(QUESTIONS) --judge $(JUDGE) --busy 1
+
+bench-scores: $(VENV)/.done  ## Masks of a real model by several scores, repaired alike, judged on unseen texts.
+	$(BIN)/python -m benchmarks.scores --model $(MODEL) --questions $(QUESTIONS) --judge $(JUDGE)
 
 bench-large: $(VENV)/.done  ## Builds of random models that do not fit. TOKENIZER: a folder with a tokenizer.
 	$(BIN)/python -m benchmarks.large --tokenizer $(TOKENIZER) --shape 1.2b --memory 6GB
