@@ -52,17 +52,25 @@ class Cost:
     code: int
 
 
+# The peak of a process counts what lay in memory when it was forked: a small process starts the one that is measured.
+STARTER = """
+import json, os, subprocess, sys, time
+start = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, used = os.wait4(process.pid, 0)
+wall, code = time.perf_counter() - start, os.waitstatus_to_exitcode(status)
+print(json.dumps([wall, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024, code]))
+"""
+
+
 def run(command: Sequence[str], folder: Path) -> Cost:
     """One command in a folder, with everything that it starts."""
-    start = time.perf_counter()
-    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    assert process.stderr is not None
-    said = process.stderr.read()
-    _, status, used = os.wait4(process.pid, 0)
-    wall, code = time.perf_counter() - start, os.waitstatus_to_exitcode(status)
-    if code:
-        raise click.ClickException(said.strip().splitlines()[-1])
-    return Cost(wall, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024, code)
+    starter = [sys.executable, "-c", STARTER, *command]
+    done = subprocess.run(starter, cwd=folder, capture_output=True, text=True, check=True)
+    cost = Cost(*json.loads(done.stdout))
+    if cost.code:
+        raise click.ClickException(done.stderr.strip().splitlines()[-1])
+    return cost
 
 
 def build(model: str, scenario: str, out: str, folder: Path, keep: float, more: Sequence[str]) -> Cost:

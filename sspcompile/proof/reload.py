@@ -74,7 +74,8 @@ def _compare(claim: Claim, prompts: Sequence[Sequence[int]], new_tokens: int, de
         for alike, found in zip(_alike(prompts), answers, strict=True):
             read = [logits[:, -1].argmax(-1) for logits in found]
             for expected, logits in zip(respond(dense.model, alike, new_tokens, read=read), found, strict=True):
-                distance.add(expected, logits)
+                for row in zip(expected, logits, strict=True):  # a difference is as large as what it is of
+                    distance.add(*row)
             done.step(len(alike))
     return distance.parity(len(prompts), layerwise=False)
 
