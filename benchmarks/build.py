@@ -16,7 +16,6 @@ token over the answers, and their perplexity.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile

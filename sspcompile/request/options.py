@@ -96,7 +96,7 @@ class Options(BaseModel):
         str,
         Field(pattern=NAME_PATTERN),
         Shown(
-            "Score of the heads (obs, fisher, kl, ...; `sspcompile criteria` lists them); auto measures obs on texts "
+            "Score of the heads (fisher, obs, kl, ...; `sspcompile criteria` lists them); auto measures obs on texts "
             "like the scenario's, and compares the shapes that it calls for.",
             "NAME",
         ),
