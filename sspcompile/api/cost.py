@@ -27,6 +27,7 @@ from sspcompile.model.text import BATCH_TOKENS, GRADIENT_TOKENS, batches_of, gre
 from sspcompile.prepare.recognition import CROSS_PER_PAIR
 from sspcompile.prepare.toolkits import stored_toolkit
 from sspcompile.proof.parity import PROBE_TOKENS
+from sspcompile.proof.reload import TOGETHER
 from sspcompile.proof.whole import NEW_TOKENS
 from sspcompile.repair.fitting import masks_at_once
 from sspcompile.repair.repair import refitted_dtype
@@ -205,8 +206,9 @@ def _deciding(request: Request, dense: DenseModel, loaded: LoadedModel, lengths:
     yield Stage("judging the repair", len(splits.guard), guard, 2)
     yield Stage("judging this build and its baselines", len(splits.judge) + len(off), judge + apart, 2 + rivals)
     probes = spread(sorted(min(PROBE_TOKENS, length + new) for length in lengths.of(splits.judge)))
-    # Those of one length decode together, in the dense model and in the cut one.
-    steps = int(2 * DOUBLE * NEW_TOKENS * len(set(probes)))
+    # Those of one length decode by twos, in the dense model and in the cut one.
+    batches = sum(-(-probes.count(length) // TOGETHER) for length in set(probes))
+    steps = int(2 * DOUBLE * NEW_TOKENS * batches)
     yield Stage("proof", len(probes), sum(probes), 2 * DOUBLE, steps=steps)
 
 
