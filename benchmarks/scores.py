@@ -30,7 +30,7 @@ from sspcompile.repair.fitting import fit_repairs
 from sspcompile.repair.repair import refitted_dtype
 from sspcompile.request.splits import thinned
 from sspcompile.select.judging import HeldOut
-from sspcompile.select.scoring import measured_rankings
+from sspcompile.select.scoring import CURVATURE_TEXTS, measured_rankings
 from sspcompile.slicing.layouts import Choice, choose, uniform_choices
 
 PROMPTS, FIT, JUDGED = 96, 32, 24
@@ -45,7 +45,7 @@ def scored(loaded: LoadedModel, texts: Sequence[Sentence], names: Sequence[str])
                 yield ranking.name, ranking.values
     for name in names:
         if name not in MEASURED:
-            yield name, measure(loaded, name, thinned(texts, 64)).values.mean(0)
+            yield name, measure(loaded, name, thinned(texts, CURVATURE_TEXTS)).values.mean(0)
 
 
 def masks(values: np.ndarray, kv_heads: int, keep: float) -> Iterator[tuple[str, Choice]]:

@@ -139,8 +139,8 @@ def score_heads(
     """Score the heads for a scenario by the criterion that it asks for.
 
     `chosen` are the texts of the build that may choose, filled up from the pools. Of the scenario's own only those are
-    looked at (`own_fit_part`). Raises ScenarioError like `demand_prompts`, and
-    ToolkitError where the toolkit lacks the scores that the source needs.
+    looked at (`own_fit_part`). Raises ScenarioError like `demand_prompts`, and ToolkitError where the toolkit lacks the
+    scores that the source needs.
     """
     demand_prompts(request)
     options, source, name = request.options, source_of(request), score_key(request.options)
