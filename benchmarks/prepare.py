@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from sspcompile.embedded import POOLS_DIR
 from sspcompile.model.capture import features
 from sspcompile.model.dense import open_dense
 from sspcompile.model.text import encode
@@ -42,7 +43,7 @@ def seconds(run: Callable[[], object]) -> float:
 def main(model: str | None, repeats: int) -> None:
     """Time capture, and the whole of prepare."""
     loaded = open_dense(model).load()
-    pools, outside = fit_part(load_pools()), load_outside()
+    pools, outside = fit_part(load_pools(POOLS_DIR)), load_outside(POOLS_DIR / "outside")
     prompts = [prompt for pool in pools for prompt in pool.prompts]
     batches = encode(loaded, prompts)
 

@@ -30,6 +30,7 @@ from rich.progress import track
 
 from sspcompile.criteria import CRITERIA
 from sspcompile.criteria.measuring import measure
+from sspcompile.embedded import POOLS_DIR
 from sspcompile.evaluate.answers import EncodedItems, answer_scores, encode_items
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.dense import open_dense
@@ -109,7 +110,7 @@ def asked(domain: str, seed: int, count: int) -> EncodedItems:
 
 def directions() -> np.ndarray:
     """Probe directions for the published score, [L, K, d]."""
-    toolkit = prepare(model(), fit_part(load_pools()), load_outside())
+    toolkit = prepare(model(), fit_part(load_pools(POOLS_DIR)), load_outside(POOLS_DIR / "outside"))
     return probe_directions(toolkit.probe_weight, toolkit.feature_scale)
 
 

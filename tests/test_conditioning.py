@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 from scipy.stats import mannwhitneyu
 from test_prepare_tools import DOMAINS, outside, pool_of, pools, tiny
 
+from sspcompile.embedded import POOLS_DIR
 from sspcompile.errors import ScenarioError, ToolkitError
 from sspcompile.prepare import features, importance_of, prepare, with_scores
 from sspcompile.prepare.direct import relative_variance, spread_by_domain
@@ -250,6 +251,8 @@ def test_without_the_scenario_its_prompts_do_not_count_either(model, toolkit):
     assert score_heads(request, used, (), toolkit, model, Texts(model, request.options)).source == "domains"
 
 
+OUTSIDE = load_outside(POOLS_DIR / "outside")
+
 # --- Scenarios that fit no domain ------------------------------------------------------------------------------------
 
 
@@ -257,7 +260,7 @@ def test_without_the_scenario_its_prompts_do_not_count_either(model, toolkit):
 def lone(embedded):
     """A toolkit of the embedded model that has seen one of the two outside subjects, and no held-out text."""
     return prepare(
-        embedded, fit_part(load_pools()), load_outside()[:1], criteria=("fisher-greedy",), continuation_tokens=0
+        embedded, fit_part(load_pools(POOLS_DIR)), OUTSIDE[:1], criteria=("fisher-greedy",), continuation_tokens=0
     )
 
 
@@ -267,8 +270,8 @@ def test_text_of_an_unseen_subject_is_less_known_than_unseen_text_of_the_domains
     def unknown(texts) -> list[float]:
         return [mixture_of(lone, one[None]).unknown for one in features(embedded, texts)]
 
-    held = [text for pool in load_pools() for part in split(pool.prompts)[1:] for text in part]
-    known, foreign = unknown(held), unknown(load_outside()[1].prompts)
+    held = [text for pool in load_pools(POOLS_DIR) for part in split(pool.prompts)[1:] for text in part]
+    known, foreign = unknown(held), unknown(OUTSIDE[1].prompts)
     found = mannwhitneyu(foreign, known, alternative="greater")
     assert found.pvalue < 0.01, found
 

@@ -7,16 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from sspcompile.embedded import POOLS_DIR
 from sspcompile.errors import RecipeError
 from sspcompile.request.documents import read_yaml
-from sspcompile.request.domains import (
-    DomainPool,
-    load_outside,
-    load_pool,
-    load_pools,
-    pools_fingerprint,
-    recipes_folder,
-)
+from sspcompile.request.domains import DomainPool, load_outside, load_pool, load_pools, pools_fingerprint
 
 GOOD = """\
 schema_version: 1
@@ -119,14 +113,12 @@ def test_control_characters_are_refused_with_their_line(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.skipif(not (recipes_folder() / "domains").is_dir(), reason="pools are not generated yet")
-def test_shipped_pools_are_valid() -> None:
-    names = [pool.name for pool in load_pools()]
+def test_pools_of_the_embedded_model_are_valid() -> None:
+    names = [pool.name for pool in load_pools(POOLS_DIR)]
     assert names == ["chemistry", "finance", "history", "math", "philosophy", "technology"]
-    assert load_outside()
+    assert load_outside(POOLS_DIR / "outside")
 
 
-REAL = recipes_folder() / "real" / "domains"
 FORMS = {
     "options": r"(?s)\bA[.)] .*\bB[.)] .*\bC[.)] ",
     "question": r"\?\s*$",
@@ -140,10 +132,10 @@ def shingles(text: str) -> set[tuple[str, ...]]:
     return {tuple(words[place : place + 3]) for place in range(max(1, len(words) - 2))}
 
 
-@pytest.mark.parametrize("pool", [*load_pools(REAL), *load_outside(REAL / "outside")], ids=lambda pool: pool.name)
+@pytest.mark.parametrize("pool", [*load_pools(), *load_outside()], ids=lambda pool: pool.name)
 def test_pools_for_real_models_are_varied_and_alike_in_form(pool: DomainPool) -> None:
     """Many prompts, short and long, none twice in other words, of the same forms in every domain."""
-    inside = pool in load_pools(REAL)
+    inside = pool in load_pools()
     assert len(pool.prompts) >= (150 if inside else 50) and len(pool.descriptions) >= (25 if inside else 10)
     lengths = sorted(len(prompt.split()) for prompt in pool.prompts)
     assert lengths[len(lengths) // 10] <= 15 and lengths[-len(lengths) // 20] >= 100 and lengths[-1] <= 400
@@ -157,6 +149,6 @@ def test_pools_for_real_models_are_varied_and_alike_in_form(pool: DomainPool) ->
     assert not re.search(r"\b(Nora|Mira|Pavel|Olek|Tessa|Ruben|Viktor)\b", " ".join(pool.prompts))
 
 
-def test_at_least_fourteen_domains_stand_ready_for_real_models() -> None:
-    assert len(load_pools(REAL)) >= 14 and len(load_outside(REAL / "outside")) >= 8
-    assert {pool.name for pool in load_pools()} <= {pool.name for pool in load_pools(REAL)}
+def test_at_least_fourteen_domains_ship() -> None:
+    assert len(load_pools()) >= 14 and len(load_outside()) >= 8
+    assert {pool.name for pool in load_pools(POOLS_DIR)} <= {pool.name for pool in load_pools()}

@@ -12,6 +12,7 @@ from test_cli import refused, run  # noqa: F401 (a fixture)
 from test_prepare_tools import TEMPLATE, tiny
 
 from sspcompile.api.evaluate import Deployment, deployment_of, fitted_prompts, scenario_suites
+from sspcompile.embedded import EMBEDDED, POOLS_DIR
 from sspcompile.embedded.questions import questions
 from sspcompile.evaluate.asking import Limits, ask
 from sspcompile.evaluate.questions import Conversation, Question, single
@@ -87,7 +88,7 @@ def test_exported_folder_and_plain_folder_say_the_same_as_the_artifact(run, arti
 
 
 def test_prompts_without_answers_get_no_exact_match(run, artifacts, home):  # noqa: F811
-    held = [split(pool.prompts)[2][0] for pool in load_pools()]
+    held = [split(pool.prompts)[2][0] for pool in load_pools(POOLS_DIR)]
     (home / "pool.json").write_text(json.dumps(held))
     done = run("eval", "cut", "--data", "pool.json", "--json", home=home)
     suite = done.json["suites"]["pool.json"]
@@ -123,9 +124,9 @@ def test_only_held_out_prompts_are_asked(artifacts, embedded):
     contenders = cut_model("cut", None, workspace, option="--against")
     deployment = deployment_of(contenders, None, embedded, workspace, 0, lambda *_: None)
     fit, guard, held = split(PROMPTS)
-    fitted = fitted_prompts(deployment)
+    fitted = fitted_prompts(deployment, EMBEDDED)
     # A prompt of the scenario that stands in a pool as well may have taught `prepare`.
-    learned = {text for pool in load_pools() for text in seen_part(pool.prompts)}
+    learned = {text for pool in load_pools(POOLS_DIR) for text in seen_part(pool.prompts)}
     held = set(held) - learned
     assert {*fit, *guard} <= fitted and held and not held & fitted
     for labelled in (True, False):
@@ -135,7 +136,7 @@ def test_only_held_out_prompts_are_asked(artifacts, embedded):
 
 
 def test_every_seed_asks_other_shipped_questions_and_none_twice():
-    pools = tuple(load_pools())
+    pools = tuple(load_pools(POOLS_DIR))
     deployment = Deployment({pool.name: float(pool.name == "math") for pool in pools}, (), frozenset(), pools)
 
     def asked(count, seed):

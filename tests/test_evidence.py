@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
+from sspcompile.embedded import POOLS_DIR
 from sspcompile.errors import InputError
 from sspcompile.intervals import Estimate, mean_estimate
 from sspcompile.model.divergence import Divergence
@@ -127,12 +128,16 @@ def recipe(**options) -> Options:
 
 def test_without_a_word_about_axes_the_shipped_domains_are_the_domains():
     given = pools_of(recipe())
-    assert given.candidates == load_pools() and given.outside == load_outside() and given.axes is None
+    assert (
+        given.candidates == load_pools(POOLS_DIR)
+        and given.outside == load_outside(POOLS_DIR / "outside")
+        and given.axes is None
+    )
     assert pools_suffix(recipe()) == ""
 
 
 def test_axes_make_every_pool_a_candidate_and_an_ablation_makes_every_pool_a_domain():
-    every = {pool.name for pool in (*load_pools(), *load_outside())}
+    every = {pool.name for pool in (*load_pools(POOLS_DIR), *load_outside(POOLS_DIR / "outside"))}
     some, whole = pools_of(recipe(axes=4)), pools_of(recipe(axes=4, without=("axes",)))
     assert {pool.name for pool in some.candidates} == {pool.name for pool in whole.candidates} == every
     assert (some.axes, whole.axes) == (4, None) and some.outside == whole.outside == ()

@@ -7,14 +7,14 @@ import pytest
 from test_prepare_tools import DOMAINS, OTHER, outside, pool_of, pools, tiny
 
 from sspcompile.criteria import CRITERIA
-from sspcompile.embedded import MODEL_DIR
+from sspcompile.embedded import MODEL_DIR, POOLS_DIR
 from sspcompile.errors import InputError
 from sspcompile.model import capture
 from sspcompile.model.loading import load as load_model
 from sspcompile.prepare import features, importance_of, prepare, probabilities, probes, with_scores
 from sspcompile.prepare.stages import Stages
 from sspcompile.prepare.toolkit import check
-from sspcompile.request.domains import load_outside, load_pools, recipes_folder
+from sspcompile.request.domains import load_outside, load_pools
 
 
 @pytest.fixture(scope="module")
@@ -214,10 +214,15 @@ def test_whitelist_needs_a_score_for_each_prompt_and_takes_the_first_that_has_on
 
 
 @pytest.mark.skipif(not (MODEL_DIR / "model.safetensors").exists(), reason="the embedded model is not trained yet")
-@pytest.mark.skipif(not (recipes_folder() / "domains").is_dir(), reason="the domain pools are not written yet")
 def test_shipped_pools_teach_the_embedded_model_its_domains_and_do_not_give_them_away_by_format():
     loaded = load_model(MODEL_DIR, fingerprint="embedded")
-    found = prepare(loaded, load_pools(), load_outside(), criteria=("fisher-greedy",), continuation_tokens=2)
+    found = prepare(
+        loaded,
+        load_pools(POOLS_DIR),
+        load_outside(POOLS_DIR / "outside"),
+        criteria=("fisher-greedy",),
+        continuation_tokens=2,
+    )
     assert found.probe_auc.mean() > 0.75
     confound = found.meta["format_confound"]
     assert confound["accuracy"] < confound["chance"] + 0.2, confound

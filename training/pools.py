@@ -1,4 +1,4 @@
-"""Writes the domain pools: `python -m training.pools [--out recipes/domains]`.
+"""Writes the domain pools of the embedded model: `python -m training.pools [--out sspcompile/embedded/domains]`.
 
 A pool is a description, sentences in which a user might describe a deployment, and prompts without answers: a part from
 the generator's training split, with the same tasks and forms in every domain, and a part written by hand.
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
+from sspcompile.embedded import POOLS_DIR
 from training.corpus import DOMAINS, OUTSIDE_DOMAINS, items
 from training.handwritten import HANDWRITTEN
 
@@ -19,7 +20,7 @@ SCHEMA_VERSION = 1
 POOL_SEED = 1000
 """Seed of the generated prompts; the training stream and the evaluation draw with other ones."""
 GENERATED_PROMPTS = 80
-DEFAULT_FOLDER = Path(__file__).parents[1] / "recipes" / "domains"
+DEFAULT_FOLDER = POOLS_DIR
 HEADER = "# Written by `python -m training.pools`; edit training/handwritten instead.\n"
 
 

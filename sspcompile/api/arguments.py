@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Literal
 
 from sspcompile.checkpoint import Manifest, check_manifest, locate
 from sspcompile.checkpoint.foreign import other_format
-from sspcompile.checkpoint.locate import EMBEDDED, is_hub_name, model_folder
+from sspcompile.checkpoint.locate import is_hub_name, model_folder
 from sspcompile.checkpoint.manifest import NAME as MANIFEST
+from sspcompile.embedded import EMBEDDED
 from sspcompile.errors import ArtifactError, InputError
 from sspcompile.model.chat import PLAIN, Rendering, rendering_of
 from sspcompile.model.context import shortest_context

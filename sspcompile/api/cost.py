@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,8 +23,8 @@ from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.dense import DenseModel
 from sspcompile.model.logits import LOGITS_AT_ONCE
 from sspcompile.model.placement import ANYWHERE, Placement
-from sspcompile.model.text import BATCH_TOKENS, GRADIENT_TOKENS, batches_of, greedy, sentences
-from sspcompile.prepare.recognition import CROSS_PER_PAIR
+from sspcompile.model.text import ANSWER_TOKENS, BATCH_TOKENS, GRADIENT_TOKENS, batches_of, greedy, sentences
+from sspcompile.prepare.recognition import OUTSIDE_PROMPTS, corpus_of, pairs_of, recognised_part, recognised_tokens
 from sspcompile.prepare.toolkits import stored_toolkit
 from sspcompile.proof.parity import PROBE_TOKENS
 from sspcompile.proof.reload import TOGETHER
@@ -33,10 +33,11 @@ from sspcompile.repair.fitting import masks_at_once
 from sspcompile.repair.repair import refitted_dtype
 from sspcompile.request.options import AUTO
 from sspcompile.request.pools import pools_of
-from sspcompile.request.prompts import Prompt
+from sspcompile.request.prompts import Prompt, answer_of
 from sspcompile.request.request import Request
 from sspcompile.request.splits import OFF_PROMPTS, draw_splits, fit_part, thinned
 from sspcompile.select.baselines import most_rivals
+from sspcompile.select.floor import AT_ONCE, ROUNDS
 from sspcompile.select.judging import spread
 from sspcompile.select.reading import MIXTURE_TEXTS
 from sspcompile.select.scoring import CURVATURE_TEXTS, cached_keys, reads_cache, source_of
@@ -50,6 +51,8 @@ SAMPLE_TOKENS = 1024
 LIBRARIES = 600 << 20
 # What was freed and is not given back: on SmolLM2-135M about as much again as is in use at the peak.
 ALLOCATOR = 2
+# A budget that only the scenario, or a measurement, makes known.
+UNKNOWN_KEEP = 0.5
 # float64 against float32, where a processor computes.
 DOUBLE = 2.0
 # What starting two processes, loading the model in each, and writing take beside any pass, in seconds.
@@ -142,8 +145,18 @@ class _Lengths:
         self.longest = max([self.longest, *found])
         return found
 
+    def answers(self, prompts: Sequence[Prompt], new: int) -> list[int]:
+        """Tokens of the reference answers, `new` where the dense model writes on."""
+        given = [answer for prompt in prompts if (answer := answer_of(prompt)) is not None]
+        read = iter(self._loaded.tokenizer(given)["input_ids"] if given else [])
+        return [new if answer_of(p) is None else min(ANSWER_TOKENS, len(next(read))) for p in prompts]
+
     def sum(self, prompts: Sequence[Prompt]) -> int:
         return sum(self.of(prompts))
+
+    def capped(self, prompts: Sequence[Prompt], most: int) -> int:
+        """As `sum`, of at most `most` tokens of each."""
+        return sum(min(most, length) for length in self.of(prompts))
 
     def mean(self, prompts: Sequence[Prompt]) -> float:
         return self.sum(prompts) / max(1, len(prompts))
@@ -156,13 +169,16 @@ def _learning(
     options, given = request.options, pools_of(request.options)
     candidates = fit_part(given.candidates)
     pool = [text for one in candidates for text in one.prompts]
-    outside = [text for one in given.outside for text in one.prompts]
     toolkit = stored_toolkit(dense, options, workspace, template_digest(loaded.tokenizer, loaded.rendering))
     if toolkit is None:
-        yield Stage("recognition: domain pools", len(pool), lengths.sum(pool), 1)
-        pairs = CROSS_PER_PAIR * len(candidates) * (len(candidates) - 1) // 2
-        yield Stage("recognition: pairs of texts", pairs, int(2 * pairs * lengths.mean(pool)), 1)
-        yield Stage("recognition: other subjects", len(outside), lengths.sum(outside), 1)
+        most = recognised_tokens(options.max_tokens)
+        read = corpus_of(recognised_part(candidates)).texts
+        yield Stage("recognition: domain pools", len(read), lengths.capped(read, most), 1)
+        pairs = pairs_of(len(candidates)) * len(candidates) * (len(candidates) - 1) // 2
+        joined = int(2 * pairs * lengths.capped(read, most) / len(read))
+        yield Stage("recognition: pairs of texts", pairs, joined, 1)
+        other = [text for one in recognised_part(given.outside, OUTSIDE_PROMPTS) for text in one.prompts]
+        yield Stage("recognition: other subjects", len(other), lengths.capped(other, most), 1)
     missing = [key for key in cached_keys(request) if toolkit is None or key not in toolkit.importance]
     if missing:
         tokens = _continued(pool, lengths, options.continuation_tokens)
@@ -177,7 +193,8 @@ def _deciding(request: Request, dense: DenseModel, loaded: LoadedModel, lengths:
     given, new = pools_of(options), options.continuation_tokens
     if scenario.domains is None:
         read = min(len(scenario.texts), MIXTURE_TEXTS)
-        yield Stage("what the scenario is made of", read, int(read * lengths.mean(scenario.texts)), 1)
+        tokens = lengths.capped(thinned(scenario.texts, read), recognised_tokens(options.max_tokens))
+        yield Stage("what the scenario is made of", read, tokens, 1)
     # Without a pass the mixture is not known; the texts that stand in for it are as long as the pools' on average.
     even = np.full(len(given.candidates), 1 / len(given.candidates))
     splits = draw_splits(scenario.prompts, even, given.candidates, options.seed)
@@ -192,6 +209,12 @@ def _deciding(request: Request, dense: DenseModel, loaded: LoadedModel, lengths:
         yield Stage("head scores", count, int(count * mean), _gradient_passes(loaded))
     elif source != "domains":
         yield Stage("head scores", len(splits.fit), fit, _passes_of(options.criterion, loaded))
+    if options.max_loss is not None:
+        count = min(len(splits.fit) * 2 // 3, COMPARED_FIT)
+        name = "repairing masks on the way to the smallest"
+        once = _repairing(name, count, int(count * mean), AT_ONCE, request, dense, loaded)
+        yield replace(once, passes=ROUNDS * once.passes)
+        yield Stage("measuring masks on the way to the smallest", len(splits.guard), guard, 2 * ROUNDS * AT_ONCE)
     masks, layouts = _masks(request, loaded.geometry)
     if masks > 1:
         count = min(len(splits.fit) * 2 // 3, COMPARED_FIT)
@@ -226,13 +249,14 @@ def _repairing(
 
 
 def _continued(prompts: Sequence[Prompt], lengths: _Lengths, new: int) -> int:
-    return lengths.sum(prompts) + new * len(prompts)
+    return lengths.sum(prompts) + sum(lengths.answers(prompts, new))
 
 
 def _continuing(name: str, prompts: Sequence[Prompt], lengths: _Lengths, new: int) -> Stage:
-    """The prompts once, then a step for each new token of each batch."""
+    """The prompts without an answer once, then a step for each new token of each batch."""
+    prompts = [prompt for prompt in prompts if answer_of(prompt) is None]
     tokens = lengths.sum(prompts)
-    batches = max(1, -(-tokens // BATCH_TOKENS))
+    batches = -(-tokens // BATCH_TOKENS)
     return Stage(name, len(prompts), tokens, 1, steps=batches * max(0, new - 1))
 
 
@@ -268,8 +292,10 @@ def _mask_passes(g: Geometry, repair: str) -> float:
 def _masks(request: Request, g: Geometry) -> tuple[int, int]:
     """How many masks are compared, and of how many layouts."""
     options = request.options
-    keep = options.keep if options.keep is not None else 0.5
+    keep = options.keep if options.keep is not None else UNKNOWN_KEEP
     layouts = {"auto": ("uniform", "per-layer"), "uniform": ("uniform",), "per-layer": ("per-layer",)}[options.layout]
+    if options.max_loss is not None and options.layout == "auto":
+        layouts = ("per-layer",)  # few uniform shapes keep as much as a bound on the loss leaves
     if options.criterion != AUTO:
         return len(layouts), len(layouts)
     rankings = 2 if reads_cache(source_of(request)) else 1

@@ -22,9 +22,9 @@ from sspcompile.evaluate.results import SuiteResult, suite_result
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.prepare.toolkits import toolkit_for
 from sspcompile.progress import Progress, silent, within
-from sspcompile.request.domains import DomainPool, load_outside, load_pools
-from sspcompile.request.pools import pools_of
-from sspcompile.request.prompts import Prompt, bare
+from sspcompile.request.domains import DomainPool
+from sspcompile.request.pools import pools_of, shipped_pools
+from sspcompile.request.prompts import Prompt, answer_of, asked_of, bare
 from sspcompile.request.request import built_request, read_request
 from sspcompile.request.splits import seen_part, split, whole_shares
 from sspcompile.select.reading import mixture_through
@@ -32,6 +32,8 @@ from sspcompile.slicing.mask import load_mask
 from sspcompile.workspace import MASK, RECIPE, Workspace
 
 SUITE_ITEMS = 100
+# Words of an answer that is either right or wrong.
+SHORT_ANSWER = 6
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def deployment_of(
     if scenario is None:
         return own
     rendering = {"chat_template": model.rendering.template, "raw": model.rendering.raw or None}
-    request = read_request(scenario, {"seed": seed, **rendering}, {})
+    request = read_request(scenario, {"model": model.dense.place, "seed": seed, **rendering}, {})
     toolkit, _ = toolkit_for(model.dense, loaded, request.options, workspace, progress, ())
     mixture = mixture_through(request, toolkit, loaded)
     shares = dict(zip(mixture.domains, map(float, mixture.weights), strict=True))
@@ -72,7 +74,7 @@ def deployment_of(
         prompts=prompts,
         # Without a build's own record, it may have been built for this very scenario.
         fitted=own.fitted if own is not None else frozenset(map(bare, seen_part(tuple(dict.fromkeys(prompts))))),
-        pools=own.pools if own is not None else (*load_pools(), *load_outside()),
+        pools=own.pools if own is not None else pools_of(request.options).every,
     )
 
 
@@ -85,7 +87,7 @@ def _built_for(folder: Path) -> Deployment:
         weights=_spread(stated["mixture"], stated["unknown"]),
         prompts=prompts,
         fitted=frozenset(map(bare, seen_part(tuple(dict.fromkeys(prompts))))),
-        pools=(*given.candidates, *given.outside),
+        pools=given.every,
     )
 
 
@@ -93,13 +95,16 @@ def _spread(weights: Mapping[str, float], unknown: float) -> dict[str, float]:
     return {name: (1 - unknown) * weight + unknown / len(weights) for name, weight in weights.items()}
 
 
-def fitted_prompts(deployment: Deployment | None) -> frozenset[Prompt]:
+def fitted_prompts(deployment: Deployment | None, place: str) -> frozenset[Prompt]:
     """Every prompt that may have chosen or repaired anything: those of the pools and the scenario's own.
+
+    Without a deployment the pools are those that ship for the model at `place`.
 
     Text of no domain calibrates, all of it; it is in no suite.
     """
-    pools = deployment.pools if deployment else (*load_pools(), *load_outside())
-    weights = deployment.weights if deployment else {pool.name: 1.0 for pool in load_pools()}
+    ready = shipped_pools(place)
+    pools = deployment.pools if deployment else ready.every
+    weights = deployment.weights if deployment else {pool.name: 1.0 for pool in ready.candidates}
     learned: set[Prompt] = {
         bare(prompt) for pool in pools for prompt in (seen_part(pool.prompts) if pool.name in weights else pool.prompts)
     }
@@ -120,7 +125,7 @@ def scenario_suites(
     other = [name for name in names if name not in own]
     held = [prompt for prompt in dict.fromkeys(deployment.prompts) if bare(prompt) not in fitted][:count]
     share = [deployment.weights[name] for name in own]
-    questions = [Question(prompt) for prompt in held]
+    questions = [Question(asked_of(prompt), short_answers(prompt)) for prompt in held]
     pools = {pool.name: pool for pool in deployment.pools}
     questions += _questions(own, share, count - len(held), pools, labelled, fitted, seed)
     suites = [Suite("scenario", single(questions))]
@@ -151,6 +156,12 @@ def _questions(
             texts = [text for text in split(pools[domain].prompts)[2] if text.strip() not in fitted]
             found += [Question(texts[n], domain=domain) for n in np.sort(rng.permutation(len(texts))[:share])]
     return found
+
+
+def short_answers(prompt: Prompt) -> tuple[str, ...]:
+    """The reference answer where it is short enough to be given word by word; longer ones are told in many ways."""
+    answer = answer_of(prompt)
+    return (answer,) if answer is not None and len(answer.split()) <= SHORT_ANSWER else ()
 
 
 def data_suite(path: Path, fitted: frozenset[Prompt], *, count: int | None, seed: int) -> Suite:
@@ -187,7 +198,7 @@ def evaluate(
     limits = limits_for(model.positions) if limits is None else limits.within(model.positions)
     dense, sliced = model.load()
     deployment = deployment_of(model, scenario, dense, workspace, seed, progress)
-    fitted = fitted_prompts(deployment)
+    fitted = fitted_prompts(deployment, model.dense.place)
     labelled = model.dense.fingerprint == fingerprint(Checkpoint(embedded_model()))
     suites = []
     if deployment is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,9 @@ from sspcompile.workspace import Workspace
 if TYPE_CHECKING:
     from sspcompile.select.reading import Reading
 
+# What is planned where the budget is a bound on the loss: only a build, which measures, knows what that leaves.
+PLANNED_KEEP = 0.75
+
 
 def plan_mask(model: str | None, mask: Path, host: str | None) -> SlicePlan:
     """The cut of a mask that was compiled before. Raises ArtifactError when it is of another model."""
@@ -27,23 +31,24 @@ def plan_mask(model: str | None, mask: Path, host: str | None) -> SlicePlan:
 def plan_sizes(options: Options) -> SlicePlan:
     """The cut by head counts alone, from headers or a config.json: which heads stay is left open.
 
-    Raises InputError for a budget that follows from a scenario, UnsupportedModelError for a layout that no class holds,
-    and BudgetError.
+    Without a budget it is that of PLANNED_KEEP. Raises InputError for a budget that follows from a scenario,
+    UnsupportedModelError for a layout that no class holds, and BudgetError.
     """
-    if options.keep is None:
+    keep = options.keep if options.max_loss is None else PLANNED_KEEP
+    if keep is None:
         raise InputError(
             "--strength needs a scenario and weights to find the breadth.", hint="Give --keep to plan by size alone."
         )
     checkpoint, host = open_sizes(options.source), options.wanted_host
     if options.layout != "auto":
-        return plan_counts(checkpoint, options.keep, options.layout, host=host)
+        return plan_counts(checkpoint, keep, options.layout, host=host)
     try:
-        return plan_counts(checkpoint, options.keep, "uniform", host=host)
+        return plan_counts(checkpoint, keep, "uniform", host=host)
     except UnsupportedModelError:
         if host is not None:
             raise
         # As `build` does: auto leaves out the layout that no class can hold.
-        return plan_counts(checkpoint, options.keep, "per-layer")
+        return plan_counts(checkpoint, keep, "per-layer")
 
 
 def plan_scenario(
@@ -52,6 +57,7 @@ def plan_scenario(
     """The cuts that the scores of a scenario ask for, one for each layout in question, and how the scenario was read.
 
     Prepares the model's toolkit where there is none. `build` goes on to measure these masks and others, and chooses.
+    Where the budget is a bound on the loss, the cuts are those of PLANNED_KEEP.
     """
     # Sizes alone need neither torch nor the weights' fingerprint.
     from sspcompile.api.refusing import refuse_hopeless
@@ -70,6 +76,8 @@ def plan_scenario(
     demand_readable(loaded, request.scenario.prompts, options.max_tokens)
     toolkit, _ = toolkit_for(dense, loaded, options, workspace, progress, cached_keys(request))
     reading = read_through(request, toolkit, loaded, Texts(loaded, options), progress)
+    if options.max_loss is not None:
+        reading = replace(reading, keep=PLANNED_KEEP)
     choices = choices_for(reading, loaded.geometry)
     masks = [mask_of(reading, loaded, choice, layout) for layout, choice in choices.items()]
     return [make_plan(dense.checkpoint, mask, host=options.wanted_host) for mask in masks], reading

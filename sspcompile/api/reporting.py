@@ -56,9 +56,7 @@ def report_of(outcome: Outcome) -> Report:
             breadth=mixture.breadth,
         ),
         mask=mask_section(mask),
-        budget=BudgetSection(
-            keep_requested=reading.keep, keep_achieved=mask.keep_achieved, strength=outcome.request.options.strength
-        ),
+        budget=_budget(outcome),
         layout=_layout(outcome),
         parity=ParitySection(
             max_difference=outcome.parity.max_difference,
@@ -77,6 +75,18 @@ def report_of(outcome: Outcome) -> Report:
         versions={str(k): str(v) for k, v in sorted(outcome.toolkit.meta.get("versions", {}).items())},
         origin={name: str(value) for name, value in origin_of(outcome).items() if name in ORIGIN_SHOWN},
         command=_command(),
+    )
+
+
+def _budget(outcome: Outcome) -> BudgetSection:
+    selection, options = outcome.selection, outcome.request.options
+    floor = selection.floor
+    return BudgetSection(
+        keep_requested=selection.reading.keep,
+        keep_achieved=selection.mask.keep_achieved,
+        strength=options.strength,
+        max_loss=options.max_loss,
+        measured=tuple((one.kept, one.loss) for one in floor.tried) if floor is not None else (),
     )
 
 

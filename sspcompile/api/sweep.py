@@ -21,13 +21,14 @@ from sspcompile.report.comparison import Points, frontier_page, points_of, rende
 from sspcompile.report.json import read_report
 from sspcompile.report.write import write_page
 from sspcompile.request.domains import pools_fingerprint
+from sspcompile.request.options import BUDGETS, flag
 from sspcompile.request.pools import pools_of
 from sspcompile.request.recipe import dump_recipe
 from sspcompile.request.request import Request
 from sspcompile.workspace import RECIPE, REPORT, Workspace
 
 FRONTIER = "frontier"
-NUMBERS = ("keep", "strength")
+NUMBERS = BUDGETS
 NAMES = ("criterion", "layout", "repair", "granularity")
 MOST = 40
 
@@ -46,6 +47,7 @@ class Axis:
 def read_axis(text: str) -> Axis:
     """`keep=0.25:1:0.125`, `keep=0.25,0.5` or `criterion=kl,fisher`. Raises InputError."""
     option, equals, given = text.partition("=")
+    option = option.replace("-", "_")
     if not equals or option not in (*NUMBERS, *NAMES):
         raise InputError(
             f"--sweep {text!r} names no option to sweep.", hint=f"Type OPTION=VALUES; {', '.join((*NUMBERS, *NAMES))}."
@@ -66,11 +68,10 @@ def read_axis(text: str) -> Axis:
 
 def refuse_clash(axis: Axis, given: Mapping[str, Any]) -> None:
     """Raise InputError when an option is given that the sweep sets."""
-    budgets = ("keep", "strength")
-    swept = budgets if axis.option in budgets else (axis.option,)
+    swept = BUDGETS if axis.option in BUDGETS else (axis.option,)
     clash = next((name for name in swept if given.get(name) is not None), None)
     if clash is not None:
-        raise InputError(f"--{clash} and --sweep {axis.option} exclude each other.", hint="Leave one of them out.")
+        raise InputError(f"{flag(clash)} and --sweep {axis.option} exclude each other.", hint="Leave one of them out.")
 
 
 def _range(text: str) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from sspcompile.checkpoint.companions import CODE, FOLDERS, PATTERNS
 from sspcompile.checkpoint.foreign import ADAPTER_CONFIG, ADAPTER_WEIGHTS, chosen_snapshot, other_format
 from sspcompile.checkpoint.quantised import FILES as QUANTISED_FILES
 from sspcompile.checkpoint.source import INDEX_NAME, SINGLE_NAME, absent_shards, refuse_by_configuration
+from sspcompile.embedded import EMBEDDED, MODEL_DIR
 from sspcompile.errors import CheckpointError, InputError
 
 # What a build reads beside the weights, and the card, which names the licence. Anything else that a repository carries
@@ -29,9 +30,6 @@ HUB_IGNORED = [*CODE, "[!a]*/*", "a[!d]*/*"]
 COMMIT = r"[0-9a-f]{40}"
 # What git allows in the name of a branch or tag, as far as it cannot lead out of a folder.
 REVISION = r"(?!.*(\.\.|//))[\w][\w./+-]*"
-
-# What artifacts call the model that ships with the package; a folder of that name is `./embedded`.
-EMBEDDED = "embedded"
 
 
 @dataclass(frozen=True)
@@ -50,8 +48,6 @@ class Found:
 
 def embedded_model() -> Path:
     """Folder of the small six-domain model that ships with the package."""
-    from sspcompile.embedded import MODEL_DIR
-
     return MODEL_DIR
 
 

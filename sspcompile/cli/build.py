@@ -107,8 +107,8 @@ def build(
         outcome = run(request, dense, out, workspace(), progress, overwrite=overwrite, placement=placement)
     warn_unknown(outcome.selection.reading.mixture)
     from sspcompile.api.reporting import origin_of, report_of
-    from sspcompile.checkpoint.locate import EMBEDDED
     from sspcompile.cli.tables import print_report
+    from sspcompile.embedded import EMBEDDED
 
     print_report(report_of(outcome), as_json=as_json, only=None if verbose else SUMMARY)
     click.echo(f"Written to {out}; the whole report is {out / 'report.html'}. Next: sspcompile bench", err=True)

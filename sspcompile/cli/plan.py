@@ -60,6 +60,8 @@ def plan(
         _cost(scenario, mask, as_json, given)
         return
     plans = _plans(scenario, mask, quiet, given)
+    if mask is None:
+        _say_budget(request_of(scenario or UNNAMED, given).options.max_loss)
     if as_json:
         from sspcompile.slicing.plan import plan_json
 
@@ -70,6 +72,17 @@ def plan(
 
     for one in plans:
         print_plan(one, by_layer=by_layer)
+
+
+def _say_budget(max_loss: float | None) -> None:
+    """That sizes are of a share that no build was asked for, where the budget is a bound on the loss."""
+    from sspcompile.api.plan import PLANNED_KEEP
+
+    if max_loss is not None:
+        warn(
+            f"Sizes are those of --keep {PLANNED_KEEP:g}: how much can go for --max-loss {max_loss:g} is measured by "
+            "`sspcompile build`. Give --keep to plan another share."
+        )
 
 
 def _plans(scenario: str | None, mask: Path | None, quiet: bool, given: dict[str, Any]) -> list[SlicePlan]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from sspcompile.checkpoint import Checkpoint, fingerprint
 from sspcompile.checkpoint.adapters import demand_weights, read_adapter
 from sspcompile.checkpoint.companions import companions
-from sspcompile.checkpoint.locate import EMBEDDED, find
+from sspcompile.checkpoint.locate import find
+from sspcompile.embedded import EMBEDDED
 from sspcompile.model.chat import PLAIN, Rendering
 from sspcompile.model.merging import base_of, merged
 from sspcompile.model.placement import ON_CPU, Placement

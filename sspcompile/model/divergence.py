@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from sspcompile.errors import RunError
 from sspcompile.intervals import Estimate, mean_estimate
@@ -25,7 +27,9 @@ ROW_ELEMENTS = 8_000_000  # elements of one float64 block of logits: 64 MB
 class Divergence:
     """Of the other model from the dense one. KL in nats per token, agreement as a share of positions in [0, 1].
 
-    The means are over prompts. The tuples hold one value per prompt, in ascending order of `prompts`.
+    The means are over prompts. The tuples hold one value per prompt, in ascending order of `prompts`. `reference_loss`:
+    by how much its cross-entropy of reference answers is above the dense one's, in nats per token, for the prompts that
+    have one; None without any.
     """
 
     mean_kl: Estimate
@@ -34,6 +38,17 @@ class Divergence:
     kl_per_prompt: tuple[float, ...]
     agreement_per_prompt: tuple[float, ...]
     positions_per_prompt: tuple[int, ...]
+    reference_loss: Estimate | None = None
+    reference_per_prompt: tuple[float, ...] = ()
+
+    @property
+    def perplexity(self) -> Estimate | None:
+        """Of the reference answers, times the dense model's."""
+        found = self.reference_loss
+        if found is None:
+            return None
+        low, high = (None if end is None else float(np.exp(end)) for end in (found.low, found.high))
+        return replace(found, value=float(np.exp(found.value)), low=low, high=high)
 
 
 def divergence(
@@ -58,11 +73,19 @@ class DivergenceAccumulator:
     def __init__(self) -> None:
         self._kl: dict[int, list[float]] = defaultdict(list)
         self._agree: dict[int, list[float]] = defaultdict(list)
+        self._reference: dict[int, list[float]] = defaultdict(list)
 
     def add(
-        self, dense_logits: Tensor | np.ndarray, other_logits: Tensor | np.ndarray, prompt_index: Tensor | np.ndarray
+        self,
+        dense_logits: Tensor | np.ndarray,
+        other_logits: Tensor | np.ndarray,
+        prompt_index: Tensor | np.ndarray,
+        references: Tensor | None = None,
     ) -> None:
-        """Add N positions; a prompt may be spread over batches. Raises like `divergence`."""
+        """Add N positions; a prompt may be spread over batches. Raises like `divergence`.
+
+        `references` [N]: the next token of a reference answer, below 0 where there is none.
+        """
         dense, other = torch.as_tensor(dense_logits), torch.as_tensor(other_logits)
         index = torch.as_tensor(prompt_index).tolist()
         if dense.dim() != 2 or dense.shape != other.shape or len(index) != len(dense):
@@ -72,6 +95,15 @@ class DivergenceAccumulator:
         for prompt, k, a in zip(index, token_kl(dense, other).tolist(), agree.tolist(), strict=True):
             self._kl[prompt].append(k)
             self._agree[prompt].append(float(a))
+        if references is not None:
+            self._add_references(dense, other, index, references.to(dense.device))
+
+    def _add_references(self, dense: Tensor, other: Tensor, index: list[int], references: Tensor) -> None:
+        places = (references >= 0).nonzero()[:, 0]
+        wanted = references[places]
+        after, before = (cross_entropy(in_double(one[places]), wanted, reduction="none") for one in (other, dense))
+        for place, above in zip(places.tolist(), (after - before).tolist(), strict=True):
+            self._reference[index[place]].append(above)
 
     def result(self, *, seed: int = 0) -> Divergence:
         """Raises RunError when nothing was added."""
@@ -87,7 +119,13 @@ class DivergenceAccumulator:
             kl_per_prompt=tuple(kl),
             agreement_per_prompt=tuple(agree),
             positions_per_prompt=tuple(len(self._kl[p]) for p in prompts),
+            **_references([float(np.mean(self._reference[p])) for p in prompts if p in self._reference], seed),
         )
+
+
+def _references(losses: Sequence[float], seed: int) -> dict[str, Any]:
+    loss = mean_estimate(losses, seed=seed) if losses else None
+    return {"reference_loss": loss, "reference_per_prompt": tuple(losses)}
 
 
 def token_kl(dense: Tensor, other: Tensor) -> Tensor:
@@ -121,6 +159,7 @@ def average(divergences: Sequence[Divergence], *, seed: int = 0) -> Divergence:
         top1_agreement=mean_estimate(agree, seed=seed),
         kl_per_prompt=tuple(kl),
         agreement_per_prompt=tuple(agree),
+        **_references(np.mean([d.reference_per_prompt for d in divergences], axis=0).tolist(), seed),
     )
 
 

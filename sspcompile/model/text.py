@@ -18,12 +18,12 @@ from torch import Tensor
 
 from sspcompile.errors import InputError
 from sspcompile.model import journal
-from sspcompile.model.chat import PLAIN, Rendering, render, template_of
+from sspcompile.model.chat import PLAIN, Rendering, render, replies, template_of
 from sspcompile.model.parallel import current
 from sspcompile.model.vocabulary import demand_rows, padding_id
 from sspcompile.progress import Steps, no_steps
 from sspcompile.request.documents import shown
-from sspcompile.request.prompts import Prompt, messages_of, told
+from sspcompile.request.prompts import Prompt, answer_of, asked_of, messages_of, told
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 TEXT_VERSION = 1
 MAX_TOKENS = 512
 CONTINUATION_TOKENS = 16
+# Of a reference answer; what stands behind them says little more about the heads.
+ANSWER_TOKENS = 128
 BATCH_TOKENS = 4096  # padding included
 # Of a batch that is run backward: larger ones take more memory and no less time.
 GRADIENT_TOKENS = 1024
@@ -43,10 +45,13 @@ BATCH_LOGITS = 2**26
 
 @dataclass(frozen=True)
 class Sentence:
-    """Token ids of one prompt, with the continuation behind it when there is one. `prompt` counts prompt tokens."""
+    """Token ids of one prompt, with the continuation behind it when there is one. `prompt` counts prompt tokens,
+    `reference` says that the continuation is an answer that was given, not one that the model wrote.
+    """
 
     ids: tuple[int, ...]
     prompt: int
+    reference: bool = False
 
     @property
     def scored(self) -> int:
@@ -67,12 +72,13 @@ class Batch:
 def sentences(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_tokens: int, rendering: Rendering = PLAIN
 ) -> list[Sentence]:
-    """Tokenised prompts, in the caller's order, cut as by `shortened`.
+    """Tokenised prompts without their answers, in the caller's order, cut as by `shortened`.
 
     Raises InputError for a prompt without any token, and what `render` raises.
     """
     if not prompts:
         return []
+    prompts = [asked_of(prompt) for prompt in prompts]
     if blank := [prompt for prompt in prompts if not messages_of(prompt)[-1].content.strip()]:
         raise InputError(f"A prompt is empty: {blank[0]!r}.", hint="Remove it, or write a question.")
     encoded = token_ids(tokenizer, render(tokenizer, prompts, rendering), rendering)
@@ -172,25 +178,40 @@ def continued(
     batch_tokens: int = BATCH_TOKENS,
     progress: Steps = no_steps,
 ) -> list[Sentence]:
-    """Prompts with the dense model's own greedy continuation behind them, in the caller's order.
+    """Prompts with their reference answers behind them, or the dense model's own greedy continuations where there are
+    none, in the caller's order.
 
-    A continuation stops at an end-of-sequence token and keeps it, so that *when to stop* is scored too.
+    A continuation stops at an end-of-sequence token and keeps it, so that *when to stop* is scored too. Of an answer
+    ANSWER_TOKENS are read.
     """
     items = sentences(loaded.tokenizer, prompts, max_tokens, loaded.rendering)
     if new_tokens < 1:
         return items
-    world = current()
-    batches = batches_of(loaded, items, batch_tokens)
+    world, answers = current(), _answers(loaded, prompts)
+    unanswered = [row for row in range(len(items)) if row not in answers]
+    batches = batches_of(loaded, [items[row] for row in unanswered], batch_tokens)
     kept = journal.current().rows("continuations", loaded, [batches, new_tokens])
     share = world.share(range(len(batches)))
     own: dict[int, tuple[int, ...]] = {}
     for done, number in enumerate(share, 1):
-        rows = batches[number].rows
+        rows = [unanswered[place] for place in batches[number].rows]
         write = partial(_continuations, loaded, [items[row] for row in rows], new_tokens)
         own |= zip(rows, (tuple(tail[tail != NOTHING].tolist()) for tail in kept.of(number, write)), strict=True)
         progress(done, len(share))
-    tails = world.union(own)
-    return [Sentence(item.ids + tails[row], item.prompt) for row, item in enumerate(items)]
+    tails = answers | world.union(own)
+    return [Sentence(item.ids + tails[row], item.prompt, row in answers) for row, item in enumerate(items)]
+
+
+def _answers(loaded: LoadedModel, prompts: Sequence[Prompt]) -> dict[int, tuple[int, ...]]:
+    """Token ids of the reference answers, by the place of their prompts, as the chat template closes them."""
+    given = {row: answer for row, prompt in enumerate(prompts) if (answer := answer_of(prompt)) is not None}
+    if not given:
+        return {}
+    tokenizer, rendering = loaded.tokenizer, loaded.rendering
+    asked = [asked_of(prompts[row]) for row in given]
+    texts = replies(tokenizer, asked, render(tokenizer, asked, rendering), [*given.values()], rendering)
+    encoded = tokenizer(texts, add_special_tokens=False, padding=False)["input_ids"]
+    return {row: tuple(ids[:ANSWER_TOKENS]) for row, ids in zip(given, encoded, strict=True)}
 
 
 def _continuations(loaded: LoadedModel, items: Sequence[Sentence], new_tokens: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Linear domain probes, one per layer: K independent sigmoids on standardised features.
 
-Every (layer, domain) pair is a small convex problem of its own; Newton's method solves them side by side in fp64.
+Every (layer, domain) pair is a small convex problem of its own; Newton's method solves them side by side in fp64, in
+the leading directions of the features.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ RIDGE = 0.003
 HELD_OUT = 0.25
 # Few descriptions stand beside many prompts; together they get this share of their domain's weight.
 DESCRIPTION_SHARE = 0.25
+# Newton's price grows with the square of the coordinates; what texts say of their domain lies in few of them.
+DIRECTIONS = 256
 NEWTON_STEPS = 50
 NEWTON_TOLERANCE = 1e-9  # largest gradient entry
 NEWTON_BYTES = 2**28  # intermediate memory of one group of layers
@@ -76,7 +79,7 @@ def fit(features: np.ndarray, labels: np.ndarray, weights: np.ndarray, train: np
     targets = np.eye(domains)[labels[train]]
     layers, width = features.shape[1:]
     weight, bias = np.zeros((layers, domains, width)), np.zeros((layers, domains))
-    for group in _layer_groups(layers, domains, int(train.sum()), min(int(train.sum()), width) + 1):
+    for group in _layer_groups(layers, domains, int(train.sum()), min(int(train.sum()), width, DIRECTIONS) + 1):
         x = (features[train][:, group].astype(np.float64) - mean[group]) / scale[group]
         w, b = solve(torch.from_numpy(x).transpose(0, 1), torch.from_numpy(targets), torch.from_numpy(weights[train]))
         weight[group], bias[group] = w.numpy(), b.numpy()
@@ -103,14 +106,15 @@ def solve(x: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Minimise mean weighted BCE + ridge/2 |w|^2 for every layer and domain at once (the bias is not penalised).
 
     x [L, N, d], targets [N, K], weights [N] -> weight [L, K, d], bias [L, K]. With more coordinates than rows the
-    problem is solved in the rows' own span, which holds the minimiser (representer theorem).
+    problem is solved in the rows' own span, which holds the minimiser (representer theorem), and in no more than its
+    DIRECTIONS of most energy.
     """
     rows, width = x.shape[1:]
-    basis = None
-    if width > rows:
-        u, s, basis = torch.linalg.svd(x, full_matrices=False)
-        x = u * s.unsqueeze(-2)
     ridge = RIDGE * (x.square().sum((1, 2)) / rows / min(rows, width)).clamp(min=1e-12)  # [L]
+    basis = None
+    if width > min(rows, DIRECTIONS):
+        u, s, basis = torch.linalg.svd(x, full_matrices=False)
+        x, basis = (u * s.unsqueeze(-2))[..., :DIRECTIONS], basis[..., :DIRECTIONS, :]
     design = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
     solution = _newton(design, targets.T, weights / rows, ridge)
     weight, bias = solution[..., :-1], solution[..., -1]

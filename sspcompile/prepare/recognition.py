@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,16 @@ from sspcompile.prepare import calibration, probes
 from sspcompile.prepare.stages import Stages
 from sspcompile.progress import Progress, stage_of
 from sspcompile.request.domains import DomainPool
+from sspcompile.request.splits import thinned
 
-CROSS_PER_PAIR = 6
+# What a text is about shows in so many tokens, and a domain in so many of its prompts: more cost time and name nothing
+# better (benchmarks/recognition.py).
+RECOGNITION_TOKENS = 64
+RECOGNITION_PROMPTS = 64
+# Of each outside subject, of which there are several.
+OUTSIDE_PROMPTS = 24
+# Joined texts of two domains, of all pairs together and of each.
+CROSS_TEXTS, CROSS_PER_PAIR = 300, 6
 NEAR_CHANCE = 0.6  # mean AUC of a layer below this is reported
 
 
@@ -29,6 +37,22 @@ class Corpus:
     @property
     def prompt_rows(self) -> np.ndarray:
         return np.flatnonzero(~self.is_description)
+
+
+def recognised_tokens(max_tokens: int) -> int:
+    """How many tokens of a text are read to see what it is about, where a build reads `max_tokens`."""
+    return min(max_tokens, RECOGNITION_TOKENS)
+
+
+def recognised_part(pools: Sequence[DomainPool], prompts: int = RECOGNITION_PROMPTS) -> tuple[DomainPool, ...]:
+    """The pools with as many of their prompts as domains are learned from, evenly spaced."""
+    return tuple(replace(pool, prompts=thinned(pool.prompts, prompts)) for pool in pools)
+
+
+def pairs_of(domains: int) -> int:
+    """How many joined texts each pair of so many domains gives: as many in every fold, one at least."""
+    pairs = domains * (domains - 1) // 2
+    return calibration.FOLDS * max(1, min(CROSS_PER_PAIR, CROSS_TEXTS // pairs) // calibration.FOLDS)
 
 
 def corpus_of(pools: Sequence[DomainPool]) -> Corpus:
@@ -70,13 +94,15 @@ class Recognition:
 
 def recognise(
     stages: Stages,
-    corpus: Corpus,
     pools: Sequence[DomainPool],
     outside: Sequence[DomainPool],
     seed: int,
     max_tokens: int,
     report: Progress,
 ) -> Recognition:
+    """Learn to tell the pools apart, from a part of their prompts; texts of none calibrate."""
+    corpus, max_tokens = corpus_of(recognised_part(pools)), recognised_tokens(max_tokens)
+    outside = recognised_part(outside, OUTSIDE_PROMPTS)
     found = stages.features(corpus.texts, max_tokens, stage_of(report, "features"))
     directions, axes = _axes(found, corpus, pools)
     fitted, held_out = _probes(found, corpus, len(pools), seed, report)
@@ -96,9 +122,10 @@ def selected_axes(
     stages: Stages, pools: Sequence[DomainPool], axes: int, max_tokens: int, report: Progress
 ) -> tuple[tuple[DomainPool, ...], tuple[DomainPool, ...], dict[str, Any]]:
     """The pools that become domains, the others, and what the selection looked at."""
-    prompts = [prompt for pool in pools for prompt in pool.prompts]
-    labels = np.repeat(range(len(pools)), [len(pool.prompts) for pool in pools])
-    found = stages.features(prompts, max_tokens, stage_of(report, "candidates"))
+    read = recognised_part(pools)
+    prompts = [prompt for pool in read for prompt in pool.prompts]
+    labels = np.repeat(range(len(read)), [len(pool.prompts) for pool in read])
+    found = stages.features(prompts, recognised_tokens(max_tokens), stage_of(report, "candidates"))
     directions = domain_axes.domain_axes(found, labels, len(pools))
     chosen = domain_axes.select(directions, axes)
     inside = tuple(pools[k] for k in chosen.indices)
@@ -148,12 +175,15 @@ def _calibrate(
     fits = {"single": calibration.fit_regime(fitted.logits(found[rows]), targets[corpus.labels[rows]], folds)}
     # Pairs are made inside a fold: a prompt in two folds would let a temperature be judged on what fitted it.
     by_fold = [
-        calibration.cross_pairs(corpus.labels, rows[folds == fold], CROSS_PER_PAIR // calibration.FOLDS, seed)
+        calibration.cross_pairs(corpus.labels, rows[folds == fold], pairs_of(len(targets)) // calibration.FOLDS, seed)
         for fold in range(calibration.FOLDS)
     ]
     pairs = [pair for fold in by_fold for pair in fold]
     joined = stages.features(
-        [f"{corpus.texts[a]} {corpus.texts[b]}" for a, b in pairs], max_tokens, stage_of(report, "cross text")
+        # Both of them are to be in what is read.
+        [f"{corpus.texts[a]} {corpus.texts[b]}" for a, b in pairs],
+        2 * max_tokens,
+        stage_of(report, "cross text"),
     )
     both = np.array([targets[corpus.labels[a]] + targets[corpus.labels[b]] for a, b in pairs])
     pair_folds = np.repeat(range(calibration.FOLDS), [len(fold) for fold in by_fold])

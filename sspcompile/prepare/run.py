@@ -56,8 +56,8 @@ def prepare(
     if axes is not None and axes < len(pools):
         pools, rest, selection = selected_axes(stages, pools, axes, max_tokens, progress)
         facts, outside = facts | {"axes": selection}, (*outside, *rest)
+    told = recognise(stages, pools, outside, seed, max_tokens, progress)
     corpus = corpus_of(pools)
-    told = recognise(stages, corpus, pools, outside, seed, max_tokens, progress)
     prompts = [corpus.texts[row] for row in corpus.prompt_rows]
     settings = {
         "seed": seed,

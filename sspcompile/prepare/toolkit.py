@@ -13,7 +13,7 @@ import numpy as np
 from sspcompile.checkpoint.publish import staged
 from sspcompile.errors import ToolkitError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 REGIMES = ("single", "cross", "outside")
 
 TENSORS_FILE = "toolkit.safetensors"

@@ -41,6 +41,7 @@ def quality_row(
         exact_match=exact_match,
         off_kl=off.mean_kl if off else None,
         off_agreement=off.top1_agreement if off else None,
+        answer_perplexity=divergence.perplexity,
     )
 
 

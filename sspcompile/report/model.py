@@ -54,11 +54,17 @@ class MaskSection(Section):
 
 
 class BudgetSection(Section):
-    """Kept query heads / all query heads."""
+    """Kept query heads / all query heads.
+
+    `max_loss`: the bound on the share of next tokens that change hands, where that was the budget; `measured` has what
+    masks on the way to it lost on the texts that decide, `(kept, loss)` by share kept.
+    """
 
     keep_requested: float
     keep_achieved: float
     strength: float | None = None
+    max_loss: float | None = None
+    measured: tuple[tuple[float, float], ...] = ()
 
 
 Role = Literal["ours", "dense", "random", "domain-free", "criterion", "uniform", "per-layer", "other"]
@@ -69,8 +75,9 @@ class QualityRow(Section):
 
     `mean_kl` in nats per token, `top1_agreement` a share. `kl_above_ours`: its KL minus ours on the same prompts,
     paired, so above 0 is worse than ours; without it only overlapping intervals can be compared. `exact_match`: the
-    share of right greedy answers, where answers are known. `off_kl` and `off_agreement` are the same figures on prompts
-    of domains that the scenario is not about.
+    share of right greedy answers, where answers are known; `answer_perplexity`: that of the scenario's reference
+    answers, times the dense model's. `off_kl` and `off_agreement` are the same figures on prompts of domains that the
+    scenario is not about.
     """
 
     name: str
@@ -81,6 +88,7 @@ class QualityRow(Section):
     exact_match: Estimate | None = None
     off_kl: Estimate | None = None
     off_agreement: Estimate | None = None
+    answer_perplexity: Estimate | None = None
 
 
 class LayoutSection(Section):

@@ -264,6 +264,12 @@ def _budget_sentence(report: Report) -> str:
     budget = report.budget
     if budget is None:
         return ""
+    if budget.max_loss is not None:
+        told = ", ".join(f"{percent(kept)} of the heads {percent(loss)}" for kept, loss in budget.measured)
+        return (
+            f"The smallest mask within a loss of {percent(budget.max_loss)} of the next tokens: "
+            f"{percent(budget.keep_achieved)} of the heads are kept. Measured on the prompts that decide: {told}."
+        )
     strength = f" (strength {figures(budget.strength)})" if budget.strength is not None else ""
     return (
         f"At most {percent(budget.keep_requested)} of the heads were allowed{strength}; "

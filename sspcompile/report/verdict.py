@@ -120,6 +120,9 @@ def _quality(report: Report) -> Iterator[str]:
     yield f"{found}, with a mean KL of {with_interval(ours.mean_kl)} nats."
     if agreement.value < FEW_AGREE:
         yield "That is a different model in use, not a smaller copy: try a larger --keep before shipping it."
+    if ours.answer_perplexity is not None:
+        times = with_interval(ours.answer_perplexity)
+        yield f"The perplexity of the reference answers is {times} times the dense model's."
     yield from _exact_match(report, ours)
 
 

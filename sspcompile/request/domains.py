@@ -1,7 +1,8 @@
 """Domain pools: for each domain a list of prompts without answers, and sentences that describe a deployment in it.
 
 Pools are input-only: nothing in them is a label. They ship with the package under `recipes/domains`; the pools in
-`recipes/domains/outside` belong to no axis and serve as real other text for out-of-domain calibration.
+`recipes/domains/outside` belong to no axis and serve as real other text for out-of-domain calibration. The embedded
+model has pools of its own.
 """
 
 from __future__ import annotations

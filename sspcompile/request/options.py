@@ -6,7 +6,7 @@ and the keywords of the Python API (`keywords.py`, written by `make generated`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -20,11 +20,11 @@ from sspcompile.request.documents import NAME_PATTERN, Text, dotted, explain, sh
 ENVIRONMENT_PREFIX = "SSPCOMPILE_"
 # Leaves the choice to the build.
 AUTO = "auto"
-DEFAULT_KEEP = 0.5
-HINT = "See `sspcompile build --help`; --keep lies in (0, 1], --strength in [0, 1]."
+# Of a hundred next tokens at most so many are others than the dense model's, where no budget is given.
+DEFAULT_MAX_LOSS = 0.02
+HINT = "See `sspcompile build --help`; --keep lies in (0, 1], --strength in [0, 1], --max-loss in (0, 1)."
 SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-BUDGETS = frozenset({"keep", "strength"})
-EXCLUSIVE = "keep and strength exclude each other; give one"
+BUDGETS = ("keep", "strength", "max_loss")
 
 # What `--without` switches off, to see what it is worth: `axes` (no selection: every pool is a domain), `whitelist` (no
 # head is kept by privilege), `mixing` (the top domain alone), `scenario` (all domains alike, whatever the scenario),
@@ -52,8 +52,13 @@ def _in_order(parts: tuple[Part, ...]) -> tuple[Part, ...]:
     return tuple(part for part in PARTS if part in parts)
 
 
+def exclusive(names: Sequence[str]) -> str:
+    """What is said of several that stand where one may."""
+    return f"{' and '.join(names)} exclude each other; give one"
+
+
 class Options(BaseModel):
-    """What a build works with: complete and checked. Exactly one of `keep` and `strength` is a number."""
+    """What a build works with: complete and checked. Exactly one of BUDGETS is a number."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -66,8 +71,8 @@ class Options(BaseModel):
     keep: Annotated[
         float | None,
         Field(gt=0, le=1, allow_inf_nan=False),
-        Shown("Keep at most this share of the query heads, above 0 and up to 1.", "RATIO"),
-    ] = DEFAULT_KEEP
+        Shown("Keep at most this share of the query heads, above 0 and up to 1, whatever it costs.", "RATIO"),
+    ] = None
     strength: Annotated[
         float | None,
         Field(ge=0, le=1, allow_inf_nan=False),
@@ -77,6 +82,15 @@ class Options(BaseModel):
             "S",
         ),
     ] = None
+    max_loss: Annotated[
+        float | None,
+        Field(gt=0, lt=1, allow_inf_nan=False),
+        Shown(
+            "Without another budget: keep as few heads as change at most this share of the next tokens, as measured on "
+            "held-out prompts; the report has it on others.",
+            "SHARE",
+        ),
+    ] = DEFAULT_MAX_LOSS
     layout: Annotated[AskedLayout, Shown("Head counts equal in every layer, or not; auto measures both.")] = "auto"
     host: Annotated[
         str,
@@ -141,22 +155,28 @@ class Options(BaseModel):
     @model_validator(mode="after")
     def _one_rendering(self) -> Options:
         if self.raw and self.chat_template is not None:
-            problem = "raw and chat_template exclude each other; give one"
+            problem = exclusive(("raw", "chat_template"))
             raise PydanticCustomError("exclusive", "{problem}", {"problem": problem})
         return self
 
     @model_validator(mode="before")
     @classmethod
-    def _strength_replaces_keep(cls, given: Any) -> Any:
-        """The default of `keep` is not for those who gave `strength`."""
-        if isinstance(given, Mapping) and given.get("strength") is not None and "keep" not in given:
-            return {**given, "keep": None}
+    def _budget_replaces_default(cls, given: Any) -> Any:
+        """The default of `max_loss` is not for those who gave another budget."""
+        if (
+            isinstance(given, Mapping)
+            and "max_loss" not in given
+            and any(given.get(name) is not None for name in BUDGETS)
+        ):
+            return {**given, "max_loss": None}
         return given
 
     @model_validator(mode="after")
     def _one_budget(self) -> Options:
-        if (self.keep is None) == (self.strength is None):
-            raise PydanticCustomError("exclusive", "{problem}", {"problem": EXCLUSIVE})
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(given) != 1:
+            problem = exclusive(given) if given else f"one of {', '.join(BUDGETS)} is needed"
+            raise PydanticCustomError("exclusive", "{problem}", {"problem": problem})
         return self
 
     @property
@@ -251,11 +271,12 @@ def resolve(
     labels: dict[str, str] = {}
     problems = []
     for values, label in sources:
-        if "keep" in values and "strength" in values:
-            problems.append(f"{label('keep')} and {label('strength')} exclude each other; give one")
+        budgets = [label(name) for name in BUDGETS if name in values]
+        if len(budgets) > 1:
+            problems.append(exclusive(budgets))
         settled = set(merged)
-        if settled & BUDGETS:
-            settled |= BUDGETS
+        if settled & set(BUDGETS):
+            settled |= set(BUDGETS)
         if "model" in settled:  # a revision is of the model that it stands with
             settled.add("revision")
         for name, value in values.items():

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sspcompile.embedded import EMBEDDED, POOLS_DIR
 from sspcompile.errors import InputError
 from sspcompile.request.domains import DomainPool, load_outside, load_pools, pools_fingerprint
 from sspcompile.request.options import Options
@@ -22,10 +23,21 @@ class PoolSet:
     outside: tuple[DomainPool, ...]
     axes: int | None
 
+    @property
+    def every(self) -> tuple[DomainPool, ...]:
+        """All pools, the outside ones last."""
+        return (*self.candidates, *self.outside)
+
     def named(self, names: Sequence[str]) -> tuple[DomainPool, ...]:
         """The candidates with these names, in their order."""
         by_name = {pool.name: pool for pool in self.candidates}
         return tuple(by_name[name] for name in names)
+
+
+def shipped_pools(model: str | None) -> PoolSet:
+    """The pools that ship for a model; the embedded one (None, or its name) has its own, in the language it knows."""
+    folder = POOLS_DIR if model in (None, EMBEDDED) else None
+    return PoolSet(load_pools(folder), load_outside(folder / "outside" if folder else None), None)
 
 
 def pools_of(options: Options) -> PoolSet:
@@ -36,7 +48,8 @@ def pools_of(options: Options) -> PoolSet:
     folder with errors, and InputError for names that clash or more axes than candidates.
     """
     own = load_pools(Path(options.pools)) if options.pools else ()
-    shipped, outside = load_pools(), load_outside()
+    ready = shipped_pools(options.model)
+    shipped, outside = ready.candidates, ready.outside
     clash = sorted({pool.name for pool in own} & {pool.name for pool in (*shipped, *outside)})
     if clash:
         raise InputError(f"{options.pools} has shipped names: {', '.join(clash)}.", hint="Rename those pools.")

@@ -1,4 +1,6 @@
-"""What a model is asked: a text, or a conversation that ends with one; and the lines of .jsonl files that hold them."""
+"""What a model is asked: a text or a conversation, with the wanted answer behind it where one is known; and the lines
+of .jsonl files that hold them.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ class Message:
     content: str
 
 
-# What a user types, or the conversation that leads to it: messages in any order of roles, the last one the user's.
+# What a user types, or the conversation that leads to it: messages in any order of roles, the last one the user's. A
+# message of the assistant behind it is the reference answer.
 Prompt = str | tuple[Message, ...]
 
 
@@ -52,9 +55,7 @@ def as_prompt(value: object) -> Prompt:
     if not isinstance(value, list | tuple):
         raise ValueError(f"must be text or a list of messages, not {shown(value)}")
     asked, answer = _split_answer([_message(item, f"message {number}") for number, item in enumerate(value, 1)])
-    if answer is not None:
-        raise ValueError("must end with a message of the user, not of the assistant")
-    return asked
+    return answered(asked, answer)
 
 
 PromptField = Annotated[str | tuple[Message, ...], BeforeValidator(as_prompt)]
@@ -65,13 +66,35 @@ def messages_of(prompt: Prompt) -> tuple[Message, ...]:
     return (Message("user", prompt),) if isinstance(prompt, str) else prompt
 
 
+def answered(prompt: Prompt, answer: object) -> Prompt:
+    """The prompt with its reference answer, where that is a text; otherwise the prompt alone."""
+    if not isinstance(answer, str) or not answer.strip():
+        return prompt
+    return (*messages_of(prompt), Message("assistant", answer.strip()))
+
+
+def asked_of(prompt: Prompt) -> Prompt:
+    """The prompt without its reference answer."""
+    if isinstance(prompt, str) or prompt[-1].role != "assistant":
+        return prompt
+    asked = prompt[:-1]
+    return asked[0].content if len(asked) == 1 and asked[0].role == "user" else asked
+
+
+def answer_of(prompt: Prompt) -> str | None:
+    """The reference answer of a prompt, None where there is none."""
+    return None if isinstance(prompt, str) or prompt[-1].role != "assistant" else prompt[-1].content
+
+
 def bare(prompt: Prompt) -> Prompt:
-    """The prompt as it is compared with others: without white space around it."""
-    return prompt.strip() if isinstance(prompt, str) else prompt
+    """The prompt as it is compared with others: without its answer, and without white space around it."""
+    asked = asked_of(prompt)
+    return asked.strip() if isinstance(asked, str) else asked
 
 
 def told(prompt: Prompt) -> str:
-    """The prompt as a report shows it: a text as it is, a conversation with the role before each message."""
+    """What is asked, as a report shows it: a text as it is, a conversation with the role before each message."""
+    prompt = asked_of(prompt)
     return prompt if isinstance(prompt, str) else "\n".join(f"{m.role}: {m.content}" for m in prompt)
 
 

@@ -16,10 +16,11 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 
+from sspcompile.embedded import SCENARIOS_DIR
 from sspcompile.errors import RecipeError
 from sspcompile.request.documents import NAME_PATTERN, YAML_BYTES, Document, Text, read_yaml, validation_problems
 from sspcompile.request.domains import recipes_folder
-from sspcompile.request.options import EXCLUSIVE, NAMES, Options, shown_of
+from sspcompile.request.options import BUDGETS, NAMES, Options, exclusive, shown_of
 from sspcompile.request.prompts import PromptField
 
 SCENARIO_FORMS = ("text", "prompts", "prompts_file", "domains")
@@ -69,9 +70,9 @@ class Recipe(_Open):  # type: ignore[misc, valid-type]  # made of `Options`, so 
 
     @model_validator(mode="after")
     def _one_budget(self) -> Recipe:
-        problem = _budget_problem(self.options())
-        if problem:
-            raise PydanticCustomError("exclusive", "{problem}", {"problem": problem})
+        given = _budgets(self.options())
+        if len(given) > 1:
+            raise PydanticCustomError("exclusive", "{problem}", {"problem": exclusive(given)})
         return self
 
     def options(self) -> dict[str, Any]:
@@ -91,9 +92,8 @@ def _form_problem(spec: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _budget_problem(options: Mapping[str, Any]) -> str | None:
-    both = options.get("keep") is not None and options.get("strength") is not None
-    return EXCLUSIVE if both else None
+def _budgets(options: Mapping[str, Any]) -> list[str]:
+    return [name for name in BUDGETS if options.get(name) is not None]
 
 
 def load_recipe(path: Path, *, limit: int = YAML_BYTES) -> Recipe:
@@ -109,10 +109,10 @@ def _recipe_problems(document: Document) -> list[str]:
     """pydantic checks relations between keys only once every key is right, so they are checked here as well."""
     problems = validation_problems(Recipe, document)
     raw = document.value
-    spec = raw.get("scenario")
+    spec, budgets = raw.get("scenario"), _budgets(raw)
     relations = [
         (("scenario",), _form_problem(spec) if isinstance(spec, Mapping) else None),
-        (("strength",), _budget_problem(raw)),
+        ((budgets[-1] if budgets else "keep",), exclusive(budgets) if len(budgets) > 1 else None),
     ]
     found = [f"{document.where(place)}: {problem}" for place, problem in relations if problem]
     messages = {problem for _, problem in relations if problem}
@@ -120,8 +120,9 @@ def _recipe_problems(document: Document) -> list[str]:
 
 
 def shipped_recipes() -> tuple[Path, ...]:
-    """The files of the recipes that ship with the package, sorted by name."""
-    return tuple(sorted((recipes_folder() / "scenarios").glob("*.yaml")))
+    """The files of the recipes that ship with the package, by name, those for the embedded model last."""
+    own, toy = (recipes_folder() / "scenarios").glob("*.yaml"), SCENARIOS_DIR.glob("*.yaml")
+    return (*sorted(own), *sorted(toy))
 
 
 def find_recipe(name: str) -> Path | None:

@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from sspcompile.request.domains import DomainPool
-from sspcompile.request.prompts import Prompt
+from sspcompile.request.prompts import Prompt, bare
 
 # A pool holds texts, a scenario conversations too.
 Item = TypeVar("Item", bound=Prompt)
@@ -91,10 +91,10 @@ def draw_splits(prompts: Sequence[Prompt], parts: np.ndarray, pools: Sequence[Do
 
     `parts` [K] is what each of the `pools` counts for; it sums to 1.
     """
-    own = set(prompts)
+    own = set(map(bare, prompts))
     # A pool prompt that the user happens to ask as well was seen by `prepare`, so it may not be held out.
     learned = {text for pool in fit_part(pools) for text in pool.prompts}
-    held = ([text for text in part if text not in learned] for part in split(tuple(dict.fromkeys(prompts)))[1:])
+    held = ([text for text in part if bare(text) not in learned] for part in split(tuple(dict.fromkeys(prompts)))[1:])
     own_fit, (own_guard, own_judge) = own_fit_part(prompts), (tuple(part) for part in held)
     own_guard, own_judge = thinned(own_guard, OWN_GUARD_PROMPTS), thinned(own_judge, OWN_JUDGE_PROMPTS)
     rng = np.random.default_rng(seed)

@@ -167,6 +167,7 @@ class HeldOut:
         self._loaded = loaded
         self._seed = seed
         self.batches = batches_of(loaded, texts)
+        self._references = [_references_of(batch, texts) for batch in self.batches]
         self._dense = [scored_states(loaded, batch) for batch in self.batches]
 
     @torch.inference_mode()
@@ -176,12 +177,19 @@ class HeldOut:
         gates = torch.from_numpy(kept).float().to(loaded.device)
         rows = rows_at_once(loaded)
         with head_gates(loaded, gates), repaired(loaded, repair):
-            for batch, dense in zip(self.batches, self._dense, strict=True):
+            for batch, dense, wanted in zip(self.batches, self._dense, self._references, strict=True):
                 owner = torch.tensor(batch.rows)[batch.score_mask.nonzero()[:, 0].cpu()]
-                parts = (one.split(rows) for one in (dense, scored_states(loaded, batch), owner))
-                for expected, found, whose in zip(*parts, strict=True):
-                    collected.add(loaded.logits_of(expected), loaded.logits_of(found), whose)
+                parts = (one.split(rows) for one in (dense, scored_states(loaded, batch), owner, wanted))
+                for expected, found, whose, references in zip(*parts, strict=True):
+                    collected.add(loaded.logits_of(expected), loaded.logits_of(found), whose, references)
         return collected.result(seed=self._seed)
+
+
+def _references_of(batch: Batch, texts: Sequence[Sentence]) -> torch.Tensor:
+    """The next token at every scored position of a batch, [N], -1 where the text is the model's own."""
+    given = torch.tensor([texts[row].reference for row in batch.rows])[:, None]
+    following = batch.input_ids.roll(-1, 1).cpu()
+    return torch.where(given, following, -1)[batch.score_mask.cpu()]
 
 
 @dataclass(frozen=True)

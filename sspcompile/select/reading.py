@@ -15,6 +15,7 @@ from sspcompile.errors import UnsupportedModelError
 from sspcompile.families import Geometry
 from sspcompile.model.capture import features
 from sspcompile.model.decoder import LoadedModel
+from sspcompile.prepare.recognition import recognised_tokens
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.progress import Progress, silent
 from sspcompile.request.options import Options
@@ -40,7 +41,7 @@ class Reading:
     `mixture` is what was measured; `used` is what scored the heads, and differs only where a part of the method is
     switched off (`without`). `splits` are the texts of the build, drawn from the scenario and, in the proportion of the
     mixture, from the pools. `merit` is [layers, heads], `whitelist` bool [layers, heads]. `keep` is the budget, kept
-    heads / all heads.
+    heads / all heads: 1 until it is measured where the options bound the loss instead.
     """
 
     request: Request
@@ -100,16 +101,14 @@ def mixture_through(request: Request, toolkit: Toolkit, loaded: LoadedModel) -> 
     if scenario.domains is not None:
         return given_mixture(toolkit, scenario.domains, source=scenario.name)
     read = thinned(scenario.texts, MIXTURE_TEXTS)
-    return mixture_of(
-        toolkit, features(loaded, read, options.max_tokens), calibrated="calibration" not in options.without
-    )
+    found = features(loaded, read, recognised_tokens(options.max_tokens))
+    return mixture_of(toolkit, found, calibrated="calibration" not in options.without)
 
 
 def _budget(options: Options, breadth: float) -> float:
     if options.keep is not None:
         return options.keep
-    assert options.strength is not None  # noqa: S101 (Options has exactly one of the two)
-    return keep_from_strength(options.strength, breadth)
+    return 1.0 if options.strength is None else keep_from_strength(options.strength, breadth)
 
 
 def choices_for(reading: Reading, geometry: Geometry) -> Mapping[Layout, Choice]:

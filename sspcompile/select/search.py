@@ -89,7 +89,7 @@ def best_of(judge: Judge, masks: Mapping[Layout, Masks]) -> dict[Layout, Searche
 
     All are repaired together: a half of what that costs are passes of the dense model, the same for all.
     """
-    fit, held = _parts(judge)
+    fit, held = comparison_parts(judge)
     listed = [(layout, ranking, choice) for layout, some in masks.items() for ranking, choice in some]
     compared = HeldOut(judge.loaded, held, judge.seed) if any(len(some) > 1 for some in masks.values()) else None
     fitted = judge.fitted(
@@ -120,7 +120,7 @@ def _distance(compared: HeldOut, choice: Choice, repair: Repair | None) -> float
     return float(np.sqrt(np.maximum(found.kl_per_prompt, 0.0)).mean())
 
 
-def _parts(judge: Judge) -> tuple[Sequence[Sentence], Sequence[Sentence]]:
+def comparison_parts(judge: Judge) -> tuple[Sequence[Sentence], Sequence[Sentence]]:
     """The texts that fit the repairs of the comparison, and those that compare; without repairs, all may compare."""
     texts = judge.sentences
     if judge.repair == "none":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -15,8 +16,9 @@ from sspcompile.progress import Progress, silent, stage_of
 from sspcompile.repair.repair import Repair
 from sspcompile.request.options import AUTO
 from sspcompile.request.request import Request
-from sspcompile.select.baselines import Baseline, baselines_of, rivals
-from sspcompile.select.judging import Decision, Judge, Reported, decide
+from sspcompile.select.baselines import Baseline, Rival, baselines_of, rivals
+from sspcompile.select.floor import Floor, loss_of, smallest_within
+from sspcompile.select.judging import Candidate, Decision, Judge, Reported, decide
 from sspcompile.select.reading import Reading, choices_for, read_through
 from sspcompile.select.scoring import Ranking, measured_rankings, reads_cache
 from sspcompile.select.search import Masks, Searched, Tried, best_of, masks_of
@@ -33,7 +35,8 @@ class Selection:
     `mask` names every kept unit, the score that ranked them and the scenario they are for; `repair` is what the kept
     ones are refitted to, None for none. `cost` is the divergence from the dense model on texts that decided nothing,
     `without_repair` the same of the mask alone, `with_repair` repaired where a repair was fitted, kept or not.
-    `decision` holds the layouts that were measured, `tried` the masks that were compared on the way (best first, empty
+    `floor` says how a bound on the loss became a budget, None where the budget was given. `decision` holds the layouts
+    that were measured, `tried` the masks that were compared on the way (best first, empty
     where there was one), `baselines` what else could have been cut at this budget. `probes` are token ids
     [prompts][tokens] of some texts that decided nothing, to prove the cut with.
     """
@@ -44,6 +47,7 @@ class Selection:
     cost: Reported
     without_repair: Reported
     with_repair: Reported | None
+    floor: Floor | None
     decision: Decision
     tried: tuple[Tried, ...]
     baselines: tuple[Baseline, ...]
@@ -58,47 +62,79 @@ def select(
     `dtype` is the one that refitted weights will be written in: what is measured is what is written. Raises BudgetError
     for a budget below the floors, and what `choices_for` raises.
     """
-    texts = Texts(loaded, request.options)
+    texts, bound = Texts(loaded, request.options), request.options.max_loss
     reading = read_through(request, toolkit, loaded, texts, progress)
     judge = Judge(loaded, reading.splits, request.options, texts, dtype=dtype, progress=progress)
-    searched, decided = _compared(judge, reading)
-    layout = decided.chosen.layout if decided is not None else next(iter(searched))
-    best = searched[layout]
-    asked = rivals(reading, toolkit, loaded, layout)
-    masks = [best.choice, *(rival.choice for rival in asked)]
-    fitted = judge.fitted_to_all([choice.kept for choice in masks], "this build and its baselines")
-    chosen = judge.candidate(layout, best.choice, next(fitted))
+    floor = smallest_within(judge, reading, bound) if bound is not None else None
+    reading = reading if floor is None else replace(reading, keep=floor.keep)
+    found = _settled(judge, reading, toolkit, floor)
+    while floor is not None and loss_of(found.chosen.final) > floor.max_loss:
+        # Refitted to all texts it costs less than to a part of them, but for chance.
+        reading = replace(reading, keep=floor.larger(reading.keep))
+        found = _settled(judge, reading, toolkit, floor)
+    best, chosen = found.best, found.chosen
     without_repair = judge.reported(best.choice.kept)
     with_repair = judge.reported(best.choice.kept, chosen.repair) if chosen.repair is not None else None
-    pairs = zip(asked, fitted, strict=True)
+    pairs = zip(found.asked, found.fitted, strict=True)
     costs = [judge.reported(rival.choice.kept, repair) for rival, repair in pairs]
     return Selection(
         reading=reading,
-        mask=mask_of(reading, loaded, best.choice, chosen.layout, best.ranking, best.tried),
+        mask=mask_of(reading, loaded, best.choice, chosen.layout, best.ranking, best.tried, floor),
         repair=chosen.final_repair,
         cost=with_repair if with_repair is not None and chosen.keeps_repair else without_repair,
         without_repair=without_repair,
         with_repair=with_repair,
-        decision=Decision(
-            chosen,
-            decided.candidates if decided is not None else {layout: chosen},
-            decided.uniform_cost if decided is not None else None,
-        ),
+        floor=floor,
+        decision=found.decision,
         tried=best.tried,
-        baselines=baselines_of(asked, costs, judge.seed),
+        baselines=baselines_of(found.asked, costs, judge.seed),
         probes=tuple(map(tuple, judge.probes())),
     )
 
 
-def _compared(judge: Judge, reading: Reading) -> tuple[dict[Layout, Searched], Decision | None]:
+@dataclass(frozen=True)
+class _Settled:
+    """What was chosen at a budget, and the baselines at that budget with the repairs to come, in their order."""
+
+    best: Searched
+    chosen: Candidate
+    decision: Decision
+    asked: Sequence[Rival]
+    fitted: Iterator[Repair | None]
+
+
+def _settled(judge: Judge, reading: Reading, toolkit: Toolkit, floor: Floor | None) -> _Settled:
+    searched, decided = _compared(judge, reading, floor)
+    layout = decided.chosen.layout if decided is not None else next(iter(searched))
+    best = searched[layout]
+    asked = rivals(reading, toolkit, judge.loaded, layout)
+    masks = [best.choice, *(rival.choice for rival in asked)]
+    fitted = judge.fitted_to_all([choice.kept for choice in masks], "this build and its baselines")
+    chosen = judge.candidate(layout, best.choice, next(fitted))
+    decision = Decision(
+        chosen,
+        decided.candidates if decided is not None else {layout: chosen},
+        decided.uniform_cost if decided is not None else None,
+    )
+    return _Settled(best, chosen, decision, asked, fitted)
+
+
+def _compared(judge: Judge, reading: Reading, floor: Floor | None) -> tuple[dict[Layout, Searched], Decision | None]:
     """The best mask of every layout in question, and the layout that the guard texts decide for, if there are two."""
     masks = masks_for(reading, judge)
+    if floor is not None and len(masks) > 1:
+        masks = {layout: some for layout, some in masks.items() if layout == "per-layer" or _may_hold(some, floor)}
     if sum(map(len, masks.values())) == 1:
         return {layout: Searched(*some[0], None, ()) for layout, some in masks.items()}, None
     found = best_of(judge, masks)
     if len(found) == 1:
         return found, None
     return found, decide({name: judge.candidate(name, one.choice, one.repair) for name, one in found.items()})
+
+
+def _may_hold(masks: Masks, floor: Floor) -> bool:
+    """Whether a uniform mask keeps more than a per-layer one that lost too much; one of fewer heads would lose more."""
+    return any(choice.ratio > floor.failed for _, choice in masks)
 
 
 def masks_for(reading: Reading, judge: Judge) -> dict[Layout, Masks]:
@@ -146,6 +182,7 @@ def mask_of(
     layout: Layout,
     ranking: Ranking | None = None,
     tried: tuple[Tried, ...] = (),
+    floor: Floor | None = None,
 ) -> HeadMask:
     """The mask as a value that can be saved; whitelisted heads are those which the choice kept.
 
@@ -164,6 +201,8 @@ def mask_of(
     }
     if tried:
         facts["tried"] = [asdict(one) for one in tried]
+    if floor is not None:
+        facts["floor"] = asdict(floor)
     return HeadMask(
         model=loaded.fingerprint,
         layers=g.layers,

@@ -45,7 +45,7 @@ def choose(merit: np.ndarray, kv_heads: int, keep: float, layout: Layout, *, gro
     size = heads // kv_heads
     budget = int(np.floor(keep * layers * heads + 1e-9))
     if budget < layers * (size if groups_only else 1):
-        smallest = size / heads if groups_only else 1 / heads
+        smallest = smallest_keep(heads, kv_heads, groups_only=groups_only)
         raise BudgetError(
             f"--keep {keep:g} allows {budget} heads, but each of the {layers} layers needs at least "
             + (f"one group of {size}." if groups_only else "one."),
@@ -57,6 +57,11 @@ def choose(merit: np.ndarray, kv_heads: int, keep: float, layout: Layout, *, gro
         chosen = _choose(grouped.sum(-1, keepdims=True), budget // size, layout)
         return Choice(np.repeat(chosen.kept, size, axis=1), tuple((groups, size) for groups, _ in chosen.shapes))
     return _choose(grouped, budget, layout)
+
+
+def smallest_keep(heads: int, kv_heads: int, *, groups_only: bool = False) -> float:
+    """The smallest share of heads that can stay: one head in every layer, or one group."""
+    return (heads // kv_heads if groups_only else 1) / heads
 
 
 def uniform_choices(merit: np.ndarray, kv_heads: int, keep: float, *, groups_only: bool = False) -> tuple[Choice, ...]:

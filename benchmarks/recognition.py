@@ -1,0 +1,121 @@
+"""Does the mixture name real text right: prompts and one-sentence descriptions of a domain, and text of none?
+
+    python -m benchmarks.recognition --model SMOLLM2 --data DIR
+
+DIR holds public sets that nobody here wrote: `xdomainbench` (pools of six domains, descriptions of its scenarios, a
+subject of no domain), `mmlu` (questions of seven domains), `banking77` (messages to a bank). Each text is a scenario of
+its own: it is named right when its own domain has the largest weight. A text is called unknown above the unknown share
+that a tenth of the domains' prompts exceed (a false alarm of 10 %), and by the product's own line beside it.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+
+from sspcompile.model.capture import features
+from sspcompile.model.dense import open_dense
+from sspcompile.prepare import prepare
+from sspcompile.prepare.recognition import recognised_tokens
+from sspcompile.prepare.toolkit import Toolkit
+from sspcompile.request.domains import load_outside, load_pools
+from sspcompile.request.splits import fit_part
+from sspcompile.select.mixture import MUCH_UNKNOWN, mixture_of
+
+FALSE_ALARM = 0.1
+TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Item:
+    """A text of the set `source`; `domain` is None where it fits none."""
+
+    source: str
+    domain: str | None
+    text: str
+
+
+def read(data: Path, each: int) -> Iterator[Item]:
+    """At most `each` texts of every set and domain."""
+    draw = random.Random(0)
+
+    def some(texts: list[str]) -> list[str]:
+        return draw.sample(texts, min(each, len(texts)))
+
+    sets = data / "xdomainbench"
+    for path in sorted((sets / "val").glob("*.json")):
+        for text in some(json.loads(path.read_text("utf-8"))):
+            yield Item("xdomainbench prompts", path.stem, text)
+    for path in sorted((data / "mmlu").glob("*.jsonl")):
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        asked = [_lettered(row["question"], row["choices"]) for row in rows if row["split"] != "test"]
+        for text in some(asked):
+            yield Item("mmlu prompts", path.stem, text)
+    with (data / "banking77" / "train.csv").open(encoding="utf-8", newline="") as file:
+        for text in some([row["text"] for row in csv.DictReader(file)]):
+            yield Item("banking77 prompts", "customer-support", text)
+    for path in sorted((sets / "test" / "selected_domain").glob("*.json")):
+        found = {row["topic_description"] for row in json.loads(path.read_text("utf-8"))}
+        for text in some(sorted(found)):
+            yield Item("descriptions", path.stem, text)
+    for path in sorted((sets / "test" / "out_of_domain").glob("biology.json")):
+        turns = [turn["prompt"] for row in json.loads(path.read_text("utf-8")) for turn in row["turns"]]
+        for text in some(sorted(set(turns))):
+            yield Item("unknown", None, text)
+
+
+def _lettered(question: str, choices: list[str]) -> str:
+    return "\n".join([question, *(f"{name}. {choice}" for name, choice in zip("ABCD", choices, strict=True))])
+
+
+def judged(toolkit: Toolkit, items: list[Item], found: np.ndarray) -> dict[str, object]:
+    """Shares named right by set and domain, and how well unknown text is told; `found` [N, L, d]."""
+    mixtures = [mixture_of(toolkit, one[None]) for one in found]
+    right, unknown = defaultdict(list), defaultdict(list)
+    for item, mixture in zip(items, mixtures, strict=True):
+        named = mixture.domains[int(mixture.weights.argmax())]
+        kind = "unknown" if item.domain is None else "known"
+        if item.source != "descriptions":
+            unknown[kind].append(mixture.unknown)
+        if item.domain is not None:
+            right[item.source].append(named == item.domain)
+            right[f"{item.source}: {item.domain}"].append(named == item.domain)
+    line = float(np.quantile(unknown["known"], 1 - FALSE_ALARM))
+    return {
+        "named_right": {name: [float(np.mean(hits)), len(hits)] for name, hits in sorted(right.items())},
+        "line_at_false_alarm": line,
+        "unknown_found": float(np.mean(np.array(unknown["unknown"]) > line)),
+        "product_line": MUCH_UNKNOWN,
+        "product_false_alarm": float(np.mean(np.array(unknown["known"]) >= MUCH_UNKNOWN)),
+        "product_unknown_found": float(np.mean(np.array(unknown["unknown"]) >= MUCH_UNKNOWN)),
+    }
+
+
+@click.command()
+@click.option("--model", required=True, help="A model folder or a hub name.")
+@click.option("--data", type=click.Path(exists=True, path_type=Path), required=True)
+@click.option("--each", default=60, show_default=True, help="Texts of every set and domain.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/recognition.json"))
+def main(model: str, data: Path, each: int, out: Path) -> None:
+    """Name real text."""
+    loaded = open_dense(model).load()
+    toolkit = prepare(loaded, fit_part(load_pools()), load_outside(), criteria=())
+    items = list(read(data, each))
+    found = features(loaded, [item.text for item in items], recognised_tokens(TOKENS))
+    rows = {"model": Path(model).name, "texts": len(items), **judged(toolkit, items, found)}
+    for name, (share, count) in rows["named_right"].items():
+        click.echo(f"{name:36} {share:6.1%} of {count}")
+    click.echo(f"unknown text found: {rows['unknown_found']:.1%} at a false alarm of {FALSE_ALARM:.0%}")
+    out.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The smallest mask that loses no more than a bound, found by measuring a few on the texts that decide.
+
+Per layer, masks of one ranking are nested in the budget, so what they lose falls with what they keep, but for chance.
+Each round measures AT_ONCE masks between the largest that lost too much and the smallest that did not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sspcompile.errors import BudgetError
+from sspcompile.model.divergence import Divergence
+from sspcompile.model.text import batches_of
+from sspcompile.progress import stage_of
+from sspcompile.select.judging import Judge
+from sspcompile.select.reading import Reading, choices_for
+from sspcompile.select.search import comparison_parts
+from sspcompile.slicing.layouts import Choice, choose, smallest_keep
+
+# Three masks at a time leave a quarter of what is in question: after three rounds less than two heads in a hundred.
+AT_ONCE = 3
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A mask that was measured: kept heads / all heads, and the share of next tokens that changed hands."""
+
+    kept: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Floor:
+    """`keep` is the smallest share of heads that loses no more than `max_loss`, `failed` the largest that lost more
+    (0 where none did). `tried`: every mask that was measured, by share.
+    """
+
+    max_loss: float
+    keep: float
+    failed: float
+    tried: tuple[Rung, ...]
+
+    def larger(self, keep: float) -> float:
+        """The next larger share that was within the bound. Raises BudgetError when only all heads are left."""
+        larger = (one.kept for one in self.tried if one.kept > keep and one.loss <= self.max_loss)
+        found = min(larger, default=None)
+        if found is None:
+            raise _nothing_within(self.max_loss, self.tried)
+        return found
+
+
+def loss_of(divergence: Divergence) -> float:
+    """The share of next tokens that are not the dense model's, mean over prompts."""
+    return 1.0 - divergence.top1_agreement.value
+
+
+def smallest_within(judge: Judge, reading: Reading, max_loss: float) -> Floor:
+    """Measure masks of the reading's own ranking, each with a repair that a part of the texts fits.
+
+    Raises BudgetError, which names the mask that came closest, when no mask is within the bound, and what `choices_for`
+    raises.
+    """
+    geometry, groups_only = judge.loaded.geometry, reading.groups_only
+    # The finer of the layouts that a class can hold: per-layer where both are asked for.
+    layout = [*choices_for(reading, geometry)][-1]
+    fit = batches_of(judge.loaded, comparison_parts(judge)[0])
+
+    def choice_of(share: float) -> Choice:
+        return choose(reading.merit, geometry.kv_heads, share, layout, groups_only=groups_only)
+
+    def measure(choices: Sequence[Choice], number: int) -> list[Rung]:
+        report = stage_of(judge.progress, f"smallest mask within the loss (round {number + 1} of {ROUNDS})")
+        repairs = judge.fitted([choice.kept for choice in choices], fit, report)
+        return [
+            Rung(choice.ratio, loss_of(judge.candidate(layout, choice, repair).final))
+            for choice, repair in zip(choices, repairs, strict=True)
+        ]
+
+    least = smallest_keep(geometry.heads, geometry.kv_heads, groups_only=groups_only)
+    return descend(choice_of, measure, least, max_loss)
+
+
+def descend(
+    choice_of: Callable[[float], Choice],
+    measure: Callable[[Sequence[Choice], int], list[Rung]],
+    least: float,
+    max_loss: float,
+) -> Floor:
+    """Walk down from all heads to the smallest share of at least `least` that `measure` finds within the bound.
+
+    `choice_of` gives the mask of a share, `measure` what masks lose, once for every round. Raises BudgetError when none
+    is within it.
+    """
+    found: dict[float, Rung] = {}
+    failed, keep = 0.0, 1.0
+    for number in range(ROUNDS):
+        choices = [choice_of(share) for share in np.linspace(max(failed, least), keep, AT_ONCE + 2)[1:-1]]
+        new = {choice.ratio: choice for choice in choices if failed < choice.ratio < keep}
+        if not new:
+            break
+        found |= {one.kept: one for one in measure([*new.values()], number)}
+        ordered = sorted(found.values(), key=lambda one: -one.kept)
+        within = [one.kept for one, worst in zip(ordered, _running_worst(ordered), strict=True) if worst <= max_loss]
+        keep = min(within, default=1.0)
+        failed = max((one.kept for one in ordered if one.kept < keep), default=0.0)
+    tried = tuple(sorted(found.values(), key=lambda one: one.kept))
+    if keep == 1.0:
+        raise _nothing_within(max_loss, tried)
+    return Floor(max_loss, keep, failed, tried)
+
+
+def _running_worst(ordered: list[Rung]) -> list[float]:
+    """The largest loss of each and all before it: a lucky mask below one that failed is not taken."""
+    return np.maximum.accumulate([one.loss for one in ordered]).tolist()
+
+
+def _nothing_within(max_loss: float, tried: tuple[Rung, ...]) -> BudgetError:
+    nearest = min(tried, key=lambda one: one.loss, default=None)
+    told = "no smaller mask could be measured"
+    if nearest is not None:
+        told = f"the nearest, {100 * nearest.kept:.1f} % of the heads, changes {100 * nearest.loss:.1f} %"
+    hint = f"Give --max-loss {np.ceil(nearest.loss * 1000) / 1000:g}, or a --keep." if nearest else "Give a --keep."
+    return BudgetError(f"No mask changes at most {100 * max_loss:g} % of the next tokens: {told}.", hint=hint)

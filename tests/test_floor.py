@@ -1,0 +1,112 @@
+"""The budget as a bound on the loss: the smallest mask within it, found by measuring a few."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from builders import Shape, make_checkpoint
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sspcompile.errors import BudgetError
+from sspcompile.report.json import read_report
+from sspcompile.request.options import DEFAULT_MAX_LOSS, Options
+from sspcompile.select.floor import AT_ONCE, ROUNDS, Floor, Rung, descend
+from sspcompile.slicing.layouts import Choice, choose
+
+LAYERS, HEADS = 8, 8
+MERIT = np.random.default_rng(0).random((LAYERS, HEADS))
+
+
+def choice_of(share: float) -> Choice:
+    return choose(MERIT, HEADS, share, "per-layer")
+
+
+def walk(loss_at, max_loss: float) -> tuple[Floor, list[float]]:
+    asked: list[float] = []
+
+    def measure(choices, number):
+        asked.extend(choice.ratio for choice in choices)
+        return [Rung(choice.ratio, loss_at(choice.ratio)) for choice in choices]
+
+    return descend(choice_of, measure, 1 / HEADS, max_loss), asked
+
+
+@given(edge=st.floats(0.15, 0.95), slope=st.floats(0.1, 5.0))
+def test_what_is_found_lies_within_one_step_of_where_the_loss_begins_to_be_too_large(edge, slope):
+    """Of a loss that falls with what is kept, the smallest share within the bound is known to 1/64 and one head."""
+    found, asked = walk(lambda kept: 0.05 + slope * (edge - kept), 0.05)
+    assert edge <= found.keep <= edge + 1 / 64 + 2 / (LAYERS * HEADS)
+    assert found.failed < edge and len(asked) == len(set(asked)) <= ROUNDS * AT_ONCE
+    assert [one.kept for one in found.tried] == sorted(asked)
+
+
+@given(seed=st.integers(0, 10_000))
+def test_a_lucky_mask_below_one_that_failed_is_not_taken(seed):
+    losses = np.random.default_rng(seed).random(LAYERS * HEADS + 1)
+    try:
+        found, _ = walk(lambda kept: float(losses[round(kept * LAYERS * HEADS)]), 0.5)
+    except BudgetError:
+        return
+    larger = [one for one in found.tried if one.kept >= found.keep]
+    assert larger and all(one.loss <= 0.5 for one in larger)
+    assert all(one.kept < found.keep or one.loss <= 0.5 for one in found.tried)
+
+
+def test_where_nothing_is_within_the_bound_the_nearest_is_named():
+    with pytest.raises(
+        BudgetError, match=r"at most 1 % of the next tokens: the nearest, 9\d.\d % of the heads, changes 6"
+    ):
+        walk(lambda kept: 0.06 + 0.1 * (1 - kept), 0.01)
+    assert walk(lambda kept: 0.0, 0.01)[0].failed == 0.0
+
+
+def test_refitted_to_all_texts_a_mask_that_is_over_the_bound_gives_way_to_the_next_larger():
+    floor = Floor(0.02, 0.5, 0.4, (Rung(0.4, 0.03), Rung(0.5, 0.01), Rung(0.6, 0.03), Rung(0.7, 0.005)))
+    assert floor.larger(0.5) == 0.7
+    with pytest.raises(BudgetError):
+        floor.larger(0.7)
+
+
+def test_the_default_bounds_the_loss_and_any_other_budget_takes_its_place():
+    assert Options().max_loss == DEFAULT_MAX_LOSS and Options().keep is Options().strength is None
+    for other in ({"keep": 0.5}, {"strength": 0.5}):
+        assert Options(**other).max_loss is None
+    assert Options(max_loss=0.1).keep is None
+    with pytest.raises(ValueError, match="keep and max_loss exclude each other"):
+        Options(keep=0.5, max_loss=0.1)
+
+
+FAST = ("--continuation-tokens", "4", "--max-tokens", "48", "--baselines", "none", "--quiet")
+
+
+def test_a_build_without_a_budget_stays_within_the_bound_where_it_decides_and_says_what_it_tried(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("build", "--scenario", "A helpdesk for questions about chemistry", "--out", "cut", *FAST)
+    assert code == 0, err
+    report, mask = (
+        read_report(tmp_path / "cut" / "report.json"),
+        json.loads((tmp_path / "cut" / "mask.json").read_text()),
+    )
+    floor = mask["scenario"]["floor"]
+    assert report.budget.max_loss == floor["max_loss"] == DEFAULT_MAX_LOSS
+    assert [list(pair) for pair in report.budget.measured] == [[one["kept"], one["loss"]] for one in floor["tried"]]
+    assert 0 < mask["keep_achieved"] <= floor["keep"] < 1 and floor["failed"] < floor["keep"]
+    at = next(one for one in floor["tried"] if one["kept"] == floor["keep"])
+    assert at["loss"] <= DEFAULT_MAX_LOSS
+    assert "The smallest mask within a loss of 2.0 %" in (tmp_path / "cut" / "report.md").read_text()
+
+
+def test_a_bound_that_no_mask_holds_writes_nothing(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    make_checkpoint(tmp_path / "model", Shape(layers=2, hidden=64, kv_heads=4, group_size=1, head_dim=16))
+    (tmp_path / "asked.txt").write_text("\n".join(f"What is {n} plus {3 * n + 1}?" for n in range(48)))
+    monkeypatch.chdir(tmp_path)
+    wanted = ("--model", "model", "--max-loss", "0.0001", "--repair", "none")
+    code, _, err = run("build", "--scenario", "asked.txt", *wanted, "--out", "cut", *FAST)
+    assert code == 3 and not (tmp_path / "cut").exists()
+    assert "No mask changes at most 0.01 % of the next tokens" in err and "--max-loss 0." in err
