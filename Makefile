@@ -16,8 +16,8 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 # Two test processes: as many as the smallest machine that this is meant for has cores.
 WORKERS ?= 2
 
-.PHONY: demo test audit test-compat test-oldest test-pythons test-optimum test-browser screenshots fuzz test-kills test-wheel test-shapes test-lm-eval generated docs lint format train bench-compile bench-prepare \
-	bench-quality bench-slice bench-onnx bench-bench bench-build bench-scores bench-large clean
+.PHONY: demo demo-llm test audit test-compat test-oldest test-pythons test-optimum test-browser screenshots fuzz test-kills test-wheel test-shapes test-lm-eval generated docs lint format train bench-compile bench-prepare \
+	bench-quality bench-slice bench-onnx bench-bench bench-build bench-scores bench-real bench-recognition bench-large clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,11 @@ $(COMPAT)/.done: constraints-compat.txt
 demo: $(VENV)/.done  ## Build, export, verify and benchmark on the embedded model.
 	$(BIN)/sspcompile build --scenario chemistry-helpdesk --overwrite
 	$(BIN)/sspcompile export --overwrite
+	$(BIN)/sspcompile bench --quick
+
+demo-llm: $(VENV)/.done  ## The same on a real model of 135 M parameters, which it brings first (about 15 minutes).
+	$(BIN)/python -m benchmarks.smollm2 SmolLM2-135M-Instruct
+	$(BIN)/sspcompile build --scenario homework-tutor --model ./SmolLM2-135M-Instruct --overwrite
 	$(BIN)/sspcompile bench --quick
 
 test: $(VENV)/.done lint  ## The suite: no network beyond the package registries, no GPU.
@@ -180,6 +185,15 @@ bench-build: $(VENV)/.done  ## What builds of a real model cost: passes, minutes
 
 bench-scores: $(VENV)/.done  ## Masks of a real model by several scores, repaired alike, judged on unseen texts.
 	$(BIN)/python -m benchmarks.scores --model $(MODEL) --questions $(QUESTIONS) --judge $(JUDGE)
+
+# A folder of public sets: gsm8k, openstax, squad2, tatqa, banking77, wikitext2, mmlu, xdomainbench.
+DATA ?= data
+
+bench-real: $(VENV)/.done  ## Own scenario against others on a real model: scores, budgets, layouts, repairs.
+	$(BIN)/python -m benchmarks.real --model $(MODEL) --data $(DATA)
+
+bench-recognition: $(VENV)/.done  ## Whether the mixture names real prompts and descriptions right.
+	$(BIN)/python -m benchmarks.recognition --model $(MODEL) --data $(DATA)
 
 bench-large: $(VENV)/.done  ## Builds of random models that do not fit. TOKENIZER: a folder with a tokenizer.
 	$(BIN)/python -m benchmarks.large --tokenizer $(TOKENIZER) --shape 1.2b --memory 6GB

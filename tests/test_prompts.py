@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sspcompile.errors import InputError, ScenarioError
 from sspcompile.evaluate.questions import read_data
-from sspcompile.request.prompts import Message, as_prompt, bare, read_line, told
+from sspcompile.request.prompts import Message, answer_of, answered, as_prompt, asked_of, bare, read_line, told
 from sspcompile.request.recipe import ScenarioSpec, dump_recipe, load_recipe
 from sspcompile.request.request import read_request
 from sspcompile.request.scenario import read_scenario, scenario_of
@@ -79,10 +79,13 @@ def test_a_line_says_what_is_asked_and_what_the_answer_is(name: str) -> None:
 
 @pytest.mark.parametrize("name", LINES)
 def test_a_file_of_such_lines_is_a_scenario_that_its_recipe_holds(name: str, tmp_path: Path) -> None:
-    item, asked, _ = LINES[name]
+    item, asked, answer = LINES[name]
     (tmp_path / "p.jsonl").write_text(json.dumps(item) + "\n" + json.dumps({"prompt": "Lead?"}) + "\n", "utf-8")
     scenario, _ = read_scenario(str(tmp_path / "p.jsonl"))
-    assert scenario.prompts == (asked, "Lead?")
+    assert scenario.prompts == (answered(asked, answer), "Lead?")
+    given = answer[0] if isinstance(answer, list) else answer
+    assert asked_of(scenario.prompts[0]) == bare(scenario.prompts[0]) == asked
+    assert answer_of(scenario.prompts[0]) == given
     resolved = read_request(scenario, {}, {}).recipe()
     (tmp_path / "recipe.yaml").write_text(dump_recipe(resolved), "utf-8")
     again = load_recipe(tmp_path / "recipe.yaml")
@@ -167,4 +170,6 @@ def test_conversations_are_split_like_texts_and_told_with_their_roles() -> None:
     assert sorted(map(told, fit + guard + judge)) == sorted(map(told, (*many, "a", "b")))
     assert len(own_fit_part((*many, *many))) == len(split(many)[0])
     assert set(seen_part(many)) < set(many)
+    with_answer = answered(many[3], "Seven.")
+    assert told(with_answer) == told(many[3]) and bare(with_answer) == many[3] == asked_of(with_answer)
     assert told(many[3]) == "system: S\nuser: number 3" and bare(many[3]) == many[3] and bare(" a ") == "a"

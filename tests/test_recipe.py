@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,16 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from sspcompile.cli.build import build
+from sspcompile.embedded import EMBEDDED, SCENARIOS_DIR
 from sspcompile.errors import RecipeError
 from sspcompile.request.keywords import Keywords
 from sspcompile.request.options import NAMES, PARTS, Options, flag, resolve, shown_of
 from sspcompile.request.page import files
+from sspcompile.request.prompts import answer_of, told
 from sspcompile.request.recipe import Recipe, ScenarioSpec, dump_recipe, find_recipe, load_recipe, shipped_recipes
 from sspcompile.request.scenario import read_scenario
+from sspcompile.request.splits import own_fit_part
+from sspcompile.select.scoring import ENOUGH_PROMPTS
 
 MINIMAL = """\
 schema_version: 1
@@ -274,11 +279,34 @@ def test_what_is_written_from_the_options_is_up_to_date(place: str) -> None:
     assert (Path(__file__).parents[1] / place).read_text("utf-8") == files()[place], "run `make generated`"
 
 
-def test_shipped_recipes_cover_every_domain_a_mixture_and_the_unknown() -> None:
-    names = {path.stem for path in shipped_recipes()}
+def test_recipes_of_the_embedded_model_cover_every_domain_a_mixture_and_the_unknown() -> None:
+    names = {path.stem for path in SCENARIOS_DIR.glob("*.yaml")}
     for domain in ("chemistry", "finance", "history", "math", "philosophy", "technology", "sports"):
         assert any(name.startswith(domain) for name in names)
     assert {"chemistry-and-finance", "history-and-philosophy"} <= names
+
+
+REAL = [path for path in shipped_recipes() if path.parent != SCENARIOS_DIR]
+
+
+def test_scenarios_of_real_models_come_first_and_those_of_the_embedded_one_name_it() -> None:
+    assert len(REAL) >= 9 and list(shipped_recipes()[: len(REAL)]) == REAL
+    for path in shipped_recipes():
+        assert load_recipe(path).model == (None if path in REAL else EMBEDDED), path
+
+
+@pytest.mark.parametrize("path", REAL, ids=lambda path: path.stem)
+def test_a_real_scenario_has_prompts_as_people_send_them_each_with_its_answer(path: Path) -> None:
+    scenario, _ = read_scenario(path.stem)
+    asked = [told(prompt) for prompt in scenario.prompts]
+    assert len(asked) >= 64 and all(answer_of(prompt) for prompt in scenario.prompts)
+    assert len(own_fit_part(scenario.prompts)) >= ENOUGH_PROMPTS, "heads are scored on its own prompts"
+    lengths = sorted(len(text.split()) for text in asked)
+    assert lengths[0] >= 5 and lengths[-1] <= 400 and sum(length > 60 for length in lengths) >= 16
+    known = [set(zip(words, words[1:], words[2:], strict=False)) for words in (text.lower().split() for text in asked)]
+    for number, one in enumerate(known):
+        assert all(len(one & other) <= 0.5 * min(len(one), len(other)) for other in known[:number]), asked[number]
+    assert not re.search(r"\b(Nora|Mira|Pavel|Olek|Tessa|Ruben|Viktor)\b", " ".join(asked))
 
 
 @pytest.mark.parametrize("path", shipped_recipes(), ids=lambda path: path.stem)

@@ -67,10 +67,14 @@ def messages_of(prompt: Prompt) -> tuple[Message, ...]:
 
 
 def answered(prompt: Prompt, answer: object) -> Prompt:
-    """The prompt with its reference answer, where that is a text; otherwise the prompt alone."""
-    if not isinstance(answer, str) or not answer.strip():
+    """The prompt with its reference answer, the first where several are right; alone where the answer is not a text.
+
+    Raises ValueError for control characters in it.
+    """
+    given = answer[0] if isinstance(answer, list) and answer else answer
+    if not isinstance(given, str) or not given.strip():
         return prompt
-    return (*messages_of(prompt), Message("assistant", answer.strip()))
+    return (*messages_of(prompt), Message("assistant", _cleaned(given, "the answer").strip()))
 
 
 def asked_of(prompt: Prompt) -> Prompt:

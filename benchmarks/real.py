@@ -1,0 +1,214 @@
+"""What heads are worth to real deployments on a real model: own scenario against others, by score, budget and layout.
+
+    python -m benchmarks.real --model SMOLLM2 --data DIR [--scenarios word-problems,...] [--seeds 1] [--keeps 0.75,0.5]
+
+DIR holds public sets (`gsm8k`, `openstax`, `squad2`, `tatqa`, `banking77`, `wikitext2`). A scenario is FIT texts of one
+of them; JUDGED others judge it, and as many of the other scenarios, together, what it costs off the scenario. Texts
+with a reference answer are scored on it, others on the dense model's own continuation.
+
+A row is a mask: by a score on the scenario's own texts (`obs`, `fisher`), by `obs` on texts of all scenarios alike
+(`domain-free`) or of another one (`wrong domain`), each repaired on the texts that chose it, and heads at random with
+the first layer kept (repaired on the scenario's own). Rows that OUT holds already are not measured again.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from itertools import product
+from pathlib import Path
+from typing import cast
+
+import click
+import numpy as np
+import torch
+
+from sspcompile.criteria.chance import first_layer_kept
+from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.dense import open_dense
+from sspcompile.model.divergence import Divergence, compare_divergences
+from sspcompile.model.text import Sentence, batches_of, continued
+from sspcompile.progress import no_steps
+from sspcompile.repair.fitting import fit_repairs
+from sspcompile.repair.repair import refitted_dtype
+from sspcompile.request.prompts import Prompt, answered
+from sspcompile.request.splits import thinned
+from sspcompile.select.judging import HeldOut
+from sspcompile.select.scoring import Ranking, measured_rankings
+from sspcompile.slicing.layouts import choose
+from sspcompile.slicing.mask import Layout
+
+FIT, REPAIRED, JUDGED = 64, 32, 24
+LONGEST = 320  # tokens of a prompt
+
+
+def word_problems(data: Path) -> list[Prompt]:
+    rows = [json.loads(line) for line in (data / "gsm8k" / "train.jsonl").read_text("utf-8").splitlines()]
+    return [answered(row["question"], row["answer"]) for row in rows]
+
+
+def textbook(data: Path) -> list[Prompt]:
+    rows = [json.loads(line) for line in (data / "openstax" / "chemistry.jsonl").read_text("utf-8").splitlines()]
+    return _halves([row["text"] for row in rows])
+
+
+def reading(data: Path) -> list[Prompt]:
+    """Passages and tables with a question whose answer stands in them."""
+    found: list[Prompt] = []
+    for article in json.loads((data / "squad2" / "dev-v2.0.json").read_text("utf-8"))["data"]:
+        for part in article["paragraphs"]:
+            asked = next((qa for qa in part["qas"] if qa["answers"]), None)
+            if asked is not None:
+                found.append(answered(f"{part['context']}\n\n{asked['question']}", asked["answers"][0]["text"]))
+    for item in json.loads((data / "tatqa" / "tatqa_dataset_dev.json").read_text("utf-8")):
+        table = "\n".join(" | ".join(row) for row in item["table"]["table"])
+        asked = item["questions"][0]
+        answer = asked["answer"]
+        told = ", ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
+        found.append(answered(f"{table}\n\n{asked['question']}", told))
+    return found
+
+
+def support(data: Path) -> list[Prompt]:
+    with (data / "banking77" / "train.csv").open(encoding="utf-8", newline="") as file:
+        return [row["text"] for row in csv.DictReader(file)]
+
+
+def general(data: Path) -> list[Prompt]:
+    return _halves((data / "wikitext2" / "wt2_valid.txt").read_text("utf-8").splitlines())
+
+
+def _halves(texts: Sequence[str]) -> list[Prompt]:
+    """Of paragraphs long enough, the second half as the answer to the first."""
+    split = [text.split() for text in texts if 60 <= len(text.split()) <= 250]
+    return [answered(" ".join(w[: len(w) // 2]), " ".join(w[len(w) // 2 :])) for w in split]
+
+
+SCENARIOS: Mapping[str, Callable[[Path], list[Prompt]]] = {
+    "word-problems": word_problems,
+    "chemistry": textbook,
+    "reading": reading,
+    "support": support,
+    "general": general,
+}
+NAMES = ("obs", "fisher", "domain-free", "wrong domain", "random")
+
+
+class Ground:
+    """The texts of all scenarios of one seed, written once: the first FIT of each choose, JUDGED more judge."""
+
+    def __init__(self, loaded: LoadedModel, data: Path, seed: int) -> None:
+        self.loaded = loaded
+        self._held: dict[str, tuple[HeldOut, HeldOut]] = {}
+        self._texts: dict[str, list[Sentence]] = {}
+        for name, read in SCENARIOS.items():
+            drawn = random.Random(seed).sample(read(data), FIT + JUDGED)
+            self._texts[name] = continued(loaded, drawn, max_tokens=LONGEST)
+
+    def fit(self, name: str) -> list[Sentence]:
+        """Texts that choose and repair: of one scenario, or of all alike."""
+        if name in self._texts:
+            return self._texts[name][:FIT]
+        return [text for texts in self._texts.values() for text in thinned(texts[:FIT], FIT // len(self._texts))]
+
+    def judged(self, name: str) -> tuple[HeldOut, HeldOut]:
+        """Held-out texts of a scenario, and of the others together."""
+        if name not in self._held:
+            others = [texts[FIT:] for other, texts in self._texts.items() if other != name]
+            off = [text for texts in others for text in thinned(texts, JUDGED // len(others))]
+            self._held = {name: (HeldOut(self.loaded, self._texts[name][FIT:]), HeldOut(self.loaded, off))}
+        return self._held[name]
+
+
+def rankings(ground: Ground, name: str, seed: int) -> Iterator[tuple[str, np.ndarray, str]]:
+    """Names of NAMES with merit [layers, heads], and whose texts repair."""
+
+    def of(texts: Sequence[Sentence]) -> tuple[Ranking, ...]:
+        return measured_rankings(ground.loaded, texts, 0, "head", no_steps)
+
+    for ranking in of(ground.fit(name)):
+        yield ranking.name, ranking.values, name
+    yield "domain-free", of(ground.fit("all"))[0].values, "all"
+    wrong = [*SCENARIOS][([*SCENARIOS].index(name) + 1) % len(SCENARIOS)]
+    yield "wrong domain", of(ground.fit(wrong))[0].values, wrong
+    g = ground.loaded.geometry
+    yield "random", first_layer_kept((g.layers, g.heads), seed), name
+
+
+@dataclass(frozen=True)
+class Budget:
+    repair: str
+    layout: Layout
+    keep: float
+
+
+# What tells rows apart.
+KEY = ("model", "scenario", "seed", "repair", "layout", "keep", "score")
+
+
+def measured(
+    ground: Ground, name: str, ranked: Sequence[tuple[str, np.ndarray, str]], budget: Budget, dtype: torch.dtype
+) -> Iterator[dict[str, object]]:
+    """A row for every mask of a budget, the first one's divergence being what others are compared with."""
+    loaded, (own, off) = ground.loaded, ground.judged(name)
+    ours = None
+    for score, values, whose in ranked:
+        kept = choose(values, loaded.geometry.kv_heads, budget.keep, budget.layout).kept
+        texts = batches_of(loaded, thinned(ground.fit(whose), REPAIRED))
+        fitted = next(iter(fit_repairs(loaded, [kept], texts, dtype=dtype))) if budget.repair != "none" else None
+        found = own.divergence(kept, fitted)
+        ours = found if ours is None else ours
+        gap = compare_divergences(found, ours)
+        row = {"score": score, "kept": float(kept.mean()), **figures(found, off.divergence(kept, fitted))}
+        yield row | {"kl_above_obs": [gap.value, gap.low, gap.high]}
+
+
+def figures(found: Divergence, off: Divergence) -> dict[str, object]:
+    ratio = found.perplexity
+    return {
+        "kl": found.mean_kl.value,
+        "changed": 1 - found.top1_agreement.value,
+        "perplexity": None if ratio is None else [ratio.value, ratio.low, ratio.high],
+        "off_kl": off.mean_kl.value,
+        "off_changed": 1 - off.top1_agreement.value,
+    }
+
+
+@click.command()
+@click.option("--model", required=True, help="A model folder or a hub name.")
+@click.option("--data", type=click.Path(exists=True, path_type=Path), required=True)
+@click.option("--scenarios", default=",".join(SCENARIOS), show_default=True)
+@click.option("--seeds", default=1, show_default=True)
+@click.option("--keeps", default="0.75,0.5", show_default=True)
+@click.option("--layouts", default="per-layer", show_default=True)
+@click.option("--repairs", default="least-squares", show_default=True, help="least-squares, none.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/real.jsonl"))
+def main(model: str, data: Path, scenarios: str, seeds: int, keeps: str, layouts: str, repairs: str, out: Path) -> None:
+    """Compare masks on real deployments."""
+    dense = open_dense(model)
+    loaded, dtype = dense.load(), refitted_dtype(dense.checkpoint)
+    lines = out.read_text("utf-8").splitlines() if out.exists() else []
+    known = {tuple(json.loads(line)[part] for part in KEY) for line in lines}
+    choices = product(repairs.split(","), layouts.split(","), map(float, keeps.split(",")))
+    budgets = [Budget(repair, cast(Layout, layout), keep) for repair, layout, keep in choices]
+    for seed in range(seeds):
+        ground = Ground(loaded, data, seed)
+        for name in scenarios.split(","):
+            case = (dense.name, name, seed)
+            asked = [one for one in budgets if any((*case, *astuple(one), score) not in known for score in NAMES)]
+            ranked = [*rankings(ground, name, seed)] if asked else []
+            for budget in asked:
+                for row in measured(ground, name, ranked, budget, dtype):
+                    row = dict(zip(KEY, (*case, *astuple(budget), row["score"]), strict=True)) | row
+                    if tuple(row[part] for part in KEY) in known:
+                        continue
+                    with out.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(row) + "\n")
+                    click.echo(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()
