@@ -12,6 +12,7 @@ class Keywords(TypedDict, total=False):
     revision: str | None
     keep: float | None
     strength: float | None
+    max_loss: float | None
     layout: Literal["auto", "uniform", "per-layer"] | None
     host: str | None
     pools: str | None
