@@ -46,12 +46,12 @@ LONGEST = 320  # tokens of a prompt
 
 
 def word_problems(data: Path) -> list[Prompt]:
-    rows = [json.loads(line) for line in (data / "gsm8k" / "train.jsonl").read_text("utf-8").splitlines()]
+    rows = [json.loads(line) for line in (data / "gsm8k" / "train.jsonl").read_text("utf-8").split("\n") if line]
     return [answered(row["question"], row["answer"]) for row in rows]
 
 
 def textbook(data: Path) -> list[Prompt]:
-    rows = [json.loads(line) for line in (data / "openstax" / "chemistry.jsonl").read_text("utf-8").splitlines()]
+    rows = [json.loads(line) for line in (data / "openstax" / "chemistry.jsonl").read_text("utf-8").split("\n") if line]
     return _halves([row["text"] for row in rows])
 
 

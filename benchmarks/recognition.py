@@ -55,7 +55,7 @@ def read(data: Path, each: int) -> Iterator[Item]:
         for text in some(json.loads(path.read_text("utf-8"))):
             yield Item("xdomainbench prompts", path.stem, text)
     for path in sorted((data / "mmlu").glob("*.jsonl")):
-        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
         asked = [_lettered(row["question"], row["choices"]) for row in rows if row["split"] != "test"]
         for text in some(asked):
             yield Item("mmlu prompts", path.stem, text)

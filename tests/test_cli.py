@@ -22,6 +22,7 @@ from sspcompile.cli import main as cli_main
 from sspcompile.cli.main import cli, main
 from sspcompile.criteria import CRITERIA
 from sspcompile.model import journal
+from sspcompile.request.domains import load_outside
 from sspcompile.request.recipe import load_recipe
 
 SENTENCE = "A helpdesk for questions about chemistry"
@@ -615,7 +616,9 @@ def test_pools_and_axes_of_ones_own_have_a_toolkit_of_their_own(run, tiny, tmp_p
     assert len({facts["folder"] for facts in (default, added, chosen)}) == 3
     assert all((tmp_path / facts["folder"] / "toolkit.json").is_file() for facts in (default, added, chosen))
     assert set(added["domains"]) == {*default["domains"], "baking"}
-    assert len(chosen["domains"]) == 3 and len(chosen["axes"]["candidates"]) == len(added["domains"]) + 2
+    assert len(chosen["domains"]) == 3 and len(chosen["axes"]["candidates"]) == len(added["domains"]) + len(
+        load_outside()
+    )
     assert run(*args, *ways[2], home=tmp_path).json["fresh"] is False
     assert run(*args, home=tmp_path).json["fresh"] is False
 
@@ -630,7 +633,8 @@ def test_flap_bias_goes_the_whole_way_where_o_proj_has_a_bias(run, tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_build_leaves_only_what_the_next_one_goes_on_with(number, code, tiny, tmp_path):
-    command = [sys.executable, "-m", "sspcompile.cli.main", *BUILD, "--model", str(tiny), "--out", "deep/out"]
+    command = [sys.executable, "-m", "sspcompile.cli.main", *BUILD, "--model", str(tiny), "--keep", "0.5"]
+    command += ["--out", "deep/out"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob("deep/.partial-*")) and time.monotonic() < deadline:
@@ -661,7 +665,7 @@ def hosted(tiny, tmp_path_factory) -> Path:
     """A home with a uniform build of a Qwen2 model that another family's class loads."""
     home = tmp_path_factory.mktemp("hosted")
     fast = ("--model", tiny, "--continuation-tokens", "2", "--max-tokens", "32", "--criterion", "fisher")
-    args = (*BUILD, *fast, "--host", "seed_oss", "--out", home / "artifacts" / "cut", "--json")
+    args = (*BUILD, *fast, "--keep", "0.5", "--host", "seed_oss", "--out", home / "artifacts" / "cut", "--json")
     code = subprocess.run(
         [sys.executable, "-m", "sspcompile.cli.main", *map(str, args)], cwd=home, capture_output=True, check=False
     ).returncode
@@ -683,7 +687,8 @@ def test_export_moves_a_uniform_build_to_another_class(run, tiny, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
 
-    fast = ("--model", tiny, "--continuation-tokens", "2", "--max-tokens", "32", "--criterion", "fisher")
+    fast = ("--model", tiny, "--keep", "0.5", "--continuation-tokens", "2", "--max-tokens", "32")
+    fast += ("--criterion", "fisher")
     assert run(*BUILD, *fast, "--host", "qwen2", "--out", "artifacts/cut", home=tmp_path).code == 0
     done = run("export", "artifacts/cut", "--host", "granite", "--out", "served", "--json", home=tmp_path)
     assert done.code == 0, done.err

@@ -105,7 +105,7 @@ def test_what_cannot_be_measured_is_one_line(run, args, message):
 
 def test_artifacts_of_different_models_are_not_measured_together(run, home):
     make_checkpoint(home / "other", Shape(layers=2))
-    args = ("build", "--scenario", "Questions about bread", "--model", "other", *FAST, "-q")
+    args = ("build", "--scenario", "Questions about bread", "--model", "other", "--keep", "0.5", *FAST, "-q")
     built = run(*args, "--out", "artifacts/stranger")
     assert built[0] == 0, built[2]
     code, _, err = run("bench", "uniform", "stranger", *SHORT)

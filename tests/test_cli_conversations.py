@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from test_cli import refused, run, shell  # noqa: F401 (a fixture)
 
+from sspcompile.request.prompts import answer_of, asked_of
 from sspcompile.request.recipe import load_recipe
 from sspcompile.request.scenario import scenario_of
 from sspcompile.request.splits import seen_part
@@ -41,7 +42,8 @@ def home(tmp_path_factory) -> Path:
 def test_the_artifact_holds_the_conversations_and_its_report_shows_them(home: Path) -> None:
     prompts = scenario_of(load_recipe(home / "artifacts/talks/recipe.yaml")).prompts
     assert len(prompts) == len(set(prompts)) == len(ASKED)
-    assert prompts[0] == ASKED[0].prompt and [m.role for m in prompts[1]] == ["system", "user", "assistant", "user"]
+    assert asked_of(prompts[0]) == ASKED[0].prompt and answer_of(prompts[0]) is not None
+    assert [m.role for m in asked_of(prompts[1])] == ["system", "user", "assistant", "user"]
     shown = json.loads((home / "artifacts/talks/report.json").read_text())["scenario"]["prompts"]
     assert shown[0] == ASKED[0].prompt and shown[1].startswith("system: Answer briefly.\nuser: ")
 

@@ -26,7 +26,7 @@ from sspcompile.errors import ArtifactError
 
 PROGRAM = (sys.executable, "-m", "sspcompile.cli.main")
 FAST = ("--max-tokens", "24", "--continuation-tokens", "4", "--criterion", "fisher", "-q")
-BUILD = ("build", "--scenario", "Questions about the chemistry of metals", "--model", "model", *FAST)
+BUILD = ("build", "--scenario", "Questions about the chemistry of metals", "--model", "model", "--keep", "0.5", *FAST)
 EXPORT = ("export", "good", "--format", "onnx", "-q")
 KILLS = 25
 

@@ -28,7 +28,7 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def artifact(root) -> sspcompile.Artifact:
-    return sspcompile.build(None, PROMPTS, root=root, layout="uniform", **FAST)
+    return sspcompile.build(None, PROMPTS, root=root, layout="uniform", keep=0.5, **FAST)
 
 
 def test_what_it_offers_is_listed_and_anything_else_is_an_attribute_error():

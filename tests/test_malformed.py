@@ -24,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 from sspcompile.cli.main import main
 
 SENTENCE = "Questions about the chemistry of metals"
-FAST = ("--max-tokens", "24", "--continuation-tokens", "4", "--criterion", "fisher")
+FAST = ("--keep", "0.5", "--max-tokens", "24", "--continuation-tokens", "4", "--criterion", "fisher")
 PLAN = ("plan", "--model", "{in}/model")
 BUILD = ("build", "--scenario", SENTENCE, "--model", "{in}/model", *FAST)
 WITH_PROMPTS = ("build", "--scenario", "{in}/prompts.txt", "--model", "{in}/model", *FAST)

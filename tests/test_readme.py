@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,8 +21,8 @@ REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text("utf-8")
 # Installing is what `make test-wheel` does, in an environment of its own; vLLM is no dependency of the tests.
 NOT_RUN = ("pip install", "make ", "vllm ")
-# Short texts: what is tested is that the commands run.
-SHORT = {"SSPCOMPILE_CONTINUATION_TOKENS": "2", "SSPCOMPILE_MAX_TOKENS": "48"}
+# Short texts and a given budget, which random weights need: what is tested is that the commands run.
+SHORT = {"SSPCOMPILE_CONTINUATION_TOKENS": "2", "SSPCOMPILE_MAX_TOKENS": "48", "SSPCOMPILE_KEEP": "0.75"}
 # From the third command on; the first build measures masks of many scores, as it does for its reader.
 ONE_SCORE = {"SSPCOMPILE_CRITERION": "fisher"}
 
@@ -64,6 +65,8 @@ def folder(tmp_path_factory) -> Path:
         setattr(config, name, getattr(tokenizer, name))
     save_random(place / "my-model", config)
     tokenizer.save_pretrained(place / "my-model")
+    # Stands for the real model that `make demo-llm` brings.
+    shutil.copytree(MODEL_DIR, place / "SmolLM2-135M-Instruct")
     (place / "prompts.txt").write_text("".join(f"What is {n} plus {2 * n}?\n" for n in range(24)))
     (place / "questions.jsonl").write_text('{"prompt": "What is 50 plus 2?", "answer": "52"}\n' * 3)
     return place

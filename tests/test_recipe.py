@@ -179,8 +179,9 @@ def test_default_options() -> None:
         == {
             "model": None,
             "revision": None,
-            "keep": 0.5,
+            "keep": None,
             "strength": None,
+            "max_loss": 0.02,
             "layout": "auto",
             "host": "auto",
             "criterion": "auto",
@@ -257,9 +258,16 @@ def test_parts_that_are_switched_off_are_named_once_and_in_one_order(tmp_path: P
         resolve({"without": ("mixing", "luck")}, environment={})
 
 
-@pytest.mark.parametrize("given", [{"keep": 0.3, "strength": 0.3}, {"keep": None}, {"keep": None, "strength": None}])
-def test_options_have_one_budget(given) -> None:
-    with pytest.raises(ValidationError, match="keep and strength exclude each other"):
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"keep": 0.3, "strength": 0.3}, "keep and strength exclude each other"),
+        ({"keep": 0.3, "max_loss": 0.3}, "keep and max_loss exclude each other"),
+        ({"max_loss": None}, "one of keep, strength, max_loss is needed"),
+    ],
+)
+def test_options_have_one_budget(given, expected: str) -> None:
+    with pytest.raises(ValidationError, match=expected):
         Options(**given)
 
 

@@ -104,7 +104,18 @@ def test_a_shape_that_no_class_holds_is_left_out():
 
 def test_default_build_records_what_it_tried_and_a_named_criterion_tries_nothing(tmp_path):
     make_checkpoint(tmp_path / "model", Shape(layers=2, hidden=64, kv_heads=4, group_size=2, head_dim=16))
-    build = ("build", "--scenario", "chemistry-helpdesk", "--model", "model", "--layout", "uniform", "-q")
+    build = (
+        "build",
+        "--scenario",
+        "chemistry-helpdesk",
+        "--model",
+        "model",
+        "--keep",
+        "0.5",
+        "--layout",
+        "uniform",
+        "-q",
+    )
     fast = ("--continuation-tokens", "2", "--max-tokens", "32")
     masks = []
     for more in (("--out", "auto"), ("--out", "named", "--criterion", "fisher-rounds")):

@@ -25,7 +25,7 @@ from sspcompile.prepare.axes import standardisation
 from sspcompile.prepare.toolkit import REGIMES, Toolkit
 
 # Ridge in units of the mean non-zero eigenvalue of the feature covariance, so that it means the same at any width.
-RIDGE = 0.003
+RIDGE = 0.03
 HELD_OUT = 0.25
 # Few descriptions stand beside many prompts; together they get this share of their domain's weight.
 DESCRIPTION_SHARE = 0.25
@@ -74,9 +74,12 @@ def sample_weights(labels: np.ndarray, is_description: np.ndarray) -> np.ndarray
 
 
 def fit(features: np.ndarray, labels: np.ndarray, weights: np.ndarray, train: np.ndarray, domains: int) -> Probes:
-    """Probes from the rows of features [N, L, d], labels [N] and weights [N] that the flags `train` [N] name."""
+    """Probes from the rows of features [N, L, d], labels [N] and weights [N] that the flags `train` [N] name.
+
+    A label below 0 is of no domain.
+    """
     mean, scale = standardisation(features[train])
-    targets = np.eye(domains)[labels[train]]
+    targets = np.eye(domains)[labels[train]] * (labels[train] >= 0)[:, None]
     layers, width = features.shape[1:]
     weight, bias = np.zeros((layers, domains, width)), np.zeros((layers, domains))
     for group in _layer_groups(layers, domains, int(train.sum()), min(int(train.sum()), width, DIRECTIONS) + 1):

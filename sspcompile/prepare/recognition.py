@@ -19,8 +19,10 @@ from sspcompile.request.splits import thinned
 # better (benchmarks/recognition.py).
 RECOGNITION_TOKENS = 64
 RECOGNITION_PROMPTS = 64
-# Of each outside subject, of which there are several.
-OUTSIDE_PROMPTS = 24
+# Of each outside subject. Where there are so many subjects, every other prompt teaches the probes what no domain is; the
+# others calibrate.
+OUTSIDE_PROMPTS = 50
+ENOUGH_SUBJECTS = 4
 # Joined texts of two domains, of all pairs together and of each.
 CROSS_TEXTS, CROSS_PER_PAIR = 300, 6
 NEAR_CHANCE = 0.6  # mean AUC of a layer below this is reported
@@ -103,9 +105,14 @@ def recognise(
     """Learn to tell the pools apart, from a part of their prompts; texts of none calibrate."""
     corpus, max_tokens = corpus_of(recognised_part(pools)), recognised_tokens(max_tokens)
     outside = recognised_part(outside, OUTSIDE_PROMPTS)
+    foreign: list[str] = []
+    if len(outside) >= ENOUGH_SUBJECTS:
+        foreign = [prompt for pool in outside for prompt in pool.prompts[::2]]
+        outside = tuple(replace(pool, prompts=pool.prompts[1::2]) for pool in outside)
     found = stages.features(corpus.texts, max_tokens, stage_of(report, "features"))
     directions, axes = _axes(found, corpus, pools)
-    fitted, held_out = _probes(found, corpus, len(pools), seed, report)
+    none = stages.features(foreign, max_tokens, stage_of(report, "other subjects")) if foreign else found[:0]
+    fitted, held_out = _probes(found, none, corpus, len(pools), seed, report)
     auc, described_auc = _aucs(fitted, found, corpus, held_out)
     fits = _calibrate(stages, fitted, found, corpus, held_out, outside, seed, max_tokens, report)
     return Recognition(directions, axes, fitted, held_out, auc, described_auc, fits)
@@ -134,13 +141,18 @@ def selected_axes(
 
 
 def _probes(
-    found: np.ndarray, corpus: Corpus, domains: int, seed: int, report: Progress
+    found: np.ndarray, none: np.ndarray, corpus: Corpus, domains: int, seed: int, report: Progress
 ) -> tuple[probes.Probes, np.ndarray]:
-    """The probes, and the held-out flags [N] of the rows that they were not trained on."""
+    """The probes, from features [N, L, d] of the corpus and of text of no domain, `none`, and the held-out flags [N] of
+    the rows of the corpus that they were not trained on.
+    """
     report("probes", 0, 1)
     held_out = probes.split(2 * corpus.labels + corpus.is_description, seed)
-    weights = probes.sample_weights(corpus.labels, corpus.is_description)
-    fitted = probes.fit(found, corpus.labels, weights, ~held_out, domains)
+    labels = np.concatenate([corpus.labels, np.full(len(none), -1)])
+    described = np.concatenate([corpus.is_description, np.zeros(len(none), dtype=bool)])
+    train = np.concatenate([~held_out, np.ones(len(none), dtype=bool)])
+    weights = probes.sample_weights(labels, described)
+    fitted = probes.fit(np.concatenate([found, none]), labels, weights, train, domains)
     report("probes", 1, 1)
     return fitted, held_out
 

@@ -11,7 +11,7 @@ from sspcompile.report.model import LatencyRow, LatencySection, PredictionRow, Q
 # Below this share of agreement more than every tenth token differs: nobody would call that the same model.
 FEW_AGREE = 0.9
 # As in select/mixture.py, which a report does not import.
-MUCH_UNKNOWN = 1 / 3
+MUCH_UNKNOWN = 0.45
 # When this share of a decode step is no reading of memory, it is what keeps the saving from arriving.
 MUCH_ELSE = 0.25
 HEADLINE_METRICS = ("time to first token", "inter-token latency")
