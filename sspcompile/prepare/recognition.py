@@ -19,8 +19,8 @@ from sspcompile.request.splits import thinned
 # better (benchmarks/recognition.py).
 RECOGNITION_TOKENS = 64
 RECOGNITION_PROMPTS = 64
-# Of each outside subject. Where there are so many subjects, every other prompt teaches the probes what no domain is; the
-# others calibrate.
+# Of each outside subject. Where there are so many subjects, every other prompt teaches the probes what no domain is,
+# and the others calibrate.
 OUTSIDE_PROMPTS = 50
 ENOUGH_SUBJECTS = 4
 # Joined texts of two domains, of all pairs together and of each.

@@ -15,8 +15,8 @@ from sspcompile.prepare.toolkit import REGIMES, Toolkit
 # A sigmoid above one half says "this text is of domain k". Temperatures keep the side of a logit, so the regime of a
 # text can be read before it is calibrated.
 FIRES = 0.5
-# From this share on the user is told. On SmolLM2-135M, prompts of its domains that others wrote have 0.33 to 0.45 in the
-# mean, those of another subject 0.68 (benchmarks/recognition.py).
+# From this share on the user is told. On SmolLM2-135M, prompts of its domains that others wrote have 0.33 to 0.45 in
+# the mean, those of another subject 0.68 (benchmarks/recognition.py).
 MUCH_UNKNOWN = 0.45
 
 
