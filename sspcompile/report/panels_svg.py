@@ -14,11 +14,10 @@ ABSENT = 46  # a title and the words instead of bars
 TRACK, TRACK_TOP = 12, 24
 
 # Values are filled bars, intervals lines with ends, and words say both: nothing is told by colour alone.
-# Below 60rem the words of a panel do not fit into a third of a page.
+# Below 60rem the words of a panel do not fit into a third of a screen; on paper they are smaller instead.
 STYLE = """
 .ssp-panels{display:grid;grid-template-columns:repeat(3,1fr);gap:1.5rem 2.2rem}
 .ssp-panels svg{display:block;overflow:visible}
-@media (max-width:60rem){.ssp-panels{grid-template-columns:1fr}}
 .ssp-panels text{font:12px system-ui,sans-serif;fill:#57606a}
 .ssp-panels .t{font-size:15px;font-weight:600;fill:#1b1f24}
 .ssp-panels .l{font-size:13px;fill:#1b1f24}
@@ -29,6 +28,9 @@ STYLE = """
 .ssp-panels .bar{fill:#3f85c2}.ssp-panels .lost .bar{fill:#d9822b}
 .ssp-panels .i{stroke:#1b1f24;stroke-width:2}
 .ssp-panels .o{stroke:#57606a;stroke-dasharray:2 2}
+@media screen and (max-width:60rem){.ssp-panels{grid-template-columns:1fr}}
+@media print{.ssp-panels{gap:1.2rem}.ssp-panels text{font-size:10px}.ssp-panels .t,.ssp-panels .v{font-size:12px}
+.ssp-panels .e{font-size:9px}}
 @media screen and (prefers-color-scheme:dark){.ssp-panels text{fill:#a0a9b4}
 .ssp-panels .t,.ssp-panels .l,.ssp-panels .v,.ssp-panels .f{fill:#e6e9ed}
 .ssp-panels .track{stroke:#77808b}.ssp-panels .bar{fill:#2f77b8}.ssp-panels .lost .bar{fill:#b0641a}

@@ -119,14 +119,15 @@ def test_the_words_of_the_figures_do_not_run_into_each_other(name, size, open_pa
 @pytest.mark.parametrize("name", REPORTS)
 def test_details_open_by_key_and_all_of_them_on_paper(name, open_page):
     page, _, _ = open_page(name)
-    inside = page.locator("details table")
-    visible = "tables => tables.filter(one => one.checkVisibility({contentVisibilityAuto: true})).length"
-    assert inside.evaluate_all(visible) == 0
+    shown = "[...document.querySelectorAll('details table')].filter(one => one.checkVisibility()).length"
+    assert page.evaluate(shown) == 0
     page.locator("summary", has_text="Quality").focus()
     page.keyboard.press("Enter")
-    assert inside.evaluate_all(visible) == 1
+    page.wait_for_function(f"{shown} === 1")
     page.emulate_media(media="print")
-    assert inside.evaluate_all(visible) == inside.count() > 5
+    everything = page.locator("details table").count()
+    assert everything > 5
+    page.wait_for_function(f"{shown} === {everything}")
 
 
 @pytest.mark.parametrize("name", PAGES)
