@@ -13,6 +13,8 @@ import pytest
 from rich.console import Console
 from test_report import EVIL, Markup, bench_result, full_report, mask, quality, sizes
 
+from sspcompile.cli.build import SUMMARY
+from sspcompile.cli.tables import print_report
 from sspcompile.intervals import Estimate
 from sspcompile.report import Report, write_report
 from sspcompile.report.build import latency_section
@@ -308,3 +310,12 @@ def test_a_terminal_without_unicode_gets_the_same_screen_in_ascii() -> None:
     assert "weights             ##########--" in told
     assert "on the scenario" in told and "o" in told
     assert told.isascii()
+
+
+def test_what_build_prints_begins_with_it(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    print_report(build(), only=SUMMARY)
+    printed = capsys.readouterr().out
+    assert printed.startswith(shown(build()))
+    assert [line for line in printed.splitlines() if line in ("Findings", "Quality", "Size")] == ["Findings", "Quality"]
+    assert max(map(len, printed.splitlines())) <= 80

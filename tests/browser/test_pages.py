@@ -157,9 +157,7 @@ def test_screenshots(open_page):
     folder = os.environ.get("SCREENSHOTS")
     if folder is None:
         pytest.skip("SCREENSHOTS names no folder")
-    page, _, _ = open_page("report.html", size={"width": 980, "height": 620})
+    page, _, _ = open_page("report.html", size={"width": 1024, "height": 830})
     page.screenshot(path=Path(folder) / "report.png")
-    page, _, _ = open_page("report.html", "dark", {"width": 980, "height": 1400})
-    page.locator("figure", has=page.locator(".ssp-mask")).screenshot(path=Path(folder) / "report-mask-dark.png")
     page, _, _ = open_page("frontier.html", size={"width": 1100, "height": 700})
     page.locator(".scroll > svg").screenshot(path=Path(folder) / "frontier.png")
