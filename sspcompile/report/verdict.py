@@ -76,12 +76,14 @@ def _narrow(ours: QualityRow) -> str | None:
 
 
 def _faster(latency: LatencySection) -> str:
-    gains = [
-        f"{row.metric} {with_interval(row.improvement)} times, {row.load}"
-        for row in latency.rows
-        if row.metric in HEADLINE_METRICS and row.verdict == "better" and row.improvement is not None
-    ]
-    return "; ".join(gains)
+    """Which metrics got better, and where not under all loads, under how many; the findings say by how much."""
+    gains = []
+    for metric in HEADLINE_METRICS:
+        verdicts = [row.verdict for row in latency.rows if row.metric == metric and row.improvement is not None]
+        better = verdicts.count("better")
+        if better:
+            gains.append(metric if better == len(verdicts) else f"{metric} in {better} of {len(verdicts)} measurements")
+    return ", ".join(gains)
 
 
 def _smaller(report: Report) -> str:
