@@ -403,7 +403,11 @@ def test_one_conclusion_follows_from_the_numbers() -> None:
     near = {"off_kl": Estimate(value=0.11, low=0.1, high=0.2), "off_agreement": Estimate(value=0.9)}
     assert "SCENARIO ONLY" not in concluded(quality=(ours.model_copy(update=near),))
     faster = latency_section(bench_result(prefill=0.5, decode=1.0))
-    assert concluded(quality=(ours,), latency=faster).startswith("SHIP: faster where it was measured (time to")
+    assert concluded(quality=(ours,), latency=faster, sizes=sizes()) == (
+        "SHIP: faster where it was measured (time to first token); weights -12.5 %, KV cache -50 %."
+    )
+    slower = faster.model_copy(update={"rows": (*faster.rows, faster.rows[0].model_copy(update={"verdict": "worse"}))})
+    assert "(time to first token in 1 of 2 measurements)." in concluded(quality=(ours,), latency=slower)
     same = latency_section(bench_result(prefill=1.0, decode=1.0))
     assert concluded(quality=(ours,), latency=same, sizes=sizes()) == (
         "NO MEASURABLE GAIN IN SPEED; weights -12.5 %, KV cache -50 %."

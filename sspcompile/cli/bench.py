@@ -120,7 +120,7 @@ def bench(
         return
     from sspcompile.cli.tables import print_report
 
-    print_report(done.report, only=("verdict", "latency"))
+    print_report(done.report, only=("findings", "latency"))
     for folder in done.artifacts:
         click.echo(f"Report: {folder / 'report.html'}", err=True)
 

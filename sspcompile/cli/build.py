@@ -25,7 +25,7 @@ from sspcompile.cli.options import (
 )
 
 # What a build prints by itself; the whole report is in the files, or printed with --verbose.
-SUMMARY = ("verdict", "quality", "sizes")
+SUMMARY = ("findings", "quality")
 
 
 @click.command(

@@ -8,14 +8,14 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from sspcompile.report.page import Page
-from sspcompile.report.text import ALARMS
+from sspcompile.report.verdict import alarming
 
 
 def render_html(page: Page) -> str:
     """A complete document. Its content security policy forbids scripts and every request."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.tests["alarming"] = lambda sentence: any(alarm in sentence for alarm in ALARMS)
+    environment.tests["alarming"] = alarming
     # Drawings are made of numbers, and what is text in them is escaped where they are drawn.
-    environment.filters["drawing"] = lambda picture: Markup(picture.svg)
+    environment.filters["drawing"] = Markup
     template = environment.from_string(Path(__file__).with_name("template.html").read_text("utf-8"))
     return template.render(page=page)

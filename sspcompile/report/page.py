@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from sspcompile.report.first import FirstScreen, Picture, first_screen, heat_map
 from sspcompile.report.format import change, clean, count, figures, percent, quantity, seconds, size, with_interval
 from sspcompile.report.model import LatencyRow, LatencySection, Pair, QualityRow, Report
-from sspcompile.report.svg import render_svg
-from sspcompile.report.verdict import verdict
+from sspcompile.report.verdict import alarming, verdict
 
 PROMPTS_SHOWN = 5
 PROMPT_CHARACTERS = 300
@@ -24,52 +24,54 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """`svg` is a self-contained drawing made of numbers and escaped text, `file` the name it goes by beside a page."""
-
-    file: str
-    svg: str
-    label: str
-
-
-@dataclass(frozen=True)
 class Block:
-    """`key` is stable and fit for an anchor."""
+    """`key` is stable and fit for an anchor; `hint` says what a reader finds in it before it is unfolded."""
 
     key: str
     title: str
     sentences: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
     picture: Picture | None = None
+    hint: str = ""
 
 
 @dataclass(frozen=True)
 class Page:
-    """What a renderer takes. Every text in it is cleaned of control characters."""
+    """What a renderer takes. Every text in it is cleaned of control characters. Below a first screen the blocks are
+    details.
+    """
 
     title: str
     blocks: tuple[Block, ...]
+    first: FirstScreen | None = None
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """Those that have files of their own."""
+        mask = [self.first.mask] if self.first and self.first.mask else []
+        return (*mask, *(block.picture for block in self.blocks if block.picture))
 
 
-def page(title: str, blocks: Iterable[Block | None]) -> Page:
+def page(title: str, blocks: Iterable[Block | None], first: FirstScreen | None = None) -> Page:
     """A page of the blocks that are there."""
-    return Page(clean(title), tuple(_cleaned(block) for block in blocks if block is not None))
+    return Page(clean(title), tuple(_cleaned(block) for block in blocks if block is not None), first)
 
 
 def report_page(report: Report) -> Page:
-    """All blocks that the report has something for."""
+    """The first screen of a build that was judged, and all blocks that the report has something for."""
+    first = first_screen(report)
     found = (
-        Block("verdict", "Verdict", verdict(report)),
+        _findings(report, first),
         _scenario(report),
         _quality(report),
         _layout(report),
         _sizes(report),
         _latency(report),
-        _mask(report),
+        _mask(report, first),
         _checks(report),
         _reproduce(report),
     )
-    return page(report.title, found)
+    return page(report.title, found, first)
 
 
 def _cleaned(block: Block) -> Block:
@@ -77,7 +79,16 @@ def _cleaned(block: Block) -> Block:
         Table(clean(t.caption), tuple(map(clean, t.headers)), tuple(tuple(map(clean, row)) for row in t.rows))
         for t in block.tables
     )
-    return Block(block.key, clean(block.title), tuple(map(clean, block.sentences)), tables, block.picture)
+    sentences = tuple(map(clean, block.sentences))
+    return Block(block.key, clean(block.title), sentences, tables, block.picture, clean(block.hint))
+
+
+def _findings(report: Report, first: FirstScreen | None) -> Block:
+    """The verdict in full, less what the first screen says."""
+    sentences = verdict(report)[1 if first else 0 :]
+    alarms = sum(map(alarming, sentences))
+    hint = f"{len(sentences)} sentences, {alarms or 'none'} of them a loss or a warning"
+    return Block("findings", "Findings", sentences, hint=hint)
 
 
 def _scenario(report: Report) -> Block | None:
@@ -93,7 +104,8 @@ def _scenario(report: Report) -> Block | None:
     weights = sorted(s.mixture.items(), key=lambda item: (-item[1], item[0]))
     rows = [(name, percent(weight)) for name, weight in weights]
     rows += [("no known domain", percent(s.unknown)), ("breadth (0 one domain, 1 all alike)", figures(s.breadth))]
-    return Block("scenario", "Scenario", tuple(sentences), (Table("Mixture", ("domain", "share"), tuple(rows)),))
+    table = Table("Mixture", ("domain", "share"), tuple(rows))
+    return Block("scenario", "Scenario", tuple(sentences), (table,), hint="its texts and their domains")
 
 
 def _short(text: str) -> str:
@@ -127,7 +139,8 @@ def _quality(report: Report) -> Block | None:
     if not report.quality:
         return None
     caption = "Against the dense model on held-out prompts of the scenario; 95 % bootstrap intervals over prompts"
-    return Block("quality", "Quality", (), (_quality_table(caption, report.quality),))
+    hint = "this build, and others of the same budget, against the dense model"
+    return Block("quality", "Quality", (), (_quality_table(caption, report.quality),), hint=hint)
 
 
 def _layout(report: Report) -> Block | None:
@@ -140,7 +153,8 @@ def _layout(report: Report) -> Block | None:
         tables = (
             _quality_table("Layouts at the same budget, on the guard texts, which decide between them", layout.figures),
         )
-    return Block("layout", "Layout", (f"Requested {layout.requested}, built {layout.chosen}{reason}.",), tables)
+    told = f"Requested {layout.requested}, built {layout.chosen}{reason}."
+    return Block("layout", "Layout", (told,), tables, hint=f"why it is {layout.chosen}")
 
 
 def _sizes(report: Report) -> Block | None:
@@ -157,7 +171,8 @@ def _sizes(report: Report) -> Block | None:
         row("KV cache per token", sizes.kv_bytes_per_token, size),
     )
     share = f"Head pruning can touch {percent(sizes.prunable_share)} of the dense model's parameters."
-    return Block("sizes", "Size", (share,), (Table("Dense and sliced", ("", "dense", "sliced", "change"), rows),))
+    table = Table("Dense and sliced", ("", "dense", "sliced", "change"), rows)
+    return Block("sizes", "Size", (share,), (table,), hint="parameters, weights and KV cache")
 
 
 def _latency(report: Report) -> Block | None:
@@ -176,7 +191,8 @@ def _latency(report: Report) -> Block | None:
     ]
     tables += [*_predicted(latency), *_capacity(latency)]
     tables.append(Table("What is measured", ("metric", "definition"), tuple(definitions.items())))
-    return Block("latency", "Speed and memory", (f"Conditions: {conditions}.",), tuple(tables))
+    hint = "every metric under every load, and what the bytes predict"
+    return Block("latency", "Speed and memory", (f"Conditions: {conditions}.",), tuple(tables), hint=hint)
 
 
 def _pair(row: LatencyRow) -> tuple[str, str]:
@@ -242,7 +258,7 @@ def _capacity(latency: LatencySection) -> Iterator[Table]:
         )
 
 
-def _mask(report: Report) -> Block | None:
+def _mask(report: Report, first: FirstScreen | None) -> Block | None:
     mask, budget = report.mask, report.budget
     if mask is None:
         return _budget_block(report)
@@ -252,12 +268,13 @@ def _mask(report: Report) -> Block | None:
         sentences.append(_budget_sentence(report))
     rows = tuple((str(layer), str(len(row)), _ranges(row)) for layer, row in enumerate(mask.kept))
     table = Table("Kept query heads per layer", ("layer", "kept", "heads"), rows)
-    picture = Picture("mask.svg", render_svg(mask), "kept and removed heads")
-    return Block("mask", "Heads", tuple(sentences), (table,), picture)
+    picture = None if first else heat_map(report)
+    return Block("mask", "Heads", tuple(sentences), (table,), picture, "which are kept, layer by layer")
 
 
 def _budget_block(report: Report) -> Block | None:
-    return Block("budget", "Budget", (_budget_sentence(report),)) if report.budget else None
+    hint = "how many heads were allowed"
+    return Block("budget", "Budget", (_budget_sentence(report),), hint=hint) if report.budget else None
 
 
 def _budget_sentence(report: Report) -> str:
@@ -303,7 +320,8 @@ def _checks(report: Report) -> Block | None:
         )
     if not rows:
         return None
-    return Block("checks", "Checks", (), (Table("What was checked", ("check", "result", "detail"), tuple(rows)),))
+    table = Table("What was checked", ("check", "result", "detail"), tuple(rows))
+    return Block("checks", "Checks", (), (table,), hint="what loads it, and whether it equals the masked model")
 
 
 def _reproduce(report: Report) -> Block | None:
@@ -319,7 +337,9 @@ def _reproduce(report: Report) -> Block | None:
         )
     if report.versions:
         tables = (*tables, Table("Versions", ("package", "version"), tuple(sorted(report.versions.items()))))
-    return Block("reproduce", "How to get it again", sentences, tables) if sentences or tables else None
+    if not sentences and not tables:
+        return None
+    return Block("reproduce", "How to get it again", sentences, tables, hint="model, command, fingerprints, versions")
 
 
 def _reproduce_sentences(report: Report) -> Iterator[str]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from xml.sax.saxutils import escape
 
 from sspcompile.report.format import figures
 from sspcompile.report.model import MaskSection
 
-LARGEST_CELL, SMALLEST_CELL = 30, 14
-TARGET_WIDTH = 640
-LEFT, TOP, LEGEND = 58, 40, 58
-LEGEND_WIDTH = 430
+LARGEST_CELL, SMALLEST_CELL = 30, 10
+TARGET_WIDTH, TARGET_HEIGHT = 640, 380  # with a verdict and three figures above it, this fits on one screen
+LEFT, TOP = 58, 40
+SIGN, LEGEND_WIDTH, LEGEND_ROW = 16, 280, 22
 GROUP_GAP = 7
-LABELS_APART = 26  # pixels between axis labels, at least
+LABELS_APART, LINES_APART = 26, 12  # pixels between axis labels side by side, and one above the other
 SHADES = 5
 
 # Kept and removed differ in shape (filled against hollow with a cross), not in colour alone; the blues differ in
@@ -27,7 +27,7 @@ STYLE = """
 .ssp-mask .w{fill:#ffb000;stroke:#1b1f24;stroke-width:1}
 .ssp-mask .k0{fill:#9cc3e6}.ssp-mask .k1{fill:#6ba5d7}.ssp-mask .k2{fill:#3f85c2}
 .ssp-mask .k3{fill:#1f66a5}.ssp-mask .k4{fill:#0b4480}
-@media (prefers-color-scheme:dark){.ssp-mask text{fill:#e6e9ed}.ssp-mask .r{fill:#14181d;stroke:#77808b}
+@media screen and (prefers-color-scheme:dark){.ssp-mask text{fill:#e6e9ed}.ssp-mask .r{fill:#14181d;stroke:#77808b}
 .ssp-mask .x{stroke:#77808b}.ssp-mask .s{stroke:#a0a9b4}.ssp-mask .w{stroke:#fff}
 .ssp-mask .k0{fill:#1d568c}.ssp-mask .k1{fill:#2f77b8}.ssp-mask .k2{fill:#5796d0}
 .ssp-mask .k3{fill:#8dbbe6}.ssp-mask .k4{fill:#c9e1f7}}
@@ -36,10 +36,11 @@ STYLE = """
 
 def render_svg(mask: MaskSection) -> str:
     """A self-contained SVG; each cell has a `<title>` with layer, head, fate and score."""
-    cell = max(SMALLEST_CELL, min(LARGEST_CELL, TARGET_WIDTH // mask.heads))
+    cell = max(SMALLEST_CELL, min(LARGEST_CELL, TARGET_WIDTH // mask.heads, TARGET_HEIGHT // mask.layers))
     group = mask.heads // mask.kv_heads
     width = max(_x(mask.heads - 1, cell, group) + cell + 12, LEFT + LEGEND_WIDTH)
-    height = TOP + mask.layers * cell + LEGEND
+    bottom = TOP + mask.layers * cell + 16
+    legend, height = _legend(mask, bottom, width)
     kept = sum(map(len, mask.kept))
     label = f"{kept} of {mask.layers * mask.heads} heads kept, in {mask.layers} layers of {mask.heads} heads"
     parts = [
@@ -49,7 +50,7 @@ def render_svg(mask: MaskSection) -> str:
         *_axes(mask, cell, group),
         *_separators(mask, cell, group),
         *_cells(mask, cell, group),
-        *_legend(mask, TOP + mask.layers * cell + 16),
+        *legend,
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
@@ -61,12 +62,12 @@ def _x(head: int, cell: int, group: int) -> int:
 
 
 def _axes(mask: MaskSection, cell: int, group: int) -> Iterator[str]:
-    step = max(1, -(-LABELS_APART // cell))
+    step = -(-LABELS_APART // cell)
     yield f'<text class="t" x="{LEFT}" y="14">query head</text>'
     for head in range(0, mask.heads, step):
         yield f'<text x="{_x(head, cell, group) + cell / 2:g}" y="{TOP - 6}" text-anchor="middle">{head}</text>'
     yield f'<text class="t" x="4" y="{TOP - 6}">layer</text>'
-    for layer in range(0, mask.layers, 1 if cell >= 14 else 2):
+    for layer in range(0, mask.layers, -(-LINES_APART // cell)):
         yield f'<text x="{LEFT - 8}" y="{TOP + (layer + 0.5) * cell + 4:g}" text-anchor="end">{layer}</text>'
 
 
@@ -124,15 +125,30 @@ def _shades(scores: Sequence[Sequence[float]] | None, layers: int, heads: int) -
     return [[SHADES * rank[value] // len(distinct) for value in row] for row in scores]
 
 
-def _legend(mask: MaskSection, y: int) -> Iterator[str]:
-    cell = 16
-    entries = [(_kept(LEFT, y, cell, 0) + _kept(LEFT + 18, y, cell, SHADES - 1), 42, "kept (low, high score)")]
+def _legend(mask: MaskSection, top: int, width: int) -> tuple[list[str], int]:
+    """What the signs mean, in as many rows as the width asks for, and where they end."""
+    drawn, x, y = [], LEFT, top
+    for sign, indent, room, text in _signs(mask):
+        if x > LEFT and x + room > width:
+            x, y = LEFT, y + LEGEND_ROW
+        drawn.append(f'{sign(x, y)}<text x="{x + indent}" y="{y + 12}">{text}</text>')
+        x += room
+    return drawn, y + LEGEND_ROW
+
+
+def _signs(mask: MaskSection) -> Iterator[tuple[Callable[[int, int], str], int, int, str]]:
+    """How a sign is drawn, where its words begin, how wide both are, and the words."""
     if mask.scores is None:
-        entries = [(_kept(LEFT, y, cell, SHADES // 2), 24, "kept")]
-    entries.append((_removed(LEFT + 190, y, cell), 214, "removed"))
+        yield lambda x, y: _kept(x, y, SIGN, SHADES // 2), 24, 80, "kept"
+    else:
+        yield (
+            lambda x, y: _kept(x, y, SIGN, 0) + _kept(x + 18, y, SIGN, SHADES - 1),
+            42,
+            190,
+            "kept (low, high score)",
+        )
+    yield lambda x, y: _removed(x, y, SIGN), 24, 90, "removed"
     if mask.whitelist and any(map(any, mask.whitelist)):
-        entries.append((_dot(LEFT + 298, y + cell / 2, 4), 310, "whitelisted"))
-    for shape, text_x, text in entries:
-        yield f'{shape}<text x="{LEFT + text_x}" y="{y + 12}">{text}</text>'
+        yield lambda x, y: _dot(x + 6, y + SIGN / 2, 4), 18, 100, "whitelisted"
     if mask.heads > mask.kv_heads > 1:
-        yield f'<text x="{LEFT}" y="{y + 34}">lines separate key/value groups</text>'
+        yield lambda x, y: "", 0, 200, "lines separate key/value groups"

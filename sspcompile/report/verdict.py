@@ -16,6 +16,7 @@ MUCH_UNKNOWN = 0.45
 MUCH_ELSE = 0.25
 HEADLINE_METRICS = ("time to first token", "inter-token latency")
 SPOKEN_METRICS = (*HEADLINE_METRICS, "load", "peak resident memory", "peak device memory")
+ALARMS = ("LOSS", "FAILED", "FURTHER", "DO NOT SHIP", "FOR THIS SCENARIO ONLY", "NO MEASURABLE GAIN")
 
 
 def verdict(report: Report) -> tuple[str, ...]:
@@ -35,9 +36,14 @@ def verdict(report: Report) -> tuple[str, ...]:
     return sentences or ("Nothing was measured.",)
 
 
+def alarming(sentence: str) -> bool:
+    """Whether a sentence of a verdict says something that must not be overlooked."""
+    return any(alarm in sentence for alarm in ALARMS)
+
+
 def headline(report: Report) -> str | None:
     """One conclusion from the numbers; None without a quality measurement of a build."""
-    ours, parity = _ours(report), report.parity
+    ours, parity = ours_of(report), report.parity
     if ours is None:
         return None
     if parity is not None and not parity.holds:
@@ -70,12 +76,14 @@ def _narrow(ours: QualityRow) -> str | None:
 
 
 def _faster(latency: LatencySection) -> str:
-    gains = [
-        f"{row.metric} {with_interval(row.improvement)} times, {row.load}"
-        for row in latency.rows
-        if row.metric in HEADLINE_METRICS and row.verdict == "better" and row.improvement is not None
-    ]
-    return "; ".join(gains)
+    """Which metrics got better, and where not under all loads, under how many; the findings say by how much."""
+    gains = []
+    for metric in HEADLINE_METRICS:
+        verdicts = [row.verdict for row in latency.rows if row.metric == metric and row.improvement is not None]
+        better = verdicts.count("better")
+        if better:
+            gains.append(metric if better == len(verdicts) else f"{metric} in {better} of {len(verdicts)} measurements")
+    return ", ".join(gains)
 
 
 def _smaller(report: Report) -> str:
@@ -98,12 +106,13 @@ def _parity(report: Report) -> Iterator[str]:
         yield f"FAILED: the files write other text than the masked model, with a {figure}."
 
 
-def _ours(report: Report) -> QualityRow | None:
+def ours_of(report: Report) -> QualityRow | None:
+    """The row of the build itself."""
     return next((row for row in report.quality if row.role == "ours"), None)
 
 
 def _quality(report: Report) -> Iterator[str]:
-    ours = _ours(report)
+    ours = ours_of(report)
     if ours is None:
         yield "Quality was not measured, so what the cut costs is not known."
         return
@@ -142,7 +151,7 @@ def _turned(agreement: Estimate) -> str:
 
 
 def _baselines(report: Report) -> Iterator[str]:
-    ours = _ours(report)
+    ours = ours_of(report)
     if ours is None:
         return
     for row in report.quality:

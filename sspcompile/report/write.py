@@ -22,7 +22,7 @@ def write_report(report: Report, folder: Path) -> tuple[Path, ...]:
 def write_page(page: Page, data: str, folder: Path, name: str) -> tuple[Path, ...]:
     """Write `data` as NAME.json, the page as NAME.md and NAME.html, and its pictures. Returns their paths."""
     contents = {f"{name}.json": data, f"{name}.md": render_markdown(page), f"{name}.html": render_html(page)}
-    contents |= {block.picture.file: block.picture.svg for block in page.blocks if block.picture}
+    contents |= {picture.file: picture.svg for picture in page.pictures}
     for file, content in contents.items():
         (folder / file).write_bytes(content.encode("utf-8"))
     return tuple(folder / file for file in contents)

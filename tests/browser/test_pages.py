@@ -28,7 +28,9 @@ QUIET = (
 )
 SERIOUS = ("serious", "critical")
 # What a screen of each kind is like, in CSS pixels.
-DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+DESK, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
+REPORTS = ("report.html", "uniform.html")
+UNFOLD = "document.querySelectorAll('details').forEach(one => one.open = true)"
 
 
 @pytest.fixture(scope="module")
@@ -79,15 +81,53 @@ def test_a_page_is_small_quiet_and_asks_for_nothing(name, open_page):
 @pytest.mark.parametrize("name", PAGES)
 def test_no_serious_finding_of_axe(name, scheme, size, open_page):
     page, _, _ = open_page(name, scheme, size)
-    found = Axe().run(page).response["violations"]
-    told = [f"{one['id']}: {one['nodes'][0]['html'][:200]}" for one in found if one["impact"] in SERIOUS]
-    assert told == []
+    for _ in ("folded", "unfolded"):
+        found = Axe().run(page).response["violations"]
+        told = [f"{one['id']}: {one['nodes'][0]['html'][:200]}" for one in found if one["impact"] in SERIOUS]
+        assert told == []
+        page.evaluate(UNFOLD)
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_a_phone_scrolls_tables_and_not_the_page(name, open_page):
     page, _, _ = open_page(name, size=PHONE)
+    page.evaluate(UNFOLD)
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_a_desk_shows_verdict_figures_and_heat_map_without_scrolling(name, open_page):
+    page, _, _ = open_page(name)
+    ends = [page.locator(part).bounding_box() for part in (".verdict", ".ssp-panels", ".ssp-mask")]
+    bottoms = [box["y"] + box["height"] for box in ends]
+    assert bottoms == sorted(bottoms) and bottoms[-1] <= DESK["height"]
+
+
+@pytest.mark.parametrize("size", [DESK, {"width": 961, "height": 700}, PHONE], ids=["desk", "narrow", "phone"])
+@pytest.mark.parametrize("name", REPORTS)
+def test_the_words_of_the_figures_do_not_run_into_each_other(name, size, open_page):
+    page, _, _ = open_page(name, size=size)
+    boxes = [(one.text_content(), one.bounding_box()) for one in page.locator(".ssp-panels text").all()]
+    assert len(boxes) > 15
+    for index, (text, a) in enumerate(boxes):
+        assert a["x"] >= 0 and a["x"] + a["width"] <= size["width"], text
+        for other, b in boxes[:index]:
+            apart = a["x"] + a["width"] <= b["x"] or b["x"] + b["width"] <= a["x"]
+            assert apart or abs(a["y"] - b["y"]) >= 10, (text, other)
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_details_open_by_key_and_all_of_them_on_paper(name, open_page):
+    page, _, _ = open_page(name)
+    shown = "[...document.querySelectorAll('details table')].filter(one => one.checkVisibility()).length"
+    assert page.evaluate(shown) == 0
+    page.locator("summary", has_text="Quality").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function(f"{shown} === 1")
+    page.emulate_media(media="print")
+    everything = page.locator("details table").count()
+    assert everything > 5
+    page.wait_for_function(f"{shown} === {everything}")
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -109,7 +149,7 @@ def test_every_cell_of_the_mask_tells_what_it_is_when_pointed_at(open_page):
 
 def test_a_prompt_with_markup_is_shown_as_text(open_page):
     page, said, _ = open_page("uniform.html")
-    assert said == [] and "<script>alert(1)</script>" in page.locator("body").inner_text()
+    assert said == [] and "<script>alert(1)</script>" in page.locator("body").text_content()
 
 
 def test_screenshots(open_page):
@@ -117,10 +157,7 @@ def test_screenshots(open_page):
     folder = os.environ.get("SCREENSHOTS")
     if folder is None:
         pytest.skip("SCREENSHOTS names no folder")
-    page, _, _ = open_page("report.html", size={"width": 980, "height": 620})
+    page, _, _ = open_page("report.html", size={"width": 1024, "height": 830})
     page.screenshot(path=Path(folder) / "report.png")
-    page, _, _ = open_page("report.html", "dark", {"width": 980, "height": 1400})
-    page.locator("#mask").scroll_into_view_if_needed()
-    page.locator("section[aria-labelledby=mask]").screenshot(path=Path(folder) / "report-mask-dark.png")
     page, _, _ = open_page("frontier.html", size={"width": 1100, "height": 700})
     page.locator(".scroll > svg").screenshot(path=Path(folder) / "frontier.png")
