@@ -2,9 +2,9 @@
 
     python -m benchmarks.build --model SMOLLM2 --questions train.jsonl --judge test.jsonl [--only first,second,sentence]
 
-The scenario is PROMPTS word problems of the user's own, question and answer (lines `{"question": ..., "answer": ...}`,
-as GSM8K has them). *first*: the first build of the model. *second*: another scenario of as many other problems, the
-model having been read before. *sentence*: a scenario in one sentence, which reads the domain pools instead. A pass is a
+The scenario is PROMPTS word problems of the user's own with reference answers (lines `{"question": ..., "answer": ...}`,
+as GSM8K has them). *first*: the first build of the model. *second*: another scenario of as many other problems, the model
+having been read before. *sentence*: a scenario in one sentence, which reads the domain pools instead. A pass is a
 bare forward pass of the decoder, without lm_head, over the same texts on the same threads; each figure is the wall time
 of the whole command over that of the pass, both taken in this run. Peak memory is that of the command with all that it
 starts. `--busy N` starts N processes that do nothing but compute, and repeats *first* beside them.
@@ -31,7 +31,8 @@ import torch
 from sspcompile.model.dense import open_dense
 from sspcompile.model.divergence import DivergenceAccumulator
 from sspcompile.model.loading import load_cut
-from sspcompile.model.text import Sentence, batches_of, encode, sentences
+from sspcompile.model.text import MAX_TOKENS, Sentence, batches_of, encode, sentences
+from sspcompile.prepare.recognition import OUTSIDE_PROMPTS, corpus_of, recognised_part, recognised_tokens
 from sspcompile.request.domains import load_outside, load_pools
 from sspcompile.request.splits import fit_part
 
@@ -93,16 +94,16 @@ def problems(path: Path, first: int, count: int) -> list[tuple[str, str]]:
 
 
 def write_prompts(path: Path, asked: Sequence[tuple[str, str]]) -> None:
-    """A prompts file: each prompt is a question with its answer."""
-    lines = [json.dumps({"prompt": f"{question}\n{answer}"}) for question, answer in asked]
+    """A prompts file of questions with their reference answers."""
+    lines = [json.dumps({"prompt": question, "answer": answer}) for question, answer in asked]
     path.write_text("\n".join(lines) + "\n", "utf-8")
 
 
 @torch.inference_mode()
-def bare_pass(model: str, texts: Sequence[str], repeats: int) -> tuple[float, int]:
+def bare_pass(model: str, texts: Sequence[str], repeats: int, max_tokens: int) -> tuple[float, int]:
     """Least seconds of a forward pass over the texts, and their tokens."""
     loaded = open_dense(model).load()
-    batches = encode(loaded, texts)
+    batches = encode(loaded, texts, max_tokens)
     taken = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -194,10 +195,12 @@ def main(
         rows: dict[str, object] = {"model": Path(model).name, "prompts": prompts, "keep": keep, "threads": threads}
         kinds = [kind for kind in ("first", "second", "sentence") if kind in only.split(",")]
         for kind in kinds:
-            read = [f"{q}\n{a}" for q, a in own[kind == "second"]]
+            read, most = [f"{q}\n{a}" for q, a in own[kind == "second"]], MAX_TOKENS
             if kind == "sentence":
-                read = [text for pool in (*fit_part(load_pools()), *load_outside()) for text in pool.prompts]
-            seconds, tokens = bare_pass(model, read, 2)
+                outside = recognised_part(load_outside(), OUTSIDE_PROMPTS)
+                read = [*corpus_of(recognised_part(fit_part(load_pools()))).texts, *corpus_of(outside).texts]
+                most = recognised_tokens(MAX_TOKENS)
+            seconds, tokens = bare_pass(model, read, 2, most)
             scenario = SENTENCE if kind == "sentence" else f"prompts-{int(kind == 'second')}.jsonl"
             foretold = foretell(model, scenario, home, keep, words)
             cost = build(model, scenario, kind, home, keep, words)
