@@ -2,12 +2,13 @@
 
     python -m benchmarks.build --model SMOLLM2 --questions train.jsonl --judge test.jsonl [--only first,second,sentence]
 
-The scenario is PROMPTS word problems of the user's own with reference answers (lines `{"question": ..., "answer": ...}`,
-as GSM8K has them). *first*: the first build of the model. *second*: another scenario of as many other problems, the model
-having been read before. *sentence*: a scenario in one sentence, which reads the domain pools instead. A pass is a
-bare forward pass of the decoder, without lm_head, over the same texts on the same threads; each figure is the wall time
-of the whole command over that of the pass, both taken in this run. Peak memory is that of the command with all that it
-starts. `--busy N` starts N processes that do nothing but compute, and repeats *first* beside them.
+The scenario is PROMPTS word problems of the user's own with reference answers (lines `{"question": ..., "answer":
+...}`, as GSM8K has them). *first*: the first build of the model. *second*: another scenario of as many other
+problems, the model having been read before. *sentence*: a scenario in one sentence, which reads the domain pools
+instead. A pass is a bare forward pass of the decoder, without lm_head, over the same texts on the same threads; each
+figure is the wall time of the whole command over that of the pass, both taken in this run. Peak memory is that of the
+command with all that it starts. `--busy N` starts N processes that do nothing but compute, and repeats *first* beside
+them.
 
 What was lost is measured apart, on problems of `--judge` that no build has seen: KL from the dense model and same next
 token over the answers, and their perplexity.
