@@ -181,7 +181,7 @@ def test_default_options() -> None:
             "revision": None,
             "keep": None,
             "strength": None,
-            "max_loss": 0.02,
+            "max_loss": 0.05,
             "layout": "auto",
             "host": "auto",
             "criterion": "auto",

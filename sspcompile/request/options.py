@@ -21,7 +21,7 @@ ENVIRONMENT_PREFIX = "SSPCOMPILE_"
 # Leaves the choice to the build.
 AUTO = "auto"
 # Of a hundred next tokens at most so many are others than the dense model's, where no budget is given.
-DEFAULT_MAX_LOSS = 0.02
+DEFAULT_MAX_LOSS = 0.05
 HINT = "See `sspcompile build --help`; --keep lies in (0, 1], --strength in [0, 1], --max-loss in (0, 1)."
 SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 BUDGETS = ("keep", "strength", "max_loss")
