@@ -76,6 +76,16 @@ def test_own_prompts_come_first_and_pools_fill_up_in_the_proportion_of_the_mixtu
     assert rest.count("c") == 0
 
 
+@pytest.mark.parametrize(
+    ("own", "alone"), [(16, "none"), (62, "judge"), (64, "fit, guard, judge"), (128, "fit, guard, judge")]
+)
+def test_own_prompts_decide_and_judge_alone_from_eight_on_and_choose_alone_from_forty_eight_on(own: int, alone: str):
+    evidence = draw_splits([f"mine {n}" for n in range(own)], mixture(0.75, 0.25, 0.0).parts, POOLS, 0)
+    parts = {"fit": evidence.fit, "guard": evidence.guard, "judge": evidence.judge}
+    found = [name for name, texts in parts.items() if all(text.startswith("mine") for text in texts)]
+    assert (", ".join(found) or "none") == alone
+
+
 def test_an_unknown_scenario_is_filled_up_from_all_domains_alike():
     evidence = draw_splits([], mixture(1.0, 0.0, 0.0, unknown=1.0).parts, POOLS, 0)
     counts = [sum(text.startswith(name) for text in evidence.fit) for name in NAMES]

@@ -2,7 +2,7 @@
 
 A text is in one part only. What is decided on a text (layout, whether and how strongly to repair) looks better there
 than elsewhere, so the texts that are reported decide nothing. The scenario's own prompts come first; where they are
-less than half of what is wanted, pool prompts fill up in the proportion of the mixture, and the counts say so.
+less than ENOUGH of what is wanted, pool prompts fill up in the proportion of the mixture, and the counts say so.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ FIT_PROMPTS = 96
 GUARD_PROMPTS = 32
 JUDGE_PROMPTS = 32
 OFF_PROMPTS = 32
+# Shares of these that the scenario's own prompts make up alone: what decides and judges is to be the scenario, and few
+# prompts, a dozen positions each, tell more of it than many others do.
+ENOUGH = (1 / 2, 1 / 4, 1 / 4)
 # A domain is another one where it has less than this share of an equal part of the mixture.
 FOREIGN = 0.5
 # Of the scenario's own prompts no more than this are used; more would cost time and change little.
@@ -107,8 +110,8 @@ def draw_splits(prompts: Sequence[Prompt], parts: np.ndarray, pools: Sequence[Do
         return tuple(found)
 
     def fill(part: int, have: int, wanted: int) -> tuple[Prompt, ...]:
-        """Nothing where the scenario's own are half of what is wanted: text of others would only blur what they say."""
-        return drawn(part, parts, wanted - have) if 2 * have < wanted else ()
+        """Nothing where the scenario's own are ENOUGH: text of others would only blur what they say."""
+        return drawn(part, parts, wanted - have) if have < ENOUGH[part] * wanted else ()
 
     strange = (parts < FOREIGN / len(pools)).astype(float)
     fit, guard, judge = (

@@ -20,8 +20,10 @@ from sspcompile.select.reading import Reading, choices_for
 from sspcompile.select.search import comparison_parts
 from sspcompile.slicing.layouts import Choice, choose, smallest_keep
 
-# Three masks at a time leave a quarter of what is in question: after three rounds less than two heads in a hundred.
-AT_ONCE = 3
+# The first masks stand closer where real models begin to lose; three at a time then leave a quarter of what is in
+# question: after three rounds one head in a hundred there, two or three further down.
+FIRST = (0.9, 0.75, 0.5)
+AT_ONCE = len(FIRST)
 ROUNDS = 3
 
 
@@ -98,7 +100,8 @@ def descend(
     found: dict[float, Rung] = {}
     failed, keep = 0.0, 1.0
     for number in range(ROUNDS):
-        choices = [choice_of(share) for share in np.linspace(max(failed, least), keep, AT_ONCE + 2)[1:-1]]
+        between = FIRST if number == 0 else np.linspace(max(failed, least), keep, AT_ONCE + 2)[1:-1]
+        choices = [choice_of(share) for share in between if share >= least]
         new = {choice.ratio: choice for choice in choices if failed < choice.ratio < keep}
         if not new:
             break
