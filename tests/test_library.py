@@ -28,7 +28,7 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def artifact(root) -> sspcompile.Artifact:
-    return sspcompile.build(None, PROMPTS, root=root, layout="uniform", keep=0.5, **FAST)
+    return sspcompile.build(None, PROMPTS, root=root, layout="uniform", keep=0.75, **FAST)
 
 
 def test_what_it_offers_is_listed_and_anything_else_is_an_attribute_error():
@@ -59,7 +59,7 @@ def test_a_plan_of_a_folder_and_of_its_mask(tmp_path):
 def test_a_build_gives_its_report_its_mask_and_its_options(artifact, root):
     assert artifact.path == root / "artifacts" / "prompts" and artifact.model_path.is_dir()
     assert artifact.report.mask.kept == artifact.mask.kept
-    assert artifact.options.keep == 0.5 and artifact.options.criterion == "subspace"
+    assert artifact.options.keep == 0.75 and artifact.options.criterion == "subspace"
     assert artifact.request.scenario.prompts == tuple(PROMPTS)
     assert artifact.plan()["kept_heads"] == sum(map(len, artifact.mask.kept))
     assert sspcompile.load(artifact.path).mask == sspcompile.load("prompts", root=root).mask == artifact.mask

@@ -23,6 +23,7 @@ from sspcompile.slicing.mask import dump_mask
 # As little work as a build can do.
 QUICK = ("--criterion", "magnitude", "--repair", "none", "--max-tokens", 16, "--continuation-tokens", 0, "--keep", 0.5)
 BUILD = ("build", "--scenario", "chemistry-helpdesk", *QUICK, "-q")
+BUILD_SENTENCE = ("build", "--scenario", "Questions about chemistry", *QUICK, "-q")
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +143,7 @@ def test_revision_that_is_no_name_reaches_neither_hub_nor_disk(revision, run, tm
 
 
 @pytest.mark.parametrize(
-    "command", [("plan", "--keep", 0.5), ("prepare",), ("slice", "--mask", "m", "--out", "x"), BUILD]
+    "command", [("plan", "--keep", 0.5), ("prepare",), ("slice", "--mask", "m", "--out", "x"), BUILD_SENTENCE]
 )
 def test_revision_of_what_has_none_is_refused(command, dense, run):
     refused(run(*command, "--model", dense, "--revision", "v1"), "for a model of the hub", f"{dense} is none")

@@ -108,7 +108,7 @@ def test_a_build_under_torchrun_is_the_build_of_one_process(model, tmp_path):
     prompts = tmp_path / "desk.txt"
     prompts.write_text("\n".join(PROMPTS))
     options = ("build", "--model", model, "--scenario", prompts, "--criterion", "subspace", "--max-tokens", 16)
-    options = (*options, "--continuation-tokens", 1, "--layout", "uniform", "--json")
+    options = (*options, "--continuation-tokens", 1, "--keep", 0.5, "--layout", "uniform", "--json")
     written = {}
     for processes in (1, 2):
         home = tmp_path / str(processes)

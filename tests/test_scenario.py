@@ -97,7 +97,7 @@ def test_unusable_files_are_refused_in_one_line(tmp_path: Path, name: str, conte
 
 def test_values_that_are_neither_file_nor_sentence(tmp_path: Path) -> None:
     assert "is empty" in refused(" ")
-    assert "Did you mean 'chemistry-helpdesk'" in refused("chemistry")
+    assert "Did you mean 'chemistry-lab'" in refused("chemistry")
     assert "one word" in refused("xyzzy")
     assert "is a folder" in refused(tmp_path)
     for missing in ("none.txt", "none.jsonl", "none.yaml", "my prompts.txt", "some/where"):

@@ -27,6 +27,8 @@ BUILD = (
     "fisher",
     "--model",
     "model",
+    "--keep",
+    "0.5",
     "--layout",
     "per-layer",
     "--out",
