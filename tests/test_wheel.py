@@ -29,7 +29,10 @@ def test_wheel_builds_a_smaller_model_from_any_folder(tmp_path):
         "sspcompile/embedded/model/model.safetensors",
         "sspcompile/embedded/questions.jsonl",
         "sspcompile/recipes/domains/chemistry.yaml",
-        "sspcompile/recipes/scenarios/chemistry-helpdesk.yaml",
+        "sspcompile/recipes/scenarios/homework-tutor.yaml",
+        "sspcompile/recipes/scenarios/prompts/homework-tutor.jsonl",
+        "sspcompile/embedded/domains/outside/sports.yaml",
+        "sspcompile/embedded/scenarios/chemistry-helpdesk.yaml",
         "sspcompile/slicing/modeling_sspcompile.py",
         "sspcompile/report/template.html",
         "sspcompile/export/card.md",
@@ -45,7 +48,7 @@ def test_wheel_builds_a_smaller_model_from_any_folder(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     report = json.loads(run(command, "build", "--scenario", "math-tutor", "--json", cwd=elsewhere))
-    assert report["budget"]["keep_achieved"] <= 0.5
+    assert report["budget"]["max_loss"] and report["budget"]["keep_achieved"] < 1
     run(command, "export", cwd=elsewhere)
     run(command, "verify", cwd=elsewhere)
     asked = json.loads(run(command, "eval", "--items", "12", "--json", cwd=elsewhere))
