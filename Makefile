@@ -113,7 +113,9 @@ test-browser: $(VENV)/.done $(BROWSER)/.done  ## Reports in headless Chromium (D
 	$(BIN)/python tests/browser/write.py $(BROWSER)/pages
 	BROWSER_PAGES=$(BROWSER)/pages $(BROWSER)/bin/python -P -m pytest --confcutdir tests/browser tests/browser
 
-screenshots: $(VENV)/.done $(BROWSER)/.done  ## The pictures of the README, of the embedded demo.
+# REPORT=artifacts/NAME/report.html takes the first picture of that build; `make demo-llm` made the README's.
+export REPORT
+screenshots: $(VENV)/.done $(BROWSER)/.done  ## The pictures of the README, of the embedded demo unless REPORT says so.
 	$(BIN)/python tests/browser/write.py $(BROWSER)/pages
 	SCREENSHOTS=docs/images BROWSER_PAGES=$(BROWSER)/pages $(BROWSER)/bin/python -P -m pytest -k screenshots \
 	    --confcutdir tests/browser tests/browser

@@ -412,6 +412,8 @@ def test_one_conclusion_follows_from_the_numbers() -> None:
     assert concluded(quality=(ours,), latency=same, sizes=sizes()) == (
         "NO MEASURABLE GAIN IN SPEED; weights -12.5 %, KV cache -50 %."
     )
+    both = concluded(quality=(ours.model_copy(update=off),), latency=same)
+    assert both.startswith("NO MEASURABLE GAIN IN SPEED; loses quality off domain, where 30 % of the next tokens")
 
 
 def test_what_the_bytes_predict_is_told_with_the_reason_why_it_is_not_more() -> None:

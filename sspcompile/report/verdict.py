@@ -52,13 +52,14 @@ def headline(report: Report) -> str | None:
         differs = percent(1 - ours.top1_agreement.value)
         return f"DO NOT SHIP: {differs} of the next tokens on the scenario's own domain differ from the dense model's."
     narrow = _narrow(ours)
-    if narrow is not None:
-        return f"SHIP FOR THIS SCENARIO ONLY: loses quality off domain, {narrow}."
+    loss = f"loses quality off domain, {narrow}" if narrow is not None else ""
+    faster = _faster(report.latency) if report.latency is not None else ""
+    if report.latency is not None and not faster:
+        return f"NO MEASURABLE GAIN IN SPEED{_smaller(report)}{loss and f'; {loss}'}."
+    if loss:
+        return f"SHIP FOR THIS SCENARIO ONLY: {loss}."
     if report.latency is None:
         return "QUALITY HOLDS, speed is not known: run `sspcompile bench`."
-    faster = _faster(report.latency)
-    if not faster:
-        return f"NO MEASURABLE GAIN IN SPEED{_smaller(report)}."
     return f"SHIP: faster where it was measured ({faster}){_smaller(report)}."
 
 

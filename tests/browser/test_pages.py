@@ -157,7 +157,10 @@ def test_screenshots(open_page):
     folder = os.environ.get("SCREENSHOTS")
     if folder is None:
         pytest.skip("SCREENSHOTS names no folder")
-    page, _, _ = open_page("report.html", size={"width": 1024, "height": 830})
+    shown = "report.html"
+    if own := os.environ.get("REPORT"):
+        shown = Path(shutil.copy(own, Path(FOLDER) / "shown.html")).name
+    page, _, _ = open_page(shown, size={"width": 1024, "height": 830})
     page.screenshot(path=Path(folder) / "report.png")
     page, _, _ = open_page("frontier.html", size={"width": 1100, "height": 700})
     page.locator(".scroll > svg").screenshot(path=Path(folder) / "frontier.png")
