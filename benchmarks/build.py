@@ -32,9 +32,10 @@ import torch
 from sspcompile.model.dense import open_dense
 from sspcompile.model.divergence import DivergenceAccumulator
 from sspcompile.model.loading import load_cut
-from sspcompile.model.text import MAX_TOKENS, Sentence, batches_of, encode, sentences
+from sspcompile.model.text import MAX_TOKENS, batches_of, continued, encode
 from sspcompile.prepare.recognition import OUTSIDE_PROMPTS, corpus_of, recognised_part, recognised_tokens
 from sspcompile.request.domains import load_outside, load_pools
+from sspcompile.request.prompts import answered
 from sspcompile.request.splits import fit_part
 
 PROMPTS = 128
@@ -116,16 +117,10 @@ def bare_pass(model: str, texts: Sequence[str], repeats: int, max_tokens: int) -
 
 @torch.inference_mode()
 def lost(model: str, cut: Path, asked: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """KL from the dense model, same next token and perplexities, over the answers of problems."""
+    """KL from the dense model, same next token and perplexities, over the answers of problems as they are deployed: the
+    problem is the user's turn, the answer the assistant's."""
     dense, other = open_dense(model).load(), load_cut(cut, trust_remote_code=True)
-    texts = [f"{question}\n{answer}" for question, answer in asked]
-    questions = sentences(dense.tokenizer, [f"{question}\n" for question, _ in asked], 512)
-    whole = sentences(dense.tokenizer, texts, 512)
-    # The template closes the turn behind the text: what both have in common at the end is no part of the answer.
-    items = []
-    for part, full in zip(questions, whole, strict=True):
-        tail = next(n for n in range(len(part.ids)) if part.ids[-1 - n] != full.ids[-1 - n])
-        items.append(Sentence(full.ids[: len(full.ids) - tail], len(part.ids) - tail))
+    items = continued(dense, [answered(question, answer) for question, answer in asked])
     collected, sums, tokens = DivergenceAccumulator(), [0.0, 0.0], 0
     for batch in batches_of(dense, items):
         owner = torch.tensor(batch.rows)[batch.score_mask.nonzero()[:, 0]]
