@@ -23,7 +23,8 @@ from sspcompile.cli.main import cli, main
 from sspcompile.criteria import CRITERIA
 from sspcompile.model import journal
 from sspcompile.request.domains import load_outside
-from sspcompile.request.recipe import load_recipe
+from sspcompile.request.recipe import find_recipe, load_recipe
+from sspcompile.request.scenario import read_scenario
 
 SENTENCE = "A helpdesk for questions about chemistry"
 # Short texts: what is tested here is the way, not the quality.
@@ -340,8 +341,14 @@ def test_recipes_are_listed_shown_and_valid(run, tmp_path):
     for name in names:
         shown = run("recipe", "show", name)
         assert shown.code == 0 and name in shown.out
-    (tmp_path / "mine.yaml").write_text(run("recipe", "show", "finance-desk").out)
+        (tmp_path / "mine.yaml").write_text(shown.out, "utf-8")
+        # A copy elsewhere is the same scenario, its file of prompts included.
+        assert read_scenario(str(tmp_path / "mine.yaml"))[0] == read_scenario(name)[0]
     assert run("recipe", "validate", tmp_path / "mine.yaml").code == 0
+    listed = run("recipe", "ls").out.splitlines()
+    assert [line.split()[0] for line in listed] == list(names)
+    toys = [load_recipe(find_recipe(name)).model is not None for name in names]
+    assert [line.endswith("(embedded model)") for line in listed] == toys and any(toys) and not all(toys)
 
 
 def test_criteria_lists_every_score_with_its_source_and_cost(run):

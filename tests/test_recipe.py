@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -16,7 +17,7 @@ from sspcompile.errors import RecipeError
 from sspcompile.request.keywords import Keywords
 from sspcompile.request.options import NAMES, PARTS, Options, flag, resolve, shown_of
 from sspcompile.request.page import files
-from sspcompile.request.prompts import answer_of, told
+from sspcompile.request.prompts import Prompt, answer_of, answered, told
 from sspcompile.request.recipe import Recipe, ScenarioSpec, dump_recipe, find_recipe, load_recipe, shipped_recipes
 from sspcompile.request.scenario import read_scenario
 from sspcompile.request.splits import own_fit_part
@@ -285,6 +286,23 @@ def test_every_option_is_a_flag_a_variable_a_key_and_a_keyword(tmp_path: Path) -
 @pytest.mark.parametrize("place", files())
 def test_what_is_written_from_the_options_is_up_to_date(place: str) -> None:
     assert (Path(__file__).parents[1] / place).read_text("utf-8") == files()[place], "run `make generated`"
+
+
+@given(st.text("ab \t\n\"\\:#{'é", min_size=1, max_size=400).filter(str.strip))
+@example(
+    'if err != nil || u.Scheme != "https" || u.Host == "" {\n\thttp.Error(w, "url must be https", http.Status)\n}'
+)
+def test_a_prompt_with_tabs_and_long_lines_comes_back_from_a_recipe_as_it_was(text: str) -> None:
+    asked = (answered(text.strip(), text), "Why?")
+    recipe = base_of(asked)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(dump_recipe(recipe), "utf-8")
+        assert load_recipe(path).scenario.prompts == recipe.scenario.prompts == asked
+
+
+def base_of(prompts: tuple[Prompt, ...]) -> Recipe:
+    return Recipe(schema_version=1, name="bakery", description="x", scenario=ScenarioSpec(prompts=prompts))
 
 
 def test_recipes_of_the_embedded_model_cover_every_domain_a_mixture_and_the_unknown() -> None:

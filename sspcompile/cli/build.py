@@ -33,11 +33,12 @@ SUMMARY = ("findings", "quality")
     epilog="""\b
 Examples:
   sspcompile build --scenario "A helpdesk for questions about chemistry"
-  sspcompile build --scenario prompts.jsonl --model ./Qwen2.5-7B-Instruct --keep 0.6
+  sspcompile build --scenario prompts.jsonl --model ./Qwen2.5-7B-Instruct --max-loss 0.03
+  sspcompile build --scenario support-desk --model ./Qwen2.5-7B-Instruct --keep 0.8
   sspcompile build --scenario finance-desk --strength 0.8 --layout uniform
   sspcompile build --scenario finance-desk --sweep keep=0.25:1:0.125
-  sspcompile build --scenario finance-desk --model ./Llama-3.1-8B --memory 16GB
-  torchrun --nproc-per-node 4 -m sspcompile.cli.main build --scenario finance-desk --model ./Qwen2.5-7B-Instruct
+  sspcompile build --scenario support-desk --model ./Llama-3.1-8B --memory 16GB
+  torchrun --nproc-per-node 4 -m sspcompile.cli.main build --scenario support-desk --model ./Qwen2.5-7B-Instruct
 """,
 )
 @build_options

@@ -21,12 +21,12 @@ def ls(as_json: bool) -> None:
     """List the recipes that ship with the package."""
     from sspcompile.request.recipe import load_recipe, shipped_recipes
 
-    descriptions = {path.stem: load_recipe(path).description for path in shipped_recipes()}
+    recipes = {path.stem: load_recipe(path) for path in shipped_recipes()}
     if as_json:
-        click.echo(json.dumps(descriptions, indent=1))
+        click.echo(json.dumps({name: recipe.description for name, recipe in recipes.items()}, indent=1))
         return
-    for name, description in descriptions.items():
-        click.echo(f"{name:28} {description}")
+    for name, recipe in recipes.items():
+        click.echo(f"{name:24} {recipe.description}" + (" (embedded model)" if recipe.model else ""))
 
 
 @recipe.command(epilog="\b\nExample:\n  sspcompile recipe show finance-desk > mine.yaml")
@@ -34,13 +34,18 @@ def ls(as_json: bool) -> None:
 def show(name: str) -> None:
     """Print a shipped recipe; a good start for one of your own."""
     from sspcompile.errors import InputError
-    from sspcompile.request.recipe import find_recipe, shipped_recipes
+    from sspcompile.request.recipe import dump_recipe, find_recipe, load_recipe, shipped_recipes
+    from sspcompile.request.scenario import read_scenario
 
     path = find_recipe(name)
     if path is None:
         names = ", ".join(path.stem for path in shipped_recipes())
         raise InputError(f"There is no shipped recipe {name!r}.", hint=f"Shipped: {names}.")
-    click.echo(path.read_text("utf-8"), nl=False)
+    told = path.read_text("utf-8")
+    if load_recipe(path).scenario.prompts_file:  # it lies beside the recipe, not beside a copy of it
+        _, recipe = read_scenario(str(path))
+        told = dump_recipe(recipe) if recipe is not None else told
+    click.echo(told, nl=False)
 
 
 @recipe.command(epilog="\b\nExample:\n  sspcompile recipe validate mine.yaml")

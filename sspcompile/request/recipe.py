@@ -136,7 +136,8 @@ def dump_recipe(recipe: Recipe) -> str:
     yaml.default_flow_style = False
     yaml.allow_unicode = True
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # declared as None
-    yaml.width = 110
+    # Where ruamel.yaml folds a quoted line behind a tab, a space comes into the text.
+    yaml.width = 1 << 30
     stream = io.StringIO()
     yaml.dump(recipe.model_dump(mode="json", exclude_none=True), stream)
     return stream.getvalue()
