@@ -197,7 +197,7 @@ def main(model: str, data: Path, scenarios: str, seeds: int, keeps: str, layouts
     for seed in range(seeds):
         ground = Ground(loaded, data, seed)
         for name in scenarios.split(","):
-            case = (dense.name, name, seed)
+            case = (Path(dense.name).name, name, seed)
             asked = [one for one in budgets if any((*case, *astuple(one), score) not in known for score in NAMES)]
             ranked = [*rankings(ground, name, seed)] if asked else []
             for budget in asked:
