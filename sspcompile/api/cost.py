@@ -32,7 +32,7 @@ from sspcompile.proof.whole import NEW_TOKENS
 from sspcompile.repair.fitting import masks_at_once
 from sspcompile.repair.repair import refitted_dtype
 from sspcompile.request.options import AUTO
-from sspcompile.request.pools import pools_of
+from sspcompile.request.pools import PoolSet, pools_of
 from sspcompile.request.prompts import Prompt, answer_of
 from sspcompile.request.request import Request
 from sspcompile.request.splits import OFF_PROMPTS, draw_splits, fit_part, thinned
@@ -105,9 +105,9 @@ def cost_of(request: Request, dense: DenseModel, workspace: Workspace, *, placem
     learning = _learning(request, dense, loaded, workspace, lengths)
     stages = (*learning, *_deciding(request, dense, loaded, lengths))
     own = source_of(request) == "prompts"
-    given = pools_of(request.options)
-    pooled = [text for pool in (*fit_part(given.candidates), *given.outside) for text in pool.prompts]
-    tokens = lengths.sum(request.scenario.prompts if own else pooled)
+    read, other = _recognised(pools_of(request.options))
+    pooled, most = [*read, *other], recognised_tokens(request.options.max_tokens)
+    tokens = lengths.sum(request.scenario.prompts) if own else lengths.capped(pooled, most)
     sample = _sample(request.scenario.prompts if own else pooled, lengths)
     per_token, per_step = _speed(loaded, sample)
     # A batch costs a step beside its tokens: the weights are read once, from memory or from disk.
@@ -162,6 +162,13 @@ class _Lengths:
         return self.sum(prompts) / max(1, len(prompts))
 
 
+def _recognised(given: PoolSet) -> tuple[list[str], list[str]]:
+    """The texts that recognition reads: of the domains, and of the outside subjects."""
+    outside = recognised_part(given.outside, OUTSIDE_PROMPTS)
+    read = corpus_of(recognised_part(fit_part(given.candidates))).texts
+    return [*read], [text for one in outside for text in one.prompts]
+
+
 def _learning(
     request: Request, dense: DenseModel, loaded: LoadedModel, workspace: Workspace, lengths: _Lengths
 ) -> Iterator[Stage]:
@@ -172,12 +179,11 @@ def _learning(
     toolkit = stored_toolkit(dense, options, workspace, template_digest(loaded.tokenizer, loaded.rendering))
     if toolkit is None:
         most = recognised_tokens(options.max_tokens)
-        read = corpus_of(recognised_part(candidates)).texts
+        read, other = _recognised(given)
         yield Stage("recognition: domain pools", len(read), lengths.capped(read, most), 1)
         pairs = pairs_of(len(candidates)) * len(candidates) * (len(candidates) - 1) // 2
         joined = int(2 * pairs * lengths.capped(read, most) / len(read))
         yield Stage("recognition: pairs of texts", pairs, joined, 1)
-        other = [text for one in recognised_part(given.outside, OUTSIDE_PROMPTS) for text in one.prompts]
         yield Stage("recognition: other subjects", len(other), lengths.capped(other, most), 1)
     missing = [key for key in cached_keys(request) if toolkit is None or key not in toolkit.importance]
     if missing:

@@ -21,6 +21,8 @@ from sspcompile.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from sspcompile.model.placement import Placement
+    from sspcompile.request.request import Request
     from sspcompile.slicing.plan import SlicePlan
 
 # Head counts need no scenario, but options are resolved together with one.
@@ -59,9 +61,10 @@ def plan(
     if cost:
         _cost(scenario, mask, as_json, given)
         return
-    plans = _plans(scenario, mask, quiet, given)
+    request = request_of(scenario or UNNAMED, given)
+    plans = _plans(request, scenario, mask, quiet, placement_in(given))
     if mask is None:
-        _say_budget(request_of(scenario or UNNAMED, given).options.max_loss)
+        _say_budget(request.options.max_loss)
     if as_json:
         from sspcompile.slicing.plan import plan_json
 
@@ -85,12 +88,13 @@ def _say_budget(max_loss: float | None) -> None:
         )
 
 
-def _plans(scenario: str | None, mask: Path | None, quiet: bool, given: dict[str, Any]) -> list[SlicePlan]:
+def _plans(
+    request: Request, scenario: str | None, mask: Path | None, quiet: bool, placement: Placement
+) -> list[SlicePlan]:
     from sspcompile.api.plan import needs_model, plan_mask, plan_scenario, plan_sizes
     from sspcompile.errors import InputError
     from sspcompile.model.dense import open_sizes
 
-    request, placement = request_of(scenario or UNNAMED, given), placement_in(given)
     options = request.options
     if mask is not None:
         if scenario is not None:

@@ -211,7 +211,8 @@ def _answers(loaded: LoadedModel, prompts: Sequence[Prompt]) -> dict[int, tuple[
     asked = [asked_of(prompts[row]) for row in given]
     texts = replies(tokenizer, asked, render(tokenizer, asked, rendering), [*given.values()], rendering)
     encoded = tokenizer(texts, add_special_tokens=False, padding=False)["input_ids"]
-    return {row: tuple(ids[:ANSWER_TOKENS]) for row, ids in zip(given, encoded, strict=True)}
+    # An answer of which the tokenizer leaves nothing is none.
+    return {row: tuple(ids[:ANSWER_TOKENS]) for row, ids in zip(given, encoded, strict=True) if ids}
 
 
 def _continuations(loaded: LoadedModel, items: Sequence[Sentence], new_tokens: int) -> np.ndarray:
