@@ -34,13 +34,12 @@ from sspcompile.embedded import POOLS_DIR
 from sspcompile.evaluate.answers import EncodedItems, answer_scores, encode_items
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.dense import open_dense
-from sspcompile.model.hooks import head_gates
 from sspcompile.model.text import MAX_TOKENS, Batch, Sentence, batches_of, continued
 from sspcompile.prepare import prepare
 from sspcompile.prepare.importance import probe_directions
 from sspcompile.progress import no_steps
 from sspcompile.repair.fitting import fit_biases, fit_repairs
-from sspcompile.repair.repair import Repair, repaired
+from sspcompile.repair.repair import Repair, masked
 from sspcompile.request.domains import load_outside, load_pools
 from sspcompile.request.options import Options
 from sspcompile.request.splits import Splits, fit_part
@@ -49,7 +48,7 @@ from sspcompile.select.scoring import CACHED, measured_rankings
 from sspcompile.select.search import best_of, masks_of
 from sspcompile.select.texts import Texts as Continued
 from sspcompile.slicing.layouts import Choice, choose
-from sspcompile.slicing.mask import Layout
+from sspcompile.slicing.mask import Kept, Layout
 from training.corpus import DOMAINS, items
 
 Cell = tuple[Layout, float]
@@ -136,7 +135,7 @@ def candidates(out: Path, seed: int, domain: str) -> Iterator[tuple[str, np.ndar
     yield RANKED_FREE_MASK, free, own
 
 
-def repairs(row: str, masks: list[np.ndarray], texts: Texts) -> dict[str, list[Repair | None]]:
+def repairs(row: str, masks: list[Kept], texts: Texts) -> dict[str, list[Repair | None]]:
     """The repairs that a row is judged with, one per mask: two for every row, more for some."""
     fit = functools.partial(fit_repairs, model(), masks, texts.batches, dtype=torch.float32)
     found: dict[str, list[Repair | None]] = {"none": [None] * len(masks), "least-squares": list(fit())}
@@ -156,9 +155,9 @@ class Answers:
     likelihood: float
 
 
-def answer(kept: np.ndarray, repair: Repair | None, domain: str, seed: int, count: int) -> Answers:
+def answer(kept: Kept, repair: Repair | None, domain: str, seed: int, count: int) -> Answers:
     """Ask the masked, repaired model."""
-    with head_gates(model(), torch.from_numpy(kept).float()), repaired(model(), repair):
+    with masked(model(), kept, repair):
         own = answer_scores(model(), asked(domain, seed, count))
         others = [
             answer_scores(model(), asked(other, seed, OFF_DOMAIN_ITEMS)).right for other in DOMAINS if other != domain
@@ -173,15 +172,15 @@ def judge_job(seed: int, domain: str, count: int, out: Path) -> None:
         return
     shape = (model().geometry.layers, model().geometry.heads)
     cells: dict[str, np.ndarray] = {}
-    add(cells, "dense/-/1/none", 1.0, answer(np.ones(shape, dtype=bool), None, domain, seed, count))
+    add(cells, "dense/-/1/none", 1.0, answer(Kept(np.ones(shape, dtype=bool)), None, domain, seed, count))
     seen: dict[tuple[bytes, int, str], Answers] = {}
     for row, scores, texts in candidates(out, seed, domain):
         chosen = {cell: choose(scores, model().geometry.kv_heads, cell[1], cell[0]) for cell in CELLS}
-        for name, fitted in repairs(row, [choice.kept for choice in chosen.values()], texts).items():
+        for name, fitted in repairs(row, [choice.units for choice in chosen.values()], texts).items():
             for ((layout, keep), choice), repair in zip(chosen.items(), fitted, strict=True):
-                same = (choice.kept.tobytes(), id(texts), name)
+                same = (choice.units.key, id(texts), name)
                 if same not in seen:
-                    seen[same] = answer(choice.kept, repair, domain, seed, count)
+                    seen[same] = answer(choice.units, repair, domain, seed, count)
                 add(cells, f"{row}/{layout}/{keep:g}/{name}", choice.ratio, seen[same])
     cells["counts"] = np.array([count, OFF_DOMAIN_ITEMS * (len(DOMAINS) - 1)])
     _store(path, lambda part: np.savez_compressed(part, **cells))
@@ -234,9 +233,9 @@ def default_job(seed: int, domain: str, count: int, out: Path) -> None:
     mine, free = shortlisted(own, seed), mixed_masks(seed, out)
     cells: dict[str, np.ndarray] = {}
     for row, chosen, texts in ((OURS, mine, own), (DOMAIN_FREE, free, mixed(seed)), (DOMAIN_FREE_MASK, free, own)):
-        for name, fitted in repairs(row, [choice.kept for choice in chosen.values()], texts).items():
+        for name, fitted in repairs(row, [choice.units for choice in chosen.values()], texts).items():
             for ((layout, keep), choice), repair in zip(chosen.items(), fitted, strict=True):
-                found = answer(choice.kept, repair, domain, seed, count)
+                found = answer(choice.units, repair, domain, seed, count)
                 add(cells, f"{row}/{layout}/{keep:g}/{name}", choice.ratio, found)
     _store(path, lambda part: np.savez_compressed(part, **cells))
 

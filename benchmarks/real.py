@@ -156,13 +156,13 @@ def measured(
     loaded, (own, off) = ground.loaded, ground.judged(name)
     ours = None
     for score, values, whose in ranked:
-        kept = choose(values, loaded.geometry.kv_heads, budget.keep, budget.layout).kept
+        kept = choose(values, loaded.geometry.kv_heads, budget.keep, budget.layout).units
         texts = batches_of(loaded, thinned(ground.fit(whose), REPAIRED))
         fitted = next(iter(fit_repairs(loaded, [kept], texts, dtype=dtype))) if budget.repair != "none" else None
         found = own.divergence(kept, fitted)
         ours = found if ours is None else ours
         gap = compare_divergences(found, ours)
-        row = {"score": score, "kept": float(kept.mean()), **figures(found, off.divergence(kept, fitted))}
+        row = {"score": score, "kept": float(kept.heads.mean()), **figures(found, off.divergence(kept, fitted))}
         yield row | {"kl_above_obs": [gap.value, gap.low, gap.high]}
 
 

@@ -85,12 +85,12 @@ def main(model: str, questions: Path, judge: Path, scores: str, keeps: str, out:
         for keep in map(float, keeps.split(",")):
             listed += [(name, keep, layout, choice) for layout, choice in masks(values, loaded.geometry.kv_heads, keep)]
     batches = batches_of(loaded, thinned(asked, FIT))
-    kept = [choice.kept for *_, choice in listed]
+    kept = [choice.units for *_, choice in listed]
     fitted = fit_repairs(loaded, kept, batches, dtype=refitted_dtype(dense.checkpoint))
     for (name, keep, layout, choice), repair in zip(listed, fitted, strict=True):
         row: dict[str, object] = {"score": name, "keep": keep, "layout": layout}
         for where, texts in held.items():
-            found = texts.divergence(choice.kept, repair)
+            found = texts.divergence(choice.units, repair)
             row |= {f"kl_{where}": found.mean_kl.value, f"same_{where}": found.top1_agreement.value}
         rows.append(row)
         click.echo(json.dumps(row))

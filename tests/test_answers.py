@@ -16,6 +16,7 @@ from sspcompile.model.hooks import head_gates
 from sspcompile.model.text import encode, greedy, sentences
 from sspcompile.repair.fitting import fit_repairs
 from sspcompile.repair.repair import repaired
+from sspcompile.slicing.mask import Kept
 from training.corpus import DOMAINS, items
 
 
@@ -61,7 +62,7 @@ def test_teacher_forced_exact_match_is_what_greedy_decoding_writes(embedded, ask
 def test_repaired_model_is_scored_as_it_decodes_and_differs_from_the_plain_one(embedded, asked):
     encoded, gates = encode_items(embedded, asked), random_gates(embedded, 0.8, 5)
     texts = encode(embedded, [item.prompt for item in asked])
-    (repair,) = fit_repairs(embedded, [gates.bool().numpy()], texts, dtype=torch.float32)
+    (repair,) = fit_repairs(embedded, [Kept(gates.bool().numpy())], texts, dtype=torch.float32)
     with head_gates(embedded, gates):
         plain = answer_scores(embedded, encoded)
         with repaired(embedded, repair):

@@ -51,9 +51,25 @@ def raw_checkpoint(folder: Path, config: dict, dtype: str, *, shard_bytes: int |
     return folder
 
 
-def mask_of(config: dict, kept: list[tuple[int, ...]]) -> HeadMask:
+def mask_of(config: dict, kept: list[tuple[int, ...]], channels: list[tuple[int, ...]] | None = None) -> HeadMask:
     layers, heads, kv = (config[k] for k in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads"))
-    return HeadMask("", layers, heads, kv, tuple(kept), "per-layer", 1.0, 1.0, (), (), "none", {})
+    narrower = None if channels is None else tuple(channels)
+    return HeadMask(
+        "",
+        layers,
+        heads,
+        kv,
+        tuple(kept),
+        "per-layer",
+        1.0,
+        1.0,
+        (),
+        (),
+        "none",
+        {},
+        intermediate=config["intermediate_size"],
+        channels=narrower,
+    )
 
 
 def words(folder: Path) -> dict[str, np.ndarray]:
@@ -75,23 +91,28 @@ def regular_rows(draw) -> tuple[int, ...]:
     return tuple(sorted(heads))
 
 
+# Kept channels of one layer of CONFIG.
+some_channels = st.sets(st.integers(0, CONFIG["intermediate_size"] - 1), min_size=1).map(lambda s: tuple(sorted(s)))
+
+
 @settings(max_examples=60)
 @given(
     dtype=st.sampled_from(FLOATS),
     kept=st.lists(st.one_of(st.just(()), regular_rows()), min_size=2, max_size=2),
+    channels=st.one_of(st.none(), st.lists(some_channels, min_size=2, max_size=2)),
     source_shard=st.sampled_from([None, 1, 700, 4000]),
     target_shard=st.sampled_from([None, 1, 900]),
     band=st.sampled_from([1, 100, 1 << 22]),
     fused=st.booleans(),
 )
 def test_cut_is_what_indexing_the_whole_tensors_gives(
-    tmp_path_factory, dtype, kept, source_shard, target_shard, band, fused
+    tmp_path_factory, dtype, kept, channels, source_shard, target_shard, band, fused
 ):
     folder = tmp_path_factory.mktemp("bytes")
     config = CONFIG | ({"model_type": "phi3"} if fused else {})
     source = raw_checkpoint(folder / "dense", config, dtype, shard_bytes=source_shard)
     checkpoint = Checkpoint(source)
-    plan = make_plan(checkpoint, mask_of(config, kept))
+    plan = make_plan(checkpoint, mask_of(config, kept, channels))
     whole, cutting.BAND_BYTES = cutting.BAND_BYTES, band
     try:
         write_model(checkpoint, plan, folder / "cut", max_shard_bytes=target_shard)
@@ -100,11 +121,20 @@ def test_cut_is_what_indexing_the_whole_tensors_gives(
     before, after = words(source), words(folder / "cut")
     assert set(before) == set(after)
     for layer, cut in enumerate(plan.layers):
-        for name, (axis, blocks) in attention_blocks(plan.geometry, layer, cut.heads, cut.groups).items():
+        for name, (axis, blocks, size) in attention_blocks(plan.geometry, layer, cut.heads, cut.groups).items():
+            assert size == 4
             if name in before:
                 index = np.concatenate([np.arange(4 * block, 4 * block + 4) for block in blocks])
                 expected = np.take(before.pop(name), index, axis=axis)
                 assert np.array_equal(after[name], expected * 0 if cut.dummy and axis == 1 else expected), name
+        if channels is None:
+            continue
+        mlp, wide, stays = f"model.layers.{layer}.mlp.", config["intermediate_size"], list(channels[layer])
+        rows = {"gate_up_proj": stays + [wide + channel for channel in stays]} if fused else {}
+        rows = rows or {"gate_proj": stays, "up_proj": stays}
+        for part, index in rows.items():
+            assert np.array_equal(after[f"{mlp}{part}.weight"], before.pop(f"{mlp}{part}.weight")[index])
+        assert np.array_equal(after[mlp + "down_proj.weight"], before.pop(mlp + "down_proj.weight")[:, stays])
     assert all(np.array_equal(after[name], value) for name, value in before.items())
 
 

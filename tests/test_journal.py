@@ -17,6 +17,7 @@ from sspcompile.errors import InputError, ParityError, RunError
 from sspcompile.model import capture, journal, text
 from sspcompile.model.journal import Journal, claimed, holds_work, keeping, remove_old
 from sspcompile.repair.fitting import fit_repairs
+from sspcompile.slicing.mask import Kept
 
 PROMPTS = [prompt for pool in pools(8) for prompt in pool.prompts]
 
@@ -61,7 +62,9 @@ def refit(dtype, mlp, model, progress):
     masks = np.random.default_rng(1).random((3, 4, 4)) < 0.6
     masks[:, :, 0] = True
     masks[0, :2] = True  # nothing is cut in the first layers of the first mask
-    found = list(fit_repairs(model, list(masks), texts_of(model), dtype=dtype, mlp=mlp, progress=progress))
+    kept = [Kept(mask) for mask in masks]
+    kept[2] = Kept(masks[2], np.random.default_rng(2).random((4, model.geometry.intermediate)) < 0.7)
+    found = list(fit_repairs(model, kept, texts_of(model), dtype=dtype, mlp=mlp, progress=progress))
     return [
         weight.view(torch.int16).numpy() if dtype == torch.bfloat16 else weight.numpy()
         for repair in found

@@ -18,6 +18,7 @@ from sspcompile.model.text import ANSWER_TOKENS, batches_of, continued, sentence
 from sspcompile.report.json import read_report
 from sspcompile.request.prompts import answered
 from sspcompile.select.judging import HeldOut
+from sspcompile.slicing.mask import Kept
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +47,11 @@ def test_perplexity_is_that_of_the_answers_alone_against_the_dense_models(loaded
     texts = continued(loaded, PROMPTS, 4, 64)
     held = HeldOut(loaded, texts)
     kept = np.ones((2, 4), dtype=bool)
-    whole = held.divergence(kept)
+    whole = held.divergence(Kept(kept))
     assert whole.perplexity is not None and whole.perplexity.value == pytest.approx(1)
     assert len(whole.reference_per_prompt) == 2
     kept[0, :2] = False
-    found = held.divergence(kept)
+    found = held.divergence(Kept(kept))
     # The same by hand: cross-entropy of the answers' tokens, mean within an answer, then over answers.
     logits = {}
     for name, mask in (("dense", np.ones((2, 4), dtype=bool)), ("cut", kept)):

@@ -20,7 +20,6 @@ from sspcompile.errors import ParityError, UnsupportedModelError
 from sspcompile.families import geometry_of
 from sspcompile.model.cache import cache_of
 from sspcompile.model.exact import in_float64
-from sspcompile.model.hooks import head_gates
 from sspcompile.model.loading import load, load_cut
 from sspcompile.model.text import with_continuations
 from sspcompile.progress import silent
@@ -31,9 +30,9 @@ from sspcompile.proof.reload import respond
 from sspcompile.proof.whole import compare_whole
 from sspcompile.repair import fitting
 from sspcompile.repair.fitting import fit_biases, fit_repairs
-from sspcompile.repair.repair import demand_place, is_linear, repaired
+from sspcompile.repair.repair import demand_place, is_linear, masked
 from sspcompile.slicing.layouts import choose
-from sspcompile.slicing.mask import HeadMask, kept_of
+from sspcompile.slicing.mask import HeadMask, Kept, kept_of
 from sspcompile.slicing.plan import make_plan, plan_counts
 from sspcompile.slicing.write import write_model
 
@@ -41,7 +40,18 @@ IDS = [(7 * n) % 250 for n in range(24)]
 PROMPTS = [f"How much is {n} times {n + 3}?" for n in range(20)]
 
 
-def mask_for(checkpoint: Checkpoint, keep: float, layout: str, seed: int) -> HeadMask:
+def channels_for(checkpoint: Checkpoint, width: float, layout: str, seed: int) -> tuple[tuple[int, ...], ...] | None:
+    """Random channels of every layer's MLP, about `width` of them; None where all stay or there are none to cut."""
+    g, rng = checkpoint.geometry, np.random.default_rng(seed)
+    if width == 1 or not g.has_channels:
+        return None
+    counts = np.full(g.layers, max(1, int(width * g.intermediate)))
+    if layout == "per-layer":
+        counts = rng.integers(1, counts[0] + 1, g.layers)
+    return tuple(tuple(sorted(rng.permutation(g.intermediate)[:count].tolist())) for count in counts)
+
+
+def mask_for(checkpoint: Checkpoint, keep: float, layout: str, seed: int, width: float = 1.0) -> HeadMask:
     g = checkpoint.geometry
     scores = np.random.default_rng(seed).random((g.layers, g.heads))
     choice = choose(scores, g.kv_heads, keep, layout)
@@ -58,6 +68,8 @@ def mask_for(checkpoint: Checkpoint, keep: float, layout: str, seed: int) -> Hea
         whitelist=(),
         criterion="random",
         scenario={},
+        intermediate=g.intermediate,
+        channels=channels_for(checkpoint, width, layout, seed),
     )
 
 
@@ -65,7 +77,7 @@ def assert_equal_to_masked(source: Path, out: Path, mask: HeadMask, *, custom: b
     loaded = load(source, fingerprint="", dtype=torch.float64)
     sliced = load_cut(out, dtype=torch.float64, trust_remote_code=custom)
     with in_float64():
-        with head_gates(loaded, torch.from_numpy(mask.as_array()).double()):
+        with masked(loaded, mask.units):
             expected = torch.cat(list(respond(loaded.model, [IDS], 12)), 1)
         logits = torch.cat(list(respond(sliced.model, [IDS], 12)), 1)
     assert (logits - expected).abs().max() <= BOUND * expected.abs().max()
@@ -89,9 +101,13 @@ shapes = st.builds(
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 @settings(max_examples=20)
 @given(
-    shape=shapes, keep=st.floats(0.3, 1.0), layout=st.sampled_from(["uniform", "per-layer"]), seed=st.integers(0, 99)
+    shape=shapes,
+    keep=st.floats(0.3, 1.0),
+    width=st.sampled_from([0.1, 0.5, 0.8, 1.0]),
+    layout=st.sampled_from(["uniform", "per-layer"]),
+    seed=st.integers(0, 99),
 )
-def test_sliced_model_equals_masked_model(family, tmp_path_factory, shape, keep, layout, seed):
+def test_sliced_model_equals_masked_model(family, tmp_path_factory, shape, keep, width, layout, seed):
     folder = tmp_path_factory.mktemp("exact")
     shape = Shape(**{**shape.__dict__, "family": family})
     # A head count that does not divide hidden_size is only possible after the cut in Llama's own class.
@@ -100,7 +116,7 @@ def test_sliced_model_equals_masked_model(family, tmp_path_factory, shape, keep,
     keep = max(keep, 1 / (shape.kv_heads * shape.group_size))
     source = make_checkpoint(folder / "dense", shape, seed)
     checkpoint = Checkpoint(source)
-    mask = mask_for(checkpoint, keep, layout, seed)
+    mask = mask_for(checkpoint, keep, layout, seed, width)
     plan = make_plan(checkpoint, mask)
     write_model(checkpoint, plan, folder / "cut", max_shard_bytes=30_000)
     assert_equal_to_masked(source, folder / "cut", mask, custom=plan.custom_code)
@@ -139,7 +155,7 @@ def test_half_precision_weights_are_kept_bit_for_bit_where_rows_stay(tmp_path):
 def test_plan_sizes_are_what_the_files_have_to_the_byte(tmp_path):
     source = make_checkpoint(tmp_path / "dense", Shape(family="qwen2", layers=3, tied=True))
     checkpoint = Checkpoint(source)
-    plan = make_plan(checkpoint, mask_for(checkpoint, 0.6, "per-layer", 2))
+    plan = make_plan(checkpoint, mask_for(checkpoint, 0.6, "per-layer", 2, width=0.7))
     write_model(checkpoint, plan, tmp_path / "cut")
     tensors = load_file(tmp_path / "cut" / "model.safetensors")
     assert sum(tensor.nbytes for tensor in tensors.values()) == plan.sliced.weight_bytes
@@ -150,22 +166,22 @@ def test_plan_sizes_are_what_the_files_have_to_the_byte(tmp_path):
     assert held == plan.sliced.kv_bytes_per_token * len(IDS)
 
 
-@pytest.mark.parametrize("mlp", [False, True])
+@pytest.mark.parametrize(("mlp", "width"), [(False, 1.0), (True, 1.0), (False, 0.6)])
 @pytest.mark.parametrize("family", sorted(CONFIGS))
-def test_repaired_model_equals_its_oracle_in_a_fresh_process(family, mlp, tmp_path):
+def test_repaired_model_equals_its_oracle_in_a_fresh_process(family, mlp, width, tmp_path):
     source = make_checkpoint(tmp_path / "dense", Shape(family=family, hidden=64, kv_heads=4, head_dim=16, layers=3))
     checkpoint = Checkpoint(source)
     loaded = load(source, fingerprint="")
-    mask = mask_for(checkpoint, 0.5, "per-layer", 3)
+    mask = mask_for(checkpoint, 0.5, "per-layer", 3, width)
     texts = with_continuations(loaded, PROMPTS, 4)
-    (repair,) = fit_repairs(loaded, [mask.as_array()], texts, dtype=torch.float32, mlp=mlp)
+    (repair,) = fit_repairs(loaded, [mask.units], texts, dtype=torch.float32, mlp=mlp)
     plan = make_plan(checkpoint, mask)
-    write_model(checkpoint, plan, tmp_path / "cut", replaced=repair.replaced(mask.kept, plan.geometry.head_dim))
-    replaced = repair.replaced(mask.kept, plan.geometry.head_dim)
+    write_model(checkpoint, plan, tmp_path / "cut", replaced=repair.replaced(mask.units, plan.geometry))
+    replaced = repair.replaced(mask.units, plan.geometry)
     claim = Claim(checkpoint, mask, tmp_path / "cut", plan.custom_code, replaced)
     # The oracle is rebuilt from the written files; it must be the one that was fitted.
     read_back = written_repair(claim)
-    assert set(repair.down) == (set(repair.weights) if mlp else set())
+    assert set(repair.down) == (set(repair.weights) if mlp or width < 1 else set())
     for fitted, found in ((repair.weights, read_back.weights), (repair.down, read_back.down)):
         assert fitted.keys() == found.keys()
         assert all(weight.equal(found[layer]) for layer, weight in fitted.items())
@@ -186,12 +202,12 @@ def test_parity_fails_for_a_model_that_is_not_the_masked_one(tmp_path):
 
 def residual_error(loaded, kept, batches, fitted) -> float:
     """Squared distance of the last residual stream from the dense model's, over real tokens."""
-    gates, total = torch.from_numpy(kept).float(), 0.0
+    total = 0.0
     for batch in batches:
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         with torch.inference_mode():
             dense = loaded.model.model(**inputs).last_hidden_state
-            with head_gates(loaded, gates), repaired(loaded, fitted):
+            with masked(loaded, kept, fitted):
                 cut = loaded.model.model(**inputs).last_hidden_state
         total += float((dense - cut)[batch.attention_mask.bool()].square().sum())
     return total
@@ -201,7 +217,7 @@ def test_repair_brings_the_residual_closer_on_its_own_texts(tmp_path):
     source = make_checkpoint(tmp_path / "dense", Shape(hidden=64, kv_heads=4, head_dim=16, layers=3))
     loaded = load(source, fingerprint="")
     checkpoint = Checkpoint(source)
-    kept = mask_for(checkpoint, 0.5, "per-layer", 4).as_array()
+    kept = mask_for(checkpoint, 0.5, "per-layer", 4).units
     batches = with_continuations(loaded, PROMPTS, 4)
     (repair,) = fit_repairs(loaded, [kept], batches, dtype=torch.float32)
 
@@ -211,6 +227,18 @@ def test_repair_brings_the_residual_closer_on_its_own_texts(tmp_path):
     (both,) = fit_repairs(loaded, [kept], batches, dtype=torch.float32, mlp=True)
     assert error(both) < error(repair) < 0.7 * error(None)
     assert loaded.model.model.layers[0].self_attn.o_proj.weight.shape == (64, 128)
+
+
+def test_repair_of_narrower_mlps_brings_the_residual_closer(tmp_path):
+    """Channels alone were removed: attention is refitted to what they changed, from the second layer on."""
+    source = make_checkpoint(tmp_path / "dense", Shape(hidden=64, kv_heads=4, head_dim=16, layers=3))
+    loaded, checkpoint = load(source, fingerprint=""), Checkpoint(source)
+    kept = mask_for(checkpoint, 1.0, "uniform", 4, width=0.6).units
+    batches = with_continuations(loaded, PROMPTS, 4)
+    (repair,) = fit_repairs(loaded, [kept], batches, dtype=torch.float32)
+    assert set(repair.down) == {0, 1, 2} and set(repair.weights) == {1, 2}
+    plain = residual_error(loaded, kept, batches, None)
+    assert residual_error(loaded, kept, batches, repair) < 0.7 * plain
 
 
 def mean_output(loaded, batches, layer: int) -> torch.Tensor:
@@ -232,13 +260,13 @@ def test_flap_bias_restores_the_mean_that_removed_heads_put_out(family, bias, tm
     kept = np.ones((2, 8), dtype=bool)
     kept[0, 2:6] = False
     batches = with_continuations(loaded, PROMPTS, 4)
-    (repair,) = fit_biases(loaded, [kept], batches, dtype=torch.float32)
+    (repair,) = fit_biases(loaded, [Kept(kept)], batches, dtype=torch.float32)
     assert set(repair.biases) == {0} and not repair.weights
     before, bias_before = mean_output(loaded, batches, 0), loaded.layers[0].self_attn.o_proj.bias
-    with head_gates(loaded, torch.from_numpy(kept).float()):
+    with masked(loaded, Kept(kept)):
         assert not torch.allclose(mean_output(loaded, batches, 0), before, atol=1e-3)
-        with repaired(loaded, repair):
-            torch.testing.assert_close(mean_output(loaded, batches, 0), before, atol=1e-5, rtol=1e-4)
+    with masked(loaded, Kept(kept), repair):
+        torch.testing.assert_close(mean_output(loaded, batches, 0), before, atol=1e-5, rtol=1e-4)
     assert loaded.layers[0].self_attn.o_proj.bias is bias_before
 
 
@@ -246,12 +274,10 @@ def test_flap_bias_is_written_where_o_proj_has_one_and_equals_its_oracle(tmp_pat
     source = make_checkpoint(tmp_path / "dense", Shape(family="qwen3", bias=True, kv_heads=4, layers=3))
     checkpoint, loaded = Checkpoint(source), load(source, fingerprint="")
     mask = mask_for(checkpoint, 0.5, "per-layer", 3)
-    (repair,) = fit_biases(loaded, [mask.as_array()], with_continuations(loaded, PROMPTS, 4), dtype=torch.float32)
+    (repair,) = fit_biases(loaded, [mask.units], with_continuations(loaded, PROMPTS, 4), dtype=torch.float32)
     plan = make_plan(checkpoint, mask)
-    write_model(checkpoint, plan, tmp_path / "cut", replaced=repair.replaced(mask.kept, plan.geometry.head_dim))
-    claim = Claim(
-        checkpoint, mask, tmp_path / "cut", plan.custom_code, repair.replaced(mask.kept, plan.geometry.head_dim)
-    )
+    write_model(checkpoint, plan, tmp_path / "cut", replaced=repair.replaced(mask.units, plan.geometry))
+    claim = Claim(checkpoint, mask, tmp_path / "cut", plan.custom_code, repair.replaced(mask.units, plan.geometry))
     read_back = written_repair(claim)
     assert not read_back.weights and read_back.biases.keys() == repair.biases.keys()
     assert all(bias.equal(read_back.biases[layer]) for layer, bias in repair.biases.items())
@@ -273,13 +299,13 @@ def test_refitting_the_mlp_is_refused_where_it_has_no_plain_down_proj(family):
         demand_place(geometry, "least-squares-mlp")
 
 
-@pytest.mark.parametrize("mlp", [False, True])
-def test_a_residual_multiplier_is_part_of_the_repair(mlp, tmp_path):
+@pytest.mark.parametrize(("mlp", "width"), [(False, 1.0), (True, 1.0), (False, 0.6)])
+def test_a_residual_multiplier_is_part_of_the_repair(mlp, width, tmp_path):
     config = family_config("granite", layers=2)
     config.residual_multiplier = 0.3
     source = save_random(tmp_path / "dense", config, seed=1)
     checkpoint, loaded = Checkpoint(source), load(source, fingerprint="")
-    kept = mask_for(checkpoint, 0.5, "per-layer", 3).as_array()
+    kept = mask_for(checkpoint, 0.5, "per-layer", 3, width).units
     batches = with_continuations(loaded, PROMPTS, 2)
     plain = residual_error(loaded, kept, batches, None)
     (fitted,) = fit_repairs(loaded, [kept], batches, dtype=torch.float32, mlp=mlp)
@@ -287,13 +313,15 @@ def test_a_residual_multiplier_is_part_of_the_repair(mlp, tmp_path):
 
 
 @pytest.mark.parametrize("rounds", [1, 3])
-@pytest.mark.parametrize("mlp", [False, True])
-def test_masks_repaired_together_are_repaired_as_if_alone(mlp, rounds, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("mlp", "width"), [(False, 1.0), (True, 1.0), (False, 0.6)])
+def test_masks_repaired_together_are_repaired_as_if_alone(mlp, width, rounds, tmp_path, monkeypatch):
     source = make_checkpoint(tmp_path / "dense", Shape(layers=3, kv_heads=4))
     checkpoint, loaded = Checkpoint(source), load(source, fingerprint="")
-    masks = [mask_for(checkpoint, 0.5, "per-layer", seed).as_array() for seed in range(3)]
+    masks = [mask_for(checkpoint, 0.5, "per-layer", seed, width).units for seed in range(3)]
     # Nothing cut in the first layer: this one is the dense model until there.
-    masks[1][0] = True
+    masks[1].heads[0] = True
+    if masks[1].channels is not None:
+        masks[1].channels[0] = True
     batches = with_continuations(loaded, PROMPTS, 2)
     alone = [next(fit_repairs(loaded, [kept], batches, dtype=torch.float32, mlp=mlp)) for kept in masks]
     if rounds > 1:
@@ -303,7 +331,7 @@ def test_masks_repaired_together_are_repaired_as_if_alone(mlp, rounds, tmp_path,
         fit_repairs(loaded, masks, batches, dtype=torch.float32, mlp=mlp, progress=lambda *step: steps.append(step))
     )
     assert steps == [(step + 1, 3 * rounds) for step in range(3 * rounds)]
-    assert 0 not in together[1].weights
+    assert 0 not in together[1].weights and 0 not in together[1].down
     for one, other in zip(alone, together, strict=True):
         for mine, theirs in ((one.weights, other.weights), (one.down, other.down)):
             assert mine.keys() == theirs.keys()

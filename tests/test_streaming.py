@@ -25,7 +25,8 @@ from sspcompile.model.streaming import in_memory, layers_that_fit, open_streamin
 from sspcompile.model.text import continued, with_continuations
 from sspcompile.model.weights import replaced, tensor_of
 from sspcompile.repair.fitting import fit_biases, fit_repairs
-from sspcompile.repair.repair import repaired
+from sspcompile.repair.repair import masked
+from sspcompile.slicing.mask import Kept
 from sspcompile.slicing.plan import make_plan
 from sspcompile.slicing.write import write_model
 
@@ -88,30 +89,31 @@ def test_features_continuations_and_masked_logits_are_the_same(model):
 
 
 @pytest.mark.parametrize("spread", [False, True], ids=["ours", "accelerate"])
-@pytest.mark.parametrize("mlp", [False, True])
-def test_repairs_are_the_same_and_are_put_in_place(model, mlp, spread, tmp_path):
+@pytest.mark.parametrize(("mlp", "narrower"), [(False, False), (True, False), (False, True)])
+def test_repairs_are_the_same_and_are_put_in_place(model, mlp, narrower, spread, tmp_path):
     whole = load(model, fingerprint="")
     stored = by_accelerate(model, tmp_path) if spread else on_disk(model, resident=1)
     kept = np.ones((3, 8), dtype=bool)
     kept[:, 2:4] = False
+    channels = np.random.default_rng(0).random((3, whole.geometry.intermediate)) < 0.7
+    units = Kept(kept, channels if narrower else None)
     found = []
     for loaded in (whole, stored):
         texts = with_continuations(loaded, PROMPTS, 2)
-        (repair,) = fit_repairs(loaded, [kept], texts, dtype=torch.float32, mlp=mlp)
-        (flap,) = fit_biases(loaded, [kept], texts, dtype=torch.float32)
+        (repair,) = fit_repairs(loaded, [units], texts, dtype=torch.float32, mlp=mlp)
+        (flap,) = fit_biases(loaded, [units], texts, dtype=torch.float32)
         found.append((repair, flap))
     (one, bias), (other, other_bias) = found
     for layer in range(3):
         assert other.weights[layer].equal(one.weights[layer])
         assert other_bias.biases[layer].equal(bias.biases[layer])
-        assert not mlp or other.down[layer].equal(one.down[layer])
-    gates = torch.from_numpy(kept).float()
+        assert not (mlp or narrower) or other.down[layer].equal(one.down[layer])
     with torch.inference_mode():
         plain = whole.model(IDS).logits
         for repair in (one, bias):
-            with head_gates(whole, gates), repaired(whole, repair):
+            with masked(whole, units, repair):
                 expected = whole.model(IDS).logits
-            with head_gates(stored, gates), repaired(stored, repair):
+            with masked(stored, units, repair):
                 assert stored.model(IDS).logits.equal(expected)
             assert not expected.equal(plain) and stored.model(IDS).logits.equal(plain)
 

@@ -14,7 +14,6 @@ from sspcompile.checkpoint import Checkpoint
 from sspcompile.errors import ParityError
 from sspcompile.families import FAMILIES
 from sspcompile.model.exact import in_float64
-from sspcompile.model.hooks import head_gates
 from sspcompile.model.loading import load
 from sspcompile.model.placement import Placement
 from sspcompile.model.text import with_continuations
@@ -25,6 +24,7 @@ from sspcompile.proof.prove import prove
 from sspcompile.proof.reload import respond
 from sspcompile.proof.whole import whole_bytes
 from sspcompile.repair.fitting import fit_repairs
+from sspcompile.repair.repair import masked
 from sspcompile.slicing.plan import make_plan
 from sspcompile.slicing.write import write_model
 
@@ -36,7 +36,7 @@ PROBES = [IDS, IDS[:5], IDS[3:4]]
 def test_layerwise_proof_has_the_logits_of_the_whole_models(family, dtype, tmp_path):
     source = save_random(tmp_path / "dense", family_config(family, bias=True), seed=1, dtype=dtype)
     checkpoint = Checkpoint(source)
-    mask = mask_for(checkpoint, 0.6, "per-layer", 3)
+    mask = mask_for(checkpoint, 0.6, "per-layer", 3, width=0.7)
     plan = make_plan(checkpoint, mask)
     write_model(checkpoint, plan, tmp_path / "cut")
     claim = Claim(checkpoint, mask, tmp_path / "cut", plan.custom_code)
@@ -44,7 +44,7 @@ def test_layerwise_proof_has_the_logits_of_the_whole_models(family, dtype, tmp_p
     assert parity.holds and parity.layerwise and parity.prompts == 3
     assert parity.relative < 1e-12
     loaded = load(source, fingerprint="", dtype=torch.float64)
-    with in_float64(), head_gates(loaded, torch.from_numpy(mask.as_array()).double()):
+    with in_float64(), masked(loaded, mask.units):
         scale = max(float(next(respond(loaded.model, [ids], 1)).abs().max()) for ids in PROBES)
     if family not in ("granite", "gemma2"):  # logits are compared before they are scaled or capped
         assert parity.logit_scale == pytest.approx(scale, rel=1e-12)
@@ -61,20 +61,22 @@ def test_a_memory_limit_below_the_whole_models_has_them_compared_layer_by_layer(
     assert not prove(claim, PROBES, silent, placement=Placement(memory=1 << 30)).layerwise
 
 
-@pytest.mark.parametrize("mlp", [False, True])
-def test_layerwise_proof_of_a_repaired_cut(mlp, tmp_path):
+@pytest.mark.parametrize(("mlp", "width"), [(False, 1.0), (True, 1.0), (False, 0.6)])
+def test_layerwise_proof_of_a_repaired_cut(mlp, width, tmp_path):
     source = save_random(tmp_path / "dense", family_config("qwen2", layers=2), seed=1)
     checkpoint, loaded = Checkpoint(source), load(source, fingerprint="")
-    mask = mask_for(checkpoint, 0.5, "uniform", 3)
+    mask = mask_for(checkpoint, 0.5, "uniform", 3, width)
     texts = with_continuations(loaded, PROMPTS, 2)
-    (repair,) = fit_repairs(loaded, [mask.as_array()], texts, dtype=torch.float32, mlp=mlp)
+    (repair,) = fit_repairs(loaded, [mask.units], texts, dtype=torch.float32, mlp=mlp)
     plan = make_plan(checkpoint, mask)
-    replaced = repair.replaced(mask.kept, plan.geometry.head_dim)
+    replaced = repair.replaced(mask.units, plan.geometry)
     write_model(checkpoint, plan, tmp_path / "cut", replaced=replaced)
     claim = Claim(checkpoint, mask, tmp_path / "cut", plan.custom_code, dict.fromkeys(replaced))
     assert compare_layerwise(claim, PROBES).holds
     # Earlier artifacts do not list what was refitted.
-    assert compare_layerwise(replace(claim, refitted=any_refitted(checkpoint.geometry, down=mlp)), PROBES).holds
+    assert compare_layerwise(
+        replace(claim, refitted=any_refitted(checkpoint.geometry, down=mlp or width < 1)), PROBES
+    ).holds
     with pytest.raises(ParityError, match="output of layer 0 differs"):
         compare_layerwise(replace(claim, refitted={}), PROBES)
 

@@ -91,7 +91,7 @@ def _write(
 ) -> Mapping[str, np.ndarray]:
     """Cut the model out of the dense one's files; gives the tensors that a repair computed, by name."""
     repair, done = selection.repair, 0
-    refitted = repair.replaced(selection.mask.kept, plan.geometry.head_dim) if repair is not None else {}
+    refitted = repair.replaced(selection.mask.units, plan.geometry) if repair is not None else {}
 
     def wrote(nbytes: int) -> None:
         nonlocal done

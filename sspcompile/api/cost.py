@@ -23,7 +23,16 @@ from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.dense import DenseModel
 from sspcompile.model.logits import LOGITS_AT_ONCE
 from sspcompile.model.placement import ANYWHERE, Placement
-from sspcompile.model.text import ANSWER_TOKENS, BATCH_TOKENS, GRADIENT_TOKENS, batches_of, greedy, sentences
+from sspcompile.model.text import (
+    ANSWER_TOKENS,
+    BATCH_TOKENS,
+    GRADIENT_TOKENS,
+    Batch,
+    Sentence,
+    batches_of,
+    greedy,
+    sentences,
+)
 from sspcompile.prepare.recognition import OUTSIDE_PROMPTS, corpus_of, pairs_of, recognised_part, recognised_tokens
 from sspcompile.prepare.toolkits import stored_toolkit
 from sspcompile.proof.parity import PROBE_TOKENS
@@ -45,8 +54,13 @@ from sspcompile.select.search import COMPARED_FIT, COMPARED_HELD
 from sspcompile.slicing.layouts import uniform_choices
 from sspcompile.workspace import Workspace
 
-# A stage of one short pass, in tokens: long enough to be bound by what a real batch is bound by.
+# The short pass, in tokens: long enough to be bound by what a real batch is bound by, and of a large model as many as
+# SAMPLE_SECONDS are enough for.
 SAMPLE_TOKENS = 1024
+LEAST_TOKENS = 128
+SAMPLE_SECONDS = 5.0
+# Decoding steps that are timed.
+STEPS = 3
 # Python, torch and transformers themselves.
 LIBRARIES = 600 << 20
 # What was freed and is not given back: on SmolLM2-135M about as much again as is in use at the peak.
@@ -314,25 +328,34 @@ def _sample(prompts: Sequence[Prompt], lengths: _Lengths) -> tuple[Prompt, ...]:
     return thinned(prompts, max(1, int(SAMPLE_TOKENS / max(1.0, lengths.mean(prompts)))))
 
 
+def _first(items: Sequence[Sentence], tokens: int) -> Sequence[Sentence]:
+    """The first sentences of `tokens` in all, at least one."""
+    ends = np.cumsum([len(item.ids) for item in items])
+    return items[: max(1, int((ends <= tokens).sum()))]
+
+
 @torch.inference_mode()
 def _speed(loaded: LoadedModel, sample: Sequence[Prompt]) -> tuple[float, float]:
     """Seconds of a forward pass per token beside those of a step, and of a decoding step of a batch.
 
     Each is the better of two.
     """
-    items = sentences(loaded.tokenizer, sample, loaded.positions or BATCH_TOKENS, loaded.rendering)
-    batches = batches_of(loaded, items)
-    tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+    every = sentences(loaded.tokenizer, sample, loaded.positions or BATCH_TOKENS, loaded.rendering)
 
-    def forward() -> None:
+    def forward(batches: Sequence[Batch]) -> None:
         for batch in batches:
             loaded.model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
 
-    forward()
-    passed = min(_seconds(forward) for _ in range(2))
-    one, several = (min(_seconds(partial(greedy, loaded, items, n)) for _ in range(2)) for n in (1, 5))
-    step = min(max(0.0, several - one) / 4, passed / (2 * len(batches)))
-    return (passed - len(batches) * step) / tokens, step
+    few = _first(every, LEAST_TOKENS)
+    short = batches_of(loaded, few)
+    forward(short)  # warm
+    rate = sum(len(item.ids) for item in few) / _seconds(partial(forward, short))
+    items = _first(every, max(LEAST_TOKENS, int(rate * SAMPLE_SECONDS)))
+    batches = batches_of(loaded, items)
+    passed = min(_seconds(partial(forward, batches)) for _ in range(2))
+    one, several = (min(_seconds(partial(greedy, loaded, few, n)) for _ in range(2)) for n in (1, 1 + STEPS))
+    step = min(max(0.0, several - one) / STEPS, passed / (2 * len(batches)))
+    return (passed - len(batches) * step) / sum(len(item.ids) for item in items), step
 
 
 def _seconds(run: Callable[[], object]) -> float:

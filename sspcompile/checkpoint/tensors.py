@@ -1,16 +1,30 @@
-"""Names and shapes of a decoder's tensors, and which part of each belongs to which head, from the geometry alone.
+"""Names and shapes of a decoder's tensors, and which part of each belongs to which unit, from the geometry alone.
 
 Rows of q/k/v and columns of o belong to heads: head h owns q_proj rows h*D .. (h+1)*D and the same columns of o_proj;
 key/value head g owns k_proj and v_proj rows g*D .. (g+1)*D (D = head_dim). A fused qkv_proj stacks q, k and v.
+Channel c of an MLP owns row c of the matrices that read the residual stream (gate and up, one above the other where
+they are fused) and column c of the one that writes into it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 from sspcompile.families import Geometry, Linear, layer_prefix
 
 Shapes = dict[str, tuple[int, ...]]
+
+
+class Blocks(NamedTuple):
+    """What stays of a tensor: blocks of `size` rows (axis 0) or columns (axis 1), by their ascending numbers."""
+
+    axis: int
+    kept: tuple[int, ...]
+    size: int
+
+
 DECODER = "model."
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm"
@@ -55,10 +69,8 @@ def attention_shapes(g: Geometry, layer: int, heads: int, kv_heads: int) -> Shap
     return shapes
 
 
-def attention_blocks(
-    g: Geometry, layer: int, heads: Sequence[int], groups: Sequence[int]
-) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """Tensor name -> (axis, kept blocks of head_dim along it, ascending) for kept query heads and key/value heads."""
+def attention_blocks(g: Geometry, layer: int, heads: Sequence[int], groups: Sequence[int]) -> dict[str, Blocks]:
+    """Tensor name -> what stays of it with these query heads and key/value heads."""
     a = layer_prefix(layer) + "self_attn."
     heads, groups = tuple(heads), tuple(groups)
     if g.family.fused_qkv:
@@ -67,17 +79,35 @@ def attention_blocks(
         rows = {"qkv_proj": (*heads, *keys, *values)}
     else:
         rows = {"q_proj": heads, "k_proj": groups, "v_proj": groups}
-    blocks = {f"{a}{name}.{kind}": (0, kept) for name, kept in rows.items() for kind in ("weight", "bias")}
-    return {**blocks, a + "o_proj.weight": (1, heads)}
+    size = g.head_dim
+    blocks = {f"{a}{name}.{kind}": Blocks(0, kept, size) for name, kept in rows.items() for kind in ("weight", "bias")}
+    return {**blocks, a + "o_proj.weight": Blocks(1, heads, size)}
 
 
-def mlp_shapes(g: Geometry, layer: int) -> Shapes:
-    """Name -> shape of one layer's MLP: its matrices, or the router and the experts."""
+def channel_blocks(g: Geometry, layer: int, channels: Sequence[int]) -> dict[str, Blocks]:
+    """Tensor name -> what stays of it with these channels of the layer's MLP."""
+    kept = tuple(channels)
+    both = (*kept, *(g.intermediate + channel for channel in kept))
+    blocks: dict[str, Blocks] = {}
+    for linear in g.family.mlp:
+        name = f"{layer_prefix(layer)}{linear.name}."
+        if linear.columns == "intermediate":
+            blocks[name + "weight"] = Blocks(1, kept, 1)
+        else:
+            rows = both if linear.rows == "twice_intermediate" else kept
+            blocks |= {name + kind: Blocks(0, rows, 1) for kind in ("weight", "bias")}
+    return blocks
+
+
+def mlp_shapes(g: Geometry, layer: int, width: int | None = None) -> Shapes:
+    """Name -> shape of one layer's MLP: matrices of `width` channels (None: all), or router and experts."""
+    g = g if width is None else replace(g, intermediate=width)
     return {name: shape for name, shape, _ in _mlp(g, layer)}
 
 
-def mlp_multiplied(g: Geometry, layer: int) -> int:
+def mlp_multiplied(g: Geometry, layer: int, width: int | None = None) -> int:
     """Elements of the MLP matrices that one token is multiplied with: of the experts, only those it visits."""
+    g = g if width is None else replace(g, intermediate=width)
     experts = g.experts if layer in g.sparse else 1
     visited = g.active_experts if layer in g.sparse else 1
     weights = [(shape, shared) for name, shape, shared in _mlp(g, layer) if name.endswith(".weight")]

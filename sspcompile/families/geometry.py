@@ -54,6 +54,11 @@ class Geometry:
     def total_heads(self) -> int:
         return self.layers * self.heads
 
+    @property
+    def has_channels(self) -> bool:
+        """Whether the MLP of every layer is one whose channels can be cut: no layer chooses between experts."""
+        return self.family.experts is None
+
 
 def family_of(config: Mapping[str, Any]) -> Family:
     """The table row for a configuration.

@@ -28,12 +28,15 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class GraphLayer:
-    """One layer's attention. `window`: how many keys a query sees, itself included; None for all before it."""
+    """One layer: its attention, and the channels of its MLP. `window`: how many keys a query sees, itself included;
+    None for all before it.
+    """
 
     heads: int
     kv_heads: int
     rotary: bool
     window: int | None
+    width: int
 
 
 def graph_refusal(config: Config, g: Geometry, dtypes: Collection[str]) -> str | None:
@@ -43,7 +46,7 @@ def graph_refusal(config: Config, g: Geometry, dtypes: Collection[str]) -> str |
     """
     try:
         demand_graph(config, g, dtypes)
-        graph_layers(config, g, ((g.heads, g.kv_heads),) * g.layers)
+        graph_layers(config, g, ((g.heads, g.kv_heads),) * g.layers, (g.intermediate,) * g.layers)
         graph_positions(config, g)
     except (UnsupportedModelError, CheckpointError) as error:
         return error.message.removesuffix(".")
@@ -81,13 +84,15 @@ def demand_graph(config: Config, g: Geometry, dtypes: Collection[str]) -> None:
         )
 
 
-def graph_layers(config: Config, g: Geometry, counts: Sequence[tuple[int, int]]) -> tuple[GraphLayer, ...]:
-    """Every layer with its (query, key/value) head counts."""
+def graph_layers(
+    config: Config, g: Geometry, counts: Sequence[tuple[int, int]], widths: Sequence[int]
+) -> tuple[GraphLayer, ...]:
+    """Every layer with its (query, key/value) head counts and the width of its MLP."""
     turned = turned_layers(config, g.family, g.layers)
     windows = windows_of(config, g.family, g.layers)
     layers = tuple(
-        GraphLayer(heads, kv_heads, rotary, window)
-        for (heads, kv_heads), rotary, window in zip(counts, turned, windows, strict=True)
+        GraphLayer(heads, kv_heads, rotary, window, width)
+        for (heads, kv_heads), rotary, window, width in zip(counts, turned, windows, widths, strict=True)
     )
     if g.head_dim % HEAD_SIZE_MULTIPLE:
         raise UnsupportedModelError(

@@ -139,6 +139,11 @@ class Family:
     caps_logits: bool = False
     silent: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def down(self) -> str:
+        """The matrix of the MLP that writes into the residual stream; its columns are the channels."""
+        return next(linear.name for linear in self.mlp if linear.rows == "hidden")
+
 
 def _silent(positions: int, kv_heads: int | None = None, /, **more: Any) -> Mapping[str, Any]:
     """The usual silent settings, `more` instead of them; None for one that the class does not have.

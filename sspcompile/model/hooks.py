@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sspcompile.errors import RunError
 from sspcompile.model.decoder import LoadedModel
-from sspcompile.model.modules import o_proj
+from sspcompile.model.modules import down_proj, o_proj
 
 # Called with (index of the module, its positional arguments, its keyword arguments); what it returns, unless None,
 # replaces the positional arguments.
@@ -110,6 +110,22 @@ def head_gates(loaded: LoadedModel, gates: Tensor) -> Iterator[None]:
         return ((x.view(batch, tokens, g.heads, g.head_dim) * scale).view_as(x), *args[1:])
 
     with _watched([o_proj(layer) for layer in loaded.layers], watch):
+        yield
+
+
+@contextlib.contextmanager
+def channel_gates(loaded: LoadedModel, gates: Tensor) -> Iterator[None]:
+    """Multiply every channel of the MLPs by its gate, at the input of down_proj, for the duration of the context.
+
+    `gates` is [layers, intermediate].
+    """
+    if gates.shape != (loaded.geometry.layers, loaded.geometry.intermediate):
+        raise ValueError(f"gates {tuple(gates.shape)} for {loaded.geometry.layers} layers")
+
+    def watch(index: int, args: tuple[Any, ...], _options: dict[str, Any]) -> tuple[Any, ...]:
+        return args[0] * gates[index].to(args[0]), *args[1:]  # layers may lie on several devices
+
+    with _watched([down_proj(layer) for layer in loaded.layers], watch):
         yield
 
 

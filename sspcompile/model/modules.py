@@ -2,7 +2,8 @@
 
 `residual norm`: its positional input is the residual stream after attention is added and before the MLP; the family
 table names it (`post_attention_layernorm` in most, not in all). `o_proj`: at its input the heads still stand side by
-side; it is the only place where closing a head is a multiplication by zero.
+side; it is the only place where closing a head is a multiplication by zero. `down_proj`: the same for the channels of
+the MLP.
 """
 
 from __future__ import annotations
@@ -57,8 +58,9 @@ def residual_norm(layer: nn.Module) -> nn.Module:
 
 
 def down_proj(layer: nn.Module) -> nn.Linear:
-    """The MLP's output projection; its input is [batch, tokens, intermediate]."""
-    return cast(nn.Linear, layer.get_submodule("mlp.down_proj"))
+    """The MLP's output projection; its input is [batch, tokens, intermediate]. The family table names it."""
+    config: Any = layer.get_submodule("self_attn").config
+    return cast(nn.Linear, layer.get_submodule(FAMILIES[config.model_type].down))
 
 
 def layer_output(output: Tensor | tuple[Any, ...]) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from sspcompile.checkpoint.source import Checkpoint, tensor_table
 from sspcompile.families import Geometry, layer_prefix
 from sspcompile.model.stored import read_tensor
-from sspcompile.repair.repair import DOWN, Repair
+from sspcompile.repair.repair import Repair, down_name
 from sspcompile.slicing.mask import HeadMask
 
 WEIGHT, BIAS = "self_attn.o_proj.weight", "self_attn.o_proj.bias"
@@ -46,23 +46,31 @@ class Claim:
 
 def any_refitted(g: Geometry, *, down: bool) -> dict[str, None]:
     """Every tensor that a repair can compute, and with `down` that of the MLP: for records that do not list them."""
-    parts = (WEIGHT, *([BIAS] if g.o_bias else []), *([DOWN] if down else []))
-    return {layer_prefix(layer) + part: None for layer in range(g.layers) for part in parts}
+    parts = (WEIGHT, *([BIAS] if g.o_bias else []))
+    names = [layer_prefix(layer) + part for layer in range(g.layers) for part in parts]
+    return dict.fromkeys(names + ([down_name(g, layer) for layer in range(g.layers)] if down else []))
 
 
 def written_repair(claim: Claim) -> Repair:
-    """The refitted tensors as the folder holds them; o_proj in the dense shape, zero in removed columns."""
-    g, written = claim.geometry, tensor_table(claim.written)
+    """The refitted tensors as the folder holds them, in their dense shapes, zero in removed columns."""
+    g, written, kept = claim.geometry, tensor_table(claim.written), claim.mask.units
     weights, biases, down = {}, {}, {}
-    for layer, kept in enumerate(claim.mask.kept):
-        names = {part: layer_prefix(layer) + part for part in (WEIGHT, BIAS, DOWN)}
-        found = {part: read_tensor(written[name]) for part, name in names.items() if name in claim.refitted}
-        if WEIGHT in found:
-            full = torch.zeros(g.hidden, g.heads, g.head_dim, dtype=found[WEIGHT].dtype)
-            full[:, list(kept)] = found[WEIGHT].view(g.hidden, len(kept), g.head_dim)
-            weights[layer] = full.view(g.hidden, g.heads * g.head_dim)
-        if BIAS in found:
-            biases[layer] = found[BIAS]
-        if DOWN in found:
-            down[layer] = found[DOWN]
+
+    def found(name: str) -> torch.Tensor | None:
+        return read_tensor(written[name]) if name in claim.refitted else None
+
+    for layer in range(g.layers):
+        if (weight := found(layer_prefix(layer) + WEIGHT)) is not None:
+            weights[layer] = widened(weight, np.repeat(kept.heads[layer], g.head_dim))
+        if (bias := found(layer_prefix(layer) + BIAS)) is not None:
+            biases[layer] = bias
+        if (weight := found(down_name(g, layer))) is not None:
+            down[layer] = weight if kept.channels is None else widened(weight, kept.channels[layer])
     return Repair(weights, biases, down)
+
+
+def widened(weight: torch.Tensor, columns: np.ndarray) -> torch.Tensor:
+    """A matrix [rows, kept] with its columns where `columns` (bool [all]) is true, [rows, all], and zeros elsewhere."""
+    full = torch.zeros(len(weight), len(columns), dtype=weight.dtype)
+    full[:, torch.from_numpy(columns)] = weight
+    return full

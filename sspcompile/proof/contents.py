@@ -12,7 +12,7 @@ import numpy as np
 
 from sspcompile.checkpoint.headers import TensorInfo, read_words
 from sspcompile.checkpoint.source import tensor_table
-from sspcompile.checkpoint.tensors import attention_blocks
+from sspcompile.checkpoint.tensors import Blocks, attention_blocks, channel_blocks
 from sspcompile.errors import ParityError
 from sspcompile.progress import Steps, no_steps
 from sspcompile.proof.claim import Claim
@@ -20,8 +20,6 @@ from sspcompile.proof.parity import REPORT
 
 # Of one tensor in memory at a time, twice.
 BAND_BYTES = 16 << 20
-# Axis that is cut, and the kept blocks of head_dim along it.
-Blocks = tuple[int, tuple[int, ...]]
 
 
 def check_contents(claim: Claim, progress: Steps = no_steps) -> None:
@@ -41,17 +39,19 @@ def check_contents(claim: Claim, progress: Steps = no_steps) -> None:
 
 
 def _kept(claim: Claim) -> dict[str, Blocks]:
-    """What stays of the tensors of attention. A layer without heads keeps a silent one, head 0."""
+    """What stays of the tensors that lose a part. A layer without heads keeps a silent one, head 0."""
     blocks: dict[str, Blocks] = {}
+    for layer, channels in enumerate(claim.mask.channels or ()):
+        blocks |= channel_blocks(claim.geometry, layer, channels)
     for layer, kept in enumerate(claim.mask.kept):
         blocks |= attention_blocks(claim.geometry, layer, kept or (0,), claim.mask.kept_groups(layer) or (0,))
     return blocks
 
 
 def _is_left_of(original: TensorInfo, blocks: Blocks | None, claim: Claim, name: str, info: TensorInfo) -> bool:
-    size, shape = claim.geometry.head_dim, list(original.shape)
+    shape = list(original.shape)
     if blocks is not None:
-        shape[blocks[0]] = len(blocks[1]) * size
+        shape[blocks.axis] = len(blocks.kept) * blocks.size
     if info.dtype != original.dtype or info.shape != tuple(shape):
         return False
     if name in claim.refitted:
@@ -59,25 +59,25 @@ def _is_left_of(original: TensorInfo, blocks: Blocks | None, claim: Claim, name:
         return words is None or np.array_equal(words, read_words(info))
     if name in claim.silent:
         return _is_zero(info)
-    return all(np.array_equal(left, found) for left, found in _pairs(original, blocks, size, info))
+    return all(np.array_equal(left, found) for left, found in _pairs(original, blocks, info))
 
 
 def _is_zero(info: TensorInfo) -> bool:
     return not any(read_words(info.band(*rows)).any() for rows in info.bands(BAND_BYTES))
 
 
-def _pairs(
-    original: TensorInfo, blocks: Blocks | None, size: int, info: TensorInfo
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _pairs(original: TensorInfo, blocks: Blocks | None, info: TensorInfo) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Piece by piece, what should stand in a written tensor and what does."""
-    axis, kept = blocks or (None, ())
+    axis, kept, size = blocks or (None, (), 1)
     if axis == 0:
-        for place, block in enumerate(kept):
-            rows, found = ((number * size, (number + 1) * size) for number in (block, place))
-            yield read_words(original.band(*rows)), read_words(info.band(*found))
+        numbers = (np.array(kept)[:, None] * size + np.arange(size)).ravel()
+        for start, stop in info.bands(BAND_BYTES):
+            there = numbers[start:stop]
+            first, last = int(there[0]), int(there[-1]) + 1
+            yield read_words(original.band(first, last))[there - first], read_words(info.band(start, stop))
         return
     for rows in original.bands(BAND_BYTES):
         words = read_words(original.band(*rows))
-        if axis == 1:  # [rows, heads * D] -> [rows, kept * D]
+        if axis == 1:  # [rows, blocks * size] -> [rows, kept * size]
             words = words.reshape(len(words), -1, size)[:, list(kept)].reshape(len(words), -1)
         yield words, read_words(info.band(*rows))

@@ -2,7 +2,7 @@
 
 Both models are built without weights. Layer by layer, the weights are read, both layers are run on their own hidden
 states, the states are compared, and the weights are dropped. Masking a head at the input of o_proj is the same as
-zeroing its columns of o_proj, so that is how the dense model is masked here.
+zeroing its columns of o_proj, and so are channels and down_proj: that is how the dense model is masked here.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from sspcompile.model.modules import layer_output
 from sspcompile.model.stored import as_tensor, read_tensor
 from sspcompile.model.streaming import skeleton
 from sspcompile.progress import Steps, no_steps
-from sspcompile.proof.claim import BIAS, WEIGHT, Claim
+from sspcompile.proof.claim import BIAS, WEIGHT, Claim, widened
 from sspcompile.proof.parity import BOUND, DTYPE, PROBE_PROMPTS, PROBE_TOKENS, REPORT, Distance, Parity
-from sspcompile.repair.repair import DOWN
+from sspcompile.repair.repair import down_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -149,16 +149,21 @@ def _in_memory(state: dict[str, Tensor], index: int, g: Geometry) -> dict[str, T
 
 
 def _mask(dense: dict[str, Tensor], cut: Mapping[str, Tensor], index: int, claim: Claim) -> None:
-    """Leave in the dense layer's o_proj the columns of the kept heads, and put in what was refitted."""
-    g, kept = claim.geometry, list(claim.mask.kept[index])
-    refitted = {part for part in (WEIGHT, BIAS, DOWN) if layer_prefix(index) + part in claim.refitted}
-    weight = torch.zeros(g.hidden, g.heads, g.head_dim, dtype=torch.float64)
-    if WEIGHT in refitted:
-        weight[:, kept] = cut[WEIGHT].view(g.hidden, len(kept), g.head_dim)
-    else:
-        weight[:, kept] = dense[WEIGHT].view_as(weight)[:, kept]
-    dense[WEIGHT] = weight.view(g.hidden, g.heads * g.head_dim)
-    dense |= {part: cut[part] for part in refitted - {WEIGHT}}
+    """Leave in the dense layer's o_proj and down_proj the columns of what is kept, and put in what was refitted."""
+    g, kept = claim.geometry, claim.mask.units
+    prefix = layer_prefix(index)
+    columns = {WEIGHT: np.repeat(kept.heads[index], g.head_dim)}
+    down = down_name(g, index).removeprefix(prefix)
+    if kept.channels is not None:
+        columns[down] = kept.channels[index]
+    for part in (WEIGHT, BIAS, down):
+        refitted, there = prefix + part in claim.refitted, columns.get(part)
+        if there is None:
+            dense |= {part: cut[part]} if refitted else {}
+        elif refitted:
+            dense[part] = widened(cut[part], there)
+        else:
+            dense[part] = dense[part] * torch.from_numpy(there)
 
 
 def _compare_states(dense: list[Tensor], cut: list[Tensor], index: int) -> None:

@@ -24,13 +24,12 @@ from sspcompile.checkpoint.source import Checkpoint
 from sspcompile.errors import CheckpointError, RunError, SspError
 from sspcompile.model.cache import cache_argument, cache_of
 from sspcompile.model.exact import in_float64
-from sspcompile.model.hooks import head_gates
 from sspcompile.model.loading import load, load_cut
 from sspcompile.model.opening import open_config, readable
 from sspcompile.model.placement import Placement
 from sspcompile.proof.claim import Claim, written_repair
 from sspcompile.proof.parity import Distance, Parity
-from sspcompile.repair.repair import repaired
+from sspcompile.repair.repair import masked
 from sspcompile.slicing.mask import parse_mask
 from sspcompile.startup import spare_the_collector
 
@@ -70,8 +69,8 @@ def _compare(claim: Claim, prompts: Sequence[Sequence[int]], new_tokens: int, de
     answers = _answers(claim, prompts, new_tokens, placement, done)
     dense = load(claim.checkpoint.path, fingerprint="", placement=placement, dtype=torch.float64)
     done.step()
-    gates, fitted, distance = torch.from_numpy(claim.mask.as_array()), written_repair(claim), Distance()
-    with head_gates(dense, gates), repaired(dense, fitted), in_float64():
+    distance = Distance()
+    with masked(dense, claim.mask.units, written_repair(claim)), in_float64():
         for alike, found in zip(_alike(prompts), answers, strict=True):
             read = [logits[:, -1].argmax(-1) for logits in found]
             for expected, logits in zip(respond(dense.model, alike, new_tokens, read=read), found, strict=True):

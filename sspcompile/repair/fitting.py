@@ -26,6 +26,7 @@ from sspcompile.model.text import Batch
 from sspcompile.model.weights import tensor_of, weight_of
 from sspcompile.progress import Steps, no_steps
 from sspcompile.repair.repair import Repair, repaired
+from sspcompile.slicing.mask import Kept
 
 # Relative to the mean energy of an input coordinate: small enough to fit, large enough to leave directions that the
 # prompts never excite as they were.
@@ -40,7 +41,7 @@ ROUND_BYTES = 1 << 30
 
 def fit_repairs(
     loaded: LoadedModel,
-    masks: Sequence[np.ndarray],
+    masks: Sequence[Kept],
     batches: Sequence[Batch],
     *,
     dtype: torch.dtype,
@@ -48,14 +49,16 @@ def fit_repairs(
     mlp: bool = False,
     progress: Steps = no_steps,
 ) -> Iterator[Repair]:
-    """Refit o_proj, and with `mlp` down_proj too, for each mask (bool [layers, heads]) on the texts of `batches`.
+    """Refit what lost an input for each mask on the texts of `batches`: o_proj, down_proj where channels went, and with
+    `mlp` every down_proj.
 
     Held are the hidden states of all batches, [B, T, d], twice for the dense model, once per mask and once for the
     layer that is fitted, and the weights of the masks of a round. In each round every layer runs once dense and once
-    per mask, with `mlp` its MLP once more. A round begins when the first of its repairs is asked for. `dtype` is the
-    dtype that the weights will be written in.
+    per mask, its MLP once more where down_proj is fitted. A round begins when the first of its repairs is asked for.
+    `dtype` is the dtype that the weights will be written in.
     """
-    at_once = masks_at_once(loaded, sum(batch.input_ids.numel() for batch in batches), dtype, mlp=mlp)
+    down = mlp or any(kept.channels is not None for kept in masks)
+    at_once = masks_at_once(loaded, sum(batch.input_ids.numel() for batch in batches), dtype, mlp=down)
     rounds = [masks[start : start + at_once] for start in range(0, len(masks), at_once)]
     layers = len(loaded.layers)
     for turn, together in enumerate(rounds):
@@ -78,7 +81,7 @@ def masks_at_once(loaded: LoadedModel, tokens: int, dtype: torch.dtype, *, mlp: 
 @torch.inference_mode()
 def _fit_round(
     loaded: LoadedModel,
-    masks: Sequence[np.ndarray],
+    masks: Sequence[Kept],
     batches: Sequence[Batch],
     dtype: torch.dtype,
     ridge: float,
@@ -109,7 +112,7 @@ def _stand(layers: int, dense: _Dense, streams: Sequence[_Stream]) -> Arrays:
     ended = layers == len(dense.loaded.layers)
     found = {} if ended else {f"dense.{number}": _array(hidden) for number, hidden in enumerate(dense.hidden)}
     for place, stream in enumerate(streams):
-        if stream.weights and not ended:  # before the first cut the states are the dense model's
+        if stream.began and not ended:  # before the first cut the states are the dense model's
             found |= {f"{place}.hidden.{number}": _array(hidden) for number, hidden in enumerate(stream.hidden)}
         found |= {f"{place}.weights.{index}": _array(weight) for index, weight in stream.weights.items()}
         found |= {f"{place}.down.{index}": _array(weight) for index, weight in stream.down.items()}
@@ -184,31 +187,40 @@ class _Dense:
 class _Stream:
     """One mask on its way through the layers: its hidden states, and the weights that were fitted so far."""
 
-    kept: np.ndarray
+    kept: Kept
     hidden: list[Tensor]
     weights: dict[int, Tensor] = field(default_factory=dict)
     down: dict[int, Tensor] = field(default_factory=dict)
 
+    @property
+    def began(self) -> bool:
+        """Whether something was cut up to here. Before, all states are the dense model's own."""
+        return bool(self.weights or self.down)
+
     def advance(self, index: int, dense: _Dense, ridge: float, dtype: torch.dtype, *, mlp: bool) -> None:
         """Fit a layer to the dense one, and take the hidden states through what came out."""
         loaded = dense.loaded
-        columns = torch.from_numpy(np.repeat(self.kept[index], loaded.geometry.head_dim))
-        if not self.weights and columns.all():
-            # Nothing was cut yet, here neither: these are the dense model's own states.
+        columns = torch.from_numpy(np.repeat(self.kept.heads[index], loaded.geometry.head_dim))
+        channels = None if self.kept.channels is None else torch.from_numpy(self.kept.channels[index])
+        narrower = channels is not None and not channels.all()
+        refits = self.began or not bool(columns.all())
+        if not refits and not narrower:
             self.hidden = list(dense.hidden)
             return
         layer = loaded.layers[index]
         attended = self._attend(index, dense)
-        self.weights[index] = self._refit_attention(index, dense, attended, columns, ridge).to(dtype)
-        with repaired(loaded, Repair({index: self.weights[index]})):
+        if refits:
+            self.weights[index] = self._refit_attention(index, dense, attended, columns, ridge).to(dtype)
+        with repaired(loaded, Repair({index: self.weights[index]} if refits else {})):
             # Inputs of o_proj up to here, and outputs from here on: each batch in the place of the other.
             for number, x in enumerate(attended):
                 attended[number] = o_proj(layer)(x)
-        if mlp:
-            self.down[index] = self._refit_mlp(index, dense, attended).to(dtype).contiguous()
+        if narrower or mlp:
+            full = self._refit_mlp(index, dense, attended, channels, ridge if narrower else MLP_RIDGE)
+            self.down[index] = full.to(dtype).contiguous()
         if layer is loaded.layers[-1]:
             return
-        with repaired(loaded, Repair({}, down={index: self.down[index]} if mlp else {})):
+        with repaired(loaded, Repair({}, down={index: self.down[index]} if index in self.down else {})):
             for number, output in enumerate(attended):
                 with answered(attention(layer), output):
                     self.hidden[number] = dense.run(index, number, self.hidden[number])
@@ -236,12 +248,18 @@ class _Stream:
         full[:, columns.cpu()] = system.solve(weight[:, columns].T, ridge).T.cpu()
         return full
 
-    def _refit_mlp(self, index: int, dense: _Dense, outputs: Sequence[Tensor]) -> Tensor:
-        """down_proj [hidden, intermediate] of a layer whose attention puts out `outputs`, [B, T, d] per batch."""
+    def _refit_mlp(
+        self, index: int, dense: _Dense, outputs: Sequence[Tensor], channels: Tensor | None, ridge: float
+    ) -> Tensor:
+        """down_proj [hidden, intermediate] of a layer whose attention puts out `outputs`, [B, T, d] per batch; zeros in
+        the columns of channels that do not stay.
+        """
         layer = dense.loaded.layers[index]
         projection = down_proj(layer)
         weight, bias = weight_of(projection), tensor_of(projection, "bias")
-        system = _Normal(projection.in_features, projection.out_features, weight.device)
+        columns = torch.ones(projection.in_features, dtype=torch.bool) if channels is None else channels
+        there = columns.to(weight.device)
+        system = _Normal(int(columns.sum()), projection.out_features, weight.device, exact=False)
         for number, hidden in enumerate(self.hidden):
             with (
                 answered(attention(layer), outputs[number]),
@@ -249,8 +267,10 @@ class _Stream:
                 input_of(projection, "down_proj", then_end=True) as seen,
             ):
                 dense.run(index, number, hidden)
-            self._add(system, seen[0], after[0], bias, number, dense, whole_layer=True)
-        return system.solve(weight.T, MLP_RIDGE).T.cpu()
+            self._add(system, seen[0][..., there], after[0], bias, number, dense, whole_layer=True)
+        full = torch.zeros(weight.shape, dtype=torch.float64)
+        full[:, columns] = system.solve(weight[:, there].T, ridge).T.cpu()
+        return full
 
     def _add(
         self,
@@ -277,13 +297,13 @@ class _Stream:
 @torch.inference_mode()
 def fit_biases(
     loaded: LoadedModel,
-    masks: Sequence[np.ndarray],
+    masks: Sequence[Kept],
     batches: Sequence[Batch],
     *,
     dtype: torch.dtype,
     progress: Steps = no_steps,
 ) -> list[Repair]:
-    """FLAP's bias for each mask (bool [layers, heads]), from one dense forward pass over the texts of `batches`.
+    """FLAP's bias of o_proj for each mask, from one dense forward pass over the texts of `batches`.
 
     Works for every model in memory; only those whose o_proj has a bias can be written with it (`demand_place`).
     """
@@ -299,7 +319,7 @@ def fit_biases(
         for index, seen in enumerate(entering):
             total[index] += in_double(seen[0][real.to(seen[0].device)]).sum(0).cpu()
         progress(number + 1, len(batches))
-    return [Repair({}, _biases(loaded, kept, total / tokens, dtype)) for kept in masks]
+    return [Repair({}, _biases(loaded, kept.heads, total / tokens, dtype)) for kept in masks]
 
 
 def _biases(loaded: LoadedModel, kept: np.ndarray, mean: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
@@ -327,17 +347,20 @@ def _position_weights(batches: Sequence[Batch]) -> list[Tensor]:
 class _Normal:
     """Normal equations in float64: X^T diag(w) X and X^T diag(w) Y, summed over batches.
 
-    They are worked out on `device`, or on the CPU for one without float64.
+    They are worked out on `device`, or on the CPU for one without float64. Not `exact`: the products of one batch are
+    made in fp32, at half of the price; their rounding lies far below the ridge.
     """
 
-    def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
+    def __init__(self, inputs: int, outputs: int, device: torch.device, *, exact: bool = True) -> None:
         device = double_device(device)
+        self._exact = exact
         self.xx = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
         self.xy = torch.zeros(inputs, outputs, dtype=torch.float64, device=device)
 
     def add(self, x: Tensor, y: Tensor, weights: Tensor) -> None:
         """Rows x [N, inputs] and y [N, outputs], with a weight [N] each."""
-        x, y, w = (in_double(given).to(self.xx.device) for given in (x, y, weights))
+        given = [one.to(self.xx.device) for one in (x, y, weights)]
+        x, y, w = map(in_double if self._exact else Tensor.float, given)
         weighted = x * w.unsqueeze(1)
         self.xx += weighted.T @ x
         self.xy += weighted.T @ y

@@ -1,4 +1,4 @@
-"""Repairs: what is left makes up for the heads that were removed. Shapes do not change.
+"""Repairs: what is left makes up for the units that were removed. Shapes do not change.
 
 *Least squares* refits the kept columns so that the pruned model's residual stream after attention comes as close as it
 can to the dense model's. In each layer, with X [N, kept * D] the pruned model's own input of o_proj and R [N, d] its
@@ -11,10 +11,12 @@ multiplier, Y - R is divided by it). The weights w give the positions where the 
 (fitting.py): they are what the pruned model will be asked for, and a few of them stand against a whole prompt. Layers
 are solved in order, so each sees the errors that the ones before it could not mend.
 
-*Least squares with the MLP* goes on in each layer with down_proj: its inputs are the pruned model's, its target is what
-is missing of the dense residual stream after the whole layer. It mends more where much was cut, at the price of
-rewriting weights that are not of attention; its ridge is stronger, because down_proj has more inputs than a few prompts
-excite.
+Where channels of an MLP were removed, the kept columns of its down_proj are refitted in the same way: its inputs are
+the pruned model's, its target is what is missing of the dense residual stream after the whole layer.
+
+*Least squares with the MLP* refits down_proj in every layer, whether it lost channels or not. It mends more where many
+heads were cut, at the price of rewriting weights that nothing was removed from; its ridge is stronger there, because
+down_proj has more inputs than a few prompts excite.
 
 *FLAP's bias* (An et al. 2024, arXiv 2312.11983, section 3.3) leaves the weights alone and adds what the removed heads
 put out on average, b + W_removed mean(x_removed), the mean taken over the dense model's inputs of o_proj. It needs an
@@ -24,7 +26,7 @@ o_proj with a bias; families says which architectures have one (`o_bias`).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,14 +38,14 @@ from sspcompile.checkpoint.source import Checkpoint
 from sspcompile.errors import UnsupportedModelError
 from sspcompile.families import Geometry, layer_prefix
 from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.hooks import channel_gates, head_gates
 from sspcompile.model.modules import down_proj, o_proj
 from sspcompile.model.stored import stored_dtype
 from sspcompile.model.weights import replaced
+from sspcompile.slicing.mask import Kept
 
 # With 4 to 8 prompts a refit made things worse in earlier measurements, with 16 it helped.
 MIN_PROMPTS = 16
-
-DOWN = "mlp.down_proj.weight"
 
 
 @dataclass(frozen=True)
@@ -52,26 +54,30 @@ class Repair:
 
     `weights`: o_proj, [hidden, heads * D] per layer in the dense shape, zero in removed columns. `biases`: of o_proj,
     [hidden] per layer, instead of the bias that was there or of none. `down`: down_proj, [hidden, intermediate] per
-    layer. The dtype is the checkpoint's own, so that what is measured is what is written.
+    layer, zero in removed columns. The dtype is the checkpoint's own, so that what is measured is what is written.
     """
 
     weights: Mapping[int, Tensor]
     biases: Mapping[int, Tensor] = field(default_factory=dict)
     down: Mapping[int, Tensor] = field(default_factory=dict)
 
-    def words(self, layer: int, kept: Sequence[int], head_dim: int) -> np.ndarray:
-        """The kept columns of a layer as raw words, [hidden, kept * D], ready to be written."""
-        columns = torch.cat([torch.arange(head * head_dim, (head + 1) * head_dim) for head in kept])
-        return _words(self.weights[layer][:, columns])
+    def replaced(self, kept: Kept, g: Geometry) -> dict[str, np.ndarray]:
+        """Tensor name -> the kept columns as raw words, for `cut_tensors`."""
+        found = {}
+        for layer, weight in self.weights.items():
+            columns = torch.from_numpy(np.repeat(kept.heads[layer], g.head_dim))
+            found[layer_prefix(layer) + "self_attn.o_proj.weight"] = _words(weight[:, columns])
+        for layer, bias in self.biases.items():
+            found[layer_prefix(layer) + "self_attn.o_proj.bias"] = _words(bias)
+        for layer, weight in self.down.items():
+            channels = None if kept.channels is None else torch.from_numpy(kept.channels[layer])
+            found[down_name(g, layer)] = _words(weight if channels is None else weight[:, channels])
+        return found
 
-    def replaced(self, kept: Sequence[Sequence[int]], head_dim: int) -> dict[str, np.ndarray]:
-        """Tensor name -> words, for `cut_tensors`."""
-        weights = {
-            layer_prefix(layer) + "self_attn.o_proj.weight": self.words(layer, kept[layer], head_dim)
-            for layer in self.weights
-        }
-        biases = {layer_prefix(layer) + "self_attn.o_proj.bias": _words(bias) for layer, bias in self.biases.items()}
-        return weights | biases | {layer_prefix(layer) + DOWN: _words(weight) for layer, weight in self.down.items()}
+
+def down_name(g: Geometry, layer: int) -> str:
+    """The name of a layer's down_proj among the tensors."""
+    return f"{layer_prefix(layer)}{g.family.down}.weight"
 
 
 def _words(tensor: Tensor) -> np.ndarray:
@@ -106,7 +112,7 @@ def demand_place(geometry: Geometry, repair: str) -> None:
 
 @contextlib.contextmanager
 def repaired(loaded: LoadedModel, repair: Repair | None) -> Iterator[None]:
-    """Run the model with a repair in place; together with `head_gates` this is the oracle of a repaired cut.
+    """Run the model with a repair in place; together with closed gates this is `masked`.
 
     A bias may be put where the architecture has none: such a model can be judged, but not written.
     """
@@ -116,6 +122,23 @@ def repaired(loaded: LoadedModel, repair: Repair | None) -> Iterator[None]:
                 if own:
                     stack.enter_context(replaced(module(loaded.layers[layer]), own))
         yield
+
+
+@contextlib.contextmanager
+def masked(loaded: LoadedModel, kept: Kept, repair: Repair | None = None) -> Iterator[None]:
+    """Run the masked model: removed heads zeroed at the input of o_proj, removed channels at that of down_proj, with a
+    repair in place. It is the oracle that everything written is compared with.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(head_gates(loaded, _gates(kept.heads, loaded)))
+        if kept.channels is not None:
+            stack.enter_context(channel_gates(loaded, _gates(kept.channels, loaded)))
+        stack.enter_context(repaired(loaded, repair))
+        yield
+
+
+def _gates(kept: np.ndarray, loaded: LoadedModel) -> Tensor:
+    return torch.from_numpy(kept).float().to(loaded.device)
 
 
 def _parameters(repair: Repair | None) -> dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]]:

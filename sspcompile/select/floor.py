@@ -76,7 +76,7 @@ def smallest_within(judge: Judge, reading: Reading, max_loss: float) -> Floor:
 
     def measure(choices: Sequence[Choice], number: int) -> list[Rung]:
         report = stage_of(judge.progress, f"smallest mask within the loss (round {number + 1} of {ROUNDS})")
-        repairs = judge.fitted([choice.kept for choice in choices], fit, report)
+        repairs = judge.fitted([choice.units for choice in choices], fit, report)
         return [
             Rung(choice.ratio, loss_of(judge.candidate(layout, choice, repair).final))
             for choice, repair in zip(choices, repairs, strict=True)

@@ -10,23 +10,21 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-import numpy as np
 import torch
 
 from sspcompile.intervals import Estimate
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.divergence import Divergence, DivergenceAccumulator, compare_divergences
-from sspcompile.model.hooks import head_gates
 from sspcompile.model.logits import rows_at_once, scored_states
 from sspcompile.model.text import Batch, Sentence, batches_of
 from sspcompile.progress import Progress, Steps, no_steps, silent, stage_of
 from sspcompile.repair.fitting import fit_biases, fit_repairs
-from sspcompile.repair.repair import MIN_PROMPTS, Repair, is_linear, repaired
+from sspcompile.repair.repair import MIN_PROMPTS, Repair, is_linear, masked
 from sspcompile.request.options import Options
 from sspcompile.request.splits import Splits
 from sspcompile.select.texts import Texts
 from sspcompile.slicing.layouts import Choice
-from sspcompile.slicing.mask import Layout
+from sspcompile.slicing.mask import Kept, Layout
 
 T = TypeVar("T")
 
@@ -104,11 +102,11 @@ class Judge:
         }
         self._plain: dict[bytes, Divergence] = {}
 
-    def guarded(self, kept: np.ndarray, repair: Repair | None = None) -> Divergence:
-        """Of the masked model, `kept` bool [layers, heads], on the texts that decide."""
+    def guarded(self, kept: Kept, repair: Repair | None = None) -> Divergence:
+        """Of the masked model on the texts that decide."""
         return self._held["guard"].divergence(kept, repair)
 
-    def reported(self, kept: np.ndarray, repair: Repair | None = None) -> Reported:
+    def reported(self, kept: Kept, repair: Repair | None = None) -> Reported:
         """Figures on the texts that decide nothing, on the scenario and off it."""
         own, off = self._held["judge"], self._held.get("off")
         return Reported(own.divergence(kept, repair), off.divergence(kept, repair) if off is not None else None)
@@ -123,30 +121,30 @@ class Judge:
         return spread(rows)
 
     def fitted(
-        self, masks: Sequence[np.ndarray], batches: Sequence[Batch], report: Steps = no_steps
+        self, masks: Sequence[Kept], batches: Sequence[Batch], report: Steps = no_steps
     ) -> Iterator[Repair | None]:
-        """The repairs of masks (each bool [layers, heads]) on other texts than usual; None where there is none.
+        """The repairs of masks on other texts than usual; None where there is none.
 
         Whoever takes them one by one holds no more than a few in memory.
         """
-        wanted = [self.repair != "none" and not kept.all() for kept in masks]
+        wanted = [self.repair != "none" and not kept.everything for kept in masks]
         cut = [kept for kept, mend in zip(masks, wanted, strict=True) if mend]
         fit = FITS[self.repair](self.loaded, cut, batches, dtype=self.dtype, progress=report) if cut else ()
         repairs = iter(fit)
         for mend in wanted:
             yield next(repairs) if mend else None
 
-    def fitted_to_all(self, masks: Sequence[np.ndarray], what: str) -> Iterator[Repair | None]:
+    def fitted_to_all(self, masks: Sequence[Kept], what: str) -> Iterator[Repair | None]:
         """The repairs of masks on all texts that may fit one; `what` they are is shown meanwhile."""
         batches = batches_of(self.loaded, self.sentences)
         return self.fitted(masks, batches, stage_of(self.progress, f"repair ({what})"))
 
     def candidate(self, layout: Layout, choice: Choice, repair: Repair | None) -> Candidate:
         """A mask, measured on the guard texts with and without its repair; without one, once per mask."""
-        plain, mask = self._plain, choice.kept.tobytes()
+        plain, mask = self._plain, choice.units.key
         if mask not in plain:
-            plain[mask] = self.guarded(choice.kept)
-        with_repair = self.guarded(choice.kept, repair) if repair is not None else None
+            plain[mask] = self.guarded(choice.units)
+        with_repair = self.guarded(choice.units, repair) if repair is not None else None
         return Candidate(layout, choice, plain[mask], repair, with_repair)
 
 
@@ -171,12 +169,11 @@ class HeldOut:
         self._dense = [scored_states(loaded, batch) for batch in self.batches]
 
     @torch.inference_mode()
-    def divergence(self, kept: np.ndarray, repair: Repair | None = None) -> Divergence:
-        """Of the masked, repaired model (`kept` bool [layers, heads]) from the dense one."""
+    def divergence(self, kept: Kept, repair: Repair | None = None) -> Divergence:
+        """Of the masked, repaired model from the dense one."""
         loaded, collected = self._loaded, DivergenceAccumulator()
-        gates = torch.from_numpy(kept).float().to(loaded.device)
         rows = rows_at_once(loaded)
-        with head_gates(loaded, gates), repaired(loaded, repair):
+        with masked(loaded, kept, repair):
             for batch, dense, wanted in zip(self.batches, self._dense, self._references, strict=True):
                 owner = torch.tensor(batch.rows)[batch.score_mask.nonzero()[:, 0].cpu()]
                 parts = (one.split(rows) for one in (dense, scored_states(loaded, batch), owner, wanted))

@@ -80,7 +80,7 @@ def masks_of(
             choices = (choose(values, kv_heads, keep, layout, groups_only=groups_only),)
         for choice in choices:
             if holds(choice):
-                masks.setdefault(choice.kept.tobytes(), (ranking, choice))
+                masks.setdefault(choice.units.key, (ranking, choice))
     return tuple(masks.values())
 
 
@@ -93,7 +93,7 @@ def best_of(judge: Judge, masks: Mapping[Layout, Masks]) -> dict[Layout, Searche
     listed = [(layout, ranking, choice) for layout, some in masks.items() for ranking, choice in some]
     compared = HeldOut(judge.loaded, held, judge.seed) if any(len(some) > 1 for some in masks.values()) else None
     fitted = judge.fitted(
-        [choice.kept for *_, choice in listed],
+        [choice.units for *_, choice in listed],
         batches_of(judge.loaded, fit),
         stage_of(judge.progress, "repair (masks to compare)"),
     )
@@ -116,7 +116,7 @@ def best_of(judge: Judge, masks: Mapping[Layout, Masks]) -> dict[Layout, Searche
 
 
 def _distance(compared: HeldOut, choice: Choice, repair: Repair | None) -> float:
-    found = compared.divergence(choice.kept, repair)
+    found = compared.divergence(choice.units, repair)
     return float(np.sqrt(np.maximum(found.kl_per_prompt, 0.0)).mean())
 
 

@@ -73,10 +73,10 @@ def select(
         reading = replace(reading, keep=floor.larger(reading.keep))
         found = _settled(judge, reading, toolkit, floor)
     best, chosen = found.best, found.chosen
-    without_repair = judge.reported(best.choice.kept)
-    with_repair = judge.reported(best.choice.kept, chosen.repair) if chosen.repair is not None else None
+    without_repair = judge.reported(best.choice.units)
+    with_repair = judge.reported(best.choice.units, chosen.repair) if chosen.repair is not None else None
     pairs = zip(found.asked, found.fitted, strict=True)
-    costs = [judge.reported(rival.choice.kept, repair) for rival, repair in pairs]
+    costs = [judge.reported(rival.choice.units, repair) for rival, repair in pairs]
     return Selection(
         reading=reading,
         mask=mask_of(reading, loaded, best.choice, chosen.layout, best.ranking, best.tried, floor),
@@ -109,7 +109,7 @@ def _settled(judge: Judge, reading: Reading, toolkit: Toolkit, floor: Floor | No
     best = searched[layout]
     asked = rivals(reading, toolkit, judge.loaded, layout)
     masks = [best.choice, *(rival.choice for rival in asked)]
-    fitted = judge.fitted_to_all([choice.kept for choice in masks], "this build and its baselines")
+    fitted = judge.fitted_to_all([choice.units for choice in masks], "this build and its baselines")
     chosen = judge.candidate(layout, best.choice, next(fitted))
     decision = Decision(
         chosen,
@@ -145,7 +145,7 @@ def masks_for(reading: Reading, judge: Judge) -> dict[Layout, Masks]:
     geometry, options = judge.loaded.geometry, reading.options
     choices = choices_for(reading, geometry)
     masks: dict[Layout, Masks] = {layout: ((reading.ranking, choice),) for layout, choice in choices.items()}
-    cut = [layout for layout, choice in choices.items() if not choice.kept.all()]
+    cut = [layout for layout, choice in choices.items() if not choice.units.everything]
     if options.criterion != AUTO or not cut:
         return masks
     ranked = [reading.ranking]

@@ -35,6 +35,7 @@ def sliced_config(source: Mapping[str, Any], plan: SlicePlan) -> dict[str, Any]:
     config["head_dim"] = g.head_dim
     config["num_attention_heads"] = max(heads for heads, _ in plan.counts)
     config["num_key_value_heads"] = max(groups for _, groups in plan.counts)
+    config["intermediate_size"] = max(plan.widths)
     config["architectures"] = [plan.host.architecture]
     # Silent defaults differ between families and versions.
     config["tie_word_embeddings"] = g.tied
@@ -51,13 +52,15 @@ def sliced_config(source: Mapping[str, Any], plan: SlicePlan) -> dict[str, Any]:
 def _per_layer(plan: SlicePlan) -> dict[str, Any]:
     """What the class in the folder reads, and what transformers needs to find it."""
     module, name = MODELING_FILE.removesuffix(".py"), CLASS_PREFIX + plan.host.architecture
+    apart = len(set(plan.widths)) > 1
     classes = {"AutoModelForCausalLM": f"{module}.{name}"}
     config: dict[str, Any] = {
         "architectures": [name],
         "auto_map": classes,
         "per_layer_config": {
             str(layer): {"num_attention_heads": heads, "num_key_value_heads": groups}
-            for layer, (heads, groups) in enumerate(plan.counts)
+            | ({"intermediate_size": width} if apart else {})
+            for layer, ((heads, groups), width) in enumerate(zip(plan.counts, plan.widths, strict=True))
         },
     }
     if plan.host.reads_heads:

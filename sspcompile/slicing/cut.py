@@ -1,7 +1,7 @@
 """The surgery: which bytes of which tensor stay. Everything else is copied as it is.
 
-Rows of q/k/v that stay are runs of neighbouring bytes, moved without being looked at. Columns of o_proj are gathered
-a band of rows at a time, through two buffers that are allocated once.
+Rows that stay (of q/k/v, of gate and up) are runs of neighbouring bytes, moved without being looked at. Columns of
+o_proj and down_proj are gathered a band of rows at a time, through two buffers that are allocated once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from sspcompile.checkpoint.headers import WORD_DTYPE, dtype_bytes, fill
 from sspcompile.checkpoint.source import Checkpoint
-from sspcompile.checkpoint.tensors import attention_blocks
+from sspcompile.checkpoint.tensors import Blocks, attention_blocks, channel_blocks
 from sspcompile.checkpoint.transfer import Extent
 from sspcompile.checkpoint.writer import OutputTensor, Piece
 from sspcompile.slicing.plan import SlicePlan
@@ -45,23 +45,25 @@ def cut_tensors(
             # A file with this tensor under another name, or inside of a stack, is not the file to be written.
             whole = info.extent if checkpoint.stored.get(name) == info else None
         else:
-            axis, kept = blocks[name]
-            content = _rows(checkpoint, name, kept, plan) if axis == 0 else _columns(checkpoint, name, kept, plan)
+            part = blocks[name]
+            content = (_rows if part.axis == 0 else _columns)(checkpoint, name, part)
         outputs.append(
             OutputTensor(name, dtype, shape, content, unchanged=whole, shard=info.file.name if info is not None else "")
         )
     return outputs
 
 
-def _roles(plan: SlicePlan) -> tuple[dict[str, tuple[int, tuple[int, ...]]], set[str]]:
-    """Tensor name -> (axis that is cut, kept blocks of head_dim along it); and the tensors written as zeros."""
-    blocks: dict[str, tuple[int, tuple[int, ...]]] = {}
+def _roles(plan: SlicePlan) -> tuple[dict[str, Blocks], set[str]]:
+    """Tensor name -> what stays of it; and the tensors written as zeros."""
+    blocks: dict[str, Blocks] = {}
     silent: set[str] = set()
     for index, layer in enumerate(plan.layers):
         found = attention_blocks(plan.geometry, index, layer.heads, layer.groups)
         blocks |= found
         if layer.dummy:
-            silent |= {name for name, (axis, _) in found.items() if axis == 1}
+            silent |= {name for name, part in found.items() if part.axis == 1}
+        if layer.channels is not None:
+            blocks |= channel_blocks(plan.geometry, index, layer.channels)
     return blocks, silent
 
 
@@ -73,22 +75,22 @@ def _extents(extents: Sequence[Extent]) -> Content:
     return lambda: extents
 
 
-def _rows(checkpoint: Checkpoint, name: str, kept: Sequence[int], plan: SlicePlan) -> Content:
+def _rows(checkpoint: Checkpoint, name: str, part: Blocks) -> Content:
     """Kept blocks of rows; neighbouring blocks are one extent."""
-    size, info = plan.geometry.head_dim, checkpoint.tensors[name]
-    return _extents([info.rows(start * size, stop * size) for start, stop in _runs(kept)])
+    info = checkpoint.tensors[name]
+    return _extents([info.rows(start * part.size, stop * part.size) for start, stop in _runs(part.kept)])
 
 
-def _columns(checkpoint: Checkpoint, name: str, kept: Sequence[int], plan: SlicePlan) -> Content:
-    """Kept blocks of columns, a band of rows at a time: [rows, heads, D] -> [rows, kept, D]."""
+def _columns(checkpoint: Checkpoint, name: str, part: Blocks) -> Content:
+    """Kept blocks of columns, a band of rows at a time: [rows, blocks, size] -> [rows, kept, size]."""
 
     def content() -> Iterator[memoryview]:
-        size, info = plan.geometry.head_dim, checkpoint.tensors[name]
-        rows, heads, word = info.shape[0], info.shape[1] // size, WORD_DTYPE[info.word_bytes]
+        info = checkpoint.tensors[name]
+        rows, word = info.shape[0], WORD_DTYPE[info.word_bytes]
         step = max(1, min(rows, BAND_BYTES // info.row_bytes))
-        band = np.empty((step, heads, size), dtype=word)
-        gathered = np.empty((step, len(kept), size), dtype=word)
-        columns = np.asarray(kept)
+        band = np.empty((step, info.shape[1] // part.size, part.size), dtype=word)
+        gathered = np.empty((step, len(part.kept), part.size), dtype=word)
+        columns = np.asarray(part.kept)
         with info.file.open("rb", buffering=0) as stream:
             for row in range(0, rows, step):
                 count = min(step, rows - row)

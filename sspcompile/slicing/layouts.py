@@ -18,17 +18,29 @@ from dataclasses import dataclass
 import numpy as np
 
 from sspcompile.errors import BudgetError
-from sspcompile.slicing.mask import Layout
+from sspcompile.slicing.mask import Kept, Layout
 
 Shape = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A mask bool [layers, heads] and the shape (groups, heads per group) of every layer."""
+    """A mask: `kept` heads, bool [layers, heads], the shape (groups, heads per group) of every layer, and the kept
+    `channels` of its MLPs, bool [layers, intermediate] (None: all of them).
+    """
 
     kept: np.ndarray
     shapes: tuple[Shape, ...]
+    channels: np.ndarray | None = None
+
+    @property
+    def units(self) -> Kept:
+        return Kept(self.kept, self.channels)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Kept channels of every layer; nothing where all stay."""
+        return () if self.channels is None else tuple(self.channels.sum(1).tolist())
 
     @property
     def ratio(self) -> float:

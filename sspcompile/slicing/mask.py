@@ -1,9 +1,9 @@
-"""HeadMask: which query heads stay, why, and under which budget. Saved as mask.json."""
+"""HeadMask: which query heads and MLP channels stay, why, and under which budget. Saved as mask.json."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,18 +13,41 @@ from pydantic import TypeAdapter
 
 from sspcompile.errors import ArtifactError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+# Version 1 named heads alone.
+READS = (1, 2)
 Layout = Literal["uniform", "per-layer"]
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """Which units stay, true where one does: `heads` bool [layers, heads], and `channels` of the MLPs bool
+    [layers, intermediate], None where all of them do.
+    """
+
+    heads: np.ndarray
+    channels: np.ndarray | None = None
+
+    @property
+    def everything(self) -> bool:
+        return bool(self.heads.all()) and (self.channels is None or bool(self.channels.all()))
+
+    @property
+    def key(self) -> bytes:
+        """Equal for equal masks of one model."""
+        return self.heads.tobytes() + (b"" if self.channels is None else self.channels.tobytes())
 
 
 @dataclass(frozen=True)
 class HeadMask:
-    """The kept query heads of every layer, with what they were chosen by.
+    """The kept units of every layer, with what they were chosen by.
 
     `kept[layer]` is ascending. In a layer every key/value group that keeps a head keeps the same number of them, so
     that kept heads / kept groups is a whole number. `scores` is `[layers][heads]` in the criterion's own unit;
     `whitelist` lists [layer, head] pairs that were kept before any score. `scenario` holds the name, the mixture over
     domains, its breadth in [0, 1] and the unknown share. `model` is the fingerprint of the dense checkpoint.
+    `channels[layer]` are the kept channels of the layer's MLP out of `intermediate`, ascending; None where no channel
+    is removed in any layer. `size_requested` is the budget as a share of all parameters, None where it was another.
     """
 
     model: str
@@ -39,6 +62,9 @@ class HeadMask:
     whitelist: tuple[tuple[int, int], ...]
     criterion: str
     scenario: Mapping[str, Any]
+    intermediate: int = 0
+    channels: tuple[tuple[int, ...], ...] | None = None
+    size_requested: float | None = None
 
     @property
     def group_size(self) -> int:
@@ -51,6 +77,16 @@ class HeadMask:
             array[layer, list(kept)] = True
         return array
 
+    @property
+    def units(self) -> Kept:
+        """Heads and channels as arrays."""
+        if self.channels is None:
+            return Kept(self.as_array())
+        channels = np.zeros((self.layers, self.intermediate), dtype=bool)
+        for layer, kept in enumerate(self.channels):
+            channels[layer, list(kept)] = True
+        return Kept(self.as_array(), channels)
+
     def kept_groups(self, layer: int) -> tuple[int, ...]:
         """Ascending key/value heads of a layer that keep at least one of their query heads."""
         return tuple(sorted({head // self.group_size for head in self.kept[layer]}))
@@ -60,7 +96,7 @@ _MASK = TypeAdapter(HeadMask)
 
 
 def kept_of(array: np.ndarray) -> tuple[tuple[int, ...], ...]:
-    """Bool [layers, heads] -> per layer the ascending kept heads."""
+    """Bool [layers, units] -> per layer the ascending kept units."""
     return tuple(tuple(int(head) for head in np.flatnonzero(row)) for row in array)
 
 
@@ -69,7 +105,7 @@ def dump_mask(mask: HeadMask) -> str:
     value = {"schema_version": SCHEMA_VERSION, **asdict(mask)}
     lines = []
     for key, item in value.items():
-        if key in ("kept", "scores"):
+        if key in ("kept", "scores", "channels") and item is not None:
             rows = ",\n    ".join(json.dumps(row) for row in item)
             lines.append(f'  "{key}": [\n    {rows}\n  ]')
         else:
@@ -93,8 +129,9 @@ def parse_mask(text: str | bytes, *, source: str = "The mask", empty_layers: boo
     """The mask that the content of a mask.json describes, called `source` in errors. Raises as `load_mask` does."""
     try:
         value = json.loads(text)
-        if value.pop("schema_version") != SCHEMA_VERSION:
-            raise ArtifactError(f"{source} is of another schema version.", hint=f"This version reads {SCHEMA_VERSION}.")
+        if value.pop("schema_version") not in READS:
+            known = " and ".join(map(str, READS))
+            raise ArtifactError(f"{source} is of another schema version.", hint=f"This version reads {known}.")
         # JSON knows no tuples, which the strictness of JSON mode allows for.
         mask = _MASK.validate_json(json.dumps(value, allow_nan=False), strict=True)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -131,3 +168,18 @@ def check_mask(mask: HeadMask, *, source: str = "The mask", empty_layers: bool =
             raise refuse(f"layer {layer} keeps different numbers of heads in its key/value groups")
     if mask.layout == "uniform" and len({(len(k), len(mask.kept_groups(i))) for i, k in enumerate(mask.kept)}) != 1:
         raise refuse("a uniform mask must keep the same numbers in every layer")
+    if mask.channels is not None:
+        _check_channels(mask, refuse)
+
+
+def _check_channels(mask: HeadMask, refuse: Callable[[str], ArtifactError]) -> None:
+    rows = mask.channels or ()
+    if len(rows) != mask.layers or mask.intermediate < 1:
+        raise refuse(f"{len(rows)} rows of channels (of {mask.intermediate}) for {mask.layers} layers")
+    for layer, kept in enumerate(rows):
+        if not kept:
+            raise refuse(f"layer {layer} keeps no channel of its MLP; at least one is needed")
+        if list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= mask.intermediate:
+            raise refuse(f"layer {layer} lists channels that are out of range, double or unsorted")
+    if mask.layout == "uniform" and len({len(kept) for kept in rows}) != 1:
+        raise refuse("a uniform mask must keep the same number of channels in every layer")

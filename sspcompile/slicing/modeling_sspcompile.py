@@ -1,9 +1,9 @@
 # Copyright the sspcompile authors. Licensed under the Apache License, Version 2.0.
-"""Decoder classes whose numbers of query and key/value heads differ by layer (`per_layer_config` in config.json).
+"""Decoder classes whose layers differ in their numbers of heads and MLP channels (`per_layer_config` in config.json).
 
-`PerLayerMistralForCausalLM` is `MistralForCausalLM` with each decoder layer built from its own head counts, and so on
-for every stock class. Only the sizes of the projections differ; every forward is inherited. Works with transformers
-4.57 and 5.
+`PerLayerMistralForCausalLM` is `MistralForCausalLM` with each decoder layer built from its own counts, and so on for
+every stock class. Only the sizes of the projections differ; every forward is inherited. Works with transformers 4.57
+and 5.
 
 `Gemma2Config` and so on are the stock configurations, with global head counts that can be read without a warning.
 """
@@ -15,10 +15,12 @@ import transformers
 
 PREFIX = "PerLayer"
 COUNTS = ("num_attention_heads", "num_key_value_heads")
+# Stated per layer where layers differ in it.
+WIDTH = "intermediate_size"
 
 
 class _LayerView:
-    """One layer's head counts in front of the shared configuration.
+    """One layer's counts in front of the shared configuration.
 
     Attention reads its implementation, and in some families its head counts, from its configuration at every call. A
     private copy would not follow set_attn_implementation, the shared one does not know the counts.
@@ -45,11 +47,11 @@ def _stock(config):
 
 
 def _counts(config, layer):
-    """The head counts of one layer."""
+    """The counts of one layer."""
     entries = config.per_layer_config
     if isinstance(entries, dict):
         return dict(entries[str(layer)])
-    return {key: getattr(entries[layer], key) for key in COUNTS}
+    return {key: getattr(entries[layer], key) for key in (*COUNTS, WIDTH)}
 
 
 class _GlobalCounts:
@@ -59,11 +61,11 @@ class _GlobalCounts:
     """
 
     def __getattribute__(self, name):
-        return object.__getattribute__(self, name) if name in COUNTS else super().__getattribute__(name)
+        return object.__getattribute__(self, name) if name in (*COUNTS, WIDTH) else super().__getattribute__(name)
 
 
 class _PerLayerHeads:
-    """Builds the stock model, then each decoder layer again from its own head counts."""
+    """Builds the stock model, then each decoder layer again from its own counts."""
 
     def __init__(self, config):
         super().__init__(_stock(config))

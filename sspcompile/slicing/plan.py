@@ -11,7 +11,7 @@ import numpy as np
 
 from sspcompile.checkpoint.headers import dtype_bytes
 from sspcompile.checkpoint.source import Checkpoint
-from sspcompile.checkpoint.tensors import attention_shapes, mlp_multiplied
+from sspcompile.checkpoint.tensors import attention_shapes, mlp_multiplied, mlp_shapes
 from sspcompile.errors import ArtifactError, UnsupportedModelError
 from sspcompile.families import Family, Geometry, Host, graph_refusal, layer_prefix
 from sspcompile.slicing.hosts import per_layer_host, uniform_host
@@ -28,11 +28,13 @@ class LayerCut:
     """Kept query heads and kept key/value heads of one layer, ascending indices of the dense model.
 
     `dummy`: the layer lost all its heads; head 0 stays as the portable form of "no attention", its o_proj columns zero.
+    `channels`: kept channels of the MLP, ascending; None for all of them.
     """
 
     heads: tuple[int, ...]
     groups: tuple[int, ...]
     dummy: bool = False
+    channels: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class SlicePlan:
     """Everything about the cut except the weights. `tensors`: output name -> (shape, dtype), in the source's order.
 
     `host` is the family of the class that loads the result, `settings` what its configuration must say; `custom_code`
-    says that no stock class can state the head counts, so that the class travels in the folder. `by_layer` has
+    says that no stock class can state the counts, so that the class travels in the folder. `by_layer` has
     (dense, sliced) of every layer, its MLP and norms included.
     """
 
@@ -79,14 +81,28 @@ class SlicePlan:
         return tuple((len(layer.heads), len(layer.groups)) for layer in self.layers)
 
     @property
-    def keeps_everything(self) -> bool:
-        """Whether the result is the source: every head, in its own class."""
-        return self._all_heads and self.host is self.geometry.family
+    def widths(self) -> tuple[int, ...]:
+        """Channels of every layer's MLP after the cut."""
+        whole = self.geometry.intermediate
+        return tuple(whole if layer.channels is None else len(layer.channels) for layer in self.layers)
 
     @property
-    def _all_heads(self) -> bool:
-        return set(self.counts) == {(self.geometry.heads, self.geometry.kv_heads)} and not any(
-            layer.dummy for layer in self.layers
+    def size(self) -> float:
+        """What is left of all parameters, as a share."""
+        return self.sliced.parameters / self.dense.parameters
+
+    @property
+    def keeps_everything(self) -> bool:
+        """Whether the result is the source: every unit, in its own class."""
+        return self._all_units and self.host is self.geometry.family
+
+    @property
+    def _all_units(self) -> bool:
+        g = self.geometry
+        return (
+            set(self.counts) == {(g.heads, g.kv_heads)}
+            and set(self.widths) == {g.intermediate}
+            and not any(layer.dummy for layer in self.layers)
         )
 
 
@@ -104,11 +120,27 @@ def make_plan(checkpoint: Checkpoint, mask: HeadMask, *, host: str | None = None
             f"{g.layers} of {g.heads} ({g.kv_heads} kv).",
             hint="Compile a mask for this model with `sspcompile build`.",
         )
+    if mask.channels is not None:
+        _demand_channels(g, mask)
+    rows = mask.channels or (None,) * g.layers
     layers = tuple(
-        LayerCut(kept, mask.kept_groups(layer)) if kept else LayerCut((0,), (0,), dummy=True)
-        for layer, kept in enumerate(mask.kept)
+        LayerCut(kept or (0,), mask.kept_groups(layer) or (0,), dummy=not kept, channels=channels)
+        for layer, (kept, channels) in enumerate(zip(mask.kept, rows, strict=True))
     )
     return _plan(checkpoint, layers, mask.layout, host)
+
+
+def _demand_channels(g: Geometry, mask: HeadMask) -> None:
+    if not g.has_channels:
+        raise UnsupportedModelError(
+            f"The channels of the experts of {g.family.architecture} cannot be cut.",
+            hint="Give a budget of heads alone, such as --keep 0.75.",
+        )
+    if mask.intermediate != g.intermediate:
+        raise ArtifactError(
+            f"The mask is for MLPs of {mask.intermediate} channels; the model has {g.intermediate}.",
+            hint="Compile a mask for this model with `sspcompile build`.",
+        )
 
 
 def plan_counts(checkpoint: Checkpoint, keep: float, layout: Layout, *, host: str | None = None) -> SlicePlan:
@@ -124,21 +156,26 @@ def plan_counts(checkpoint: Checkpoint, keep: float, layout: Layout, *, host: st
 
 
 def host_of(
-    geometry: Geometry, shapes: Sequence[tuple[int, int]], wanted: str | None = None, *, layout: Layout = "uniform"
+    geometry: Geometry,
+    shapes: Sequence[tuple[int, int]],
+    wanted: str | None = None,
+    *,
+    layout: Layout = "uniform",
+    widths: Sequence[int] = (),
 ) -> Host:
-    """The class that holds layers of these shapes (groups, heads per group), custom or stock.
+    """The class that holds layers of these shapes (groups, heads per group) and widths of their MLPs, custom or stock.
 
     The `layout` per-layer asks for the custom class where layers of one shape fit no stock class. Raises
     UnsupportedModelError when there is none, and InputError when the one `wanted` cannot.
     """
-    return _placed(geometry, shapes, wanted, layout)[0]
+    return _placed(geometry, shapes, widths, wanted, layout)[0]
 
 
 def _placed(
-    geometry: Geometry, shapes: Sequence[tuple[int, int]], wanted: str | None, layout: Layout
+    geometry: Geometry, shapes: Sequence[tuple[int, int]], widths: Sequence[int], wanted: str | None, layout: Layout
 ) -> tuple[Host, bool]:
     """The class, and whether it is the custom one."""
-    if len(set(shapes)) > 1:
+    if len(set(shapes)) > 1 or len(set(widths)) > 1:
         return per_layer_host(geometry, wanted), True
     try:
         return uniform_host(geometry, shapes[0][0] * shapes[0][1], wanted), False
@@ -152,7 +189,8 @@ def _plan(checkpoint: Checkpoint, layers: tuple[LayerCut, ...], layout: Layout, 
     g = checkpoint.geometry
     counts = [(len(layer.heads), len(layer.groups)) for layer in layers]
     shapes = tuple((kv_heads, heads // kv_heads) for heads, kv_heads in counts)
-    host, custom_code = _placed(g, shapes, wanted, layout)
+    widths = [g.intermediate if layer.channels is None else len(layer.channels) for layer in layers]
+    host, custom_code = _placed(g, shapes, widths, wanted, layout)
     expected = checkpoint.expected()
     dtypes = {dtype for _, dtype in expected.values()}
     tensors, prunable = dict(expected), 0
@@ -163,8 +201,11 @@ def _plan(checkpoint: Checkpoint, layers: tuple[LayerCut, ...], layout: Layout, 
             if name.endswith("_proj.weight"):
                 prunable += math.prod(expected[name][0])
             tensors[name] = (shape, expected[name][1] if name in expected else dtype)
+        if layers[layer].channels is not None:
+            tensors |= {name: (shape, expected[name][1]) for name, shape in mlp_shapes(g, layer, widths[layer]).items()}
     dense_counts = [(g.heads, g.kv_heads)] * g.layers
-    dense, sliced = _by_layer(expected, g, dense_counts), _by_layer(tensors, g, counts)
+    dense = _by_layer(expected, g, dense_counts, [g.intermediate] * g.layers)
+    sliced = _by_layer(tensors, g, counts, widths)
     dense_total, sliced_total = _total(expected, g, dense), _total(tensors, g, sliced)
     return SlicePlan(
         geometry=g,
@@ -186,7 +227,7 @@ def _o_proj(layer: int) -> str:
     return layer_prefix(layer) + "self_attn.o_proj.weight"
 
 
-def _by_layer(tensors: Tensors, g: Geometry, counts: Sequence[tuple[int, int]]) -> list[Sizes]:
+def _by_layer(tensors: Tensors, g: Geometry, counts: Sequence[tuple[int, int]], widths: Sequence[int]) -> list[Sizes]:
     parameters, weight_bytes = [0] * g.layers, [0] * g.layers
     stem = layer_prefix(0).removesuffix("0.")
     for name, (shape, dtype) in tensors.items():
@@ -209,7 +250,7 @@ def _by_layer(tensors: Tensors, g: Geometry, counts: Sequence[tuple[int, int]]) 
                 parameters=parameters[layer],
                 weight_bytes=weight_bytes[layer],
                 kv_bytes_per_token=2 * kv_heads * g.head_dim * width,
-                flops_per_token=2 * (attention + mlp_multiplied(g, layer)),
+                flops_per_token=2 * (attention + mlp_multiplied(g, layer, widths[layer])),
                 flops_per_position=4 * heads * g.head_dim,
             )
         )
@@ -249,6 +290,7 @@ def plan_json(plan: SlicePlan) -> dict[str, Any]:
         "counts": [list(pair) for pair in plan.counts],
         "kept_heads": sum(heads for heads, _ in plan.counts),
         "total_heads": plan.geometry.total_heads,
+        "widths": list(plan.widths),
         "dummy_layers": [index for index, layer in enumerate(plan.layers) if layer.dummy],
         **_pairs(plan.dense, plan.sliced),
         "prunable_share": plan.prunable_share,

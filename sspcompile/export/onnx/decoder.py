@@ -80,7 +80,9 @@ def read_decoder(folder: Path, *, positions: int | None = None) -> Decoder:
     tensors = named_tensors(folder, config, stated)
     g = untied_by_weights(stated, tensors)
     demand_graph(plain, g, {info.dtype for name, info in tensors.items() if name != LM_HEAD or not g.tied})
-    layers = graph_layers(plain, g, [_counts(g, by_layer.get(str(index), {})) for index in range(g.layers)])
+    stated_of = [by_layer.get(str(index), {}) for index in range(g.layers)]
+    widths = [one.get("intermediate_size", g.intermediate) for one in stated_of]
+    layers = graph_layers(plain, g, [_counts(g, one) for one in stated_of], widths)
     rope = graph_positions(plain, g)
     _check(tensors, g, layers, folder)
     frequencies, scale = _rotary(g, rope, plain)
@@ -144,7 +146,8 @@ def _check(tensors: Mapping[str, TensorInfo], g: Geometry, layers: tuple[GraphLa
     if not g.tied:
         wanted[LM_HEAD] = (g.vocab, g.hidden)
     for index, layer in enumerate(layers):
-        wanted |= attention_shapes(g, index, layer.heads, layer.kv_heads) | mlp_shapes(g, index)
+        wanted |= attention_shapes(g, index, layer.heads, layer.kv_heads)
+        wanted |= mlp_shapes(g, index, layer.width)
     for name, shape in wanted.items():
         if name not in tensors or tensors[name].shape != shape:
             found = list(tensors[name].shape) if name in tensors else "nothing"

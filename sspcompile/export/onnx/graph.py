@@ -192,7 +192,7 @@ def emit(
         attended = _attention(graph, decoder, layer, index, normed, (lengths, total))
         attended = graph.times(attended, decoder.residual, prefix + "attention.scaled")
         normed, stream = graph.joined_norm(stream, attended, prefix + "post_attention_layernorm", decoder.epsilon)
-        changed = _mlp(graph, decoder, prefix + "mlp.", normed)
+        changed = _mlp(graph, decoder, layer.width, prefix + "mlp.", normed)
         changed = graph.times(changed, decoder.residual, prefix + "mlp.scaled")
         last = index + 1 == len(decoder.layers)
         following = FINAL_NORM if last else layer_prefix(index + 1) + "input_layernorm"
@@ -334,9 +334,9 @@ def _head_norm(graph: Graph, decoder: Decoder, source: str, name: str, heads: in
     return graph.node("Reshape", [normed, graph.integers(0, 0, heads * size)], name + ".together")
 
 
-def _mlp(graph: Graph, decoder: Decoder, prefix: str, source: str) -> str:
-    """SwiGLU: down(silu(gate) * up)."""
-    bias, size = decoder.geometry.mlp_bias, decoder.geometry.intermediate
+def _mlp(graph: Graph, decoder: Decoder, size: int, prefix: str, source: str) -> str:
+    """SwiGLU of `size` channels: down(silu(gate) * up)."""
+    bias = decoder.geometry.mlp_bias
     joined = prefix + "gate_up_proj"
     if decoder.fused_mlp:
         gate, up = graph.apart(graph.linear(source, joined, bias=bias), joined, (size, size))
