@@ -82,7 +82,7 @@ def make(folder: Path, variant: str, **options: object) -> Path:
 
 def cut(source: Path, out: Path, layout: str) -> Path:
     checkpoint = Checkpoint(source)
-    plan = make_plan(checkpoint, mask_for(checkpoint, 0.6, layout, 4))
+    plan = make_plan(checkpoint, mask_for(checkpoint, 0.6, layout, 4, width=0.7))
     write_model(checkpoint, plan, out)
     return out
 

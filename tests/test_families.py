@@ -34,23 +34,24 @@ def test_every_family_has_a_test_row():
 def variants():
     for family in FAMILIES:
         for layout in ("uniform", "per-layer"):
-            yield family, layout, False
+            yield family, layout, False, 1.0
+            yield family, layout, False, 0.6
             if family in BIASED:
-                yield family, layout, True
+                yield family, layout, True, 0.6
 
 
-def uniform_half(checkpoint):
+def uniform_half(checkpoint, width=1.0):
     """4 of 8 heads in every layer: a count that divides hidden_size, which some stock classes insist on."""
-    masks = (mask_for(checkpoint, 0.5, "uniform", seed) for seed in range(100))
+    masks = (mask_for(checkpoint, 0.5, "uniform", seed, width) for seed in range(100))
     return next(mask for mask in masks if mask.keep_achieved == 0.5)
 
 
-@pytest.mark.parametrize(("family", "layout", "bias"), list(variants()))
-def test_cut_of_a_family_equals_its_masked_self(family, layout, bias, tmp_path):
+@pytest.mark.parametrize(("family", "layout", "bias", "width"), list(variants()))
+def test_cut_of_a_family_equals_its_masked_self(family, layout, bias, width, tmp_path):
     config = family_config(family, bias=bias, tied=bias)
     source = save_random(tmp_path / "dense", config, seed=1)
     checkpoint = Checkpoint(source)
-    mask = mask_for(checkpoint, 0.6, layout, 3) if layout == "per-layer" else uniform_half(checkpoint)
+    mask = mask_for(checkpoint, 0.6, layout, 3, width) if layout == "per-layer" else uniform_half(checkpoint, width)
     plan = make_plan(checkpoint, mask)
     assert plan.custom_code == (layout == "per-layer")
     write_model(checkpoint, plan, tmp_path / "cut", max_shard_bytes=60_000)
@@ -59,7 +60,8 @@ def test_cut_of_a_family_equals_its_masked_self(family, layout, bias, tmp_path):
     dense = {k: v for file in source.glob("*.safetensors") for k, v in load_file(file).items()}
     assert sum(tensor.nbytes for tensor in written.values()) == plan.sliced.weight_bytes
     assert {k: tuple(v.shape) for k, v in written.items()} == {k: shape for k, (shape, _) in plan.tensors.items()}
-    untouched = [name for name in dense if "_proj" not in name.partition("self_attn.")[2]]
+    cut = ("self_attn.",) if mask.channels is None else ("self_attn.", "mlp.")
+    untouched = [name for name in dense if not any(part in name for part in cut) or "norm" in name]
     assert all(written[name].equal(dense[name]) for name in untouched)
     assert (family in MOE) == any(".experts." in name for name in untouched)
 
@@ -141,7 +143,7 @@ def test_per_layer_cut_is_refused_without_its_code(family, tmp_path):
 def test_per_layer_class_works_with_every_cache_beams_padding_saving_and_compilation(family, tmp_path):
     source = save_random(tmp_path / "dense", family_config(family), seed=1)
     checkpoint = Checkpoint(source)
-    write_model(checkpoint, make_plan(checkpoint, mask_for(checkpoint, 0.6, "per-layer", 3)), tmp_path / "cut")
+    write_model(checkpoint, make_plan(checkpoint, mask_for(checkpoint, 0.6, "per-layer", 3, 0.6)), tmp_path / "cut")
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path / "cut", trust_remote_code=True, attn_implementation=FAMILIES[family].attention
     ).eval()
