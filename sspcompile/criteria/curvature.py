@@ -14,7 +14,8 @@ al., ZipLM, arXiv 2302.04089). G and W are never formed: the gradient with respe
 sum of y y^T, and a change of W is one of both sides of it. Units of a layer are removed one by one, the cheapest first.
 
 The same pass gives the Fisher information of gates on the heads (`fisher`): the gradient of a gate is x . y over the
-head's channels, summed over a text.
+head's channels, summed over a text; and of gates on the channels of the MLPs, at the input of down_proj, in the same
+way.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from sspcompile.criteria.units import CriterionInput, Units, rising
 from sspcompile.model import journal
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.gradients import read_gradients
-from sspcompile.model.modules import o_proj
+from sspcompile.model.modules import down_proj, o_proj
 
 # Of the mean of H's diagonal.
 RIDGE = 1e-2
@@ -43,11 +44,14 @@ class Curvature:
 
     `inputs` [L, n, n]: E[x x^T] over tokens, n = heads * head_dim; `writes` [L, n, n]: W^T G W, nats per scored
     position; both fp32. `gates` [N, L, U] float64: Fisher information of the units' gates per text and scored position.
+    `channels` [L, intermediate] float64: the same of gates on the channels of the MLPs, mean over texts; None where
+    layers choose between experts.
     """
 
     inputs: Tensor
     writes: Tensor
     gates: np.ndarray
+    channels: np.ndarray | None = None
 
 
 def curvature(loaded: LoadedModel, given: CriterionInput) -> Curvature:
@@ -57,12 +61,17 @@ def curvature(loaded: LoadedModel, given: CriterionInput) -> Curvature:
     inputs, writes = (torch.zeros(g.layers, n, n) for _ in range(2))
     units = Units.of(g, given.granularity)
     gates = np.zeros((given.prompts, g.layers, units.count))
+    channels = np.zeros((g.layers, g.intermediate)) if g.has_channels else None
+    places = [o_proj(layer) for layer in loaded.layers]
+    places += [down_proj(layer) for layer in loaded.layers] if channels is not None else []
     tokens = scored = 0
     walk = journal.current().state("curvature", loaded, [given.batches, given.seed, given.granularity])
     begun = 0
     if (stand := walk.read()) is not None:
         inputs, writes = (torch.from_numpy(stand[name]).clone() for name in ("inputs", "writes"))
         gates[...] = stand["gates"]
+        if channels is not None:
+            channels[...] = stand["channels"]
         begun, tokens, scored = stand["counts"].tolist()
     for index, batch in list(enumerate(given.batches))[begun:]:
         generator = batch_generator(loaded, given.seed, batch)
@@ -70,8 +79,13 @@ def curvature(loaded: LoadedModel, given: CriterionInput) -> Curvature:
         rows = list(batch.rows)
 
         def read(
-            layer: int, x: Tensor, y: Tensor, real: Tensor = real, positions: Tensor = positions, rows: list[int] = rows
+            place: int, x: Tensor, y: Tensor, real: Tensor = real, positions: Tensor = positions, rows: list[int] = rows
         ) -> None:
+            layer = place % g.layers
+            if place >= g.layers and channels is not None:
+                closing = (x * y).float().sum(1).cpu().double()
+                channels[layer] += (closing.square() / positions.cpu()[:, None]).sum(0).numpy()
+                return
             closing = (x * y).float().unflatten(-1, (units.count, -1)).sum((1, 3))  # padding has no gradient
             gates[rows, layer] = (closing.cpu().double().square() / positions.cpu()[:, None]).numpy()
             x, y = (part[real.to(part.device)].float() for part in (x, y))
@@ -79,17 +93,21 @@ def curvature(loaded: LoadedModel, given: CriterionInput) -> Curvature:
             writes[layer] += (y.T @ y).cpu()
 
         cotangent = partial(logit_cotangent, targets="normal", generator=generator)
-        read_gradients(loaded, batch, [o_proj(layer) for layer in loaded.layers], "o_proj", cotangent, read)
+        read_gradients(loaded, batch, places, "o_proj or down_proj", cotangent, read)
         tokens += int(real.sum())
         scored += int(positions.sum())
         counts = np.array([index + 1, tokens, scored])
-        walk.keep(partial(_stand, inputs, writes, gates, counts))
+        walk.keep(partial(_stand, inputs, writes, gates, channels, counts))
         given.report(index + 1, len(given.batches))
-    return Curvature(inputs / max(1, tokens), writes / max(1, scored), gates)
+    mean = None if channels is None else channels / max(1, given.prompts)
+    return Curvature(inputs / max(1, tokens), writes / max(1, scored), gates, mean)
 
 
-def _stand(inputs: Tensor, writes: Tensor, gates: np.ndarray, counts: np.ndarray) -> journal.Arrays:
-    return {"inputs": inputs.numpy(), "writes": writes.numpy(), "gates": gates, "counts": counts}
+def _stand(
+    inputs: Tensor, writes: Tensor, gates: np.ndarray, channels: np.ndarray | None, counts: np.ndarray
+) -> journal.Arrays:
+    stand = {"inputs": inputs.numpy(), "writes": writes.numpy(), "gates": gates, "counts": counts}
+    return stand if channels is None else stand | {"channels": channels}
 
 
 def compensated(loaded: LoadedModel, given: CriterionInput) -> np.ndarray:

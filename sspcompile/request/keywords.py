@@ -10,9 +10,11 @@ class Keywords(TypedDict, total=False):
     """Every option of a build; `docs/options.md` says what each one does."""
 
     revision: str | None
+    size: float | None
     keep: float | None
     strength: float | None
     max_loss: float | None
+    units: Literal["all", "heads"] | None
     layout: Literal["auto", "uniform", "per-layer"] | None
     host: str | None
     pools: str | None

@@ -22,9 +22,9 @@ ENVIRONMENT_PREFIX = "SSPCOMPILE_"
 AUTO = "auto"
 # Of a hundred next tokens at most so many are others than the dense model's, where no budget is given.
 DEFAULT_MAX_LOSS = 0.05
-HINT = "See `sspcompile build --help`; --keep lies in (0, 1], --strength in [0, 1], --max-loss in (0, 1)."
+HINT = "See `sspcompile build --help`; --size and --keep lie in (0, 1], --strength in [0, 1], --max-loss in (0, 1)."
 SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-BUDGETS = ("keep", "strength", "max_loss")
+BUDGETS = ("size", "keep", "strength", "max_loss")
 
 # What `--without` switches off, to see what it is worth: `axes` (no selection: every pool is a domain), `whitelist` (no
 # head is kept by privilege), `mixing` (the top domain alone), `scenario` (all domains alike, whatever the scenario),
@@ -36,6 +36,7 @@ AskedLayout = Literal["auto", "uniform", "per-layer"]
 Granularity = Literal["head", "group"]
 ImportanceFrom = Literal["domains", "prompts", "auto"]
 Baselines = Literal["few", "all", "none"]
+Units = Literal["all", "heads"]
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,15 @@ class Options(BaseModel):
     revision: Annotated[
         Text | None, Shown("The branch, tag or commit of a hub name; MODEL@REV says the same.", "REV")
     ] = None
+    size: Annotated[
+        float | None,
+        Field(gt=0, le=1, allow_inf_nan=False),
+        Shown("Keep at most this share of all parameters, above 0 and up to 1, whatever it costs.", "SHARE"),
+    ] = None
     keep: Annotated[
         float | None,
         Field(gt=0, le=1, allow_inf_nan=False),
-        Shown("Keep at most this share of the query heads, above 0 and up to 1, whatever it costs.", "RATIO"),
+        Shown("Keep at most this share of the query heads, and every channel of the MLPs, whatever it costs.", "RATIO"),
     ] = None
     strength: Annotated[
         float | None,
@@ -86,12 +92,15 @@ class Options(BaseModel):
         float | None,
         Field(gt=0, lt=1, allow_inf_nan=False),
         Shown(
-            "Without another budget: keep as few heads as change at most this share of the next tokens, as measured on "
+            "Without another budget: keep as little as changes at most this share of the next tokens, as measured on "
             "held-out prompts; the report has it on others.",
             "SHARE",
         ),
     ] = DEFAULT_MAX_LOSS
-    layout: Annotated[AskedLayout, Shown("Head counts equal in every layer, or not; auto measures both.")] = "auto"
+    units: Annotated[
+        Units, Shown("What --size and --max-loss may remove: heads and channels of the MLPs (all), or heads alone.")
+    ] = "all"
+    layout: Annotated[AskedLayout, Shown("Counts equal in every layer, or not; auto measures both.")] = "auto"
     host: Annotated[
         str,
         Field(pattern=r"^[a-z0-9_]{1,40}$"),
@@ -110,8 +119,8 @@ class Options(BaseModel):
         str,
         Field(pattern=NAME_PATTERN),
         Shown(
-            "Score of the heads (fisher, obs, kl, ...; `sspcompile criteria` lists them); auto measures obs on texts "
-            "like the scenario's, and compares the shapes that it calls for.",
+            "Score of the heads, which are then cut alone (fisher, obs, kl, ...; `sspcompile criteria` lists them); "
+            "auto measures obs on texts like the scenario's, and compares the shapes that it calls for.",
             "NAME",
         ),
     ] = AUTO

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from sspcompile.criteria.chance import first_layer_kept
+from sspcompile.families import Geometry
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.divergence import average
 from sspcompile.prepare.toolkit import Toolkit
@@ -16,10 +17,11 @@ from sspcompile.request.options import Baselines
 from sspcompile.select.budget import merit
 from sspcompile.select.judging import Reported
 from sspcompile.select.mixture import head_scores
-from sspcompile.select.reading import Reading
+from sspcompile.select.reading import Reading, sized
 from sspcompile.select.scoring import CACHED_BASELINES, Source, reads_cache, score_key
 from sspcompile.slicing.layouts import Choice, choose
 from sspcompile.slicing.mask import Layout
+from sspcompile.slicing.sizes import Worth, channel_parameters, head_share
 
 # Draws of random heads in the table of all baselines.
 SEEDS = 3
@@ -46,13 +48,37 @@ class Rival:
 
 def rivals(reading: Reading, toolkit: Toolkit, loaded: LoadedModel, layout: Layout) -> list[Rival]:
     """Nothing, a few that need no pass for their scores, or all, as the options say."""
-    kv_heads = loaded.geometry.kv_heads
+    geometry = loaded.geometry
+    if reading.size is not None:
+        return [
+            Rival(role, name, sized(reading, geometry, layout, worth)[0])
+            for role, name, worth in _worths(reading, geometry)
+        ]
 
     def rival(role: Role, name: str, values: np.ndarray) -> Rival:
-        chosen = choose(values, kv_heads, reading.keep, layout, groups_only=reading.groups_only)
+        chosen = choose(values, geometry.kv_heads, reading.keep, layout, groups_only=reading.groups_only)
         return Rival(role, name, chosen)
 
     return [rival(*one) for one in _scores(reading, toolkit)]
+
+
+def _worths(reading: Reading, g: Geometry) -> Iterator[tuple[Role, str, Worth]]:
+    """Role, name and worth of every baseline of the same number of parameters."""
+    wanted, ours = reading.options.baselines, reading.worth()
+    if wanted == "none":
+        return
+    draws = SEEDS if wanted == "all" else 1
+    for number in range(draws):
+        seed = reading.options.seed + number
+        heads = head_share(g) * first_layer_kept(reading.merit.shape, seed)
+        channels = None
+        if ours.channels is not None:
+            channels = channel_parameters(g) * first_layer_kept(ours.channels.shape, seed)
+        yield "random", "random, first layer kept" + (f" ({draws}x)" if draws > 1 else ""), Worth(heads, channels)
+    if wanted == "all" and ours.channels is not None:
+        for ranking in reading.scores.others:
+            # Both in one unit, as the pass measured them: half of the Fisher information of a gate.
+            yield "criterion", f"criterion {ranking.name}", Worth(ranking.values / 2, reading.worth(1.0).channels)
 
 
 def _scores(reading: Reading, toolkit: Toolkit) -> Iterator[tuple[Role, str, np.ndarray]]:

@@ -6,7 +6,7 @@ that follow from the scores alone are what `plan` shows, and what `select` start
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +29,11 @@ from sspcompile.select.texts import Texts
 from sspcompile.slicing.layouts import Choice, choose
 from sspcompile.slicing.mask import Layout
 from sspcompile.slicing.plan import host_of
+from sspcompile.slicing.sizes import Worth, choose_per_layer, uniform_sizes
 
+# Channels are scored as if each went by itself, heads after the best change of what stays; many channels mend each
+# other, so their sum counts for less.
+RATE = 0.25
 # So many of a scenario's texts say what it is made of.
 MIXTURE_TEXTS = 64
 
@@ -40,8 +44,9 @@ class Reading:
 
     `mixture` is what was measured; `used` is what scored the heads, and differs only where a part of the method is
     switched off (`without`). `splits` are the texts of the build, drawn from the scenario and, in the proportion of the
-    mixture, from the pools. `merit` is [layers, heads], `whitelist` bool [layers, heads]. `keep` is the budget, kept
-    heads / all heads: 1 until it is measured where the options bound the loss instead.
+    mixture, from the pools. `merit` is [layers, heads], `whitelist` bool [layers, heads]. The budget is `size`, a share
+    of all parameters, or where that is None `keep`, kept heads / all heads: 1 until it is measured where the options
+    bound the loss instead.
     """
 
     request: Request
@@ -52,6 +57,7 @@ class Reading:
     whitelist: np.ndarray
     merit: np.ndarray
     keep: float
+    size: float | None = None
 
     @property
     def options(self) -> Options:
@@ -61,6 +67,11 @@ class Reading:
     def groups_only(self) -> bool:
         """Whether whole key/value groups are cut, never single heads."""
         return self.options.granularity == "group"
+
+    def worth(self, rate: float = RATE) -> Worth:
+        """What heads and channels cost in one measure, channels counted `rate` times."""
+        channels = self.scores.channels if self.options.units == "all" else None
+        return Worth(self.merit, None if channels is None else rate * channels)
 
     @property
     def ranking(self) -> Ranking:
@@ -92,6 +103,7 @@ def read_through(
         whitelist=whitelist,
         merit=merit(scores.values, whitelist),
         keep=_budget(options, mixture.breadth),
+        size=options.size,
     )
 
 
@@ -125,12 +137,34 @@ def choices_for(reading: Reading, geometry: Geometry) -> Mapping[Layout, Choice]
         asked = ("uniform", "per-layer") if options.wanted_host is None else ("uniform",)
     found: dict[Layout, Choice] = {}
     for name in asked:
-        choice = choose(reading.merit, geometry.kv_heads, reading.keep, name, groups_only=reading.groups_only)
         try:
-            host_of(geometry, choice.shapes, options.wanted_host, layout=name)
+            found[name] = next(iter(held(reading, geometry, name)))
         except UnsupportedModelError:
             if name == asked[-1] and not found:
                 raise
-            continue
-        found[name] = choice
     return found
+
+
+def held(reading: Reading, geometry: Geometry, layout: Layout) -> Iterator[Choice]:
+    """The choices of a layout that a class can hold, the first one first; raises for the last where none can."""
+    choices = sized(reading, geometry, layout, reading.worth()) if reading.size is not None else None
+    if choices is None:
+        choices = (choose(reading.merit, geometry.kv_heads, reading.keep, layout, groups_only=reading.groups_only),)
+    found = False
+    for choice in choices:
+        try:
+            host_of(geometry, choice.shapes, reading.options.wanted_host, layout=layout, widths=choice.widths)
+        except UnsupportedModelError:
+            if choice is choices[-1] and not found:
+                raise
+            continue
+        found = True
+        yield choice
+
+
+def sized(reading: Reading, geometry: Geometry, layout: Layout, worth: Worth) -> tuple[Choice, ...]:
+    """The masks of a layout within the reading's share of all parameters; raises BudgetError when there is none."""
+    size = 1.0 if reading.size is None else reading.size
+    if layout == "uniform":
+        return uniform_sizes(worth, geometry, size, groups_only=reading.groups_only)
+    return (choose_per_layer(worth, geometry, size, groups_only=reading.groups_only),)

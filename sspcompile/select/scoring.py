@@ -17,6 +17,7 @@ from sspcompile.criteria import key_of, of_key
 from sspcompile.criteria.curvature import costs_of, curvature
 from sspcompile.criteria.units import CriterionInput, Units
 from sspcompile.errors import ScenarioError, ToolkitError
+from sspcompile.families import Geometry
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.text import GRADIENT_TOKENS, Sentence, batches_of
 from sspcompile.prepare.direct import importance_per_prompt
@@ -56,7 +57,8 @@ class Ranking:
 class HeadScores:
     """`values` [L, H] of `criterion`, in its unit. `prompts` texts were looked at, and had `prompt_weight` (mean over
     heads, in [0, 1]) against the domains' cached scores: the scenario's own, or with the source `texts` pool prompts
-    among them. `others`: what the same pass said in other terms.
+    among them. `others`: what the same pass said in other terms. `channels` [L, intermediate]: what removing a channel
+    of an MLP costs by itself, nats per scored position; None where that was not measured or there are none.
     """
 
     criterion: str
@@ -65,6 +67,7 @@ class HeadScores:
     prompts: int
     prompt_weight: float
     others: tuple[Ranking, ...] = ()
+    channels: np.ndarray | None = None
 
     def as_mapping(self) -> dict[str, object]:
         return {"source": self.source, "prompts": self.prompts, "prompt_weight": round(self.prompt_weight, 6)}
@@ -111,19 +114,50 @@ def demand_prompts(request: Request) -> None:
         )
 
 
-def measured_rankings(
-    loaded: LoadedModel, texts: Sequence[Sentence], seed: int, granularity: Granularity, progress: Steps
-) -> tuple[Ranking, Ranking]:
-    """What one forward and one backward pass over texts say of the heads: `obs`, and `fisher`.
-
-    At most CURVATURE_TEXTS of them are read, evenly spaced.
+@dataclass(frozen=True)
+class Measured:
+    """What one forward and one backward pass over texts say: of the heads `obs` and `fisher`, and of the channels as
+    `HeadScores.channels`.
     """
+
+    rankings: tuple[Ranking, Ranking]
+    channels: np.ndarray | None
+
+
+def measured(
+    loaded: LoadedModel, texts: Sequence[Sentence], seed: int, granularity: Granularity, progress: Steps
+) -> Measured:
+    """At most CURVATURE_TEXTS of the texts are read, evenly spaced."""
     read = thinned(texts, CURVATURE_TEXTS)
     given = CriterionInput(batches_of(loaded, read, GRADIENT_TOKENS), len(read), None, seed, granularity, progress)
     found, units = curvature(loaded, given), Units.of(loaded.geometry, granularity)
-    return (
+    rankings = (
         Ranking(key_of(COMPENSATED, granularity), units.spread(costs_of(found, units), axis=1)),
         Ranking(key_of(CACHED, granularity), units.spread(found.gates.mean(0), axis=1)),
+    )
+    # To second order, closing a gate costs half of its Fisher information.
+    return Measured(rankings, None if found.channels is None else found.channels / 2)
+
+
+def measured_rankings(
+    loaded: LoadedModel, texts: Sequence[Sentence], seed: int, granularity: Granularity, progress: Steps
+) -> tuple[Ranking, Ranking]:
+    """`obs` and `fisher` of the heads, see `measured`."""
+    return measured(loaded, texts, seed, granularity, progress).rankings
+
+
+def cuts_channels(options: Options, geometry: Geometry) -> bool:
+    """Whether a build may remove channels of the MLPs beside heads: the budget counts parameters or loss, and one pass
+    over texts scores both in one measure.
+    """
+    counted = options.size is not None or options.max_loss is not None
+    scored = options.criterion == AUTO and options.importance_from != "domains"
+    return (
+        counted
+        and scored
+        and options.units == "all"
+        and geometry.has_channels
+        and not {"scenario", "mixing"} & {*options.without}
     )
 
 
@@ -154,8 +188,9 @@ def score_heads(
     written = texts.continued(prompts, stage_of(progress, "continuations (texts that score heads)"))
     report = stage_of(progress, "head scores")
     if options.criterion == AUTO and not reads_cache(source):
-        first, *others = measured_rankings(loaded, written, options.seed, options.granularity, report)
-        return HeadScores(first.name, first.values, source, min(len(prompts), CURVATURE_TEXTS), 1.0, tuple(others))
+        found = measured(loaded, written, options.seed, options.granularity, report)
+        (first, *others), read = found.rankings, min(len(prompts), CURVATURE_TEXTS)
+        return HeadScores(first.name, first.values, source, read, 1.0, tuple(others), found.channels)
     values = importance_per_prompt(loaded, toolkit, name, written, used.parts, options.seed, report)
     criterion, _ = of_key(name)
     read = min(len(prompts), criterion.max_prompts or len(prompts))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import torch
 
 from sspcompile.errors import InputError, UnsupportedModelError
+from sspcompile.families import Geometry
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.progress import Progress, silent, stage_of
@@ -19,13 +21,17 @@ from sspcompile.request.request import Request
 from sspcompile.select.baselines import Baseline, Rival, baselines_of, rivals
 from sspcompile.select.floor import Floor, loss_of, smallest_within
 from sspcompile.select.judging import Candidate, Decision, Judge, Reported, decide
-from sspcompile.select.reading import Reading, choices_for, read_through
+from sspcompile.select.reading import RATE, Reading, choices_for, held, read_through, sized
 from sspcompile.select.scoring import Ranking, measured_rankings, reads_cache
 from sspcompile.select.search import Masks, Searched, Tried, best_of, masks_of
 from sspcompile.select.texts import Texts
 from sspcompile.slicing.layouts import Choice
 from sspcompile.slicing.mask import HeadMask, Layout, kept_of
 from sspcompile.slicing.plan import host_of
+
+# Channels against heads: what the rates below are to find out at one size, and how many shapes of a uniform layout.
+RATES = (RATE, RATE / 2, 2 * RATE)
+SHAPES = 2
 
 
 @dataclass(frozen=True)
@@ -66,11 +72,12 @@ def select(
     reading = read_through(request, toolkit, loaded, texts, progress)
     judge = Judge(loaded, reading.splits, request.options, texts, dtype=dtype, progress=progress)
     floor = smallest_within(judge, reading, bound) if bound is not None else None
-    reading = reading if floor is None else replace(reading, keep=floor.keep)
+    reading = reading if floor is None else floor.applied(reading, floor.keep)
     found = _settled(judge, reading, toolkit, floor)
     while floor is not None and loss_of(found.chosen.final) > floor.max_loss:
         # Refitted to all texts it costs less than to a part of them, but for chance.
-        reading = replace(reading, keep=floor.larger(reading.keep))
+        larger = floor.larger(reading.size if floor.unit == "parameters" and reading.size else reading.keep)
+        reading = floor.applied(reading, larger)
         found = _settled(judge, reading, toolkit, floor)
     best, chosen = found.best, found.chosen
     without_repair = judge.reported(best.choice.units)
@@ -123,7 +130,8 @@ def _compared(judge: Judge, reading: Reading, floor: Floor | None) -> tuple[dict
     """The best mask of every layout in question, and the layout that the guard texts decide for, if there are two."""
     masks = masks_for(reading, judge)
     if floor is not None and len(masks) > 1:
-        masks = {layout: some for layout, some in masks.items() if layout == "per-layer" or _may_hold(some, floor)}
+        g = judge.loaded.geometry
+        masks = {layout: some for layout, some in masks.items() if layout == "per-layer" or _may_hold(some, floor, g)}
     if sum(map(len, masks.values())) == 1:
         return {layout: Searched(*some[0], None, ()) for layout, some in masks.items()}, None
     found = best_of(judge, masks)
@@ -132,9 +140,9 @@ def _compared(judge: Judge, reading: Reading, floor: Floor | None) -> tuple[dict
     return found, decide({name: judge.candidate(name, one.choice, one.repair) for name, one in found.items()})
 
 
-def _may_hold(masks: Masks, floor: Floor) -> bool:
-    """Whether a uniform mask keeps more than a per-layer one that lost too much; one of fewer heads would lose more."""
-    return any(choice.ratio > floor.failed for _, choice in masks)
+def _may_hold(masks: Masks, floor: Floor, g: Geometry) -> bool:
+    """Whether a uniform mask keeps more than a per-layer one that lost too much; a smaller one would lose more."""
+    return any(floor.share(choice, g) > floor.failed for _, choice in masks)
 
 
 def masks_for(reading: Reading, judge: Judge) -> dict[Layout, Masks]:
@@ -144,6 +152,8 @@ def masks_for(reading: Reading, judge: Judge) -> dict[Layout, Masks]:
     """
     geometry, options = judge.loaded.geometry, reading.options
     choices = choices_for(reading, geometry)
+    if reading.size is not None and reading.worth().channels is not None:
+        return {layout: _sized_masks(reading, geometry, layout) for layout in choices}
     masks: dict[Layout, Masks] = {layout: ((reading.ranking, choice),) for layout, choice in choices.items()}
     cut = [layout for layout, choice in choices.items() if not choice.units.everything]
     if options.criterion != AUTO or not cut:
@@ -173,6 +183,17 @@ def masks_for(reading: Reading, judge: Judge) -> dict[Layout, Masks]:
         for layout in cut
     }
     return masks | {layout: some for layout, some in found.items() if some}
+
+
+def _sized_masks(reading: Reading, geometry: Geometry, layout: Layout) -> Masks:
+    """The masks of a layout that are compared at a share of all parameters: per layer, heads against channels at
+    several rates; uniform, several shapes.
+    """
+    if layout == "per-layer":
+        found = [sized(reading, geometry, layout, reading.worth(rate))[0] for rate in RATES]
+    else:
+        found = [*islice(held(reading, geometry, layout), SHAPES)]
+    return tuple((reading.ranking, choice) for choice in {choice.units.key: choice for choice in found}.values())
 
 
 def mask_of(
@@ -210,10 +231,13 @@ def mask_of(
         kv_heads=g.kv_heads,
         kept=kept_of(choice.kept),
         layout=layout,
-        keep_requested=reading.keep,
+        keep_requested=reading.keep if reading.size is None else choice.ratio,
         keep_achieved=choice.ratio,
         scores=tuple(tuple(float(f"{score:.6g}") for score in row) for row in ranking.values),
         whitelist=tuple((int(layer), int(head)) for layer, head in privileged),
         criterion=ranking.name,
         scenario=facts,
+        intermediate=g.intermediate,
+        channels=None if choice.channels is None or choice.channels.all() else kept_of(choice.channels),
+        size_requested=reading.size,
     )

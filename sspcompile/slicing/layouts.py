@@ -13,6 +13,7 @@ each): a budget of half the heads could end at three eighths. What a budget allo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,6 +94,37 @@ def uniform_choices(merit: np.ndarray, kv_heads: int, keep: float, *, groups_onl
     ]
     widest = [s for s in feasible if not any(o != s and o[0] >= s[0] and o[1] >= s[1] for o in feasible)]
     return tuple(_uniform(grouped, shape) for shape in sorted(widest, key=lambda s: (-s[0] * s[1], s[0])))
+
+
+def staircases(
+    merit: np.ndarray, kv_heads: int, *, groups_only: bool = False
+) -> tuple[list[list[Shape]], list[list[float]]]:
+    """Every layer's shapes from all heads down to the smallest, and the merit that each keeps; `merit` is
+    [layers, heads].
+    """
+    layers, heads = merit.shape
+    size = heads // kv_heads
+    grouped = merit.reshape(layers, kv_heads, size)
+    if groups_only:
+        paths = [[(groups, size) for groups in range(kv_heads, 0, -1)]] * layers
+    else:
+        paths = [_staircase(_values(layer)) for layer in grouped]
+    values = [
+        [float(_values(layer)[g - 1, r - 1]) for g, r in path] for layer, path in zip(grouped, paths, strict=True)
+    ]
+    return paths, values
+
+
+def shaped(merit: np.ndarray, kv_heads: int, shapes: Sequence[Shape], *, per_layer: bool) -> np.ndarray:
+    """Bool [layers, heads]: the best heads of every layer in its shape, as `choose` takes them in that layout."""
+    layers, heads = merit.shape
+    grouped = merit.reshape(layers, kv_heads, heads // kv_heads)
+    of_groups = [
+        layer.sum(-1) if per_layer else _top_sums(layer)[:, r - 1]
+        for layer, (_, r) in zip(grouped, shapes, strict=True)
+    ]
+    kept = [_mask_of(*each) for each in zip(grouped, shapes, of_groups, strict=True)]
+    return np.stack(kept).reshape(layers, heads)
 
 
 def _uniform(grouped: np.ndarray, shape: Shape) -> Choice:
