@@ -32,7 +32,7 @@ def walk(loss_at, max_loss: float) -> tuple[Floor, list[float]]:
         asked.extend(choice.ratio for choice in choices)
         return [Rung(choice.ratio, loss_at(choice.ratio)) for choice in choices]
 
-    return descend(choice_of, measure, 1 / HEADS, max_loss), asked
+    return descend(choice_of, measure, lambda choice: choice.ratio, 1 / HEADS, Floor(max_loss, 1.0, 0.0, ())), asked
 
 
 @given(edge=st.floats(0.15, 0.95), slope=st.floats(0.1, 5.0))
@@ -73,8 +73,8 @@ def test_refitted_to_all_texts_a_mask_that_is_over_the_bound_gives_way_to_the_ne
 
 
 def test_the_default_bounds_the_loss_and_any_other_budget_takes_its_place():
-    assert Options().max_loss == DEFAULT_MAX_LOSS and Options().keep is Options().strength is None
-    for other in ({"keep": 0.5}, {"strength": 0.5}):
+    assert Options().max_loss == DEFAULT_MAX_LOSS and Options().keep is Options().strength is Options().size is None
+    for other in ({"keep": 0.5}, {"strength": 0.5}, {"size": 0.8}):
         assert Options(**other).max_loss is None
     assert Options(max_loss=0.1).keep is None
     with pytest.raises(ValueError, match="keep and max_loss exclude each other"):
@@ -97,10 +97,25 @@ def test_a_build_without_a_budget_stays_within_the_bound_where_it_decides_and_sa
     floor = mask["scenario"]["floor"]
     assert report.budget.max_loss == floor["max_loss"] == DEFAULT_MAX_LOSS
     assert [list(pair) for pair in report.budget.measured] == [[one["kept"], one["loss"]] for one in floor["tried"]]
-    assert 0 < mask["keep_achieved"] <= floor["keep"] < 1 and floor["failed"] < floor["keep"]
+    plan = json.loads((tmp_path / "cut" / "plan.json").read_text())
+    left = plan["parameters"]["sliced"] / plan["parameters"]["dense"]
+    assert floor["unit"] == "parameters" and mask["size_requested"] == floor["keep"]
+    assert floor["keep"] - 0.03 < left <= floor["keep"] < 1 and floor["failed"] < floor["keep"]
+    assert len(set(plan["widths"])) > 1
     at = next(one for one in floor["tried"] if one["kept"] == floor["keep"])
     assert at["loss"] <= DEFAULT_MAX_LOSS
     assert "The smallest mask within a loss of 5 %" in (tmp_path / "cut" / "report.md").read_text()
+
+
+def test_where_heads_alone_may_go_the_bound_is_kept_by_heads(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    wanted = ("--scenario", "A helpdesk for questions about chemistry", "--units", "heads", "--out", "cut")
+    code, _, err = run("build", *wanted, *FAST)
+    assert code == 0, err
+    mask, plan = (json.loads((tmp_path / "cut" / name).read_text()) for name in ("mask.json", "plan.json"))
+    floor = mask["scenario"]["floor"]
+    assert floor["unit"] == "heads" and mask["channels"] is None and mask["size_requested"] is None
+    assert 0 < mask["keep_achieved"] <= floor["keep"] < 1 and len(set(plan["widths"])) == 1
 
 
 def test_a_bound_that_no_mask_holds_writes_nothing(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -143,11 +143,13 @@ budgets = st.one_of(
     st.fixed_dictionaries({}),
     st.fixed_dictionaries({"keep": st.floats(0, 1, exclude_min=True)}),
     st.fixed_dictionaries({"strength": st.floats(0, 1)}),
+    st.fixed_dictionaries({"size": st.floats(0, 1, exclude_min=True)}),
 )
 options = st.fixed_dictionaries(
     {},
     optional={
         "model": texts,
+        "units": st.sampled_from(["all", "heads"]),
         "layout": st.sampled_from(["auto", "uniform", "per-layer"]),
         "host": st.sampled_from(["auto", "seed_oss", "granite"]),
         "criterion": st.sampled_from(["fisher", "kl", "subspace"]),
@@ -179,9 +181,11 @@ def test_default_options() -> None:
         == {
             "model": None,
             "revision": None,
+            "size": None,
             "keep": None,
             "strength": None,
             "max_loss": 0.05,
+            "units": "all",
             "layout": "auto",
             "host": "auto",
             "criterion": "auto",
@@ -263,7 +267,7 @@ def test_parts_that_are_switched_off_are_named_once_and_in_one_order(tmp_path: P
     [
         ({"keep": 0.3, "strength": 0.3}, "keep and strength exclude each other"),
         ({"keep": 0.3, "max_loss": 0.3}, "keep and max_loss exclude each other"),
-        ({"max_loss": None}, "one of keep, strength, max_loss is needed"),
+        ({"max_loss": None}, "one of size, keep, strength, max_loss is needed"),
     ],
 )
 def test_options_have_one_budget(given, expected: str) -> None:
