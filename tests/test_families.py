@@ -10,7 +10,7 @@ import torch
 from builders import FAMILY_SETTINGS, family_config, save_random
 from safetensors.torch import load_file
 from test_slicing_exact import IDS, PROMPTS, assert_equal_to_masked, mask_for
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from sspcompile.checkpoint import Checkpoint
 from sspcompile.criteria.measuring import measure
@@ -175,6 +175,11 @@ def test_per_layer_class_works_with_every_cache_beams_padding_saving_and_compila
         assert again(ids).logits.equal(expected)
         again.set_attn_implementation("eager")
         assert again.model.layers[1].self_attn.config._attn_implementation == "eager"
+        if family not in MOE:
+            inner = AutoModel.from_pretrained(
+                tmp_path / "cut", trust_remote_code=True, attn_implementation=FAMILIES[family].attention
+            ).eval()
+            assert inner(ids).last_hidden_state.equal(model.model(ids).last_hidden_state)
         scale = float(np.abs(expected.numpy()).max())
         assert torch.allclose(again(ids).logits, expected, atol=1e-5 * scale)
 

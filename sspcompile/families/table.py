@@ -140,6 +140,12 @@ class Family:
     silent: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def decoder(self) -> str:
+        """The class of the decoder without its output matrix."""
+        own = "TextModel" if self.model_type.endswith("_text") else "Model"
+        return self.architecture.removesuffix("ForCausalLM") + own
+
+    @property
     def down(self) -> str:
         """The matrix of the MLP that writes into the residual stream; its columns are the channels."""
         return next(linear.name for linear in self.mlp if linear.rows == "hidden")

@@ -54,6 +54,9 @@ def _per_layer(plan: SlicePlan) -> dict[str, Any]:
     module, name = MODELING_FILE.removesuffix(".py"), CLASS_PREFIX + plan.host.architecture
     apart = len(set(plan.widths)) > 1
     classes = {"AutoModelForCausalLM": f"{module}.{name}"}
+    if plan.host.experts is None:  # transformers 5 leaves the experts of a bare decoder random, without a word
+        # vLLM's Transformers backend builds the decoder alone.
+        classes["AutoModel"] = f"{module}.{CLASS_PREFIX}{plan.host.decoder}"
     config: dict[str, Any] = {
         "architectures": [name],
         "auto_map": classes,

@@ -2,8 +2,8 @@
 """Decoder classes whose layers differ in their numbers of heads and MLP channels (`per_layer_config` in config.json).
 
 `PerLayerMistralForCausalLM` is `MistralForCausalLM` with each decoder layer built from its own counts, and so on for
-every stock class. Only the sizes of the projections differ; every forward is inherited. Works with transformers 4.57
-and 5.
+every stock class; `PerLayerMistralModel` is the decoder without its head, which vLLM's Transformers backend asks for.
+Only the sizes of the projections differ; every forward is inherited. Works with transformers 4.57 and 5.
 
 `Gemma2Config` and so on are the stock configurations, with global head counts that can be read without a warning.
 """
@@ -73,23 +73,25 @@ class _PerLayerHeads:
         for name in ("_attn_implementation", "_experts_implementation"):
             if hasattr(self.config, name):
                 setattr(config, name, getattr(self.config, name))
-        for index, stock_layer in enumerate(self.model.layers):
+        decoder = getattr(self, "model", self)  # or this is the decoder itself
+        for index, stock_layer in enumerate(decoder.layers):
             counts = _counts(config, index)
             layer_config = copy.copy(self.config)
             for key, value in counts.items():
                 setattr(layer_config, key, value)
             layer = type(stock_layer)(layer_config, index)
             layer.self_attn.config = _LayerView(config, counts)
-            self.model.layers[index] = layer
+            decoder.layers[index] = layer
         self.config = config
-        self.model.config = config
+        decoder.config = config
         self.post_init()
 
 
 @functools.cache
 def _per_layer(stock_name):
     # With _auto_class save_pretrained copies this file beside the weights. Not every transformers sets it.
-    own = {"__module__": __name__, "_auto_class": "AutoModelForCausalLM"}
+    kind = "AutoModelForCausalLM" if stock_name.endswith("ForCausalLM") else "AutoModel"
+    own = {"__module__": __name__, "_auto_class": kind}
     return type(PREFIX + stock_name, (_PerLayerHeads, getattr(transformers, stock_name)), own)
 
 
