@@ -1,13 +1,15 @@
-"""What heads are worth to real deployments on a real model: own scenario against others, by score, budget and layout.
+"""What a cut costs real deployments on a real model: own scenario against others, by score, budget and layout.
 
     python -m benchmarks.real --model SMOLLM2 --data DIR [--scenarios word-problems,...] [--seeds 1] [--keeps 0.75,0.5]
+                              [--sizes 0.9,0.8]
 
 DIR holds public sets (`gsm8k`, `openstax`, `squad2`, `tatqa`, `banking77`, `wikitext2`). A scenario is FIT texts of one
 of them; JUDGED others judge it, and as many of the other scenarios, together, what it costs off the scenario. Texts
 with a reference answer are scored on it, others on the dense model's own continuation.
 
+A budget is a share of the heads (`--keeps`) or of all parameters (`--sizes`, heads and channels of the MLPs together).
 A row is a mask: by a score on the scenario's own texts (`obs`, `fisher`), by `obs` on texts of all scenarios alike
-(`domain-free`) or of another one (`wrong domain`), each repaired on the texts that chose it, and heads at random with
+(`domain-free`) or of another one (`wrong domain`), each repaired on the texts that chose it, and units at random with
 the first layer kept (repaired on the scenario's own). Rows that OUT holds already are not measured again.
 """
 
@@ -23,10 +25,10 @@ from pathlib import Path
 from typing import cast
 
 import click
-import numpy as np
 import torch
 
 from sspcompile.criteria.chance import first_layer_kept
+from sspcompile.families import Geometry
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.dense import open_dense
 from sspcompile.model.divergence import Divergence, compare_divergences
@@ -37,9 +39,12 @@ from sspcompile.repair.repair import refitted_dtype
 from sspcompile.request.prompts import Prompt, answered
 from sspcompile.request.splits import thinned
 from sspcompile.select.judging import HeldOut
-from sspcompile.select.scoring import Ranking, measured_rankings
-from sspcompile.slicing.layouts import choose
+from sspcompile.select.reading import RATE
+from sspcompile.select.scoring import Measured
+from sspcompile.select.scoring import measured as measured_costs
+from sspcompile.slicing.layouts import Choice, choose
 from sspcompile.slicing.mask import Layout
+from sspcompile.slicing.sizes import Worth, channel_parameters, choose_per_layer, head_share, share_of, uniform_sizes
 
 FIT, REPAIRED, JUDGED = 64, 32, 24
 LONGEST = 320  # tokens of a prompt
@@ -123,46 +128,64 @@ class Ground:
         return self._held[name]
 
 
-def rankings(ground: Ground, name: str, seed: int) -> Iterator[tuple[str, np.ndarray, str]]:
-    """Names of NAMES with merit [layers, heads], and whose texts repair."""
+def scored(ground: Ground, name: str, seed: int) -> Iterator[tuple[str, Worth, str]]:
+    """Names of NAMES with what units are worth, and whose texts repair."""
 
-    def of(texts: Sequence[Sentence]) -> tuple[Ranking, ...]:
-        return measured_rankings(ground.loaded, texts, 0, "head", no_steps)
+    def of(texts: Sequence[Sentence]) -> Measured:
+        return measured_costs(ground.loaded, texts, 0, "head", no_steps)
 
-    for ranking in of(ground.fit(name)):
-        yield ranking.name, ranking.values, name
-    yield "domain-free", of(ground.fit("all"))[0].values, "all"
+    def own(found: Measured) -> Worth:
+        heads, _ = found.rankings
+        return Worth(heads.values, None if found.channels is None else RATE * found.channels)
+
+    found = of(ground.fit(name))
+    heads, fisher = found.rankings
+    yield heads.name, own(found), name
+    yield fisher.name, Worth(fisher.values / 2, found.channels), name
+    yield "domain-free", own(of(ground.fit("all"))), "all"
     wrong = [*SCENARIOS][([*SCENARIOS].index(name) + 1) % len(SCENARIOS)]
-    yield "wrong domain", of(ground.fit(wrong))[0].values, wrong
+    yield "wrong domain", own(of(ground.fit(wrong))), wrong
     g = ground.loaded.geometry
-    yield "random", first_layer_kept((g.layers, g.heads), seed), name
+    channels = channel_parameters(g) * first_layer_kept((g.layers, g.intermediate), seed)
+    yield "random", Worth(head_share(g) * first_layer_kept((g.layers, g.heads), seed), channels), name
 
 
 @dataclass(frozen=True)
 class Budget:
+    """`size` is a share of all parameters, `keep` one of the heads; one of them is None."""
+
     repair: str
     layout: Layout
-    keep: float
+    keep: float | None
+    size: float | None = None
+
+    def choice(self, worth: Worth, g: Geometry) -> Choice:
+        if self.size is None:
+            return choose(worth.heads, g.kv_heads, self.keep or 1.0, self.layout)
+        if self.layout == "uniform":
+            return uniform_sizes(worth, g, self.size)[0]
+        return choose_per_layer(worth, g, self.size)
 
 
 # What tells rows apart.
-KEY = ("model", "scenario", "seed", "repair", "layout", "keep", "score")
+KEY = ("model", "scenario", "seed", "repair", "layout", "keep", "size", "score")
 
 
 def measured(
-    ground: Ground, name: str, ranked: Sequence[tuple[str, np.ndarray, str]], budget: Budget, dtype: torch.dtype
+    ground: Ground, name: str, ranked: Sequence[tuple[str, Worth, str]], budget: Budget, dtype: torch.dtype
 ) -> Iterator[dict[str, object]]:
     """A row for every mask of a budget, the first one's divergence being what others are compared with."""
     loaded, (own, off) = ground.loaded, ground.judged(name)
     ours = None
-    for score, values, whose in ranked:
-        kept = choose(values, loaded.geometry.kv_heads, budget.keep, budget.layout).units
+    for score, worth, whose in ranked:
+        choice = budget.choice(worth, loaded.geometry)
+        kept, left = choice.units, share_of(loaded.geometry, choice)
         texts = batches_of(loaded, thinned(ground.fit(whose), REPAIRED))
         fitted = next(iter(fit_repairs(loaded, [kept], texts, dtype=dtype))) if budget.repair != "none" else None
         found = own.divergence(kept, fitted)
         ours = found if ours is None else ours
         gap = compare_divergences(found, ours)
-        row = {"score": score, "kept": float(kept.heads.mean()), **figures(found, off.divergence(kept, fitted))}
+        row = {"score": score, "kept": choice.ratio, "parameters": left, **figures(found, off.divergence(kept, fitted))}
         yield row | {"kl_above_obs": [gap.value, gap.low, gap.high]}
 
 
@@ -182,24 +205,24 @@ def figures(found: Divergence, off: Divergence) -> dict[str, object]:
 @click.option("--data", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--scenarios", default=",".join(SCENARIOS), show_default=True)
 @click.option("--seeds", default=1, show_default=True)
-@click.option("--keeps", default="0.75,0.5", show_default=True)
+@click.option("--keeps", default="0.75,0.5", show_default=True, help="Shares of the heads; empty for none.")
+@click.option("--sizes", default="0.9,0.8", show_default=True, help="Shares of all parameters; empty for none.")
 @click.option("--layouts", default="per-layer", show_default=True)
 @click.option("--repairs", default="least-squares", show_default=True, help="least-squares, none.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/real.jsonl"))
-def main(model: str, data: Path, scenarios: str, seeds: int, keeps: str, layouts: str, repairs: str, out: Path) -> None:
+def main(model: str, data: Path, scenarios: str, seeds: int, out: Path, **budgeted: str) -> None:
     """Compare masks on real deployments."""
     dense = open_dense(model)
     loaded, dtype = dense.load(), refitted_dtype(dense.checkpoint)
     lines = out.read_text("utf-8").splitlines() if out.exists() else []
-    known = {tuple(json.loads(line)[part] for part in KEY) for line in lines}
-    choices = product(repairs.split(","), layouts.split(","), map(float, keeps.split(",")))
-    budgets = [Budget(repair, cast(Layout, layout), keep) for repair, layout, keep in choices]
+    known = {tuple(json.loads(line).get(part) for part in KEY) for line in lines}
+    budgets = [*_budgets(**budgeted)]
     for seed in range(seeds):
         ground = Ground(loaded, data, seed)
         for name in scenarios.split(","):
             case = (Path(dense.name).name, name, seed)
             asked = [one for one in budgets if any((*case, *astuple(one), score) not in known for score in NAMES)]
-            ranked = [*rankings(ground, name, seed)] if asked else []
+            ranked = [*scored(ground, name, seed)] if asked else []
             for budget in asked:
                 for row in measured(ground, name, ranked, budget, dtype):
                     row = dict(zip(KEY, (*case, *astuple(budget), row["score"]), strict=True)) | row
@@ -208,6 +231,13 @@ def main(model: str, data: Path, scenarios: str, seeds: int, keeps: str, layouts
                     with out.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(row) + "\n")
                     click.echo(json.dumps(row))
+
+
+def _budgets(keeps: str, sizes: str, layouts: str, repairs: str) -> Iterator[Budget]:
+    for repair, layout in product(repairs.split(","), layouts.split(",")):
+        named = cast(Layout, layout)
+        yield from (Budget(repair, named, float(keep)) for keep in filter(None, keeps.split(",")))
+        yield from (Budget(repair, named, None, float(size)) for size in filter(None, sizes.split(",")))
 
 
 if __name__ == "__main__":
