@@ -13,9 +13,10 @@ from sspcompile.criteria import fisher
 from sspcompile.criteria.curvature import RIDGE, curvature, removal_costs
 from sspcompile.criteria.units import CriterionInput, Units
 from sspcompile.model.gradients import read_gradients, state_gradients
+from sspcompile.model.hooks import channel_gates
 from sspcompile.model.logits import decoder_output
 from sspcompile.model.modules import o_proj
-from sspcompile.model.text import with_continuations
+from sspcompile.model.text import batches_of, continued, with_continuations
 
 PROMPTS = ("please tell me about acid", "the sum of three and four", "who was king in the year of war")
 
@@ -129,6 +130,26 @@ def test_gates_of_the_pass_are_the_fisher_score(loaded, batches):
     wanted = fisher.information(loaded, grouped, "normal", 1)
     np.testing.assert_allclose(curvature(loaded, grouped).gates, wanted, rtol=1e-3, atol=1e-6 * wanted.max())
     assert found.gates.shape[-1] == 4 and wanted.shape[-1] == units.count
+
+
+def test_channels_of_the_pass_are_the_fisher_information_of_their_gates(loaded):
+    """Each text by itself, so that gates of its own can be had from autograd: the same draws of the same batches."""
+    texts = batches_of(loaded, continued(loaded, PROMPTS, new_tokens=3), 1)
+    assert [batch.rows for batch in texts] == [(0,), (1,), (2,)]
+    found = curvature(loaded, CriterionInput(texts, len(PROMPTS), seed=3)).channels
+    wanted = np.zeros((3, loaded.geometry.intermediate))
+    for batch in texts:
+        gates = torch.ones(wanted.shape, requires_grad=True)
+        with torch.enable_grad(), channel_gates(loaded, gates):
+            states = decoder_output(loaded, batch)[batch.score_mask]
+            generator = fisher.batch_generator(loaded, 3, batch)
+            towards = state_gradients(
+                loaded, states, lambda logits, generator=generator: fisher.logit_cotangent(logits, "normal", generator)
+            )
+            (gradient,) = torch.autograd.grad(states, gates, towards)
+        wanted += gradient.double().square().numpy() / int(batch.score_mask.sum()) / len(PROMPTS)
+    assert found is not None
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-6 * wanted.max())
 
 
 def test_a_pass_leaves_nothing_behind(loaded, batches):
