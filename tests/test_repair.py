@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sspcompile.model.text import Batch
-from sspcompile.repair.fitting import SCORED_SHARE, _Normal, _position_weights
+from sspcompile.repair.fitting import SCORED_SHARE, _position_weights
+from sspcompile.repair.systems import Dual, Normal, system_of
 
 
 def batch(lengths, scored):
@@ -34,7 +35,7 @@ def test_scored_positions_have_their_share_of_the_weight_whatever_the_lengths(le
 def test_weighted_normal_equations_solve_the_weighted_problem(seed, inputs):
     rng = np.random.default_rng(seed)
     x, y, w = rng.normal(size=(40, inputs)), rng.normal(size=(40, 3)), rng.uniform(0.1, 5, 40)
-    system = _Normal(inputs, 3, torch.device("cpu"))
+    system = Normal(inputs, 3, torch.device("cpu"))
     for part in (slice(0, 15), slice(15, 40)):
         system.add(torch.tensor(x[part]), torch.tensor(y[part]), torch.tensor(w[part]))
     start = torch.zeros(inputs, 3, dtype=torch.float64)
@@ -44,3 +45,25 @@ def test_weighted_normal_equations_solve_the_weighted_problem(seed, inputs):
     # A ridge that outweighs the texts leaves the weights where they were.
     kept = torch.tensor(rng.normal(size=(inputs, 3)))
     np.testing.assert_allclose(system.solve(kept, 1e12).numpy(), kept.numpy(), rtol=1e-6)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 60), st.sampled_from([1e-2, 0.1, 1.0]))
+def test_few_rows_of_a_wide_matrix_have_the_same_solution_by_the_rows(seed, inputs, ridge):
+    rng = np.random.default_rng(seed)
+    x, y, w = (torch.tensor(one) for one in (rng.normal(size=(30, inputs)), rng.normal(size=(30, 3)), rng.random(30)))
+    start = torch.tensor(rng.normal(size=(inputs, 3)))
+    device = torch.device("cpu")
+    exact, by_rows = Normal(inputs, 3, device), Dual(device)
+    for part in (slice(0, 11), slice(11, 30)):
+        for system in (exact, by_rows):
+            system.add(x[part], y[part], w[part])
+    wanted = exact.solve(start, ridge)
+    torch.testing.assert_close(by_rows.solve(start, ridge), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+    assert isinstance(system_of(30, inputs, 3, device), Dual if inputs > 30 else Normal)
+
+
+def test_rows_of_zeros_change_nothing():
+    start = torch.ones(5, 2, dtype=torch.float64)
+    for system in (Normal(5, 2, torch.device("cpu")), Dual(torch.device("cpu"))):
+        system.add(torch.zeros(3, 5), torch.ones(3, 2), torch.ones(3))
+        assert system.solve(start, 0.1).equal(start)

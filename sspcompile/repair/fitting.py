@@ -20,12 +20,13 @@ from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.hooks import answered, input_of, passed_over, recorded_calls
 from sspcompile.model.journal import Arrays
 from sspcompile.model.modules import attention, down_proj, layer_output, o_proj, residual_norm
-from sspcompile.model.stored import double_device, in_double
+from sspcompile.model.stored import in_double
 from sspcompile.model.streaming import in_memory
 from sspcompile.model.text import Batch
 from sspcompile.model.weights import tensor_of, weight_of
 from sspcompile.progress import Steps, no_steps
 from sspcompile.repair.repair import Repair, repaired
+from sspcompile.repair.systems import Normal, System, system_of
 from sspcompile.slicing.mask import Kept
 
 # Relative to the mean energy of an input coordinate: small enough to fit, large enough to leave directions that the
@@ -241,7 +242,7 @@ class _Stream:
         projection = o_proj(dense.loaded.layers[index])
         weight, bias = weight_of(projection), tensor_of(projection, "bias")
         columns = columns.to(weight.device)
-        system = _Normal(int(columns.sum()), projection.out_features, weight.device)
+        system = Normal(int(columns.sum()), projection.out_features, weight.device)
         for number, (x, hidden) in enumerate(zip(inputs, self.hidden, strict=True)):
             self._add(system, x[..., columns], hidden, bias, number, dense)
         full = torch.zeros(weight.shape, dtype=torch.float64)
@@ -259,7 +260,8 @@ class _Stream:
         weight, bias = weight_of(projection), tensor_of(projection, "bias")
         columns = torch.ones(projection.in_features, dtype=torch.bool) if channels is None else channels
         there = columns.to(weight.device)
-        system = _Normal(int(columns.sum()), projection.out_features, weight.device, exact=False)
+        rows = sum(map(len, dense.weights))
+        system = system_of(rows, int(columns.sum()), projection.out_features, weight.device)
         for number, hidden in enumerate(self.hidden):
             with (
                 answered(attention(layer), outputs[number]),
@@ -274,7 +276,7 @@ class _Stream:
 
     def _add(
         self,
-        system: _Normal,
+        system: System,
         inputs: Tensor,
         residual: Tensor,
         bias: Tensor | None,
@@ -342,35 +344,3 @@ def _position_weights(batches: Sequence[Batch]) -> list[Tensor]:
     other = sum(int(batch.attention_mask.sum()) for batch in batches) - scored
     ratio = SCORED_SHARE / (1 - SCORED_SHARE) * other / scored if other else 1.0
     return [torch.where(batch.score_mask, ratio, 1.0) for batch in batches]
-
-
-class _Normal:
-    """Normal equations in float64: X^T diag(w) X and X^T diag(w) Y, summed over batches.
-
-    They are worked out on `device`, or on the CPU for one without float64. Not `exact`: the products of one batch are
-    made in fp32, at half of the price; their rounding lies far below the ridge.
-    """
-
-    def __init__(self, inputs: int, outputs: int, device: torch.device, *, exact: bool = True) -> None:
-        device = double_device(device)
-        self._exact = exact
-        self.xx = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
-        self.xy = torch.zeros(inputs, outputs, dtype=torch.float64, device=device)
-
-    def add(self, x: Tensor, y: Tensor, weights: Tensor) -> None:
-        """Rows x [N, inputs] and y [N, outputs], with a weight [N] each."""
-        given = [one.to(self.xx.device) for one in (x, y, weights)]
-        x, y, w = map(in_double if self._exact else Tensor.float, given)
-        weighted = x * w.unsqueeze(1)
-        self.xx += weighted.T @ x
-        self.xy += weighted.T @ y
-
-    def solve(self, start: Tensor, ridge: float) -> Tensor:
-        """W^T [inputs, outputs] that minimises the ridge problem around `start`, of the same shape."""
-        start = in_double(start).to(self.xx.device)
-        size = len(self.xx)
-        strength = ridge * self.xx.diagonal().mean()
-        if not strength > 0:
-            return start
-        system = self.xx + strength * torch.eye(size, dtype=torch.float64, device=self.xx.device)
-        return torch.linalg.solve(system, self.xy + strength * start)
