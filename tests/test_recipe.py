@@ -72,7 +72,7 @@ seed: true
         "description: is missing",
         "scenario (line 4): needs exactly one of text, prompts, prompts_file, domains; it has text, prompts",
         "scenario.prompt (line 6): is not a known key; did you mean 'prompts'?",
-        "scenario.prompts[0] (line 7): must be text or a list of messages, not 1",
+        "scenario.prompts[0] (line 7): must be text, a list of messages, or a mapping with the key text, not 1",
         "keep (line 8): must be less than or equal to 1, not 1.5",
         "strength (line 9): must be a number, not 'high'",
         "strength (line 9): keep and strength exclude each other; give one",

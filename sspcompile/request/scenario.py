@@ -15,7 +15,7 @@ from typing import Literal
 
 from sspcompile.errors import ScenarioError
 from sspcompile.request.documents import plain_text, shown
-from sspcompile.request.prompts import Prompt, answered, bare, read_line
+from sspcompile.request.prompts import Prompt, prompt_of, read_line
 from sspcompile.request.recipe import Recipe, ScenarioSpec, find_recipe, load_recipe, shipped_recipes
 
 LINE_BYTES = 1_000_000
@@ -197,8 +197,7 @@ def _jsonl_prompts(path: Path, lines: list[str]) -> Iterator[Prompt]:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else "too large or too deep"
             raise ScenarioError(f"{where} is not JSON ({reason}).", hint=ACCEPTED) from None
         try:
-            read = read_line(item)
-            yield answered(bare(read.prompt), read.answer)
+            yield prompt_of(read_line(item))
         except ValueError as error:
             raise ScenarioError(f"{where} {error}.", hint=ACCEPTED) from None
 
