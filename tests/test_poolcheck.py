@@ -154,7 +154,7 @@ def test_the_command_names_problems_line_by_line_and_exits_with_2(run: Run, tmp_
     (tmp_path / "broken.yaml").write_text("name: broken\nprompts: [7]\n", "utf-8")
     code, out, err = run("recipe", "validate", tmp_path)
     lines = out.splitlines()
-    assert code == 2 and err.count("\n") == 1 and f"{len(lines)} problem(s) in 3 of 3 file(s)" in err
+    assert code == 2 and err.count("\n") == 1 and f"{len(lines)} problems, in 3 of 3 files read" in err
     assert all(line.startswith(str(tmp_path)) for line in lines) and any(
         "prompts[0] (line 2)" in line for line in lines
     )

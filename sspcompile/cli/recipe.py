@@ -77,8 +77,8 @@ def validate(file: Path, as_json: bool) -> None:
         for problem in found.problems:
             click.echo(f"{problem.file}: {problem.said}")
     if found.problems:
-        wrong = len({problem.file for problem in found.problems})
+        count, wrong = len(found.problems), len({problem.file for problem in found.problems})
         raise InputError(
-            f"{len(found.problems)} problem(s) in {wrong} of {len(found.files)} file(s).",
+            f"{count} {'problem' if count == 1 else 'problems'}, in {wrong} of {len(found.files)} files read.",
             hint="recipes/README.md says what a pool should be like.",
         )
