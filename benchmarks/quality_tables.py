@@ -1,7 +1,7 @@
 """Tables and figure of `quality.py`: python -m benchmarks.quality_tables [--results benchmarks/results/quality].
 
-Writes `summary.json`, `tables.md` and `docs/images/quality.svg`, and the table of scores in README.md and
-docs/quality.md. Differences are paired item by item. Two intervals are
+Writes `summary.json`, `tables.md` and `docs/images/quality.svg`, and the table of scores in docs/quality.md and on the
+embedded model's card. Differences are paired item by item. Two intervals are
 computed: over items, taking the masks as given, and over scenarios (domain and seed), taking items with them. A loss
 counts as measurable when the narrower one says so, an advantage only when both do.
 """
@@ -36,7 +36,8 @@ SHOWN = {
     "`subspace` (published)": ("subspace", "least-squares"),
 }
 """Rows of the table that the documents show: label, and the row and repair that it is about."""
-DOCUMENTS = (Path("README.md"), Path("docs/quality.md"))
+RESULTS = Path("benchmarks/results/quality")
+DOCUMENTS = (Path("sspcompile/embedded/model/README.md"), Path("docs/quality.md"))
 Cells = Mapping[str, np.ndarray]
 
 
@@ -201,6 +202,13 @@ def shown_table(rows: Mapping[tuple[str, str, float, str], float]) -> str:
     return "\n".join(lines)
 
 
+def summarised(summary: Path) -> tuple[str, float]:
+    """The table of a `summary.json`, and the dense model's exact match on the scenario's domain."""
+    stored = json.loads(summary.read_text("utf-8"))
+    shown = shown_table({(r["name"], r["layout"], r["keep"], r["repair"]): r["own"] for r in stored["rows"]})
+    return shown, stored["dense"]["own"]
+
+
 def renew(path: Path, table: str) -> None:
     """Put the table in the place of the one that a document has."""
     text, found = re.subn(r"^\| score \|.*?(?=\n\n)", lambda _: table, path.read_text("utf-8"), flags=re.M | re.S)
@@ -254,7 +262,7 @@ def figure(rows: list[Row], dense: float, path: Path) -> None:
 
 
 @click.command()
-@click.option("--results", type=click.Path(path_type=Path, exists=True), default=Path("benchmarks/results/quality"))
+@click.option("--results", type=click.Path(path_type=Path, exists=True), default=RESULTS)
 def main(results: Path) -> None:
     """Write the tables and the figure."""
     jobs = load(results)

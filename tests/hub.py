@@ -34,10 +34,10 @@ def ask(monkeypatch: pytest.MonkeyPatch, address: str | None, cache: Path) -> No
 
 
 @contextmanager
-def hub(name: str, folder: Path, **others: Path) -> Iterator[tuple[str, list[str]]]:
+def hub(name: str, folder: Path, *, kind: str = "models", **others: Path) -> Iterator[tuple[str, list[str]]]:
     """Serve `folder` as the repository `name`; yields the address, and the paths of the files that were fetched.
 
-    `others`: branch or tag -> what the repository holds there.
+    `kind`: `models` or `datasets`. `others`: branch or tag -> what the repository holds there.
     """
     commits = {
         commit_of(revision): {p.relative_to(place).as_posix(): p.read_bytes() for p in place.rglob("*") if p.is_file()}
@@ -49,7 +49,8 @@ def hub(name: str, folder: Path, **others: Path) -> Iterator[tuple[str, list[str
     class Handler(BaseHTTPRequestHandler):
         def answer(self, *, body: bool) -> None:
             path = unquote(urlsplit(self.path).path).strip("/")
-            asked, _, rest = path.removeprefix("api/models/").removeprefix(name).strip("/").partition("/")
+            inside = path.removeprefix("api/").removeprefix(f"{kind}/").removeprefix(name)
+            asked, _, rest = inside.strip("/").partition("/")
             revision, _, file = rest.partition("/")
             commit = known.get(revision or "main", "")
             files = commits.get(commit, {})
@@ -58,7 +59,7 @@ def hub(name: str, folder: Path, **others: Path) -> Iterator[tuple[str, list[str
             elif asked == "tree":
                 listed = [{"type": "file", "path": file, "size": len(data), "oid": "0"} for file, data in files.items()]
                 self.send(json.dumps(listed).encode(), body=body)
-            elif asked in ("", "revision") and path.startswith(f"api/models/{name}"):
+            elif asked in ("", "revision") and path.startswith(f"api/{kind}/{name}"):
                 siblings = [{"rfilename": file} for file in files]
                 self.send(json.dumps({"id": name, "sha": commit, "siblings": siblings}).encode(), body=body)
             elif asked == "resolve" and file in files:

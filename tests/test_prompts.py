@@ -63,7 +63,7 @@ LINES = {
         "Fe",
     ),
     "question": ({"question": "Gold?", "answer": "Au"}, "Gold?", "Au"),
-    "text": ({"text": "Gold?", "label": 3}, "Gold?", None),
+    "text": ({"text": "Gold?", "answer": "Au", "label": 3}, "Gold?", "Au"),
     "null where another key is meant": ({"prompt": None, "messages": said("user: Gold?")}, "Gold?", None),
     "line ends of Windows": ({"prompt": "Gold?\r\nIron?"}, "Gold?\nIron?", None),
 }

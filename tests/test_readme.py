@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -14,8 +13,10 @@ import pytest
 from builders import family_config, save_random
 from transformers import AutoTokenizer
 
-from benchmarks.quality_tables import DOCUMENTS, shown_table
-from sspcompile.embedded import MODEL_DIR
+from benchmarks.quality_tables import DOCUMENTS, RESULTS, summarised
+from sspcompile.criteria import CRITERIA
+from sspcompile.embedded import MODEL_DIR, SCENARIOS_DIR
+from sspcompile.request.recipe import shipped_recipes
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text("utf-8")
@@ -47,11 +48,17 @@ def test_pictures_and_linked_files_exist():
             assert (REPOSITORY / target).exists(), target
 
 
+def test_the_readme_counts_scores_and_scenarios_as_there_are():
+    shipped = [path for path in shipped_recipes() if path.parent != SCENARIOS_DIR]
+    assert f"any of {len(CRITERIA)} head scores" in README
+    assert len(shipped) == 9 and "one of nine scenarios" in README
+
+
 def test_the_tables_of_scores_show_what_was_measured():
-    summary = json.loads((REPOSITORY / "benchmarks/results/quality/summary.json").read_text("utf-8"))
-    table = shown_table({(r["name"], r["layout"], r["keep"], r["repair"]): r["own"] for r in summary["rows"]})
+    table, dense = summarised(REPOSITORY / RESULTS / "summary.json")
     for path in DOCUMENTS:
-        assert f"\n{table}\n" in (REPOSITORY / path).read_text("utf-8"), path
+        text = (REPOSITORY / path).read_text("utf-8")
+        assert f"\n{table}\n" in text and f"(dense: {dense:.3f})" in text, path
 
 
 @pytest.fixture(scope="module")

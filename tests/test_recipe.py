@@ -16,6 +16,7 @@ from sspcompile.errors import RecipeError
 from sspcompile.request.keywords import Keywords
 from sspcompile.request.options import NAMES, PARTS, Options, flag, resolve, shown_of
 from sspcompile.request.page import files
+from sspcompile.request.poolcheck import EMBEDDED_NAMES, embedded_sentence, near_repeats
 from sspcompile.request.prompts import Prompt, answer_of, answered, told
 from sspcompile.request.recipe import Recipe, ScenarioSpec, dump_recipe, find_recipe, load_recipe, shipped_recipes
 from sspcompile.request.scenario import read_scenario
@@ -71,7 +72,7 @@ seed: true
         "description: is missing",
         "scenario (line 4): needs exactly one of text, prompts, prompts_file, domains; it has text, prompts",
         "scenario.prompt (line 6): is not a known key; did you mean 'prompts'?",
-        "scenario.prompts[0] (line 7): must be text or a list of messages, not 1",
+        "scenario.prompts[0] (line 7): must be text, a list of messages, or a mapping with the key text, not 1",
         "keep (line 8): must be less than or equal to 1, not 1.5",
         "strength (line 9): must be a number, not 'high'",
         "strength (line 9): keep and strength exclude each other; give one",
@@ -329,10 +330,9 @@ def test_a_real_scenario_has_prompts_as_people_send_them_each_with_its_answer(pa
     assert len(own_fit_part(scenario.prompts)) >= ENOUGH_PROMPTS, "heads are scored on its own prompts"
     lengths = sorted(len(text.split()) for text in asked)
     assert lengths[0] >= 5 and lengths[-1] <= 400 and sum(length > 60 for length in lengths) >= 16
-    known = [set(zip(words, words[1:], words[2:], strict=False)) for words in (text.lower().split() for text in asked)]
-    for number, one in enumerate(known):
-        assert all(len(one & other) <= 0.5 * min(len(one), len(other)) for other in known[:number]), asked[number]
-    assert not re.search(r"\b(Nora|Mira|Pavel|Olek|Tessa|Ruben|Viktor)\b", " ".join(asked))
+    assert [(asked[one], asked[other]) for one, other in near_repeats(asked)] == []
+    assert [(text, found) for text in asked if (found := embedded_sentence(text)) is not None] == []
+    assert not EMBEDDED_NAMES & set(re.findall(r"\w+", " ".join(asked).lower()))
 
 
 @pytest.mark.parametrize("path", shipped_recipes(), ids=lambda path: path.stem)

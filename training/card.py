@@ -1,6 +1,7 @@
 """Writes the model card next to the weights: `python -m training.card [--model DIR]`.
 
-Its figures come from an evaluation of that very folder, and from `training.json` which training leaves there.
+Its figures come from an evaluation of that very folder, and from `training.json` which training leaves there. Those of
+cut heads are the stored results of `make bench-quality`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.quality_tables import RESULTS, summarised
 from sspcompile.embedded import MODEL_DIR
 from sspcompile.evaluate.answers import answer_scores, encode_items
 from sspcompile.model.decoder import LoadedModel
@@ -74,6 +76,15 @@ A linear probe on mean-pooled states after layer {probe_layer}, fitted on descri
 that were part of training, tells the domain of descriptions that were not: AUC {auc:.3f} (mean over domains,
 one against the rest). Sentences about a domain in words that its texts never use are beyond the model.
 
+## What cut heads cost
+Exact match on a scenario's own domain, by head score and by the share of heads that is kept (dense: {dense:.3f}), with
+least-squares repair where nothing else is said. The name of a score stands for masks that it chose. The figures are
+of release 0.1.0 (`make bench-quality`); intervals, more scores, and what follows stand in docs/quality.md.
+
+{cut}
+
+The price on active heads has left heads to spare, more than in other checkpoints: the same cut costs a real model more.
+
 ## Limits
 English only, and only the questions of its generator: other wordings and other facts get answers that look
 right and are not. Texts to read have two to six sentences, eight people and six items per domain; sums and
@@ -115,6 +126,7 @@ def card_text(folder: Path) -> str:
     needs = layer_needs(load(folder, fingerprint=""), LAYER_ITEMS, EVALUATION_SEED)
     config = model.config
     probe_layer = config.num_hidden_layers // 2
+    cut, dense = summarised(RESULTS / "summary.json")
     return TEMPLATE.format(
         parameters=model.num_parameters() / 1e6,
         layers=config.num_hidden_layers,
@@ -138,6 +150,8 @@ def card_text(folder: Path) -> str:
         layer_table=", ".join(f"{index}: {value:.2f}" for index, value in enumerate(needs.without)),
         first_table=", ".join(f"{n}: {value:.2f}" for n, value in enumerate(needs.first, 1)),
         probe_layer=probe_layer,
+        dense=dense,
+        cut=cut,
         auc=separability(model, tokenizer, probe_layer),
     )
 

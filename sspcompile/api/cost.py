@@ -42,7 +42,7 @@ from sspcompile.repair.fitting import masks_at_once
 from sspcompile.repair.repair import refitted_dtype
 from sspcompile.request.options import AUTO
 from sspcompile.request.pools import PoolSet, pools_of
-from sspcompile.request.prompts import Prompt, answer_of
+from sspcompile.request.prompts import Prompt, answer_of, is_open
 from sspcompile.request.request import Request
 from sspcompile.request.splits import OFF_PROMPTS, draw_splits, fit_part, thinned
 from sspcompile.select.baselines import most_rivals
@@ -163,7 +163,8 @@ class _Lengths:
         """Tokens of the reference answers, `new` where the dense model writes on."""
         given = [answer for prompt in prompts if (answer := answer_of(prompt)) is not None]
         read = iter(self._loaded.tokenizer(given)["input_ids"] if given else [])
-        return [new if answer_of(p) is None else min(ANSWER_TOKENS, len(next(read))) for p in prompts]
+        most = [new if is_open(p) else 0 if answer_of(p) is None else ANSWER_TOKENS for p in prompts]
+        return [n if answer_of(p) is None else min(n, len(next(read))) for p, n in zip(prompts, most, strict=True)]
 
     def sum(self, prompts: Sequence[Prompt]) -> int:
         return sum(self.of(prompts))
@@ -273,8 +274,8 @@ def _continued(prompts: Sequence[Prompt], lengths: _Lengths, new: int) -> int:
 
 
 def _continuing(name: str, prompts: Sequence[Prompt], lengths: _Lengths, new: int) -> Stage:
-    """The prompts without an answer once, then a step for each new token of each batch."""
-    prompts = [prompt for prompt in prompts if answer_of(prompt) is None]
+    """The prompts that the model continues once, then a step for each new token of each batch."""
+    prompts = [prompt for prompt in prompts if is_open(prompt)]
     tokens = lengths.sum(prompts)
     batches = -(-tokens // BATCH_TOKENS)
     return Stage(name, len(prompts), tokens, 1, steps=batches * max(0, new - 1))

@@ -24,7 +24,7 @@ from sspcompile.prepare.toolkits import toolkit_for
 from sspcompile.progress import Progress, silent, within
 from sspcompile.request.domains import DomainPool
 from sspcompile.request.pools import pools_of, shipped_pools
-from sspcompile.request.prompts import Prompt, answer_of, asked_of, bare
+from sspcompile.request.prompts import Passage, Prompt, answer_of, asked_of, bare
 from sspcompile.request.request import built_request, read_request
 from sspcompile.request.splits import seen_part, split, whole_shares
 from sspcompile.select.reading import mixture_through
@@ -123,7 +123,8 @@ def scenario_suites(
     names = list(deployment.weights)
     own = [name for name in names if deployment.weights[name] >= 1 / len(names) - 1e-6]
     other = [name for name in names if name not in own]
-    held = [prompt for prompt in dict.fromkeys(deployment.prompts) if bare(prompt) not in fitted][:count]
+    asked = [prompt for prompt in dict.fromkeys(deployment.prompts) if not isinstance(prompt, Passage)]
+    held = [prompt for prompt in asked if bare(prompt) not in fitted][:count]
     share = [deployment.weights[name] for name in own]
     questions = [Question(asked_of(prompt), short_answers(prompt)) for prompt in held]
     pools = {pool.name: pool for pool in deployment.pools}

@@ -11,6 +11,7 @@ from pathlib import Path
 from sspcompile.checkpoint.adapters import is_adapter_folder, read_adapter
 from sspcompile.checkpoint.companions import CODE, FOLDERS, PATTERNS
 from sspcompile.checkpoint.foreign import ADAPTER_CONFIG, ADAPTER_WEIGHTS, chosen_snapshot, other_format
+from sspcompile.checkpoint.hub import REVISION, Repository, commit_of, fetched
 from sspcompile.checkpoint.quantised import FILES as QUANTISED_FILES
 from sspcompile.checkpoint.source import INDEX_NAME, SINGLE_NAME, absent_shards, refuse_by_configuration
 from sspcompile.embedded import EMBEDDED, MODEL_DIR
@@ -27,9 +28,6 @@ SMALL_PATTERNS = [
 HUB_PATTERNS = [*SMALL_PATTERNS, SINGLE_NAME, "model-*-of-*.safetensors"]
 # Patterns of the hub match across slashes: every folder but those in FOLDERS, which begin with "ad".
 HUB_IGNORED = [*CODE, "[!a]*/*", "a[!d]*/*"]
-COMMIT = r"[0-9a-f]{40}"
-# What git allows in the name of a branch or tag, as far as it cannot lead out of a folder.
-REVISION = r"(?!.*(\.\.|//))[\w][\w./+-]*"
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ def find(model: str | None) -> Found:
             f"{revision!r:.80} is not a revision.", hint=f"Give a branch, a tag or a commit of {name}."
         )
     snapshot = _snapshot(name, revision or None)
-    return Found(snapshot, name, _commit_of(snapshot) or revision or None, is_adapter_folder(snapshot))
+    return Found(snapshot, name, commit_of(snapshot) or revision or None, is_adapter_folder(snapshot))
 
 
 def model_folder(folder: Path) -> Path:
@@ -125,47 +123,21 @@ def _snapshot(name: str, revision: str | None) -> Path:
     folder = _fetched(name, SMALL_PATTERNS, revision)
     if not (folder / "config.json").is_file() and is_adapter_folder(folder):
         read_adapter(folder, name)
-        _fetched(name, [ADAPTER_WEIGHTS], _commit_of(folder) or revision)
+        _fetched(name, [ADAPTER_WEIGHTS], commit_of(folder) or revision)
         return folder
     if not (folder / "config.json").is_file():
         raise _no_config(folder, name)
     refuse_by_configuration(folder)
-    commit = _commit_of(folder) or revision
+    commit = commit_of(folder) or revision
     _fetched(name, [SINGLE_NAME], commit)
     if absent := absent_shards(folder):  # shards may have any name; the index is the one to say
         _fetched(name, [glob.escape(shard) for shard in absent], commit)
     return folder
 
 
-def _commit_of(snapshot: Path) -> str | None:
-    """A snapshot's folder is called by its commit; asked for by it, all files are of one."""
-    return snapshot.name if re.fullmatch(COMMIT, snapshot.name) else None
-
-
 def _fetched(name: str, patterns: list[str], revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RevisionNotFoundError
-
-    shown = f"revision {revision} of {name}" if revision else name
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=HUB_IGNORED))
-    except HFValidationError as error:
-        raise CheckpointError(f"{name!r} is neither a folder nor a valid hub name.", hint="Try OWNER/NAME.") from error
-    except LocalEntryNotFoundError as error:
-        state = "offline" if os.environ.get("HF_HUB_OFFLINE") else "unreachable"
-        raise CheckpointError(
-            f"There is no folder {name}, the hub is {state}, and {shown} is not in the local cache.",
-            hint="Give a local folder with --model, or download it first with `hf download`.",
-        ) from error
-    except RevisionNotFoundError as error:
-        raise CheckpointError(
-            f"{name} has no revision {revision} on the hub.", hint="Give a branch, a tag or a whole commit of it."
-        ) from error
-    except HfHubHTTPError as error:
-        raise CheckpointError(
-            f"The hub has no readable repository {name}: {str(error).splitlines()[0]}",
-            hint="Check the name, and HF_TOKEN if it is gated.",
-        ) from error
+    wanted = Repository(name, revision, "model", CheckpointError, "a local folder with --model")
+    return fetched(wanted, patterns, HUB_IGNORED)
 
 
 def _no_config(folder: Path, typed: str) -> InputError:

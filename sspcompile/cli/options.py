@@ -70,7 +70,8 @@ scenario_option = click.option(
     "--scenario",
     "-s",
     metavar="SCENARIO",
-    help="A recipe (file or shipped name), a sentence, or a file of prompts (.txt, .jsonl).",
+    help="A recipe (file or shipped name), a sentence, a file of prompts (.txt, .jsonl), or a data set of the hub "
+    "(hub:OWNER/NAME, :SPLIT behind it).",
 )
 model_option = build_option("model")
 revision_option = build_option("revision")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -48,13 +49,36 @@ def show(name: str) -> None:
     click.echo(told, nl=False)
 
 
-@recipe.command(epilog="\b\nExample:\n  sspcompile recipe validate mine.yaml")
+@recipe.command(
+    epilog="\b\nExamples:\n  sspcompile recipe validate mine.yaml\n  sspcompile recipe validate our-pools/ --json"
+)
 @click.argument("file", type=click.Path(path_type=Path))
-def validate(file: Path) -> None:
-    """Check a recipe file; all its errors are named at once."""
-    from sspcompile.errors import InputError
-    from sspcompile.request.recipe import load_recipe
+@json_option
+def validate(file: Path, as_json: bool) -> None:
+    """Check a recipe, a domain pool, or a folder of them (FILE); all problems are named at once.
 
-    if not file.is_file():
-        raise InputError(f"There is no file {file}.", hint="Name a recipe, a .yaml file.")
-    click.echo(f"{file}: valid ({load_recipe(file).name})")
+    Of a pool that is also: prompts that nearly repeat others, a first word, an end or a layout that gives it away,
+    sentences of the embedded model's language, too few prompts, and prompts of one length. Exits with 2 where a
+    problem was found.
+    """
+    from sspcompile.errors import InputError, RecipeError
+    from sspcompile.request.poolcheck import check
+
+    found = check(file)
+    if as_json:
+        problems = [asdict(problem) for problem in found.problems]
+        click.echo(json.dumps({"valid": not problems, "files": found.files, "problems": problems}, indent=1))
+    elif not found.problems:
+        for name, stated in found.files.items():
+            click.echo(f"{name}: valid ({stated})")
+    elif list(found.files.values()) == [None]:  # a recipe or pool that cannot be read is refused as it is elsewhere
+        raise RecipeError(str(file), [problem.said for problem in found.problems])
+    else:
+        for problem in found.problems:
+            click.echo(f"{problem.file}: {problem.said}")
+    if found.problems:
+        count, wrong = len(found.problems), len({problem.file for problem in found.problems})
+        raise InputError(
+            f"{count} {'problem' if count == 1 else 'problems'}, in {wrong} of {len(found.files)} files read.",
+            hint="recipes/README.md says what a pool should be like.",
+        )

@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 from sspcompile.errors import InputError
 from sspcompile.evaluate.recall import TASK_TYPES
 from sspcompile.request.documents import Text, dotted, explain, plain_text
-from sspcompile.request.prompts import Prompt, read_line
+from sspcompile.request.prompts import Passage, Prompt, read_line, told
 
 FILE_BYTES = 64 * 1024 * 1024
 ACCEPTED = (
@@ -165,7 +165,8 @@ def _question(item: Any, where: str) -> Question:
         raise InputError(f"{where}: answer is missing.", hint=ACCEPTED)
     answer = {} if line.answer is None else {"answer": line.answer}
     labels = _checked(LineFile, {**{key: item.get(key) for key in ("task_type", "domain")}, **answer}, where)
-    return Question(line.prompt, labels.answer, labels.task_type, labels.domain)
+    asked = told(line.prompt) if isinstance(line.prompt, Passage) else line.prompt
+    return Question(asked, labels.answer, labels.task_type, labels.domain)
 
 
 def _xdomainbench(path: Path, value: Any) -> Iterator[Conversation]:

@@ -23,7 +23,7 @@ from sspcompile.model.parallel import current
 from sspcompile.model.vocabulary import demand_rows, padding_id
 from sspcompile.progress import Steps, no_steps
 from sspcompile.request.documents import shown
-from sspcompile.request.prompts import Prompt, answer_of, asked_of, messages_of, told
+from sspcompile.request.prompts import Passage, Prompt, answer_of, asked_of, messages_of, told
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +35,10 @@ MAX_TOKENS = 512
 CONTINUATION_TOKENS = 16
 # Of a reference answer; what stands behind them says little more about the heads.
 ANSWER_TOKENS = 128
+# Of a passage: as many as a prompt and its answer often have together.
+PASSAGE_TOKENS = 256
+# The first ones of a passage are foretold from next to nothing, and are not scored.
+OPENING_TOKENS = 8
 BATCH_TOKENS = 4096  # padding included
 # Of a batch that is run backward: larger ones take more memory and no less time.
 GRADIENT_TOKENS = 1024
@@ -46,7 +50,8 @@ BATCH_LOGITS = 2**26
 @dataclass(frozen=True)
 class Sentence:
     """Token ids of one prompt, with the continuation behind it when there is one. `prompt` counts prompt tokens,
-    `reference` says that the continuation is an answer that was given, not one that the model wrote.
+    `reference` says that the continuation is an answer that was given, not one that the model wrote. Of a passage all
+    but the first few tokens are such a continuation.
     """
 
     ids: tuple[int, ...]
@@ -72,7 +77,8 @@ class Batch:
 def sentences(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_tokens: int, rendering: Rendering = PLAIN
 ) -> list[Sentence]:
-    """Tokenised prompts without their answers, in the caller's order, cut as by `shortened`.
+    """Tokenised prompts without their answers, in the caller's order, cut as by `shortened`; passages whole, up to
+    PASSAGE_TOKENS.
 
     Raises InputError for a prompt without any token, and what `render` raises.
     """
@@ -81,17 +87,38 @@ def sentences(
     prompts = [asked_of(prompt) for prompt in prompts]
     if blank := [prompt for prompt in prompts if not messages_of(prompt)[-1].content.strip()]:
         raise InputError(f"A prompt is empty: {blank[0]!r}.", hint="Remove it, or write a question.")
-    encoded = token_ids(tokenizer, render(tokenizer, prompts, rendering), rendering)
     found = []
-    for prompt, ids in zip(prompts, encoded, strict=True):
+    for prompt, ids in zip(prompts, _encoded(tokenizer, prompts, rendering), strict=True):
         if not ids:
             raise InputError(
                 f"The tokenizer leaves nothing of the prompt {shown(told(prompt))}.",
                 hint="Remove it, or use the tokenizer that the model was trained with.",
             )
+        if isinstance(prompt, Passage):
+            found.append(_read(ids[: min(max_tokens, PASSAGE_TOKENS)]))
+            continue
         ids = shortened(ids, max_tokens)
         found.append(Sentence(ids, len(ids)))
     return found
+
+
+def _encoded(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], rendering: Rendering
+) -> list[tuple[int, ...]]:
+    """Whole token ids: of passages as they stand, of prompts as they are rendered."""
+    passages = [row for row, prompt in enumerate(prompts) if isinstance(prompt, Passage)]
+    others = [row for row, prompt in enumerate(prompts) if not isinstance(prompt, Passage)]
+    found: dict[int, tuple[int, ...]] = {}
+    for rows, way in ((passages, Rendering(raw=True)), (others, rendering)):
+        if rows:
+            texts = render(tokenizer, [prompts[row] for row in rows], way)
+            found |= zip(rows, token_ids(tokenizer, texts, way), strict=True)
+    return [found[row] for row in range(len(prompts))]
+
+
+def _read(ids: tuple[int, ...]) -> Sentence:
+    opening = min(OPENING_TOKENS, max(1, len(ids) // 2))
+    return Sentence(ids, opening, reference=len(ids) > opening)
 
 
 def demand_readable(loaded: LanguageModel, prompts: Sequence[Prompt], max_tokens: int = MAX_TOKENS) -> None:
@@ -179,7 +206,7 @@ def continued(
     progress: Steps = no_steps,
 ) -> list[Sentence]:
     """Prompts with their reference answers behind them, or the dense model's own greedy continuations where there are
-    none, in the caller's order.
+    none, and passages as they are, in the caller's order.
 
     A continuation stops at an end-of-sequence token and keeps it, so that *when to stop* is scored too. Of an answer
     ANSWER_TOKENS are read.
@@ -188,7 +215,7 @@ def continued(
     if new_tokens < 1:
         return items
     world, answers = current(), _answers(loaded, prompts)
-    unanswered = [row for row in range(len(items)) if row not in answers]
+    unanswered = [row for row, prompt in enumerate(prompts) if row not in answers and not isinstance(prompt, Passage)]
     batches = batches_of(loaded, [items[row] for row in unanswered], batch_tokens)
     kept = journal.current().rows("continuations", loaded, [batches, new_tokens])
     share = world.share(range(len(batches)))
@@ -199,7 +226,10 @@ def continued(
         own |= zip(rows, (tuple(tail[tail != NOTHING].tolist()) for tail in kept.of(number, write)), strict=True)
         progress(done, len(share))
     tails = answers | world.union(own)
-    return [Sentence(item.ids + tails[row], item.prompt, row in answers) for row, item in enumerate(items)]
+    return [
+        Sentence(item.ids + tails[row], item.prompt, row in answers) if row in tails else item
+        for row, item in enumerate(items)
+    ]
 
 
 def _answers(loaded: LoadedModel, prompts: Sequence[Prompt]) -> dict[int, tuple[int, ...]]:

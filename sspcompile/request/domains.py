@@ -82,7 +82,11 @@ def _load_folder(folder: Path) -> tuple[DomainPool, ...]:
 
 def load_pool(path: Path) -> DomainPool:
     """One pool file. Raises RecipeError with all its problems."""
-    document = read_yaml(path)
+    return pool_of(path, read_yaml(path))
+
+
+def pool_of(path: Path, document: Document) -> DomainPool:
+    """The pool of a file that was read already. Raises RecipeError with all its problems."""
     problems = validation_problems(PoolFile, document)
     raw = document.value
     if isinstance(raw.get("name"), str) and raw["name"] != path.stem:

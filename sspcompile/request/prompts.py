@@ -1,5 +1,5 @@
-"""What a model is asked: a text or a conversation, with the wanted answer behind it where one is known; and the lines
-of .jsonl files that hold them.
+"""What a model is asked: a text or a conversation, with the wanted answer behind it where one is known; or what it only
+reads, a passage; and the lines of .jsonl files that hold them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ ROLES: tuple[Role, ...] = get_args(Role)
 OTHER_ROLES: Mapping[str, Role] = {"developer": "system", "human": "user", "gpt": "assistant", "model": "assistant"}
 # Under which keys a line may hold its answer. `output` belongs to `instruction` alone: elsewhere it is often a label.
 ANSWERS = ("answer", "completion", "response")
+# Of a passage no more is kept: its first few hundred tokens are read, and a recipe holds it.
+PASSAGE_CHARACTERS = 8192
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,18 @@ class Message:
     content: str
 
 
+@dataclass(frozen=True)
+class Passage:
+    """A text that the model reads as it stands, without a chat template. Nobody asks it anything: what is wanted of the
+    model is the text itself, token by token. PASSAGE_CHARACTERS at most.
+    """
+
+    text: str
+
+
 # What a user types, or the conversation that leads to it: messages in any order of roles, the last one the user's. A
 # message of the assistant behind it is the reference answer.
-Prompt = str | tuple[Message, ...]
+Prompt = str | Passage | tuple[Message, ...]
 
 
 @dataclass(frozen=True)
@@ -46,24 +57,35 @@ class Line:
 
 
 def as_prompt(value: object) -> Prompt:
-    """A text, or messages (`Message`, or mappings as in the files) as a prompt; a lone text of the user is that text.
+    """A text, messages (`Message`, or mappings as in the files) or a passage (or the mapping `text` of a recipe) as a
+    prompt; a lone text of the user is that text.
 
     Raises ValueError for anything else, and for a conversation that does not end with the user's words.
     """
     if isinstance(value, str):
         return plain_text(value)
+    if isinstance(value, Passage) or (isinstance(value, Mapping) and set(value) == {"text"}):
+        text = value.text if isinstance(value, Passage) else value["text"]
+        if not isinstance(text, str):
+            raise ValueError(f"must have text under the key 'text', not {shown(text)}")
+        return passage(plain_text(text))
     if not isinstance(value, list | tuple):
-        raise ValueError(f"must be text or a list of messages, not {shown(value)}")
+        raise ValueError(f"must be text, a list of messages, or a mapping with the key text, not {shown(value)}")
     asked, answer = _split_answer([_message(item, f"message {number}") for number, item in enumerate(value, 1)])
     return answered(asked, answer)
 
 
-PromptField = Annotated[str | tuple[Message, ...], BeforeValidator(as_prompt)]
+PromptField = Annotated[str | Passage | tuple[Message, ...], BeforeValidator(as_prompt)]
+
+
+def passage(text: str) -> Passage:
+    """The passage that begins with `text`."""
+    return Passage(text[:PASSAGE_CHARACTERS])
 
 
 def messages_of(prompt: Prompt) -> tuple[Message, ...]:
-    """The messages of a prompt; a text is a message of the user."""
-    return (Message("user", prompt),) if isinstance(prompt, str) else prompt
+    """The messages of a prompt; a text is a message of the user, and a passage what the user would paste."""
+    return prompt if isinstance(prompt, tuple) else (Message("user", told(prompt)),)
 
 
 def answered(prompt: Prompt, answer: object) -> Prompt:
@@ -79,7 +101,7 @@ def answered(prompt: Prompt, answer: object) -> Prompt:
 
 def asked_of(prompt: Prompt) -> Prompt:
     """The prompt without its reference answer."""
-    if isinstance(prompt, str) or prompt[-1].role != "assistant":
+    if not isinstance(prompt, tuple) or prompt[-1].role != "assistant":
         return prompt
     asked = prompt[:-1]
     return asked[0].content if len(asked) == 1 and asked[0].role == "user" else asked
@@ -87,18 +109,31 @@ def asked_of(prompt: Prompt) -> Prompt:
 
 def answer_of(prompt: Prompt) -> str | None:
     """The reference answer of a prompt, None where there is none."""
-    return None if isinstance(prompt, str) or prompt[-1].role != "assistant" else prompt[-1].content
+    return prompt[-1].content if isinstance(prompt, tuple) and prompt[-1].role == "assistant" else None
+
+
+def is_open(prompt: Prompt) -> bool:
+    """Whether nothing says what the model should write: the prompt has no answer, and is no passage."""
+    return answer_of(prompt) is None and not isinstance(prompt, Passage)
+
+
+def pasted(prompt: Prompt) -> Prompt:
+    """A passage as a user would paste it, other prompts as they are: to recognise domains was learned from prompts that
+    went through the chat template."""
+    return prompt.text if isinstance(prompt, Passage) else prompt
 
 
 def bare(prompt: Prompt) -> Prompt:
     """The prompt as it is compared with others: without its answer, and without white space around it."""
     asked = asked_of(prompt)
-    return asked.strip() if isinstance(asked, str) else asked
+    return asked if isinstance(asked, tuple) else told(asked).strip()
 
 
 def told(prompt: Prompt) -> str:
     """What is asked, as a report shows it: a text as it is, a conversation with the role before each message."""
     prompt = asked_of(prompt)
+    if isinstance(prompt, Passage):
+        return prompt.text
     return prompt if isinstance(prompt, str) else "\n".join(f"{m.role}: {m.content}" for m in prompt)
 
 
@@ -113,6 +148,11 @@ def read_line(item: object) -> Line:
         if item.get(key) is not None:
             return read(item, key)
     raise ValueError(f"has none of the keys {', '.join(FORMS)}")
+
+
+def prompt_of(line: Line) -> Prompt:
+    """The prompt of a line with its answer; a passage keeps the white space around it. Raises ValueError."""
+    return line.prompt if isinstance(line.prompt, Passage) else answered(bare(line.prompt), line.answer)
 
 
 def _text(item: Mapping[str, object], key: str) -> str:
@@ -206,7 +246,9 @@ def _instruction(item: Mapping[str, object], key: str) -> Line:
 
 
 def _plain(item: Mapping[str, object], key: str) -> Line:
-    return Line(_text(item, key), _answer(item, ANSWERS))
+    """A text with an answer is a question; alone it is read as it stands."""
+    text, answer = _text(item, key), _answer(item, ANSWERS)
+    return Line(passage(text) if answer is None else text, answer)
 
 
 def _with_system(item: Mapping[str, object], found: list[Message]) -> list[Message]:

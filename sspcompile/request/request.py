@@ -47,7 +47,8 @@ def read_request(
 ) -> Request:
     """From what was typed to what a build works with.
 
-    `scenario` is a sentence, a file of prompts, a recipe (file or shipped name), or a scenario that was read already.
+    `scenario` is a sentence, a file of prompts, a data set of the hub, a recipe (file or shipped name), or a scenario
+    that was read already.
     `given` maps names of options to values, None where nothing was said; errors call them as `call` does. Raises
     ScenarioError or RecipeError.
     """
@@ -59,7 +60,8 @@ def read_request(
     read, recipe = (scenario, None) if isinstance(scenario, Scenario) else read_scenario(scenario)
     stated = recipe.options() if recipe is not None else {}
     options = resolve(given, environment=environment, recipe=stated, call=call)
-    return Request(read, options, recipe.description if recipe is not None else f"Read from a {read.source}.")
+    told = f"Read from {read.origin or f'a {read.source}'}."
+    return Request(read, options, recipe.description if recipe is not None else told)
 
 
 def built_request(path: Path) -> Request:

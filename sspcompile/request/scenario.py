@@ -15,7 +15,8 @@ from typing import Literal
 
 from sspcompile.errors import ScenarioError
 from sspcompile.request.documents import plain_text, shown
-from sspcompile.request.prompts import Prompt, answered, bare, read_line
+from sspcompile.request.hub import HUB, read_hub
+from sspcompile.request.prompts import Prompt, prompt_of, read_line
 from sspcompile.request.recipe import Recipe, ScenarioSpec, find_recipe, load_recipe, shipped_recipes
 
 LINE_BYTES = 1_000_000
@@ -25,8 +26,8 @@ RECIPE_SUFFIXES = (".yaml", ".yml")
 PROMPT_SUFFIXES = (".txt", ".jsonl")
 ACCEPTED = (
     "A scenario is a recipe (.yaml), the name of a shipped recipe, a file of prompts (.txt with one per line, .jsonl "
-    'with {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]} per line), or a sentence of two '
-    "words or more."
+    'with {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]} per line), a data set of the hub '
+    "(hub:OWNER/NAME), or a sentence of two words or more."
 )
 
 
@@ -34,7 +35,8 @@ ACCEPTED = (
 class Scenario:
     """A deployment. Exactly one of `text`, `prompts` and `domains` (weights that sum to 1) says what it is.
 
-    `name` is a slug, fit for a folder.
+    `name` is a slug, fit for a folder. `origin` says more of where it came from than `source`, for a data set of the
+    hub.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Scenario:
     prompts: tuple[Prompt, ...]
     domains: Mapping[str, float] | None
     source: Literal["recipe", "sentence", "prompts"]
+    origin: str | None = None
 
     @property
     def texts(self) -> tuple[Prompt, ...]:
@@ -55,6 +58,9 @@ def read_scenario(value: str) -> tuple[Scenario, Recipe | None]:
     Raises ScenarioError (or RecipeError, for a recipe) in one line with what is accepted.
     """
     _refuse_controls(value, "The scenario")
+    if value.startswith(HUB):
+        found = read_hub(value)
+        return Scenario(slug(value.removeprefix(HUB)), None, found.prompts, None, "prompts", found.origin), None
     path = Path(value)
     suffix = path.suffix.lower()
     if suffix in RECIPE_SUFFIXES + PROMPT_SUFFIXES:
@@ -197,8 +203,7 @@ def _jsonl_prompts(path: Path, lines: list[str]) -> Iterator[Prompt]:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else "too large or too deep"
             raise ScenarioError(f"{where} is not JSON ({reason}).", hint=ACCEPTED) from None
         try:
-            read = read_line(item)
-            yield answered(bare(read.prompt), read.answer)
+            yield prompt_of(read_line(item))
         except ValueError as error:
             raise ScenarioError(f"{where} {error}.", hint=ACCEPTED) from None
 

@@ -20,6 +20,7 @@ from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.progress import Progress, silent
 from sspcompile.request.options import Options
 from sspcompile.request.pools import pools_of
+from sspcompile.request.prompts import pasted
 from sspcompile.request.request import Request
 from sspcompile.request.splits import Splits, draw_splits, thinned
 from sspcompile.select.budget import keep_from_strength, merit
@@ -112,7 +113,7 @@ def mixture_through(request: Request, toolkit: Toolkit, loaded: LoadedModel) -> 
     scenario, options = request.scenario, request.options
     if scenario.domains is not None:
         return given_mixture(toolkit, scenario.domains, source=scenario.name)
-    read = thinned(scenario.texts, MIXTURE_TEXTS)
+    read = tuple(map(pasted, thinned(scenario.texts, MIXTURE_TEXTS)))
     found = features(loaded, read, recognised_tokens(options.max_tokens))
     return mixture_of(toolkit, found, calibrated="calibration" not in options.without)
 
