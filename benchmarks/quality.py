@@ -35,12 +35,12 @@ from sspcompile.evaluate.answers import EncodedItems, answer_scores, encode_item
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.dense import open_dense
 from sspcompile.model.text import MAX_TOKENS, Batch, Sentence, batches_of, continued
-from sspcompile.prepare import prepare
-from sspcompile.prepare.importance import probe_directions
-from sspcompile.progress import no_steps
+from sspcompile.prepare.directions import probe_directions
+from sspcompile.prepare.stages import Stages
+from sspcompile.progress import no_steps, silent
 from sspcompile.repair.fitting import fit_biases, fit_repairs
 from sspcompile.repair.repair import Repair, masked
-from sspcompile.request.domains import load_outside, load_pools
+from sspcompile.request.domains import load_pools
 from sspcompile.request.options import Options
 from sspcompile.request.splits import Splits, fit_part
 from sspcompile.select.judging import Judge
@@ -109,8 +109,8 @@ def asked(domain: str, seed: int, count: int) -> EncodedItems:
 
 def directions() -> np.ndarray:
     """Probe directions for the published score, [L, K, d]."""
-    toolkit = prepare(model(), fit_part(load_pools(POOLS_DIR)), load_outside(POOLS_DIR / "outside"))
-    return probe_directions(toolkit.probe_weight, toolkit.feature_scale)
+    found, _ = probe_directions(Stages(model()), fit_part(load_pools(POOLS_DIR)), 0, MAX_TOKENS, silent)
+    return found
 
 
 def score_job(seed: int, criterion: str, unit: np.ndarray | None, out: Path) -> None:

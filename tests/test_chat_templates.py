@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_prepare_tools import TEMPLATE, outside, pools, tiny, word_tokenizer
 
@@ -12,6 +13,7 @@ from sspcompile.errors import InputError
 from sspcompile.evaluate.answers import encode_references
 from sspcompile.evaluate.asking import Limits, ask
 from sspcompile.evaluate.questions import Conversation, Question
+from sspcompile.model.capture import features
 from sspcompile.model.chat import Rendering, render, replies, takes_conversations, template_digest
 from sspcompile.model.dense import open_dense
 from sspcompile.model.text import demand_readable, sentences
@@ -190,10 +192,18 @@ def test_a_stage_measured_with_one_template_is_not_taken_for_another(tmp_path: P
         "other template": tiny(template=TEXTS),
     }.items():
         stages = Stages(loaded, tmp_path)
-        found[name] = stages.features(["war ?", "king"], 99, lambda *_: None)
-        assert (found[name] == stages.features(["war ?", "king"], 99, lambda *_: None)).all()
+        found[name] = [item.ids for item in stages.continued(["war ?", "king"], 2, 99, lambda *_: None)]
+        assert found[name] == [item.ids for item in stages.continued(["war ?", "king"], 2, 99, lambda *_: None)]
     assert len(list(tmp_path.iterdir())) == 3
-    assert not (found["template"] == found["raw"]).all() and not (found["template"] == found["other template"]).all()
+    assert found["template"] != found["raw"] and found["template"] != found["other template"]
+
+
+def test_recognition_reads_texts_without_the_template_and_every_word_of_a_conversation() -> None:
+    with_one, without = tiny(template=TEMPLATE), tiny()
+    talk = (Message("user", "war ?"), Message("assistant", "king"), Message("user", "salt"))
+    for prompt in ("tell me about acid", talk):
+        np.testing.assert_array_equal(features(with_one, [prompt]), features(without, [prompt]))
+    np.testing.assert_array_equal(features(with_one, [talk]), features(without, ["war ? king salt"]))
 
 
 def test_toolkits_of_renderings_lie_in_folders_of_their_own_and_know_their_template(tmp_path: Path) -> None:

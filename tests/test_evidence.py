@@ -35,7 +35,7 @@ POOLS = tuple(DomainPool(name, name, (), tuple(f"{name} {n}" for n in range(100)
 
 
 def mixture(*weights: float, unknown: float = 0.0) -> Mixture:
-    return Mixture(NAMES, np.array(weights), 0.0, unknown, {})
+    return Mixture(NAMES, np.array(weights), 0.0, unknown)
 
 
 @pytest.mark.parametrize("own", [0, 1, 3, 4, 20, 200, 5000])

@@ -59,6 +59,15 @@ def test_features_come_back_in_the_order_of_the_prompts():
     np.testing.assert_allclose(forward, backward[::-1], rtol=1e-5, atol=1e-5)
 
 
+def test_chosen_layers_are_those_of_a_whole_pass_and_it_ends_at_the_last_of_them():
+    loaded, ran = tiny(layers=4), []
+    whole = capture.features(loaded, PROMPTS)
+    for index, layer in enumerate(loaded.layers):
+        layer.register_forward_pre_hook(lambda _m, _a, index=index: ran.append(index))
+    np.testing.assert_array_equal(capture.features(loaded, PROMPTS, layers=[0, 2]), whole[:, [0, 2]])
+    assert ran == [0, 1, 2]
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_o_proj_input_times_o_proj_is_the_attention_output_on_a_two_head_model(family):
     loaded = tiny(family, heads=2, kv_heads=1, hidden=16, head_dim=6, o_bias=True)

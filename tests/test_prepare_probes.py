@@ -1,15 +1,17 @@
-"""Axes, probes, temperatures, whitelist: numbers only, no model."""
+"""Axes, probes, the recogniser and its temperature, the whitelist: numbers only, no model."""
+
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
-from scipy.special import expit
+from scipy.special import log_softmax, softmax
 from scipy.stats import wilcoxon
 from test_prepare_tools import DOMAINS, pools
 
 from sspcompile.errors import InputError
-from sspcompile.prepare import axes, calibration, probes
+from sspcompile.prepare import axes, calibration, learning, probes
 from sspcompile.prepare.whitelist import FALSE_DISCOVERY, head_p_values, whitelist, wins
 
 LAYERS, WIDTH, DOMAIN_COUNT = 3, 10, 4
@@ -31,12 +33,17 @@ def fitted_on(features, labels, seed=0):
     return found, probes.auc(found.logits(features[held_out]), labels[held_out])
 
 
-def test_probes_separate_an_easy_corpus_and_the_noise_layer_weighs_nearly_nothing():
-    _, auc = fitted_on(*synthetic())
+def test_probes_separate_an_easy_corpus_and_the_noise_layer_is_at_chance():
+    found, auc = fitted_on(*synthetic())
     assert auc[1:].min() > 0.97
     assert abs(auc[0].mean() - 0.5) < 0.15
-    weight = probes.layer_weights(auc)
-    assert weight[0] < 0.05 and weight.sum() == pytest.approx(1)
+    np.testing.assert_allclose(np.linalg.norm(found.directions(), axis=-1), 1)
+
+
+def test_probe_directions_map_the_weight_back_through_the_standardisation():
+    # weight (2, 3) on features scaled by (1, 0.5) is (2, 6) in the stream: at unit length (1, 3) / sqrt(10)
+    one = probes.Probes(np.zeros((1, 2)), np.array([[1.0, 0.5]]), np.array([[[2.0, 3.0]]]), np.zeros((1, 1)))
+    np.testing.assert_allclose(one.directions()[0, 0], np.array([1, 3]) / np.sqrt(10))
 
 
 @pytest.mark.parametrize("width", [6, 50])
@@ -79,11 +86,6 @@ def test_sample_weights_balance_domains_and_descriptions():
     weights = probes.sample_weights(labels, described)
     assert weights[:10].sum() == pytest.approx(7) and weights[10:].sum() == pytest.approx(7)
     assert weights[8:10].sum() == pytest.approx(7 * probes.DESCRIPTION_SHARE)
-
-
-def test_layer_weights_are_zero_at_chance_and_equal_when_all_are_at_chance():
-    assert probes.layer_weights(np.array([[0.5], [0.3], [1.0]])).tolist() == [0, 0, 1]
-    assert probes.layer_weights(np.full((4, 2), 0.5)).tolist() == [0.25] * 4
 
 
 def test_format_confound_is_found_when_answer_style_gives_the_domain_away_and_not_otherwise():
@@ -138,80 +140,159 @@ def test_selection_takes_orthogonal_axes_before_near_copies_and_everything_when_
     assert axes.select(candidates, 4).orthogonality == pytest.approx(0.05)
 
 
-def overconfident(seed=0, factor=4.0, n=600):
+def examples(signal=3.0, seed=0, foreign=40, width=WIDTH) -> learning.Examples:
+    """The synthetic domains, and text of none of them around centres of its own, with three folds."""
+    features, classes = synthetic(signal=signal, seed=seed, width=width)
+    rng = np.random.default_rng(seed + 1)
+    other = rng.normal(size=(LAYERS, width)) * signal + rng.normal(size=(foreign, LAYERS, width))
+    classes = np.concatenate([classes, np.full(foreign, DOMAIN_COUNT)])
+    return learning.Examples(
+        np.concatenate([features, other.astype(np.float32)]),
+        classes,
+        np.ones(len(classes)),
+        np.arange(len(classes)) % 3,
+        np.where(classes < DOMAIN_COUNT, -1, np.arange(len(classes)) % 2),
+        DOMAIN_COUNT,
+    )
+
+
+def part_of(given: learning.Examples, rows: np.ndarray) -> learning.Examples:
+    arrays = {name: value[rows] for name, value in vars(given).items() if name != "domains"}
+    return learning.Examples(**arrays, domains=given.domains)
+
+
+def test_the_recogniser_names_domains_and_text_of_none():
+    given = examples()
+    taught = np.arange(len(given.classes)) % 2 == 0
+    told = learning.learn(part_of(given, taught), np.arange(LAYERS))
+    p = told.recogniser.probabilities(given.features[~taught])
+    np.testing.assert_allclose(p.sum(1), 1)
+    assert (p.argmax(1) == given.classes[~taught]).mean() > 0.97
+    assert (told.held_out.argmax(1) == given.classes[taught]).mean() > 0.95
+    assert told.recogniser.weight.shape == (LAYERS, DOMAIN_COUNT + 1, WIDTH)
+
+
+def test_unseen_text_is_judged_without_any_text_of_its_subject():
+    """Two subjects far apart: each is known by its own text, and looks like neither the other one nor a domain."""
+    given = examples()
+    far = given.features.copy()
+    far[given.subjects == 0] += 40
+    far[given.subjects == 1] -= 40
+    told = learning.learn(dataclasses.replace(given, features=far), np.arange(LAYERS))
+    assert told.held_out[given.subjects >= 0, -1].min() > 0.9 and told.unseen.shape == (40,)
+    assert told.unseen.mean() < told.held_out[given.subjects >= 0, -1].mean() - 0.1
+    one = dataclasses.replace(given, subjects=np.minimum(given.subjects, 0))
+    assert learning.learn(one, np.arange(LAYERS)).unseen is None
+
+
+def test_without_text_of_other_subjects_there_is_no_such_class_and_nothing_is_unknown():
+    told = learning.learn(examples(foreign=0), np.arange(LAYERS))
+    assert told.recogniser.bias.shape == (DOMAIN_COUNT,) and told.recogniser.unknown_line.tolist() == [1.0]
+
+
+@pytest.mark.parametrize("ridge", [0.01, 1.0])
+def test_the_fit_is_where_the_slope_of_the_loss_is_zero(ridge):
+    """By finite differences, and no step from there is better."""
+    rng = np.random.default_rng(0)
+    x, classes, weights = rng.normal(size=(60, 5)), rng.integers(3, size=60), rng.random(60) + 0.5
+    share = weights / weights.sum()
+
+    def loss(theta):
+        own = log_softmax(x @ theta[:, :-1].T + theta[:, -1], axis=1)[np.arange(60), classes]
+        return -(share * own).sum() + ridge / 2 * (theta[:, :-1] ** 2).sum()
+
+    found = learning.fit(x, classes, weights, 3, ridge)
+    best = loss(found)
+    for _ in range(200):
+        step = rng.normal(size=found.shape) * 1e-2
+        assert loss(found + step) >= best - 1e-9
+        assert abs(loss(found + 1e-4 * step) - loss(found - 1e-4 * step)) < 1e-8
+
+
+@pytest.mark.parametrize("shape", [(30, 8), (8, 30)], ids=["tall", "wide"])
+def test_variances_along_the_leading_directions_come_closer_to_each_other(shape):
+    x = np.random.default_rng(0).normal(size=shape)
+    coordinates = x @ learning.leading(x)
+    found = coordinates.T @ coordinates / len(x)
+    np.testing.assert_allclose(found, np.diag(np.diag(found)), atol=1e-9)
+    variance = np.linalg.svd(x, compute_uv=False)[:8] ** 2 / len(x)
+    np.testing.assert_allclose(np.diag(found), variance / (0.6 * variance.mean() + 0.4 * variance))
+
+
+def test_directions_of_most_energy_come_first_and_no_more_than_asked_for(monkeypatch):
+    x = np.random.default_rng(0).normal(size=(40, 6)) * np.array([9, 1, 1, 5, 1, 1])
+    monkeypatch.setattr(learning, "DIRECTIONS", 2)
+    basis = np.abs(learning.leading(x))
+    assert basis.shape == (6, 2) and basis.argmax(0).tolist() == [0, 3]
+
+
+def test_one_in_ten_held_out_texts_of_the_domains_lies_above_the_line():
+    given = examples(signal=0.5)
+    told = learning.learn(given, np.arange(LAYERS))
+    inside, line = given.classes < DOMAIN_COUNT, told.recogniser.unknown_line[0]
+    assert (told.held_out[inside, -1] > line).mean() == pytest.approx(learning.FALSE_ALARM, abs=1 / inside.sum())
+
+
+def test_the_line_counts_texts_by_their_weight():
+    # Of a domain: .1, .2 and .3 with weight 8 together, .8 and .9 with 1 each: a tenth of the weight is above .8.
+    held_out = np.array([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.1, 0.9], [0.2, 0.8], [0.0, 1.0]])
+    weights = np.array([4.0, 2.0, 2.0, 1.0, 1.0, 7.0])
+    classes = np.array([0, 0, 0, 0, 0, 1])
+    given = learning.Examples(np.zeros((6, 1, 1)), classes, weights, np.zeros(6, int), classes - 1, 1)
+    assert learning.unknown_line(held_out, given) == 0.8
+    assert learning.unknown_line(held_out / 100, given) == learning.LEAST_LINE
+
+
+def overconfident(seed=0, factor=4.0, n=800):
+    """Logits [N, 3] that are too sure by a factor, and classes drawn from what they would say without it."""
     rng = np.random.default_rng(seed)
-    true_logits = rng.normal(size=(n, 2, 3)) * 2
-    targets = (rng.random((n, 3)) < expit(true_logits[:, 0])) * 1.0
-    true_logits[:, 1] = true_logits[:, 0]
-    return true_logits * factor, targets
+    logits = rng.normal(size=(n, 3)) * 2
+    classes = (rng.random(n)[:, None] > softmax(logits, axis=1).cumsum(1)).sum(1)
+    return logits * factor, classes, np.ones(n)
 
 
-def regime(seed=0, factor=4.0, n=600):
-    logits, targets = overconfident(seed, factor, n)
-    return calibration.fit_regime(logits, targets, np.arange(n) % calibration.FOLDS)
+def error(probabilities, classes) -> float:
+    return calibration.expected_calibration_error(probabilities, np.eye(3)[classes])
 
 
 def test_calibration_recovers_the_factor_by_which_logits_are_overconfident_and_lowers_the_error():
-    fit = regime()
-    np.testing.assert_allclose(np.exp(fit.log_temperature), 4.0, rtol=0.15)
-    assert fit.ece_after < 0.5 * fit.ece_before
-
-
-def test_calibration_leaves_calibrated_probes_alone():
-    fit = regime(factor=1.0)
-    np.testing.assert_allclose(fit.log_temperature, 0, atol=0.15)
-    assert fit.ece_after < fit.ece_before + 0.01
+    logits, classes, weights = overconfident()
+    found = calibration.fit_temperature(logits, classes, weights)
+    assert np.exp(found.log) == pytest.approx(4, rel=0.15)
+    after = calibration.cross_fitted(logits, classes, weights, np.arange(800) % 3)
+    assert error(after, classes) < 0.5 * error(softmax(logits, axis=1), classes)
 
 
 def test_calibration_never_raises_the_loss_it_minimises():
     for seed in range(4):
-        logits, targets = overconfident(seed, factor=[0.2, 0.9, 2, 30][seed], n=80)
-        log_t = calibration.fit_temperature(logits[:, 0], targets)
-        after = calibration.binary_cross_entropy(logits[:, 0] * np.exp(-log_t), targets)
-        assert after <= calibration.binary_cross_entropy(logits[:, 0], targets) + 1e-6
+        logits, classes, weights = overconfident(seed, factor=[0.2, 0.9, 2, 30][seed], n=80)
+        found = calibration.fit_temperature(logits, classes, weights)
+        assert found.loss <= calibration.cross_entropy(logits, classes, weights) + 1e-6
+        assert found.loss == pytest.approx(calibration.cross_entropy(logits * np.exp(-found.log), classes, weights))
 
 
 def test_no_text_is_judged_with_a_temperature_that_it_fitted():
     """One fold is four times too sure, the other four times too timid: what either teaches makes the other worse."""
-    logits, targets = overconfident(factor=1.0)
+    logits, classes, weights = overconfident(factor=1.0)
     folds = np.arange(len(logits)) % 2
     logits[folds == 0] *= 4
     logits[folds == 1] /= 4
-    fit = calibration.fit_regime(logits, targets, folds)
-    assert fit.ece_after > fit.ece_before + 0.02
-    alone = calibration.fit_regime(logits[folds == 0], targets[folds == 0], np.zeros((folds == 0).sum()))
-    assert alone.ece_after is None and alone.ece_before > 0
+    after = calibration.cross_fitted(logits, classes, weights, folds)
+    assert error(after, classes) > error(softmax(logits, axis=1), classes) + 0.02
 
 
 def test_folds_hold_every_label_alike_and_follow_the_seed():
     labels = np.repeat([0, 1], [9, 6])
-    folds = calibration.folds_of(labels, 0)
+    folds = calibration.folds_of(labels, 3, 0)
     assert [np.bincount(folds[labels == k]).tolist() for k in (0, 1)] == [[3, 3, 3], [2, 2, 2]]
-    np.testing.assert_array_equal(folds, calibration.folds_of(labels, 0))
-    assert not np.array_equal(folds, calibration.folds_of(labels, 1))
+    np.testing.assert_array_equal(folds, calibration.folds_of(labels, 3, 0))
+    assert not np.array_equal(folds, calibration.folds_of(labels, 3, 1))
 
 
 def test_expected_calibration_error_by_hand():
     # two bins: {0.1, 0.3} with one positive: |0.4 - 1| ; {0.9} without: |0.9 - 0|; over 3 values
     found = calibration.expected_calibration_error(np.array([0.1, 0.3, 0.9]), np.array([0.0, 1.0, 0.0]), bins=2)
     assert found == pytest.approx((0.6 + 0.9) / 3)
-
-
-def test_regime_without_text_stays_at_temperature_one():
-    fit = regime()
-    found = calibration.log_temperatures({"single": fit}, 2)
-    np.testing.assert_array_equal(found[:, 0], fit.log_temperature)
-    assert (found[:, 1:] == 0).all()
-
-
-def test_cross_pairs_join_two_domains_and_every_pair_of_domains_occurs():
-    labels = np.repeat(np.arange(3), 5)
-    rows = np.flatnonzero(np.arange(15) % 5 < 3)
-    pairs = calibration.cross_pairs(labels, rows, 2, 0)
-    assert len(pairs) == 6 and {frozenset((labels[a], labels[b])) for a, b in pairs} == {
-        frozenset(x) for x in ((0, 1), (0, 2), (1, 2))
-    }
-    assert {x for pair in pairs for x in pair} <= set(rows)
 
 
 def head_values(seed=0, prompts=30, domains=3):

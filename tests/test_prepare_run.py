@@ -11,10 +11,11 @@ from sspcompile.embedded import MODEL_DIR, POOLS_DIR
 from sspcompile.errors import InputError
 from sspcompile.model import capture
 from sspcompile.model.loading import load as load_model
-from sspcompile.prepare import features, importance_of, prepare, probabilities, probes, with_scores
+from sspcompile.prepare import features, importance_of, prepare, with_directions, with_scores
 from sspcompile.prepare.stages import Stages
 from sspcompile.prepare.toolkit import check
 from sspcompile.request.domains import load_outside, load_pools
+from sspcompile.select.mixture import mixture_of
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +32,9 @@ def test_everything_is_filled_and_agrees_with_itself(model, toolkit):
     check(toolkit)
     assert toolkit.domains == tuple(DOMAINS) and toolkit.fingerprint == model.fingerprint
     assert toolkit.importance["fisher"].shape == (3, 4, 3) and (toolkit.importance["fisher"] > 0).all()
-    assert toolkit.layer_weight.sum() == pytest.approx(1)
     assert toolkit.whitelist.sum() <= 0.2 * 12
-    assert toolkit.probe_auc.mean() > 0.9
-    for key in ("seed", "text_version", "pools_fingerprint", "calibration", "format_confound", "versions"):
+    assert toolkit.directions is None, "no criterion asked for them"
+    for key in ("seed", "text_version", "pools_fingerprint", "recognition", "format_confound", "versions"):
         assert key in toolkit.meta
 
 
@@ -45,65 +45,61 @@ def test_prepare_is_deterministic_and_the_seed_counts(model, toolkit):
         if isinstance(value, np.ndarray):
             np.testing.assert_array_equal(value, getattr(again, field.name), err_msg=field.name)
     np.testing.assert_array_equal(toolkit.importance["fisher"], again.importance["fisher"])
+    np.testing.assert_array_equal(toolkit.recogniser.weight, again.recogniser.weight)
     assert again.meta == toolkit.meta
     other = prepare(model, pools(40), outside(), continuation_tokens=3, seed=1)
-    assert not np.array_equal(other.probe_weight, toolkit.probe_weight)
+    assert other.meta["recognition"]["ece_after"] != toolkit.meta["recognition"]["ece_after"], "folds follow the seed"
+
+
+def mixture(model, toolkit, prompts):
+    return mixture_of(toolkit, features(model, prompts, layers=toolkit.recogniser.layers.tolist()))
 
 
 def test_new_prompts_of_a_domain_are_recognised_online(model, toolkit):
     for k, (name, words) in enumerate(DOMAINS.items()):
-        fresh = pool_of(name, words, 8, seed=9).prompts
-        p = probabilities(toolkit, features(model, fresh), "single")
-        mean = (p * toolkit.layer_weight[:, None]).sum(0)
-        assert p.shape == (3, 3) and mean.argmax() == k and mean[k] > 0.6
+        found = mixture(model, toolkit, pool_of(name, words, 8, seed=9).prompts)
+        assert found.weights.argmax() == k and found.weights[k] > 0.6 and not found.is_unknown
+
+
+def test_text_of_other_subjects_is_called_unknown(model, toolkit):
+    found = mixture(model, toolkit, pool_of("leisure", OTHER, 8, seed=9).prompts)
+    assert found.is_unknown and found.unknown > 0.6
 
 
 def test_a_mixed_scenario_keeps_both_domains_at_their_share(model, toolkit):
     mixed = [p for name in ("chemistry", "math") for p in pool_of(name, DOMAINS[name], 8, seed=9).prompts]
-    p = (probabilities(toolkit, features(model, mixed), "single") * toolkit.layer_weight[:, None]).sum(0)
+    p = mixture(model, toolkit, mixed).weights
     assert p[1] < min(p[0], p[2]) and 0.3 < p[0] < 0.7 and 0.3 < p[2] < 0.7
 
 
-def test_one_certain_prompt_cannot_veto_the_others(toolkit):
-    """Mean of probabilities: a prompt with a huge negative logit takes away its own share and no more."""
-    base = np.repeat(toolkit.feature_mean[None], 4, axis=0)
-    direction = toolkit.probe_weight[:, 0] * toolkit.feature_scale
-    base[:3] += 50 * direction
-    base[3] -= 1e6 * direction
-    assert probabilities(toolkit, base, "single")[:, 0] == pytest.approx(0.75, abs=0.01)
-
-
-def test_fault_calibration_is_used_and_keyed_by_layer_and_regime(model, toolkit):
-    """In the release the flag selects the uncalibrated probe, and the keys never match after a reload."""
-    found = features(model, pools()[0].prompts[:4])
-    z = probes.logits(found, toolkit.feature_mean, toolkit.feature_scale, toolkit.probe_weight, toolkit.probe_bias)
-    for column, regime in enumerate(("single", "cross", "outside")):
-        temperature = np.exp(toolkit.log_temperature[:, column])
-        expected = (1 / (1 + np.exp(-z / temperature[:, None]))).mean(0)
-        np.testing.assert_allclose(probabilities(toolkit, found, regime), expected, rtol=1e-5)
-    assert len({round(float(x), 3) for x in toolkit.log_temperature.ravel()}) > 3
-
-
-def test_fault_out_of_domain_temperature_comes_from_other_text(model, toolkit):
+def test_fault_what_no_domain_is_comes_from_other_text(model, toolkit):
     other = (pool_of("leisure", ("angle", "prime", "goal"), 6),)
-    changed = prepare(model, pools(40), other, continuation_tokens=0)
-    np.testing.assert_array_equal(changed.log_temperature[:, :2], toolkit.log_temperature[:, :2])
-    assert not np.allclose(changed.log_temperature[:, 2], toolkit.log_temperature[:, 2])
+    changed = prepare(model, pools(40), other, criteria=(), continuation_tokens=0)
+    assert not np.allclose(changed.recogniser.weight, toolkit.recogniser.weight)
     assert changed.meta["outside_fingerprint"] != toolkit.meta["outside_fingerprint"]
-    assert toolkit.meta["calibration"]["outside"]["texts"] == 12
+    assert toolkit.meta["recognition"]["texts"] - changed.meta["recognition"]["texts"] == 12 - 6
 
 
-def test_without_outside_text_that_regime_is_uncalibrated_and_says_so(model):
-    found = prepare(model, pools(), (), continuation_tokens=0)
-    assert (found.log_temperature[:, 2] == 0).all()
-    assert found.meta["calibration"]["uncalibrated"] == ["outside"]
+def test_without_outside_text_nothing_is_unknown_and_the_toolkit_says_so(model):
+    found = prepare(model, pools(), (), criteria=(), continuation_tokens=0)
+    assert found.meta["recognition"]["unknown_found"] is None
+    lost = mixture(model, found, pool_of("leisure", OTHER, 4).prompts)
+    assert lost.unknown == 0 and not lost.is_unknown
 
 
-def test_calibration_records_the_error_before_and_after(toolkit):
-    for regime in ("single", "cross", "outside"):
-        entry = toolkit.meta["calibration"][regime]
-        assert 0 <= entry["ece_after"] <= 1 and 0 <= entry["ece_before"] <= 1
-    assert toolkit.meta["calibration"]["cross"]["texts"] == 18
+def test_recognition_records_how_well_it_does_on_text_that_did_not_teach_it(toolkit):
+    facts = toolkit.meta["recognition"]
+    for key in ("named_right_prompts", "named_right_descriptions", "unknown_found", "ece_before", "ece_after"):
+        assert 0 <= facts[key] <= 1
+    assert facts["named_right_prompts"] > 0.9
+
+
+def test_probe_directions_are_learned_only_for_a_criterion_that_reads_them(model, toolkit):
+    found = with_scores(Stages(model), toolkit, pools(40), "subspace")
+    assert found.directions.shape == (3, 3, 64) and found.meta["probes"]["auc_prompts"] > 0.9
+    np.testing.assert_allclose(np.linalg.norm(found.directions, axis=-1), 1, rtol=1e-5)
+    assert with_directions(Stages(model), found, pools(40)) is found
+    np.testing.assert_array_equal(with_directions(Stages(model), toolkit, pools(40)).directions, found.directions)
 
 
 def test_fault_offline_and_online_features_are_the_same_function(model, monkeypatch):
@@ -111,9 +107,9 @@ def test_fault_offline_and_online_features_are_the_same_function(model, monkeypa
     seen = []
     original = capture.features
 
-    def spy(loaded, prompts, *rest):
+    def spy(loaded, prompts, *rest, **options):
         seen.extend(prompts)
-        return original(loaded, prompts, *rest)
+        return original(loaded, prompts, *rest, **options)
 
     monkeypatch.setattr("sspcompile.model.capture.features", spy)
     prepare(model, pools(), outside(), continuation_tokens=0)
@@ -163,7 +159,13 @@ def test_axes_are_selected_from_more_candidates_and_the_others_become_outside_te
     pairs = gram[np.ix_(inside, inside)][~np.eye(3, dtype=bool)]
     assert facts["orthogonality"] == pytest.approx(1 - pairs.max(), abs=1e-5)
     assert facts["orthogonality"] > facts["whole_orthogonality"] and facts["whole_coverage"] == pytest.approx(1)
-    assert found.meta["calibration"]["outside"]["texts"] == 12 + 24
+    # Two axes' worth of pools, their sentences, and all that belongs to no axis.
+    inside = sum(
+        len(pool.prompts) + len({pool.description, *pool.descriptions})
+        for pool in candidates
+        if pool.name in found.domains
+    )
+    assert found.meta["recognition"]["texts"] == inside + 12 + 24
     again = prepare(model, candidates, outside(), axes=3, continuation_tokens=0)
     assert again.domains == found.domains and again.meta == found.meta
 
@@ -181,7 +183,7 @@ def test_progress_reports_stages_and_reaches_their_ends(model):
     seen = []
     prepare(model, pools(8), outside(8), continuation_tokens=1, progress=lambda *step: seen.append(step))
     stages = list(dict.fromkeys(name for name, _, _ in seen))
-    assert stages == ["features", "probes", "cross text", "outside text", "continuations", "fisher"]
+    assert stages == ["features", "other subjects", "recognition", "continuations", "fisher"]
     for stage in stages:
         last = [step for step in seen if step[0] == stage][-1]
         assert last[1] == last[2]
@@ -223,6 +225,7 @@ def test_shipped_pools_teach_the_embedded_model_its_domains_and_do_not_give_them
         criteria=("fisher-greedy",),
         continuation_tokens=2,
     )
-    assert found.probe_auc.mean() > 0.75
+    told = found.meta["recognition"]
+    assert told["named_right_prompts"] > 0.6 and told["named_right_descriptions"] > 0.3, told
     confound = found.meta["format_confound"]
     assert confound["accuracy"] < confound["chance"] + 0.2, confound

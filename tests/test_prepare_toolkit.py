@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from sspcompile.errors import ToolkitError
 from sspcompile.prepare import toolkit as kit
+from sspcompile.prepare.recogniser import Recogniser
 
 LAYERS, HEADS, HIDDEN, DOMAINS = 3, 4, 5, ("a", "b")
 
@@ -26,13 +27,16 @@ def made(seed=0):
         domains=DOMAINS,
         axes=values(k, HIDDEN),
         gram=values(k, k),
-        feature_mean=values(LAYERS, HIDDEN),
-        feature_scale=values(LAYERS, HIDDEN),
-        probe_weight=values(LAYERS, k, HIDDEN),
-        probe_bias=values(LAYERS, k),
-        probe_auc=values(LAYERS, k),
-        layer_weight=values(LAYERS),
-        log_temperature=values(LAYERS, 3),
+        recogniser=Recogniser(
+            layers=np.array([0, 2]),
+            mean=values(2, HIDDEN),
+            scale=values(2, HIDDEN),
+            weight=values(2, k + 1, HIDDEN),
+            bias=values(k + 1),
+            log_temperature=values(1),
+            unknown_line=values(1),
+        ),
+        directions=values(LAYERS, k, HIDDEN),
         importance={"fisher": values(LAYERS, HEADS, k)},
         spread={"fisher": values(LAYERS, HEADS, k)},
         whitelist_p=values(LAYERS, HEADS),
@@ -66,6 +70,10 @@ def test_round_trip_is_exact(saved):
         if isinstance(value, np.ndarray):
             np.testing.assert_array_equal(value, other)
             assert value.dtype == other.dtype
+        elif field.name == "recogniser":
+            for name, array in vars(other).items():
+                np.testing.assert_array_equal(getattr(value, name), array)
+                assert getattr(value, name).dtype == array.dtype
         elif field.name in ("importance", "spread"):
             assert value.keys() == other.keys()
             np.testing.assert_array_equal(value["fisher"], other["fisher"])
@@ -86,9 +94,21 @@ def test_fault_files_hold_no_pickle_and_no_extension_lies(saved):
     assert load_file(saved / "toolkit.safetensors")["whitelist"].dtype == bool
 
 
-def test_fault_calibration_survives_the_reload_per_layer_and_regime(saved):
-    np.testing.assert_array_equal(kit.load(saved, fingerprint="f" * 64).log_temperature, made().log_temperature)
-    assert kit.REGIMES == ("single", "cross", "outside")
+def test_fault_calibration_survives_the_reload(saved):
+    features = np.random.default_rng(0).normal(size=(4, 2, HIDDEN))
+    before, after = made().recogniser, kit.load(saved, fingerprint="f" * 64).recogniser
+    np.testing.assert_array_equal(after.probabilities(features), before.probabilities(features))
+    assert not np.allclose(after.probabilities(features), after.probabilities(features, calibrated=False))
+
+
+def test_directions_and_a_class_for_other_subjects_may_be_absent(tmp_path):
+    whole = made()
+    bare = dataclasses.replace(
+        whole.recogniser, weight=whole.recogniser.weight[:, :-1], bias=whole.recogniser.bias[:-1]
+    )
+    kit.save(dataclasses.replace(whole, directions=None, recogniser=bare), tmp_path / "bare")
+    found = kit.load(tmp_path / "bare", fingerprint="f" * 64)
+    assert found.directions is None and found.recogniser.bias.shape == (2,)
 
 
 def test_another_models_toolkit_is_refused(saved):
@@ -135,8 +155,8 @@ def test_files_that_disagree_are_refused(saved):
 
 
 def test_a_missing_array_is_refused(saved):
-    edit(saved, arrays=rewrite(saved, lambda arrays: arrays.pop("probe_bias")))
-    assert "lacks probe_bias" in refusal(saved)
+    edit(saved, arrays=rewrite(saved, lambda arrays: arrays.pop("recogniser.bias")))
+    assert "lacks recogniser.bias" in refusal(saved)
 
 
 def test_a_missing_criterion_is_refused(saved):
@@ -145,12 +165,12 @@ def test_a_missing_criterion_is_refused(saved):
 
 
 def test_contradicting_shapes_are_refused(saved):
-    edit(saved, arrays=rewrite(saved, lambda a: a.update({"probe_bias": np.zeros((LAYERS, 9), np.float32)})))
-    assert "probe_bias has shape [3, 9] instead of [3, 2]" in refusal(saved)
+    edit(saved, arrays=rewrite(saved, lambda a: a.update({"recogniser.bias": np.zeros(9, np.float32)})))
+    assert "recogniser.bias has shape [9] instead of [3]" in refusal(saved)
 
 
 def test_numbers_that_are_not_finite_are_refused_before_they_are_saved(tmp_path):
-    broken = dataclasses.replace(made(), layer_weight=np.full(LAYERS, np.nan, np.float32))
+    broken = dataclasses.replace(made(), gram=np.full((2, 2), np.nan, np.float32))
     with pytest.raises(ToolkitError, match="not finite"):
         kit.save(broken, tmp_path / "toolkit")
     assert not list(tmp_path.iterdir())

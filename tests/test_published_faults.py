@@ -17,6 +17,7 @@ from sspcompile.errors import CheckpointError, UnsupportedModelError
 from sspcompile.families import geometry_of
 from sspcompile.model.hooks import head_gates
 from sspcompile.model.loading import load
+from sspcompile.prepare.recogniser import Recogniser
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.select.budget import keep_from_strength
 from sspcompile.select.mixture import Mixture, head_scores, mixture_of
@@ -27,6 +28,19 @@ from sspcompile.slicing.write import write_model
 LAYERS, HEADS, DOMAINS, HIDDEN = 2, 4, 3, 5
 
 
+def recogniser(temperature: float = 1.0) -> Recogniser:
+    """Reads one layer, whose first features are the logits of the domains and of "none of them"."""
+    return Recogniser(
+        layers=np.array([1]),
+        mean=np.zeros((1, HIDDEN)),
+        scale=np.ones((1, HIDDEN)),
+        weight=np.eye(DOMAINS + 1, HIDDEN)[None],
+        bias=np.zeros(DOMAINS + 1),
+        log_temperature=np.log([temperature]),
+        unknown_line=np.array([0.5]),
+    )
+
+
 def toolkit_with(**changes) -> Toolkit:
     rng = np.random.default_rng(0)
     values = {
@@ -34,13 +48,8 @@ def toolkit_with(**changes) -> Toolkit:
         "domains": ("a", "b", "c"),
         "axes": np.eye(DOMAINS, HIDDEN),
         "gram": np.eye(DOMAINS),
-        "feature_mean": np.zeros((LAYERS, HIDDEN)),
-        "feature_scale": np.ones((LAYERS, HIDDEN)),
-        "probe_weight": np.tile(np.eye(DOMAINS, HIDDEN), (LAYERS, 1, 1)),
-        "probe_bias": np.zeros((LAYERS, DOMAINS)),
-        "probe_auc": np.ones((LAYERS, DOMAINS)),
-        "layer_weight": np.full(LAYERS, 1 / LAYERS),
-        "log_temperature": np.zeros((LAYERS, 3)),
+        "recogniser": recogniser(),
+        "directions": None,
         "importance": {"fisher": rng.random((LAYERS, HEADS, DOMAINS))},
         "spread": {"fisher": np.ones((LAYERS, HEADS, DOMAINS))},
         "whitelist_p": np.ones((LAYERS, HEADS)),
@@ -50,10 +59,9 @@ def toolkit_with(**changes) -> Toolkit:
     return Toolkit(**{**values, **changes})
 
 
-def features(*logits: tuple[float, float, float]) -> np.ndarray:
-    """One prompt per argument, whose probes answer with these logits in every layer: [N, L, d]."""
-    rows = [[(*values, 0.0, 0.0)] * LAYERS for values in logits]
-    return np.array(rows, dtype=np.float32)
+def features(*logits: tuple[float, float, float, float]) -> np.ndarray:
+    """One prompt per argument, of which recognition says these logits, the last one for no domain: [N, 1, d]."""
+    return np.array([[(*values, 0.0)] for values in logits], dtype=np.float32)
 
 
 def test_fault_masking_is_of_heads_and_not_of_blocks_of_the_attention_output(tmp_path):
@@ -109,7 +117,7 @@ def test_fault_the_mixture_changes_the_ranking_inside_and_across_domains():
     toolkit = toolkit_with()
     ranks = []
     for weights in ((1.0, 0, 0), (0, 1.0, 0), (0.5, 0.5, 0)):
-        mixture = Mixture(toolkit.domains, np.array(weights), 0.0, 0.0, {})
+        mixture = Mixture(toolkit.domains, np.array(weights), 0.0, 0.0)
         scores = head_scores(toolkit, "fisher", mixture)
         assert np.allclose(scores, toolkit.importance["fisher"] @ np.array(weights))
         ranks.append(tuple(np.argsort(scores.ravel())))
@@ -122,37 +130,36 @@ def test_fault_the_total_is_bounded_and_no_union_of_per_domain_top_heads():
         assert choose(rng.random((4, 8)), 4, keep, "per-layer").kept.mean() <= keep
 
 
-def test_fault_the_calibrated_probes_are_the_ones_that_are_used():
-    hot = np.zeros((LAYERS, 3))
-    hot[:, 0] = np.log(5.0)
-    text = features((3.0, -3.0, -3.0))
-    cold_mixture, hot_mixture = mixture_of(toolkit_with(), text), mixture_of(toolkit_with(log_temperature=hot), text)
-    assert cold_mixture.regimes == hot_mixture.regimes == {"single": 1, "cross": 0, "outside": 0}
+def test_fault_the_calibrated_recogniser_is_the_one_that_is_used():
+    text = features((3.0, 0.0, 0.0, 0.0))
+    hot = toolkit_with(recogniser=recogniser(temperature=5.0))
+    cold_mixture, hot_mixture = mixture_of(toolkit_with(), text), mixture_of(hot, text)
     assert hot_mixture.weights[0] < cold_mixture.weights[0]
-    expected = 1 / (1 + np.exp(-3 / 5))
-    others = 1 / (1 + np.exp(3 / 5))
-    assert hot_mixture.weights[0] == pytest.approx(expected / (expected + 2 * others))
-
-
-def test_fault_the_regime_follows_from_the_text():
-    mixture = mixture_of(toolkit_with(), features((4, -4, -4), (4, 4, -4), (-4, -4, -4)))
-    assert mixture.regimes == {"single": 1, "cross": 1, "outside": 1}
+    assert hot_mixture.weights[0] == pytest.approx(np.exp(3 / 5) / (np.exp(3 / 5) + 2))
+    assert hot_mixture.unknown == pytest.approx(1 / (np.exp(3 / 5) + 3))
+    np.testing.assert_array_equal(mixture_of(hot, text, calibrated=False).weights, cold_mixture.weights)
 
 
 def test_fault_ignorance_is_said_and_scored_with_the_domain_free_average():
     toolkit = toolkit_with()
-    lost = mixture_of(toolkit, features((-9, -9, -9)))
-    assert lost.unknown > 0.99
+    lost = mixture_of(toolkit, features((0, 0, 0, 9)))
+    assert lost.unknown > 0.99 and lost.is_unknown
     scores = head_scores(toolkit, "fisher", lost)
     assert np.allclose(scores, toolkit.importance["fisher"].mean(-1), atol=1e-3)
-    known = mixture_of(toolkit, features((9, -9, -9)))
-    assert known.unknown < 0.01
+    known = mixture_of(toolkit, features((9, 0, 0, 0)))
+    assert known.unknown < 0.01 and not known.is_unknown
 
 
 def test_fault_a_list_of_prompts_from_two_domains_is_a_mixture_and_not_ignorance():
-    mixture = mixture_of(toolkit_with(), features((9, -9, -9), (-9, 9, -9)))
+    mixture = mixture_of(toolkit_with(), features((9, 0, 0, 0), (0, 9, 0, 0)))
     assert mixture.weights == pytest.approx([0.5, 0.5, 0], abs=1e-3)
     assert mixture.unknown < 0.01
+
+
+def test_one_certain_prompt_cannot_veto_the_others():
+    """Mean of probabilities: a prompt that surely is of no domain takes away its own share and no more."""
+    mixture = mixture_of(toolkit_with(), features((9, 0, 0, 0), (9, 0, 0, 0), (9, 0, 0, 0), (-1e6, 0, 0, 1e6)))
+    assert mixture.unknown == pytest.approx(0.25, abs=1e-3) and mixture.weights[0] > 0.99
 
 
 def test_fault_pickled_weights_are_never_opened(tmp_path):
@@ -182,5 +189,5 @@ def test_fault_models_that_cannot_be_cut_exactly_are_refused_with_the_reason(mod
 
 def test_masks_and_toolkits_are_plain_data():
     names = {field.name for field in dataclasses.fields(Toolkit)}
-    assert {"probe_weight", "importance", "log_temperature"} <= names
-    json.dumps(Mixture(("a",), np.array([1.0]), 0.0, 0.0, {}).as_mapping())
+    assert {"recogniser", "importance", "whitelist"} <= names
+    json.dumps(Mixture(("a",), np.array([1.0]), 0.0, 0.0).as_mapping())

@@ -352,7 +352,9 @@ def test_size_repair_and_unknown_verdicts() -> None:
     assert "Nothing was cut" in verdict_of(sizes=sizes(Pair(dense=10, sliced=10)))
     assert "not used (made it worse)" in verdict_of(repair=RepairSection(used=False, reason="made it worse"))
     scenario = ScenarioSection(name="x", source="sentence", unknown=0.8)
-    assert "80 % of the scenario fits no known domain" in verdict_of(scenario=scenario)
+    assert "fits no known domain" not in verdict_of(scenario=scenario)
+    told = scenario.model_copy(update={"fits_no_domain": True})
+    assert "80 % of the scenario fits no known domain" in verdict_of(scenario=told)
 
 
 def test_measured_values_become_rows() -> None:

@@ -18,7 +18,7 @@ import torch
 
 from sspcompile.criteria.table import of_key
 from sspcompile.families import Geometry
-from sspcompile.model.chat import rendering_of, template_digest
+from sspcompile.model.chat import BARE, rendering_of, template_digest
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.dense import DenseModel
 from sspcompile.model.logits import LOGITS_AT_ONCE
@@ -33,8 +33,8 @@ from sspcompile.model.text import (
     greedy,
     sentences,
 )
-from sspcompile.prepare.recognition import OUTSIDE_PROMPTS, corpus_of, pairs_of, recognised_part, recognised_tokens
-from sspcompile.prepare.toolkits import stored_toolkit
+from sspcompile.prepare.recognition import OUTSIDE_PROMPTS, corpus_of, layers_read, recognised_part, recognised_tokens
+from sspcompile.prepare.toolkits import asks_directions, stored_toolkit
 from sspcompile.proof.parity import PROBE_TOKENS
 from sspcompile.proof.reload import TOGETHER
 from sspcompile.proof.whole import NEW_TOKENS
@@ -120,8 +120,8 @@ def cost_of(request: Request, dense: DenseModel, workspace: Workspace, *, placem
     stages = (*learning, *_deciding(request, dense, loaded, lengths))
     own = source_of(request) == "prompts"
     read, other = _recognised(pools_of(request.options))
-    pooled, most = [*read, *other], recognised_tokens(request.options.max_tokens)
-    tokens = lengths.sum(request.scenario.prompts) if own else lengths.capped(pooled, most)
+    pooled = [*read, *other]
+    tokens = lengths.sum(request.scenario.prompts) if own else _bare(request, loaded, pooled)
     sample = _sample(request.scenario.prompts if own else pooled, lengths)
     per_token, per_step = _speed(loaded, sample)
     # A batch costs a step beside its tokens: the weights are read once, from memory or from disk.
@@ -169,10 +169,6 @@ class _Lengths:
     def sum(self, prompts: Sequence[Prompt]) -> int:
         return sum(self.of(prompts))
 
-    def capped(self, prompts: Sequence[Prompt], most: int) -> int:
-        """As `sum`, of at most `most` tokens of each."""
-        return sum(min(most, length) for length in self.of(prompts))
-
     def mean(self, prompts: Sequence[Prompt]) -> float:
         return self.sum(prompts) / max(1, len(prompts))
 
@@ -184,6 +180,18 @@ def _recognised(given: PoolSet) -> tuple[list[str], list[str]]:
     return [*read], [text for one in outside for text in one.prompts]
 
 
+def _bare(request: Request, loaded: LoadedModel, prompts: Sequence[Prompt]) -> int:
+    """Tokens of prompts as recognition reads them: no more than its part of each, without the chat template."""
+    most = recognised_tokens(request.options.max_tokens)
+    return sum(len(item.ids) for item in sentences(loaded.tokenizer, prompts, most, BARE))
+
+
+def _recognising(loaded: LoadedModel) -> float:
+    """A pass that ends at the last layer that recognition reads, in whole ones."""
+    layers = loaded.geometry.layers
+    return (layers_read(layers)[-1] + 1) / layers
+
+
 def _learning(
     request: Request, dense: DenseModel, loaded: LoadedModel, workspace: Workspace, lengths: _Lengths
 ) -> Iterator[Stage]:
@@ -193,14 +201,15 @@ def _learning(
     pool = [text for one in candidates for text in one.prompts]
     toolkit = stored_toolkit(dense, options, workspace, template_digest(loaded.tokenizer, loaded.rendering))
     if toolkit is None:
-        most = recognised_tokens(options.max_tokens)
         read, other = _recognised(given)
-        yield Stage("recognition: domain pools", len(read), lengths.capped(read, most), 1)
-        pairs = pairs_of(len(candidates)) * len(candidates) * (len(candidates) - 1) // 2
-        joined = int(2 * pairs * lengths.capped(read, most) / len(read))
-        yield Stage("recognition: pairs of texts", pairs, joined, 1)
-        yield Stage("recognition: other subjects", len(other), lengths.capped(other, most), 1)
+        part = _recognising(loaded)
+        yield Stage("recognition: domain pools", len(read), _bare(request, loaded, read), part)
+        yield Stage("recognition: other subjects", len(other), _bare(request, loaded, other), part)
     missing = [key for key in cached_keys(request) if toolkit is None or key not in toolkit.importance]
+    axes = asks_directions(options) or any(of_key(key)[0].per_axis for key in missing)
+    if axes and (toolkit is None or toolkit.directions is None):
+        every = corpus_of(recognised_part(candidates)).texts
+        yield Stage("directions of the domains", len(every), _bare(request, loaded, every), 1)
     if missing:
         tokens = _continued(pool, lengths, options.continuation_tokens)
         yield _continuing("continuations of the pools", pool, lengths, options.continuation_tokens)
@@ -213,9 +222,9 @@ def _deciding(request: Request, dense: DenseModel, loaded: LoadedModel, lengths:
     options, scenario, source = request.options, request.scenario, source_of(request)
     given, new = pools_of(options), options.continuation_tokens
     if scenario.domains is None:
-        read = min(len(scenario.texts), MIXTURE_TEXTS)
-        tokens = lengths.capped(thinned(scenario.texts, read), recognised_tokens(options.max_tokens))
-        yield Stage("what the scenario is made of", read, tokens, 1)
+        read = thinned(scenario.texts, MIXTURE_TEXTS)
+        tokens = _bare(request, loaded, read)
+        yield Stage("what the scenario is made of", len(read), tokens, _recognising(loaded))
     # Without a pass the mixture is not known; the texts that stand in for it are as long as the pools' on average.
     even = np.full(len(given.candidates), 1 / len(given.candidates))
     splits = draw_splits(scenario.prompts, even, given.candidates, options.seed)

@@ -53,6 +53,7 @@ def report_of(outcome: Outcome) -> Report:
             prompts=tuple(map(told, scenario.prompts)),
             mixture={name: float(w) for name, w in zip(mixture.domains, mixture.weights, strict=True)},
             unknown=mixture.unknown,
+            fits_no_domain=mixture.is_unknown,
             breadth=mixture.breadth,
         ),
         mask=mask_section(mask),
@@ -166,9 +167,8 @@ def _notes(outcome: Outcome) -> Iterator[str]:
     yield _importance(outcome.selection.reading.scores)
     if without := outcome.request.options.without:
         yield f"Switched off with --without: {', '.join(without)}."
-    calibration = outcome.toolkit.meta.get("calibration", {})
-    for regime in calibration.get("uncalibrated", []):
-        yield f"The probes are not calibrated for the {regime} regime."
+    if outcome.toolkit.meta.get("recognition", {}).get("unknown_found") is None:
+        yield "No text outside the domains taught recognition, so no share of a scenario is called unknown."
 
 
 def _importance(scores: HeadScores) -> str:

@@ -53,7 +53,7 @@ Examples:
 @json_option
 @quiet_option
 def prepare(criteria: tuple[str, ...], as_json: bool, quiet: bool, **given: Any) -> None:
-    """Capture features, train probes, calibrate them, score every head per domain, find the whitelist.
+    """Learn to recognise domains, score every head per domain, find the whitelist.
 
     `build` does this by itself when it is missing; the toolkit is kept per model and reused. Under torchrun the
     processes share the texts, one process per GPU, and find what one alone would find.
@@ -87,7 +87,6 @@ def prepare(criteria: tuple[str, ...], as_json: bool, quiet: bool, **given: Any)
         "fresh": fresh,
         "domains": list(toolkit.domains),
         "criteria": sorted(toolkit.importance),
-        "probe_auc": float(toolkit.probe_auc.mean()),
         **toolkit.meta,
     }
     if as_json:
@@ -101,5 +100,6 @@ def prepare(criteria: tuple[str, ...], as_json: bool, quiet: bool, **given: Any)
         f"{axes['orthogonality']:.3f}, coverage {axes['coverage']:.3f}"
     )
     click.echo(f"  criteria   {', '.join(sorted(toolkit.importance))}")
-    click.echo(f"  probes     mean AUC {facts['probe_auc']:.3f} on held-out text")
+    told = toolkit.meta["recognition"]
+    click.echo(f"  named      {told['named_right_prompts']:.1%} of held-out prompts right")
     click.echo(f"  whitelist  {int(toolkit.whitelist.sum())} of {toolkit.whitelist.size} heads")

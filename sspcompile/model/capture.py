@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sspcompile.model import journal
+from sspcompile.model.chat import BARE
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.hooks import end_pass, reading, until
 from sspcompile.model.modules import o_proj, residual_norm
@@ -37,43 +39,59 @@ def _exactly(read_heads: HeadReader) -> HeadReader:
 
 
 @torch.inference_mode()
-def capture(loaded: LoadedModel, batch: Batch, read_heads: HeadReader | None = None) -> Tensor:
-    """Pooled residual stream after attention, [B, L, d] fp32 on the CPU; o_proj inputs go to `read_heads`.
+def capture(
+    loaded: LoadedModel, batch: Batch, read_heads: HeadReader | None = None, layers: Sequence[int] | None = None
+) -> Tensor:
+    """Pooled residual stream after the attention of `layers` (all of them by default), ascending: [B, R, d] fp32 on the
+    CPU. The o_proj inputs of every layer go to `read_heads`, for which all layers have to be read.
 
-    The pass ends there: the last MLP, the final norm and the logits are not computed.
+    The pass ends at the last of them: what lies behind is not computed.
     """
-    pooled: list[Tensor | None] = [None] * loaded.geometry.layers
+    read = range(loaded.geometry.layers) if layers is None else layers
+    pooled: dict[int, Tensor] = {}
 
     def read_residual(layer: int, x: Tensor) -> None:
-        pooled[layer] = pool(x, batch.attention_mask).cpu()
-        if layer == len(pooled) - 1:
+        if layer in read:
+            pooled[layer] = pool(x, batch.attention_mask).cpu()
+        if layer == read[-1]:
             end_pass()
 
+    norms = [residual_norm(y) for y in loaded.layers[: read[-1] + 1]]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(reading([residual_norm(y) for y in loaded.layers], "residual norm", read_residual))
+        stack.enter_context(reading(norms, "residual norm", read_residual))
         if read_heads is not None:
             stack.enter_context(reading([o_proj(y) for y in loaded.layers], "o_proj", _exactly(read_heads)))
         with until():
             loaded.model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    return torch.stack([x for x in pooled if x is not None], dim=1)
+    return torch.stack([pooled[layer] for layer in read], dim=1)
 
 
-def _pooled(loaded: LoadedModel, batch: Batch) -> np.ndarray:
+def _pooled(loaded: LoadedModel, batch: Batch, layers: Sequence[int] | None) -> np.ndarray:
     """`capture` as an array."""
-    return capture(loaded, batch).numpy()
+    return capture(loaded, batch, layers=layers).numpy()
 
 
 def features(
-    loaded: LoadedModel, prompts: Sequence[Prompt], max_tokens: int = MAX_TOKENS, on_batch: Steps = no_steps
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt],
+    max_tokens: int = MAX_TOKENS,
+    on_batch: Steps = no_steps,
+    *,
+    layers: Sequence[int] | None = None,
 ) -> np.ndarray:
-    """What the probes read: [N, L, d] float32 in the order of the prompts. The same call offline and online."""
-    world = current()
+    """What tells domains apart: [N, R, d] float32 in the order of the prompts, of `layers` (ascending) or of all.
+
+    The same call offline and online. Prompts are read without the chat template: its words are in every text, say
+    nothing of its subject, and on SmolLM2-135M would be half of what is read.
+    """
+    world, loaded = current(), replace(loaded, rendering=BARE)
     batches = encode(loaded, prompts, max_tokens)
-    kept = journal.current().rows("features", loaded, batches)
+    read = loaded.geometry.layers if layers is None else len(layers)
+    kept = journal.current().rows("features", loaded, [batches, None if layers is None else list(layers)])
     own = world.share(range(len(batches)))
-    found = np.zeros((len(prompts), loaded.geometry.layers, loaded.geometry.hidden), dtype=np.float32)
+    found = np.zeros((len(prompts), read, loaded.geometry.hidden), dtype=np.float32)
     for done, number in enumerate(own, 1):
         batch = batches[number]
-        found[list(batch.rows)] = kept.of(number, partial(_pooled, loaded, batch))
+        found[list(batch.rows)] = kept.of(number, partial(_pooled, loaded, batch, layers))
         on_batch(done, len(own))
     return world.total(found)

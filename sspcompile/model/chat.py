@@ -60,6 +60,7 @@ class Rendering:
 
 
 PLAIN = Rendering()
+BARE = Rendering(raw=True)
 
 
 def rendering_of(options: Options) -> Rendering:

@@ -1,7 +1,7 @@
 """Domain axes (DBS): one centred unit direction per domain in a shared space, and the choice of a good subset.
 
-The shared space is the model's own: pooled residual features of *all* layers, each layer standardised over the pool
-prompts, then averaged over layers. No second embedding model is needed, and no layer's scale dominates.
+The shared space is the model's own: pooled residual features of the layers that recognition reads, each standardised
+over the pool prompts, then averaged over layers. No second embedding model is needed, and no layer's scale dominates.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 from sspcompile.errors import InputError
 
-SPACE = "standardised pooled residual after attention, mean over all layers"
+SPACE = "standardised pooled residual after attention, mean over the layers that are read"
 # A standard deviation below this share of the layer's median one is a dead coordinate; dividing would blow up noise.
 DEAD_SHARE = 1e-6
 

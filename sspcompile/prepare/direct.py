@@ -10,7 +10,6 @@ from sspcompile.criteria import measuring
 from sspcompile.criteria.table import of_key
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.text import Sentence
-from sspcompile.prepare.importance import probe_directions
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.progress import Steps, no_steps
 from sspcompile.request.splits import thinned
@@ -29,14 +28,14 @@ def importance_per_prompt(
 
     N is smaller than the number of texts where the criterion bounds its cost (they are then evenly spaced), and 1
     where it scores all of them together. Criteria with a value per axis are combined with `parts` [K]. Raises
-    InputError for an unknown name.
+    InputError for an unknown name, and where the toolkit lacks directions that it reads.
     """
     chosen, granularity = of_key(name)
     values = measuring.measure(
         loaded,
         chosen.name,
         thinned(texts, chosen.max_prompts or len(texts)),
-        directions=probe_directions(toolkit.probe_weight, toolkit.feature_scale),
+        directions=toolkit.directions,
         seed=seed,
         granularity=granularity,
         every_prompt=True,

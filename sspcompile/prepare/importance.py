@@ -1,7 +1,4 @@
-"""Importance of every head: probe directions for the scores that need them, and scores measured on given prompts.
-
-The scores themselves are in `sspcompile.criteria`.
-"""
+"""Importance of every head, measured on given prompts. The scores themselves are in `sspcompile.criteria`."""
 
 from __future__ import annotations
 
@@ -16,15 +13,6 @@ from sspcompile.model.text import CONTINUATION_TOKENS, MAX_TOKENS, continued
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.progress import Steps, no_steps
 from sspcompile.request.options import Granularity
-
-
-def probe_directions(probe_weight: np.ndarray, feature_scale: np.ndarray) -> np.ndarray:
-    """u[l, k]: the unit direction in the residual stream that layer l's probe reads for domain k, [L, K, d].
-
-    A probe reads (f - mean) / scale, so its weight in the residual stream itself is weight / scale.
-    """
-    mapped = probe_weight.astype(np.float64) / feature_scale[:, None, :]
-    return mapped / np.linalg.norm(mapped, axis=-1, keepdims=True).clip(min=1e-300)
 
 
 def importance_of(
@@ -46,7 +34,7 @@ def importance_of(
     `mixture` [K] (equal parts without one). Raises InputError for an unknown name or a missing toolkit.
     """
     criterion(name)  # before the continuations are written
-    directions = None if toolkit is None else probe_directions(toolkit.probe_weight, toolkit.feature_scale)
+    directions = None if toolkit is None else toolkit.directions
     scores = measuring.measure(
         loaded,
         name,

@@ -1,5 +1,7 @@
 """Linear domain probes, one per layer: K independent sigmoids on standardised features.
 
+The `subspace` criteria read the directions that they learn; the mixture of a scenario does not (`recogniser.py`).
+
 Every (layer, domain) pair is a small convex problem of its own; Newton's method solves them side by side in fp64, in
 the leading directions of the features.
 """
@@ -12,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.special import expit
 from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -22,7 +23,6 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from sspcompile.prepare.axes import standardisation
-from sspcompile.prepare.toolkit import REGIMES, Toolkit
 
 # Ridge in units of the mean non-zero eigenvalue of the feature covariance, so that it means the same at any width.
 RIDGE = 0.03
@@ -46,8 +46,17 @@ class Probes:
     bias: np.ndarray
 
     def logits(self, features: np.ndarray) -> np.ndarray:
-        """Uncalibrated outputs, [N, L, d] -> [N, L, K]."""
-        return logits(features, self.mean, self.scale, self.weight, self.bias)
+        """[N, L, d] -> [N, L, K]."""
+        standard = (features - self.mean) / self.scale
+        return np.einsum("nld,lkd->nlk", standard, self.weight, optimize=True) + self.bias
+
+    def directions(self) -> np.ndarray:
+        """u[l, k]: the unit direction in the residual stream that layer l's probe reads for domain k, [L, K, d].
+
+        A probe reads (f - mean) / scale, so its weight in the residual stream itself is weight / scale.
+        """
+        mapped = self.weight / self.scale[:, None, :]
+        return mapped / np.linalg.norm(mapped, axis=-1, keepdims=True).clip(min=1e-300)
 
 
 def split(groups: np.ndarray, seed: int, held_out: float = HELD_OUT) -> np.ndarray:
@@ -74,12 +83,9 @@ def sample_weights(labels: np.ndarray, is_description: np.ndarray) -> np.ndarray
 
 
 def fit(features: np.ndarray, labels: np.ndarray, weights: np.ndarray, train: np.ndarray, domains: int) -> Probes:
-    """Probes from the rows of features [N, L, d], labels [N] and weights [N] that the flags `train` [N] name.
-
-    A label below 0 is of no domain.
-    """
+    """Probes from the rows of features [N, L, d], labels [N] and weights [N] that the flags `train` [N] name."""
     mean, scale = standardisation(features[train])
-    targets = np.eye(domains)[labels[train]] * (labels[train] >= 0)[:, None]
+    targets = np.eye(domains)[labels[train]]
     layers, width = features.shape[1:]
     weight, bias = np.zeros((layers, domains, width)), np.zeros((layers, domains))
     for group in _layer_groups(layers, domains, int(train.sum()), min(int(train.sum()), width, DIRECTIONS) + 1):
@@ -157,34 +163,6 @@ def _newton(design: Tensor, targets: Tensor, weights: Tensor, ridge: Tensor) -> 
         solution = solution - scale.unsqueeze(-1) * step
         loss = loss_of(solution)
     return solution
-
-
-def layer_weights(auc: np.ndarray) -> np.ndarray:
-    """[L, K] -> [L], sums to 1: the squared Gini coefficient (2 AUC - 1, not below 0) of each layer's mean AUC.
-
-    Squared, so that a layer near chance weighs next to nothing. All layers at chance weigh the same: they say
-    nothing either way, and the AUC in the toolkit tells it.
-    """
-    gini = np.clip(2.0 * auc.mean(-1) - 1.0, 0.0, None) ** 2
-    return gini / gini.sum() if gini.sum() > 0 else np.full(len(auc), 1.0 / len(auc))
-
-
-def logits(
-    features: np.ndarray, mean: np.ndarray, scale: np.ndarray, weight: np.ndarray, bias: np.ndarray
-) -> np.ndarray:
-    """Uncalibrated probe outputs, [N, L, d] -> [N, L, K]."""
-    return np.einsum("nld,lkd->nlk", (features - mean) / scale, weight, optimize=True) + bias
-
-
-def probabilities(toolkit: Toolkit, features: np.ndarray, regime: str) -> np.ndarray:
-    """Calibrated relevance of each domain for a scenario whose prompts have features [N, L, d] -> [L, K].
-
-    The mean over prompts is taken of probabilities, not of logits: it is the share of the prompts that belong to a
-    domain, and one prompt that surely does not cannot veto the others. Text of no domain is low everywhere.
-    """
-    z = logits(features, toolkit.feature_mean, toolkit.feature_scale, toolkit.probe_weight, toolkit.probe_bias)
-    temperature = np.exp(toolkit.log_temperature[:, REGIMES.index(regime)])
-    return expit(z / temperature[:, None]).mean(0)
 
 
 # What the expected answer looks like, read off the question; words of the subject matter are left out on purpose.

@@ -1,4 +1,4 @@
-"""How a model's states tell the domains apart: axes, probes, and how sure each layer is."""
+"""How a model's states tell the domains apart: the domains' axes, and a recogniser of text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 
 from sspcompile.prepare import axes as domain_axes
-from sspcompile.prepare import calibration, probes
+from sspcompile.prepare.calibration import folds_of
+from sspcompile.prepare.learning import FALSE_ALARM, Examples, Learned, learn
+from sspcompile.prepare.probes import sample_weights
+from sspcompile.prepare.recogniser import Recogniser
 from sspcompile.prepare.stages import Stages
 from sspcompile.progress import Progress, stage_of
 from sspcompile.request.domains import DomainPool
@@ -19,13 +22,12 @@ from sspcompile.request.splits import thinned
 # better (benchmarks/recognition.py).
 RECOGNITION_TOKENS = 64
 RECOGNITION_PROMPTS = 64
-# Of each outside subject. Where there are so many subjects, every other prompt teaches the probes what no domain is,
-# and the others calibrate.
+# Of each outside subject.
 OUTSIDE_PROMPTS = 50
-ENOUGH_SUBJECTS = 4
-# Joined texts of two domains, of all pairs together and of each.
-CROSS_TEXTS, CROSS_PER_PAIR = 300, 6
-NEAR_CHANCE = 0.6  # mean AUC of a layer below this is reported
+# The middles of so many equal parts of the model. Ending two thirds up would save a third of the pass and name domains
+# as well, but find less of what is unknown (docs/quality.md).
+LAYERS_READ = 5
+FOLDS = 4
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,9 @@ def recognised_part(pools: Sequence[DomainPool], prompts: int = RECOGNITION_PROM
     return tuple(replace(pool, prompts=thinned(pool.prompts, prompts)) for pool in pools)
 
 
-def pairs_of(domains: int) -> int:
-    """How many joined texts each pair of so many domains gives: as many in every fold, one at least."""
-    pairs = domains * (domains - 1) // 2
-    return calibration.FOLDS * max(1, min(CROSS_PER_PAIR, CROSS_TEXTS // pairs) // calibration.FOLDS)
+def layers_read(layers: int) -> list[int]:
+    """The layers that recognition reads of a model with so many, ascending."""
+    return sorted({layers * (2 * part + 1) // (2 * LAYERS_READ) for part in range(LAYERS_READ)})
 
 
 def corpus_of(pools: Sequence[DomainPool]) -> Corpus:
@@ -72,26 +73,11 @@ def corpus_of(pools: Sequence[DomainPool]) -> Corpus:
 
 @dataclass(frozen=True)
 class Recognition:
-    """How the model's states tell the domains apart: `directions` [K, d], probes, and how sure each layer is.
+    """How the model's states tell the domains apart: their axes [K, d], the recogniser, and `facts` on both."""
 
-    `held_out` [N] are the rows that the probes were not trained on, `auc` [L, K] theirs on prompts, `described_auc` on
-    descriptions where every domain has some.
-    """
-
-    directions: np.ndarray
-    axes: dict[str, Any]
-    fitted: probes.Probes
-    held_out: np.ndarray
-    auc: np.ndarray
-    described_auc: np.ndarray | None
-    fits: dict[str, calibration.RegimeFit]
-
-    def facts(self) -> dict[str, Any]:
-        return {
-            "axes": self.axes,
-            "probes": _probe_facts(self.auc, self.described_auc, self.held_out),
-            "calibration": _calibration_facts(self.fits),
-        }
+    axes: np.ndarray
+    recogniser: Recogniser
+    facts: dict[str, Any]
 
 
 def recognise(
@@ -102,20 +88,63 @@ def recognise(
     max_tokens: int,
     report: Progress,
 ) -> Recognition:
-    """Learn to tell the pools apart, from a part of their prompts; texts of none calibrate."""
+    """Learn to tell the pools apart, from a part of their prompts; `outside` teaches what none of them is."""
     corpus, max_tokens = corpus_of(recognised_part(pools)), recognised_tokens(max_tokens)
-    outside = recognised_part(outside, OUTSIDE_PROMPTS)
-    foreign: list[str] = []
-    if len(outside) >= ENOUGH_SUBJECTS:
-        foreign = [prompt for pool in outside for prompt in pool.prompts[::2]]
-        outside = tuple(replace(pool, prompts=pool.prompts[1::2]) for pool in outside)
-    found = stages.features(corpus.texts, max_tokens, stage_of(report, "features"))
+    outside, layers = recognised_part(outside, OUTSIDE_PROMPTS), layers_read(stages.layers)
+    foreign = [prompt for pool in outside for prompt in pool.prompts]
+    found = stages.features(corpus.texts, max_tokens, stage_of(report, "features"), layers=layers)
     directions, axes = _axes(found, corpus, pools)
-    none = stages.features(foreign, max_tokens, stage_of(report, "other subjects")) if foreign else found[:0]
-    fitted, held_out = _probes(found, none, corpus, len(pools), seed, report)
-    auc, described_auc = _aucs(fitted, found, corpus, held_out)
-    fits = _calibrate(stages, fitted, found, corpus, held_out, outside, seed, max_tokens, report)
-    return Recognition(directions, axes, fitted, held_out, auc, described_auc, fits)
+    none = found[:0]
+    if foreign:
+        none = stages.features(foreign, max_tokens, stage_of(report, "other subjects"), layers=layers)
+    report("recognition", 0, 1)
+    examples = _examples(found, none, corpus, outside, len(pools), seed)
+    learned = learn(examples, np.array(layers))
+    report("recognition", 1, 1)
+    described = np.concatenate([corpus.is_description, np.zeros(len(none), dtype=bool)])
+    facts = {"axes": axes, "recognition": _facts(learned, examples, described)}
+    return Recognition(directions, learned.recogniser, facts)
+
+
+def _examples(
+    found: np.ndarray, none: np.ndarray, corpus: Corpus, outside: Sequence[DomainPool], domains: int, seed: int
+) -> Examples:
+    """The corpus and the text of no domain, `none`, with features [N, R, d] each. All folds have alike of every domain,
+    of its prompts and of its sentences, and of every outside subject.
+    """
+    subjects = np.repeat(range(len(outside)), [len(pool.prompts) for pool in outside]).astype(int)
+    classes = np.concatenate([corpus.labels, np.full(len(none), domains)])
+    described = np.concatenate([corpus.is_description, np.zeros(len(none), dtype=bool)])
+    kinds = np.concatenate([2 * corpus.labels + corpus.is_description, 2 * domains + subjects])
+    return Examples(
+        np.concatenate([found, none]),
+        classes,
+        sample_weights(classes, described),
+        folds_of(kinds, FOLDS, seed),
+        np.concatenate([np.full(len(found), -1), subjects]),
+        domains,
+    )
+
+
+def _facts(learned: Learned, examples: Examples, described: np.ndarray) -> dict[str, Any]:
+    """All figures are of texts that their fit did not see. `unseen_found` is of subjects that it did not see either."""
+    recogniser, inside = learned.recogniser, examples.inside
+    named = learned.held_out[:, : examples.domains].argmax(-1) == examples.classes
+    line = float(recogniser.unknown_line[0])
+    return {
+        "layers": recogniser.layers.tolist(),
+        "texts": len(inside),
+        "ridge": learned.ridge,
+        "temperature": float(np.exp(recogniser.log_temperature[0])),
+        "named_right_prompts": float(named[inside & ~described].mean()),
+        "named_right_descriptions": float(named[inside & described].mean()) if (inside & described).any() else None,
+        "false_alarm": FALSE_ALARM,
+        "unknown_line": line,
+        "unknown_found": None if inside.all() else float((learned.held_out[~inside, -1] > line).mean()),
+        "unseen_found": None if learned.unseen is None else float((learned.unseen > line).mean()),
+        "ece_before": learned.ece_before,
+        "ece_after": learned.ece_after,
+    }
 
 
 def _axes(found: np.ndarray, corpus: Corpus, pools: Sequence[DomainPool]) -> tuple[np.ndarray, dict[str, Any]]:
@@ -132,109 +161,13 @@ def selected_axes(
     read = recognised_part(pools)
     prompts = [prompt for pool in read for prompt in pool.prompts]
     labels = np.repeat(range(len(read)), [len(pool.prompts) for pool in read])
-    found = stages.features(prompts, recognised_tokens(max_tokens), stage_of(report, "candidates"))
+    tokens, layers = recognised_tokens(max_tokens), layers_read(stages.layers)
+    found = stages.features(prompts, tokens, stage_of(report, "candidates"), layers=layers)
     directions = domain_axes.domain_axes(found, labels, len(pools))
     chosen = domain_axes.select(directions, axes)
     inside = tuple(pools[k] for k in chosen.indices)
     rest = tuple(pool for pool in pools if pool not in inside)
     return inside, rest, _axes_facts(pools, directions, chosen)
-
-
-def _probes(
-    found: np.ndarray, none: np.ndarray, corpus: Corpus, domains: int, seed: int, report: Progress
-) -> tuple[probes.Probes, np.ndarray]:
-    """The probes, from features [N, L, d] of the corpus and of text of no domain, `none`, and the held-out flags [N] of
-    the rows of the corpus that they were not trained on.
-    """
-    report("probes", 0, 1)
-    held_out = probes.split(2 * corpus.labels + corpus.is_description, seed)
-    labels = np.concatenate([corpus.labels, np.full(len(none), -1)])
-    described = np.concatenate([corpus.is_description, np.zeros(len(none), dtype=bool)])
-    train = np.concatenate([~held_out, np.ones(len(none), dtype=bool)])
-    weights = probes.sample_weights(labels, described)
-    fitted = probes.fit(np.concatenate([found, none]), labels, weights, train, domains)
-    report("probes", 1, 1)
-    return fitted, held_out
-
-
-def _aucs(
-    fitted: probes.Probes, found: np.ndarray, corpus: Corpus, held_out: np.ndarray
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """AUC [L, K] on held-out prompts, and on held-out descriptions where every domain has some."""
-    prompts, described = (np.flatnonzero(held_out & kind) for kind in (~corpus.is_description, corpus.is_description))
-    whole = len(np.unique(corpus.labels[described])) == fitted.weight.shape[1]
-    return (
-        probes.auc(fitted.logits(found[prompts]), corpus.labels[prompts]),
-        probes.auc(fitted.logits(found[described]), corpus.labels[described]) if whole else None,
-    )
-
-
-def _calibrate(
-    stages: Stages,
-    fitted: probes.Probes,
-    found: np.ndarray,
-    corpus: Corpus,
-    held_out: np.ndarray,
-    outside: Sequence[DomainPool],
-    seed: int,
-    max_tokens: int,
-    report: Progress,
-) -> dict[str, calibration.RegimeFit]:
-    """Temperatures on text that the probes were not trained on: held-out rows, joined pairs of them, outside pools."""
-    targets = np.eye(fitted.weight.shape[1])
-    rows = np.flatnonzero(held_out & ~corpus.is_description)
-    folds = calibration.folds_of(corpus.labels[rows], seed)
-    fits = {"single": calibration.fit_regime(fitted.logits(found[rows]), targets[corpus.labels[rows]], folds)}
-    # Pairs are made inside a fold: a prompt in two folds would let a temperature be judged on what fitted it.
-    by_fold = [
-        calibration.cross_pairs(corpus.labels, rows[folds == fold], pairs_of(len(targets)) // calibration.FOLDS, seed)
-        for fold in range(calibration.FOLDS)
-    ]
-    pairs = [pair for fold in by_fold for pair in fold]
-    joined = stages.features(
-        # Both of them are to be in what is read.
-        [f"{corpus.texts[a]} {corpus.texts[b]}" for a, b in pairs],
-        2 * max_tokens,
-        stage_of(report, "cross text"),
-    )
-    both = np.array([targets[corpus.labels[a]] + targets[corpus.labels[b]] for a, b in pairs])
-    pair_folds = np.repeat(range(calibration.FOLDS), [len(fold) for fold in by_fold])
-    fits["cross"] = calibration.fit_regime(fitted.logits(joined), both, pair_folds)
-    other = [prompt for pool in outside for prompt in pool.prompts]
-    if other:
-        foreign = stages.features(other, max_tokens, stage_of(report, "outside text"))
-        none = np.zeros((len(other), len(targets)))
-        # Judged on subjects that did not fit it, where there are two; unknown text is of yet another subject.
-        subjects = np.repeat(range(len(outside)), [len(pool.prompts) for pool in outside])
-        outside_folds = subjects if len(outside) > 1 else calibration.folds_of(subjects, seed)
-        fits["outside"] = calibration.fit_regime(fitted.logits(foreign), none, outside_folds)
-    return fits
-
-
-def _probe_facts(auc: np.ndarray, described_auc: np.ndarray | None, held_out: np.ndarray) -> dict[str, Any]:
-    """`auc_descriptions` says how far a scenario given as a sentence can be trusted; None without held-out ones."""
-    per_layer = auc.mean(-1)
-    return {
-        "ridge": probes.RIDGE,
-        "held_out": int(held_out.sum()),
-        "auc_prompts": float(auc.mean()),
-        "auc_descriptions": None if described_auc is None else float(described_auc.mean()),
-        "auc_per_layer": [round(float(x), 4) for x in per_layer],
-        "layers_near_chance": np.flatnonzero(per_layer < NEAR_CHANCE).tolist(),
-    }
-
-
-def _calibration_facts(fits: dict[str, calibration.RegimeFit]) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        regime: {
-            "ece_before": fit.ece_before,
-            "ece_after": fit.ece_after,
-            "texts": fit.texts,
-            "mean_temperature": float(np.exp(fit.log_temperature).mean()),
-        }
-        for regime, fit in fits.items()
-    }
-    return facts | {"uncalibrated": [] if "outside" in fits else ["outside"]}
 
 
 def _axes_facts(

@@ -15,8 +15,10 @@ from sspcompile.model.chat import template_digest
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.text import CONTINUATION_TOKENS, MAX_TOKENS, TEXT_VERSION
 from sspcompile.prepare import axes as domain_axes
-from sspcompile.prepare import calibration, importance, probes
+from sspcompile.prepare import probes
 from sspcompile.prepare.direct import spread_by_domain
+from sspcompile.prepare.directions import probe_directions
+from sspcompile.prepare.recogniser import Recogniser
 from sspcompile.prepare.recognition import Recognition, corpus_of, recognise, selected_axes
 from sspcompile.prepare.stages import Stages
 from sspcompile.prepare.toolkit import Toolkit, check, with_importance
@@ -44,8 +46,8 @@ def prepare(
 
     `stages` says where an interrupted run kept what it had measured; without it, nothing is kept.
     `axes` of the `pools` become domains (all of them without it), and the others join `outside`: text of none of the
-    domains, for the out-of-domain temperature; without any, that regime stays uncalibrated and `meta` says so. Without
-    `criteria` the toolkit tells domains apart and scores no head (`with_scores` does). Raises InputError for pools that
+    domains. Without any, nothing is called unknown, and `meta` says so. Without `criteria` the toolkit tells domains
+    apart and scores no head (`with_scores` does). Raises InputError for pools that
     are too few, too small or share a name, and for unknown criteria.
     """
     _validate(pools, axes)
@@ -73,8 +75,9 @@ def prepare(
         "format_confound": probes.format_confound(prompts, corpus.labels[corpus.prompt_rows], seed),
         "importance_prompts": {},
         "whitelist": None,
+        "probes": None,
     }
-    toolkit = _toolkit(loaded, pools, told, _versions() | told.facts() | facts | settings | learned)
+    toolkit = _toolkit(loaded, pools, told, _versions() | told.facts | facts | settings | learned)
     check(toolkit)
     for name in dict.fromkeys(criteria):
         toolkit = with_scores(stages, toolkit, pools, name, progress)
@@ -88,20 +91,22 @@ def with_scores(
 
     Raises InputError for an unknown criterion, and when `pools` are not those that the toolkit was prepared with.
     """
-    of_key(name)
+    criterion, _ = of_key(name)
     if pools_fingerprint(pools) != toolkit.meta["pools_fingerprint"]:
         raise InputError("The domain pools changed since the toolkit was prepared.", hint="Prepare again.")
+    if criterion.per_axis:
+        toolkit = with_directions(stages, toolkit, pools, progress)
     corpus, report = corpus_of(pools), stage_of(progress, "continuations")
     prompts = [corpus.texts[row] for row in corpus.prompt_rows]
     texts = stages.continued(prompts, toolkit.meta["continuation_tokens"], toolkit.meta["max_tokens"], report)
-    unit = importance.probe_directions(toolkit.probe_weight, toolkit.feature_scale)
-    labels = corpus.labels[corpus.prompt_rows]
-    scores = stages.scored(name, texts, labels, unit, toolkit.meta["seed"], stage_of(progress, name))
+    labels, seed = corpus.labels[corpus.prompt_rows], toolkit.meta["seed"]
+    unit = toolkit.directions if criterion.per_axis else None
+    scores = stages.scored(name, texts, labels, unit, seed, stage_of(progress, name))
     mean = _f32(scores.by_domain(len(pools)))
     spread = _f32(spread_by_domain(scores.own_axis(), scores.labels, len(pools)))
     counts = toolkit.meta["importance_prompts"] | {name: scores.prompts}
     added = with_importance(replace(toolkit, meta={**toolkit.meta, "importance_prompts": counts}), name, mean, spread)
-    if toolkit.meta["whitelist"] is not None or of_key(name)[0].per != "prompt":
+    if toolkit.meta["whitelist"] is not None or criterion.per != "prompt":
         return added
     confirmed = whitelist(scores.own_axis(), scores.labels)
     facts = {"criterion": name, "false_discovery": FALSE_DISCOVERY, "heads": int(confirmed.chosen.sum())}
@@ -110,21 +115,28 @@ def with_scores(
     )
 
 
+def with_directions(
+    stages: Stages, toolkit: Toolkit, pools: Sequence[DomainPool], progress: Progress = silent
+) -> Toolkit:
+    """The toolkit with the probe directions that some criteria read, learned from its `pools` unless they are there."""
+    if toolkit.directions is not None:
+        return toolkit
+    meta = toolkit.meta
+    found, facts = probe_directions(stages, pools, meta["seed"], meta["max_tokens"], progress)
+    return replace(toolkit, directions=_f32(found), meta={**meta, "probes": facts})
+
+
 def _toolkit(loaded: LoadedModel, pools: Sequence[DomainPool], told: Recognition, meta: dict[str, Any]) -> Toolkit:
     """What tells domains apart; no head is scored yet, and none is on the whitelist."""
-    fitted, heads = told.fitted, (loaded.geometry.layers, loaded.geometry.heads)
+    heads = (loaded.geometry.layers, loaded.geometry.heads)
+    recogniser = {name: _f32(array) for name, array in vars(told.recogniser).items()}
     return Toolkit(
         fingerprint=loaded.fingerprint,
         domains=tuple(pool.name for pool in pools),
-        axes=_f32(told.directions),
-        gram=_f32(domain_axes.gram(told.directions)),
-        feature_mean=_f32(fitted.mean),
-        feature_scale=_f32(fitted.scale),
-        probe_weight=_f32(fitted.weight),
-        probe_bias=_f32(fitted.bias),
-        probe_auc=_f32(told.auc),
-        layer_weight=_f32(probes.layer_weights(told.auc)),
-        log_temperature=_f32(calibration.log_temperatures(told.fits, loaded.geometry.layers)),
+        axes=_f32(told.axes),
+        gram=_f32(domain_axes.gram(told.axes)),
+        recogniser=Recogniser(**{**recogniser, "layers": told.recogniser.layers}),
+        directions=None,
         importance={},
         spread={},
         whitelist_p=np.ones(heads, dtype=np.float32),

@@ -51,16 +51,24 @@ class Stages:
         self._journal = Journal(folder / PASSES if folder is not None else None, every=every)
         self._identity = [*journal.identity_of(loaded), TEXT_VERSION]
 
-    def features(self, texts: Sequence[str], max_tokens: int, report: Steps) -> np.ndarray:
-        """As `prepare.capture.features`, [N, L, d]."""
+    @property
+    def layers(self) -> int:
+        """How many the model has."""
+        return self._loaded.geometry.layers
+
+    def features(
+        self, texts: Sequence[str], max_tokens: int, report: Steps, *, layers: Sequence[int] | None = None
+    ) -> np.ndarray:
+        """As `model.capture.features`, [N, R, d]."""
 
         def measure() -> Arrays:
-            return {"features": capture.features(self._loaded, texts, max_tokens, report)}
+            return {"features": capture.features(self._loaded, texts, max_tokens, report, layers=layers)}
 
-        return self._stage("features", [list(texts), max_tokens], measure, report)["features"]
+        inputs = [list(texts), max_tokens, None if layers is None else list(layers)]
+        return self._stage("features", inputs, measure, report)["features"]
 
     def continued(self, prompts: Sequence[str], new_tokens: int, max_tokens: int, report: Steps) -> list[Sentence]:
-        """As `prepare.text.continued`."""
+        """As `model.text.continued`."""
 
         def measure() -> Arrays:
             found = text.continued(self._loaded, prompts, new_tokens, max_tokens, progress=report)
@@ -81,7 +89,13 @@ class Stages:
         ]
 
     def scored(
-        self, key: str, texts: Sequence[Sentence], labels: np.ndarray, directions: np.ndarray, seed: int, report: Steps
+        self,
+        key: str,
+        texts: Sequence[Sentence],
+        labels: np.ndarray,
+        directions: np.ndarray | None,
+        seed: int,
+        report: Steps,
     ) -> measuring.Scores:
         """As `criteria.measuring.measure`, under the name by which scores are cached, see `of_key`."""
         chosen, granularity = of_key(key)
@@ -99,7 +113,8 @@ class Stages:
             )
             return {"values": scores.values, "labels": scores.labels, "prompts": np.array([scores.prompts])}
 
-        read = [[(item.ids, item.prompt) for item in texts], labels.tolist(), _digest(directions.tobytes()), seed]
+        axes = None if directions is None else _digest(directions.tobytes())
+        read = [[(item.ids, item.prompt) for item in texts], labels.tolist(), axes, seed]
         found = self._stage(key, read, measure, report)
         return measuring.Scores(found["values"], found["labels"], chosen.per, int(found["prompts"][0]))
 

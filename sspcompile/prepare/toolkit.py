@@ -12,14 +12,16 @@ import numpy as np
 
 from sspcompile.checkpoint.publish import staged
 from sspcompile.errors import ToolkitError
+from sspcompile.prepare.recogniser import Recogniser
 
-SCHEMA_VERSION = 3
-REGIMES = ("single", "cross", "outside")
+SCHEMA_VERSION = 4
 
 TENSORS_FILE = "toolkit.safetensors"
 DESCRIPTION_FILE = "toolkit.json"
 IMPORTANCE_PREFIX = "importance."
 SPREAD_PREFIX = "spread."
+RECOGNISER_PREFIX = "recogniser."
+DIRECTIONS = "directions"
 PREPARE_AGAIN = "Run `sspcompile prepare` again for this model."
 
 
@@ -34,13 +36,8 @@ class Toolkit:
     domains: tuple[str, ...]
     axes: np.ndarray  # [K, d] centred unit directions
     gram: np.ndarray  # [K, K] cosines between axes
-    feature_mean: np.ndarray  # [L, d]
-    feature_scale: np.ndarray  # [L, d]
-    probe_weight: np.ndarray  # [L, K, d], reads standardised features
-    probe_bias: np.ndarray  # [L, K]
-    probe_auc: np.ndarray  # [L, K] on held-out pool prompts
-    layer_weight: np.ndarray  # [L], sums to 1; layers near chance weigh little
-    log_temperature: np.ndarray  # [L, 3], columns in the order of REGIMES
+    recogniser: Recogniser
+    directions: np.ndarray | None  # [L, K, d] unit probe directions, where a criterion that reads them was asked for
     importance: Mapping[str, np.ndarray]  # criterion -> [L, H, K], mean over each domain's prompts
     spread: Mapping[str, np.ndarray]  # criterion -> [L, H, K], relative variance of a head's share over prompts
     whitelist_p: np.ndarray  # [L, H] p-value of "worth more than the median head in every domain"
@@ -49,38 +46,54 @@ class Toolkit:
 
 
 ARRAY_FIELDS = tuple(field.name for field in fields(Toolkit) if field.type == "np.ndarray")
+RECOGNISER_FIELDS = tuple(field.name for field in fields(Recogniser))
 
 
 def expected_shapes(toolkit: Toolkit) -> dict[str, tuple[int, ...]]:
-    """Shape of every array as the feature mean [L, d], the whitelist [L, H] and the domain names imply it."""
-    layers, hidden = toolkit.feature_mean.shape
-    heads, domains = toolkit.whitelist.shape[-1], len(toolkit.domains)
+    """Shape of every array as the axes [K, d], the whitelist [L, H], the domain names and the recogniser's own layers
+    and classes imply it."""
+    (layers, heads), hidden, domains = toolkit.whitelist.shape, toolkit.axes.shape[-1], len(toolkit.domains)
+    read, classes = len(toolkit.recogniser.layers), len(toolkit.recogniser.bias)
     shapes = {
         "axes": (domains, hidden),
         "gram": (domains, domains),
-        "feature_mean": (layers, hidden),
-        "feature_scale": (layers, hidden),
-        "probe_weight": (layers, domains, hidden),
-        "probe_bias": (layers, domains),
-        "probe_auc": (layers, domains),
-        "layer_weight": (layers,),
-        "log_temperature": (layers, len(REGIMES)),
         "whitelist_p": (layers, heads),
         "whitelist": (layers, heads),
+        # One class more says "none of them".
+        **_recogniser_shapes(read, domains if classes == domains else domains + 1, hidden),
     }
+    if toolkit.directions is not None:
+        shapes[DIRECTIONS] = (layers, domains, hidden)
     per_criterion = [prefix + name for name in toolkit.importance for prefix in (IMPORTANCE_PREFIX, SPREAD_PREFIX)]
     return shapes | dict.fromkeys(per_criterion, (layers, heads, domains))
 
 
+def _recogniser_shapes(layers: int, classes: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    shapes = {
+        "layers": (layers,),
+        "mean": (layers, hidden),
+        "scale": (layers, hidden),
+        "weight": (layers, classes, hidden),
+        "bias": (classes,),
+        "log_temperature": (1,),
+        "unknown_line": (1,),
+    }
+    return {RECOGNISER_PREFIX + name: shape for name, shape in shapes.items()}
+
+
 def _arrays(toolkit: Toolkit) -> dict[str, np.ndarray]:
     named = {name: getattr(toolkit, name) for name in ARRAY_FIELDS}
+    named |= {RECOGNISER_PREFIX + name: getattr(toolkit.recogniser, name) for name in RECOGNISER_FIELDS}
+    if toolkit.directions is not None:
+        named[DIRECTIONS] = toolkit.directions
     named |= {IMPORTANCE_PREFIX + name: array for name, array in toolkit.importance.items()}
     return named | {SPREAD_PREFIX + name: array for name, array in toolkit.spread.items()}
 
 
 def check(toolkit: Toolkit) -> None:
     """Raise ToolkitError when an array contradicts the others or holds a number that is not finite."""
-    if toolkit.feature_mean.ndim != 2 or toolkit.whitelist.ndim != 2:
+    recogniser = toolkit.recogniser
+    if (toolkit.axes.ndim, toolkit.whitelist.ndim, recogniser.layers.ndim, recogniser.bias.ndim) != (2, 2, 1, 1):
         raise ToolkitError("The toolkit's arrays have the wrong number of dimensions.", hint=PREPARE_AGAIN)
     if set(toolkit.importance) != set(toolkit.spread):
         raise ToolkitError("The toolkit's importance and spread name different criteria.", hint=PREPARE_AGAIN)
@@ -156,12 +169,15 @@ def load(folder: Path, *, fingerprint: str) -> Toolkit:
         )
     arrays = _read_arrays(folder, description["arrays"])
     names = [prefix + name for name in description["criteria"] for prefix in (IMPORTANCE_PREFIX, SPREAD_PREFIX)]
+    names += [RECOGNISER_PREFIX + name for name in RECOGNISER_FIELDS]
     missing = sorted({*ARRAY_FIELDS, *names} - set(arrays))
     if missing:
         raise ToolkitError(f"{folder} lacks {', '.join(missing)}.", hint=PREPARE_AGAIN)
     toolkit = Toolkit(
         fingerprint=fingerprint,
         domains=tuple(description["domains"]),
+        recogniser=Recogniser(**{name: arrays[RECOGNISER_PREFIX + name] for name in RECOGNISER_FIELDS}),
+        directions=arrays.get(DIRECTIONS),
         importance={name: arrays[IMPORTANCE_PREFIX + name] for name in description["criteria"]},
         spread={name: arrays[SPREAD_PREFIX + name] for name in description["criteria"]},
         meta=description["meta"],

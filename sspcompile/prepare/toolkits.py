@@ -16,7 +16,7 @@ from sspcompile.prepare.stages import Stages, beside
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.progress import Progress
 from sspcompile.request.domains import pools_fingerprint
-from sspcompile.request.options import Options, default_of
+from sspcompile.request.options import AUTO, Options, default_of
 from sspcompile.request.pools import pools_of, pools_suffix
 from sspcompile.request.splits import fit_part
 from sspcompile.workspace import Workspace
@@ -57,15 +57,23 @@ def toolkit_for(
             stages=stages,
             progress=progress,
         )
-    missing = [name for name in dict.fromkeys(criteria) if name not in toolkit.importance]
-    for name in missing:
-        chosen = fit_part(given.named(toolkit.domains))
-        toolkit = preparing.with_scores(stages, toolkit, chosen, name, progress)
+    chosen, found = fit_part(given.named(toolkit.domains)), toolkit
+    for name in dict.fromkeys(criteria):
+        if name not in toolkit.importance:
+            toolkit = preparing.with_scores(stages, toolkit, chosen, name, progress)
+    # The scenario's own prompts may be all that this criterion scores; its directions come from the pools all the same.
+    if asks_directions(options):
+        toolkit = preparing.with_directions(stages, toolkit, chosen, progress)
     # Under torchrun all processes have learned the same.
-    if (fresh or missing) and parallel.current().first:
+    if (fresh or toolkit is not found) and parallel.current().first:
         preparing.save(toolkit, folder)
         stages.finish()
     return toolkit, fresh
+
+
+def asks_directions(options: Options) -> bool:
+    """Whether the criterion that is asked for reads the domains' probe directions."""
+    return options.criterion != AUTO and of_key(options.criterion)[0].per_axis
 
 
 def toolkit_folder(dense: DenseModel, options: Options, workspace: Workspace) -> Path:

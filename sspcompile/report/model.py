@@ -18,7 +18,8 @@ class Section(BaseModel):
 
 
 class ScenarioSection(Section):
-    """`mixture` maps domains to weights, `unknown` is the share that no domain explains, `breadth` is in [0, 1]."""
+    """`mixture` maps domains to weights, `unknown` is the share that no domain explains, `breadth` is in [0, 1].
+    `fits_no_domain`: more is unknown than of a domain's own text may be."""
 
     name: str
     source: str
@@ -26,6 +27,7 @@ class ScenarioSection(Section):
     prompts: tuple[str, ...] = ()
     mixture: dict[str, float] = {}
     unknown: float = 0.0
+    fits_no_domain: bool = False
     breadth: float = 0.0
 
 

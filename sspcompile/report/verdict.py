@@ -10,8 +10,6 @@ from sspcompile.report.model import LatencyRow, LatencySection, PredictionRow, Q
 
 # Below this share of agreement more than every tenth token differs: nobody would call that the same model.
 FEW_AGREE = 0.9
-# As in select/mixture.py, which a report does not import.
-MUCH_UNKNOWN = 0.45
 # When this share of a decode step is no reading of memory, it is what keeps the saving from arriving.
 MUCH_ELSE = 0.25
 HEADLINE_METRICS = ("time to first token", "inter-token latency")
@@ -252,7 +250,7 @@ def _speed(row: LatencyRow) -> str:
 
 def _scenario(report: Report) -> Iterator[str]:
     scenario = report.scenario
-    if scenario is not None and scenario.unknown >= MUCH_UNKNOWN:
+    if scenario is not None and scenario.fits_no_domain:
         yield (
             f"{percent(scenario.unknown)} of the scenario fits no known domain; "
             "for that share the cached scores are the domain-free average."

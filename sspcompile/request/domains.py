@@ -1,7 +1,7 @@
 """Domain pools: for each domain a list of prompts without answers, and sentences that describe a deployment in it.
 
 Pools are input-only: nothing in them is a label. They ship with the package under `recipes/domains`; the pools in
-`recipes/domains/outside` belong to no axis and serve as real other text for out-of-domain calibration. The embedded
+`recipes/domains/outside` belong to no axis: real other text, which teaches what none of the domains is. The embedded
 model has pools of its own.
 """
 

@@ -28,7 +28,7 @@ BUDGETS = ("size", "keep", "strength", "max_loss")
 
 # What `--without` switches off, to see what it is worth: `axes` (no selection: every pool is a domain), `whitelist` (no
 # head is kept by privilege), `mixing` (the top domain alone), `scenario` (all domains alike, whatever the scenario),
-# `calibration` (probes at temperature 1).
+# `calibration` (recognition at temperature 1).
 Part = Literal["axes", "whitelist", "mixing", "scenario", "calibration"]
 PARTS: tuple[Part, ...] = get_args(Part)
 Repairing = Literal["least-squares", "least-squares-mlp", "flap-bias", "none"]
