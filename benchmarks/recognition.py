@@ -122,7 +122,7 @@ def main(model: str, data: Path, each: int, out: Path) -> None:
             for subjects in (outside, tuple(pool for pool in outside if pool.name != UNKNOWN))
         )
     layers = toolkit.recogniser.layers.tolist()
-    found = features(loaded, [item.text for item in items], recognised_tokens(TOKENS), layers=layers)
+    found = features(loaded, [item.text for item in items], recognised_tokens(TOKENS), layers=layers, bare=True)
     unseen = judged(without, items, found)
     rows = {
         "model": Path(model).name,

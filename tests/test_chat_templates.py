@@ -185,25 +185,26 @@ def test_other_templates_and_renderings_share_no_toolkit() -> None:
 
 def test_a_stage_measured_with_one_template_is_not_taken_for_another(tmp_path: Path) -> None:
     first = tiny(template=TEMPLATE)
-    found = {}
+    found, bare = {}, features(tiny(), ["war ?", "king"])
     for name, loaded in {
         "template": first,
         "raw": replace(first, rendering=Rendering(raw=True)),
         "other template": tiny(template=TEXTS),
     }.items():
         stages = Stages(loaded, tmp_path)
-        found[name] = [item.ids for item in stages.continued(["war ?", "king"], 2, 99, lambda *_: None)]
-        assert found[name] == [item.ids for item in stages.continued(["war ?", "king"], 2, 99, lambda *_: None)]
-    assert len(list(tmp_path.iterdir())) == 3
-    assert found["template"] != found["raw"] and found["template"] != found["other template"]
+        found[name] = stages.features(["war ?", "king"], 99, lambda *_: None)
+        assert (found[name] == stages.features(["war ?", "king"], 99, lambda *_: None)).all()
+        assert (stages.features(["war ?", "king"], 99, lambda *_: None, bare=True) == bare).all()
+    assert len(list(tmp_path.iterdir())) == 6
+    assert not (found["template"] == found["raw"]).all() and not (found["template"] == found["other template"]).all()
 
 
 def test_recognition_reads_texts_without_the_template_and_every_word_of_a_conversation() -> None:
     with_one, without = tiny(template=TEMPLATE), tiny()
     talk = (Message("user", "war ?"), Message("assistant", "king"), Message("user", "salt"))
     for prompt in ("tell me about acid", talk):
-        np.testing.assert_array_equal(features(with_one, [prompt]), features(without, [prompt]))
-    np.testing.assert_array_equal(features(with_one, [talk]), features(without, ["war ? king salt"]))
+        np.testing.assert_array_equal(features(with_one, [prompt], bare=True), features(without, [prompt]))
+    np.testing.assert_array_equal(features(with_one, [talk], bare=True), features(without, ["war ? king salt"]))
 
 
 def test_toolkits_of_renderings_lie_in_folders_of_their_own_and_know_their_template(tmp_path: Path) -> None:

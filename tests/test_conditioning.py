@@ -268,7 +268,7 @@ def test_text_of_an_unseen_subject_is_less_known_than_unseen_text_of_the_domains
     """By rank, text by text. The embedded model sees it dimly: both outside subjects read like one of the domains."""
 
     def unknown(texts) -> list[float]:
-        found = features(embedded, texts, layers=lone.recogniser.layers.tolist())
+        found = features(embedded, texts, layers=lone.recogniser.layers.tolist(), bare=True)
         return [mixture_of(lone, one[None]).unknown for one in found]
 
     held = [text for pool in load_pools(POOLS_DIR) for part in split(pool.prompts)[1:] for text in part]

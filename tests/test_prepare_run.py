@@ -52,7 +52,7 @@ def test_prepare_is_deterministic_and_the_seed_counts(model, toolkit):
 
 
 def mixture(model, toolkit, prompts):
-    return mixture_of(toolkit, features(model, prompts, layers=toolkit.recogniser.layers.tolist()))
+    return mixture_of(toolkit, features(model, prompts, layers=toolkit.recogniser.layers.tolist(), bare=True))
 
 
 def test_new_prompts_of_a_domain_are_recognised_online(model, toolkit):

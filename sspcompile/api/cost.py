@@ -18,7 +18,7 @@ import torch
 
 from sspcompile.criteria.table import of_key
 from sspcompile.families import Geometry
-from sspcompile.model.chat import BARE, rendering_of, template_digest
+from sspcompile.model.chat import BARE, Rendering, rendering_of, template_digest
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.dense import DenseModel
 from sspcompile.model.logits import LOGITS_AT_ONCE
@@ -121,7 +121,7 @@ def cost_of(request: Request, dense: DenseModel, workspace: Workspace, *, placem
     own = source_of(request) == "prompts"
     read, other = _recognised(pools_of(request.options))
     pooled = [*read, *other]
-    tokens = lengths.sum(request.scenario.prompts) if own else _bare(request, loaded, pooled)
+    tokens = lengths.sum(request.scenario.prompts) if own else _tokens(request, loaded, pooled)
     sample = _sample(request.scenario.prompts if own else pooled, lengths)
     per_token, per_step = _speed(loaded, sample)
     # A batch costs a step beside its tokens: the weights are read once, from memory or from disk.
@@ -180,10 +180,10 @@ def _recognised(given: PoolSet) -> tuple[list[str], list[str]]:
     return [*read], [text for one in outside for text in one.prompts]
 
 
-def _bare(request: Request, loaded: LoadedModel, prompts: Sequence[Prompt]) -> int:
+def _tokens(request: Request, loaded: LoadedModel, prompts: Sequence[Prompt], rendering: Rendering = BARE) -> int:
     """Tokens of prompts as recognition reads them: no more than its part of each, without the chat template."""
     most = recognised_tokens(request.options.max_tokens)
-    return sum(len(item.ids) for item in sentences(loaded.tokenizer, prompts, most, BARE))
+    return sum(len(item.ids) for item in sentences(loaded.tokenizer, prompts, most, rendering))
 
 
 def _recognising(loaded: LoadedModel) -> float:
@@ -203,13 +203,13 @@ def _learning(
     if toolkit is None:
         read, other = _recognised(given)
         part = _recognising(loaded)
-        yield Stage("recognition: domain pools", len(read), _bare(request, loaded, read), part)
-        yield Stage("recognition: other subjects", len(other), _bare(request, loaded, other), part)
+        yield Stage("recognition: domain pools", len(read), _tokens(request, loaded, read), part)
+        yield Stage("recognition: other subjects", len(other), _tokens(request, loaded, other), part)
     missing = [key for key in cached_keys(request) if toolkit is None or key not in toolkit.importance]
     axes = asks_directions(options) or any(of_key(key)[0].per_axis for key in missing)
     if axes and (toolkit is None or toolkit.directions is None):
         every = corpus_of(recognised_part(candidates)).texts
-        yield Stage("directions of the domains", len(every), _bare(request, loaded, every), 1)
+        yield Stage("directions of the domains", len(every), _tokens(request, loaded, every, loaded.rendering), 1)
     if missing:
         tokens = _continued(pool, lengths, options.continuation_tokens)
         yield _continuing("continuations of the pools", pool, lengths, options.continuation_tokens)
@@ -223,7 +223,7 @@ def _deciding(request: Request, dense: DenseModel, loaded: LoadedModel, lengths:
     given, new = pools_of(options), options.continuation_tokens
     if scenario.domains is None:
         read = thinned(scenario.texts, MIXTURE_TEXTS)
-        tokens = _bare(request, loaded, read)
+        tokens = _tokens(request, loaded, read)
         yield Stage("what the scenario is made of", len(read), tokens, _recognising(loaded))
     # Without a pass the mixture is not known; the texts that stand in for it are as long as the pools' on average.
     even = np.full(len(given.candidates), 1 / len(given.candidates))

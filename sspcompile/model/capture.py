@@ -78,13 +78,14 @@ def features(
     on_batch: Steps = no_steps,
     *,
     layers: Sequence[int] | None = None,
+    bare: bool = False,
 ) -> np.ndarray:
     """What tells domains apart: [N, R, d] float32 in the order of the prompts, of `layers` (ascending) or of all.
 
-    The same call offline and online. Prompts are read without the chat template: its words are in every text, say
-    nothing of its subject, and on SmolLM2-135M would be half of what is read.
+    The same call offline and online. `bare` leaves the chat template out, whose words are in every text and say nothing
+    of its subject.
     """
-    world, loaded = current(), replace(loaded, rendering=BARE)
+    world, loaded = current(), replace(loaded, rendering=BARE) if bare else loaded
     batches = encode(loaded, prompts, max_tokens)
     read = loaded.geometry.layers if layers is None else len(layers)
     kept = journal.current().rows("features", loaded, [batches, None if layers is None else list(layers)])

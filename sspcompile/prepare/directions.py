@@ -21,7 +21,7 @@ def probe_directions(
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Unit directions [L, K, d] of probes in every layer, and how well those tell held-out text apart.
 
-    They read the texts that recognition reads, through all layers.
+    They read the texts that recognition reads, in all layers, and as heads are scored: through the chat template.
     """
     corpus = corpus_of(recognised_part(pools))
     found = stages.features(corpus.texts, recognised_tokens(max_tokens), stage_of(report, "features of all layers"))

@@ -92,11 +92,11 @@ def recognise(
     corpus, max_tokens = corpus_of(recognised_part(pools)), recognised_tokens(max_tokens)
     outside, layers = recognised_part(outside, OUTSIDE_PROMPTS), layers_read(stages.layers)
     foreign = [prompt for pool in outside for prompt in pool.prompts]
-    found = stages.features(corpus.texts, max_tokens, stage_of(report, "features"), layers=layers)
+    found = stages.features(corpus.texts, max_tokens, stage_of(report, "features"), layers=layers, bare=True)
     directions, axes = _axes(found, corpus, pools)
     none = found[:0]
     if foreign:
-        none = stages.features(foreign, max_tokens, stage_of(report, "other subjects"), layers=layers)
+        none = stages.features(foreign, max_tokens, stage_of(report, "other subjects"), layers=layers, bare=True)
     report("recognition", 0, 1)
     examples = _examples(found, none, corpus, outside, len(pools), seed)
     learned = learn(examples, np.array(layers))
@@ -162,7 +162,7 @@ def selected_axes(
     prompts = [prompt for pool in read for prompt in pool.prompts]
     labels = np.repeat(range(len(read)), [len(pool.prompts) for pool in read])
     tokens, layers = recognised_tokens(max_tokens), layers_read(stages.layers)
-    found = stages.features(prompts, tokens, stage_of(report, "candidates"), layers=layers)
+    found = stages.features(prompts, tokens, stage_of(report, "candidates"), layers=layers, bare=True)
     directions = domain_axes.domain_axes(found, labels, len(pools))
     chosen = domain_axes.select(directions, axes)
     inside = tuple(pools[k] for k in chosen.indices)

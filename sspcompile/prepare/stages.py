@@ -57,14 +57,20 @@ class Stages:
         return self._loaded.geometry.layers
 
     def features(
-        self, texts: Sequence[str], max_tokens: int, report: Steps, *, layers: Sequence[int] | None = None
+        self,
+        texts: Sequence[str],
+        max_tokens: int,
+        report: Steps,
+        *,
+        layers: Sequence[int] | None = None,
+        bare: bool = False,
     ) -> np.ndarray:
         """As `model.capture.features`, [N, R, d]."""
 
         def measure() -> Arrays:
-            return {"features": capture.features(self._loaded, texts, max_tokens, report, layers=layers)}
+            return {"features": capture.features(self._loaded, texts, max_tokens, report, layers=layers, bare=bare)}
 
-        inputs = [list(texts), max_tokens, None if layers is None else list(layers)]
+        inputs = [list(texts), max_tokens, None if layers is None else list(layers), bare]
         return self._stage("features", inputs, measure, report)["features"]
 
     def continued(self, prompts: Sequence[str], new_tokens: int, max_tokens: int, report: Steps) -> list[Sentence]:

@@ -57,7 +57,7 @@ def toolkit_for(
             stages=stages,
             progress=progress,
         )
-    chosen, found = fit_part(given.named(toolkit.domains)), toolkit
+    chosen, before = fit_part(given.named(toolkit.domains)), toolkit
     for name in dict.fromkeys(criteria):
         if name not in toolkit.importance:
             toolkit = preparing.with_scores(stages, toolkit, chosen, name, progress)
@@ -65,7 +65,7 @@ def toolkit_for(
     if asks_directions(options):
         toolkit = preparing.with_directions(stages, toolkit, chosen, progress)
     # Under torchrun all processes have learned the same.
-    if (fresh or toolkit is not found) and parallel.current().first:
+    if (fresh or toolkit is not before) and parallel.current().first:
         preparing.save(toolkit, folder)
         stages.finish()
     return toolkit, fresh
