@@ -18,6 +18,7 @@ from sspcompile.slicing.hosts import per_layer_host, uniform_host
 from sspcompile.slicing.layouts import choose
 from sspcompile.slicing.mask import HeadMask, Layout, check_mask, kept_of
 from sspcompile.slicing.runtimes import Verdict, verdicts
+from sspcompile.slicing.sizes import channel_parameters
 
 SCHEMA_VERSION = 1
 Tensors = Mapping[str, tuple[tuple[int, ...], str]]
@@ -90,6 +91,13 @@ class SlicePlan:
     def size(self) -> float:
         """What is left of all parameters, as a share."""
         return self.sliced.parameters / self.dense.parameters
+
+    @property
+    def channel_share(self) -> float:
+        """The share of the dense parameters that belongs to channels of the MLPs; 0 where none can be cut."""
+        g = self.geometry
+        channels = g.layers * g.intermediate * channel_parameters(g) if g.has_channels else 0
+        return channels / self.dense.parameters
 
     @property
     def keeps_everything(self) -> bool:
