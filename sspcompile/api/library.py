@@ -45,7 +45,7 @@ Format = Literal["hf", "onnx"]
 PrecisionName = Literal["fp32", "fp16", "int8", "int4"]
 # A sentence, a recipe (file or shipped name), a file of prompts, or the prompts themselves.
 ScenarioLike = str | os.PathLike[str] | Sequence[str] | Scenario
-# Sizes follow from head counts alone, but options are resolved together with a scenario.
+# Sizes follow from counts alone, but options are resolved together with a scenario.
 _UNNAMED = Scenario("a-model", "a model without a scenario", (), None, "sentence")
 
 
@@ -65,8 +65,8 @@ def plan(
 ) -> SlicePlan:
     """What a build would write: sizes, KV bytes, FLOPs, and which runtimes load it. No weights are written.
 
-    Without a `scenario` the plan follows from head counts alone (a config.json is enough): which heads stay is left
-    open. With one, the model is read, and prepared first where that was not done under `root`; where `layout` is
+    Without a `scenario` the plan follows from counts alone (a config.json is enough): which heads and channels stay is
+    left open. With one, the model is read, and prepared first where that was not done under `root`; where `layout` is
     "auto", the plan is that of the uniform layout if a class can hold it. `mask` plans the cut of a mask.json instead.
     Raises InputError, RecipeError, BudgetError, CheckpointError or UnsupportedModelError.
     """

@@ -101,6 +101,18 @@ def smallest_size(g: Geometry, *, channels: bool, groups_only: bool = False) -> 
     return _parameters_of(g, (1, g.group_size if groups_only else 1), width) / all_parameters(g)
 
 
+def even_worth(g: Geometry, *, channels: bool) -> Worth:
+    """For a model whose scores are not known: units fall in worth from first to last, as much per parameter in heads as
+    in channels, and in every layer alike, so that a budget takes about the same share of each.
+    """
+    heads = np.tile(head_share(g) * _falling(g.heads), (g.layers, 1))
+    return Worth(heads, np.tile(channel_parameters(g) * _falling(g.intermediate), (g.layers, 1)) if channels else None)
+
+
+def _falling(units: int) -> np.ndarray:
+    return 1 - (np.arange(units) + 0.5) / units
+
+
 def choose_per_layer(worth: Worth, g: Geometry, size: float, *, groups_only: bool = False) -> Choice:
     """The mask of at most `size` of all parameters, every layer with counts of its own.
 
