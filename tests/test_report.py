@@ -524,6 +524,18 @@ def test_what_the_bytes_predict_is_told_with_the_reason_why_it_is_not_more() -> 
     assert "too few processes" in told(predicted=2.0, measured=Estimate(value=1.2))
 
 
+def test_builds_side_by_side_tell_shares_of_the_parameters_beside_heads() -> None:
+    points = points_of("two", {"heads": full_report("heads"), "channels": narrowed_report()})
+    first, second = points.points
+    assert (first.unit, first.kept, second.unit, second.kept) == ("heads", 0.48, "parameters", 0.875)
+    assert second.size_requested == 0.8 and first.size_requested is None
+    for page in (comparison_page(points), frontier_page(points)):
+        assert "parameters kept" in render_markdown(page)
+    picture = frontier_page(points).blocks[0].picture
+    assert picture is not None and picture.label.endswith("kept shares of the heads or parameters")
+    assert "0.88" in picture.svg and "0.48" in picture.svg, "each in the unit of its budget"
+
+
 def test_builds_side_by_side_mark_those_that_nothing_beats() -> None:
     big, small, worse = full_report("big"), full_report("small"), full_report("worse")
     fewer = sizes().model_copy(update={"weight_bytes": Pair(dense=4_194_304, sliced=2_000_000)})

@@ -97,7 +97,7 @@ def build(
     threads: int | None = None,
     **options: Unpack[Keywords],
 ) -> Artifact:
-    """Compile a scenario into a smaller model: choose heads, repair, cut, prove, report.
+    """Compile a scenario into a smaller model: choose heads and channels, repair, cut, prove, report.
 
     `model` is a folder or a hub name, None for the embedded one. The artifact is written to `out`, by default to
     `root`/artifacts/NAME; it is whole, or absent when anything fails. A call that was interrupted goes on where it was
@@ -143,7 +143,7 @@ class Artifact:
 
     @property
     def mask(self) -> HeadMask:
-        """Which heads stay, and what they were chosen by."""
+        """Which heads and channels stay, and what they were chosen by."""
         from sspcompile.slicing.mask import load_mask
 
         return load_mask(self.path / MASK)

@@ -139,15 +139,20 @@ def print_criteria(criteria: Iterable[Criterion]) -> None:
 
 
 def print_mask(mask: HeadMask) -> None:
-    """One row per layer: kept heads as blocks shaded by score, removed heads as dots, whitelist underlined."""
+    """One row per layer: kept heads as blocks shaded by score, removed heads as dots, whitelist underlined; where
+    channels were cut the width of the MLP.
+    """
     console = Console()
-    title = f"{mask.scenario.get('name')}: {mask.layout}, kept {mask.keep_achieved:.1%} of {mask.layers * mask.heads}"
+    kept_heads = f"{mask.keep_achieved:.1%} of {mask.layers * mask.heads} heads"
+    title = f"{mask.scenario.get('name')}: {mask.layout}, kept {kept_heads}{_channels_kept(mask)}"
     legend = "█ high score … ░ low score, · removed, underlined whitelist"
     table = Table(title=title, title_justify="left", caption=legend, caption_justify="left")
     table.add_column("layer", justify="right")
     table.add_column("heads (│ between key/value groups)")
     table.add_column("query", justify="right")
     table.add_column("kv", justify="right")
+    if mask.channels is not None:
+        table.add_column(f"MLP (of {mask.intermediate:,})", justify="right")
     ranked = sorted(score for row in mask.scores for score in row)
     for layer, kept in enumerate(mask.kept):
         line = Text()
@@ -160,5 +165,13 @@ def print_mask(mask: HeadMask) -> None:
             place = ranked.index(mask.scores[layer][head]) / max(1, len(ranked) - 1)
             style = "underline" if (layer, head) in mask.whitelist else ""
             line.append(SHADES[1 + min(3, int(place * 4))], style=style)
-        table.add_row(str(layer), line, str(len(kept)), str(len(mask.kept_groups(layer))))
+        width = [] if mask.channels is None else [f"{len(mask.channels[layer]):,}"]
+        table.add_row(str(layer), line, str(len(kept)), str(len(mask.kept_groups(layer))), *width)
     console.print(table)
+
+
+def _channels_kept(mask: HeadMask) -> str:
+    if mask.channels is None:
+        return ""
+    whole = mask.layers * mask.intermediate
+    return f" and {sum(map(len, mask.channels)) / whole:.1%} of {whole:,} channels of the MLPs"

@@ -261,7 +261,9 @@ def _plan(checkpoint: Checkpoint, layers: tuple[LayerCut, ...], layout: Layout, 
         sliced=sliced_total,
         by_layer=tuple(zip(dense, sliced, strict=True)),
         prunable_share=prunable / dense_total.parameters,
-        runtimes=verdicts(g, host.family, counts, custom=custom_code, onnx=graph_refusal(checkpoint.config, g, dtypes)),
+        runtimes=verdicts(
+            g, host.family, counts, widths, custom=custom_code, onnx=graph_refusal(checkpoint.config, g, dtypes)
+        ),
     )
 
 
@@ -333,6 +335,7 @@ def plan_json(plan: SlicePlan) -> dict[str, Any]:
         "kept_heads": sum(heads for heads, _ in plan.counts),
         "total_heads": plan.geometry.total_heads,
         "widths": list(plan.widths),
+        "dense_width": plan.geometry.intermediate,
         "dummy_layers": [index for index, layer in enumerate(plan.layers) if layer.dummy],
         **_pairs(plan.dense, plan.sliced),
         "prunable_share": plan.prunable_share,
