@@ -265,12 +265,12 @@ def _solving(inputs: int, outputs: int) -> float:
 def _masks(request: Request, g: Geometry) -> tuple[int, int]:
     """How many masks are compared, and of how many layouts."""
     options = request.options
-    channels = cuts_channels(options, g)
     layouts = {"auto": ("uniform", "per-layer"), "uniform": ("uniform",), "per-layer": ("per-layer",)}[options.layout]
     if options.layout == "auto" and options.wanted_host is not None:
         layouts = ("uniform",)
-    if channels:
-        return sum(SHAPES if name == "uniform" else len(RATES) for name in layouts), len(layouts)
+    if _size(request, g) is not None and options.criterion == AUTO:
+        per_layer = len(RATES) if cuts_channels(options, g) else 1
+        return sum(SHAPES if name == "uniform" else per_layer for name in layouts), len(layouts)
     if options.max_loss is not None and options.layout == "auto":
         layouts = ("per-layer",)  # few uniform shapes keep as much as a bound on the loss leaves
     if options.criterion != AUTO:
