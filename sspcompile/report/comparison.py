@@ -180,14 +180,17 @@ def comparison_page(points: Points) -> Page:
 
 def frontier_page(points: Points) -> Page:
     """One row per build, smallest first, and the picture."""
-    shown = [row for row in ROWS if row[0] not in ("verdict", "criterion", "measured at")]
+    units = sorted({point.unit for point in points.points})
+    # Of what is kept, the share that the sweep was of: the table is wide enough.
+    left_out = {"verdict", "criterion", "measured at", *(f"{unit} kept" for unit in ("heads", "parameters"))}
+    left_out -= {f"{unit} kept" for unit in units}
+    shown = [row for row in ROWS if row[0] not in left_out]
     table = Table(
         "Every build of the sweep; 95 % intervals, of speed 99 %",
         ("build", *(label for label, _ in shown)),
         tuple((point.name, *(show(point) for _, show in shown)) for point in points.points),
     )
     verdicts = Table("Verdicts", ("build", "verdict"), tuple((point.name, point.verdict) for point in points.points))
-    units = sorted({point.unit for point in points.points})
     label = f"quality against size, cache and speed; the numbers are kept shares of the {' or '.join(units)}"
     picture = Picture("frontier.svg", draw_frontier(points), label)
     return page(points.title, (Block("frontier", "Frontier", points.notes, (table, verdicts), picture),))
