@@ -83,3 +83,15 @@ def test_groups_stay_whole_in_a_plan_where_whole_groups_are_cut(run):
     for budget in (("--size", 0.8), ("--keep", 0.6)):
         plan = planned(run, *budget, "--granularity", "group")
         assert {heads / kv for heads, kv in plan["counts"]} == {2.0}
+
+
+def test_runtimes_are_told_of_widths(run):
+    verdicts = {one["runtime"]: one for one in planned(run, "--size", 0.8, "--layout", "uniform")["runtimes"]}
+    assert "K-quants of o_proj and down_proj fall back" in verdicts["llama.cpp"]["reason"]
+    assert verdicts["vLLM"]["tensor_parallel"]["5"]["loads"] is False
+    plan = planned(run, "--size", 0.81, "--layout", "per-layer")
+    assert len(set(plan["widths"])) > 1, "the case in question"
+    verdicts = {one["runtime"]: one for one in plan["runtimes"]}
+    assert not verdicts["llama.cpp"]["loads"] and "different widths" in verdicts["llama.cpp"]["reason"]
+    assert not verdicts["vLLM"]["loads"] and "same counts for all layers" in verdicts["vLLM"]["reason"]
+    assert verdicts["ONNX Runtime"]["loads"]
