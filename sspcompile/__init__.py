@@ -1,9 +1,9 @@
-"""Cut the attention heads that a deployment does not need out of a decoder LLM: exactly, without training.
+"""Cut the attention heads and MLP channels that a deployment does not need out of a decoder LLM, without training.
 
     import sspcompile
 
-    plan = sspcompile.plan("./my-model", keep=0.8)
-    artifact = sspcompile.build("./my-model", "A helpdesk for questions about chemistry", keep=0.8)
+    plan = sspcompile.plan("./my-model", size=0.8)
+    artifact = sspcompile.build("./my-model", "A helpdesk for questions about chemistry", size=0.8)
     artifact.report, artifact.mask, artifact.verify(), artifact.evaluate(), artifact.export("onnx")
     artifact = sspcompile.load(artifact.path)
 

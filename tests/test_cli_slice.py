@@ -120,7 +120,7 @@ def test_plan_of_a_mask_is_the_plan_that_slice_follows(run, model, mask, tmp_pat
     assert dry == json.loads(json.dumps({key: planned[key] for key in dry}))
     table = run("plan", "--model", model, "--mask", mask, "--by-layer")[1]
     assert ("tensor parallel" in table) == (len(set(map(tuple, planned["counts"]))) == 1)
-    assert ("it takes one head" in table) == (len(set(map(tuple, planned["counts"]))) > 1)
+    assert ("it takes the same counts" in table) == (len(set(map(tuple, planned["counts"]))) > 1)
     refused(run("plan", "--mask", mask, "--model", model, "--scenario", "some words"), 2, "exclude each other")
 
 
@@ -131,6 +131,7 @@ def test_tensor_parallel_degrees_are_what_divides_every_layer(run, model, mask):
     for degree, verdict in degrees.items():
         tp = int(degree)
         fits = all(q % tp == 0 and (kv % tp == 0 or tp % kv == 0) for q, kv in planned["counts"])
+        fits = fits and all(width % tp == 0 for width in planned["widths"])
         assert verdict["loads"] == fits and bool(verdict["reason"]) != fits
 
 

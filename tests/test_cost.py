@@ -28,14 +28,22 @@ def home(tmp_path_factory) -> Path:
     return home
 
 
-@pytest.mark.parametrize(("scenario", "own"), [("prompts.txt", True), ("please tell me about acid", False)])
-def test_a_build_runs_what_was_foretold_and_a_second_one_no_pools(home, scenario, own, monkeypatch):
+@pytest.mark.parametrize(
+    ("scenario", "own", "budget"),
+    [
+        ("prompts.txt", True, {"keep": 0.5}),
+        ("please tell me about acid", False, {"keep": 0.5}),
+        ("prompts.txt", True, {"size": 0.8}),
+    ],
+)
+def test_a_build_runs_what_was_foretold_and_a_second_one_no_pools(home, scenario, own, budget, monkeypatch):
     """Token by layer, forward runs only; the foretelling counts backward runs and normal equations as passes too."""
-    given = {"model": str(home / "model"), "keep": 0.5, "max_tokens": 64, "continuation_tokens": 4}
+    given = {"model": str(home / "model"), "max_tokens": 64, "continuation_tokens": 4} | budget
     place = str(home / scenario) if own else scenario
     request = read_request(place, given, {})
     dense = open_dense(str(home / "model"))
-    workspace = Workspace(home / ("own" if own else "sentence"))
+    case = f"{own}-{next(iter(budget))}"
+    workspace = Workspace(home / case)
     ran = [0]
     load = type(dense).load
 
@@ -55,12 +63,14 @@ def test_a_build_runs_what_was_foretold_and_a_second_one_no_pools(home, scenario
         foretold = sum(s.tokens * s.passes for s in cost.stages) - apart
         names.append([stage.name for stage in cost.stages])
         ran[0] = 0
-        build(request, dense, home / f"out-{own}-{number}", workspace)
+        build(request, dense, home / f"out-{case}-{number}", workspace)
         totals.append(ran[0] / 2)
         assert 0.5 * foretold <= totals[-1] <= 1.25 * foretold
     assert totals[1] < totals[0]
     assert "recognition: domain pools" in names[0] and not any("pools" in name for name in names[1])
     assert not any(name.endswith("on the pools") for name in names[0])
+    if "size" in budget:
+        return
     named = read_request(place, given | {"criterion": "fisher"}, {})
     scored = any(stage.name == "fisher on the pools" for stage in cost_of(named, dense, workspace).stages)
     assert scored == (not own), "a criterion that is named is cached for a sentence"

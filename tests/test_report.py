@@ -68,6 +68,12 @@ def mask(layers: int = 3, heads: int = 4, kv_heads: int = 2) -> MaskSection:
     )
 
 
+def narrowed(layers: int = 3, heads: int = 4, kv_heads: int = 2) -> MaskSection:
+    """As `mask`, with MLPs of which a quarter, a half, ... is left."""
+    widths = tuple(16 * (1 + layer % 4) for layer in range(layers))
+    return mask(layers, heads, kv_heads).model_copy(update={"widths": widths, "intermediate": 64})
+
+
 def full_report(text: str = "Answer bakers.") -> Report:
     ours = quality("ours", 0.1, "ours")
     return Report(
@@ -226,6 +232,90 @@ def test_svg_is_well_formed_and_shows_every_cell(layers: int, heads: int, kv_hea
     for rect in root.iter(f"{space}rect"):
         assert float(rect.get("x", 0)) + float(rect.get("width", 0)) <= width
         assert float(rect.get("y", 0)) + float(rect.get("height", 0)) <= height
+
+
+@pytest.mark.parametrize(("layers", "heads", "kv_heads"), [(8, 8, 4), (48, 40, 8), (3, 6, 1), (1, 1, 1)])
+def test_the_heat_map_has_a_bar_for_what_is_left_of_every_mlp(layers: int, heads: int, kv_heads: int) -> None:
+    section = narrowed(layers, heads, kv_heads)
+    root = ElementTree.fromstring(render_svg(section))
+    space = "{http://www.w3.org/2000/svg}"
+    bars = [group for group in root.iter(f"{space}g") if "MLP" in str(group.findtext(f"{space}title"))]
+    assert len(bars) == layers
+    for layer, bar in enumerate(bars):
+        outline, filled = bar.findall(f"{space}rect")
+        share = float(filled.get("width", 0)) / float(outline.get("width", 0))
+        assert share == pytest.approx(section.widths[layer] / 64)
+    assert bars[0].findtext(f"{space}title") == "layer 0, MLP: 16 of 64 channels kept (25 %)"
+    assert "of the channels of the MLPs kept, of 64 in each layer" in root.get("aria-label", "")
+    assert "channels of the MLP kept" in [text.text for text in root.iter(f"{space}text")], "the legend says what it is"
+    width, height = float(root.get("width", 0)), float(root.get("height", 0))
+    for rect in root.iter(f"{space}rect"):
+        assert float(rect.get("x", 0)) + float(rect.get("width", 0)) <= width
+        assert float(rect.get("y", 0)) + float(rect.get("height", 0)) <= height
+    assert heads >= 10 or width <= 340, "the width of a phone"
+
+
+def narrowed_report(**budget: object) -> Report:
+    known = {"unit": "parameters", "size_requested": 0.8, "size_achieved": 0.795, "keep_requested": 0.5}
+    channels = sizes().model_copy(update={"channel_share": 0.6})
+    section = BudgetSection(**{**known, "keep_achieved": 0.5, **budget})
+    return full_report().model_copy(update={"mask": narrowed(), "budget": section, "sizes": channels})
+
+
+def test_every_form_shows_the_widths_of_the_mlps() -> None:
+    report = narrowed_report()
+    for told in (text_of(report, width=200), render_markdown(report_page(report)), render_html(report_page(report))):
+        assert "Heads and channels" in told
+        assert "MLP width" in told and "MLP (of 64)" in told
+        assert "6 of 12 query heads and 96 of 192 channels of the MLPs are kept" in told
+        assert "79.5 % of the parameters are kept, 50 % of the heads" in told
+        assert "no more could go" not in told
+        assert "channels of its MLPs 60 %" in told
+
+
+def test_a_bound_on_the_loss_is_told_in_the_unit_that_was_measured() -> None:
+    walked = {"max_loss": 0.05, "measured": ((0.75, 0.2), (0.88, 0.04))}
+    told = text_of(narrowed_report(**walked), width=300)
+    assert "75 % of the parameters 20 %, 88 % of the parameters 4 %" in told
+    heads = BudgetSection(keep_requested=0.8, keep_achieved=0.75, **walked)
+    told = text_of(full_report().model_copy(update={"budget": heads}), width=300)
+    assert "75 % of the heads are kept" in told and "88 % of the heads 4 %" in told
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        ({"unit": "parameters", "size_requested": 0.8}, "a larger --size"),
+        ({"max_loss": 0.3}, "a smaller --max-loss"),
+        ({"strength": 0.5}, "a smaller --strength"),
+        ({}, "a larger --keep"),
+    ],
+)
+def test_the_hint_names_the_option_that_was_the_budget(budget: dict[str, object], expected: str) -> None:
+    section = BudgetSection(keep_requested=0.5, keep_achieved=0.5, **budget)
+    lossy = (quality("ours", 1.0, "ours", agreement=0.5),)
+    assert f"try {expected} before" in " ".join(verdict(Report(title="x", budget=section, quality=lossy)))
+
+
+def test_a_report_from_before_channels_is_read(tmp_path: Path) -> None:
+    value = json.loads(render_json(full_report()))
+    for section, later in (
+        ("mask", ("widths", "intermediate")),
+        ("budget", ("unit", "size_requested", "size_achieved")),
+        ("sizes", ("channel_share",)),
+    ):
+        for name in later:
+            del value[section][name]
+    (tmp_path / "report.json").write_text(json.dumps(value))
+    read = read_report(tmp_path / "report.json")
+    assert read == full_report()
+    assert "Kept query heads per layer" in render_markdown(report_page(read))
+
+
+@pytest.mark.parametrize("change", [{"widths": (1, 2)}, {"intermediate": None}, {"widths": (1, 2, 65)}])
+def test_widths_that_do_not_fit_are_refused(change: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match="width"):
+        MaskSection.model_validate(narrowed().model_dump() | change)
 
 
 def test_the_same_report_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -434,6 +524,18 @@ def test_what_the_bytes_predict_is_told_with_the_reason_why_it_is_not_more() -> 
     assert "the other 90 % do not shrink" in told(predicted=2.0, measured=near, reference_share=0.1)
     assert "does not turn the saved bytes into time" in told(predicted=2.0, measured=near, reference_share=0.9)
     assert "too few processes" in told(predicted=2.0, measured=Estimate(value=1.2))
+
+
+def test_builds_side_by_side_tell_shares_of_the_parameters_beside_heads() -> None:
+    points = points_of("two", {"heads": full_report("heads"), "channels": narrowed_report()})
+    first, second = points.points
+    assert (first.unit, first.kept, second.unit, second.kept) == ("heads", 0.48, "parameters", 0.875)
+    assert second.size_requested == 0.8 and first.size_requested is None
+    for page in (comparison_page(points), frontier_page(points)):
+        assert "parameters kept" in render_markdown(page)
+    picture = frontier_page(points).blocks[0].picture
+    assert picture is not None and picture.label.endswith("kept shares of the heads or parameters")
+    assert "0.88" in picture.svg and "0.48" in picture.svg, "each in the unit of its budget"
 
 
 def test_builds_side_by_side_mark_those_that_nothing_beats() -> None:

@@ -45,7 +45,7 @@ Format = Literal["hf", "onnx"]
 PrecisionName = Literal["fp32", "fp16", "int8", "int4"]
 # A sentence, a recipe (file or shipped name), a file of prompts, or the prompts themselves.
 ScenarioLike = str | os.PathLike[str] | Sequence[str] | Scenario
-# Sizes follow from head counts alone, but options are resolved together with a scenario.
+# Sizes follow from counts alone, but options are resolved together with a scenario.
 _UNNAMED = Scenario("a-model", "a model without a scenario", (), None, "sentence")
 
 
@@ -65,8 +65,8 @@ def plan(
 ) -> SlicePlan:
     """What a build would write: sizes, KV bytes, FLOPs, and which runtimes load it. No weights are written.
 
-    Without a `scenario` the plan follows from head counts alone (a config.json is enough): which heads stay is left
-    open. With one, the model is read, and prepared first where that was not done under `root`; where `layout` is
+    Without a `scenario` the plan follows from counts alone (a config.json is enough): which heads and channels stay is
+    left open. With one, the model is read, and prepared first where that was not done under `root`; where `layout` is
     "auto", the plan is that of the uniform layout if a class can hold it. `mask` plans the cut of a mask.json instead.
     Raises InputError, RecipeError, BudgetError, CheckpointError or UnsupportedModelError.
     """
@@ -97,7 +97,7 @@ def build(
     threads: int | None = None,
     **options: Unpack[Keywords],
 ) -> Artifact:
-    """Compile a scenario into a smaller model: choose heads, repair, cut, prove, report.
+    """Compile a scenario into a smaller model: choose heads and channels, repair, cut, prove, report.
 
     `model` is a folder or a hub name, None for the embedded one. The artifact is written to `out`, by default to
     `root`/artifacts/NAME; it is whole, or absent when anything fails. A call that was interrupted goes on where it was
@@ -143,7 +143,7 @@ class Artifact:
 
     @property
     def mask(self) -> HeadMask:
-        """Which heads stay, and what they were chosen by."""
+        """Which heads and channels stay, and what they were chosen by."""
         from sspcompile.slicing.mask import load_mask
 
         return load_mask(self.path / MASK)

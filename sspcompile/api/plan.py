@@ -2,25 +2,51 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sspcompile.api.slice import open_cut
+from sspcompile.checkpoint.source import Checkpoint
 from sspcompile.errors import InputError, UnsupportedModelError
+from sspcompile.families import Geometry
 from sspcompile.model.dense import open_dense, open_sizes
 from sspcompile.model.placement import ANYWHERE, Placement
 from sspcompile.progress import Progress, silent
 from sspcompile.request.options import Options, default_of
 from sspcompile.request.request import Request
-from sspcompile.slicing.plan import SlicePlan, make_plan, plan_counts
+from sspcompile.select.budget import cuts_channels
+from sspcompile.slicing.mask import Layout
+from sspcompile.slicing.plan import SlicePlan, make_plan, plan_counts, plan_size
 from sspcompile.workspace import Workspace
 
 if TYPE_CHECKING:
     from sspcompile.select.reading import Reading
 
-# What is planned where the budget is a bound on the loss: only a build, which measures, knows what that leaves.
+# What is planned where the budget is a bound on the loss: only a build, which measures, knows what that leaves. Of all
+# parameters where channels of the MLPs may go, of the heads otherwise.
+PLANNED_SIZE = 0.9
 PLANNED_KEEP = 0.75
+
+
+@dataclass(frozen=True)
+class Share:
+    """A budget as a share: of all parameters (`size`), or where that is None of the heads (`keep`)."""
+
+    size: float | None
+    keep: float | None
+
+    @property
+    def option(self) -> str:
+        """The option that asks for it, as it is typed."""
+        return f"--keep {self.keep:g}" if self.size is None else f"--size {self.size:g}"
+
+
+def assumed(options: Options, geometry: Geometry) -> Share | None:
+    """What is planned in place of a bound on the loss; None where the budget is another."""
+    if options.max_loss is None:
+        return None
+    return Share(PLANNED_SIZE, None) if cuts_channels(options, geometry) else Share(None, PLANNED_KEEP)
 
 
 def plan_mask(model: str | None, mask: Path, host: str | None) -> SlicePlan:
@@ -29,26 +55,35 @@ def plan_mask(model: str | None, mask: Path, host: str | None) -> SlicePlan:
 
 
 def plan_sizes(options: Options) -> SlicePlan:
-    """The cut by head counts alone, from headers or a config.json: which heads stay is left open.
+    """The cut by counts alone, from headers or a config.json: which heads and channels stay is left open.
 
-    Without a budget it is that of PLANNED_KEEP. Raises InputError for a budget that follows from a scenario,
+    Without a budget it is that of `assumed`. Raises InputError for a budget that follows from a scenario,
     UnsupportedModelError for a layout that no class holds, and BudgetError.
     """
-    keep = options.keep if options.max_loss is None else PLANNED_KEEP
-    if keep is None:
-        raise InputError(
-            "--strength needs a scenario and weights to find the breadth.", hint="Give --keep to plan by size alone."
-        )
     checkpoint, host = open_sizes(options.source), options.wanted_host
+    share = assumed(options, checkpoint.geometry) or Share(options.size, options.keep)
     if options.layout != "auto":
-        return plan_counts(checkpoint, keep, options.layout, host=host)
+        return _planned(checkpoint, options, share, options.layout, host)
     try:
-        return plan_counts(checkpoint, keep, "uniform", host=host)
+        return _planned(checkpoint, options, share, "uniform", host)
     except UnsupportedModelError:
         if host is not None:
             raise
         # As `build` does: auto leaves out the layout that no class can hold.
-        return plan_counts(checkpoint, keep, "per-layer")
+        return _planned(checkpoint, options, share, "per-layer", None)
+
+
+def _planned(checkpoint: Checkpoint, options: Options, share: Share, layout: Layout, host: str | None) -> SlicePlan:
+    groups_only = options.granularity == "group"
+    if share.size is not None:
+        channels = cuts_channels(options, checkpoint.geometry)
+        return plan_size(checkpoint, share.size, layout, channels=channels, host=host, groups_only=groups_only)
+    if share.keep is not None:
+        return plan_counts(checkpoint, share.keep, layout, host=host, groups_only=groups_only)
+    raise InputError(
+        "--strength needs a scenario and weights to find the breadth.",
+        hint="Give --size or --keep to plan by counts alone.",
+    )
 
 
 def plan_scenario(
@@ -57,7 +92,7 @@ def plan_scenario(
     """The cuts that the scores of a scenario ask for, one for each layout in question, and how the scenario was read.
 
     Prepares the model's toolkit where there is none. `build` goes on to measure these masks and others, and chooses.
-    Where the budget is a bound on the loss, the cuts are those of PLANNED_KEEP.
+    Where the budget is a bound on the loss, the cuts are those of `assumed`.
     """
     # Sizes alone need neither torch nor the weights' fingerprint.
     from sspcompile.api.refusing import refuse_hopeless
@@ -76,8 +111,8 @@ def plan_scenario(
     demand_readable(loaded, request.scenario.prompts, options.max_tokens)
     toolkit, _ = toolkit_for(dense, loaded, options, workspace, progress, cached_keys(request))
     reading = read_through(request, toolkit, loaded, Texts(loaded, options), progress)
-    if options.max_loss is not None:
-        reading = replace(reading, keep=PLANNED_KEEP)
+    if (share := assumed(options, loaded.geometry)) is not None:
+        reading = replace(reading, size=share.size, keep=1.0 if share.keep is None else share.keep)
     choices = choices_for(reading, loaded.geometry)
     masks = [mask_of(reading, loaded, choice, layout) for layout, choice in choices.items()]
     return [make_plan(dense.checkpoint, mask, host=options.wanted_host) for mask in masks], reading

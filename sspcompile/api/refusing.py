@@ -10,7 +10,8 @@ from sspcompile.model.dense import DenseModel
 from sspcompile.repair.repair import demand_place, is_linear
 from sspcompile.request.pools import pools_of
 from sspcompile.request.request import Request
-from sspcompile.select.scoring import cuts_channels, demand_prompts, score_key
+from sspcompile.select.budget import cuts_channels
+from sspcompile.select.scoring import demand_prompts, score_key
 from sspcompile.slicing.hosts import demand_host
 from sspcompile.slicing.layouts import choose
 from sspcompile.slicing.sizes import demand_size

@@ -30,8 +30,8 @@ from sspcompile.report.model import (
 from sspcompile.request.domains import pools_fingerprint
 from sspcompile.request.pools import pools_of
 from sspcompile.request.prompts import told
-from sspcompile.select.scoring import HeadScores
-from sspcompile.slicing.plan import SlicePlan
+from sspcompile.slicing.layouts import Choice
+from sspcompile.slicing.sizes import share_of
 from sspcompile.workspace import RECIPE
 
 # The rest of the origin is told elsewhere in the report.
@@ -44,7 +44,7 @@ def report_of(outcome: Outcome) -> Report:
     reading, mask = selection.reading, selection.mask
     mixture = reading.mixture
     return Report(
-        title=f"{scenario.name}: {mask.keep_achieved:.1%} of the attention heads kept",
+        title=f"{scenario.name}: {_kept(outcome)}",
         model=outcome.dense.name,
         scenario=ScenarioSection(
             name=scenario.name,
@@ -69,7 +69,7 @@ def report_of(outcome: Outcome) -> Report:
         ),
         repair=_repair(outcome),
         quality=tuple(_quality(outcome)),
-        sizes=_sizes(outcome.plan),
+        sizes=_sizes(outcome),
         runtimes=tuple(RuntimeRow(name=v.runtime, loads=v.loads, note=v.reason) for v in outcome.plan.runtimes),
         notes=tuple(_notes(outcome)),
         # Sorted: a toolkit just made and the same one read back list them in different orders.
@@ -79,15 +79,30 @@ def report_of(outcome: Outcome) -> Report:
     )
 
 
+def _kept(outcome: Outcome) -> str:
+    """What is left, in the unit of everything that the build could have removed."""
+    if _channels_may_go(outcome):
+        return f"{outcome.plan.size:.1%} of the parameters kept"
+    return f"{outcome.selection.mask.keep_achieved:.1%} of the attention heads kept"
+
+
+def _channels_may_go(outcome: Outcome) -> bool:
+    reading = outcome.selection.reading
+    return reading.size is not None and reading.worth().channels is not None
+
+
 def _budget(outcome: Outcome) -> BudgetSection:
     selection, options = outcome.selection, outcome.request.options
-    floor = selection.floor
+    floor, size = selection.floor, selection.reading.size
     return BudgetSection(
-        keep_requested=selection.reading.keep,
+        keep_requested=selection.mask.keep_requested,
         keep_achieved=selection.mask.keep_achieved,
         strength=options.strength,
         max_loss=options.max_loss,
         measured=tuple((one.kept, one.loss) for one in floor.tried) if floor is not None else (),
+        unit="heads" if size is None else "parameters",
+        size_requested=size,
+        size_achieved=outcome.plan.size,
     )
 
 
@@ -113,8 +128,15 @@ def _quality(outcome: Outcome) -> Iterator[QualityRow]:
 def _layout(outcome: Outcome) -> LayoutSection:
     decision = outcome.selection.decision
     reference = decision.candidates[decision.chosen.layout].final
+    geometry = outcome.plan.geometry
+
+    def kept(choice: Choice) -> str:
+        if _channels_may_go(outcome):
+            return f"{share_of(geometry, choice):.1%} of the parameters kept"
+        return f"{choice.ratio:.1%} kept"
+
     figures = tuple(
-        _row(f"{layout} ({candidate.choice.ratio:.1%} kept)", candidate.final, layout, reference)
+        _row(f"{layout} ({kept(candidate.choice)})", candidate.final, layout, reference)
         for layout, candidate in decision.candidates.items()
     )
     cost = decision.uniform_cost
@@ -147,12 +169,14 @@ def _repair(outcome: Outcome) -> RepairSection:
     )
 
 
-def _sizes(plan: SlicePlan) -> SizesSection:
+def _sizes(outcome: Outcome) -> SizesSection:
+    plan = outcome.plan
     pairs = {
         key: Pair(dense=getattr(plan.dense, key), sliced=getattr(plan.sliced, key))
         for key in ("parameters", "weight_bytes", "kv_bytes_per_token")
     }
-    return SizesSection(prunable_share=plan.prunable_share, **pairs)
+    channels = plan.channel_share if _channels_may_go(outcome) else None
+    return SizesSection(prunable_share=plan.prunable_share, channel_share=channels, **pairs)
 
 
 def _notes(outcome: Outcome) -> Iterator[str]:
@@ -164,20 +188,22 @@ def _notes(outcome: Outcome) -> Iterator[str]:
     )
     if e["off"]:
         yield f"Off domain are {e['off']} held-out pool prompts of the domains that the scenario is not about."
-    yield _importance(outcome.selection.reading.scores)
+    yield _importance(outcome)
     if without := outcome.request.options.without:
         yield f"Switched off with --without: {', '.join(without)}."
     if outcome.toolkit.meta.get("recognition", {}).get("unknown_found") is None:
         yield "No text outside the domains taught recognition, so no share of a scenario is called unknown."
 
 
-def _importance(scores: HeadScores) -> str:
+def _importance(outcome: Outcome) -> str:
+    scores = outcome.selection.reading.scores
     if scores.source == "domains":
         return "Heads were scored by the domains' cached importance, mixed in the proportion of the scenario."
+    scored = "Heads" if not _channels_may_go(outcome) else "Heads and channels of the MLPs"
     if scores.source == "prompts":
-        return f"Heads were scored on {scores.prompts} of the scenario's own prompts alone."
+        return f"{scored} were scored on {scores.prompts} of the scenario's own prompts alone."
     if scores.source == "texts":
-        return f"Heads were scored on {scores.prompts} of the texts that chose."
+        return f"{scored} were scored on {scores.prompts} of the texts that chose."
     return (
         f"Heads were scored by the domains' cached importance and on {scores.prompts} of the scenario's own prompts, "
         f"which had a weight of {scores.prompt_weight:.0%}."

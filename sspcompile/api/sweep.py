@@ -45,7 +45,7 @@ class Axis:
 
 
 def read_axis(text: str) -> Axis:
-    """`keep=0.25:1:0.125`, `keep=0.25,0.5` or `criterion=kl,fisher`. Raises InputError."""
+    """`size=0.7:1:0.1`, `keep=0.25,0.5` or `criterion=kl,fisher`. Raises InputError."""
     option, equals, given = text.partition("=")
     option = option.replace("-", "_")
     if not equals or option not in (*NUMBERS, *NAMES):
@@ -58,7 +58,7 @@ def read_axis(text: str) -> Axis:
             values = tuple(f"{float(value):g}" for value in values)
     except ValueError:
         raise InputError(
-            f"--sweep {text!r} has values that are not numbers.", hint="Type keep=0.25:1:0.125 or keep=0.25,0.5."
+            f"--sweep {text!r} has values that are not numbers.", hint="Type size=0.7:1:0.1 or keep=0.25,0.5."
         ) from None
     values = tuple(dict.fromkeys(filter(None, values)))
     if not 1 <= len(values) <= MOST:

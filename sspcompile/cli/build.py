@@ -34,9 +34,10 @@ SUMMARY = ("findings", "quality")
 Examples:
   sspcompile build --scenario "A helpdesk for questions about chemistry"
   sspcompile build --scenario prompts.jsonl --model ./Qwen2.5-7B-Instruct --max-loss 0.03
-  sspcompile build --scenario support-desk --model ./Qwen2.5-7B-Instruct --keep 0.8
+  sspcompile build --scenario support-desk --model ./Qwen2.5-7B-Instruct --size 0.8
+  sspcompile build --scenario support-desk --model ./Qwen2.5-7B-Instruct --keep 0.8     (heads alone)
   sspcompile build --scenario finance-desk --strength 0.8 --layout uniform
-  sspcompile build --scenario finance-desk --sweep keep=0.25:1:0.125
+  sspcompile build --scenario finance-desk --sweep size=0.7:1:0.1
   sspcompile build --scenario support-desk --model ./Llama-3.1-8B --memory 16GB
   torchrun --nproc-per-node 4 -m sspcompile.cli.main build --scenario support-desk --model ./Qwen2.5-7B-Instruct
 """,
@@ -48,7 +49,7 @@ Examples:
 @click.option(
     "--sweep",
     metavar="OPTION=VALUES",
-    help="Build once per value (keep=0.25:1:0.125, criterion=kl,wanda), measure all, draw the frontier.",
+    help="Build once per value (size=0.7:1:0.1, keep=0.5,0.75, criterion=kl,wanda), measure all, draw the frontier.",
 )
 @click.option("--no-bench", is_flag=True, help="Leave the speed of a sweep's builds unmeasured.")
 @click.option("--dry-run", is_flag=True, help="Check request and model, print the resolved recipe, and stop.")
@@ -67,7 +68,7 @@ def build(
     quiet: bool,
     **given: Any,
 ) -> None:
-    """Compile a scenario into a smaller model: choose heads, repair, cut, prove, report.
+    """Compile a scenario into a smaller model: choose heads and channels, repair, cut, prove, report.
 
     The first build of a model prepares its toolkit; later ones reuse it. Under torchrun the processes share the texts,
     one process per GPU; the first one writes.

@@ -22,7 +22,7 @@ Examples:
 @overwrite_option
 @json_option
 def inspect(artifact: str | None, svg: Path | None, overwrite: bool, as_json: bool) -> None:
-    """Print the mask of an artifact as a table of layers and heads; without ARTIFACT, of the last build."""
+    """Print the mask of an artifact as a table of layers, heads and channels; without ARTIFACT, of the last build."""
     from sspcompile.api.arguments import demand, named
     from sspcompile.slicing.mask import dump_mask, load_mask
     from sspcompile.workspace import MASK

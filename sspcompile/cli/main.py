@@ -52,10 +52,11 @@ class Run:
 @click.option("--debug", is_flag=True, help="Show where an error came from: `sspcompile --debug build ...`.")
 @click.pass_context
 def cli(context: click.Context, debug: bool) -> None:
-    """Cut the attention heads that a deployment does not need out of a decoder LLM.
+    """Cut the attention heads and MLP channels that a deployment does not need out of a decoder LLM.
 
-    Takes a scenario and a frozen model, finds the heads that the scenario needs, slices the others out of
-    q/k/v/o, proves that the written model equals the masked one, and reports what was gained and lost.
+    Takes a scenario and a frozen model, finds the heads and channels that the scenario needs, slices the
+    others out of its matrices, proves that the written model equals the masked one, and reports what was gained
+    and lost.
 
     \b
     Try it on the model that ships with the package:

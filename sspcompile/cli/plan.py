@@ -22,10 +22,11 @@ from sspcompile.cli.options import (
 
 if TYPE_CHECKING:
     from sspcompile.model.placement import Placement
+    from sspcompile.request.options import Options
     from sspcompile.request.request import Request
     from sspcompile.slicing.plan import SlicePlan
 
-# Head counts need no scenario, but options are resolved together with one.
+# Counts need no scenario, but options are resolved together with one.
 UNNAMED = "a model without a scenario"
 
 
@@ -33,8 +34,9 @@ UNNAMED = "a model without a scenario"
     short_help="Show what a build would write, and touch no weights.",
     epilog="""\b
 Examples:
-  sspcompile plan --scenario finance-desk --keep 0.5
-  sspcompile plan --model ./Llama-3.1-8B --keep 0.5 --layout uniform     (a config.json is enough)
+  sspcompile plan --scenario finance-desk --size 0.8
+  sspcompile plan --model ./Llama-3.1-8B --size 0.8 --layout uniform     (a config.json is enough)
+  sspcompile plan --model ./Llama-3.1-8B --keep 0.5                      (heads alone)
   sspcompile plan --model ./Qwen2.5-7B --scenario prompts.jsonl --cost   (one short pass is run)
   sspcompile plan --model ./Qwen2.5-7B --mask artifacts/mine/mask.json --host granite --by-layer
 """,
@@ -53,18 +55,18 @@ def plan(
 ) -> None:
     """Show parameters, bytes, KV bytes and FLOPs per token, and which runtimes will load the result.
 
-    Without a scenario, or for a folder that holds no weights, sizes follow from the head counts alone, read from the
-    headers in a moment whatever the size of the model: which heads stay is then left open. With --layout auto both
-    layouts are shown, because `build` measures before it chooses; --json then has the uniform one at the top and both
-    under "layouts".
+    Without a scenario, or for a folder that holds no weights, sizes follow from counts alone, read from the headers in
+    a moment whatever the size of the model: which heads and channels stay is then left open. With a scenario and
+    --layout auto both layouts are shown, because `build` measures before it chooses; --json then has the uniform one at
+    the top and both under "layouts".
     """
     if cost:
         _cost(scenario, mask, as_json, given)
         return
     request = request_of(scenario or UNNAMED, given)
     plans = _plans(request, scenario, mask, quiet, placement_in(given))
-    if mask is None:
-        _say_budget(request.options.max_loss)
+    if mask is None and not quiet:
+        _say_budget(request.options, plans[0])
     if as_json:
         from sspcompile.slicing.plan import plan_json
 
@@ -77,14 +79,16 @@ def plan(
         print_plan(one, by_layer=by_layer)
 
 
-def _say_budget(max_loss: float | None) -> None:
+def _say_budget(options: Options, plan: SlicePlan) -> None:
     """That sizes are of a share that no build was asked for, where the budget is a bound on the loss."""
-    from sspcompile.api.plan import PLANNED_KEEP
+    from sspcompile.api.plan import assumed
 
-    if max_loss is not None:
+    share = assumed(options, plan.geometry)
+    if share is not None:
+        flag = share.option.split()[0]
         warn(
-            f"Sizes are those of --keep {PLANNED_KEEP:g}: how much can go for --max-loss {max_loss:g} is measured by "
-            "`sspcompile build`. Give --keep to plan another share."
+            f"Sizes are those of {share.option}: how much can go for --max-loss {options.max_loss:g} is measured by "
+            f"`sspcompile build`. Give {flag} to plan another share."
         )
 
 

@@ -55,7 +55,7 @@ def slice_command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Cut the heads that MASK removes out of a model's files: this stage of `build` by itself, without a repair.
+    """Cut what MASK removes out of a model's files: this stage of `build` by itself, without a repair.
 
     No model is loaded: the bytes that stay are moved from file to file, whatever the size and the dtype. A mask that
     was compiled on one machine cuts the checkpoint on another. `sspcompile verify DIR` proves the result.

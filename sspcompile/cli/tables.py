@@ -36,17 +36,14 @@ def print_report(report: Report, *, as_json: bool = False, only: Collection[str]
 def print_plan(plan: SlicePlan, *, by_layer: bool = False) -> None:
     """Sizes before and after, and a verdict per runtime; with `by_layer` a row for every layer."""
     console = Console()
-    kept = sum(heads for heads, _ in plan.counts)
-    table = Table(
-        title=f"{plan.layout} layout: {kept} of {plan.geometry.total_heads} heads, loads as {plan.host.architecture}"
-        + (" (custom class in the folder)" if plan.custom_code else ""),
-        title_justify="left",
-    )
+    table = Table(title=_plan_title(plan), title_justify="left")
     for name in ("", "dense", "sliced", "ratio"):
         table.add_column(name, justify="left" if not name else "right")
+    narrowed, whole = _narrowed(plan), plan.geometry.layers * plan.geometry.intermediate
     rows = (
         ("parameters", plan.dense.parameters, plan.sliced.parameters, "{:,}"),
         ("weights (MiB)", plan.dense.weight_bytes / MEBI, plan.sliced.weight_bytes / MEBI, "{:,.1f}"),
+        *((("channels of the MLPs", whole, sum(plan.widths), "{:,}"),) if narrowed else ()),
         ("KV cache (bytes per token)", plan.dense.kv_bytes_per_token, plan.sliced.kv_bytes_per_token, "{:,}"),
         ("FLOPs per token", plan.dense.flops_per_token, plan.sliced.flops_per_token, "{:,}"),
         ("  and position of the context", plan.dense.flops_per_position, plan.sliced.flops_per_position, "{:,}"),
@@ -54,7 +51,10 @@ def print_plan(plan: SlicePlan, *, by_layer: bool = False) -> None:
     for label, dense, sliced, form in rows:
         table.add_row(label, form.format(dense), form.format(sliced), f"{sliced / dense:.3f}")
     console.print(table)
-    console.print(f"Attention is {plan.prunable_share:.1%} of the parameters; no more than that can be removed.")
+    if narrowed:
+        console.print(f"Heads are {plan.prunable_share:.1%} of the parameters, channels {plan.channel_share:.1%}.")
+    else:
+        console.print(f"Attention is {plan.prunable_share:.1%} of the parameters; heads alone are no more than that.")
     verdicts = Table("runtime", "loads", "how, or why not")
     for verdict in plan.runtimes:
         verdicts.add_row(verdict.runtime, "yes" if verdict.loads else "no", verdict.reason)
@@ -63,17 +63,37 @@ def print_plan(plan: SlicePlan, *, by_layer: bool = False) -> None:
         console.print(_layers(plan))
 
 
+def _narrowed(plan: SlicePlan) -> bool:
+    """Whether an MLP loses channels."""
+    return min(plan.widths) < plan.geometry.intermediate
+
+
+def _plan_title(plan: SlicePlan) -> str:
+    kept = sum(heads for heads, _ in plan.counts)
+    counted = f"{kept} of {plan.geometry.total_heads} heads"
+    if _narrowed(plan):
+        least, most = min(plan.widths), max(plan.widths)
+        widths = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+        counted = f"{plan.size:.1%} of the parameters, {counted}, MLPs {widths} of {plan.geometry.intermediate:,} wide"
+    custom = " (custom class in the folder)" if plan.custom_code else ""
+    return f"{plan.layout} layout: {counted}, loads as {plan.host.architecture}{custom}"
+
+
 def _layers(plan: SlicePlan) -> Table:
     table = Table(title="By layer, MLP and norms included (dense → sliced)", title_justify="left")
-    for name in ("layer", "query heads", "kv heads", "parameters", "weights (MiB)", "KV bytes per token", "FLOPs"):
+    columns = ["layer", "query heads", "kv heads", "parameters", "weights (MiB)", "KV bytes per token", "FLOPs"]
+    if _narrowed(plan):
+        columns.insert(3, "MLP width")
+    for name in columns:
         table.add_column(name, justify="right")
     g = plan.geometry
-    for index, (cut, (dense, sliced)) in enumerate(zip(plan.layers, plan.by_layer, strict=True)):
+    for index, (cut, width, (dense, sliced)) in enumerate(zip(plan.layers, plan.widths, plan.by_layer, strict=True)):
         heads = "none (1 silent)" if cut.dummy else str(len(cut.heads))
         table.add_row(
             str(index),
             f"{g.heads} → {heads}",
             f"{g.kv_heads} → {len(cut.groups)}",
+            *([f"{g.intermediate:,} → {width:,}"] if _narrowed(plan) else []),
             f"{dense.parameters:,} → {sliced.parameters:,}",
             f"{dense.weight_bytes / MEBI:,.1f} → {sliced.weight_bytes / MEBI:,.1f}",
             f"{dense.kv_bytes_per_token:,} → {sliced.kv_bytes_per_token:,}",
@@ -119,15 +139,20 @@ def print_criteria(criteria: Iterable[Criterion]) -> None:
 
 
 def print_mask(mask: HeadMask) -> None:
-    """One row per layer: kept heads as blocks shaded by score, removed heads as dots, whitelist underlined."""
+    """One row per layer: kept heads as blocks shaded by score, removed heads as dots, whitelist underlined; where
+    channels were cut the width of the MLP.
+    """
     console = Console()
-    title = f"{mask.scenario.get('name')}: {mask.layout}, kept {mask.keep_achieved:.1%} of {mask.layers * mask.heads}"
+    kept_heads = f"{mask.keep_achieved:.1%} of {mask.layers * mask.heads} heads"
+    title = f"{mask.scenario.get('name')}: {mask.layout}, kept {kept_heads}{_channels_kept(mask)}"
     legend = "█ high score … ░ low score, · removed, underlined whitelist"
     table = Table(title=title, title_justify="left", caption=legend, caption_justify="left")
     table.add_column("layer", justify="right")
     table.add_column("heads (│ between key/value groups)")
     table.add_column("query", justify="right")
     table.add_column("kv", justify="right")
+    if mask.channels is not None:
+        table.add_column(f"MLP (of {mask.intermediate:,})", justify="right")
     ranked = sorted(score for row in mask.scores for score in row)
     for layer, kept in enumerate(mask.kept):
         line = Text()
@@ -140,5 +165,13 @@ def print_mask(mask: HeadMask) -> None:
             place = ranked.index(mask.scores[layer][head]) / max(1, len(ranked) - 1)
             style = "underline" if (layer, head) in mask.whitelist else ""
             line.append(SHADES[1 + min(3, int(place * 4))], style=style)
-        table.add_row(str(layer), line, str(len(kept)), str(len(mask.kept_groups(layer))))
+        width = [] if mask.channels is None else [f"{len(mask.channels[layer]):,}"]
+        table.add_row(str(layer), line, str(len(kept)), str(len(mask.kept_groups(layer))), *width)
     console.print(table)
+
+
+def _channels_kept(mask: HeadMask) -> str:
+    if mask.channels is None:
+        return ""
+    whole = mask.layers * mask.intermediate
+    return f" and {sum(map(len, mask.channels)) / whole:.1%} of {whole:,} channels of the MLPs"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 LICENCE_KEYS = ("license", "license_name", "license_link")
 TASK = "text-generation"
 CARD = "README.md"
-PRUNED_TAGS = ("pruned", "attention-head-pruning")
+PRUNED, HEADS, CHANNELS = "pruned", "attention-head-pruning", "mlp-channel-pruning"
 
 
 def licence_of(folder: Path) -> dict[str, str]:
@@ -82,6 +82,7 @@ def _card(
     *,
     name: str,
     report: Mapping[str, Any] | None,
+    plan: Mapping[str, Any] | None,
     library: str = "transformers",
     pruned: bool = True,
     **values: Any,
@@ -96,7 +97,7 @@ def _card(
         base_model=named if len(named) > 1 else next(iter(named), None),
         library_name=library,
         pipeline_tag=TASK,
-        tags=["sspcompile", *(PRUNED_TAGS if pruned else ())],
+        tags=["sspcompile", *(_pruned_tags(plan) if pruned else ())],
         model_name=name if measured else None,
         eval_results=measured or None,
         **origin.get("licence", {}),
@@ -113,11 +114,35 @@ def _card(
         source=source if _at_hub(source) else Path(source).name,
         name=name,
         report=report,
+        plan=plan,
+        cut=_cut(plan) if plan is not None else "",
         licence=origin.get("licence", {}),
         pruned=pruned,
         **values,
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
+
+
+def _removed(plan: Mapping[str, Any]) -> tuple[int, int]:
+    """Heads and channels that a plan.json takes out; those of earlier versions say nothing of channels."""
+    widths, whole = plan.get("widths", []), plan.get("dense_width", 0)
+    return plan["total_heads"] - plan["kept_heads"], whole * len(widths) - sum(widths) if whole else 0
+
+
+def _cut(plan: Mapping[str, Any]) -> str:
+    """What was cut out, in words: `28 of its 64 attention heads and 304 of its 2,048 MLP channels`."""
+    heads, channels = _removed(plan)
+    told = [f"{heads} of its {plan['total_heads']} attention heads"] if heads or not channels else []
+    if channels:
+        told.append(f"{channels:,} of its {plan['dense_width'] * len(plan['widths']):,} MLP channels")
+    return " and ".join(told)
+
+
+def _pruned_tags(plan: Mapping[str, Any] | None) -> tuple[str, ...]:
+    if plan is None:
+        return (PRUNED,)
+    heads, channels = _removed(plan)
+    return PRUNED, *([HEADS] if heads or not channels else []), *([CHANNELS] if channels else [])
 
 
 def _at_hub(name: str) -> bool:

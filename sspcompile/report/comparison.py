@@ -10,7 +10,7 @@ from typing import Literal
 from sspcompile.intervals import Estimate
 from sspcompile.report.first import Picture
 from sspcompile.report.format import change, figures, percent, size, with_interval
-from sspcompile.report.model import LatencyRow, Report, Section
+from sspcompile.report.model import LatencyRow, Report, Section, Unit
 from sspcompile.report.page import Block, Page, Table, page
 from sspcompile.report.verdict import headline
 
@@ -18,9 +18,10 @@ SCHEMA_VERSION = 1
 
 
 class Point(Section):
-    """One build. Sizes in bytes; `mean_kl` and `off_kl` in nats per token; `first_token`, `decode` and `peak_memory` as
-    times better than the dense model, None where nothing was measured. `frontier`: no other point is at least as small
-    and closer to the dense model.
+    """One build. `keep_*` are shares of the heads, `size_*` of all parameters, and `unit` says of which the budget was.
+    Sizes in bytes; `mean_kl` and `off_kl` in nats per token; `first_token`, `decode` and `peak_memory` as times
+    better than the dense model, None where nothing was measured. `frontier`: no other point is at least as small and
+    closer to the dense model.
     """
 
     name: str
@@ -43,6 +44,14 @@ class Point(Section):
     peak_memory: Estimate | None
     verdict: str
     frontier: bool = False
+    unit: Unit = "heads"
+    size_requested: float | None = None
+    size_achieved: float | None = None
+
+    @property
+    def kept(self) -> float | None:
+        """The share that is kept of what the budget counts."""
+        return self.size_achieved if self.unit == "parameters" else self.keep_achieved
 
 
 class Points(Section):
@@ -80,6 +89,9 @@ def point_of(name: str, report: Report) -> Point:
         decode=_improvement(rows, "inter-token latency", load),
         peak_memory=_improvement(rows, "peak resident memory", None),
         verdict=headline(report) or "nothing was measured",
+        unit=budget.unit if budget else "heads",
+        size_requested=budget.size_requested if budget else None,
+        size_achieved=sizes.parameters.sliced / sizes.parameters.dense if sizes else None,
     )
 
 
@@ -139,6 +151,7 @@ def _shown(estimate: Estimate | None, show: Callable[[float], str] = figures) ->
 
 ROWS: tuple[tuple[str, Callable[[Point], str]], ...] = (
     ("heads kept", lambda p: "-" if p.keep_achieved is None else percent(p.keep_achieved)),
+    ("parameters kept", lambda p: "-" if p.size_achieved is None else percent(p.size_achieved)),
     ("layout", lambda p: p.layout or "-"),
     ("criterion", lambda p: p.criterion or "-"),
     ("weights", lambda p: _of(p.weight_bytes, p.weight_bytes_dense)),
@@ -167,14 +180,19 @@ def comparison_page(points: Points) -> Page:
 
 def frontier_page(points: Points) -> Page:
     """One row per build, smallest first, and the picture."""
-    shown = [row for row in ROWS if row[0] not in ("verdict", "criterion", "measured at")]
+    units = sorted({point.unit for point in points.points})
+    # Of what is kept, the share that the sweep was of: the table is wide enough.
+    left_out = {"verdict", "criterion", "measured at", *(f"{unit} kept" for unit in ("heads", "parameters"))}
+    left_out -= {f"{unit} kept" for unit in units}
+    shown = [row for row in ROWS if row[0] not in left_out]
     table = Table(
         "Every build of the sweep; 95 % intervals, of speed 99 %",
         ("build", *(label for label, _ in shown)),
         tuple((point.name, *(show(point) for _, show in shown)) for point in points.points),
     )
     verdicts = Table("Verdicts", ("build", "verdict"), tuple((point.name, point.verdict) for point in points.points))
-    picture = Picture("frontier.svg", draw_frontier(points), "quality against size, cache and speed")
+    label = f"quality against size, cache and speed; the numbers are kept shares of the {' or '.join(units)}"
+    picture = Picture("frontier.svg", draw_frontier(points), label)
     return page(points.title, (Block("frontier", "Frontier", points.notes, (table, verdicts), picture),))
 
 
@@ -205,13 +223,9 @@ def draw_frontier(points: Points) -> str:
                     capsize=2,
                     markersize=5,
                 )
-                if point.keep_achieved is not None:
+                if point.kept is not None:
                     axis.annotate(
-                        f"{point.keep_achieved:.2f}",
-                        (x.value, kl.value),
-                        textcoords="offset points",
-                        xytext=(5, 5),
-                        fontsize=8,
+                        f"{point.kept:.2f}", (x.value, kl.value), textcoords="offset points", xytext=(5, 5), fontsize=8
                     )
             axis.set_xlabel(label)
             axis.grid(alpha=0.3)

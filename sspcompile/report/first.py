@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sspcompile.report.format import clean
-from sspcompile.report.model import Report
+from sspcompile.report.format import clean, count
+from sspcompile.report.model import MaskSection, Report
 from sspcompile.report.panels import Panel, panels_of
 from sspcompile.report.panels_svg import render_panels
 from sspcompile.report.svg import render_svg
@@ -45,6 +45,15 @@ def heat_map(report: Report) -> Picture | None:
     mask = report.mask
     if mask is None:
         return None
-    kept = sum(map(len, mask.kept))
-    label = f"{kept} of {mask.layers * mask.heads} query heads are kept; a row is a layer, a column a head"
+    label = f"{kept_units(mask)} are kept; a row is a layer, a column a head"
+    if mask.widths is not None:
+        label += ", a bar what is left of the layer's MLP"
     return Picture("mask.svg", render_svg(mask), label)
+
+
+def kept_units(mask: MaskSection) -> str:
+    """How many heads, and where channels were cut how many of those, out of how many."""
+    told = f"{sum(map(len, mask.kept))} of {mask.layers * mask.heads} query heads"
+    if mask.widths is None or mask.intermediate is None:
+        return told
+    return f"{told} and {count(sum(mask.widths))} of {count(mask.layers * mask.intermediate)} channels of the MLPs"

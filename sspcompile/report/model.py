@@ -32,7 +32,10 @@ class ScenarioSection(Section):
 
 
 class MaskSection(Section):
-    """`kept`: per layer the kept query heads, ascending. `scores` and `whitelist` are [layers][heads]."""
+    """`kept`: per layer the kept query heads, ascending. `scores` and `whitelist` are [layers][heads].
+
+    `widths`: per layer the kept channels of its MLP, out of `intermediate`; both None where no channel was cut.
+    """
 
     layers: int = Field(gt=0)
     heads: int = Field(gt=0)
@@ -41,6 +44,8 @@ class MaskSection(Section):
     scores: tuple[tuple[float, ...], ...] | None = None
     whitelist: tuple[tuple[bool, ...], ...] | None = None
     criterion: str
+    widths: tuple[int, ...] | None = None
+    intermediate: int | None = None
 
     @model_validator(mode="after")
     def _shapes(self) -> MaskSection:
@@ -52,14 +57,25 @@ class MaskSection(Section):
                 raise ValueError(f"{name} is not [layers][heads]")
         if len(self.kept) != self.layers or any(not 0 <= h < self.heads for row in self.kept for h in row):
             raise ValueError("kept does not fit layers and heads")
+        if (self.widths is None) != (self.intermediate is None):
+            raise ValueError("widths need intermediate, and intermediate needs widths")
+        if self.widths is not None and self.intermediate is not None:
+            inside = all(0 < width <= self.intermediate for width in self.widths)
+            if len(self.widths) != self.layers or not inside:
+                raise ValueError("widths do not fit layers and intermediate")
         return self
 
 
-class BudgetSection(Section):
-    """Kept query heads / all query heads.
+Unit = Literal["heads", "parameters"]
 
-    `max_loss`: the bound on the share of next tokens that change hands, where that was the budget; `measured` has what
-    masks on the way to it lost on the texts that decide, `(kept, loss)` by share kept.
+
+class BudgetSection(Section):
+    """What was allowed, and what is kept, as shares: of the query heads (`keep_*`), and of all parameters (`size_*`).
+
+    `unit` says of which of the two the budget is a share; `size_requested` is None where it is one of the heads, and
+    reports of earlier versions have no `size_achieved`. `max_loss`: the bound on the share of next tokens that change
+    hands, where that was the budget; `measured` has what masks on the way to it lost on the texts that decide,
+    `(kept, loss)` by share of the unit.
     """
 
     keep_requested: float
@@ -67,6 +83,9 @@ class BudgetSection(Section):
     strength: float | None = None
     max_loss: float | None = None
     measured: tuple[tuple[float, float], ...] = ()
+    unit: Unit = "heads"
+    size_requested: float | None = None
+    size_achieved: float | None = None
 
 
 Role = Literal["ours", "dense", "random", "domain-free", "criterion", "uniform", "per-layer", "other"]
@@ -139,12 +158,15 @@ class Pair(Section):
 
 
 class SizesSection(Section):
-    """Counts and bytes. `prunable_share`: the share of the parameters that head pruning can touch at all."""
+    """Counts and bytes. `prunable_share`: the share of the parameters that belongs to heads; `channel_share`: the share
+    that belongs to channels of the MLPs, None where the build could not remove any.
+    """
 
     parameters: Pair
     weight_bytes: Pair
     kv_bytes_per_token: Pair
     prunable_share: float
+    channel_share: float | None = None
 
 
 class RuntimeRow(Section):

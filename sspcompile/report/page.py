@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from sspcompile.report.first import FirstScreen, Picture, first_screen, heat_map
+from sspcompile.report.first import FirstScreen, Picture, first_screen, heat_map, kept_units
 from sspcompile.report.format import change, clean, count, figures, percent, quantity, seconds, size, with_interval
-from sspcompile.report.model import LatencyRow, LatencySection, Pair, QualityRow, Report
+from sspcompile.report.model import BudgetSection, LatencyRow, LatencySection, MaskSection, Pair, QualityRow, Report
 from sspcompile.report.verdict import alarming, verdict
 
 PROMPTS_SHOWN = 5
@@ -170,9 +170,11 @@ def _sizes(report: Report) -> Block | None:
         row("weights", sizes.weight_bytes, size),
         row("KV cache per token", sizes.kv_bytes_per_token, size),
     )
-    share = f"Head pruning can touch {percent(sizes.prunable_share)} of the dense model's parameters."
+    share = f"Heads are {percent(sizes.prunable_share)} of the dense model's parameters"
+    if sizes.channel_share is not None:
+        share += f", channels of the MLPs {percent(sizes.channel_share)}"
     table = Table("Dense and sliced", ("", "dense", "sliced", "change"), rows)
-    return Block("sizes", "Size", (share,), (table,), hint="parameters, weights and KV cache")
+    return Block("sizes", "Size", (f"{share}.",), (table,), hint="parameters, weights and KV cache")
 
 
 def _latency(report: Report) -> Block | None:
@@ -262,36 +264,49 @@ def _mask(report: Report, first: FirstScreen | None) -> Block | None:
     mask, budget = report.mask, report.budget
     if mask is None:
         return _budget_block(report)
-    kept = sum(len(row) for row in mask.kept)
-    sentences = [f"{kept} of {mask.layers * mask.heads} query heads are kept, chosen by {mask.criterion}."]
+    sentences = [f"{kept_units(mask)} are kept, chosen by {mask.criterion}."]
     if budget:
-        sentences.append(_budget_sentence(report))
-    rows = tuple((str(layer), str(len(row)), _ranges(row)) for layer, row in enumerate(mask.kept))
-    table = Table("Kept query heads per layer", ("layer", "kept", "heads"), rows)
+        sentences.append(_budget_sentence(budget))
     picture = None if first else heat_map(report)
-    return Block("mask", "Heads", tuple(sentences), (table,), picture, "which are kept, layer by layer")
+    title = "Heads" if mask.widths is None else "Heads and channels"
+    return Block("mask", title, tuple(sentences), (_kept_table(mask),), picture, "which are kept, layer by layer")
+
+
+def _kept_table(mask: MaskSection) -> Table:
+    """A row per layer; the widths of the MLPs where one is narrower than it was."""
+    rows = [(str(layer), str(len(row)), _ranges(row)) for layer, row in enumerate(mask.kept)]
+    if mask.widths is None or mask.intermediate is None:
+        return Table("Kept query heads per layer", ("layer", "kept", "heads"), tuple(rows))
+    whole = mask.intermediate
+    shares = [(count(width), percent(width / whole)) for width in mask.widths]
+    return Table(
+        f"Kept query heads, and kept channels of the MLP (of {count(whole)}), per layer",
+        ("layer", "heads kept", "heads", "MLP width", "of the MLP"),
+        tuple((*row, *share) for row, share in zip(rows, shares, strict=True)),
+    )
 
 
 def _budget_block(report: Report) -> Block | None:
-    hint = "how many heads were allowed"
-    return Block("budget", "Budget", (_budget_sentence(report),), hint=hint) if report.budget else None
-
-
-def _budget_sentence(report: Report) -> str:
     budget = report.budget
-    if budget is None:
-        return ""
+    hint = "how much was allowed"
+    return Block("budget", "Budget", (_budget_sentence(budget),), hint=hint) if budget else None
+
+
+def _budget_sentence(budget: BudgetSection) -> str:
+    """In the unit of the budget, and what that leaves of the heads where it is another."""
+    requested, achieved, unit = budget.keep_requested, budget.keep_achieved, budget.unit
+    kept = f"{percent(achieved)} of the heads are kept"
+    if unit == "parameters" and budget.size_requested is not None and budget.size_achieved is not None:
+        requested, achieved = budget.size_requested, budget.size_achieved
+        kept = f"{percent(achieved)} of the parameters are kept, {percent(budget.keep_achieved)} of the heads"
     if budget.max_loss is not None:
-        told = ", ".join(f"{percent(kept)} of the heads {percent(loss)}" for kept, loss in budget.measured)
+        told = ", ".join(f"{percent(share)} of the {unit} {percent(loss)}" for share, loss in budget.measured)
         return (
-            f"The smallest mask within a loss of {percent(budget.max_loss)} of the next tokens: "
-            f"{percent(budget.keep_achieved)} of the heads are kept. Measured on the prompts that decide: {told}."
+            f"The smallest mask within a loss of {percent(budget.max_loss)} of the next tokens: {kept}. "
+            f"Measured on the prompts that decide: {told}."
         )
     strength = f" (strength {figures(budget.strength)})" if budget.strength is not None else ""
-    return (
-        f"At most {percent(budget.keep_requested)} of the heads were allowed{strength}; "
-        f"{percent(budget.keep_achieved)} are kept."
-    )
+    return f"At most {percent(requested)} of the {unit} were allowed{strength}; {kept}."
 
 
 def _ranges(numbers: Sequence[int]) -> str:

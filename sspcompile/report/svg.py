@@ -1,11 +1,13 @@
-"""The mask as a picture: one row per layer, one column per query head. The same mask gives the same bytes."""
+"""The mask as a picture: one row per layer, one column per query head, and where channels of MLPs were cut a bar. The
+same mask gives the same bytes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from xml.sax.saxutils import escape
 
-from sspcompile.report.format import figures
+from sspcompile.report.format import count, figures, percent
 from sspcompile.report.model import MaskSection
 
 LARGEST_CELL, SMALLEST_CELL = 30, 10
@@ -13,6 +15,9 @@ TARGET_WIDTH, TARGET_HEIGHT = 640, 380  # with a verdict and three figures above
 LEFT, TOP = 58, 40
 SIGN, LEGEND_WIDTH, LEGEND_ROW = 16, 280, 22
 GROUP_GAP = 7
+# Between heads and bars, a bar of an MLP that is whole, and cells beside bars: nine heads fit on a phone even so.
+BAR_GAP, BAR_WIDTH, CELL_BESIDE = 16, 72, 20
+HEADING = 80  # pixels that the words above the heads take
 LABELS_APART, LINES_APART = 26, 12  # pixels between axis labels side by side, and one above the other
 SHADES = 5
 
@@ -27,33 +32,48 @@ STYLE = """
 .ssp-mask .w{fill:#ffb000;stroke:#1b1f24;stroke-width:1}
 .ssp-mask .k0{fill:#9cc3e6}.ssp-mask .k1{fill:#6ba5d7}.ssp-mask .k2{fill:#3f85c2}
 .ssp-mask .k3{fill:#1f66a5}.ssp-mask .k4{fill:#0b4480}
+.ssp-mask .m{fill:none;stroke:#8a929c;stroke-width:1}.ssp-mask .b{fill:#1f66a5}
 @media screen and (prefers-color-scheme:dark){.ssp-mask text{fill:#e6e9ed}.ssp-mask .r{fill:#14181d;stroke:#77808b}
 .ssp-mask .x{stroke:#77808b}.ssp-mask .s{stroke:#a0a9b4}.ssp-mask .w{stroke:#fff}
 .ssp-mask .k0{fill:#1d568c}.ssp-mask .k1{fill:#2f77b8}.ssp-mask .k2{fill:#5796d0}
-.ssp-mask .k3{fill:#8dbbe6}.ssp-mask .k4{fill:#c9e1f7}}
+.ssp-mask .k3{fill:#8dbbe6}.ssp-mask .k4{fill:#c9e1f7}
+.ssp-mask .m{stroke:#77808b}.ssp-mask .b{fill:#8dbbe6}}
 """
 
 
 def render_svg(mask: MaskSection) -> str:
-    """A self-contained SVG; each cell has a `<title>` with layer, head, fate and score."""
-    cell = max(SMALLEST_CELL, min(LARGEST_CELL, TARGET_WIDTH // mask.heads, TARGET_HEIGHT // mask.layers))
+    """A self-contained SVG; each cell has a `<title>` with layer, head, fate and score, each bar one with its width."""
+    bars = mask.widths is not None
+    largest, room = (CELL_BESIDE, TARGET_WIDTH - BAR_GAP - BAR_WIDTH) if bars else (LARGEST_CELL, TARGET_WIDTH)
+    cell = max(SMALLEST_CELL, min(largest, room // mask.heads, TARGET_HEIGHT // mask.layers))
     group = mask.heads // mask.kv_heads
-    width = max(_x(mask.heads - 1, cell, group) + cell + 12, LEFT + LEGEND_WIDTH)
+    end = _x(mask.heads - 1, cell, group) + cell
+    if bars:
+        end = max(end, LEFT + HEADING) + BAR_GAP + BAR_WIDTH
+    width = max(end + 12, LEFT + LEGEND_WIDTH)
     bottom = TOP + mask.layers * cell + 16
     legend, height = _legend(mask, bottom, width)
-    kept = sum(map(len, mask.kept))
-    label = f"{kept} of {mask.layers * mask.heads} heads kept, in {mask.layers} layers of {mask.heads} heads"
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="ssp-mask" role="img" aria-label="{label}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="ssp-mask" role="img" aria-label="{_label(mask)}" '
         f'viewBox="0 0 {width} {height}" width="{width}" height="{height}">',
         f"<style>{STYLE}</style>",
         *_axes(mask, cell, group),
         *_separators(mask, cell, group),
         *_cells(mask, cell, group),
+        *_bars(mask, cell, end - BAR_WIDTH),
         *legend,
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
+
+
+def _label(mask: MaskSection) -> str:
+    kept = sum(map(len, mask.kept))
+    label = f"{kept} of {mask.layers * mask.heads} heads kept, in {mask.layers} layers of {mask.heads} heads"
+    if mask.widths is None or mask.intermediate is None:
+        return label
+    share = sum(mask.widths) / (mask.layers * mask.intermediate)
+    return f"{label}; {percent(share)} of the channels of the MLPs kept, of {count(mask.intermediate)} in each layer"
 
 
 def _x(head: int, cell: int, group: int) -> int:
@@ -89,6 +109,26 @@ def _cells(mask: MaskSection, cell: int, group: int) -> Iterator[str]:
             dot = _dot(x + cell / 2, y + cell / 2, cell / 5) if protected else ""
             title = f"<title>{escape(_describe(mask, layer, head, head in kept, protected))}</title>"
             yield f"<g>{title}{shape}{dot}</g>"
+
+
+def _bars(mask: MaskSection, cell: int, left: int) -> Iterator[str]:
+    """What is left of every layer's MLP, from `left` on."""
+    if mask.widths is None or mask.intermediate is None:
+        return
+    yield f'<text class="t" x="{left}" y="14">MLP</text>'
+    yield f'<text x="{left}" y="{TOP - 6}">0</text>'
+    yield f'<text x="{left + BAR_WIDTH}" y="{TOP - 6}" text-anchor="end">{count(mask.intermediate)}</text>'
+    for layer, width in enumerate(mask.widths):
+        share = width / mask.intermediate
+        told = f"layer {layer}, MLP: {count(width)} of {count(mask.intermediate)} channels kept ({percent(share)})"
+        yield f"<g><title>{told}</title>{_bar(left, TOP + layer * cell, BAR_WIDTH, cell, share)}</g>"
+
+
+def _bar(x: float, y: float, width: float, cell: float, share: float) -> str:
+    """Filled as far as the MLP was kept, in an outline of the whole."""
+    inset = cell * 0.22
+    sides = f'x="{x:g}" y="{y + inset:g}" height="{cell - 2 * inset:g}"'
+    return f'<rect class="m" {sides} width="{width:g}"/><rect class="b" {sides} width="{width * share:g}"/>'
 
 
 def _describe(mask: MaskSection, layer: int, head: int, kept: bool, protected: bool) -> str:
@@ -150,5 +190,7 @@ def _signs(mask: MaskSection) -> Iterator[tuple[Callable[[int, int], str], int, 
     yield lambda x, y: _removed(x, y, SIGN), 24, 90, "removed"
     if mask.whitelist and any(map(any, mask.whitelist)):
         yield lambda x, y: _dot(x + 6, y + SIGN / 2, 4), 18, 100, "whitelisted"
+    if mask.widths is not None:
+        yield lambda x, y: _bar(x, y, 30, SIGN, 0.6), 38, 190, "channels of the MLP kept"
     if mask.heads > mask.kv_heads > 1:
         yield lambda x, y: "", 0, 200, "lines separate key/value groups"

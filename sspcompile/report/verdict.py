@@ -6,7 +6,15 @@ from collections.abc import Iterator
 
 from sspcompile.intervals import Estimate
 from sspcompile.report.format import change, figures, percent, with_interval
-from sspcompile.report.model import LatencyRow, LatencySection, PredictionRow, QualityRow, Report
+from sspcompile.report.model import (
+    BudgetSection,
+    LatencyRow,
+    LatencySection,
+    PredictionRow,
+    QualityRow,
+    Report,
+    SizesSection,
+)
 
 # Below this share of agreement more than every tenth token differs: nobody would call that the same model.
 FEW_AGREE = 0.9
@@ -127,11 +135,22 @@ def _quality(report: Report) -> Iterator[str]:
         )
     yield f"{found}, with a mean KL of {with_interval(ours.mean_kl)} nats."
     if agreement.value < FEW_AGREE:
-        yield "That is a different model in use, not a smaller copy: try a larger --keep before shipping it."
+        yield f"That is a different model in use, not a smaller copy: try {_milder(report.budget)} before shipping it."
     if ours.answer_perplexity is not None:
         times = with_interval(ours.answer_perplexity)
         yield f"The perplexity of the reference answers is {times} times the dense model's."
     yield from _exact_match(report, ours)
+
+
+def _milder(budget: BudgetSection | None) -> str:
+    """What cuts less, in terms of the option that was the budget."""
+    if budget is None:
+        return "a larger budget"
+    if budget.max_loss is not None:
+        return "a smaller --max-loss"
+    if budget.strength is not None:
+        return "a smaller --strength"
+    return "a larger --size" if budget.unit == "parameters" else "a larger --keep"
 
 
 def _exact_match(report: Report, ours: QualityRow) -> Iterator[str]:
@@ -194,8 +213,14 @@ def _sizes(report: Report) -> Iterator[str]:
     yield (
         f"Parameters {change(sizes.parameters.dense, sizes.parameters.sliced)}, "
         f"KV cache per token {change(sizes.kv_bytes_per_token.dense, sizes.kv_bytes_per_token.sliced)}; "
-        f"heads are {percent(sizes.prunable_share)} of this model's parameters, so no more could go."
+        f"heads are {percent(sizes.prunable_share)} of this model's parameters, {_rest(sizes)}."
     )
+
+
+def _rest(sizes: SizesSection) -> str:
+    if sizes.channel_share is None:
+        return "so no more could go"
+    return f"channels of its MLPs {percent(sizes.channel_share)}"
 
 
 def _latency(report: Report) -> Iterator[str]:
@@ -228,7 +253,7 @@ def _predicted(p: PredictionRow) -> str:
     if rest > MUCH_ELSE:
         return (
             f"{told}; reading bytes takes {percent(p.reference_share)} of a step of {p.reference}, and the other "
-            f"{percent(rest)} do not shrink with the heads."
+            f"{percent(rest)} do not shrink with the bytes."
         )
     return f"{told}; this runtime does not turn the saved bytes into time."
 

@@ -106,8 +106,10 @@ def _scores(reading: Reading, toolkit: Toolkit) -> Iterator[tuple[Role, str, np.
             yield "criterion", f"criterion {ranking.name}", merit(ranking.values, reading.whitelist)
 
 
-def most_rivals(wanted: Baselines, source: Source) -> int:
-    """How many masks `rivals` names at most, before any score is known."""
+def most_rivals(wanted: Baselines, source: Source, *, sized: bool = False) -> int:
+    """How many masks `rivals` names at most, before any score is known; `sized`: of a share of all parameters."""
+    if sized:
+        return {"none": 0, "few": 1, "all": SEEDS + 1}[wanted]
     free = 1 if wanted == "all" or reads_cache(source) else 0
     return {"none": 0, "few": 1 + free, "all": SEEDS + free + len(CACHED_BASELINES) + 1}[wanted]
 

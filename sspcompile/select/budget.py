@@ -1,8 +1,11 @@
-"""The budget: from strength to a keep ratio, and from scores and whitelist to one order of merit."""
+"""The budget: what it may remove, from strength to a keep ratio, and from scores and whitelist to an order of merit."""
 
 from __future__ import annotations
 
 import numpy as np
+
+from sspcompile.families import Geometry
+from sspcompile.request.options import AUTO, Options
 
 # At strength 1 the narrowest scenario keeps a quarter of the heads and the broadest three quarters; label-free
 # scores with repair hold most of the quality of a narrow scenario down to a quarter.
@@ -10,6 +13,21 @@ NARROWEST_KEEP = 0.25
 BROADEST_KEEP = 0.75
 # Of any budget at most this share goes to heads that are kept whatever their score.
 WHITELIST_SHARE = 0.25
+
+
+def cuts_channels(options: Options, geometry: Geometry) -> bool:
+    """Whether a build may remove channels of the MLPs beside heads: the budget counts parameters or loss, and one pass
+    over texts scores both in one measure.
+    """
+    counted = options.size is not None or options.max_loss is not None
+    scored = options.criterion == AUTO and options.importance_from != "domains"
+    return (
+        counted
+        and scored
+        and options.units == "all"
+        and geometry.has_channels
+        and not {"scenario", "mixing"} & {*options.without}
+    )
 
 
 def keep_from_strength(strength: float, breadth: float) -> float:

@@ -17,7 +17,6 @@ from sspcompile.criteria import key_of, of_key
 from sspcompile.criteria.curvature import costs_of, curvature
 from sspcompile.criteria.units import CriterionInput, Units
 from sspcompile.errors import ScenarioError, ToolkitError
-from sspcompile.families import Geometry
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.text import GRADIENT_TOKENS, Sentence, batches_of
 from sspcompile.prepare.direct import importance_per_prompt
@@ -144,21 +143,6 @@ def measured_rankings(
 ) -> tuple[Ranking, Ranking]:
     """`obs` and `fisher` of the heads, see `measured`."""
     return measured(loaded, texts, seed, granularity, progress).rankings
-
-
-def cuts_channels(options: Options, geometry: Geometry) -> bool:
-    """Whether a build may remove channels of the MLPs beside heads: the budget counts parameters or loss, and one pass
-    over texts scores both in one measure.
-    """
-    counted = options.size is not None or options.max_loss is not None
-    scored = options.criterion == AUTO and options.importance_from != "domains"
-    return (
-        counted
-        and scored
-        and options.units == "all"
-        and geometry.has_channels
-        and not {"scenario", "mixing"} & {*options.without}
-    )
 
 
 def score_heads(

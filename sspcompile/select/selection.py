@@ -152,12 +152,12 @@ def masks_for(reading: Reading, judge: Judge) -> dict[Layout, Masks]:
     """
     geometry, options = judge.loaded.geometry, reading.options
     choices = choices_for(reading, geometry)
-    if reading.size is not None and reading.worth().channels is not None:
-        return {layout: _sized_masks(reading, geometry, layout) for layout in choices}
     masks: dict[Layout, Masks] = {layout: ((reading.ranking, choice),) for layout, choice in choices.items()}
     cut = [layout for layout, choice in choices.items() if not choice.units.everything]
     if options.criterion != AUTO or not cut:
         return masks
+    if reading.size is not None:
+        return masks | {layout: _sized_masks(reading, geometry, layout) for layout in cut}
     ranked = [reading.ranking]
     if reads_cache(reading.scores.source):
         report = stage_of(judge.progress, "head scores on the texts of this build")
@@ -187,7 +187,7 @@ def masks_for(reading: Reading, judge: Judge) -> dict[Layout, Masks]:
 
 def _sized_masks(reading: Reading, geometry: Geometry, layout: Layout) -> Masks:
     """The masks of a layout that are compared at a share of all parameters: per layer, heads against channels at
-    several rates; uniform, several shapes.
+    several rates (which are one mask where heads go alone); uniform, several shapes.
     """
     if layout == "per-layer":
         found = [sized(reading, geometry, layout, reading.worth(rate))[0] for rate in RATES]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,9 +16,10 @@ from sspcompile.checkpoint.tensors import attention_shapes, mlp_multiplied, mlp_
 from sspcompile.errors import ArtifactError, UnsupportedModelError
 from sspcompile.families import Family, Geometry, Host, graph_refusal, layer_prefix
 from sspcompile.slicing.hosts import per_layer_host, uniform_host
-from sspcompile.slicing.layouts import choose
+from sspcompile.slicing.layouts import Choice, choose
 from sspcompile.slicing.mask import HeadMask, Layout, check_mask, kept_of
 from sspcompile.slicing.runtimes import Verdict, verdicts
+from sspcompile.slicing.sizes import channel_parameters, choose_per_layer, even_worth, uniform_sizes
 
 SCHEMA_VERSION = 1
 Tensors = Mapping[str, tuple[tuple[int, ...], str]]
@@ -92,6 +94,13 @@ class SlicePlan:
         return self.sliced.parameters / self.dense.parameters
 
     @property
+    def channel_share(self) -> float:
+        """The share of the dense parameters that belongs to channels of the MLPs; 0 where none can be cut."""
+        g = self.geometry
+        channels = g.layers * g.intermediate * channel_parameters(g) if g.has_channels else 0
+        return channels / self.dense.parameters
+
+    @property
     def keeps_everything(self) -> bool:
         """Whether the result is the source: every unit, in its own class."""
         return self._all_units and self.host is self.geometry.family
@@ -143,16 +152,49 @@ def _demand_channels(g: Geometry, mask: HeadMask) -> None:
         )
 
 
-def plan_counts(checkpoint: Checkpoint, keep: float, layout: Layout, *, host: str | None = None) -> SlicePlan:
+def plan_counts(
+    checkpoint: Checkpoint, keep: float, layout: Layout, *, host: str | None = None, groups_only: bool = False
+) -> SlicePlan:
     """Plan by head counts alone, for a model whose scores are not known: every head counts the same.
 
     The sizes are those of any mask with these counts; which heads stay is left open. Raises BudgetError.
     """
     g = checkpoint.geometry
-    choice = choose(np.ones((g.layers, g.heads)), g.kv_heads, keep, layout)
-    kept = kept_of(choice.kept)
-    groups = [tuple(sorted({head // g.group_size for head in row})) for row in kept]
-    return _plan(checkpoint, tuple(LayerCut(k, v) for k, v in zip(kept, groups, strict=True)), layout, host)
+    choice = choose(np.ones((g.layers, g.heads)), g.kv_heads, keep, layout, groups_only=groups_only)
+    return _plan(checkpoint, _cuts(g, choice), layout, host)
+
+
+def plan_size(
+    checkpoint: Checkpoint,
+    size: float,
+    layout: Layout,
+    *,
+    channels: bool,
+    host: str | None = None,
+    groups_only: bool = False,
+) -> SlicePlan:
+    """As `plan_counts`, for a share of all parameters; `channels`: whether those of the MLPs may go beside heads.
+
+    The same share of heads and of channels goes, as far as their steps allow. Raises BudgetError.
+    """
+    g = checkpoint.geometry
+    worth = even_worth(g, channels=channels)
+    if layout == "per-layer":
+        choice = choose_per_layer(worth, g, size, groups_only=groups_only)
+        return _plan(checkpoint, _cuts(g, choice), layout, host)
+    choices = uniform_sizes(worth, g, size, groups_only=groups_only)
+    for choice in choices[:-1]:
+        with contextlib.suppress(UnsupportedModelError):  # another shape may fit a class
+            return _plan(checkpoint, _cuts(g, choice), layout, host)
+    return _plan(checkpoint, _cuts(g, choices[-1]), layout, host)
+
+
+def _cuts(g: Geometry, choice: Choice) -> tuple[LayerCut, ...]:
+    rows = (None,) * g.layers if choice.channels is None or choice.channels.all() else kept_of(choice.channels)
+    return tuple(
+        LayerCut(kept, tuple(sorted({head // g.group_size for head in kept})), channels=channels)
+        for kept, channels in zip(kept_of(choice.kept), rows, strict=True)
+    )
 
 
 def host_of(
@@ -219,7 +261,9 @@ def _plan(checkpoint: Checkpoint, layers: tuple[LayerCut, ...], layout: Layout, 
         sliced=sliced_total,
         by_layer=tuple(zip(dense, sliced, strict=True)),
         prunable_share=prunable / dense_total.parameters,
-        runtimes=verdicts(g, host.family, counts, custom=custom_code, onnx=graph_refusal(checkpoint.config, g, dtypes)),
+        runtimes=verdicts(
+            g, host.family, counts, widths, custom=custom_code, onnx=graph_refusal(checkpoint.config, g, dtypes)
+        ),
     )
 
 
@@ -291,6 +335,7 @@ def plan_json(plan: SlicePlan) -> dict[str, Any]:
         "kept_heads": sum(heads for heads, _ in plan.counts),
         "total_heads": plan.geometry.total_heads,
         "widths": list(plan.widths),
+        "dense_width": plan.geometry.intermediate,
         "dummy_layers": [index for index, layer in enumerate(plan.layers) if layer.dummy],
         **_pairs(plan.dense, plan.sliced),
         "prunable_share": plan.prunable_share,

@@ -45,17 +45,23 @@ class Verdict:
 
 
 def verdicts(
-    geometry: Geometry, host: Family, counts: Sequence[tuple[int, int]], *, custom: bool, onnx: str | None
+    geometry: Geometry,
+    host: Family,
+    counts: Sequence[tuple[int, int]],
+    widths: Sequence[int],
+    *,
+    custom: bool,
+    onnx: str | None,
 ) -> tuple[Verdict, ...]:
-    """One verdict per runtime for a cut with these (query, key/value) head counts per layer.
+    """One verdict per runtime for a cut with these (query, key/value) head counts and widths of the MLPs per layer.
 
     `custom`: the class in the folder loads it. `onnx`: why the ONNX export refuses it, as `graph_refusal` says.
     """
     return (
         *_transformers(host, custom),
-        _vllm(geometry, host, counts, custom),
+        _vllm(geometry, host, counts, widths, custom),
         _onnx(onnx),
-        _llama_cpp(geometry, counts),
+        _llama_cpp(geometry, counts, widths),
     )
 
 
@@ -65,14 +71,16 @@ def _transformers(host: Family, custom: bool) -> Iterator[Verdict]:
         yield Verdict(version, True, how)
 
 
-def _vllm(geometry: Geometry, host: Family, counts: Sequence[tuple[int, int]], custom: bool) -> Verdict:
-    degrees = {degree: _unsplittable(counts, degree) for degree in DEGREES}
+def _vllm(
+    geometry: Geometry, host: Family, counts: Sequence[tuple[int, int]], widths: Sequence[int], custom: bool
+) -> Verdict:
+    degrees = {degree: _unsplittable(counts, degree) or _unsplittable_mlp(widths, degree) for degree in DEGREES}
     fine = [str(degree) for degree in USUAL_DEGREES if not degrees[degree]]
     bad = [f"not {degree} ({degrees[degree]})" for degree in USUAL_DEGREES if degrees[degree]]
     parallel = "tensor parallel " + ", ".join([*fine, *bad])
     derived = geometry.hidden == counts[0][0] * geometry.head_dim
     if custom:
-        return Verdict("vLLM", False, "it takes one head count for all layers: --layout uniform", degrees)
+        return Verdict("vLLM", False, "it takes the same counts for all layers: --layout uniform", degrees)
     if host.model_type in VLLM_NATIVE or (host.model_type in VLLM_DERIVES_HEAD_DIM and derived):
         how = f"native {host.architecture}"
     elif host.model_type in VLLM_BACKEND:
@@ -95,13 +103,24 @@ def _unsplittable(counts: Sequence[tuple[int, int]], degree: int) -> str:
     return ""
 
 
+def _unsplittable_mlp(widths: Sequence[int], degree: int) -> str:
+    """The same of the channels of the MLPs."""
+    for layer, width in enumerate(widths):
+        if width % degree:
+            where = "every layer" if len(set(widths)) == 1 else f"layer {layer}"
+            return f"{where}: {width} channels"
+    return ""
+
+
 def _onnx(refusal: str | None) -> Verdict:
     if refusal is not None:
         return Verdict("ONNX Runtime", False, refusal)
-    return Verdict("ONNX Runtime", True, "`sspcompile export --format onnx`; any head count per layer")
+    return Verdict("ONNX Runtime", True, "`sspcompile export --format onnx`; any counts per layer")
 
 
-def _llama_cpp(geometry: Geometry, counts: Sequence[tuple[int, int]]) -> Verdict:
+def _llama_cpp(geometry: Geometry, counts: Sequence[tuple[int, int]], widths: Sequence[int]) -> Verdict:
+    if len(set(widths)) > 1:
+        return Verdict("llama.cpp", False, "no GGUF with MLPs of different widths was tried")
     uniform = len(set(counts)) == 1
     kind = geometry.family.model_type
     architecture = (LLAMA_CPP_UNIFORM if uniform else LLAMA_CPP_PER_LAYER).get(kind)
@@ -110,7 +129,9 @@ def _llama_cpp(geometry: Geometry, counts: Sequence[tuple[int, int]]) -> Verdict
     if architecture is None:
         layout = "uniform" if uniform else "per-layer"
         return Verdict("llama.cpp", False, f"no GGUF of a {layout} {geometry.family.architecture} was tried")
+    odd = ["o_proj"] if any(heads * geometry.head_dim % K_QUANT_BLOCK for heads, _ in counts) else []
+    odd += ["down_proj"] if geometry.has_channels and widths[0] % K_QUANT_BLOCK else []
     quants = ""
-    if any(heads * geometry.head_dim % K_QUANT_BLOCK for heads, _ in counts):
-        quants = f"; K-quants of o_proj fall back (its rows are not a multiple of {K_QUANT_BLOCK})"
+    if odd:
+        quants = f"; K-quants of {' and '.join(odd)} fall back (rows are not a multiple of {K_QUANT_BLOCK})"
     return Verdict("llama.cpp", True, f"as architecture {architecture}; write the GGUF directly{quants}")

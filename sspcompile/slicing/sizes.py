@@ -101,6 +101,18 @@ def smallest_size(g: Geometry, *, channels: bool, groups_only: bool = False) -> 
     return _parameters_of(g, (1, g.group_size if groups_only else 1), width) / all_parameters(g)
 
 
+def even_worth(g: Geometry, *, channels: bool) -> Worth:
+    """For a model whose scores are not known: units fall in worth from first to last, as much per parameter in heads as
+    in channels, and in every layer alike, so that a budget takes about the same share of each.
+    """
+    heads = np.tile(head_share(g) * _falling(g.heads), (g.layers, 1))
+    return Worth(heads, np.tile(channel_parameters(g) * _falling(g.intermediate), (g.layers, 1)) if channels else None)
+
+
+def _falling(units: int) -> np.ndarray:
+    return 1 - (np.arange(units) + 0.5) / units
+
+
 def choose_per_layer(worth: Worth, g: Geometry, size: float, *, groups_only: bool = False) -> Choice:
     """The mask of at most `size` of all parameters, every layer with counts of its own.
 
@@ -122,7 +134,7 @@ def choose_per_layer(worth: Worth, g: Geometry, size: float, *, groups_only: boo
     kept = shaped(worth.heads, g.kv_heads, shapes, per_layer=True)
     if worth.channels is None:
         return Choice(kept, shapes)
-    return Choice(kept, shapes, _top(worth.channels, [widths[rung] for rung in at[g.layers :]]))
+    return Choice(kept, shapes, _top(_ranks(worth.channels), [widths[rung] for rung in at[g.layers :]]))
 
 
 def uniform_sizes(worth: Worth, g: Geometry, size: float, *, groups_only: bool = False) -> tuple[Choice, ...]:
@@ -132,12 +144,14 @@ def uniform_sizes(worth: Worth, g: Geometry, size: float, *, groups_only: bool =
     cut = worth.channels is not None
     budget = demand_size(g, size, channels=cut, groups_only=groups_only)
     found = []
+    ranks = _ranks(worth.channels) if worth.channels is not None else None
+    widths, channel = widths_of(g) if cut else [g.intermediate], g.layers * channel_parameters(g)
     for shape in _shapes(g, groups_only=groups_only):
-        widths = widths_of(g) if cut else [g.intermediate]
-        width = next((width for width in widths if _parameters_of(g, shape, width) <= budget), None)
+        surplus = _parameters_of(g, shape, g.intermediate) - budget
+        width = next((width for width in widths if channel * (g.intermediate - width) >= surplus), None)
         if width is not None:
             kept = shaped(worth.heads, g.kv_heads, (shape,) * g.layers, per_layer=False)
-            channels = _top(worth.channels, [width] * g.layers) if worth.channels is not None else None
+            channels = _top(ranks, [width] * g.layers) if ranks is not None else None
             value = float(worth.heads[kept].sum())
             value += float(worth.channels[channels].sum()) if worth.channels is not None else 0.0
             found.append((value, Choice(kept, (shape,) * g.layers, channels)))
@@ -185,7 +199,11 @@ def _walk(ladders: Sequence[Ladder], surplus: int) -> list[int]:
     return at
 
 
-def _top(values: np.ndarray, widths: Sequence[int]) -> np.ndarray:
-    """Bool [layers, channels]: the `widths` channels of every layer that are worth most, ties to the lower number."""
-    ranks = np.argsort(np.argsort(-values, axis=1, kind="stable"), axis=1, kind="stable")
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """[layers, channels]: the place of every channel in its layer by worth, ties to the lower number."""
+    return np.argsort(np.argsort(-values, axis=1, kind="stable"), axis=1, kind="stable")
+
+
+def _top(ranks: np.ndarray, widths: Sequence[int]) -> np.ndarray:
+    """Bool [layers, channels]: the `widths` channels of every layer that are worth most."""
     return np.asarray(ranks < np.array(widths)[:, None])

@@ -1,0 +1,294 @@
+"""The stages of a build, counted before it is begun: the tokens of each, and forward passes of the decoder over them.
+
+The numbers are those that the stages themselves work with. What depends on what the texts will say (the mixture, which
+masks coincide) is counted as if it came out dear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from sspcompile.criteria.table import of_key
+from sspcompile.families import Geometry
+from sspcompile.model.chat import BARE, Rendering, template_digest
+from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.dense import DenseModel
+from sspcompile.model.text import ANSWER_TOKENS, BATCH_TOKENS, sentences
+from sspcompile.prepare.recognition import OUTSIDE_PROMPTS, corpus_of, layers_read, recognised_part, recognised_tokens
+from sspcompile.prepare.toolkits import asks_directions, stored_toolkit
+from sspcompile.proof.parity import PROBE_TOKENS
+from sspcompile.proof.reload import TOGETHER
+from sspcompile.proof.whole import NEW_TOKENS
+from sspcompile.repair.fitting import masks_at_once
+from sspcompile.repair.repair import refitted_dtype
+from sspcompile.request.options import AUTO
+from sspcompile.request.pools import PoolSet, pools_of
+from sspcompile.request.prompts import Prompt, answer_of, is_open
+from sspcompile.request.request import Request
+from sspcompile.request.splits import OFF_PROMPTS, draw_splits, fit_part, thinned
+from sspcompile.select.baselines import most_rivals
+from sspcompile.select.budget import cuts_channels
+from sspcompile.select.floor import AT_ONCE, ROUNDS
+from sspcompile.select.judging import spread
+from sspcompile.select.reading import MIXTURE_TEXTS
+from sspcompile.select.scoring import CURVATURE_TEXTS, cached_keys, reads_cache, source_of
+from sspcompile.select.search import COMPARED_FIT, COMPARED_HELD
+from sspcompile.select.selection import RATES, SHAPES
+from sspcompile.slicing.layouts import uniform_choices
+from sspcompile.slicing.sizes import choose_per_layer, even_worth, smallest_size
+from sspcompile.workspace import Workspace
+
+# Budgets that only the scenario, or a measurement, makes known: of the heads, and of all parameters.
+UNKNOWN_KEEP = 0.5
+UNKNOWN_SIZE = 0.85
+# float64 against float32, where a processor computes.
+DOUBLE = 2.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`passes` of the decoder over `tokens` of `texts`; a stage's cost is the product. `steps`: decoding steps, which
+    are bound by reading the weights instead. `masks`: how many are repaired at a time, whose hidden states are held.
+    """
+
+    name: str
+    texts: int
+    tokens: int
+    passes: float
+    steps: int = 0
+    masks: int = 0
+
+
+class Lengths:
+    """Tokens of prompts, each tokenised once."""
+
+    def __init__(self, loaded: LoadedModel, max_tokens: int) -> None:
+        self._loaded, self._max = loaded, max_tokens
+        self._known: dict[Prompt, int] = {}
+        self.longest = 0
+
+    def of(self, prompts: Sequence[Prompt]) -> list[int]:
+        new = list(dict.fromkeys(p for p in prompts if p not in self._known))
+        read = sentences(self._loaded.tokenizer, new, self._max, self._loaded.rendering)
+        self._known |= {prompt: len(item.ids) for prompt, item in zip(new, read, strict=True)}
+        found = [self._known[prompt] for prompt in prompts]
+        self.longest = max([self.longest, *found])
+        return found
+
+    def answers(self, prompts: Sequence[Prompt], new: int) -> list[int]:
+        """Tokens of the reference answers, `new` where the dense model writes on."""
+        given = [answer for prompt in prompts if (answer := answer_of(prompt)) is not None]
+        read = iter(self._loaded.tokenizer(given)["input_ids"] if given else [])
+        most = [new if is_open(p) else 0 if answer_of(p) is None else ANSWER_TOKENS for p in prompts]
+        return [n if answer_of(p) is None else min(n, len(next(read))) for p, n in zip(prompts, most, strict=True)]
+
+    def sum(self, prompts: Sequence[Prompt]) -> int:
+        return sum(self.of(prompts))
+
+    def mean(self, prompts: Sequence[Prompt]) -> float:
+        return self.sum(prompts) / max(1, len(prompts))
+
+
+def recognised(given: PoolSet) -> tuple[list[str], list[str]]:
+    """The texts that recognition reads: of the domains, and of the outside subjects."""
+    outside = recognised_part(given.outside, OUTSIDE_PROMPTS)
+    read = corpus_of(recognised_part(fit_part(given.candidates))).texts
+    return [*read], [text for one in outside for text in one.prompts]
+
+
+def recognition_tokens(
+    request: Request, loaded: LoadedModel, prompts: Sequence[Prompt], rendering: Rendering = BARE
+) -> int:
+    """Tokens of prompts as recognition reads them: no more than its part of each, without the chat template."""
+    most = recognised_tokens(request.options.max_tokens)
+    return sum(len(item.ids) for item in sentences(loaded.tokenizer, prompts, most, rendering))
+
+
+def _recognising(loaded: LoadedModel) -> float:
+    """A pass that ends at the last layer that recognition reads, in whole ones."""
+    layers = loaded.geometry.layers
+    return (layers_read(layers)[-1] + 1) / layers
+
+
+def learning(
+    request: Request, dense: DenseModel, loaded: LoadedModel, workspace: Workspace, lengths: Lengths
+) -> Iterator[Stage]:
+    """What the toolkit still lacks for this request, as `toolkit_for` measures it."""
+    options, given = request.options, pools_of(request.options)
+    candidates = fit_part(given.candidates)
+    pool = [text for one in candidates for text in one.prompts]
+    toolkit = stored_toolkit(dense, options, workspace, template_digest(loaded.tokenizer, loaded.rendering))
+    if toolkit is None:
+        read, other = recognised(given)
+        part = _recognising(loaded)
+        yield Stage("recognition: domain pools", len(read), recognition_tokens(request, loaded, read), part)
+        yield Stage("recognition: other subjects", len(other), recognition_tokens(request, loaded, other), part)
+    missing = [key for key in cached_keys(request) if toolkit is None or key not in toolkit.importance]
+    axes = asks_directions(options) or any(of_key(key)[0].per_axis for key in missing)
+    if axes and (toolkit is None or toolkit.directions is None):
+        every = corpus_of(recognised_part(candidates)).texts
+        tokens = recognition_tokens(request, loaded, every, loaded.rendering)
+        yield Stage("directions of the domains", len(every), tokens, 1)
+    if missing:
+        tokens = _continued(pool, lengths, options.continuation_tokens)
+        yield _continuing("continuations of the pools", pool, lengths, options.continuation_tokens)
+        for key in missing:
+            yield Stage(f"{key} on the pools", len(pool), tokens, _passes_of(key, loaded))
+
+
+def deciding(request: Request, dense: DenseModel, loaded: LoadedModel, lengths: Lengths) -> Iterator[Stage]:
+    """What `select` measures, and the proof."""
+    options, scenario, source = request.options, request.scenario, source_of(request)
+    given, new = pools_of(options), options.continuation_tokens
+    if scenario.domains is None:
+        read = thinned(scenario.texts, MIXTURE_TEXTS)
+        tokens = recognition_tokens(request, loaded, read)
+        yield Stage("what the scenario is made of", len(read), tokens, _recognising(loaded))
+    # Without a pass the mixture is not known; the texts that stand in for it are as long as the pools' on average.
+    even = np.full(len(given.candidates), 1 / len(given.candidates))
+    splits = draw_splits(scenario.prompts, even, given.candidates, options.seed)
+    off = splits.off or tuple(text for one in given.candidates for text in one.prompts)[:OFF_PROMPTS]
+    every = [*splits.fit, *splits.guard, *splits.judge, *off]
+    yield _continuing("continuations", every, lengths, new)
+    fit, guard, judge, apart = (_continued(one, lengths, new) for one in (splits.fit, splits.guard, splits.judge, off))
+    yield Stage("dense model on held-out texts", len(every) - len(splits.fit), guard + judge + apart, 1)
+    mean = fit / max(1, len(splits.fit))
+    if options.criterion == AUTO:
+        count = min(len(splits.fit), CURVATURE_TEXTS)
+        yield Stage("head scores", count, int(count * mean), _gradient_passes(loaded))
+    elif source != "domains":
+        yield Stage("head scores", len(splits.fit), fit, _passes_of(options.criterion, loaded))
+    if options.max_loss is not None:
+        count = min(len(splits.fit) * 2 // 3, COMPARED_FIT)
+        name = "repairing masks on the way to the smallest"
+        once = _repairing(name, count, int(count * mean), AT_ONCE, request, dense, loaded)
+        yield replace(once, passes=ROUNDS * once.passes)
+        yield Stage("measuring masks on the way to the smallest", len(splits.guard), guard, 2 * ROUNDS * AT_ONCE)
+    masks, layouts = _masks(request, loaded.geometry)
+    if masks > 1:
+        count = min(len(splits.fit) * 2 // 3, COMPARED_FIT)
+        name = f"repairing {masks} masks to compare"
+        yield _repairing(name, count, int(count * mean), masks, request, dense, loaded)
+        count = min(len(splits.fit) // 3, COMPARED_HELD)
+        yield Stage("comparing masks", count, int(count * mean), 1 + masks)
+    if layouts > 1:
+        yield Stage("comparing layouts", len(splits.guard), guard, 2 * layouts)
+    sized = _size(request, loaded.geometry) is not None
+    rivals, name = most_rivals(options.baselines, source, sized=sized), "repairing this build and its baselines"
+    yield _repairing(name, len(splits.fit), fit, 1 + rivals, request, dense, loaded)
+    yield Stage("judging the repair", len(splits.guard), guard, 2)
+    yield Stage("judging this build and its baselines", len(splits.judge) + len(off), judge + apart, 2 + rivals)
+    probes = spread(sorted(min(PROBE_TOKENS, length + new) for length in lengths.of(splits.judge)))
+    # Those of one length decode by twos, in the dense model and in the cut one.
+    batches = sum(-(-probes.count(length) // TOGETHER) for length in set(probes))
+    steps = int(2 * DOUBLE * NEW_TOKENS * batches)
+    yield Stage("proof", len(probes), sum(probes), 2 * DOUBLE, steps=steps)
+
+
+def _repairing(
+    name: str, texts: int, tokens: int, masks: int, request: Request, dense: DenseModel, loaded: LoadedModel
+) -> Stage:
+    """The dense model once for every round of masks, and each mask."""
+    repair = request.options.repair
+    if repair == "none":
+        return Stage(name, texts, tokens, 0)
+    if repair == "flap-bias":
+        return Stage(name, texts, tokens, 1)  # of the dense model, for all masks
+    width = refitted_width(request, loaded.geometry)
+    at_once = min(masks, masks_at_once(loaded, tokens, refitted_dtype(dense.checkpoint), mlp=width is not None))
+    passes = -(-masks // at_once) + masks * _mask_passes(loaded.geometry, width, tokens)
+    return Stage(name, texts, tokens, passes, masks=at_once)
+
+
+def _continued(prompts: Sequence[Prompt], lengths: Lengths, new: int) -> int:
+    return lengths.sum(prompts) + sum(lengths.answers(prompts, new))
+
+
+def _continuing(name: str, prompts: Sequence[Prompt], lengths: Lengths, new: int) -> Stage:
+    """The prompts that the model continues once, then a step for each new token of each batch."""
+    prompts = [prompt for prompt in prompts if is_open(prompt)]
+    tokens = lengths.sum(prompts)
+    batches = -(-tokens // BATCH_TOKENS)
+    return Stage(name, len(prompts), tokens, 1, steps=batches * max(0, new - 1))
+
+
+def layer_parameters(loaded: LoadedModel) -> int:
+    return sum(p.numel() for p in loaded.layers[-1].parameters())
+
+
+def _gradient_passes(loaded: LoadedModel) -> float:
+    """Forward, forward again, backward, and two products of inputs [n] with themselves in every layer."""
+    n = loaded.geometry.heads * loaded.geometry.head_dim
+    return 3 + 2 * n * n / layer_parameters(loaded)
+
+
+def _passes_of(key: str, loaded: LoadedModel) -> float:
+    """A backward pass without gradients of weights is as dear as a forward one."""
+    criterion, granularity = of_key(key)
+    units = loaded.geometry.total_heads if granularity == "head" else loaded.geometry.layers * loaded.geometry.kv_heads
+    found = criterion.per_prompt(units)
+    return found.forward + found.backward
+
+
+def refitted_width(request: Request, g: Geometry) -> int | None:
+    """Channels of an MLP that a repair fits its down_proj to, on average over layers; None where it stays as it was."""
+    size = _size(request, g)
+    if size is not None and cuts_channels(request.options, g):
+        groups_only = request.options.granularity == "group"
+        size = max(size, smallest_size(g, channels=True, groups_only=groups_only))
+        widths = choose_per_layer(even_worth(g, channels=True), g, size, groups_only=groups_only).widths
+        return round(sum(widths) / g.layers)
+    return g.intermediate if request.options.repair == "least-squares-mlp" else None
+
+
+def _size(request: Request, g: Geometry) -> float | None:
+    """The budget as a share of all parameters; None where it is one of the heads."""
+    options = request.options
+    walked = options.max_loss is not None and cuts_channels(options, g)
+    return UNKNOWN_SIZE if walked else options.size
+
+
+def _mask_passes(g: Geometry, width: int | None, tokens: int) -> float:
+    """Of one mask that is repaired: each layer once, normal equations in float64 and their solution. Where down_proj is
+    refitted to `width` channels, what comes before it once more, and normal equations of those in fp32.
+    """
+    n, d = g.heads * g.head_dim, g.hidden
+    mlp = 3 * d * g.intermediate
+    layer = (2 * g.heads + 2 * g.kv_heads) * g.head_dim * d + mlp
+    passes = 1 + DOUBLE * (_normal(n, d) + _solving(n, d) / max(1, tokens)) / layer
+    if width is None:
+        return passes
+    again = 2 * mlp / 3 + _normal(width, d) + DOUBLE * _solving(width, d) / max(1, tokens)
+    return passes + again / layer
+
+
+def _normal(inputs: int, outputs: int) -> int:
+    """Multiplications for one token."""
+    return inputs * (inputs + outputs)
+
+
+def _solving(inputs: int, outputs: int) -> float:
+    """Multiplications in all: a factorisation, and two triangular systems for each output."""
+    return inputs**3 / 3 + inputs**2 * outputs
+
+
+def _masks(request: Request, g: Geometry) -> tuple[int, int]:
+    """How many masks are compared, and of how many layouts."""
+    options = request.options
+    layouts = {"auto": ("uniform", "per-layer"), "uniform": ("uniform",), "per-layer": ("per-layer",)}[options.layout]
+    if options.layout == "auto" and options.wanted_host is not None:
+        layouts = ("uniform",)
+    if _size(request, g) is not None and options.criterion == AUTO:
+        per_layer = len(RATES) if cuts_channels(options, g) else 1
+        return sum(SHAPES if name == "uniform" else per_layer for name in layouts), len(layouts)
+    if options.max_loss is not None and options.layout == "auto":
+        layouts = ("per-layer",)  # few uniform shapes keep as much as a bound on the loss leaves
+    if options.criterion != AUTO:
+        return len(layouts), len(layouts)
+    keep = options.keep if options.keep is not None else UNKNOWN_KEEP
+    rankings = 2 if reads_cache(source_of(request)) else 1
+    shapes = uniform_choices(np.ones((g.layers, g.heads)), g.kv_heads, keep, groups_only=options.granularity == "group")
+    return sum(rankings * (len(shapes) if name == "uniform" else 1) for name in layouts), len(layouts)
