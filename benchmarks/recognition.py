@@ -7,7 +7,7 @@ subject of no domain), `mmlu` (questions of seven domains), `banking77` (message
 its own: it is named right when its own domain has the largest weight. A text is called unknown above the unknown share
 that a tenth of the domains' prompts exceed (a false alarm of 10 %), and beside it by the toolkit's own line, from the
 pools. That subject, biology, is one of those that teach what no domain is; it is asked for once more with a
-toolkit that never saw it.
+toolkit that never saw it. The shipped scenarios, whose prompts are no pool's, show what a mixture of many prompts says.
 """
 
 from __future__ import annotations
@@ -24,19 +24,24 @@ from pathlib import Path
 import click
 import numpy as np
 
+from sspcompile.embedded import SCENARIOS_DIR
 from sspcompile.model.capture import features
+from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.dense import open_dense
 from sspcompile.prepare import prepare
 from sspcompile.prepare.recognition import recognised_tokens
 from sspcompile.prepare.stages import Stages
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.request.domains import load_outside, load_pools
-from sspcompile.request.splits import fit_part
+from sspcompile.request.recipe import shipped_recipes
+from sspcompile.request.scenario import read_scenario
+from sspcompile.request.splits import fit_part, thinned
 from sspcompile.select.mixture import mixture_of
 
 FALSE_ALARM = 0.1
 UNKNOWN = "biology"
 TOKENS = 512
+SCENARIO_TEXTS = 16
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,26 @@ def read(data: Path, each: int) -> Iterator[Item]:
         turns = [turn["prompt"] for row in json.loads(path.read_text("utf-8")) for turn in row["turns"]]
         for text in some(sorted(set(turns))):
             yield Item("unknown", None, text)
+
+
+def shipped(toolkit: Toolkit, loaded: LoadedModel) -> dict[str, dict[str, object]]:
+    """What the shipped scenarios for real models are made of: the three largest weights, and the unknown share."""
+    layers = toolkit.recogniser.layers.tolist()
+    found: dict[str, dict[str, object]] = {}
+    for path in shipped_recipes():
+        if path.parent == SCENARIOS_DIR:
+            continue
+        scenario, _ = read_scenario(path.stem)
+        texts = thinned(scenario.texts, SCENARIO_TEXTS)
+        read = features(loaded, texts, recognised_tokens(TOKENS), layers=layers, bare=True)
+        mixture = mixture_of(toolkit, read)
+        most = np.argsort(-mixture.weights)[:3]
+        found[path.stem] = {
+            "mixture": {mixture.domains[k]: round(float(mixture.weights[k]), 4) for k in most},
+            "unknown": round(mixture.unknown, 4),
+            "fits_no_domain": mixture.is_unknown,
+        }
+    return found
 
 
 def _lettered(question: str, choices: list[str]) -> str:
@@ -124,14 +149,18 @@ def main(model: str, data: Path, each: int, out: Path) -> None:
     layers = toolkit.recogniser.layers.tolist()
     found = features(loaded, [item.text for item in items], recognised_tokens(TOKENS), layers=layers, bare=True)
     unseen = judged(without, items, found)
+    scenarios = shipped(toolkit, loaded)
     rows = {
         "model": Path(model).name,
         "texts": len(items),
         **judged(toolkit, items, found),
+        "scenarios": scenarios,
         f"without_{UNKNOWN}": {name: value for name, value in unseen.items() if name != "named_right"},
     }
     for name, (share, count) in rows["named_right"].items():
         click.echo(f"{name:36} {share:6.1%} of {count}")
+    for name, facts in scenarios.items():
+        click.echo(f"{name:36} {facts['mixture']}, unknown {facts['unknown']}")
     for name, row in (("", rows), (f", {UNKNOWN} never seen", unseen)):
         click.echo(
             f"unknown text found{name}: {row['unknown_found']:.1%} at a false alarm of {FALSE_ALARM:.0%}; "
