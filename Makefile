@@ -11,12 +11,13 @@ BROWSER := .venv-browser
 HARNESS := .venv-lm-eval
 DOCS := .venv-docs
 AUDIT := .venv-audit
+VLLM := .venv-vllm
 BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
 # Two test processes: as many as the smallest machine that this is meant for has cores.
 WORKERS ?= 2
 
-.PHONY: demo demo-llm test audit test-compat test-oldest test-pythons test-optimum test-browser screenshots fuzz test-kills test-wheel test-shapes test-lm-eval generated docs lint format train bench-compile bench-prepare \
+.PHONY: demo demo-llm test audit test-compat test-oldest test-pythons test-optimum test-vllm test-browser screenshots fuzz test-kills test-wheel test-shapes test-lm-eval generated docs lint format train bench-compile bench-prepare \
 	bench-quality bench-slice bench-onnx bench-bench bench-build bench-scores bench-real bench-recognition bench-large clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -63,6 +64,17 @@ test-compat: $(VENV)/.done $(COMPAT)/.done $(NEWEST)/.done  ## What is written, 
 	$(BIN)/python tests/compat/write.py $(COMPAT)/fixtures
 	$(call LOADS,$(COMPAT),compat)
 	$(call LOADS,$(NEWEST),newest)
+
+$(VLLM)/.done: constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install $(PIP_FLAGS) --requirement constraints-vllm.txt
+	# Their wheels are for CUDA, do not load beside torch for the CPU, and no text needs them.
+	$(VLLM)/bin/pip uninstall $(PIP_FLAGS) --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: $(VENV)/.done $(VLLM)/.done  ## Cuts of both layouts in vLLM, offline on the CPU: the same greedy tokens.
+	$(BIN)/python tests/vllm/write.py $(VLLM)/fixtures
+	set -e; for case in $(VLLM)/fixtures/*; do VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 $(VLLM)/bin/python tests/vllm/check.py $$case; done
 
 $(OLDEST)/.done: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)

@@ -93,5 +93,5 @@ def test_runtimes_are_told_of_widths(run):
     assert len(set(plan["widths"])) > 1, "the case in question"
     verdicts = {one["runtime"]: one for one in plan["runtimes"]}
     assert not verdicts["llama.cpp"]["loads"] and "different widths" in verdicts["llama.cpp"]["reason"]
-    assert not verdicts["vLLM"]["loads"] and "same counts for all layers" in verdicts["vLLM"]["reason"]
+    assert verdicts["vLLM"]["loads"] and "--trust-remote-code" in verdicts["vLLM"]["reason"]
     assert verdicts["ONNX Runtime"]["loads"]

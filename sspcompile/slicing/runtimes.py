@@ -12,6 +12,10 @@ from sspcompile.families import Family, Geometry
 VLLM_NATIVE = frozenset({"llama", "mistral", "qwen3", "granite", "gemma3_text", "phi3"})
 VLLM_BACKEND = frozenset({"smollm3", "starcoder2", "seed_oss"})
 VLLM_DERIVES_HEAD_DIM = frozenset({"qwen2"})
+# By the class in the folder of a per-layer cut, with the Transformers backend.
+VLLM_CUSTOM = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "granite", "gemma3_text", "smollm3", "phi3", "starcoder2"}
+)
 DEGREES = range(1, 9)
 # Named in the sentence; the others are in the data.
 USUAL_DEGREES = (1, 2, 4, 8)
@@ -79,9 +83,12 @@ def _vllm(
     bad = [f"not {degree} ({degrees[degree]})" for degree in USUAL_DEGREES if degrees[degree]]
     parallel = "tensor parallel " + ", ".join([*fine, *bad])
     derived = geometry.hidden == counts[0][0] * geometry.head_dim
+    if custom and host.experts is not None:
+        return Verdict("vLLM", False, "it takes the same counts for all layers of experts: --layout uniform", degrees)
     if custom:
-        return Verdict("vLLM", False, "it takes the same counts for all layers: --layout uniform", degrees)
-    if host.model_type in VLLM_NATIVE or (host.model_type in VLLM_DERIVES_HEAD_DIM and derived):
+        how = "--model-impl transformers --trust-remote-code, a KV cache as wide as each layer's"
+        how += "" if host.model_type in VLLM_CUSTOM else ", not tried"
+    elif host.model_type in VLLM_NATIVE or (host.model_type in VLLM_DERIVES_HEAD_DIM and derived):
         how = f"native {host.architecture}"
     elif host.model_type in VLLM_BACKEND:
         how = "by its Transformers backend"

@@ -1,0 +1,34 @@
+"""Load a cut in vLLM, offline, and compare its greedy tokens: `python tests/vllm/check.py CASE`, in vLLM's environment.
+
+Ends with 1 and the two texts where they differ. A per-layer cut goes through the Transformers backend, which its class
+is made for; a uniform one as vLLM chooses.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+
+def main(folder: Path) -> int:
+    from vllm import LLM, SamplingParams
+
+    case = json.loads((folder / "case.json").read_text())
+    custom = {"model_impl": "transformers", "trust_remote_code": True} if case["custom_code"] else {}
+    llm = LLM(
+        model=str(folder / "cut"), dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=4, **custom
+    )
+    asked = [{"prompt_token_ids": ids} for ids in case["prompts"]]
+    greedy = SamplingParams(temperature=0, max_tokens=len(case["answers"][0]), ignore_eos=True, detokenize=False)
+    found = [list(answer.outputs[0].token_ids) for answer in llm.generate(asked, greedy, use_tqdm=False)]
+    for mine, theirs in zip(found, case["answers"], strict=True):
+        if mine != theirs:
+            print(f"{folder.name}: vLLM wrote {mine}, transformers {theirs}", file=sys.stderr)
+            return 1
+    print(f"{folder.name}: {len(found)} texts are the same; heads per layer {case['counts']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
