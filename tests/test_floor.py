@@ -45,6 +45,19 @@ def test_what_is_found_lies_within_one_step_of_where_the_loss_begins_to_be_too_l
     assert [one.kept for one in found.tried] == sorted(asked)
 
 
+@given(least=st.floats(0.9, 0.98))
+def test_where_more_than_the_first_shares_must_stay_the_walk_begins_there(least):
+    """A vocabulary may be more of a small model than any of the shares that are tried first leaves."""
+    asked: list[float] = []
+
+    def measure(choices, number):
+        asked.extend(choice.ratio for choice in choices)
+        return [Rung(choice.ratio, 0.0) for choice in choices]
+
+    found = descend(choice_of, measure, lambda choice: choice.ratio, least, Floor(0.05, 1.0, 0.0, ()))
+    assert asked and least - 1 / (LAYERS * HEADS) <= found.keep < 1 and min(asked) >= least - 1 / (LAYERS * HEADS)
+
+
 @given(seed=st.integers(0, 10_000))
 def test_a_lucky_mask_below_one_that_failed_is_not_taken(seed):
     losses = np.random.default_rng(seed).random(LAYERS * HEADS + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from sspcompile.request.request import Request
 from sspcompile.select.budget import cuts_channels
 from sspcompile.slicing.mask import Layout
 from sspcompile.slicing.plan import SlicePlan, make_plan, plan_counts, plan_size
+from sspcompile.slicing.sizes import smallest_size
 from sspcompile.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -46,7 +48,11 @@ def assumed(options: Options, geometry: Geometry) -> Share | None:
     """What is planned in place of a bound on the loss; None where the budget is another."""
     if options.max_loss is None:
         return None
-    return Share(PLANNED_SIZE, None) if cuts_channels(options, geometry) else Share(None, PLANNED_KEEP)
+    if not cuts_channels(options, geometry):
+        return Share(None, PLANNED_KEEP)
+    # Of a small model with a large vocabulary more than that stays whatever is cut.
+    smallest = smallest_size(geometry, channels=True, groups_only=options.granularity == "group")
+    return Share(max(PLANNED_SIZE, math.ceil(1e4 * smallest) / 1e4), None)
 
 
 def plan_mask(model: str | None, mask: Path, host: str | None) -> SlicePlan:

@@ -123,8 +123,9 @@ def descend(
     found: dict[float, Rung] = {}
     failed, keep = 0.0, 1.0
     for number in range(ROUNDS):
-        between = FIRST[unit] if number == 0 else np.linspace(max(failed, least), keep, AT_ONCE + 2)[1:-1]
-        choices = [choice_of(share) for share in between if share >= least]
+        between = [share for share in FIRST[unit] if share >= least] if number == 0 else []
+        # Of a small model with a large vocabulary more than all of FIRST stays whatever is cut.
+        choices = [choice_of(share) for share in between or np.linspace(max(failed, least), keep, AT_ONCE + 2)[1:-1]]
         new = {kept_of(choice): choice for choice in choices if failed < kept_of(choice) < keep}
         if not new:
             break
