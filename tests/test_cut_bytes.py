@@ -15,9 +15,9 @@ from sspcompile.checkpoint import Checkpoint, Extent, OutputTensor, write_checkp
 from sspcompile.checkpoint.headers import FLOATS, WORD_BYTES, WORD_DTYPE, read_header
 from sspcompile.checkpoint.tensors import attention_blocks
 from sspcompile.checkpoint.transfer import _buffered_copy, copy_extent, hard_link
-from sspcompile.errors import ArtifactError, CheckpointError, InputError
+from sspcompile.errors import ArtifactError, CheckpointError, InputError, UnsupportedModelError
 from sspcompile.slicing import cut as cutting
-from sspcompile.slicing.mask import HeadMask
+from sspcompile.slicing.mask import HeadMask, dump_mask, parse_mask
 from sspcompile.slicing.plan import make_plan
 from sspcompile.slicing.write import write_model
 
@@ -144,6 +144,43 @@ def test_layer_without_heads_keeps_one_that_writes_nothing(tmp_path):
     assert plan.counts == ((1, 1), (6, 3)) and plan.layers[0].dummy and plan.custom_code
     write_model(Checkpoint(source), plan, tmp_path / "cut")
     assert not words(tmp_path / "cut")["model.layers.0.self_attn.o_proj.weight"].any()
+
+
+def test_a_mask_of_the_first_schema_is_read_as_one_that_keeps_every_channel():
+    mask = mask_of(CONFIG, [(0, 1), (2, 3, 4, 5)])
+    older = json.loads(dump_mask(mask))
+    for name in ("intermediate", "channels", "size_requested"):
+        del older[name]
+    read = parse_mask(json.dumps({**older, "schema_version": 1}))
+    assert (read.kept, read.channels, read.size_requested) == (mask.kept, None, None)
+    assert parse_mask(dump_mask(mask)) == mask
+
+
+@pytest.mark.parametrize(
+    ("channels", "said"),
+    [
+        ([(), (1, 2)], "keeps no channel"),
+        ([(2, 1), (1, 2)], "out of range, double or unsorted"),
+        ([(1, 1), (1, 2)], "out of range, double or unsorted"),
+        ([(0, 99), (1, 2)], "out of range, double or unsorted"),
+        ([(0, 1)], "1 rows of channels"),
+    ],
+)
+def test_channels_that_make_no_sense_are_refused(channels, said):
+    whole = [tuple(range(6))] * 2
+    with pytest.raises(ArtifactError, match=said):
+        parse_mask(dump_mask(mask_of(CONFIG, whole, channels)))
+
+
+def test_channels_of_another_width_or_of_experts_are_refused(tmp_path):
+    checkpoint = Checkpoint(raw_checkpoint(tmp_path / "dense", CONFIG, "F16"))
+    mask = mask_of(CONFIG | {"intermediate_size": 30}, [tuple(range(6))] * 2, [(0, 1), (2, 29)])
+    with pytest.raises(ArtifactError, match="MLPs of 30 channels; the model has 20"):
+        make_plan(checkpoint, mask)
+    experts = CONFIG | {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1}
+    sparse = Checkpoint(raw_checkpoint(tmp_path / "sparse", experts, "F16"))
+    with pytest.raises(UnsupportedModelError, match="experts of MixtralForCausalLM cannot be cut"):
+        make_plan(sparse, mask_of(experts, [tuple(range(6))] * 2, [(0, 1), (2, 3)]))
 
 
 def test_ragged_mask_is_refused(tmp_path):
