@@ -120,7 +120,8 @@ def test_plan_of_a_mask_is_the_plan_that_slice_follows(run, model, mask, tmp_pat
     assert dry == json.loads(json.dumps({key: planned[key] for key in dry}))
     table = run("plan", "--model", model, "--mask", mask, "--by-layer")[1]
     assert ("tensor parallel" in table) == (len(set(map(tuple, planned["counts"]))) == 1)
-    assert ("it takes the same counts" in table) == (len(set(map(tuple, planned["counts"]))) > 1)
+    told = next(one for one in planned["runtimes"] if one["runtime"] == "vLLM")
+    assert told["loads"] and ("--trust-remote-code" in told["reason"]) == planned["custom_code"]
     refused(run("plan", "--mask", mask, "--model", model, "--scenario", "some words"), 2, "exclude each other")
 
 

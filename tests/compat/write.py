@@ -12,17 +12,17 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from builders import CONFIGS, FAMILY_SETTINGS, Shape, family_config, make_checkpoint, save_random
 from stored import decoder_as, stacked, stored_as
+from test_slicing_exact import channels_for
 
 from sspcompile.checkpoint import Checkpoint
-from sspcompile.model.hooks import head_gates
 from sspcompile.model.loading import load
 from sspcompile.proof.reload import respond
+from sspcompile.repair.repair import masked
 from sspcompile.slicing.layouts import choose
 from sspcompile.slicing.mask import HeadMask, kept_of
 from sspcompile.slicing.plan import make_plan
@@ -109,11 +109,13 @@ def record(folder: Path, dense: Path, layout: str, host: str | None = None) -> N
         (),
         "random",
         {},
+        intermediate=g.intermediate,
+        channels=channels_for(checkpoint, 0.6, layout, 1),
     )
     plan = make_plan(checkpoint, mask, host=host)
     write_model(checkpoint, plan, folder / "cut", max_shard_bytes=60_000)
     loaded = load(folder / "dense", fingerprint="")
-    with head_gates(loaded, torch.from_numpy(choice.kept).float()):
+    with masked(loaded, mask.units):
         answer = [logits[0] for logits in respond(loaded.model, [IDS], NEW_TOKENS)]
     tokens = np.array([int(logits[-1].argmax()) for logits in answer])
     np.savez(folder / "expected.npz", ids=np.array(IDS), logits=answer[0].numpy(), tokens=tokens)
