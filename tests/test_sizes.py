@@ -26,6 +26,7 @@ from sspcompile.slicing.sizes import (
     channel_parameters,
     channel_step,
     choose_per_layer,
+    demand_size,
     even_worth,
     head_parameters,
     share_of,
@@ -36,6 +37,18 @@ from sspcompile.slicing.sizes import (
 
 FAMILIES = ("llama", "qwen2", "qwen3", "phi3", "starcoder2", "gemma2")
 BASES = {family: geometry_of(family_config(family).to_dict()) for family in FAMILIES}
+
+# The shape of Qwen2.5-72B.
+LARGE = {
+    "model_type": "qwen2",
+    "num_hidden_layers": 80,
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "vocab_size": 152064,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
+}
 
 
 class Case(NamedTuple):
@@ -147,6 +160,14 @@ def test_of_every_layer_the_channels_stay_that_are_worth_most(case, size):
     assert choice.channels is not None
     for kept, layer in zip(choice.channels, values, strict=True):
         assert kept.all() or layer[kept].min() >= layer[~kept].max()
+
+
+@given(removed=st.integers(1, 10**9))
+def test_a_share_that_was_worked_out_from_a_count_allows_that_count(removed):
+    """Where a bound on the loss found a mask, its share is the budget: one parameter less would be another mask."""
+    g = geometry_of(LARGE)
+    whole = all_parameters(g)
+    assert demand_size(g, 1 - removed / whole, channels=True) == whole - removed
 
 
 @given(cases(), st.floats(0.01, 1.0))

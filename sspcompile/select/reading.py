@@ -71,7 +71,7 @@ class Reading:
 
     def worth(self, rate: float = RATE) -> Worth:
         """What heads and channels cost in one measure, channels counted `rate` times."""
-        channels = self.scores.channels if self.options.units == "all" else None
+        channels = self.scores.channels
         return Worth(self.merit, None if channels is None else rate * channels)
 
     @property

@@ -26,6 +26,7 @@ from sspcompile.request.options import AUTO, Granularity, Options
 from sspcompile.request.prompts import Prompt
 from sspcompile.request.request import Request
 from sspcompile.request.splits import own_fit_part, thinned
+from sspcompile.select.budget import cuts_channels
 from sspcompile.select.mixture import Mixture, head_scores
 from sspcompile.select.shrinkage import shrink
 from sspcompile.select.texts import Texts
@@ -57,7 +58,7 @@ class HeadScores:
     """`values` [L, H] of `criterion`, in its unit. `prompts` texts were looked at, and had `prompt_weight` (mean over
     heads, in [0, 1]) against the domains' cached scores: the scenario's own, or with the source `texts` pool prompts
     among them. `others`: what the same pass said in other terms. `channels` [L, intermediate]: what removing a channel
-    of an MLP costs by itself, nats per scored position; None where that was not measured or there are none.
+    of an MLP costs by itself, nats per scored position; None where a build may remove none (`cuts_channels`).
     """
 
     criterion: str
@@ -174,7 +175,8 @@ def score_heads(
     if options.criterion == AUTO and not reads_cache(source):
         found = measured(loaded, written, options.seed, options.granularity, report)
         (first, *others), read = found.rankings, min(len(prompts), CURVATURE_TEXTS)
-        return HeadScores(first.name, first.values, source, read, 1.0, tuple(others), found.channels)
+        channels = found.channels if cuts_channels(options, loaded.geometry) else None
+        return HeadScores(first.name, first.values, source, read, 1.0, tuple(others), channels)
     values = importance_per_prompt(loaded, toolkit, name, written, used.parts, options.seed, report)
     criterion, _ = of_key(name)
     read = min(len(prompts), criterion.max_prompts or len(prompts))

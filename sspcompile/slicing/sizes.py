@@ -171,7 +171,8 @@ def demand_size(g: Geometry, size: float, *, channels: bool, groups_only: bool =
             f"--size {size:g} is less than what every layer needs: {needs}.",
             hint=f"The nearest feasible value is --size {math.ceil(1e4 * smallest) / 1e4:g}.",
         )
-    return math.floor(size * all_parameters(g) + 1e-6)
+    # A share that was worked out from a count gives that count back: of 1e11 parameters rounding loses less than this.
+    return math.floor(size * all_parameters(g) + 1e-3)
 
 
 def _shapes(g: Geometry, *, groups_only: bool) -> Iterator[Shape]:
