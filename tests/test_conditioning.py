@@ -24,6 +24,7 @@ from sspcompile.request.options import Options
 from sspcompile.request.request import Request
 from sspcompile.request.scenario import Scenario
 from sspcompile.request.splits import fit_part, own_fit_part, split
+from sspcompile.select.budget import cuts_channels
 from sspcompile.select.mixture import Mixture, ablated, head_scores, mixture_of
 from sspcompile.select.reading import Reading, read_through
 from sspcompile.select.scoring import ENOUGH_PROMPTS, cached_keys, measured_rankings, score_heads
@@ -177,6 +178,11 @@ def test_enough_prompts_of_its_own_need_no_scores_of_the_pools(model):
     assert (found.scores.source, found.scores.prompt_weight) == ("prompts", 1.0)
     assert found.ranking.name == "obs" and [other.name for other in found.scores.others] == ["fisher"]
     assert not np.allclose(found.ranking.values, found.scores.others[0].values)
+    # Channels of the MLPs are worth something only where this build may remove some.
+    heads_alone = ({"keep": 0.5}, {"size": 0.9, "units": "heads"}, {"size": 0.9, "without": ("mixing",)})
+    for options, cut in (({}, True), ({"size": 0.9}, True), *((one, False) for one in heads_alone)):
+        asked = compiled(model, told, read, criterion="auto", **options)
+        assert (asked.worth().channels is not None) == cut == cuts_channels(asked.options, model.geometry)
     # What a toolkit holds from another build changes nothing.
     scored = with_scores(Stages(model), told, pools(12), "fisher")
     np.testing.assert_array_equal(compiled(model, scored, read, criterion="auto").merit, found.merit)
