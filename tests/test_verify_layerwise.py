@@ -57,7 +57,7 @@ def test_a_memory_limit_below_the_whole_models_has_them_compared_layer_by_layer(
     plan = make_plan(checkpoint, mask)
     write_model(checkpoint, plan, tmp_path / "cut")
     claim = Claim(checkpoint, mask, tmp_path / "cut", plan.custom_code)
-    assert prove(claim, PROBES, silent, placement=Placement(memory=whole_bytes(claim) - 1)).layerwise
+    assert prove(claim, PROBES, silent, placement=Placement(memory=whole_bytes(claim.checkpoint) - 1)).layerwise
     assert not prove(claim, PROBES, silent, placement=Placement(memory=1 << 30)).layerwise
 
 

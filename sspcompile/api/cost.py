@@ -82,7 +82,10 @@ def cost_of(request: Request, dense: DenseModel, workspace: Workspace, *, placem
     """
     loaded = dense.load(placement=placement, rendering=rendering_of(request.options))
     lengths = Lengths(loaded, request.options.max_tokens)
-    stages = (*learning(request, dense, loaded, workspace, lengths), *deciding(request, dense, loaded, lengths))
+    stages = (
+        *learning(request, dense, loaded, workspace, lengths),
+        *deciding(request, dense, loaded, lengths, placement),
+    )
     own = source_of(request) == "prompts"
     read, other = recognised(pools_of(request.options))
     pooled = [*read, *other]

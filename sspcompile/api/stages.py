@@ -16,10 +16,12 @@ from sspcompile.families import Geometry
 from sspcompile.model.chat import BARE, Rendering, template_digest
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.dense import DenseModel
+from sspcompile.model.placement import Placement
 from sspcompile.model.text import ANSWER_TOKENS, BATCH_TOKENS, sentences
 from sspcompile.prepare.recognition import OUTSIDE_PROMPTS, corpus_of, layers_read, recognised_part, recognised_tokens
 from sspcompile.prepare.toolkits import asks_directions, stored_toolkit
 from sspcompile.proof.parity import PROBE_TOKENS
+from sspcompile.proof.prove import goes_layerwise
 from sspcompile.proof.reload import TOGETHER
 from sspcompile.proof.whole import NEW_TOKENS
 from sspcompile.repair.fitting import masks_at_once
@@ -139,7 +141,9 @@ def learning(
             yield Stage(f"{key} on the pools", len(pool), tokens, _passes_of(key, loaded))
 
 
-def deciding(request: Request, dense: DenseModel, loaded: LoadedModel, lengths: Lengths) -> Iterator[Stage]:
+def deciding(
+    request: Request, dense: DenseModel, loaded: LoadedModel, lengths: Lengths, placement: Placement
+) -> Iterator[Stage]:
     """What `select` measures, and the proof."""
     options, scenario, source = request.options, request.scenario, source_of(request)
     given, new = pools_of(options), options.continuation_tokens
@@ -182,10 +186,12 @@ def deciding(request: Request, dense: DenseModel, loaded: LoadedModel, lengths: 
     yield Stage("judging the repair", len(splits.guard), guard, 2)
     yield Stage("judging this build and its baselines", len(splits.judge) + len(off), judge + apart, 2 + rivals)
     probes = spread(sorted(min(PROBE_TOKENS, length + new) for length in lengths.of(splits.judge)))
-    # Those of one length decode by twos, in the dense model and in the cut one.
-    batches = sum(-(-probes.count(length) // TOGETHER) for length in set(probes))
-    steps = int(2 * DOUBLE * NEW_TOKENS * batches)
-    yield Stage("proof", len(probes), sum(probes), 2 * DOUBLE, steps=steps)
+    # Layer by layer nothing is decoded. Whole models decode probes of one length by twos, the dense and the cut one.
+    alike = [probes.count(length) for length in set(probes)]
+    reading = (
+        1 if goes_layerwise(dense.checkpoint, placement) else NEW_TOKENS * sum(-(-count // TOGETHER) for count in alike)
+    )
+    yield Stage("proof", len(probes), sum(probes), 2 * DOUBLE, steps=int(2 * DOUBLE * reading))
 
 
 def _repairing(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sspcompile.checkpoint.source import Checkpoint
 from sspcompile.machine import free_memory
 from sspcompile.model.placement import ON_CPU, Placement, resolve, use_threads
 from sspcompile.progress import Progress, stage_of
@@ -33,7 +34,7 @@ def prove(
         resolve(placement)  # refused here where it is not there
     use_threads(placement)
     if layerwise is None:
-        layerwise = whole_bytes(claim) > (placement.memory or free_memory())
+        layerwise = goes_layerwise(claim.checkpoint, placement)
     if layerwise:
         parity = compare_layerwise(claim, probes, progress=stage_of(progress, "proving"))
     else:
@@ -41,3 +42,8 @@ def prove(
         parity = compare_whole(claim, probes, progress=stage_of(progress, "proving"), device=device)
     demand(parity)
     return parity
+
+
+def goes_layerwise(dense: Checkpoint, placement: Placement) -> bool:
+    """Whether a proof against this model has no room for it as a whole."""
+    return whole_bytes(dense) > (placement.memory or free_memory())

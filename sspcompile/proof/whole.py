@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from sspcompile import errors
+from sspcompile.checkpoint.source import Checkpoint
 from sspcompile.errors import RunError
 from sspcompile.progress import Steps, no_steps
 from sspcompile.proof.claim import Claim
@@ -83,9 +84,8 @@ def _ask(command: Sequence[str], question: str, progress: Steps) -> tuple[int, s
     return process.returncode, answer, said
 
 
-def whole_bytes(claim: Claim) -> int:
-    """Memory that the comparison takes: the larger model in float64, its files while they are read, logits of both."""
-    tensors = claim.checkpoint.tensors.values()
-    weights = sum(8 * math.prod(info.shape) + info.nbytes for info in tensors)
-    logits = 2 * 8 * PROBE_PROMPTS * (PROBE_TOKENS + NEW_TOKENS) * claim.geometry.vocab
+def whole_bytes(dense: Checkpoint) -> int:
+    """Memory that the comparison takes: the dense model in float64, its files while they are read, logits of both."""
+    weights = sum(8 * math.prod(info.shape) + info.nbytes for info in dense.tensors.values())
+    logits = 2 * 8 * PROBE_PROMPTS * (PROBE_TOKENS + NEW_TOKENS) * dense.geometry.vocab
     return int(MEMORY_SLACK * (weights + logits))
