@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import typing
 from pathlib import Path
 
 import pytest
 from builders import Shape, make_checkpoint
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 import sspcompile
@@ -15,6 +17,7 @@ from sspcompile.api.export import FORMATS
 from sspcompile.api.library import Format
 from sspcompile.cli.export import export as export_command
 from sspcompile.errors import ArtifactError, BudgetError, InputError, OutputExistsError, RecipeError, ScenarioError
+from sspcompile.proof.prove import prove
 from sspcompile.request.keywords import Keywords
 
 FAST = {"criterion": "subspace", "continuation_tokens": 2, "max_tokens": 48}
@@ -63,6 +66,22 @@ def test_a_build_gives_its_report_its_mask_and_its_options(artifact, root):
     assert artifact.request.scenario.prompts == tuple(PROMPTS)
     assert artifact.plan()["kept_heads"] == sum(map(len, artifact.mask.kept))
     assert sspcompile.load(artifact.path).mask == sspcompile.load("prompts", root=root).mask == artifact.mask
+
+
+def test_the_proof_finds_the_dense_model_gone(artifact, root, tmp_path, monkeypatch):
+    def models() -> list[PreTrainedModel]:
+        gc.collect()
+        return [one for one in gc.get_objects() if issubclass(type(one), PreTrainedModel)]
+
+    before, held = len(models()), []
+
+    def proven(*given, **options):
+        held.append(len(models()))
+        return prove(*given, **options)
+
+    monkeypatch.setattr("sspcompile.api.build.prove", proven)
+    sspcompile.build(None, PROMPTS, root=root, out=tmp_path / "again", layout="uniform", keep=0.75, **FAST)
+    assert held == [before]
 
 
 def test_it_verifies_evaluates_and_exports(artifact, root, capfd):
