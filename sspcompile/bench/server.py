@@ -293,6 +293,8 @@ def _refusal(server: Server, path: str, status: int, page: str) -> ServerError:
         return NoCompletionError(
             told, hint="Give --stop-at-eos: it does not know how to go on after the end of a text."
         )
+    if status < 500:
+        return NoCompletionError(told, hint="Ask otherwise: --prompt-tokens, --new-tokens, --chat or --served-model.")
     return NoCompletionError(told, hint="Look into its log.")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -180,19 +180,20 @@ def told(result: ServersResult) -> list[str]:
     if result.rounds < settings.rounds:
         lines.append(f"STOPPED after {settings.seconds:g} s: {settings.rounds} rounds were asked for.")
     for server in result.servers:
-        for under in server.loads:
-            where = f"{server.name}, {under.load.label}"
-            if under.prompt_tokens:
-                lines.append(f"{where}: prompts of {_range(under.prompt_tokens)} tokens, as the server counts.")
-            if under.fewer:
-                lines.append(
-                    f"FEWER TOKENS: {where}: {under.fewer} of {len(under.new_tokens)} answers ended before the "
-                    f"{under.load.new_tokens} tokens that were asked for; they had {_range(under.new_tokens)}."
-                )
-            if not under.counted:
-                lines.append(f"{where}: the server does not count tokens; pieces of its streams were counted.")
+        if counts := [count for under in server.loads for count in under.prompt_tokens]:
+            lines.append(f"{server.name}: prompts of {_range(counts)} tokens, as it counts.")
+        if not all(under.counted for under in server.loads):
+            lines.append(f"{server.name}: it does not count tokens; the pieces of its streams were counted.")
+        lines += [_fewer(server.name, under) for under in server.loads if under.fewer]
     return lines
 
 
-def _range(values: tuple[int, ...]) -> str:
+def _fewer(name: str, under: ServerLoadResult) -> str:
+    return (
+        f"FEWER TOKENS: {name}, {under.load.label}: {under.fewer} of {len(under.new_tokens)} answers ended before the "
+        f"{under.load.new_tokens} tokens that were asked for; they had {_range(under.new_tokens)}."
+    )
+
+
+def _range(values: Sequence[int]) -> str:
     return str(min(values)) if min(values) == max(values) else f"{min(values)} to {max(values)}"
