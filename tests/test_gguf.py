@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sspcompile.checkpoint import check_manifest
 from sspcompile.checkpoint.gguf import read_gguf
+from sspcompile.errors import CheckpointError, UnsupportedModelError
 from sspcompile.model.dense import open_dense
 
 QUICK = ("--criterion", "magnitude", "--repair", "none", "--max-tokens", 16, "--continuation-tokens", 0, "--keep", 0.5)
@@ -246,6 +248,33 @@ def test_a_tensor_too_many_or_too_few_is_refused(change, fragments, models, home
     file = write_gguf(models("llama"), home / "m.gguf", **change)
     refused(run("slice", "--model", file, "--mask", "none.json", "--out", home / "cut"), *fragments)
     assert not list((home / "home").rglob("*.safetensors"))
+
+
+def test_a_head_size_that_says_nothing_new_is_taken(models, home):
+    file = write_gguf(models("qwen2"), home / "m.gguf", settings={"attention.key_length": 16})
+    assert apart(logits(open_dense(str(file)).checkpoint.path), logits(models("qwen2"))) == 0
+
+
+def test_spoiled_headers_are_read_or_refused_in_one_line(models, home):
+    good, rng = write_gguf(models("qwen2"), home / "m.gguf", "q8_0").read_bytes(), random.Random(1)
+    refusals = 0
+    for _ in range(300):
+        spoiled = bytearray(good)
+        for _ in range(rng.choice((1, 2, 4))):
+            spoiled[rng.randrange(4, 12_000)] = rng.choice((0, 1, 128, 255))
+        try:
+            read_gguf(broken(home / "x.gguf", bytes(spoiled)), "x").check(own_tokenizer=True)
+        except (CheckpointError, UnsupportedModelError) as error:
+            refusals += "\n" not in str(error)
+    assert refusals > 100
+
+
+def test_a_place_that_cannot_be_written_to_is_named(models, home, monkeypatch, run):
+    (home / "taken").write_text("a file")
+    monkeypatch.setenv("SSPCOMPILE_HOME", str(home / "taken"))
+    file = write_gguf(models("qwen2"), home / "m.gguf")
+    done = run("slice", "--model", file, "--mask", "none.json", "--out", home / "cut")
+    refused(done, "cannot be written to", "Set SSPCOMPILE_HOME")
 
 
 def test_a_folder_of_gguf_files_says_how_one_is_given(models, home, run):

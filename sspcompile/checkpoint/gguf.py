@@ -85,7 +85,11 @@ class Gguf:
     def check_config(self, config: Mapping[str, Any]) -> None:
         """Raise UnsupportedModelError where transformers made another setting of what the file says."""
         rope = config.get("rope_parameters") or {}
-        said = {**config, "rope_theta": config.get("rope_theta", rope.get("rope_theta"))}
+        said = {
+            "rope_theta": rope.get("rope_theta"),
+            "head_dim": config["hidden_size"] // config["num_attention_heads"],
+            **{key: config[key] for key in SETTINGS.values() if config.get(key) is not None},
+        }
         for name, key in SETTINGS.items():
             value = self.fields.get(f"{self.architecture}.{name}")
             if value is not None and (not isinstance(value, int | float) or abs(said[key] - value) > 1e-6 * value):

@@ -62,6 +62,13 @@ def dequantised(gguf: Gguf) -> Dequantised:
     folder = _place(gguf, beside)
     if not (folder / MANIFEST).is_file():
         _demand_places(gguf)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"{gguf.typed} becomes a folder in {folder.parent}, which cannot be written to: {error.strerror}.",
+                hint="Set SSPCOMPILE_HOME to a folder that can be.",
+            ) from error
         log.info(
             f"Reading {gguf.typed} ({gguf.fingerprint[:12]}), {_types(gguf)}, with transformers "
             f"{metadata.version('transformers')} into {folder}, as {gguf.dtype}"
