@@ -173,6 +173,8 @@ def test_a_file_is_planned_built_cut_and_found_again(models, home, run, monkeypa
     assert manifest["origin"]["source_name"] == str(home / "m.gguf")
     assert manifest["origin"]["gguf"]["types"]["Q8_0"] > 0 and manifest["origin"]["gguf"]["file"] == "m.gguf"
     assert "license: apache-2.0" in (home / "artifacts" / "small" / "model" / "README.md").read_text()
+    report = json.loads((home / "artifacts" / "small" / "report.json").read_text())
+    assert any("a GGUF file, rounded to Q8_0" in note for note in report["notes"])
     plan = json.loads((home / "artifacts" / "small" / "plan.json").read_text())
     assert plan["parameters"]["dense"] == planned["parameters"]["dense"]
     assert plan["weight_bytes"]["dense"] == planned["weight_bytes"]["dense"]
