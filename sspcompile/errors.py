@@ -74,6 +74,26 @@ class OutputExistsError(InputError):
     """The output folder exists and `--overwrite` was not given."""
 
 
+class ServerError(RunError):
+    """A server that is to be measured cannot be; each class below is one reason."""
+
+
+class UnreachableServerError(ServerError):
+    """Nothing answers at its address."""
+
+
+class NoCompletionError(ServerError):
+    """It answers with something else than an OpenAI completion: another page, an error of its own, no stream."""
+
+
+class UnservedModelError(ServerError):
+    """It does not serve the model that is asked for, or serves several and none was named."""
+
+
+class BrokenStreamError(ServerError):
+    """It stopped in the middle of an answer."""
+
+
 class GateError(SspError):
     """A promise was checked and does not hold. A command that writes has published nothing."""
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import sspcompile
 from sspcompile.api.outcome import Outcome
+from sspcompile.checkpoint.gguf import PLAIN
 from sspcompile.checkpoint.source import not_carried
 from sspcompile.export.card import licence_of
 from sspcompile.model.divergence import Divergence, compare_divergences
@@ -193,6 +194,11 @@ def _notes(outcome: Outcome) -> Iterator[str]:
         yield f"Switched off with --without: {', '.join(without)}."
     if outcome.toolkit.meta.get("recognition", {}).get("unknown_found") is None:
         yield "No text outside the domains taught recognition, so no share of a scenario is called unknown."
+    if rounded := sorted(set(outcome.dense.origin.get("gguf", {}).get("types", ())) - set(PLAIN)):
+        yield (
+            f"The dense model is that of a GGUF file, rounded to {', '.join(rounded)}: nothing here says how far it is "
+            "from the model that was rounded."
+        )
 
 
 def _importance(outcome: Outcome) -> str:

@@ -105,3 +105,35 @@ METRICS: Mapping[str, Metric] = {
         ),
     )
 }
+
+# Of a server, as whoever asks it sees it over HTTP. All requests of a load are sent at once; their connections are open
+# already where the server keeps them.
+SERVER_METRICS: Mapping[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            "first_token_seconds",
+            "time to first token",
+            "s",
+            True,
+            "load",
+            "from sending a request to the first piece of text of its stream, waiting behind others included",
+        ),
+        Metric(
+            "token_interval_seconds",
+            "inter-token latency",
+            "s",
+            True,
+            "load",
+            "of one request: from the first piece of text to the last, over the number of new tokens less one",
+        ),
+        Metric(
+            "output_tokens_per_second",
+            "throughput",
+            "tokens/s",
+            False,
+            "load",
+            "new tokens of all requests that were sent at once / time until the last of them had ended",
+        ),
+    )
+}

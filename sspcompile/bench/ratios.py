@@ -84,9 +84,10 @@ def compare_all(
     sessions: int,
     names: tuple[str, str],
     load: str | None = None,
+    metrics: Mapping[str, Metric] = METRICS,
 ) -> tuple[Ratio, ...]:
-    """The ratios of every metric that both have, in the order of METRICS."""
-    shared = [metric for name, metric in METRICS.items() if name in reference and name in contender]
+    """The ratios of every metric that both have, in the order of `metrics`."""
+    shared = [metric for name, metric in metrics.items() if name in reference and name in contender]
     ratios = (
         compare(m, reference[m.name], contender[m.name], sessions=sessions, names=names, load=load) for m in shared
     )

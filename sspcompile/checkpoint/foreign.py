@@ -29,8 +29,8 @@ class Form:
 RESAVE = "Save it as safetensors first: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)."
 GGUF = Form(
     ("*.gguf",),
-    "GGUF weights, which are quantised for llama.cpp",
-    "Give the safetensors checkpoint that they were made from; its cut can be turned into GGUF.",
+    "GGUF weights",
+    "Give one such file by its path to --model; or, better, the safetensors checkpoint that they were made from.",
 )
 # The first that fits is named.
 FORMS = (

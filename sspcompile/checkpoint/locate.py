@@ -11,6 +11,7 @@ from pathlib import Path
 from sspcompile.checkpoint.adapters import is_adapter_folder, read_adapter
 from sspcompile.checkpoint.companions import CODE, FOLDERS, PATTERNS
 from sspcompile.checkpoint.foreign import ADAPTER_CONFIG, ADAPTER_WEIGHTS, chosen_snapshot, other_format
+from sspcompile.checkpoint.gguf import is_gguf
 from sspcompile.checkpoint.hub import REVISION, Repository, commit_of, fetched
 from sspcompile.checkpoint.quantised import FILES as QUANTISED_FILES
 from sspcompile.checkpoint.source import INDEX_NAME, SINGLE_NAME, absent_shards, refuse_by_configuration
@@ -35,13 +36,14 @@ class Found:
     """A model folder, and how to find it again from any folder.
 
     `place`: a hub name, `embedded`, or an absolute path. `revision`: the commit of a hub repository. `adapter`: whether
-    it is an adapter, which needs its base to be a model.
+    it is an adapter, which needs its base to be a model. `gguf`: `folder` is a GGUF file, of which one is made.
     """
 
     folder: Path
     place: str
     revision: str | None = None
     adapter: bool = False
+    gguf: bool = False
 
 
 def embedded_model() -> Path:
@@ -56,7 +58,7 @@ def locate(model: str | None) -> Path:
 
 def find(model: str | None) -> Found:
     """A folder with a config.json: the embedded model for None or its name, a local folder, or a hub snapshot. Or a
-    folder with an adapter_config.json and no whole weights.
+    folder with an adapter_config.json and no whole weights, or a GGUF file.
 
     A hub name may end in `@REVISION`. Hub and cache behaviour is huggingface_hub's own (HF_HOME, HF_TOKEN,
     HF_HUB_OFFLINE). Raises CheckpointError.
@@ -72,9 +74,11 @@ def find(model: str | None) -> Found:
         if not (folder / "config.json").is_file():
             raise _no_config(folder, str(model))
         return Found(folder, place)
+    if is_gguf(folder):
+        return Found(folder, os.path.abspath(folder), gguf=True)  # noqa: PTH100
     if folder.exists():
         raise other_format(folder, str(model)) or CheckpointError(
-            f"{model} is a file.", hint="--model takes the folder that holds config.json."
+            f"{model} is a file.", hint="--model takes the folder that holds config.json, or a file NAME.gguf."
         )
     if not is_hub_name(str(model)):
         raise CheckpointError(

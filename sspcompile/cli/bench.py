@@ -17,10 +17,11 @@ from sspcompile.cli.options import (
     revision_option,
     workspace,
 )
+from sspcompile.cli.servers import measure_servers, refuse_without_servers, server_options
 
 
 @click.command(
-    short_help="Measure artifacts against their dense model.",
+    short_help="Measure artifacts against their dense model, or servers.",
     epilog="""\b
 Examples:
   sspcompile bench --quick
@@ -28,6 +29,7 @@ Examples:
   sspcompile bench artifacts/chemistry-helpdesk --runtimes hf,onnx
   sspcompile bench exported/chemistry-helpdesk-onnx-int4
   sspcompile bench keep-half keep-third --json > samples.json
+  sspcompile bench --server dense=http://localhost:8000 --server cut=http://localhost:8001
 """,
 )
 @click.argument("artifacts", metavar="[ARTIFACT ...]", nargs=-1)
@@ -66,20 +68,18 @@ Examples:
 )
 @placement_options
 @click.option("--fresh", is_flag=True, help="Begin anew instead of going on where an interrupted run stopped.")
+@server_options
 @json_option
 @quiet_option
+@click.pass_context
 def bench(
+    context: click.Context,
     artifacts: tuple[str, ...],
     against: str,
     model: str | None,
     revision: str | None,
     runtimes: str,
     quick: bool,
-    prompt_tokens: tuple[int, ...] | None,
-    new_tokens: int | None,
-    batch: tuple[int, ...] | None,
-    repeats: int | None,
-    sessions: int | None,
     fresh: bool,
     as_json: bool,
     quiet: bool,
@@ -91,7 +91,14 @@ def bench(
     ARTIFACT may also be an exported folder. Without one, the last build is measured. Models compute in the numbers that
     they are stored in unless --dtype says otherwise; --memory says for how much the largest context and batch are
     worked out, by default for all that the device has.
+
+    With --server it measures what serves the models instead: time to first token, inter-token latency and throughput,
+    over HTTP. Nothing is sent but prompts of plain words, and the key where there is one.
     """
+    if context.params["servers"]:
+        measure_servers(context)
+        return
+    refuse_without_servers(context)
     from sspcompile.api.bench import BenchRequest
     from sspcompile.api.bench import bench as run
     from sspcompile.checkpoint.locate import at_revision
@@ -101,11 +108,7 @@ def bench(
     request = BenchRequest.of(
         quick=quick,
         runtimes=_runtimes(runtimes),
-        batch=batch,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        repeats=repeats,
-        sessions=sessions,
+        **{name: given[name] for name in ("batch", "prompt_tokens", "new_tokens", "repeats", "sessions")},
         threads=placement.threads,
         device=placement.device,
         memory=placement.memory,

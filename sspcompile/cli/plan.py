@@ -97,14 +97,14 @@ def _plans(
 ) -> list[SlicePlan]:
     from sspcompile.api.plan import needs_model, plan_mask, plan_scenario, plan_sizes
     from sspcompile.errors import InputError
-    from sspcompile.model.dense import open_sizes
+    from sspcompile.model.dense import holds_weights
 
     options = request.options
     if mask is not None:
         if scenario is not None:
             raise InputError("--mask and --scenario exclude each other.", hint="A mask was compiled already; give one.")
         return [plan_mask(options.source, mask, options.wanted_host)]
-    sizes_only = scenario is None or not open_sizes(options.source).has_weights
+    sizes_only = scenario is None or not holds_weights(options.source)
     if sizes_only and not needs_model(options):
         return [plan_sizes(options)]
     from sspcompile.api.refusing import refuse_hopeless, warnings_of

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 from sspcompile.checkpoint import Checkpoint, fingerprint
 from sspcompile.checkpoint.adapters import demand_weights, read_adapter
 from sspcompile.checkpoint.companions import companions
+from sspcompile.checkpoint.gguf import read_gguf
 from sspcompile.checkpoint.locate import find
 from sspcompile.embedded import EMBEDDED
 from sspcompile.model.chat import PLAIN, Rendering
+from sspcompile.model.dequantising import dequantised, sizes_of
 from sspcompile.model.merging import base_of, merged
 from sspcompile.model.placement import ON_CPU, Placement
 
@@ -57,12 +59,16 @@ class DenseModel:
 def open_dense(model: str | None) -> DenseModel:
     """Find and check the dense checkpoint; reads headers, and small weights for the fingerprint.
 
-    A LoRA adapter is merged into its base, for as long as the process lives: see `merging`.
+    A LoRA adapter is merged into its base, for as long as the process lives: see `merging`. A GGUF file becomes a
+    folder below artifacts/gguf: see `dequantising`.
     """
     found, name, origin = find(model), model or EMBEDDED, {}
     if found.adapter:
         whole = merged(demand_weights(read_adapter(found.folder, name)))
         checkpoint, origin = whole.checkpoint, whole.origin
+    elif found.gguf:
+        read = dequantised(read_gguf(found.folder, name))
+        checkpoint, origin = read.checkpoint, read.origin
     else:
         checkpoint = Checkpoint(found.folder)
     if checkpoint.has_weights:
@@ -72,6 +78,14 @@ def open_dense(model: str | None) -> DenseModel:
 
 
 def open_sizes(model: str | None) -> Checkpoint:
-    """What says how large the parts of a model are: the checkpoint, or for an adapter that of its base."""
+    """What says how large the parts of a model are: the checkpoint, for an adapter that of its base, or for a GGUF file
+    its configuration."""
     found = find(model)
+    if found.gguf:
+        return sizes_of(read_gguf(found.folder, str(model)))
     return base_of(read_adapter(found.folder, str(model)))[1] if found.adapter else Checkpoint(found.folder)
+
+
+def holds_weights(model: str | None) -> bool:
+    """Whether there are weights beside the configuration, so that a scenario can be read with the model."""
+    return find(model).gguf or open_sizes(model).has_weights

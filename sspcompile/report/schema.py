@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from sspcompile.bench.latency import BenchResult
+from sspcompile.bench.serving import ServersResult
 from sspcompile.report.comparison import Points
 from sspcompile.report.model import Report
 
@@ -22,8 +23,8 @@ def _report() -> dict[str, Any]:
     return schema
 
 
-def _bench() -> dict[str, Any]:
-    schema = TypeAdapter(BenchResult).json_schema(mode="serialization")
+def _measured(kind: type[BenchResult] | type[ServersResult]) -> dict[str, Any]:
+    schema = TypeAdapter(kind).json_schema(mode="serialization")
     definition = {"type": "object", "properties": {"unit": {"type": "string"}, "definition": {"type": "string"}}}
     schema["properties"] |= {
         "schema_version": {"type": "integer"},
@@ -34,13 +35,14 @@ def _bench() -> dict[str, Any]:
 
 SCHEMAS: Mapping[str, Callable[[], dict[str, Any]]] = {
     "report.schema.json": _report,
-    "bench.schema.json": _bench,
+    "bench.schema.json": lambda: _measured(BenchResult),
+    "servers.schema.json": lambda: _measured(ServersResult),
     "points.schema.json": lambda: Points.model_json_schema(mode="serialization"),
 }
 
 
 def schema_text(name: str) -> str:
-    """Of report.json, of bench.json, or of what `compare` and sweeps write."""
+    """Of report.json, of bench.json, of what `bench --server` writes, or of what `compare` and sweeps write."""
     return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **SCHEMAS[name]()}, indent=1) + "\n"
 
 
