@@ -31,8 +31,8 @@ from sspcompile.slicing.mask import Kept
 
 # Relative to the mean energy of an input coordinate: small enough to fit, large enough to leave directions that the
 # prompts never excite as they were.
-RIDGE = 1e-2
-MLP_RIDGE = 1e-1
+RIDGE = 1.0
+MLP_RIDGE = 1.0
 # Of the weight of all positions. On the embedded model, unweighted positions (about a tenth) leave up to 15 points of
 # exact match behind, and a share near 1 forgets how the prompt is read.
 SCORED_SHARE = 0.5

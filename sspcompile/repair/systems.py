@@ -1,5 +1,9 @@
-"""Ridge regressions around a start, fed a batch at a time: min_W sum_n w_n |x_n W^T - y_n|^2 + ridge * m |W - W0|^2, m
-the mean diagonal of X^T diag(w) X.
+"""Ridge regressions around a start, fed a batch at a time:
+
+    min_W sum_n w_n |x_n W^T - y_n|^2 + ridge * sum_c m_c |W_c - W0_c|^2
+
+with m_c the energy of input c, the diagonal of X^T diag(w) X: no input is damped for how loud others are (Marquardt, An
+algorithm for least-squares estimation of nonlinear parameters, 1963).
 
 By the normal equations with as many unknowns per output as there are inputs; or, where there are fewer rows than
 inputs, by the same solution in terms of the rows (Saunders, Gammerman and Vovk, Ridge regression learning algorithm in
@@ -16,6 +20,9 @@ import torch
 from torch import Tensor
 
 from sspcompile.model.stored import double_device, in_double
+
+# Of the mean over inputs.
+LEAST_ENERGY = 1e-6
 
 
 class System(Protocol):
@@ -57,11 +64,11 @@ class Normal:
 
     def solve(self, start: Tensor, ridge: float) -> Tensor:
         start = in_double(start).to(self.xx.device)
-        strength = ridge * self.xx.diagonal().mean()
-        if not strength > 0:
+        energy = self.xx.diagonal()
+        if not energy.mean() > 0:
             return start
-        system = self.xx + strength * torch.eye(len(self.xx), dtype=torch.float64, device=self.xx.device)
-        return torch.linalg.solve(system, self.xy + strength * start)
+        strength = ridge * _audible(energy)
+        return torch.linalg.solve(self.xx + torch.diag(strength), self.xy + strength[:, None] * start)
 
 
 class Dual:
@@ -78,9 +85,18 @@ class Dual:
     def solve(self, start: Tensor, ridge: float) -> Tensor:
         start = in_double(start).to(self._device)
         x, y = (torch.cat(parts) for parts in zip(*self._rows, strict=True))
-        strength = ridge * float(in_double(x.square().sum(0)).mean())
-        if not strength > 0:
+        energy = in_double(x.square().sum(0))
+        if not energy.mean() > 0:
             return start
-        system = in_double(x @ x.T) + strength * torch.eye(len(x), dtype=torch.float64, device=self._device)
         missing = in_double(y) - in_double(x @ start.float())
-        return start + in_double(x.T @ torch.linalg.solve(system, missing).float())
+        # With inputs and weights in units of the root of an input's energy all are damped alike.
+        unit = _audible(energy).sqrt()
+        x = x / unit.float()
+        system = in_double(x @ x.T) + ridge * torch.eye(len(x), dtype=torch.float64, device=self._device)
+        change = in_double(x.T @ torch.linalg.solve(system, missing).float())
+        return start + change / unit[:, None]
+
+
+def _audible(energy: Tensor) -> Tensor:
+    """Energies of inputs, with the least that counts for one that no text excites: its weights stay as they were."""
+    return energy.clamp_min(LEAST_ENERGY * float(energy.mean()))
