@@ -66,7 +66,7 @@ def plan(
     request = request_of(scenario or UNNAMED, given)
     plans = _plans(request, scenario, mask, quiet, placement_in(given))
     if mask is None and not quiet:
-        _say_budget(request.options, plans[0])
+        _say_budget(request.options)
     if as_json:
         from sspcompile.slicing.plan import plan_json
 
@@ -79,15 +79,18 @@ def plan(
         print_plan(one, by_layer=by_layer)
 
 
-def _say_budget(options: Options, plan: SlicePlan) -> None:
+def _say_budget(options: Options) -> None:
     """That sizes are of a share that no build was asked for, where the budget is a bound on the loss."""
+    if options.max_loss is None:
+        return
     from sspcompile.api.plan import assumed
+    from sspcompile.model.dense import open_sizes
 
-    share = assumed(options, plan.geometry)
-    if share is not None:
-        flag = share.option.split()[0]
+    budget = assumed(options, open_sizes(options.source))
+    if budget is not None:
+        flag = budget.option.split()[0]
         warn(
-            f"Sizes are those of {share.option}: how much can go for --max-loss {options.max_loss:g} is measured by "
+            f"Sizes are those of {budget.option}: how much can go for --max-loss {options.max_loss:g} is measured by "
             f"`sspcompile build`. Give {flag} to plan another share."
         )
 

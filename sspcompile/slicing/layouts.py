@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sspcompile.errors import BudgetError
-from sspcompile.slicing.mask import Kept, Layout
+from sspcompile.slicing.mask import Kept, Layout, kept_of
 
 Shape = tuple[int, int]
 
@@ -42,6 +42,11 @@ class Choice:
     def widths(self) -> tuple[int, ...]:
         """Kept channels of every layer; nothing where all stay."""
         return () if self.channels is None else tuple(self.channels.sum(1).tolist())
+
+    @property
+    def kept_channels(self) -> tuple[tuple[int, ...], ...] | None:
+        """The kept channels of every layer, ascending; None where no layer loses one."""
+        return None if self.channels is None or self.channels.all() else kept_of(self.channels)
 
     @property
     def ratio(self) -> float:
