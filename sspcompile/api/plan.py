@@ -15,9 +15,10 @@ from sspcompile.model.placement import ANYWHERE, Placement
 from sspcompile.progress import Progress, silent
 from sspcompile.request.options import Options, default_of
 from sspcompile.request.request import Request
-from sspcompile.select.budget import Budget, bounds_of, budget_of, cuts_channels
+from sspcompile.select.budget import Budget, bounds_of, budget_of, cuts_channels, serving_of
+from sspcompile.slicing.frontier import Frontier, frontier_of
 from sspcompile.slicing.mask import Layout
-from sspcompile.slicing.measures import of_size
+from sspcompile.slicing.measures import Serving, of_size
 from sspcompile.slicing.plan import SlicePlan, make_plan, plan_counts, plan_within
 from sspcompile.slicing.sizes import smallest_size
 from sspcompile.workspace import Workspace
@@ -79,6 +80,27 @@ def _planned(checkpoint: Checkpoint, options: Options, budget: Budget, layout: L
         channels = cuts_channels(options, checkpoint.geometry)
         return plan_within(checkpoint, budget.bounds, layout, channels=channels, host=host, groups_only=groups_only)
     return plan_counts(checkpoint, budget.keep, layout, host=host, groups_only=groups_only)
+
+
+def served(options: Options) -> Serving:
+    """What memory is counted for."""
+    return serving_of(options, open_sizes(options.source).config)
+
+
+def reachable(options: Options) -> Frontier:
+    """What sizes a build can come to, in the layouts that it may take, whatever its budget. Raises CheckpointError and
+    its kin for what cannot be planned.
+    """
+    checkpoint, host = open_sizes(options.source), options.wanted_host
+    layouts: tuple[Layout, ...] = ("uniform", "per-layer") if options.layout == "auto" else (options.layout,)
+    return frontier_of(
+        checkpoint,
+        serving_of(options, checkpoint.config),
+        layouts if host is None else ("uniform",),
+        channels=cuts_channels(options, checkpoint.geometry),
+        host=host,
+        groups_only=options.granularity == "group",
+    )
 
 
 def plan_scenario(

@@ -63,9 +63,10 @@ def exclusive(names: Sequence[str]) -> str:
     return f"{' and '.join(names)} exclude each other; give one"
 
 
-def clashing(budgets: Sequence[str]) -> bool:
-    """Whether these names of BUDGETS cannot stand together."""
-    return len(budgets) > 1 and bool(set(ALONE) & set(budgets))
+def clashing(names: Sequence[str]) -> bool:
+    """Whether budgets among these options cannot stand together."""
+    budgets = set(BUDGETS) & set(names)
+    return len(budgets) > 1 and bool(set(ALONE) & budgets)
 
 
 class Options(BaseModel):

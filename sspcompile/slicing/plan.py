@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from sspcompile.slicing.layouts import Choice, choose
 from sspcompile.slicing.mask import HeadMask, Layout, check_mask, kept_of
 from sspcompile.slicing.measures import Serving, Tensors, tokens_held
 from sspcompile.slicing.runtimes import Verdict, verdicts
-from sspcompile.slicing.sizes import Bounds, channel_parameters, choose_per_layer, even_worth, uniform_sizes
+from sspcompile.slicing.sizes import Bounds, channel_parameters, choose_per_layer, even_worth, realised, uniform_ranked
 
 SCHEMA_VERSION = 1
 
@@ -195,11 +195,11 @@ def plan_within(
     if layout == "per-layer":
         choice = choose_per_layer(worth, g, bounds, groups_only=groups_only)
         return _plan(checkpoint, _cuts(g, choice), layout, host)
-    choices = uniform_sizes(worth, g, bounds, groups_only=groups_only)
-    for choice in choices[:-1]:
+    every = uniform_ranked(worth, g, bounds, groups_only=groups_only)
+    for counts in every[:-1]:
         with contextlib.suppress(UnsupportedModelError):  # another shape may fit a class
-            return _plan(checkpoint, _cuts(g, choice), layout, host)
-    return _plan(checkpoint, _cuts(g, choices[-1]), layout, host)
+            return _plan(checkpoint, _cuts(g, realised(worth, g, counts, per_layer=False)), layout, host)
+    return _plan(checkpoint, _cuts(g, realised(worth, g, every[-1], per_layer=False)), layout, host)
 
 
 def _cuts(g: Geometry, choice: Choice) -> tuple[LayerCut, ...]:
@@ -337,8 +337,12 @@ def _degrees(verdict: Verdict) -> dict[str, dict[str, Any]]:
     return {str(n): {"loads": not reason, "reason": reason} for n, reason in verdict.tensor_parallel.items()}
 
 
-def plan_json(plan: SlicePlan) -> dict[str, Any]:
-    """The plan as plain data; the keys are promised to users."""
+def plan_json(plan: SlicePlan, serving: Serving | None = None) -> dict[str, Any]:
+    """The plan as plain data, with the bytes that it takes while it serves; the keys are promised to users."""
+    memory = {}
+    if serving is not None:
+        dense, sliced = plan.memory(serving)
+        memory = {"memory": {"dense": dense, "sliced": sliced, **asdict(serving)}}
     return {
         "schema_version": SCHEMA_VERSION,
         "layout": plan.layout,
@@ -351,6 +355,7 @@ def plan_json(plan: SlicePlan) -> dict[str, Any]:
         "dense_width": plan.geometry.intermediate,
         "dummy_layers": [index for index, layer in enumerate(plan.layers) if layer.dummy],
         **_pairs(plan.dense, plan.sliced),
+        **memory,
         "prunable_share": plan.prunable_share,
         "layers": [
             {"heads": heads, "kv_heads": kv_heads, **_pairs(dense, sliced)}

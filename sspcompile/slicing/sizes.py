@@ -9,7 +9,7 @@ channels of all layers may share. Of several bounds all hold, and the tightest s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 from sspcompile.checkpoint.tensors import attention_shapes, mlp_shapes, tensor_shapes
 from sspcompile.errors import BudgetError
 from sspcompile.families import Geometry
-from sspcompile.slicing.layouts import Choice, Shape, shaped, staircases
+from sspcompile.slicing.layouts import Choice, Shape, shaped, staircases, uniform_values
 from sspcompile.slicing.measures import Bound, Measure, parameters_of
 
 # Channels go in steps of this many, or of fewer where an MLP has not LEAST_STEPS of them.
@@ -53,10 +53,23 @@ class Ladder:
     amounts: tuple[tuple[int, ...], ...]
     value: np.ndarray
 
-    def price(self, at: int) -> float:
-        """Value lost for each unit of the first bound by the cheapest run of rungs from here; infinite on the last."""
-        saved = self.amounts[0][at] - np.array(self.amounts[0][at + 1 :], dtype=float)
-        return float(((self.value[at] - self.value[at + 1 :]) / saved).min()) if len(saved) else math.inf
+    def prices(self) -> np.ndarray:
+        """What every rung but the last costs: value lost for each unit of the first bound by the cheapest run of rungs
+        from there (Andrew's monotone chain, from the last rung up), and no less than the rungs before it: once a run is
+        begun, what is left of it costs less.
+        """
+        amount, value = np.array(self.amounts[0], dtype=float).tolist(), self.value.tolist()
+
+        def slope(larger: int, smaller: int) -> float:
+            return (value[larger] - value[smaller]) / (amount[larger] - amount[smaller])
+
+        chain, found = [len(value) - 1], []
+        for rung in range(len(value) - 2, -1, -1):
+            while len(chain) > 1 and slope(rung, chain[-1]) >= slope(chain[-1], chain[-2]):
+                chain.pop()
+            found.append(slope(rung, chain[-1]))
+            chain.append(rung)
+        return np.maximum.accumulate(np.array(found[::-1]))
 
 
 def channel_step(g: Geometry) -> int:
@@ -160,7 +173,7 @@ def per_layer_counts(
     ]
     widths = widths_of(g)
     if worth.channels is not None:
-        sums = np.cumsum(-np.sort(-worth.channels, axis=1), axis=1)[:, np.array(widths) - 1]
+        sums = _kept_values(worth.channels)[:, np.array(widths) - 1]
         ladders += [
             Ladder(tuple(tuple(m.channel[layer] * width for width in widths) for m in measures), value)
             for layer, value in enumerate(sums)
@@ -176,28 +189,46 @@ def per_layer_counts(
     ]
 
 
-def realised(worth: Worth, g: Geometry, counts: Counts, *, per_layer: bool) -> Choice:
-    """The mask of the best units in these counts."""
+def realised(worth: Worth, g: Geometry, counts: Counts, *, per_layer: bool, ranks: np.ndarray | None = None) -> Choice:
+    """The mask of the best units in these counts; `ranks` of the channels where the caller has them."""
     kept = shaped(worth.heads, g.kv_heads, counts.shapes, per_layer=per_layer)
     if worth.channels is None:
         return Choice(kept, counts.shapes)
-    return Choice(kept, counts.shapes, _top(_ranks(worth.channels), counts.widths))
+    return Choice(kept, counts.shapes, _top(_ranks(worth.channels) if ranks is None else ranks, counts.widths))
 
 
 def uniform_sizes(worth: Worth, g: Geometry, bounds: Bounds, *, groups_only: bool = False) -> tuple[Choice, ...]:
     """The uniform masks within the bounds, one for every shape of heads that leaves a step of channels, the one of most
     worth first. Raises BudgetError like `choose_per_layer`.
     """
-    found = []
+    ranked = uniform_ranked(worth, g, bounds, groups_only=groups_only)
     ranks = _ranks(worth.channels) if worth.channels is not None else None
-    for counts in uniform_counts(g, bounds, channels=ranks is not None, groups_only=groups_only):
-        kept = shaped(worth.heads, g.kv_heads, counts.shapes, per_layer=False)
-        channels = _top(ranks, counts.widths) if ranks is not None else None
-        value = float(worth.heads[kept].sum())
-        value += float(worth.channels[channels].sum()) if worth.channels is not None else 0.0
-        found.append((value, Choice(kept, counts.shapes, channels)))
+    return tuple(realised(worth, g, counts, per_layer=False, ranks=ranks) for counts in ranked)
+
+
+def uniform_ranked(worth: Worth, g: Geometry, bounds: Bounds, *, groups_only: bool = False) -> list[Counts]:
+    """What stays in the masks of `uniform_sizes`, in their order."""
     # A shape with no more heads and no more channels than another is worth no more than that one.
-    return tuple(choice for _, choice in sorted(found, key=lambda one: -one[0]))
+    found = uniform_counts(g, bounds, channels=worth.channels is not None, groups_only=groups_only)
+    return sorted(found, key=uniform_worth(worth, g), reverse=True)
+
+
+def uniform_worth(worth: Worth, g: Geometry) -> Callable[[Counts], float]:
+    """What the best units in uniform counts are worth."""
+    heads = uniform_values(worth.heads, g.kv_heads)
+    channels = None if worth.channels is None else _kept_values(worth.channels).sum(0)
+
+    def value(counts: Counts) -> float:
+        groups, each = counts.shapes[0]
+        of_heads = float(heads[groups - 1, each - 1])
+        return of_heads if channels is None else of_heads + float(channels[counts.widths[0] - 1])
+
+    return value
+
+
+def _kept_values(channels: np.ndarray) -> np.ndarray:
+    """[layers, channels]: what the best 1, 2, ... channels of every layer are worth."""
+    return np.cumsum(-np.sort(-channels, axis=1), axis=1)
 
 
 def uniform_counts(g: Geometry, bounds: Bounds, *, channels: bool, groups_only: bool = False) -> Iterator[Counts]:
@@ -239,20 +270,24 @@ def _shapes(g: Geometry, *, groups_only: bool) -> Iterator[Shape]:
 
 
 def _walk(ladders: Sequence[Ladder], surpluses: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """The rung of every ladder once at least a surplus of every bound is saved, for each surplus in turn; each step is
-    taken where it costs the least.
+    """The rung of every ladder once at least a surplus of every bound is saved, for each surplus; each step is taken
+    where it costs the least, in the first of equal ladders.
     """
-    at = [0] * len(ladders)
-    prices = np.array([ladder.price(0) for ladder in ladders])
-    saved = [0] * len(surpluses[0])
+    known: dict[tuple[tuple[int, ...], bytes], np.ndarray] = {}
+    for ladder in ladders:  # of a model whose scores are not known all layers have one
+        key = ladder.amounts[0], ladder.value.tobytes()
+        known[key] = ladder.prices() if key not in known else known[key]
+    prices = [known[ladder.amounts[0], ladder.value.tobytes()] for ladder in ladders]
+    owner = np.repeat(np.arange(len(ladders)), [len(one) for one in prices])
+    order = np.argsort(np.concatenate(prices), kind="stable")
+    saved = [
+        np.cumsum(np.concatenate([-np.diff(np.array(ladder.amounts[bound])) for ladder in ladders])[order])
+        for bound in range(len(surpluses[0]))
+    ]
     for surplus in surpluses:
-        while any(one < wanted for one, wanted in zip(saved, surplus, strict=True)) and prices.min() < np.inf:
-            cheapest = int(prices.argmin())
-            ladder, rung = ladders[cheapest], at[cheapest]
-            saved = [one + row[rung] - row[rung + 1] for one, row in zip(saved, ladder.amounts, strict=True)]
-            at[cheapest] = rung + 1
-            prices[cheapest] = ladder.price(rung + 1)
-        yield list(at)
+        steps = [np.searchsorted(one, wanted) + 1 for one, wanted in zip(saved, surplus, strict=True) if wanted > 0]
+        taken = owner[order[: max(steps, default=0)]]
+        yield np.bincount(taken, minlength=len(ladders)).tolist()
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
