@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -195,6 +195,18 @@ def print_mask(mask: HeadMask) -> None:
         width = [] if mask.channels is None else [f"{len(mask.channels[layer]):,}"]
         table.add_row(str(layer), line, str(len(kept)), str(len(mask.kept_groups(layer))), *width)
     console.print(table)
+    if asked := [*_asked(mask)]:
+        console.print(f"asked for: at most {', '.join(asked)}")
+
+
+def _asked(mask: HeadMask) -> Iterator[str]:
+    """The bounds that were asked for as numbers, or as a share of all parameters."""
+    if mask.params_requested is not None:
+        yield f"{mask.params_requested:,} parameters"
+    elif mask.size_requested is not None:
+        yield f"{mask.size_requested:.1%} of the parameters"
+    if (memory := mask.memory_requested) is not None:
+        yield f"{memory['bytes']:,} bytes for {memory['batch']:,} sequences of {memory['context']:,} tokens"
 
 
 def _channels_kept(mask: HeadMask) -> str:
