@@ -15,7 +15,7 @@ from sspcompile.model.placement import ANYWHERE, Placement
 from sspcompile.progress import Progress, silent
 from sspcompile.request.options import Options, default_of
 from sspcompile.request.request import Request
-from sspcompile.select.budget import Budget, bounds_of, budget_of, cuts_channels, serving_of
+from sspcompile.select.budget import Budget, bounded, bounds_of, budget_of, cuts_channels, serving_of
 from sspcompile.slicing.frontier import Frontier, frontier_of
 from sspcompile.slicing.mask import Layout
 from sspcompile.slicing.measures import Serving, of_size
@@ -35,7 +35,7 @@ PLANNED_KEEP = 0.75
 def assumed(options: Options, checkpoint: Checkpoint) -> Budget | None:
     """What is planned in place of a bound on the loss; None where another budget stands, alone or beside it."""
     geometry = checkpoint.geometry
-    if options.max_loss is None or bounds_of(options, checkpoint):
+    if options.max_loss is None or bounded(options):
         return None
     if not cuts_channels(options, geometry):
         return Budget(PLANNED_KEEP)
@@ -62,7 +62,9 @@ def plan_sizes(options: Options) -> SlicePlan:
             "--strength needs a scenario and weights to find the breadth.",
             hint="Give --size or --keep to plan by counts alone.",
         )
-    budget = assumed(options, checkpoint) or budget_of(options, checkpoint, breadth=1.0)
+    budget = assumed(options, checkpoint) or budget_of(
+        options, checkpoint.geometry, bounds_of(options, checkpoint), breadth=1.0
+    )
     if options.layout != "auto":
         return _planned(checkpoint, options, budget, options.layout, host)
     try:

@@ -31,7 +31,7 @@ from sspcompile.request.prompts import Prompt, answer_of, is_open
 from sspcompile.request.request import Request
 from sspcompile.request.splits import OFF_PROMPTS, draw_splits, fit_part, thinned
 from sspcompile.select.baselines import most_rivals
-from sspcompile.select.budget import bounds_of, cuts_channels
+from sspcompile.select.budget import bounded, bounds_of, cuts_channels
 from sspcompile.select.floor import AT_ONCE, ROUNDS
 from sspcompile.select.judging import spread
 from sspcompile.select.reading import MIXTURE_TEXTS
@@ -248,9 +248,10 @@ def refitted_width(request: Request, loaded: LoadedModel) -> int | None:
 def _bounds(request: Request, loaded: LoadedModel) -> tuple[Bound, ...]:
     """The budget as bounds on parameters and memory; nothing where it is one of the heads."""
     options, g = request.options, loaded.geometry
-    bounds = bounds_of(options, Checkpoint(loaded.path))
-    if bounds or options.max_loss is None or not cuts_channels(options, g):
-        return bounds
+    if bounded(options):
+        return bounds_of(options, Checkpoint(loaded.path))
+    if options.max_loss is None or not cuts_channels(options, g):
+        return ()
     smallest = smallest_size(g, channels=True, groups_only=options.granularity == "group")
     return (of_size(g, max(UNKNOWN_SIZE, smallest)),)
 

@@ -80,11 +80,16 @@ class Budget:
 FLAGS: Mapping[Unit, str] = {"heads": "--keep", "parameters": "--size", "memory": "--max-memory"}
 
 
+def bounded(options: Options) -> bool:
+    """Whether options state bounds on parameters or memory."""
+    return any(one is not None for one in (options.size, options.max_params, options.max_memory))
+
+
 def bounds_of(options: Options, checkpoint: Checkpoint) -> tuple[Bound, ...]:
     """The bounds that options state on parameters and memory, as whole numbers; a host that was wished for counts with
     what it adds. Raises what opening the headers of the checkpoint raises.
     """
-    if options.size is None and options.max_params is None and options.max_memory is None:
+    if not bounded(options):
         return ()
     host = options.wanted_host
     parameters = parameters_of(checkpoint.geometry, checkpoint.expected(), host)
@@ -107,14 +112,14 @@ def serving_of(options: Options, config: Mapping[str, Any]) -> Serving:
     return Serving(options.context or longest, options.batch or DEFAULT_BATCH)
 
 
-def budget_of(options: Options, checkpoint: Checkpoint, breadth: float) -> Budget:
-    """What a build may keep before anything is measured: where the options bound the loss alone, everything, counted
-    in parameters where channels of the MLPs may go and in heads otherwise.
+def budget_of(options: Options, g: Geometry, bounds: tuple[Bound, ...], breadth: float) -> Budget:
+    """What a build may keep before anything is measured: what the `bounds` of the options allow; where they bound the
+    loss alone, everything, counted in parameters where channels of the MLPs may go and in heads otherwise.
     """
-    if bounds := bounds_of(options, checkpoint):
+    if bounds:
         return Budget(bounds=bounds)
-    if options.max_loss is not None and cuts_channels(options, checkpoint.geometry):
-        measure = parameters_of(checkpoint.geometry, checkpoint.expected(), options.wanted_host)
+    if options.max_loss is not None and cuts_channels(options, g):
+        measure = parameters_of(g, host=options.wanted_host)
         return Budget(bounds=(Bound(measure, measure.whole + measure.added, 1.0, "--size"),))
     if options.keep is not None:
         return Budget(options.keep)

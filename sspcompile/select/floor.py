@@ -17,7 +17,7 @@ from sspcompile.errors import BudgetError
 from sspcompile.model.divergence import Divergence
 from sspcompile.model.text import batches_of
 from sspcompile.progress import stage_of
-from sspcompile.select.budget import FLAGS
+from sspcompile.select.budget import FLAGS, bounded
 from sspcompile.select.judging import Judge
 from sspcompile.select.reading import Reading, choices_for, within
 from sspcompile.select.search import comparison_parts
@@ -103,9 +103,7 @@ def smallest_within(judge: Judge, reading: Reading, max_loss: float) -> Floor:
 
 def asked_beside(reading: Reading) -> tuple[Bound, ...]:
     """The bounds that were asked for beside the one on the loss."""
-    options = reading.options
-    given = (options.size, options.max_params, options.max_memory)
-    return reading.budget.bounds if any(one is not None for one in given) else ()
+    return reading.budget.bounds if bounded(reading.options) else ()
 
 
 def descend(

@@ -24,7 +24,7 @@ from sspcompile.request.pools import pools_of
 from sspcompile.request.prompts import pasted
 from sspcompile.request.request import Request
 from sspcompile.request.splits import Splits, draw_splits, thinned
-from sspcompile.select.budget import Budget, budget_of, merit
+from sspcompile.select.budget import Budget, bounded, bounds_of, budget_of, merit
 from sspcompile.select.mixture import Mixture, ablated, given_mixture, mixture_of
 from sspcompile.select.scoring import HeadScores, Ranking, reads_cache, score_heads
 from sspcompile.select.texts import Texts
@@ -93,6 +93,7 @@ def read_through(
     splits = draw_splits(request.scenario.prompts, mixture.parts, pools, options.seed)
     scores = score_heads(request, used, splits.fit, toolkit, loaded, texts, progress)
     # Privilege comes with the pools' scores; a toolkit may hold it from another build that read them.
+    bounds = bounds_of(options, Checkpoint(loaded.path)) if bounded(options) else ()
     whitelist = toolkit.whitelist & ("whitelist" not in options.without) & reads_cache(scores.source)
     return Reading(
         request=request,
@@ -102,7 +103,7 @@ def read_through(
         scores=scores,
         whitelist=whitelist,
         merit=merit(scores.values, whitelist),
-        budget=budget_of(options, Checkpoint(loaded.path), mixture.breadth),
+        budget=budget_of(options, loaded.geometry, bounds, mixture.breadth),
     )
 
 
