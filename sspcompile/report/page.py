@@ -309,17 +309,28 @@ def _budget_sentence(budget: BudgetSection) -> str:
             f"Measured on the prompts that decide: {told}."
         )
     strength = f" (strength {figures(budget.strength)})" if budget.strength is not None else ""
-    share = f"{percent(budget.keep_requested)} of the heads" if budget.unit == "heads" else None
+    return f"At most {' and '.join(_allowed(budget))} were allowed{strength}; {kept}."
+
+
+def _allowed(budget: BudgetSection) -> Iterator[str]:
+    """Shares as they were asked for, a number of parameters with the share that it is."""
+    if budget.unit == "heads":
+        yield f"{percent(budget.keep_requested)} of the heads"
     if budget.size_requested is not None:
-        share = f"{percent(budget.size_requested)} of the parameters"
-    allowed = " and ".join([*([share] if share is not None else []), *_numbers(budget)])
-    return f"At most {allowed} were allowed{strength}; {kept}."
+        number = budget.params_requested
+        within = "" if number is None else f", no more than {count(number)},"
+        yield f"{percent(budget.size_requested)} of the parameters{within}"
+    yield from _memory(budget)
 
 
 def _numbers(budget: BudgetSection) -> Iterator[str]:
     """The bounds that were given as numbers, not as shares."""
     if budget.params_requested is not None:
         yield f"{count(budget.params_requested)} parameters"
+    yield from _memory(budget)
+
+
+def _memory(budget: BudgetSection) -> Iterator[str]:
     if budget.memory_requested is not None and budget.context is not None and budget.batch is not None:
         several = "one sequence" if budget.batch == 1 else f"{count(budget.batch)} sequences"
         cache = f"the KV cache of {several} of {count(budget.context)} tokens"

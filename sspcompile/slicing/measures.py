@@ -122,8 +122,9 @@ def at_most(measure: Measure, most: int, flag: str) -> Bound:
 
 def shared(measure: Measure, share: float, flag: str) -> Bound:
     """A share of what is counted, as a bound."""
-    # A share that was worked out from a count gives that count back: of 1e11 parameters rounding loses less than this.
-    return Bound(measure, math.floor(share * measure.whole + 1e-3), share, flag)
+    # A share that was worked out from a count gives that count back: rounding loses less than this.
+    lost = 1e-3 + math.ldexp(measure.whole, -51)
+    return Bound(measure, math.floor(share * measure.whole + lost), share, flag)
 
 
 def _stated(g: Geometry) -> Tensors:
