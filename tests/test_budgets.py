@@ -359,6 +359,13 @@ def test_what_cannot_be_met_exits_with_3_and_a_command_that_can(run, budget):
     assert run("plan", budget[0], int(named) - 1, *budget[2:], "--json")[0] == 3
 
 
+def test_where_several_cannot_be_met_all_are_named_with_what_can(run):
+    code, _, err = run("plan", "--size", 0.1, "--max-params", "2M", "--max-memory", "1MB", "--json")
+    assert code == 3 and "--size 0.1 and --max-memory 1000000 for a sequence of 512 tokens are less than" in err
+    named = err.split("values are ")[1].strip().rstrip(".").split()
+    assert named[::2] == ["--size", "--max-memory"] and run("plan", *named, "--json")[0] == 0
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
 def test_the_frontier_is_what_plans_of_its_shares_come_to(opened, family):
     checkpoint = opened({**family_config(family).to_dict(), "torch_dtype": "bfloat16", "dtype": "bfloat16"})

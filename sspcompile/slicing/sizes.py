@@ -253,14 +253,15 @@ def uniform_counts(g: Geometry, bounds: Bounds, *, channels: bool, groups_only: 
 def demand(g: Geometry, bounds: Bounds, *, channels: bool, groups_only: bool = False) -> None:
     """Raise BudgetError, naming the nearest feasible value, when the smallest mask has more than a bound allows."""
     least = smallest_counts(g, channels=channels, groups_only=groups_only)
-    for bound in bounds:
-        smallest = bound.measure.kept(g, least.shapes, least.widths)
-        if bound.most < smallest:
-            needs = f"a head and {widths_of(g)[-1]} channels of its MLP" if channels else "a head and its whole MLP"
-            raise BudgetError(
-                f"{bound} is less than what every layer needs: {needs}.",
-                hint=f"The nearest feasible value is {bound.typed(smallest)}.",
-            )
+    smallest = {bound: bound.measure.kept(g, least.shapes, least.widths) for bound in bounds}
+    failed = [bound for bound in bounds if bound.most < smallest[bound]]
+    if failed:
+        needs = f"a head and {widths_of(g)[-1]} channels of its MLP" if channels else "a head and its whole MLP"
+        verb, values = ("is", "value is") if len(failed) == 1 else ("are", "values are")
+        raise BudgetError(
+            f"{' and '.join(map(str, failed))} {verb} less than what every layer needs: {needs}.",
+            hint=f"The nearest feasible {values} {' '.join(bound.typed(smallest[bound]) for bound in failed)}.",
+        )
 
 
 def _shapes(g: Geometry, *, groups_only: bool) -> Iterator[Shape]:
