@@ -293,7 +293,10 @@ def _walk(ladders: Sequence[Ladder], surpluses: Sequence[Sequence[int]]) -> Iter
 
 def _ranks(values: np.ndarray) -> np.ndarray:
     """[layers, channels]: the place of every channel in its layer by worth, ties to the lower number."""
-    return np.argsort(np.argsort(-values, axis=1, kind="stable"), axis=1, kind="stable")
+    order = np.argsort(-values, axis=1, kind="stable")
+    ranks = np.empty_like(order)
+    np.put_along_axis(ranks, order, np.arange(values.shape[1])[None], axis=1)
+    return ranks
 
 
 def _top(ranks: np.ndarray, widths: Sequence[int]) -> np.ndarray:
