@@ -44,6 +44,7 @@ from sspcompile.select.scoring import Measured
 from sspcompile.select.scoring import measured as measured_costs
 from sspcompile.slicing.layouts import Choice, choose
 from sspcompile.slicing.mask import Layout
+from sspcompile.slicing.measures import of_size
 from sspcompile.slicing.sizes import Worth, channel_parameters, choose_per_layer, head_share, share_of, uniform_sizes
 
 FIT, REPAIRED, JUDGED = 64, 32, 24
@@ -163,8 +164,8 @@ class Budget:
         if self.size is None:
             return choose(worth.heads, g.kv_heads, self.keep or 1.0, self.layout)
         if self.layout == "uniform":
-            return uniform_sizes(worth, g, self.size)[0]
-        return choose_per_layer(worth, g, self.size)
+            return uniform_sizes(worth, g, (of_size(g, self.size),))[0]
+        return choose_per_layer(worth, g, (of_size(g, self.size),))
 
 
 # What tells rows apart.

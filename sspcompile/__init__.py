@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from sspcompile.api.library import Artifact, build, load, plan
+    from sspcompile.api.library import Artifact, build, frontier, load, plan
 
-__all__ = ["Artifact", "__version__", "build", "load", "plan"]
+__all__ = ["Artifact", "__version__", "build", "frontier", "load", "plan"]
 
 
 def __getattr__(name: str) -> Any:

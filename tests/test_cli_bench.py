@@ -230,8 +230,16 @@ def test_sweeps_that_make_no_sense_are_refused_in_one_line(run, home, given, mes
 
 
 def test_an_option_is_not_both_given_and_swept(run):
-    code, _, err = run(*BUILD, "--keep", "0.5", "--sweep", "keep=0.5,1")
-    assert code == 2 and "exclude each other" in err
+    for given, swept in (("--keep", "keep=0.5,1"), ("--keep", "max-params=1M"), ("--max-params", "max_params=1M,1.2M")):
+        code, _, err = run(*BUILD, given, "0.5", "--sweep", swept)
+        assert code == 2 and "exclude each other" in err
+
+
+def test_numbers_are_swept_as_they_are_typed(run, home):
+    sweep = ("--sweep", "max-params=1.2M,1300000", "--dry-run", "--out", "artifacts/dry")
+    code, out, err = run(*BUILD, *sweep)
+    assert code == 0 and out.splitlines() == ["artifacts/dry/max_params-1.2M", "artifacts/dry/max_params-1300000"], err
+    assert run(*BUILD, "--sweep", "max-params=lots", "--dry-run")[0] == 2
 
 
 def test_dry_run_of_a_sweep_lists_its_builds(run, home):

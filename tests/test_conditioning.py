@@ -116,8 +116,10 @@ def test_relative_variance_ignores_loudness_and_knows_a_head_that_comes_and_goes
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny("qwen2", layers=3, hidden=64, heads=4, kv_heads=2, scale=0.1)
+def model(tmp_path_factory):
+    made = tiny("qwen2", layers=3, hidden=64, heads=4, kv_heads=2, scale=0.1)
+    made.model.config.save_pretrained(folder := tmp_path_factory.mktemp("model"))  # bounds are read from files
+    return replace(made, path=folder)
 
 
 @pytest.fixture(scope="module")

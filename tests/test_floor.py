@@ -32,7 +32,7 @@ def walk(loss_at, max_loss: float) -> tuple[Floor, list[float]]:
         asked.extend(choice.ratio for choice in choices)
         return [Rung(choice.ratio, loss_at(choice.ratio)) for choice in choices]
 
-    return descend(choice_of, measure, lambda choice: choice.ratio, 1 / HEADS, Floor(max_loss, 1.0, 0.0, ())), asked
+    return descend(choice_of, measure, lambda choice: choice.ratio, 1 / HEADS, max_loss), asked
 
 
 @given(edge=st.floats(0.15, 0.95), slope=st.floats(0.1, 5.0))
@@ -54,7 +54,7 @@ def test_where_more_than_the_first_shares_must_stay_the_walk_begins_there(least)
         asked.extend(choice.ratio for choice in choices)
         return [Rung(choice.ratio, 0.0) for choice in choices]
 
-    found = descend(choice_of, measure, lambda choice: choice.ratio, least, Floor(0.05, 1.0, 0.0, ()))
+    found = descend(choice_of, measure, lambda choice: choice.ratio, least, 0.05)
     assert asked and least - 1 / (LAYERS * HEADS) <= found.keep < 1 and min(asked) >= least - 1 / (LAYERS * HEADS)
 
 

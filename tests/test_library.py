@@ -53,6 +53,15 @@ def test_a_plan_needs_a_model_and_a_budget():
     assert {verdict.runtime for verdict in plan.runtimes} >= {"vLLM", "ONNX Runtime"}
 
 
+def test_a_frontier_is_of_the_layouts_and_the_service_that_are_asked_for():
+    found = sspcompile.frontier(layout="uniform", context=100, batch=3)
+    assert (found.serving.context, found.serving.batch) == (100, 3)
+    assert {point.layout for point in found.points} == {"uniform"} and found.points[-1].share is None
+    whole, half = (next(one for one in found.points if one.share == share) for share in (1.0, 0.5))
+    assert half.parameters <= whole.parameters / 2 and half.memory_bytes < whole.memory_bytes
+    assert sspcompile.plan(size=0.5, layout="uniform").sliced.parameters == half.parameters
+
+
 def test_a_plan_of_a_folder_and_of_its_mask(tmp_path):
     model = make_checkpoint(tmp_path / "model", Shape(layers=2, hidden=64, kv_heads=2, group_size=2, head_dim=16))
     plan = sspcompile.plan(model, keep=0.5, layout="per-layer")

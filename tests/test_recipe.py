@@ -140,11 +140,15 @@ specs = st.one_of(
     st.builds(ScenarioSpec, prompts_file=texts),
     st.builds(ScenarioSpec, domains=st.dictionaries(texts, st.floats(1e-6, 1e6), min_size=1, max_size=4)),
 )
+losses = st.floats(0, 1, exclude_min=True, exclude_max=True)
 budgets = st.one_of(
     st.fixed_dictionaries({}),
     st.fixed_dictionaries({"keep": st.floats(0, 1, exclude_min=True)}),
     st.fixed_dictionaries({"strength": st.floats(0, 1)}),
-    st.fixed_dictionaries({"size": st.floats(0, 1, exclude_min=True)}),
+    st.fixed_dictionaries(
+        {"size": st.floats(0, 1, exclude_min=True)},
+        optional={"max_params": st.integers(1, 10**12), "max_memory": st.integers(1, 10**12), "max_loss": losses},
+    ),
 )
 options = st.fixed_dictionaries(
     {},
@@ -162,6 +166,8 @@ options = st.fixed_dictionaries(
         "max_tokens": st.integers(8, 131072),
         "continuation_tokens": st.integers(0, 4096),
         "seed": st.integers(0, 2**32 - 1),
+        "context": st.integers(1, 1 << 24),
+        "batch": st.integers(1, 1 << 16),
     },
 )
 
@@ -186,6 +192,10 @@ def test_default_options() -> None:
             "keep": None,
             "strength": None,
             "max_loss": 0.05,
+            "max_params": None,
+            "max_memory": None,
+            "context": None,
+            "batch": None,
             "units": "all",
             "layout": "auto",
             "host": "auto",
@@ -268,7 +278,8 @@ def test_parts_that_are_switched_off_are_named_once_and_in_one_order(tmp_path: P
     [
         ({"keep": 0.3, "strength": 0.3}, "keep and strength exclude each other"),
         ({"keep": 0.3, "max_loss": 0.3}, "keep and max_loss exclude each other"),
-        ({"max_loss": None}, "one of size, keep, strength, max_loss is needed"),
+        ({"keep": 0.3, "max_memory": "6GB"}, "keep and max_memory exclude each other"),
+        ({"max_loss": None}, "one of size, keep, strength, max_loss, max_params, max_memory is needed"),
     ],
 )
 def test_options_have_one_budget(given, expected: str) -> None:

@@ -282,10 +282,21 @@ def test_a_bound_on_the_loss_is_told_in_the_unit_that_was_measured() -> None:
     assert "75 % of the heads are kept" in told and "88 % of the heads 4 %" in told
 
 
+def test_numbers_that_were_allowed_are_told_with_what_they_were_counted_for() -> None:
+    memory = {"memory_requested": 6 << 30, "memory_achieved": 5 << 30, "context": 8192, "batch": 4}
+    told = text_of(narrowed_report(params_requested=1_200_000), width=300)
+    assert "At most 80 % of the parameters, no more than 1,200,000, were allowed; 79.5 % of the parameters" in told
+    told = text_of(narrowed_report(unit="memory", size_requested=None, **memory), width=300)
+    assert "At most 6.00 GiB of memory (weights and the KV cache of 4 sequences of 8,192 tokens) were allowed" in told
+    assert "5.00 GiB are taken, 79.5 % of the parameters are kept, 50 % of the heads" in told
+
+
 @pytest.mark.parametrize(
     ("budget", "expected"),
     [
         ({"unit": "parameters", "size_requested": 0.8}, "a larger --size"),
+        ({"unit": "parameters", "size_requested": 0.8, "params_requested": 9}, "a larger --max-params"),
+        ({"unit": "memory", "memory_requested": 9}, "a larger --max-memory"),
         ({"max_loss": 0.3}, "a smaller --max-loss"),
         ({"strength": 0.5}, "a smaller --strength"),
         ({}, "a larger --keep"),

@@ -19,14 +19,14 @@ from sspcompile.errors import BudgetError
 from sspcompile.families import Geometry, geometry_of
 from sspcompile.report.json import read_report
 from sspcompile.slicing.layouts import Choice
-from sspcompile.slicing.plan import plan_size
+from sspcompile.slicing.measures import of_size
+from sspcompile.slicing.plan import plan_within
 from sspcompile.slicing.sizes import (
     Worth,
     all_parameters,
     channel_parameters,
     channel_step,
     choose_per_layer,
-    demand_size,
     even_worth,
     head_parameters,
     share_of,
@@ -59,10 +59,12 @@ class Case(NamedTuple):
     groups_only: bool
 
     def per_layer(self, size: float) -> Choice:
-        return choose_per_layer(self.worth, self.geometry, size, groups_only=self.groups_only)
+        return choose_per_layer(
+            self.worth, self.geometry, (of_size(self.geometry, size),), groups_only=self.groups_only
+        )
 
     def uniform(self, size: float) -> tuple[Choice, ...]:
-        return uniform_sizes(self.worth, self.geometry, size, groups_only=self.groups_only)
+        return uniform_sizes(self.worth, self.geometry, (of_size(self.geometry, size),), groups_only=self.groups_only)
 
     @property
     def smallest(self) -> float:
@@ -167,13 +169,13 @@ def test_a_share_that_was_worked_out_from_a_count_allows_that_count(removed):
     """Where a bound on the loss found a mask, its share is the budget: one parameter less would be another mask."""
     g = geometry_of(LARGE)
     whole = all_parameters(g)
-    assert demand_size(g, 1 - removed / whole, channels=True) == whole - removed
+    assert of_size(g, 1 - removed / whole).most == whole - removed
 
 
 @given(cases(), st.floats(0.01, 1.0))
 def test_a_budget_below_the_floors_is_refused_with_a_value_that_works(case, share):
     size = share * case.smallest
-    assume(size < case.smallest)
+    assume(of_size(case.geometry, size).most < round(case.smallest * all_parameters(case.geometry)))
     for choose in (case.per_layer, case.uniform):
         with pytest.raises(BudgetError, match="less than what every layer needs") as refused:
             choose(size)
@@ -192,8 +194,8 @@ def test_a_share_is_what_the_plan_of_the_files_counts(family, bias, tmp_path):
     checkpoint = Checkpoint(tmp_path)
     g = checkpoint.geometry
     size = smallest_size(g, channels=g.has_channels) + 0.05
-    plan = plan_size(checkpoint, size, "per-layer", channels=g.has_channels)
-    choice = choose_per_layer(even_worth(g, channels=g.has_channels), g, size)
+    plan = plan_within(checkpoint, (of_size(g, size),), "per-layer", channels=g.has_channels)
+    choice = choose_per_layer(even_worth(g, channels=g.has_channels), g, (of_size(g, size),))
     assert plan.size == pytest.approx(share_of(g, choice), abs=1e-12) and plan.size <= size
     assert plan.dense.parameters == all_parameters(g)
 

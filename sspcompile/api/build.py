@@ -30,6 +30,7 @@ from sspcompile.repair.repair import refitted_dtype
 from sspcompile.report.write import write_report
 from sspcompile.request.recipe import dump_recipe
 from sspcompile.request.request import Request
+from sspcompile.select.budget import serving_of
 from sspcompile.select.scoring import cached_keys
 from sspcompile.select.selection import Selection, select
 from sspcompile.slicing.mask import dump_mask
@@ -116,7 +117,8 @@ def _write(
 def _describe(folder: Path, outcome: Outcome, refitted: Iterable[str], progress: Progress) -> None:
     """Everything beside the weights: recipe, mask, plan, what the proof was made with, report, model card, manifest."""
     progress("describing", 0, 1)
-    plan, origin = plan_json(outcome.plan), origin_of(outcome)
+    serving = serving_of(outcome.request.options, outcome.dense.checkpoint.config)
+    plan, origin = plan_json(outcome.plan, serving), origin_of(outcome)
     (folder / RECIPE).write_text(dump_recipe(outcome.request.recipe()), "utf-8")
     (folder / MASK).write_text(dump_mask(outcome.selection.mask), "utf-8")
     (folder / PLAN).write_text(json.dumps(plan, indent=1) + "\n", "utf-8")

@@ -103,7 +103,7 @@ def cost_of(request: Request, dense: DenseModel, workspace: Workspace, *, placem
         tokens=tokens,
         passes=seconds / whole,
         seconds=seconds,
-        peak_bytes=_peak(loaded, stages, lengths, refitted_width(request, loaded.geometry)),
+        peak_bytes=_peak(loaded, stages, lengths, refitted_width(request, loaded)),
         seconds_per_pass=whole,
         device=str(loaded.device),
         dtype=str(loaded.model.dtype).removeprefix("torch."),

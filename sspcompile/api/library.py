@@ -1,4 +1,4 @@
-"""What `import sspcompile` offers: `plan`, `build`, `load`, and what they give back.
+"""What `import sspcompile` offers: `plan`, `frontier`, `build`, `load`, and what they give back.
 
 Everything runs in this process and prints nothing. `progress` is called with (stage, steps done, steps in all). Errors
 are those of `sspcompile.errors`, each with a message and a hint. Options are the keywords that `docs/options.md` lists;
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from sspcompile.model.decoder import TextModel
     from sspcompile.model.placement import Placement
     from sspcompile.report.model import Report
+    from sspcompile.slicing.frontier import Frontier
     from sspcompile.slicing.mask import HeadMask
     from sspcompile.slicing.plan import SlicePlan
 
@@ -80,6 +81,16 @@ def plan(
     placement = _placement(device=device, dtype=dtype, device_map=device_map, memory=memory, threads=threads)
     plans, _ = plan_scenario(request, Workspace(Path(root)), progress, placement=placement)
     return plans[0]
+
+
+def frontier(model: Place | None = None, **options: Unpack[Keywords]) -> Frontier:
+    """What sizes a model can be cut to in the layouts that the options allow, down to the smallest, by counts alone.
+
+    Memory is counted for `batch` sequences of `context` tokens. Raises what `plan` raises.
+    """
+    from sspcompile.api.plan import reachable
+
+    return reachable(_request(model, _UNNAMED, options).options)
 
 
 def build(

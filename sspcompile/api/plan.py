@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sspcompile.api.slice import open_cut
 from sspcompile.checkpoint.source import Checkpoint
 from sspcompile.errors import InputError, UnsupportedModelError
-from sspcompile.families import Geometry
 from sspcompile.model.dense import open_dense, open_sizes
 from sspcompile.model.placement import ANYWHERE, Placement
 from sspcompile.progress import Progress, silent
 from sspcompile.request.options import Options, default_of
 from sspcompile.request.request import Request
-from sspcompile.select.budget import cuts_channels
+from sspcompile.select.budget import Budget, bounded, bounds_of, budget_of, cuts_channels, serving_of
+from sspcompile.slicing.frontier import Frontier, frontier_of
 from sspcompile.slicing.mask import Layout
-from sspcompile.slicing.plan import SlicePlan, make_plan, plan_counts, plan_size
+from sspcompile.slicing.measures import Serving, of_size
+from sspcompile.slicing.plan import SlicePlan, make_plan, plan_counts, plan_within
 from sspcompile.slicing.sizes import smallest_size
 from sspcompile.workspace import Workspace
 
@@ -31,28 +32,17 @@ PLANNED_SIZE = 0.9
 PLANNED_KEEP = 0.75
 
 
-@dataclass(frozen=True)
-class Share:
-    """A budget as a share: of all parameters (`size`), or where that is None of the heads (`keep`)."""
-
-    size: float | None
-    keep: float | None
-
-    @property
-    def option(self) -> str:
-        """The option that asks for it, as it is typed."""
-        return f"--keep {self.keep:g}" if self.size is None else f"--size {self.size:g}"
-
-
-def assumed(options: Options, geometry: Geometry) -> Share | None:
-    """What is planned in place of a bound on the loss; None where the budget is another."""
-    if options.max_loss is None:
+def assumed(options: Options, checkpoint: Checkpoint) -> Budget | None:
+    """What is planned in place of a bound on the loss; None where another budget stands, alone or beside it."""
+    geometry = checkpoint.geometry
+    if options.max_loss is None or bounded(options):
         return None
     if not cuts_channels(options, geometry):
-        return Share(None, PLANNED_KEEP)
+        return Budget(PLANNED_KEEP)
     # Of a small model with a large vocabulary more than that stays whatever is cut.
     smallest = smallest_size(geometry, channels=True, groups_only=options.granularity == "group")
-    return Share(max(PLANNED_SIZE, math.ceil(1e4 * smallest) / 1e4), None)
+    share = max(PLANNED_SIZE, math.ceil(1e4 * smallest) / 1e4)
+    return Budget(bounds=(of_size(geometry, share, checkpoint.expected(), options.wanted_host),))
 
 
 def plan_mask(model: str | None, mask: Path, host: str | None) -> SlicePlan:
@@ -67,28 +57,51 @@ def plan_sizes(options: Options) -> SlicePlan:
     UnsupportedModelError for a layout that no class holds, and BudgetError.
     """
     checkpoint, host = open_sizes(options.source), options.wanted_host
-    share = assumed(options, checkpoint.geometry) or Share(options.size, options.keep)
+    if options.strength is not None:
+        raise InputError(
+            "--strength needs a scenario and weights to find the breadth.",
+            hint="Give --size or --keep to plan by counts alone.",
+        )
+    budget = assumed(options, checkpoint) or budget_of(
+        options, checkpoint.geometry, bounds_of(options, checkpoint), breadth=1.0
+    )
     if options.layout != "auto":
-        return _planned(checkpoint, options, share, options.layout, host)
+        return _planned(checkpoint, options, budget, options.layout, host)
     try:
-        return _planned(checkpoint, options, share, "uniform", host)
+        return _planned(checkpoint, options, budget, "uniform", host)
     except UnsupportedModelError:
         if host is not None:
             raise
         # As `build` does: auto leaves out the layout that no class can hold.
-        return _planned(checkpoint, options, share, "per-layer", None)
+        return _planned(checkpoint, options, budget, "per-layer", None)
 
 
-def _planned(checkpoint: Checkpoint, options: Options, share: Share, layout: Layout, host: str | None) -> SlicePlan:
+def _planned(checkpoint: Checkpoint, options: Options, budget: Budget, layout: Layout, host: str | None) -> SlicePlan:
     groups_only = options.granularity == "group"
-    if share.size is not None:
+    if budget.bounds:
         channels = cuts_channels(options, checkpoint.geometry)
-        return plan_size(checkpoint, share.size, layout, channels=channels, host=host, groups_only=groups_only)
-    if share.keep is not None:
-        return plan_counts(checkpoint, share.keep, layout, host=host, groups_only=groups_only)
-    raise InputError(
-        "--strength needs a scenario and weights to find the breadth.",
-        hint="Give --size or --keep to plan by counts alone.",
+        return plan_within(checkpoint, budget.bounds, layout, channels=channels, host=host, groups_only=groups_only)
+    return plan_counts(checkpoint, budget.keep, layout, host=host, groups_only=groups_only)
+
+
+def served(options: Options) -> Serving:
+    """What memory is counted for."""
+    return serving_of(options, open_sizes(options.source).config)
+
+
+def reachable(options: Options) -> Frontier:
+    """What sizes a build can come to, in the layouts that it may take, whatever its budget. Raises CheckpointError and
+    its kin for what cannot be planned.
+    """
+    checkpoint, host = open_sizes(options.source), options.wanted_host
+    layouts: tuple[Layout, ...] = ("uniform", "per-layer") if options.layout == "auto" else (options.layout,)
+    return frontier_of(
+        checkpoint,
+        serving_of(options, checkpoint.config),
+        layouts if host is None else ("uniform",),
+        channels=cuts_channels(options, checkpoint.geometry),
+        host=host,
+        groups_only=options.granularity == "group",
     )
 
 
@@ -117,8 +130,7 @@ def plan_scenario(
     demand_readable(loaded, request.scenario.prompts, options.max_tokens)
     toolkit, _ = toolkit_for(dense, loaded, options, workspace, progress, cached_keys(request))
     reading = read_through(request, toolkit, loaded, Texts(loaded, options), progress)
-    if (share := assumed(options, loaded.geometry)) is not None:
-        reading = replace(reading, size=share.size, keep=1.0 if share.keep is None else share.keep)
+    reading = replace(reading, budget=assumed(options, dense.checkpoint) or reading.budget)
     choices = choices_for(reading, loaded.geometry)
     masks = [mask_of(reading, loaded, choice, layout) for layout, choice in choices.items()]
     return [make_plan(dense.checkpoint, mask, host=options.wanted_host) for mask in masks], reading

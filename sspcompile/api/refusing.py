@@ -10,11 +10,11 @@ from sspcompile.model.dense import DenseModel
 from sspcompile.repair.repair import demand_place, is_linear
 from sspcompile.request.pools import pools_of
 from sspcompile.request.request import Request
-from sspcompile.select.budget import cuts_channels
+from sspcompile.select.budget import bounds_of, cuts_channels
 from sspcompile.select.scoring import demand_prompts, score_key
 from sspcompile.slicing.hosts import demand_host
 from sspcompile.slicing.layouts import choose
-from sspcompile.slicing.sizes import demand_size
+from sspcompile.slicing.sizes import demand
 
 
 def refuse_hopeless(request: Request, dense: DenseModel, *, weights: bool = True) -> None:
@@ -32,12 +32,11 @@ def refuse_hopeless(request: Request, dense: DenseModel, *, weights: bool = True
     pools_of(options)
     demand_place(geometry, options.repair)
     demand_host(geometry, options.layout, options.wanted_host)
-    if options.size is not None:
-        groups_only = options.granularity == "group"
-        demand_size(geometry, options.size, channels=cuts_channels(options, geometry), groups_only=groups_only)
+    groups_only = options.granularity == "group"
+    bounds = bounds_of(options, dense.checkpoint)
+    demand(geometry, bounds, channels=cuts_channels(options, geometry), groups_only=groups_only)
     if options.keep is not None:
         # Whether a budget is feasible follows from the counts alone, whatever the scores are.
-        groups_only = options.granularity == "group"
         even = np.ones((geometry.layers, geometry.heads))
         choose(even, geometry.kv_heads, options.keep, "per-layer", groups_only=groups_only)
 

@@ -89,21 +89,27 @@ def _kept(outcome: Outcome) -> str:
 
 def _channels_may_go(outcome: Outcome) -> bool:
     reading = outcome.selection.reading
-    return reading.size is not None and reading.worth().channels is not None
+    return bool(reading.budget.bounds) and reading.worth().channels is not None
 
 
 def _budget(outcome: Outcome) -> BudgetSection:
     selection, options = outcome.selection, outcome.request.options
-    floor, size = selection.floor, selection.reading.size
+    floor, budget, mask = selection.floor, selection.reading.budget, selection.mask
+    memory = outcome.plan.memory(budget.serving) if budget.serving is not None else (None, None)
     return BudgetSection(
-        keep_requested=selection.mask.keep_requested,
-        keep_achieved=selection.mask.keep_achieved,
+        keep_requested=mask.keep_requested,
+        keep_achieved=mask.keep_achieved,
         strength=options.strength,
         max_loss=options.max_loss,
         measured=tuple((one.kept, one.loss) for one in floor.tried) if floor is not None else (),
-        unit="heads" if size is None else "parameters",
-        size_requested=size,
+        unit=budget.unit,
+        size_requested=mask.size_requested,
         size_achieved=outcome.plan.size,
+        params_requested=mask.params_requested,
+        memory_requested=options.max_memory,
+        memory_achieved=memory[1],
+        context=budget.serving.context if budget.serving is not None else None,
+        batch=budget.serving.batch if budget.serving is not None else None,
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from sspcompile.checkpoint.source import Checkpoint
 from sspcompile.criteria.table import of_key
 from sspcompile.families import Geometry
 from sspcompile.model.chat import BARE, Rendering, template_digest
@@ -32,7 +33,7 @@ from sspcompile.request.prompts import Prompt, answer_of, is_open
 from sspcompile.request.request import Request
 from sspcompile.request.splits import OFF_PROMPTS, draw_splits, fit_part, thinned
 from sspcompile.select.baselines import most_rivals
-from sspcompile.select.budget import cuts_channels
+from sspcompile.select.budget import bounded, bounds_of, cuts_channels
 from sspcompile.select.floor import AT_ONCE, ROUNDS
 from sspcompile.select.judging import spread
 from sspcompile.select.reading import MIXTURE_TEXTS
@@ -40,7 +41,8 @@ from sspcompile.select.scoring import CURVATURE_TEXTS, cached_keys, reads_cache,
 from sspcompile.select.search import COMPARED_FIT, COMPARED_HELD
 from sspcompile.select.selection import RATES, SHAPES
 from sspcompile.slicing.layouts import uniform_choices
-from sspcompile.slicing.sizes import choose_per_layer, even_worth, smallest_size
+from sspcompile.slicing.measures import Bound, of_size
+from sspcompile.slicing.sizes import even_worth, per_layer_counts, smallest_size
 from sspcompile.workspace import Workspace
 
 # Budgets that only the scenario, or a measurement, makes known: of the heads, and of all parameters.
@@ -171,7 +173,7 @@ def deciding(
         once = _repairing(name, count, int(count * mean), AT_ONCE, request, dense, loaded)
         yield replace(once, passes=ROUNDS * once.passes)
         yield Stage("measuring masks on the way to the smallest", len(splits.guard), guard, 2 * ROUNDS * AT_ONCE)
-    masks, layouts = _masks(request, loaded.geometry)
+    masks, layouts = _masks(request, loaded)
     if masks > 1:
         count = min(len(splits.fit) * 2 // 3, COMPARED_FIT)
         name = f"repairing {masks} masks to compare"
@@ -180,7 +182,7 @@ def deciding(
         yield Stage("comparing masks", count, int(count * mean), 1 + masks)
     if layouts > 1:
         yield Stage("comparing layouts", len(splits.guard), guard, 2 * layouts)
-    sized = _size(request, loaded.geometry) is not None
+    sized = bool(_bounds(request, loaded))
     rivals, name = most_rivals(options.baselines, source, sized=sized), "repairing this build and its baselines"
     yield _repairing(name, len(splits.fit), fit, 1 + rivals, request, dense, loaded)
     yield Stage("judging the repair", len(splits.guard), guard, 2)
@@ -203,7 +205,7 @@ def _repairing(
         return Stage(name, texts, tokens, 0)
     if repair == "flap-bias":
         return Stage(name, texts, tokens, 1)  # of the dense model, for all masks
-    width = refitted_width(request, loaded.geometry)
+    width = refitted_width(request, loaded)
     at_once = min(masks, masks_at_once(loaded, tokens, refitted_dtype(dense.checkpoint), mlp=width is not None))
     passes = -(-masks // at_once) + masks * _mask_passes(loaded.geometry, width, tokens)
     return Stage(name, texts, tokens, passes, masks=at_once)
@@ -239,22 +241,25 @@ def _passes_of(key: str, loaded: LoadedModel) -> float:
     return found.forward + found.backward
 
 
-def refitted_width(request: Request, g: Geometry) -> int | None:
+def refitted_width(request: Request, loaded: LoadedModel) -> int | None:
     """Channels of an MLP that a repair fits its down_proj to, on average over layers; None where it stays as it was."""
-    size = _size(request, g)
-    if size is not None and cuts_channels(request.options, g):
+    g, bounds = loaded.geometry, _bounds(request, loaded)
+    if bounds and cuts_channels(request.options, g):
         groups_only = request.options.granularity == "group"
-        size = max(size, smallest_size(g, channels=True, groups_only=groups_only))
-        widths = choose_per_layer(even_worth(g, channels=True), g, size, groups_only=groups_only).widths
-        return round(sum(widths) / g.layers)
+        (counts,) = per_layer_counts(even_worth(g, channels=True), g, [bounds], groups_only=groups_only)
+        return round(sum(counts.widths) / g.layers)
     return g.intermediate if request.options.repair == "least-squares-mlp" else None
 
 
-def _size(request: Request, g: Geometry) -> float | None:
-    """The budget as a share of all parameters; None where it is one of the heads."""
-    options = request.options
-    walked = options.max_loss is not None and cuts_channels(options, g)
-    return UNKNOWN_SIZE if walked else options.size
+def _bounds(request: Request, loaded: LoadedModel) -> tuple[Bound, ...]:
+    """The budget as bounds on parameters and memory; nothing where it is one of the heads."""
+    options, g = request.options, loaded.geometry
+    if bounded(options):
+        return bounds_of(options, Checkpoint(loaded.path))
+    if options.max_loss is None or not cuts_channels(options, g):
+        return ()
+    smallest = smallest_size(g, channels=True, groups_only=options.granularity == "group")
+    return (of_size(g, max(UNKNOWN_SIZE, smallest)),)
 
 
 def _mask_passes(g: Geometry, width: int | None, tokens: int) -> float:
@@ -281,13 +286,13 @@ def _solving(inputs: int, outputs: int) -> float:
     return inputs**3 / 3 + inputs**2 * outputs
 
 
-def _masks(request: Request, g: Geometry) -> tuple[int, int]:
+def _masks(request: Request, loaded: LoadedModel) -> tuple[int, int]:
     """How many masks are compared, and of how many layouts."""
-    options = request.options
+    options, g = request.options, loaded.geometry
     layouts = {"auto": ("uniform", "per-layer"), "uniform": ("uniform",), "per-layer": ("per-layer",)}[options.layout]
     if options.layout == "auto" and options.wanted_host is not None:
         layouts = ("uniform",)
-    if _size(request, g) is not None and options.criterion == AUTO:
+    if _bounds(request, loaded) and options.criterion == AUTO:
         per_layer = len(RATES) if cuts_channels(options, g) else 1
         return sum(SHAPES if name == "uniform" else per_layer for name in layouts), len(layouts)
     if options.max_loss is not None and options.layout == "auto":

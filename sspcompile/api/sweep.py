@@ -21,15 +21,16 @@ from sspcompile.report.comparison import Points, frontier_page, points_of, rende
 from sspcompile.report.json import read_report
 from sspcompile.report.write import write_page
 from sspcompile.request.domains import pools_fingerprint
-from sspcompile.request.options import BUDGETS, flag
+from sspcompile.request.options import BUDGETS, clashing, flag
 from sspcompile.request.pools import pools_of
 from sspcompile.request.recipe import dump_recipe
 from sspcompile.request.request import Request
 from sspcompile.workspace import RECIPE, REPORT, Workspace
 
 FRONTIER = "frontier"
-NUMBERS = BUDGETS
-NAMES = ("criterion", "layout", "repair", "granularity")
+NUMBERS = ("size", "keep", "strength", "max_loss")
+# Taken as they are typed: names, and numbers with a unit.
+NAMES = ("criterion", "layout", "repair", "granularity", "max_params", "max_memory")
 MOST = 40
 
 
@@ -67,11 +68,12 @@ def read_axis(text: str) -> Axis:
 
 
 def refuse_clash(axis: Axis, given: Mapping[str, Any]) -> None:
-    """Raise InputError when an option is given that the sweep sets."""
-    swept = BUDGETS if axis.option in BUDGETS else (axis.option,)
-    clash = next((name for name in swept if given.get(name) is not None), None)
-    if clash is not None:
-        raise InputError(f"{flag(clash)} and --sweep {axis.option} exclude each other.", hint="Leave one of them out.")
+    """Raise InputError when an option is given that the sweep sets, or that no value of it can stand beside."""
+    for name in (*BUDGETS, *NAMES):
+        if given.get(name) is not None and (name == axis.option or clashing((name, axis.option))):
+            raise InputError(
+                f"{flag(name)} and --sweep {axis.option} exclude each other.", hint="Leave one of them out."
+            )
 
 
 def _range(text: str) -> tuple[str, ...]:

@@ -36,6 +36,7 @@ Examples:
   sspcompile build --scenario prompts.jsonl --model ./Qwen2.5-7B-Instruct --max-loss 0.03
   sspcompile build --scenario support-desk --model ./Qwen2.5-7B-Instruct --size 0.8
   sspcompile build --scenario support-desk --model ./Qwen2.5-7B-Instruct --keep 0.8     (heads alone)
+  sspcompile build --scenario support-desk --model ./Qwen2.5-7B-Instruct --max-memory 12GB --context 8192 --batch 4
   sspcompile build --scenario finance-desk --strength 0.8 --layout uniform
   sspcompile build --scenario finance-desk --sweep size=0.7:1:0.1
   sspcompile build --scenario support-desk --model ./Llama-3.1-8B --memory 16GB

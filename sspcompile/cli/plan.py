@@ -37,6 +37,7 @@ Examples:
   sspcompile plan --scenario finance-desk --size 0.8
   sspcompile plan --model ./Llama-3.1-8B --size 0.8 --layout uniform     (a config.json is enough)
   sspcompile plan --model ./Llama-3.1-8B --keep 0.5                      (heads alone)
+  sspcompile plan --model ./Llama-3.1-8B --max-memory 16GB --context 32768 --batch 4
   sspcompile plan --model ./Qwen2.5-7B --scenario prompts.jsonl --cost   (one short pass is run)
   sspcompile plan --model ./Qwen2.5-7B --mask artifacts/mine/mask.json --host granite --by-layer
 """,
@@ -58,7 +59,8 @@ def plan(
     Without a scenario, or for a folder that holds no weights, sizes follow from counts alone, read from the headers in
     a moment whatever the size of the model: which heads and channels stay is then left open. With a scenario and
     --layout auto both layouts are shown, because `build` measures before it chooses; --json then has the uniform one at
-    the top and both under "layouts".
+    the top and both under "layouts". The last table is what other sizes come to, down to the smallest; memory is that
+    of weights and the KV cache of --batch sequences of --context tokens.
     """
     if cost:
         _cost(scenario, mask, as_json, given)
@@ -66,28 +68,38 @@ def plan(
     request = request_of(scenario or UNNAMED, given)
     plans = _plans(request, scenario, mask, quiet, placement_in(given))
     if mask is None and not quiet:
-        _say_budget(request.options, plans[0])
+        _say_budget(request.options)
+    from sspcompile.api.plan import reachable, served
+
+    serving = served(request.options)
+    frontier = reachable(request.options) if mask is None else None
     if as_json:
         from sspcompile.slicing.plan import plan_json
 
-        shown = [plan_json(one) for one in plans]
-        click.echo(json.dumps({**shown[0], "layouts": shown}, indent=1))
+        shown = [plan_json(one, serving) for one in plans]
+        known = {"frontier": frontier.as_mapping()} if frontier is not None else {}
+        click.echo(json.dumps({**shown[0], "layouts": shown, **known}, indent=1))
         return
-    from sspcompile.cli.tables import print_plan
+    from sspcompile.cli.tables import print_frontier, print_plan
 
     for one in plans:
-        print_plan(one, by_layer=by_layer)
+        print_plan(one, serving, by_layer=by_layer)
+    if frontier is not None:
+        print_frontier(frontier)
 
 
-def _say_budget(options: Options, plan: SlicePlan) -> None:
+def _say_budget(options: Options) -> None:
     """That sizes are of a share that no build was asked for, where the budget is a bound on the loss."""
+    if options.max_loss is None:
+        return
     from sspcompile.api.plan import assumed
+    from sspcompile.model.dense import open_sizes
 
-    share = assumed(options, plan.geometry)
-    if share is not None:
-        flag = share.option.split()[0]
+    budget = assumed(options, open_sizes(options.source))
+    if budget is not None:
+        flag = budget.option.split()[0]
         warn(
-            f"Sizes are those of {share.option}: how much can go for --max-loss {options.max_loss:g} is measured by "
+            f"Sizes are those of {budget.option}: how much can go for --max-loss {options.max_loss:g} is measured by "
             f"`sspcompile build`. Give {flag} to plan another share."
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from sspcompile.api.cost import Cost
     from sspcompile.criteria import Criterion
     from sspcompile.report import Report
+    from sspcompile.slicing.frontier import Frontier
     from sspcompile.slicing.mask import HeadMask
+    from sspcompile.slicing.measures import Serving
     from sspcompile.slicing.plan import SlicePlan
 
 MEBI = 1 << 20
@@ -33,18 +35,20 @@ def print_report(report: Report, *, as_json: bool = False, only: Collection[str]
     render_text(report_page(report), Console(), only=only)
 
 
-def print_plan(plan: SlicePlan, *, by_layer: bool = False) -> None:
+def print_plan(plan: SlicePlan, serving: Serving | None = None, *, by_layer: bool = False) -> None:
     """Sizes before and after, and a verdict per runtime; with `by_layer` a row for every layer."""
     console = Console()
     table = Table(title=_plan_title(plan), title_justify="left")
     for name in ("", "dense", "sliced", "ratio"):
         table.add_column(name, justify="left" if not name else "right")
     narrowed, whole = _narrowed(plan), plan.geometry.layers * plan.geometry.intermediate
+    memory = [] if serving is None else [(f"both for {serving} (MiB)", *(n / MEBI for n in plan.memory(serving)))]
     rows = (
         ("parameters", plan.dense.parameters, plan.sliced.parameters, "{:,}"),
         ("weights (MiB)", plan.dense.weight_bytes / MEBI, plan.sliced.weight_bytes / MEBI, "{:,.1f}"),
         *((("channels of the MLPs", whole, sum(plan.widths), "{:,}"),) if narrowed else ()),
         ("KV cache (bytes per token)", plan.dense.kv_bytes_per_token, plan.sliced.kv_bytes_per_token, "{:,}"),
+        *((*row, "{:,.1f}") for row in memory),
         ("FLOPs per token", plan.dense.flops_per_token, plan.sliced.flops_per_token, "{:,}"),
         ("  and position of the context", plan.dense.flops_per_position, plan.sliced.flops_per_position, "{:,}"),
     )
@@ -61,6 +65,29 @@ def print_plan(plan: SlicePlan, *, by_layer: bool = False) -> None:
     console.print(verdicts)
     if by_layer:
         console.print(_layers(plan))
+
+
+def print_frontier(frontier: Frontier) -> None:
+    """A row for every size and layout, one for both where they come to the same."""
+    from sspcompile.report.format import size
+
+    title = f"What can be reached; memory: weights and cache for {frontier.serving}"
+    table = Table("--size", "layout", title=title, title_justify="left")
+    for name in ("parameters", "weights", "KV/token", "memory"):
+        table.add_column(name, justify="right", no_wrap=True)
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for point in frontier.points:
+        figures = (
+            "smallest" if point.share is None else f"{point.share:g}",
+            f"{point.parameters:,}",
+            size(point.weight_bytes),
+            size(point.kv_bytes_per_token),
+            size(point.memory_bytes),
+        )
+        rows.setdefault(figures, []).append(point.layout)
+    for row, layouts in rows.items():
+        table.add_row(row[0], layouts[0] if len(layouts) == 1 else "both", *row[1:])
+    Console().print(table)
 
 
 def _narrowed(plan: SlicePlan) -> bool:
@@ -168,6 +195,18 @@ def print_mask(mask: HeadMask) -> None:
         width = [] if mask.channels is None else [f"{len(mask.channels[layer]):,}"]
         table.add_row(str(layer), line, str(len(kept)), str(len(mask.kept_groups(layer))), *width)
     console.print(table)
+    if asked := [*_asked(mask)]:
+        console.print(f"asked for: at most {', '.join(asked)}")
+
+
+def _asked(mask: HeadMask) -> Iterator[str]:
+    """The bounds that were asked for as numbers, or as a share of all parameters."""
+    if mask.params_requested is not None:
+        yield f"{mask.params_requested:,} parameters"
+    elif mask.size_requested is not None:
+        yield f"{mask.size_requested:.1%} of the parameters"
+    if (memory := mask.memory_requested) is not None:
+        yield f"{memory['bytes']:,} bytes for {memory['batch']:,} sequences of {memory['context']:,} tokens"
 
 
 def _channels_kept(mask: HeadMask) -> str:

@@ -51,7 +51,7 @@ class Point(Section):
     @property
     def kept(self) -> float | None:
         """The share that is kept of what the budget counts."""
-        return self.size_achieved if self.unit == "parameters" else self.keep_achieved
+        return self.keep_achieved if self.unit == "heads" else self.size_achieved
 
 
 class Points(Section):
@@ -180,7 +180,7 @@ def comparison_page(points: Points) -> Page:
 
 def frontier_page(points: Points) -> Page:
     """One row per build, smallest first, and the picture."""
-    units = sorted({point.unit for point in points.points})
+    units = sorted({"heads" if point.unit == "heads" else "parameters" for point in points.points})
     # Of what is kept, the share that the sweep was of: the table is wide enough.
     left_out = {"verdict", "criterion", "measured at", *(f"{unit} kept" for unit in ("heads", "parameters"))}
     left_out -= {f"{unit} kept" for unit in units}

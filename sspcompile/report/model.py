@@ -66,16 +66,17 @@ class MaskSection(Section):
         return self
 
 
-Unit = Literal["heads", "parameters"]
+Unit = Literal["heads", "parameters", "memory"]
 
 
 class BudgetSection(Section):
     """What was allowed, and what is kept, as shares: of the query heads (`keep_*`), and of all parameters (`size_*`).
 
-    `unit` says of which of the two the budget is a share; `size_requested` is None where it is one of the heads, and
-    reports of earlier versions have no `size_achieved`. `max_loss`: the bound on the share of next tokens that change
-    hands, where that was the budget; `measured` has what masks on the way to it lost on the texts that decide,
-    `(kept, loss)` by share of the unit.
+    `unit` says what the budget counts; `size_requested` is None where it is not parameters, and reports of earlier
+    versions have no `size_achieved`. `params_requested`: the number that it was given as. `memory_*`: bytes of weights
+    and KV cache for `batch` sequences of `context` tokens, where those were bounded. `max_loss`: the bound on the share
+    of next tokens that change hands, where that was the budget; `measured` has what masks on the way to it lost on the
+    texts that decide, `(kept, loss)` by share of the unit.
     """
 
     keep_requested: float
@@ -86,6 +87,11 @@ class BudgetSection(Section):
     unit: Unit = "heads"
     size_requested: float | None = None
     size_achieved: float | None = None
+    params_requested: int | None = None
+    memory_requested: int | None = None
+    memory_achieved: int | None = None
+    context: int | None = None
+    batch: int | None = None
 
 
 Role = Literal["ours", "dense", "random", "domain-free", "criterion", "uniform", "per-layer", "other"]

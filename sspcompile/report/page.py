@@ -294,19 +294,47 @@ def _budget_block(report: Report) -> Block | None:
 
 def _budget_sentence(budget: BudgetSection) -> str:
     """In the unit of the budget, and what that leaves of the heads where it is another."""
-    requested, achieved, unit = budget.keep_requested, budget.keep_achieved, budget.unit
-    kept = f"{percent(achieved)} of the heads are kept"
-    if unit == "parameters" and budget.size_requested is not None and budget.size_achieved is not None:
-        requested, achieved = budget.size_requested, budget.size_achieved
-        kept = f"{percent(achieved)} of the parameters are kept, {percent(budget.keep_achieved)} of the heads"
+    kept = f"{percent(budget.keep_achieved)} of the heads are kept"
+    if budget.unit != "heads" and budget.size_achieved is not None:
+        kept = (
+            f"{percent(budget.size_achieved)} of the parameters are kept, {percent(budget.keep_achieved)} of the heads"
+        )
+    if budget.memory_achieved is not None:
+        kept = f"{size(budget.memory_achieved)} are taken, {kept}"
     if budget.max_loss is not None:
-        told = ", ".join(f"{percent(share)} of the {unit} {percent(loss)}" for share, loss in budget.measured)
+        told = ", ".join(f"{percent(share)} of the {budget.unit} {percent(loss)}" for share, loss in budget.measured)
+        beside = "".join(f" and {one}" for one in _numbers(budget))
         return (
-            f"The smallest mask within a loss of {percent(budget.max_loss)} of the next tokens: {kept}. "
+            f"The smallest mask within a loss of {percent(budget.max_loss)} of the next tokens{beside}: {kept}. "
             f"Measured on the prompts that decide: {told}."
         )
     strength = f" (strength {figures(budget.strength)})" if budget.strength is not None else ""
-    return f"At most {percent(requested)} of the {unit} were allowed{strength}; {kept}."
+    return f"At most {' and '.join(_allowed(budget))} were allowed{strength}; {kept}."
+
+
+def _allowed(budget: BudgetSection) -> Iterator[str]:
+    """Shares as they were asked for, a number of parameters with the share that it is."""
+    if budget.unit == "heads":
+        yield f"{percent(budget.keep_requested)} of the heads"
+    if budget.size_requested is not None:
+        number = budget.params_requested
+        within = "" if number is None else f", no more than {count(number)},"
+        yield f"{percent(budget.size_requested)} of the parameters{within}"
+    yield from _memory(budget)
+
+
+def _numbers(budget: BudgetSection) -> Iterator[str]:
+    """The bounds that were given as numbers, not as shares."""
+    if budget.params_requested is not None:
+        yield f"{count(budget.params_requested)} parameters"
+    yield from _memory(budget)
+
+
+def _memory(budget: BudgetSection) -> Iterator[str]:
+    if budget.memory_requested is not None and budget.context is not None and budget.batch is not None:
+        several = "one sequence" if budget.batch == 1 else f"{count(budget.batch)} sequences"
+        cache = f"the KV cache of {several} of {count(budget.context)} tokens"
+        yield f"{size(budget.memory_requested)} of memory (weights and {cache})"
 
 
 def _ranges(numbers: Sequence[int]) -> str:

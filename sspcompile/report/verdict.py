@@ -150,6 +150,10 @@ def _milder(budget: BudgetSection | None) -> str:
         return "a smaller --max-loss"
     if budget.strength is not None:
         return "a smaller --strength"
+    if budget.unit == "memory":
+        return "a larger --max-memory"
+    if budget.params_requested is not None:
+        return "a larger --max-params"
     return "a larger --size" if budget.unit == "parameters" else "a larger --keep"
 
 

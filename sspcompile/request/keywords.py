@@ -14,6 +14,10 @@ class Keywords(TypedDict, total=False):
     keep: float | None
     strength: float | None
     max_loss: float | None
+    max_params: int | str | None
+    max_memory: int | str | None
+    context: int | None
+    batch: int | None
     units: Literal["all", "heads"] | None
     layout: Literal["auto", "uniform", "per-layer"] | None
     host: str | None

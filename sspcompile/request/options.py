@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import PydanticCustomError
 
 from sspcompile.errors import RecipeError
+from sspcompile.request.amounts import Amount, Bytes, Parameters
 from sspcompile.request.documents import NAME_PATTERN, Text, dotted, explain, shown
 
 ENVIRONMENT_PREFIX = "SSPCOMPILE_"
@@ -23,8 +24,12 @@ AUTO = "auto"
 # Of a hundred next tokens at most so many are others than the dense model's, where no budget is given.
 DEFAULT_MAX_LOSS = 0.05
 HINT = "See `sspcompile build --help`; --size and --keep lie in (0, 1], --strength in [0, 1], --max-loss in (0, 1)."
+# What --max-memory counts where nothing else is said: as many tokens as the model has positions, no more than these.
+DEFAULT_CONTEXT, DEFAULT_BATCH = 4096, 1
 SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-BUDGETS = ("size", "keep", "strength", "max_loss")
+BUDGETS = ("size", "keep", "strength", "max_loss", "max_params", "max_memory")
+# Budgets of heads stand alone; the others hold together.
+ALONE = ("keep", "strength")
 
 # What `--without` switches off, to see what it is worth: `axes` (no selection: every pool is a domain), `whitelist` (no
 # head is kept by privilege), `mixing` (the top domain alone), `scenario` (all domains alike, whatever the scenario),
@@ -58,8 +63,14 @@ def exclusive(names: Sequence[str]) -> str:
     return f"{' and '.join(names)} exclude each other; give one"
 
 
+def clashing(names: Sequence[str]) -> bool:
+    """Whether budgets among these options cannot stand together."""
+    budgets = set(BUDGETS) & set(names)
+    return len(budgets) > 1 and bool(set(ALONE) & budgets)
+
+
 class Options(BaseModel):
-    """What a build works with: complete and checked. Exactly one of BUDGETS is a number."""
+    """What a build works with: complete and checked. At least one of BUDGETS is a number, and none of ALONE clashes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -97,8 +108,37 @@ class Options(BaseModel):
             "SHARE",
         ),
     ] = DEFAULT_MAX_LOSS
+    max_params: Annotated[
+        Parameters | None,
+        Shown("Keep at most this many parameters, as 120M, 1.1B or 120000000: --size as a number.", "N"),
+    ] = None
+    max_memory: Annotated[
+        Bytes | None,
+        Shown(
+            "Keep what takes at most this much memory, as 6GB: weights and the KV cache of --batch sequences of "
+            "--context tokens, in the dtype of the checkpoint. Of several budgets all hold.",
+            "SIZE",
+        ),
+    ] = None
+    context: Annotated[
+        int | None,
+        Field(ge=1, le=1 << 24),
+        Shown(
+            f"Tokens of a sequence that memory is counted for: by default the model's positions, {DEFAULT_CONTEXT} at "
+            "most.",
+            "TOKENS",
+        ),
+    ] = None
+    batch: Annotated[
+        int | None,
+        Field(ge=1, le=1 << 16),
+        Shown(f"Sequences at once that memory is counted for: by default {DEFAULT_BATCH}.", "N"),
+    ] = None
     units: Annotated[
-        Units, Shown("What --size and --max-loss may remove: heads and channels of the MLPs (all), or heads alone.")
+        Units,
+        Shown(
+            "What budgets but --keep and --strength may remove: heads and channels of the MLPs (all), or heads alone."
+        ),
     ] = "all"
     layout: Annotated[AskedLayout, Shown("Counts equal in every layer, or not; auto measures both.")] = "auto"
     host: Annotated[
@@ -183,7 +223,7 @@ class Options(BaseModel):
     @model_validator(mode="after")
     def _one_budget(self) -> Options:
         given = [name for name in BUDGETS if getattr(self, name) is not None]
-        if len(given) != 1:
+        if not given or clashing(given):
             problem = exclusive(given) if given else f"one of {', '.join(BUDGETS)} is needed"
             raise PydanticCustomError("exclusive", "{problem}", {"problem": problem})
         return self
@@ -207,13 +247,14 @@ class Options(BaseModel):
 
 @dataclass(frozen=True)
 class Kind:
-    """How an option is typed: `number` (int, float or None for text), its `choices`, whether it may be repeated, and
-    whether it is a switch."""
+    """How an option is typed: `number` (int, float or None for text), its `choices`, whether it may be repeated,
+    whether it is a switch, and whether it is an `amount` (a whole number, or text with a unit)."""
 
     number: type[int] | type[float] | None
     choices: tuple[str, ...]
     multiple: bool
     switch: bool
+    amount: bool
 
 
 NAMES: tuple[str, ...] = tuple(Options.model_fields)
@@ -234,7 +275,8 @@ def kind_of(name: str) -> Kind:
     kinds = list(_kinds(Options.model_fields[name].annotation))
     choices = tuple(value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind))
     number = next((kind for kind in (int, float) if kind in kinds), None)
-    return Kind(number, choices, any(get_origin(kind) is tuple for kind in kinds), bool in kinds)
+    amount = any(isinstance(item, Amount) for kind in kinds for item in getattr(kind, "__metadata__", ()))
+    return Kind(number, choices, any(get_origin(kind) is tuple for kind in kinds), bool in kinds, amount)
 
 
 def _kinds(annotation: Any) -> Iterator[Any]:
@@ -280,9 +322,9 @@ def resolve(
     labels: dict[str, str] = {}
     problems = []
     for values, label in sources:
-        budgets = [label(name) for name in BUDGETS if name in values]
-        if len(budgets) > 1:
-            problems.append(exclusive(budgets))
+        budgets = [name for name in BUDGETS if name in values]
+        if clashing(budgets):
+            problems.append(exclusive([label(name) for name in budgets]))
         settled = set(merged)
         if settled & set(BUDGETS):
             settled |= set(BUDGETS)

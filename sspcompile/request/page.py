@@ -37,9 +37,10 @@ def keywords() -> str:
 
 def _type_of(name: str) -> str:
     kind = kind_of(name)
-    words = ", ".join(f'"{choice}"' for choice in kind.choices)
-    plain = "bool" if kind.switch else kind.number.__name__ if kind.number else "str"
-    one = f"Literal[{words}]" if words else plain
+    choices = ", ".join(f'"{choice}"' for choice in kind.choices)
+    words = "int | str" if kind.amount else "str"
+    plain = "bool" if kind.switch else kind.number.__name__ if kind.number else words
+    one = f"Literal[{choices}]" if choices else plain
     return f"Sequence[{one}]" if kind.multiple else f"{one} | None"
 
 

@@ -20,7 +20,7 @@ from sspcompile.embedded import SCENARIOS_DIR
 from sspcompile.errors import RecipeError
 from sspcompile.request.documents import NAME_PATTERN, YAML_BYTES, Document, Text, read_yaml, validation_problems
 from sspcompile.request.domains import recipes_folder
-from sspcompile.request.options import BUDGETS, NAMES, Options, exclusive, shown_of
+from sspcompile.request.options import BUDGETS, NAMES, Options, clashing, exclusive, shown_of
 from sspcompile.request.prompts import PromptField
 
 SCENARIO_FORMS = ("text", "prompts", "prompts_file", "domains")
@@ -71,7 +71,7 @@ class Recipe(_Open):  # type: ignore[misc, valid-type]  # made of `Options`, so 
     @model_validator(mode="after")
     def _one_budget(self) -> Recipe:
         given = _budgets(self.options())
-        if len(given) > 1:
+        if clashing(given):
             raise PydanticCustomError("exclusive", "{problem}", {"problem": exclusive(given)})
         return self
 
@@ -112,7 +112,7 @@ def _recipe_problems(document: Document) -> list[str]:
     spec, budgets = raw.get("scenario"), _budgets(raw)
     relations = [
         (("scenario",), _form_problem(spec) if isinstance(spec, Mapping) else None),
-        ((budgets[-1] if budgets else "keep",), exclusive(budgets) if len(budgets) > 1 else None),
+        ((budgets[-1] if budgets else "keep",), exclusive(budgets) if clashing(budgets) else None),
     ]
     found = [f"{document.where(place)}: {problem}" for place, problem in relations if problem]
     messages = {problem for _, problem in relations if problem}

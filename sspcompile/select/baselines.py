@@ -17,9 +17,9 @@ from sspcompile.request.options import Baselines
 from sspcompile.select.budget import merit
 from sspcompile.select.judging import Reported
 from sspcompile.select.mixture import head_scores
-from sspcompile.select.reading import Reading, sized
+from sspcompile.select.reading import Reading, within
 from sspcompile.select.scoring import CACHED_BASELINES, Source, reads_cache, score_key
-from sspcompile.slicing.layouts import Choice, choose
+from sspcompile.slicing.layouts import Choice
 from sspcompile.slicing.mask import Layout
 from sspcompile.slicing.sizes import Worth, channel_parameters, head_share
 
@@ -49,21 +49,15 @@ class Rival:
 def rivals(reading: Reading, toolkit: Toolkit, loaded: LoadedModel, layout: Layout) -> list[Rival]:
     """Nothing, a few that need no pass for their scores, or all, as the options say."""
     geometry = loaded.geometry
-    if reading.size is not None:
-        return [
-            Rival(role, name, sized(reading, geometry, layout, worth)[0])
-            for role, name, worth in _worths(reading, geometry)
-        ]
-
-    def rival(role: Role, name: str, values: np.ndarray) -> Rival:
-        chosen = choose(values, geometry.kv_heads, reading.keep, layout, groups_only=reading.groups_only)
-        return Rival(role, name, chosen)
-
-    return [rival(*one) for one in _scores(reading, toolkit)]
+    if reading.budget.bounds:
+        worths = _worths(reading, geometry)
+    else:
+        worths = ((role, name, Worth(values, None)) for role, name, values in _scores(reading, toolkit))
+    return [Rival(role, name, within(reading, geometry, layout, worth)[0]) for role, name, worth in worths]
 
 
 def _worths(reading: Reading, g: Geometry) -> Iterator[tuple[Role, str, Worth]]:
-    """Role, name and worth of every baseline of the same number of parameters."""
+    """Role, name and worth of every baseline within the same bounds."""
     wanted, ours = reading.options.baselines, reading.worth()
     if wanted == "none":
         return
@@ -107,7 +101,9 @@ def _scores(reading: Reading, toolkit: Toolkit) -> Iterator[tuple[Role, str, np.
 
 
 def most_rivals(wanted: Baselines, source: Source, *, sized: bool = False) -> int:
-    """How many masks `rivals` names at most, before any score is known; `sized`: of a share of all parameters."""
+    """How many masks `rivals` names at most, before any score is known; `sized`: within bounds on parameters or
+    memory.
+    """
     if sized:
         return {"none": 0, "few": 1, "all": SEEDS + 1}[wanted]
     free = 1 if wanted == "all" or reads_cache(source) else 0

@@ -1,11 +1,20 @@
-"""The budget: what it may remove, from strength to a keep ratio, and from scores and whitelist to an order of merit."""
+"""The budget: what it may remove and how much of it, and from scores and whitelist to an order of merit."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 
+from sspcompile.checkpoint.source import Checkpoint
 from sspcompile.families import Geometry
-from sspcompile.request.options import AUTO, Options
+from sspcompile.model.context import positions_of
+from sspcompile.request.options import AUTO, DEFAULT_BATCH, DEFAULT_CONTEXT, Options
+from sspcompile.slicing.layouts import Choice, smallest_keep
+from sspcompile.slicing.measures import Bound, Measure, Serving, Unit, at_most, memory_of, parameters_of, shared
+from sspcompile.slicing.sizes import smallest_share
 
 # At strength 1 the narrowest scenario keeps a quarter of the heads and the broadest three quarters; label-free
 # scores with repair hold most of the quality of a narrow scenario down to a quarter.
@@ -15,11 +24,113 @@ BROADEST_KEEP = 0.75
 WHITELIST_SHARE = 0.25
 
 
-def cuts_channels(options: Options, geometry: Geometry) -> bool:
-    """Whether a build may remove channels of the MLPs beside heads: the budget counts parameters or loss, and one pass
-    over texts scores both in one measure.
+@dataclass(frozen=True)
+class Budget:
+    """What a mask may keep: what all the `bounds` allow, or where there are none the share `keep` of the heads.
+
+    In its unit it can be made smaller: heads, or what the tightest bound counts.
     """
-    counted = options.size is not None or options.max_loss is not None
+
+    keep: float = 1.0
+    bounds: tuple[Bound, ...] = ()
+
+    @property
+    def measure(self) -> Measure | None:
+        """What the tightest bound counts; None where heads are counted."""
+        return min(self.bounds, key=lambda bound: bound.share).measure if self.bounds else None
+
+    @property
+    def unit(self) -> Unit:
+        return self.measure.unit if self.measure is not None else "heads"
+
+    @property
+    def size(self) -> float | None:
+        """The share of all parameters that it allows; None where it bounds something else."""
+        return min((bound.share for bound in self.bounds if bound.measure.unit == "parameters"), default=None)
+
+    @property
+    def option(self) -> str:
+        """The option that asks for it, as it is typed; of several bounds the first."""
+        return str(self.bounds[0]) if self.bounds else f"--keep {self.keep:g}"
+
+    @property
+    def serving(self) -> Serving | None:
+        """What a bound on memory counts it for."""
+        return next((bound.measure.serving for bound in self.bounds if bound.measure.serving is not None), None)
+
+    def at(self, share: float) -> Budget:
+        """This budget with no more than a share of its unit."""
+        if self.measure is None:
+            return Budget(min(share, self.keep))
+        return Budget(bounds=(*self.bounds, shared(self.measure, share, FLAGS[self.unit])))
+
+    def share(self, choice: Choice, g: Geometry) -> float:
+        """What a mask keeps of the unit."""
+        if self.measure is None:
+            return choice.ratio
+        return self.measure.kept(g, choice.shapes, choice.widths) / self.measure.whole
+
+    def least(self, g: Geometry, *, channels: bool, groups_only: bool) -> float:
+        """The smallest share of the unit that any mask keeps."""
+        if self.measure is None:
+            return smallest_keep(g.heads, g.kv_heads, groups_only=groups_only)
+        return smallest_share(self.measure, g, channels=channels, groups_only=groups_only)
+
+
+FLAGS: Mapping[Unit, str] = {"heads": "--keep", "parameters": "--size", "memory": "--max-memory"}
+
+
+def bounded(options: Options) -> bool:
+    """Whether options state bounds on parameters or memory."""
+    return any(one is not None for one in (options.size, options.max_params, options.max_memory))
+
+
+def bounds_of(options: Options, checkpoint: Checkpoint) -> tuple[Bound, ...]:
+    """The bounds that options state on parameters and memory, as whole numbers; a host that was wished for counts with
+    what it adds. Raises what opening the headers of the checkpoint raises.
+    """
+    if not bounded(options):
+        return ()
+    host = options.wanted_host
+    parameters = parameters_of(checkpoint.geometry, checkpoint.expected(), host)
+    found = []
+    if options.size is not None:
+        found.append(shared(parameters, options.size, "--size"))
+    if options.max_params is not None:
+        found.append(at_most(parameters, options.max_params, "--max-params"))
+    if options.max_memory is not None:
+        memory = memory_of(checkpoint, serving_of(options, checkpoint.config), host)
+        found.append(at_most(memory, options.max_memory, "--max-memory"))
+    return tuple(found)
+
+
+def serving_of(options: Options, config: Mapping[str, Any]) -> Serving:
+    """What memory is counted for: what the options say, or DEFAULT_CONTEXT tokens of one sequence, as far as the
+    model's positions go.
+    """
+    longest = min(positions_of(config) or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+    return Serving(options.context or longest, options.batch or DEFAULT_BATCH)
+
+
+def budget_of(options: Options, g: Geometry, bounds: tuple[Bound, ...], breadth: float) -> Budget:
+    """What a build may keep before anything is measured: what the `bounds` of the options allow; where they bound the
+    loss alone, everything, counted in parameters where channels of the MLPs may go and in heads otherwise.
+    """
+    if bounds:
+        return Budget(bounds=bounds)
+    if options.max_loss is not None and cuts_channels(options, g):
+        measure = parameters_of(g, host=options.wanted_host)
+        return Budget(bounds=(Bound(measure, measure.whole + measure.added, 1.0, "--size"),))
+    if options.keep is not None:
+        return Budget(options.keep)
+    return Budget(1.0 if options.strength is None else keep_from_strength(options.strength, breadth))
+
+
+def cuts_channels(options: Options, geometry: Geometry) -> bool:
+    """Whether a build may remove channels of the MLPs beside heads: the budget counts parameters, memory or loss, and
+    one pass over texts scores both in one measure.
+    """
+    counted = options.keep is None and options.strength is None
     scored = options.criterion == AUTO and options.importance_from != "domains"
     return (
         counted

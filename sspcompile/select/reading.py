@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sspcompile.checkpoint.source import Checkpoint
 from sspcompile.errors import UnsupportedModelError
 from sspcompile.families import Geometry
 from sspcompile.model.capture import features
@@ -23,7 +24,7 @@ from sspcompile.request.pools import pools_of
 from sspcompile.request.prompts import pasted
 from sspcompile.request.request import Request
 from sspcompile.request.splits import Splits, draw_splits, thinned
-from sspcompile.select.budget import keep_from_strength, merit
+from sspcompile.select.budget import Budget, bounded, bounds_of, budget_of, merit
 from sspcompile.select.mixture import Mixture, ablated, given_mixture, mixture_of
 from sspcompile.select.scoring import HeadScores, Ranking, reads_cache, score_heads
 from sspcompile.select.texts import Texts
@@ -45,9 +46,8 @@ class Reading:
 
     `mixture` is what was measured; `used` is what scored the heads, and differs only where a part of the method is
     switched off (`without`). `splits` are the texts of the build, drawn from the scenario and, in the proportion of the
-    mixture, from the pools. `merit` is [layers, heads], `whitelist` bool [layers, heads]. The budget is `size`, a share
-    of all parameters, or where that is None `keep`, kept heads / all heads: 1 until it is measured where the options
-    bound the loss instead.
+    mixture, from the pools. `merit` is [layers, heads], `whitelist` bool [layers, heads]. The `budget` allows
+    everything until it is measured, where the options bound the loss alone.
     """
 
     request: Request
@@ -57,8 +57,7 @@ class Reading:
     scores: HeadScores
     whitelist: np.ndarray
     merit: np.ndarray
-    keep: float
-    size: float | None = None
+    budget: Budget
 
     @property
     def options(self) -> Options:
@@ -94,6 +93,7 @@ def read_through(
     splits = draw_splits(request.scenario.prompts, mixture.parts, pools, options.seed)
     scores = score_heads(request, used, splits.fit, toolkit, loaded, texts, progress)
     # Privilege comes with the pools' scores; a toolkit may hold it from another build that read them.
+    bounds = bounds_of(options, Checkpoint(loaded.path)) if bounded(options) else ()
     whitelist = toolkit.whitelist & ("whitelist" not in options.without) & reads_cache(scores.source)
     return Reading(
         request=request,
@@ -103,8 +103,7 @@ def read_through(
         scores=scores,
         whitelist=whitelist,
         merit=merit(scores.values, whitelist),
-        keep=_budget(options, mixture.breadth),
-        size=options.size,
+        budget=budget_of(options, loaded.geometry, bounds, mixture.breadth),
     )
 
 
@@ -117,12 +116,6 @@ def mixture_through(request: Request, toolkit: Toolkit, loaded: LoadedModel) -> 
     layers = toolkit.recogniser.layers.tolist()
     found = features(loaded, read, recognised_tokens(options.max_tokens), layers=layers, bare=True)
     return mixture_of(toolkit, found, calibrated="calibration" not in options.without)
-
-
-def _budget(options: Options, breadth: float) -> float:
-    if options.keep is not None:
-        return options.keep
-    return 1.0 if options.strength is None else keep_from_strength(options.strength, breadth)
 
 
 def choices_for(reading: Reading, geometry: Geometry) -> Mapping[Layout, Choice]:
@@ -149,9 +142,7 @@ def choices_for(reading: Reading, geometry: Geometry) -> Mapping[Layout, Choice]
 
 def held(reading: Reading, geometry: Geometry, layout: Layout) -> Iterator[Choice]:
     """The choices of a layout that a class can hold, the first one first; raises for the last where none can."""
-    choices = sized(reading, geometry, layout, reading.worth()) if reading.size is not None else None
-    if choices is None:
-        choices = (choose(reading.merit, geometry.kv_heads, reading.keep, layout, groups_only=reading.groups_only),)
+    choices = within(reading, geometry, layout)
     found = False
     for choice in choices:
         try:
@@ -164,9 +155,14 @@ def held(reading: Reading, geometry: Geometry, layout: Layout) -> Iterator[Choic
         yield choice
 
 
-def sized(reading: Reading, geometry: Geometry, layout: Layout, worth: Worth) -> tuple[Choice, ...]:
-    """The masks of a layout within the reading's share of all parameters; raises BudgetError when there is none."""
-    size = 1.0 if reading.size is None else reading.size
+def within(reading: Reading, geometry: Geometry, layout: Layout, worth: Worth | None = None) -> tuple[Choice, ...]:
+    """The masks of a layout within the reading's budget, by its own worth of units or by another; raises BudgetError
+    when there is none.
+    """
+    budget, groups_only = reading.budget, reading.groups_only
+    worth = worth or reading.worth()
+    if not budget.bounds:
+        return (choose(worth.heads, geometry.kv_heads, budget.keep, layout, groups_only=groups_only),)
     if layout == "uniform":
-        return uniform_sizes(worth, geometry, size, groups_only=reading.groups_only)
-    return (choose_per_layer(worth, geometry, size, groups_only=reading.groups_only),)
+        return uniform_sizes(worth, geometry, budget.bounds, groups_only=groups_only)
+    return (choose_per_layer(worth, geometry, budget.bounds, groups_only=groups_only),)

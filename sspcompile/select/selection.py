@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 
@@ -19,9 +19,10 @@ from sspcompile.repair.repair import Repair
 from sspcompile.request.options import AUTO
 from sspcompile.request.request import Request
 from sspcompile.select.baselines import Baseline, Rival, baselines_of, rivals
-from sspcompile.select.floor import Floor, loss_of, smallest_within
+from sspcompile.select.budget import Budget
+from sspcompile.select.floor import Floor, asked_beside, loss_of, smallest_within
 from sspcompile.select.judging import Candidate, Decision, Judge, Reported, decide
-from sspcompile.select.reading import RATE, Reading, choices_for, held, read_through, sized
+from sspcompile.select.reading import RATE, Reading, choices_for, held, read_through, within
 from sspcompile.select.scoring import Ranking, measured_rankings, reads_cache
 from sspcompile.select.search import Masks, Searched, Tried, best_of, masks_of
 from sspcompile.select.texts import Texts
@@ -72,12 +73,13 @@ def select(
     reading = read_through(request, toolkit, loaded, texts, progress)
     judge = Judge(loaded, reading.splits, request.options, texts, dtype=dtype, progress=progress)
     floor = smallest_within(judge, reading, bound) if bound is not None else None
-    reading = reading if floor is None else floor.applied(reading, floor.keep)
+    budget, share, beside = reading.budget, 1.0 if floor is None else floor.keep, asked_beside(reading)
+    reading = reading if floor is None else replace(reading, budget=budget.at(share))
     found = _settled(judge, reading, toolkit, floor)
     while floor is not None and loss_of(found.chosen.final) > floor.max_loss:
         # Refitted to all texts it costs less than to a part of them, but for chance.
-        larger = floor.larger(reading.size if floor.unit == "parameters" and reading.size else reading.keep)
-        reading = floor.applied(reading, larger)
+        share = floor.larger(share, beside)
+        reading = replace(reading, budget=budget.at(share))
         found = _settled(judge, reading, toolkit, floor)
     best, chosen = found.best, found.chosen
     without_repair = judge.reported(best.choice.units)
@@ -130,8 +132,12 @@ def _compared(judge: Judge, reading: Reading, floor: Floor | None) -> tuple[dict
     """The best mask of every layout in question, and the layout that the guard texts decide for, if there are two."""
     masks = masks_for(reading, judge)
     if floor is not None and len(masks) > 1:
-        g = judge.loaded.geometry
-        masks = {layout: some for layout, some in masks.items() if layout == "per-layer" or _may_hold(some, floor, g)}
+        may_hold = partial(_may_hold, budget=reading.budget, floor=floor, g=judge.loaded.geometry)
+        masks = {
+            layout: some
+            for layout, some in masks.items()
+            if layout == "per-layer" or any(may_hold(choice) for _, choice in some)
+        }
     if sum(map(len, masks.values())) == 1:
         return {layout: Searched(*some[0], None, ()) for layout, some in masks.items()}, None
     found = best_of(judge, masks)
@@ -140,9 +146,9 @@ def _compared(judge: Judge, reading: Reading, floor: Floor | None) -> tuple[dict
     return found, decide({name: judge.candidate(name, one.choice, one.repair) for name, one in found.items()})
 
 
-def _may_hold(masks: Masks, floor: Floor, g: Geometry) -> bool:
+def _may_hold(choice: Choice, budget: Budget, floor: Floor, g: Geometry) -> bool:
     """Whether a uniform mask keeps more than a per-layer one that lost too much; a smaller one would lose more."""
-    return any(floor.share(choice, g) > floor.failed for _, choice in masks)
+    return budget.share(choice, g) > floor.failed
 
 
 def masks_for(reading: Reading, judge: Judge) -> dict[Layout, Masks]:
@@ -156,7 +162,7 @@ def masks_for(reading: Reading, judge: Judge) -> dict[Layout, Masks]:
     cut = [layout for layout, choice in choices.items() if not choice.units.everything]
     if options.criterion != AUTO or not cut:
         return masks
-    if reading.size is not None:
+    if reading.budget.bounds:
         return masks | {layout: _sized_masks(reading, geometry, layout) for layout in cut}
     ranked = [reading.ranking]
     if reads_cache(reading.scores.source):
@@ -175,7 +181,7 @@ def masks_for(reading: Reading, judge: Judge) -> dict[Layout, Masks]:
             ranked,
             layout,
             reading.whitelist,
-            reading.keep,
+            reading.budget.keep,
             geometry.kv_heads,
             groups_only=reading.groups_only,
             holds=partial(holds, layout),
@@ -186,14 +192,20 @@ def masks_for(reading: Reading, judge: Judge) -> dict[Layout, Masks]:
 
 
 def _sized_masks(reading: Reading, geometry: Geometry, layout: Layout) -> Masks:
-    """The masks of a layout that are compared at a share of all parameters: per layer, heads against channels at
-    several rates (which are one mask where heads go alone); uniform, several shapes.
+    """The masks of a layout that are compared within bounds on parameters or memory: per layer, heads against channels
+    at several rates (which are one mask where heads go alone); uniform, several shapes.
     """
     if layout == "per-layer":
-        found = [sized(reading, geometry, layout, reading.worth(rate))[0] for rate in RATES]
+        found = [within(reading, geometry, layout, reading.worth(rate))[0] for rate in RATES]
     else:
         found = [*islice(held(reading, geometry, layout), SHAPES)]
     return tuple((reading.ranking, choice) for choice in {choice.units.key: choice for choice in found}.values())
+
+
+def _memory(reading: Reading) -> dict[str, int] | None:
+    """The bound on memory that was asked for."""
+    most, serving = reading.options.max_memory, reading.budget.serving
+    return None if most is None or serving is None else {"bytes": most, **asdict(serving)}
 
 
 def mask_of(
@@ -231,13 +243,15 @@ def mask_of(
         kv_heads=g.kv_heads,
         kept=kept_of(choice.kept),
         layout=layout,
-        keep_requested=reading.keep if reading.size is None else choice.ratio,
+        keep_requested=choice.ratio if reading.budget.bounds else reading.budget.keep,
         keep_achieved=choice.ratio,
         scores=tuple(tuple(float(f"{score:.6g}") for score in row) for row in ranking.values),
         whitelist=tuple((int(layer), int(head)) for layer, head in privileged),
         criterion=ranking.name,
         scenario=facts,
         intermediate=g.intermediate,
-        channels=None if choice.channels is None or choice.channels.all() else kept_of(choice.channels),
-        size_requested=reading.size,
+        channels=choice.kept_channels,
+        size_requested=reading.budget.size,
+        params_requested=reading.options.max_params,
+        memory_requested=_memory(reading),
     )

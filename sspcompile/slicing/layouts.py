@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sspcompile.errors import BudgetError
-from sspcompile.slicing.mask import Kept, Layout
+from sspcompile.slicing.mask import Kept, Layout, kept_of
 
 Shape = tuple[int, int]
 
@@ -42,6 +42,11 @@ class Choice:
     def widths(self) -> tuple[int, ...]:
         """Kept channels of every layer; nothing where all stay."""
         return () if self.channels is None else tuple(self.channels.sum(1).tolist())
+
+    @property
+    def kept_channels(self) -> tuple[tuple[int, ...], ...] | None:
+        """The kept channels of every layer, ascending; None where no layer loses one."""
+        return None if self.channels is None or self.channels.all() else kept_of(self.channels)
 
     @property
     def ratio(self) -> float:
@@ -198,9 +203,21 @@ def _best_uniform(merit: np.ndarray, budget: int) -> Shape:
     """
     layers, groups, per_group = merit.shape
     shapes = [(g, r) for g in range(1, groups + 1) for r in range(1, per_group + 1) if layers * g * r <= budget]
-    # [groups, heads per group]: the best g groups of every layer when each keeps its best r heads
-    values = np.sum([(-np.sort(-_top_sums(layer), axis=0)).cumsum(0) for layer in merit], axis=0)
+    values = _uniform_values(merit)
     return max(shapes, key=lambda shape: (values[shape[0] - 1, shape[1] - 1], shape[0] * shape[1], -shape[0]))
+
+
+def uniform_values(merit: np.ndarray, kv_heads: int) -> np.ndarray:
+    """Merit kept by every uniform shape, [groups, heads per group], index 0 standing for a count of 1; `merit` is
+    [layers, heads].
+    """
+    layers, heads = merit.shape
+    return _uniform_values(merit.reshape(layers, kv_heads, heads // kv_heads))
+
+
+def _uniform_values(merit: np.ndarray) -> np.ndarray:
+    """The best g groups of every layer when each keeps its best r heads."""
+    return np.asarray(np.sum([(-np.sort(-_top_sums(layer), axis=0)).cumsum(0) for layer in merit], axis=0))
 
 
 def _per_layer_steps(merit: np.ndarray) -> list[tuple[tuple[Shape, ...], int]]:

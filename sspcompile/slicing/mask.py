@@ -47,7 +47,9 @@ class HeadMask:
     `whitelist` lists [layer, head] pairs that were kept before any score. `scenario` holds the name, the mixture over
     domains, its breadth in [0, 1] and the unknown share. `model` is the fingerprint of the dense checkpoint.
     `channels[layer]` are the kept channels of the layer's MLP out of `intermediate`, ascending; None where no channel
-    is removed in any layer. `size_requested` is the budget as a share of all parameters, None where it was another.
+    is removed in any layer. `size_requested` is the budget as a share of all parameters, None where it was another;
+    `params_requested` the number of parameters that it was given as. `memory_requested`: the bytes that weights and KV
+    cache may take, and for how many sequences (`batch`) of how many tokens (`context`).
     """
 
     model: str
@@ -65,6 +67,8 @@ class HeadMask:
     intermediate: int = 0
     channels: tuple[tuple[int, ...], ...] | None = None
     size_requested: float | None = None
+    params_requested: int | None = None
+    memory_requested: Mapping[str, int] | None = None
 
     @property
     def group_size(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,15 @@ from sspcompile.checkpoint.source import Checkpoint
 from sspcompile.checkpoint.tensors import attention_shapes, mlp_multiplied, mlp_shapes
 from sspcompile.errors import ArtifactError, UnsupportedModelError
 from sspcompile.families import Family, Geometry, Host, graph_refusal, layer_prefix
+from sspcompile.families.windows import windows_of
 from sspcompile.slicing.hosts import per_layer_host, uniform_host
 from sspcompile.slicing.layouts import Choice, choose
 from sspcompile.slicing.mask import HeadMask, Layout, check_mask, kept_of
+from sspcompile.slicing.measures import Serving, Tensors, tokens_held
 from sspcompile.slicing.runtimes import Verdict, verdicts
-from sspcompile.slicing.sizes import channel_parameters, choose_per_layer, even_worth, uniform_sizes
+from sspcompile.slicing.sizes import Bounds, channel_parameters, choose_per_layer, even_worth, realised, uniform_ranked
 
 SCHEMA_VERSION = 1
-Tensors = Mapping[str, tuple[tuple[int, ...], str]]
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class SlicePlan:
 
     `host` is the family of the class that loads the result, `settings` what its configuration must say; `custom_code`
     says that no stock class can state the counts, so that the class travels in the folder. `by_layer` has
-    (dense, sliced) of every layer, its MLP and norms included.
+    (dense, sliced) of every layer, its MLP and norms included. `windows`: by layer how many keys a query sees, None
+    for all.
     """
 
     geometry: Geometry
@@ -76,6 +78,7 @@ class SlicePlan:
     by_layer: tuple[tuple[Sizes, Sizes], ...]
     prunable_share: float
     runtimes: tuple[Verdict, ...]
+    windows: tuple[int | None, ...]
 
     @property
     def counts(self) -> tuple[tuple[int, int], ...]:
@@ -92,6 +95,15 @@ class SlicePlan:
     def size(self) -> float:
         """What is left of all parameters, as a share."""
         return self.sliced.parameters / self.dense.parameters
+
+    def memory(self, serving: Serving) -> tuple[int, int]:
+        """Bytes of weights and KV cache, (dense, sliced); a layer with a sliding window caches no more of it."""
+        held = [serving.batch * tokens for tokens in tokens_held(self.windows, serving)]
+        dense, sliced = (
+            sum(tokens * sizes.kv_bytes_per_token for tokens, sizes in zip(held, layers, strict=True))
+            for layers in zip(*self.by_layer, strict=True)
+        )
+        return self.dense.weight_bytes + dense, self.sliced.weight_bytes + sliced
 
     @property
     def channel_share(self) -> float:
@@ -164,36 +176,36 @@ def plan_counts(
     return _plan(checkpoint, _cuts(g, choice), layout, host)
 
 
-def plan_size(
+def plan_within(
     checkpoint: Checkpoint,
-    size: float,
+    bounds: Bounds,
     layout: Layout,
     *,
     channels: bool,
     host: str | None = None,
     groups_only: bool = False,
 ) -> SlicePlan:
-    """As `plan_counts`, for a share of all parameters; `channels`: whether those of the MLPs may go beside heads.
+    """As `plan_counts`, within bounds on parameters or memory; `channels`: whether those of the MLPs may go beside
+    heads.
 
-    The same share of heads and of channels goes, as far as their steps allow. Raises BudgetError.
+    Of parameters, the same share of heads and of channels goes, as far as their steps allow. Raises BudgetError.
     """
     g = checkpoint.geometry
     worth = even_worth(g, channels=channels)
     if layout == "per-layer":
-        choice = choose_per_layer(worth, g, size, groups_only=groups_only)
+        choice = choose_per_layer(worth, g, bounds, groups_only=groups_only)
         return _plan(checkpoint, _cuts(g, choice), layout, host)
-    choices = uniform_sizes(worth, g, size, groups_only=groups_only)
-    for choice in choices[:-1]:
+    every = uniform_ranked(worth, g, bounds, groups_only=groups_only)
+    for counts in every[:-1]:
         with contextlib.suppress(UnsupportedModelError):  # another shape may fit a class
-            return _plan(checkpoint, _cuts(g, choice), layout, host)
-    return _plan(checkpoint, _cuts(g, choices[-1]), layout, host)
+            return _plan(checkpoint, _cuts(g, realised(worth, g, counts, per_layer=False)), layout, host)
+    return _plan(checkpoint, _cuts(g, realised(worth, g, every[-1], per_layer=False)), layout, host)
 
 
 def _cuts(g: Geometry, choice: Choice) -> tuple[LayerCut, ...]:
-    rows = (None,) * g.layers if choice.channels is None or choice.channels.all() else kept_of(choice.channels)
     return tuple(
         LayerCut(kept, tuple(sorted({head // g.group_size for head in kept})), channels=channels)
-        for kept, channels in zip(kept_of(choice.kept), rows, strict=True)
+        for kept, channels in zip(kept_of(choice.kept), choice.kept_channels or (None,) * g.layers, strict=True)
     )
 
 
@@ -264,6 +276,7 @@ def _plan(checkpoint: Checkpoint, layers: tuple[LayerCut, ...], layout: Layout, 
         runtimes=verdicts(
             g, host.family, counts, widths, custom=custom_code, onnx=graph_refusal(checkpoint.config, g, dtypes)
         ),
+        windows=windows_of(checkpoint.config, g.family, g.layers),
     )
 
 
@@ -324,8 +337,12 @@ def _degrees(verdict: Verdict) -> dict[str, dict[str, Any]]:
     return {str(n): {"loads": not reason, "reason": reason} for n, reason in verdict.tensor_parallel.items()}
 
 
-def plan_json(plan: SlicePlan) -> dict[str, Any]:
-    """The plan as plain data; the keys are promised to users."""
+def plan_json(plan: SlicePlan, serving: Serving | None = None) -> dict[str, Any]:
+    """The plan as plain data, with the bytes that it takes while it serves; the keys are promised to users."""
+    memory = {}
+    if serving is not None:
+        dense, sliced = plan.memory(serving)
+        memory = {"memory": {"dense": dense, "sliced": sliced, **asdict(serving)}}
     return {
         "schema_version": SCHEMA_VERSION,
         "layout": plan.layout,
@@ -338,6 +355,7 @@ def plan_json(plan: SlicePlan) -> dict[str, Any]:
         "dense_width": plan.geometry.intermediate,
         "dummy_layers": [index for index, layer in enumerate(plan.layers) if layer.dummy],
         **_pairs(plan.dense, plan.sliced),
+        **memory,
         "prunable_share": plan.prunable_share,
         "layers": [
             {"heads": heads, "kv_heads": kv_heads, **_pairs(dense, sliced)}

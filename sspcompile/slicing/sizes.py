@@ -1,15 +1,15 @@
-"""Which heads and channels a number of parameters buys: one shape for all layers, or one per layer.
+"""Which heads and channels a budget buys, in parameters or bytes: one shape for all layers, or one per layer.
 
 Heads of a layer go along its staircase of regular shapes (`layouts`), channels of its MLP in steps of a width that
 kernels like, the least worth first. *Per layer*, every layer has two ladders, and the next rung is taken where it
-costs the least per parameter: masks are nested in the budget. *Uniform*, a shape of heads leaves what the channels of
-all layers may share.
+costs the least per parameter (or byte): masks are nested in the budget. *Uniform*, a shape of heads leaves what the
+channels of all layers may share. Of several bounds all hold, and the tightest says what a step is priced by.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +17,13 @@ import numpy as np
 from sspcompile.checkpoint.tensors import attention_shapes, mlp_shapes, tensor_shapes
 from sspcompile.errors import BudgetError
 from sspcompile.families import Geometry
-from sspcompile.slicing.layouts import Choice, Shape, shaped, staircases
+from sspcompile.slicing.layouts import Choice, Shape, shaped, staircases, uniform_values
+from sspcompile.slicing.measures import Bound, Measure, parameters_of
 
 # Channels go in steps of this many, or of fewer where an MLP has not LEAST_STEPS of them.
 STEP = 64
 LEAST_STEPS = 16
+Bounds = Sequence[Bound]
 
 
 @dataclass(frozen=True)
@@ -35,16 +37,39 @@ class Worth:
 
 
 @dataclass(frozen=True)
-class Ladder:
-    """The states of one part of one layer, the whole one first: `parameters` falls, `value` is what is kept of it."""
+class Counts:
+    """What stays of every layer: a shape (groups, heads per group), and a width of its MLP (nothing: all channels)."""
 
-    parameters: np.ndarray
+    shapes: tuple[Shape, ...]
+    widths: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The states of one part of one layer, the whole one first: `value` is what is kept of it, `amounts` what each of
+    the bounds counts of it, [bounds][rungs]; both fall.
+    """
+
+    amounts: tuple[tuple[int, ...], ...]
     value: np.ndarray
 
-    def price(self, at: int) -> float:
-        """Value lost per parameter by the cheapest run of rungs from here; infinite on the last rung."""
-        saved = self.parameters[at] - self.parameters[at + 1 :]
-        return float(((self.value[at] - self.value[at + 1 :]) / saved).min()) if len(saved) else math.inf
+    def prices(self) -> np.ndarray:
+        """What every rung but the last costs: value lost for each unit of the first bound by the cheapest run of rungs
+        from there (Andrew's monotone chain, from the last rung up), and no less than the rungs before it: once a run is
+        begun, what is left of it costs less.
+        """
+        amount, value = np.array(self.amounts[0], dtype=float).tolist(), self.value.tolist()
+
+        def slope(larger: int, smaller: int) -> float:
+            return (value[larger] - value[smaller]) / (amount[larger] - amount[smaller])
+
+        chain, found = [len(value) - 1], []
+        for rung in range(len(value) - 2, -1, -1):
+            while len(chain) > 1 and slope(rung, chain[-1]) >= slope(chain[-1], chain[-2]):
+                chain.pop()
+            found.append(slope(rung, chain[-1]))
+            chain.append(rung)
+        return np.maximum.accumulate(np.array(found[::-1]))
 
 
 def channel_step(g: Geometry) -> int:
@@ -81,10 +106,8 @@ def all_parameters(g: Geometry) -> int:
 
 def share_of(g: Geometry, choice: Choice) -> float:
     """What a mask leaves of all parameters."""
-    whole = head_parameters(g, (g.kv_heads, g.group_size))
-    removed = sum(whole - head_parameters(g, shape) for shape in choice.shapes)
-    removed += channel_parameters(g) * sum(g.intermediate - width for width in choice.widths)
-    return 1 - removed / all_parameters(g)
+    measure = parameters_of(g)
+    return measure.kept(g, choice.shapes, choice.widths) / measure.whole
 
 
 def widths_of(g: Geometry) -> list[int]:
@@ -93,12 +116,23 @@ def widths_of(g: Geometry) -> list[int]:
     return [g.intermediate, *range((g.intermediate - 1) // step * step, 0, -step)]
 
 
-def smallest_size(g: Geometry, *, channels: bool, groups_only: bool = False) -> float:
-    """The smallest share of all parameters that can stay: a head (or group) in every layer, and of its MLP a step of
-    channels, or all where `channels` are not cut.
+def smallest_counts(g: Geometry, *, channels: bool, groups_only: bool = False) -> Counts:
+    """The least that can stay: a head (or group) in every layer, and of its MLP a step of channels, or all where
+    `channels` are not cut.
     """
-    width = widths_of(g)[-1] if channels else g.intermediate
-    return _parameters_of(g, (1, g.group_size if groups_only else 1), width) / all_parameters(g)
+    shape = (1, g.group_size if groups_only else 1)
+    return Counts((shape,) * g.layers, (widths_of(g)[-1],) * g.layers if channels else ())
+
+
+def smallest_share(measure: Measure, g: Geometry, *, channels: bool, groups_only: bool = False) -> float:
+    """The smallest share of what is counted that can stay."""
+    least = smallest_counts(g, channels=channels, groups_only=groups_only)
+    return measure.kept(g, least.shapes, least.widths) / measure.whole
+
+
+def smallest_size(g: Geometry, *, channels: bool, groups_only: bool = False) -> float:
+    """The smallest share of all parameters that can stay."""
+    return smallest_share(parameters_of(g), g, channels=channels, groups_only=groups_only)
 
 
 def even_worth(g: Geometry, *, channels: bool) -> Worth:
@@ -113,66 +147,121 @@ def _falling(units: int) -> np.ndarray:
     return 1 - (np.arange(units) + 0.5) / units
 
 
-def choose_per_layer(worth: Worth, g: Geometry, size: float, *, groups_only: bool = False) -> Choice:
-    """The mask of at most `size` of all parameters, every layer with counts of its own.
+def choose_per_layer(worth: Worth, g: Geometry, bounds: Bounds, *, groups_only: bool = False) -> Choice:
+    """The mask within the bounds, every layer with counts of its own.
 
-    Raises BudgetError, naming the smallest feasible share, when the budget is below it.
+    Raises BudgetError, naming the nearest feasible value, when a bound is below the smallest mask.
     """
-    budget = demand_size(g, size, channels=worth.channels is not None, groups_only=groups_only)
+    (counts,) = per_layer_counts(worth, g, [bounds], groups_only=groups_only)
+    return realised(worth, g, counts, per_layer=True)
+
+
+def per_layer_counts(
+    worth: Worth, g: Geometry, budgets: Sequence[Bounds], *, groups_only: bool = False
+) -> list[Counts]:
+    """What stays under each of the budgets, which fall: bounds of the same measures in the same order. One walk finds
+    them all. Raises like `choose_per_layer`.
+    """
+    for bounds in budgets:
+        demand(g, bounds, channels=worth.channels is not None, groups_only=groups_only)
+    order = sorted(range(len(budgets[0])), key=lambda number: budgets[0][number].share)
+    measures = [budgets[0][number].measure for number in order]
     paths, values = staircases(worth.heads, g.kv_heads, groups_only=groups_only)
     ladders = [
-        Ladder(np.array([head_parameters(g, shape) for shape in path]), np.array(value))
-        for path, value in zip(paths, values, strict=True)
+        Ladder(tuple(tuple(m.attention(layer, shape) for shape in path) for m in measures), np.array(value))
+        for layer, (path, value) in enumerate(zip(paths, values, strict=True))
     ]
     widths = widths_of(g)
     if worth.channels is not None:
-        sums = np.cumsum(-np.sort(-worth.channels, axis=1), axis=1)
-        sizes = channel_parameters(g) * np.array(widths)
-        ladders += [Ladder(sizes, layer[np.array(widths) - 1]) for layer in sums]
-    at = _walk(ladders, all_parameters(g) - budget)
-    shapes = tuple(path[rung] for path, rung in zip(paths, at, strict=False))
-    kept = shaped(worth.heads, g.kv_heads, shapes, per_layer=True)
-    if worth.channels is None:
-        return Choice(kept, shapes)
-    return Choice(kept, shapes, _top(_ranks(worth.channels), [widths[rung] for rung in at[g.layers :]]))
-
-
-def uniform_sizes(worth: Worth, g: Geometry, size: float, *, groups_only: bool = False) -> tuple[Choice, ...]:
-    """The uniform masks of at most `size` of all parameters, one for every shape of heads that leaves a step of
-    channels, the one of most worth first. Raises BudgetError like `choose_per_layer`.
-    """
-    cut = worth.channels is not None
-    budget = demand_size(g, size, channels=cut, groups_only=groups_only)
-    found = []
-    ranks = _ranks(worth.channels) if worth.channels is not None else None
-    widths, channel = widths_of(g) if cut else [g.intermediate], g.layers * channel_parameters(g)
-    for shape in _shapes(g, groups_only=groups_only):
-        surplus = _parameters_of(g, shape, g.intermediate) - budget
-        width = next((width for width in widths if channel * (g.intermediate - width) >= surplus), None)
-        if width is not None:
-            kept = shaped(worth.heads, g.kv_heads, (shape,) * g.layers, per_layer=False)
-            channels = _top(ranks, [width] * g.layers) if ranks is not None else None
-            value = float(worth.heads[kept].sum())
-            value += float(worth.channels[channels].sum()) if worth.channels is not None else 0.0
-            found.append((value, Choice(kept, (shape,) * g.layers, channels)))
-    # A shape with no more heads and no more channels than another is worth no more than that one.
-    return tuple(choice for _, choice in sorted(found, key=lambda one: -one[0]))
-
-
-def demand_size(g: Geometry, size: float, *, channels: bool, groups_only: bool = False) -> int:
-    """The parameters that `size`, a share of all, allows.
-
-    Raises BudgetError, naming the nearest feasible share, when the smallest mask has more.
-    """
-    smallest = smallest_size(g, channels=channels, groups_only=groups_only)
-    if size < smallest:
-        needs = f"a head and {widths_of(g)[-1]} channels of its MLP" if channels else "a head and its whole MLP"
-        raise BudgetError(
-            f"--size {size:g} is less than what every layer needs: {needs}.",
-            hint=f"The nearest feasible value is --size {math.ceil(1e4 * smallest) / 1e4:g}.",
+        sums = _kept_values(worth.channels)[:, np.array(widths) - 1]
+        ladders += [
+            Ladder(tuple(tuple(m.channel[layer] * width for width in widths) for m in measures), value)
+            for layer, value in enumerate(sums)
+        ]
+    ordered = [[bounds[number] for number in order] for bounds in budgets]
+    surplus = [[b.measure.whole + b.measure.added - b.most for b in bounds] for bounds in ordered]
+    return [
+        Counts(
+            tuple(path[rung] for path, rung in zip(paths, at, strict=False)),
+            tuple(widths[rung] for rung in at[g.layers :]),
         )
-    # A share that was worked out from a count gives that count back: of 1e11 parameters rounding loses less than this.
-    return math.floor(size * all_parameters(g) + 1e-3)
+        for at in _walk(ladders, surplus)
+    ]
+
+
+def realised(worth: Worth, g: Geometry, counts: Counts, *, per_layer: bool, ranks: np.ndarray | None = None) -> Choice:
+    """The mask of the best units in these counts; `ranks` of the channels where the caller has them."""
+    kept = shaped(worth.heads, g.kv_heads, counts.shapes, per_layer=per_layer)
+    if worth.channels is None:
+        return Choice(kept, counts.shapes)
+    return Choice(kept, counts.shapes, _top(_ranks(worth.channels) if ranks is None else ranks, counts.widths))
+
+
+def uniform_sizes(worth: Worth, g: Geometry, bounds: Bounds, *, groups_only: bool = False) -> tuple[Choice, ...]:
+    """The uniform masks within the bounds, one for every shape of heads that leaves a step of channels, the one of most
+    worth first. Raises BudgetError like `choose_per_layer`.
+    """
+    ranked = uniform_ranked(worth, g, bounds, groups_only=groups_only)
+    ranks = _ranks(worth.channels) if worth.channels is not None else None
+    return tuple(realised(worth, g, counts, per_layer=False, ranks=ranks) for counts in ranked)
+
+
+def uniform_ranked(worth: Worth, g: Geometry, bounds: Bounds, *, groups_only: bool = False) -> list[Counts]:
+    """What stays in the masks of `uniform_sizes`, in their order."""
+    # A shape with no more heads and no more channels than another is worth no more than that one.
+    found = uniform_counts(g, bounds, channels=worth.channels is not None, groups_only=groups_only)
+    return sorted(found, key=uniform_worth(worth, g), reverse=True)
+
+
+def uniform_worth(worth: Worth, g: Geometry) -> Callable[[Counts], float]:
+    """What the best units in uniform counts are worth."""
+    heads = uniform_values(worth.heads, g.kv_heads)
+    channels = None if worth.channels is None else _kept_values(worth.channels).sum(0)
+
+    def value(counts: Counts) -> float:
+        groups, each = counts.shapes[0]
+        of_heads = float(heads[groups - 1, each - 1])
+        return of_heads if channels is None else of_heads + float(channels[counts.widths[0] - 1])
+
+    return value
+
+
+def _kept_values(channels: np.ndarray) -> np.ndarray:
+    """[layers, channels]: what the best 1, 2, ... channels of every layer are worth."""
+    return np.cumsum(-np.sort(-channels, axis=1), axis=1)
+
+
+def uniform_counts(g: Geometry, bounds: Bounds, *, channels: bool, groups_only: bool = False) -> Iterator[Counts]:
+    """For every shape of heads that the bounds leave any channels, the widest that they do. Raises BudgetError like
+    `choose_per_layer`.
+    """
+    demand(g, bounds, channels=channels, groups_only=groups_only)
+    widths = widths_of(g) if channels else [g.intermediate]
+    for shape in _shapes(g, groups_only=groups_only):
+        shapes = (shape,) * g.layers
+        room = g.intermediate
+        for bound in bounds:
+            surplus = bound.measure.kept(g, shapes) - bound.most
+            if surplus > 0:
+                price = sum(bound.measure.channel)
+                room = min(room, g.intermediate + -surplus // price if price else -1)
+        width = next((width for width in widths if width <= room), None)
+        if width is not None:
+            yield Counts(shapes, (width,) * g.layers if channels else ())
+
+
+def demand(g: Geometry, bounds: Bounds, *, channels: bool, groups_only: bool = False) -> None:
+    """Raise BudgetError, naming the nearest feasible value, when the smallest mask has more than a bound allows."""
+    least = smallest_counts(g, channels=channels, groups_only=groups_only)
+    smallest = {bound: bound.measure.kept(g, least.shapes, least.widths) for bound in bounds}
+    failed = [bound for bound in bounds if bound.most < smallest[bound]]
+    if failed:
+        needs = f"a head and {widths_of(g)[-1]} channels of its MLP" if channels else "a head and its whole MLP"
+        verb, values = ("is", "value is") if len(failed) == 1 else ("are", "values are")
+        raise BudgetError(
+            f"{' and '.join(map(str, failed))} {verb} less than what every layer needs: {needs}.",
+            hint=f"The nearest feasible {values} {' '.join(bound.typed(smallest[bound]) for bound in failed)}.",
+        )
 
 
 def _shapes(g: Geometry, *, groups_only: bool) -> Iterator[Shape]:
@@ -181,28 +270,33 @@ def _shapes(g: Geometry, *, groups_only: bool) -> Iterator[Shape]:
             yield groups, each
 
 
-def _parameters_of(g: Geometry, shape: Shape, width: int) -> int:
-    """Of the whole model with these counts in every layer."""
-    removed = head_parameters(g, (g.kv_heads, g.group_size)) - head_parameters(g, shape)
-    return all_parameters(g) - g.layers * (removed + channel_parameters(g) * (g.intermediate - width))
-
-
-def _walk(ladders: Sequence[Ladder], surplus: int) -> list[int]:
-    """The rung of every ladder once at least `surplus` parameters are saved, each step where it costs the least."""
-    at = [0] * len(ladders)
-    prices = np.array([ladder.price(0) for ladder in ladders])
-    while surplus > 0 and prices.min() < np.inf:
-        cheapest = int(prices.argmin())
-        ladder, rung = ladders[cheapest], at[cheapest]
-        surplus -= int(ladder.parameters[rung] - ladder.parameters[rung + 1])
-        at[cheapest] = rung + 1
-        prices[cheapest] = ladder.price(rung + 1)
-    return at
+def _walk(ladders: Sequence[Ladder], surpluses: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """The rung of every ladder once at least a surplus of every bound is saved, for each surplus; each step is taken
+    where it costs the least, in the first of equal ladders.
+    """
+    known: dict[tuple[tuple[int, ...], bytes], np.ndarray] = {}
+    for ladder in ladders:  # of a model whose scores are not known all layers have one
+        key = ladder.amounts[0], ladder.value.tobytes()
+        known[key] = ladder.prices() if key not in known else known[key]
+    prices = [known[ladder.amounts[0], ladder.value.tobytes()] for ladder in ladders]
+    owner = np.repeat(np.arange(len(ladders)), [len(one) for one in prices])
+    order = np.argsort(np.concatenate(prices), kind="stable")
+    saved = [
+        np.cumsum(np.concatenate([-np.diff(np.array(ladder.amounts[bound])) for ladder in ladders])[order])
+        for bound in range(len(surpluses[0]))
+    ]
+    for surplus in surpluses:
+        steps = [np.searchsorted(one, wanted) + 1 for one, wanted in zip(saved, surplus, strict=True) if wanted > 0]
+        taken = owner[order[: max(steps, default=0)]]
+        yield np.bincount(taken, minlength=len(ladders)).tolist()
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
     """[layers, channels]: the place of every channel in its layer by worth, ties to the lower number."""
-    return np.argsort(np.argsort(-values, axis=1, kind="stable"), axis=1, kind="stable")
+    order = np.argsort(-values, axis=1, kind="stable")
+    ranks = np.empty_like(order)
+    np.put_along_axis(ranks, order, np.arange(values.shape[1])[None], axis=1)
+    return ranks
 
 
 def _top(ranks: np.ndarray, widths: Sequence[int]) -> np.ndarray:

@@ -1,0 +1,37 @@
+"""Options that are whole numbers and may be typed with a unit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, WithJsonSchema
+
+from sspcompile.request.documents import shown
+from sspcompile.request.sizes import COUNTS, UNITS, parsed
+
+
+@dataclass(frozen=True, eq=False)  # pydantic hashes it, and a mapping has no hash
+class Amount:
+    """How such an option is typed: `units` as those of `request.sizes`, and an `example` for errors."""
+
+    units: Mapping[str, int]
+    example: str
+
+    def read(self, value: Any) -> Any:
+        """Text as the number that it stands for; what is no text is left to the type. Raises ValueError."""
+        if not isinstance(value, str):
+            return value
+        found = parsed(value, self.units)
+        if found is None:
+            raise ValueError(f"must be {self.example}, not {shown(value)}")
+        return found
+
+
+_PARAMETERS = Amount(COUNTS, "a number as 120M, 1.1B or 120000000")
+_BYTES = Amount(UNITS, "a size as 6GB, 512MiB or a number of bytes")
+_TYPED = WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string"}]})
+
+Parameters = Annotated[int, Field(ge=1, le=10**15), BeforeValidator(_PARAMETERS.read), _TYPED, _PARAMETERS]
+Bytes = Annotated[int, Field(ge=1, le=10**18), BeforeValidator(_BYTES.read), _TYPED, _BYTES]

@@ -1,0 +1,163 @@
+"""What a budget counts, in whole numbers: parameters, or bytes of weights and KV cache while the model serves.
+
+Both are linear in what a cut removes: in every layer a query head, a key/value head (a group) and a channel of the MLP
+have a price each. A group's is its rows of k_proj and v_proj and, in bytes, its keys and values of every cached token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from sspcompile.checkpoint.headers import dtype_bytes
+from sspcompile.checkpoint.source import Checkpoint
+from sspcompile.checkpoint.tensors import Shapes, attention_shapes, mlp_shapes, tensor_shapes
+from sspcompile.families import Geometry, hosting, layer_prefix
+from sspcompile.families.windows import windows_of
+from sspcompile.slicing.layouts import Shape
+
+Tensors = Mapping[str, tuple[tuple[int, ...], str]]
+Unit = Literal["heads", "parameters", "memory"]
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What memory is counted for: `batch` sequences of `context` tokens at once."""
+
+    context: int
+    batch: int
+
+    def __str__(self) -> str:
+        sequences = "a sequence" if self.batch == 1 else f"{self.batch:,} sequences"
+        return f"{sequences} of {self.context:,} tokens"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """`whole` of the dense model, and by layer the price of a query `head`, a `group` and a `channel` of the MLP.
+
+    `added`: what the class that was wished for has beside the source's tensors (zero biases). `serving`: what memory is
+    counted for.
+    """
+
+    unit: Unit
+    whole: int
+    head: tuple[int, ...]
+    group: tuple[int, ...]
+    channel: tuple[int, ...]
+    added: int = 0
+    serving: Serving | None = None
+
+    def attention(self, layer: int, shape: Shape) -> int:
+        """Of one layer's heads in a shape (groups, heads per group); what does not depend on the shape left out."""
+        groups, each = shape
+        return groups * (each * self.head[layer] + self.group[layer])
+
+    def kept(self, g: Geometry, shapes: Sequence[Shape], widths: Sequence[int] = ()) -> int:
+        """Of the model with these shapes and widths of its layers; without widths every channel stays."""
+        full = (g.kv_heads, g.group_size)
+        removed = sum(self.attention(layer, full) - self.attention(layer, shape) for layer, shape in enumerate(shapes))
+        removed += sum(price * (g.intermediate - width) for price, width in zip(self.channel, widths, strict=False))
+        return self.whole + self.added - removed
+
+
+@dataclass(frozen=True)
+class Bound:
+    """At most `most` of what `measure` counts, which is the `share` of the dense model (1 where it is more); `flag` is
+    what asks for it.
+    """
+
+    measure: Measure
+    most: int
+    share: float
+    flag: str
+
+    def typed(self, value: int) -> str:
+        """The option with the smallest value that allows `value`."""
+        if self.flag == "--size":
+            return f"--size {math.ceil(1e4 * value / self.measure.whole) / 1e4:g}"
+        return f"{self.flag} {value}"
+
+    def __str__(self) -> str:
+        if self.flag == "--size":
+            return f"--size {self.share:g}"
+        return f"{self.flag} {self.most}" + (f" for {self.measure.serving}" if self.measure.serving else "")
+
+
+def parameters_of(g: Geometry, tensors: Tensors | None = None, host: str | None = None) -> Measure:
+    """Parameters: elements of the checkpoint's `tensors`, or of what the geometry says where they are not known.
+
+    `host`: the family whose class a uniform cut is wished for.
+    """
+    return _measure("parameters", g, tensors or _stated(g), lambda _: 1, (0,) * g.layers, host)
+
+
+def memory_of(checkpoint: Checkpoint, serving: Serving, host: str | None = None) -> Measure:
+    """Bytes of weights and KV cache, in the checkpoint's own dtype. A layer with a sliding window holds no more of it.
+
+    Raises CheckpointError like `windows_of`.
+    """
+    g = checkpoint.geometry
+    windows = windows_of(checkpoint.config, g.family, g.layers)
+    held = [serving.batch * tokens for tokens in tokens_held(windows, serving)]
+    return replace(_measure("memory", g, checkpoint.expected(), dtype_bytes, held, host), serving=serving)
+
+
+def tokens_held(windows: Sequence[int | None], serving: Serving) -> list[int]:
+    """Tokens of one sequence that the cache of every layer holds."""
+    return [serving.context if window is None else min(window, serving.context) for window in windows]
+
+
+def of_size(g: Geometry, size: float, tensors: Tensors | None = None, host: str | None = None) -> Bound:
+    """The bound that a share of all parameters is."""
+    return shared(parameters_of(g, tensors, host), size, "--size")
+
+
+def at_most(measure: Measure, most: int, flag: str) -> Bound:
+    """A number of what is counted, as a bound."""
+    return Bound(measure, most, min(1.0, most / measure.whole), flag)
+
+
+def shared(measure: Measure, share: float, flag: str) -> Bound:
+    """A share of what is counted, as a bound."""
+    # A share that was worked out from a count gives that count back: rounding loses less than this.
+    lost = 1e-3 + math.ldexp(measure.whole, -51)
+    return Bound(measure, math.floor(share * measure.whole + lost), share, flag)
+
+
+def _stated(g: Geometry) -> Tensors:
+    return {name: (shape, "F32") for name, shape in tensor_shapes(g).items()}
+
+
+def _measure(
+    unit: Unit, g: Geometry, tensors: Tensors, width_of: Callable[[str], int], held: Sequence[int], host: str | None
+) -> Measure:
+    """`width_of`: what an element of a dtype counts; `held`: tokens in the cache of every layer."""
+    found = hosting(g, host) if host is not None else None
+    zero = found.zero_biases if found is not None else ()
+    hosted = replace(g, qkv_bias=g.qkv_bias or "qkv" in zero, o_bias=g.o_bias or "o" in zero)
+    output = [layer_prefix(layer) + "self_attn.o_proj.weight" for layer in range(g.layers)]
+    whole = sum(math.prod(shape) * width_of(dtype) for shape, dtype in tensors.values())
+    cached = 2 * g.head_dim * width_of(tensors[output[0]][1])
+    head, group, channel, added = [], [], [], 0
+    for layer in range(g.layers):
+
+        def total(shapes: Shapes, own: str = output[layer]) -> int:
+            # A bias that the source has not is written in the dtype of o_proj.
+            return sum(
+                math.prod(shape) * width_of(tensors[name if name in tensors else own][1])
+                for name, shape in shapes.items()
+            )
+
+        one = total(attention_shapes(hosted, layer, 1, 1))
+        head.append(total(attention_shapes(hosted, layer, 2, 1)) - one)
+        group.append(total(attention_shapes(hosted, layer, 1, 2)) - one + cached * held[layer])
+        narrow = (total(mlp_shapes(g, layer, 2)) - total(mlp_shapes(g, layer, 1))) if g.has_channels else 0
+        channel.append(narrow)
+        if zero:
+            whole_layer = (layer, g.heads, g.kv_heads)
+            added += total(attention_shapes(hosted, *whole_layer)) - total(attention_shapes(g, *whole_layer))
+    whole += sum(g.kv_heads * cached * tokens for tokens in held)
+    return Measure(unit, whole, tuple(head), tuple(group), tuple(channel), added)
