@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +13,18 @@ import numpy as np
 from sspcompile.checkpoint.headers import dtype_bytes
 from sspcompile.checkpoint.source import Checkpoint
 from sspcompile.checkpoint.tensors import attention_shapes, mlp_multiplied, mlp_shapes
-from sspcompile.errors import ArtifactError, UnsupportedModelError
-from sspcompile.families import Family, Geometry, Host, graph_refusal, layer_prefix
+from sspcompile.errors import ArtifactError, CheckpointError, UnsupportedModelError
+from sspcompile.families import (
+    Family,
+    Geometry,
+    GgufModel,
+    Host,
+    geometry_of,
+    gguf_model,
+    graph_refusal,
+    hosted_config,
+    layer_prefix,
+)
 from sspcompile.slicing.hosts import per_layer_host, uniform_host
 from sspcompile.slicing.layouts import Choice, choose
 from sspcompile.slicing.mask import HeadMask, Layout, check_mask, kept_of
@@ -262,9 +272,31 @@ def _plan(checkpoint: Checkpoint, layers: tuple[LayerCut, ...], layout: Layout, 
         by_layer=tuple(zip(dense, sliced, strict=True)),
         prunable_share=prunable / dense_total.parameters,
         runtimes=verdicts(
-            g, host.family, counts, widths, custom=custom_code, onnx=graph_refusal(checkpoint.config, g, dtypes)
+            g,
+            host.family,
+            counts,
+            widths,
+            custom=custom_code,
+            onnx=graph_refusal(checkpoint.config, g, dtypes),
+            gguf=_gguf(checkpoint, host, counts, widths, dtypes),
         ),
     )
+
+
+def _gguf(
+    checkpoint: Checkpoint,
+    host: Host,
+    counts: Sequence[tuple[int, int]],
+    widths: Sequence[int],
+    dtypes: Collection[str],
+) -> GgufModel | str:
+    """How the GGUF export writes the cut, which it reads as its host's; or why it refuses it."""
+    config = hosted_config(checkpoint.config, checkpoint.geometry, host)
+    try:
+        hosted = replace(geometry_of(config), tied=checkpoint.geometry.tied)
+        return gguf_model(config, hosted, counts, widths, dtypes)
+    except (UnsupportedModelError, CheckpointError) as error:
+        return error.message.removesuffix(".")
 
 
 def _o_proj(layer: int) -> str:
