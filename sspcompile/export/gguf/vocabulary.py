@@ -7,6 +7,7 @@ tokens writes nonsense without a word.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,10 @@ from typing import Any
 
 from sspcompile.checkpoint.references import TOKENIZER_CONFIG, read_settings
 from sspcompile.checkpoint.settings import read_generation, read_json
+from sspcompile.checkpoint.tokenizers import named_class_counts
 from sspcompile.errors import CheckpointError, UnsupportedModelError
+from sspcompile.families import Family
+from sspcompile.families.table import AS_IN_FILE
 
 FILE = "tokenizer.json"
 DEFAULT_TEMPLATE = "default"
@@ -55,7 +59,7 @@ class Vocabulary:
     composes: bool = False
 
 
-def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
+def read_vocabulary(folder: Path, rows: int, family: Family) -> Vocabulary:
     """The tokenizer of a model folder whose embedding table has `rows` rows.
 
     Raises UnsupportedModelError for a tokenizer that llama.cpp would read in another way, CheckpointError for a file
@@ -66,7 +70,7 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
             f"{folder} has no {FILE}, from which the tokenizer of a GGUF is written.",
             hint="Save the tokenizer with transformers first.",
         )
-    said, settings = read_json(folder / FILE), read_settings(folder / TOKENIZER_CONFIG)
+    said, settings = _pipeline(folder, family), read_settings(folder / TOKENIZER_CONFIG)
     model = said.get("model") or {}
     _demand_model(model)
     tokens, types = _tokens(model, said.get("added_tokens") or [], rows)
@@ -83,6 +87,20 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
         _templates(folder, settings),
         composes=_composes(said.get("normalizer")),
     )
+
+
+def _pipeline(folder: Path, family: Family) -> Mapping[str, Any]:
+    """tokenizer.json as transformers 5 reads it: some classes keep its tokens and cut texts in their own way."""
+    said = read_json(folder / FILE)
+    named = family.tokenizer == "" and named_class_counts(folder, read_json(folder / "config.json"))
+    if family.tokenizer in ("", AS_IN_FILE) and not named:
+        return said
+    from sspcompile.model.loading import load_tokenizer
+
+    backend = getattr(load_tokenizer(folder), "backend_tokenizer", None)
+    if backend is None:
+        raise _refused("its class in transformers is written in Python")
+    return json.loads(backend.to_str())
 
 
 def _refused(why: str) -> UnsupportedModelError:
