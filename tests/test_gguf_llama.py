@@ -13,9 +13,12 @@ from gguf_models import PRE_TOKENIZERS, config_for, cut, dense, tokenizer
 from sspcompile.export.gguf.check import TEXTS
 from sspcompile.export.gguf.publish import GgufExport, export_gguf
 from sspcompile.model.llama_session import MODEL, LlamaModel
+from sspcompile.model.placement import Placement
 from sspcompile.proof.probes import random_probes
 
 pytestmark = pytest.mark.slow
+# Threads of llama.cpp spin, which beside others at work takes a hundred times as long.
+ONE_THREAD = Placement(device="cpu", threads=1)
 PROBES = random_probes(400)
 ONE_WIDTH = 1.0
 # Family, layout, settings of the model, share of the channels -> architecture.
@@ -86,6 +89,6 @@ def test_llama_cpp_reads_the_same_tokens(name, bos, tmp_path):
     reads = tokenizer(name, bos=bos)
     source = dense(tmp_path / "dense", config_for("llama"), reads)
     exported(source, tmp_path / "out")
-    model = LlamaModel(tmp_path / "out" / MODEL)
+    model = LlamaModel(tmp_path / "out" / MODEL, threads=1)
     for text in (*TEXTS, "a<tool>b </s> c<s>", "12 345 6", "it'S WE'RE", "\t\t\n x  y   z    "):
         assert model.tokens(text) == reads(text)["input_ids"], text
