@@ -1,23 +1,28 @@
 """What a GGUF export costs against `cp`, and whether llama.cpp writes what transformers writes.
 
-`python -m benchmarks.gguf FOLDER ... [--types bf16,f32]`: model folders (of a cut: its `model`). Cost: seconds of
-writing the file and peak memory of a fresh process that does only that, against `cp` of the weights, five times in
-turn. Text: 20 prompts, 24 greedy tokens each, in llama.cpp (cache in fp32) and in transformers on the same weights in
-fp32; one thread.
+`python -m benchmarks.gguf FOLDER ... [--types f32,bf16,q8_0]`: model folders (of a cut: its `model`).
+
+Cost: seconds of writing the file, in a fresh process that does only that, and its peak memory, against `cp` of the
+weights, both followed by a sync of what they wrote, five times in turn; of a random model of 2.2 GB, too. Text: 20
+prompts, 24 greedy tokens each, in llama.cpp (cache in fp32) and in transformers, which computes with the stored weights
+in fp32; one thread.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
-import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from statistics import median
+
+import numpy as np
 
 ROUNDS, NEW_TOKENS = 5, 24
 PROMPTS = (
@@ -55,8 +60,55 @@ def write(folder: Path, target: Path, kind: str | None) -> dict[str, float]:
     source = read_source(folder)
     vocabulary = read_vocabulary(folder, source.geometry.vocab, source.geometry.family)
     write_gguf(source, vocabulary, target, kind_of(kind, source.dtypes), name=folder.name, origin={})
+    sync(target)
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    return {"seconds": seconds, "mb": peak_mb()}
+
+
+def sync(path: Path) -> None:
+    """Flush a file to the disk."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def peak_mb() -> float:
+    """Peak resident memory of this process (Linux). That of getrusage starts with its parent's."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def large(folder: Path, like: Path) -> Path:
+    """A random Llama of 1.1 billion parameters in bf16 (2.2 GB), with the tokenizer of `like`."""
+    hidden, width, layers = 2048, 5632, 22
+    config = json.loads((like / "config.json").read_text())
+    sizes = {"hidden_size": hidden, "intermediate_size": width, "num_hidden_layers": layers}
+    config |= {**sizes, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 64}
+    shapes = {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (hidden,)}
+    for layer in range(layers):
+        stem = f"model.layers.{layer}."
+        shapes |= {
+            f"{stem}self_attn.{name}_proj.weight": (rows, hidden)
+            for name, rows in zip("qkv", (2048, 256, 256), strict=True)
+        }
+        shapes[f"{stem}self_attn.o_proj.weight"] = (hidden, 2048)
+        shapes |= {f"{stem}mlp.{name}_proj.weight": (width, hidden) for name in ("gate", "up")}
+        shapes[f"{stem}mlp.down_proj.weight"] = (hidden, width)
+        shapes |= {f"{stem}{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+    folder.mkdir()
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    told = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as stream:
+        stream.write(len(told).to_bytes(8, "little") + told)
+        for shape in shapes.values():
+            stream.write(np.random.default_rng(0).integers(0, 1 << 14, shape, dtype=np.uint16).tobytes())
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(like / name, folder / name)
+    return folder
 
 
 def cost(folder: Path, scratch: Path) -> None:
@@ -65,6 +117,7 @@ def cost(folder: Path, scratch: Path) -> None:
     for _ in range(ROUNDS):
         start = time.perf_counter()
         subprocess.run(["cp", folder / "model.safetensors", scratch / "copy"], check=True)
+        sync(scratch / "copy")
         copies.append(time.perf_counter() - start)
         (scratch / "copy").unlink()
         command = [sys.executable, "-m", "benchmarks.gguf", "--write", str(folder), str(scratch / "made.gguf")]
@@ -132,6 +185,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=os.environ.get("SCRATCH")) as scratch:
         for folder in given.folders:
             cost(folder, Path(scratch))
+        cost(large(Path(scratch) / "large", given.folders[0]), Path(scratch))
+        shutil.rmtree(Path(scratch) / "large")
+        for folder in given.folders:
+            print(folder)
             texts(folder, given.types.split(","), Path(scratch))
 
 

@@ -29,13 +29,17 @@ class Extent:
     length: int
 
 
-def copy_extent(source: int, target: int, extent: Extent, moved: Moved | None = None) -> None:
+def copy_extent(source: int, target: int, extent: Extent, moved: Moved | None = None, *, kernel: bool = True) -> None:
     """Append an extent of the open file `source` to the open file `target` at its position.
 
-    The kernel copies where it can (sharing blocks on file systems that do that), a small buffer otherwise. Raises
-    CheckpointError when the source ends early.
+    The kernel copies where it can (sharing blocks on file systems that do that), a small buffer otherwise. Without
+    `kernel` always the buffer: between places that differ within a page the kernel copies at two thirds of its speed.
+    Raises CheckpointError when the source ends early.
     """
     done = 0
+    if not kernel:
+        _buffered_copy(source, target, extent, done, moved)
+        return
     while done < extent.length:
         want = min(KERNEL_BYTES, extent.length - done)
         count = _kernel_copy(source, target, extent.offset + done, want)

@@ -94,7 +94,7 @@ def _stream(path: Path, tensors: Sequence[Written], alignment: int, progress: Pr
                         file = part.info.file
                         if file not in opened:
                             opened[file] = file.open("rb", buffering=0)
-                        copy_extent(opened[file].fileno(), target, part.info.extent, moved)
+                        copy_extent(opened[file].fileno(), target, part.info.extent, moved, kernel=False)
                 else:
                     for band in tensor.bands():
                         write_all(target, np.ascontiguousarray(band).data.cast("B"))
