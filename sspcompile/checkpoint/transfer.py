@@ -14,7 +14,8 @@ Moved = Callable[[int], None]
 
 # Progress is told this often; the kernel moves as much per call as it likes.
 KERNEL_BYTES = 64 << 20
-BUFFER_BYTES = 4 << 20
+# What a core's own cache holds: 4 MiB took twice as long.
+BUFFER_BYTES = 256 << 10
 # What file systems, kernels and containers answer when they cannot copy between these two files.
 NO_KERNEL_COPY = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF})
 NO_HARD_LINK = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP})

@@ -19,7 +19,7 @@ from sspcompile.export.gguf.rounding import Kind, as_floats, encode, stored_type
 from sspcompile.export.gguf.source import Source
 from sspcompile.families import layer_prefix
 
-BAND_BYTES = 8 << 20
+BAND_BYTES = 1 << 20
 # Part of a layer in the checkpoint -> in the GGUF.
 ATTENTION = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
 MLP = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,7 +76,8 @@ def _announce(writer: GGUFWriter, tensor: Written) -> None:
 
 def _stream(path: Path, tensors: Sequence[Written], alignment: int, progress: Progress) -> None:
     """Append the tensors, each at the next multiple of `alignment`."""
-    total, done = sum(nbytes(tensor.kind, tensor.shape) for tensor in tensors), 0
+    sizes = [nbytes(tensor.kind, tensor.shape) for tensor in tensors]
+    total, done = sum(sizes), 0
 
     def moved(count: int) -> None:
         nonlocal done
@@ -83,12 +85,14 @@ def _stream(path: Path, tensors: Sequence[Written], alignment: int, progress: Pr
         progress("weights", done, total)
 
     progress("weights", 0, total)
-    with path.open("ab", buffering=0) as stream:
-        target = stream.fileno()
-        write_all(target, bytes(-stream.tell() % alignment))
+    with path.open("r+b", buffering=0) as stream:
+        target, end = stream.fileno(), stream.seek(0, os.SEEK_END)
+        if total and hasattr(os, "posix_fallocate"):  # a disk without room says so now, and writing is faster
+            os.posix_fallocate(target, 0, end + -end % alignment + sum(size + -size % alignment for size in sizes))
+        write_all(target, bytes(-end % alignment))
         opened: dict[Path, Any] = {}
         try:
-            for tensor in tensors:
+            for tensor, size in zip(tensors, sizes, strict=True):
                 if tensor.copied:
                     for part in tensor.parts:
                         file = part.info.file
@@ -99,7 +103,7 @@ def _stream(path: Path, tensors: Sequence[Written], alignment: int, progress: Pr
                     for band in tensor.bands():
                         write_all(target, np.ascontiguousarray(band).data.cast("B"))
                         moved(band.nbytes)
-                write_all(target, bytes(-nbytes(tensor.kind, tensor.shape) % alignment))
+                write_all(target, bytes(-size % alignment))
         finally:
             for file in opened.values():
                 file.close()
