@@ -5,15 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("llama_cpp")
 
 from gguf_models import PRE_TOKENIZERS, config_for, cut, dense, tokenizer
 
-from sspcompile.export.gguf.check import TEXTS
-from sspcompile.export.gguf.publish import GgufExport, export_gguf
+from sspcompile.checkpoint.manifest import read_manifest
+from sspcompile.errors import InputError, ParityError
+from sspcompile.export.gguf.check import TEXTS, compare, demand_tokens, read_reference
+from sspcompile.export.gguf.publish import GATE, GgufExport, export_gguf
 from sspcompile.model.llama_session import MODEL, LlamaModel
+from sspcompile.model.llama_text import load_gguf
+from sspcompile.model.loading import load_cut
 from sspcompile.model.placement import Placement
+from sspcompile.progress import silent
 from sspcompile.proof.probes import random_probes
 
 pytestmark = pytest.mark.slow
@@ -21,6 +27,7 @@ pytestmark = pytest.mark.slow
 ONE_THREAD = Placement(device="cpu", threads=1)
 PROBES = random_probes(400)
 ONE_WIDTH = 1.0
+SLOWER = {"rope_type": "default", "rope_theta": 2e4}
 # Family, layout, settings of the model, share of the channels -> architecture.
 HELD = {
     "llama uniform": ("llama", "uniform", {}, 0.6, "llama"),
@@ -92,3 +99,51 @@ def test_llama_cpp_reads_the_same_tokens(name, bos, tmp_path):
     model = LlamaModel(tmp_path / "out" / MODEL, threads=1)
     for text in (*TEXTS, "a<tool>b </s> c<s>", "12 345 6", "it'S WE'RE", "\t\t\n x  y   z    "):
         assert model.tokens(text) == reads(text)["input_ids"], text
+
+
+@pytest.mark.parametrize("kind", ["bf16", "f16", "q8_0", "q4_0", "q4_k_m"])
+def test_every_type_loads_and_says_what_it_costs(kind, tmp_path):
+    source = dense(tmp_path / "dense", config_for("llama"), dtype=torch.bfloat16)
+    plan = cut(source, tmp_path / "cut", "per-layer")
+    done = exported(tmp_path / "cut", tmp_path / "out", kind, custom=plan.custom_code)
+    assert done.structure.same_text and done.structure.relative < 2e-5, "the model in fp32"
+    assert done.agreement.mean_kl < (0.01 if kind in ("bf16", "f16", "q8_0") else 1.0)
+    assert read_manifest(tmp_path / "out").origin["proven"] is True
+
+
+def test_an_export_of_another_model_is_found_out(tmp_path):
+    for name, config in (("one", config_for("llama")), ("other", config_for("llama", rope_parameters=SLOWER))):
+        exported(dense(tmp_path / name, config), tmp_path / f"{name}-gguf")
+    reference = read_reference(
+        tmp_path / "one", PROBES, 256, placement=ONE_THREAD, trust_remote_code=False, progress=silent
+    )
+    compare(tmp_path / "one-gguf" / MODEL, reference, GATE, silent)
+    with pytest.raises(ParityError, match="Nothing was published"):
+        compare(tmp_path / "other-gguf" / MODEL, reference, GATE, silent)
+
+
+def test_other_tokens_are_found_out(tmp_path):
+    exported(dense(tmp_path / "words", config_for("llama"), tokenizer("smaug-bpe")), tmp_path / "out")
+    digits = dense(tmp_path / "digits", config_for("llama"), tokenizer("smollm"))
+    reference = read_reference(digits, PROBES, 256, placement=ONE_THREAD, trust_remote_code=False, progress=silent)
+    with pytest.raises(ParityError, match="reads other tokens than transformers"):
+        demand_tokens(tmp_path / "out" / MODEL, reference)
+
+
+def test_an_export_answers_as_its_model_does(tmp_path):
+    source = dense(tmp_path / "dense", config_for("qwen3", tied=True))
+    plan = cut(source, tmp_path / "cut", "per-layer")
+    exported(tmp_path / "cut", tmp_path / "out", custom=plan.custom_code)
+    ours = load_gguf(tmp_path / "out", placement=ONE_THREAD, scoring=True)
+    theirs = load_cut(tmp_path / "cut", placement=ONE_THREAD, trust_remote_code=plan.custom_code)
+    ids = torch.tensor([[2, 2, 40, 50, 60], [70, 80, 90, 100, 110]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    assert ours.continuations(ids, mask, 12) == theirs.continuations(ids, mask, 12)
+    scored = mask.bool() & torch.tensor([False, False, False, True, True])
+    found, wanted = (model.scored_logits(ids, mask, scored) for model in (ours, theirs))
+    assert found.shape == wanted.shape and (found - wanted).abs().max() < 0.01 * wanted.abs().max()
+    assert ours.positions == theirs.positions and ours.ends == theirs.ends
+    long = ours.continuations(torch.tensor([[5] * 200]), torch.ones(1, 200, dtype=torch.long), 56)
+    assert len(long[0]) <= 56
+    with pytest.raises(InputError, match="exceed the 256"):
+        ours.continuations(torch.tensor([[5] * 200]), torch.ones(1, 200, dtype=torch.long), 57)

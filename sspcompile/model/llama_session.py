@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,8 +25,6 @@ PACKAGE = "llama_cpp"
 F32, F16 = 0, 1
 # A context is made anew for a longer text, which opens the file once more.
 LEAST_CONTEXT = 512
-# llama.cpp tells what it does on stderr, level by level; what it raises is told by the command line.
-SILENCE = logging.CRITICAL + 1
 
 
 def is_gguf(folder: Path) -> bool:
@@ -126,11 +124,17 @@ class LlamaModel:
         self._llama.close()
 
 
-def quiet() -> None:
-    """llama.cpp writes nothing to stderr."""
-    import llama_cpp  # noqa: F401 (its logger counts from then on)
+@functools.cache
+def quiet() -> object:
+    """llama.cpp writes nothing to stderr; what it raises is told by the command line.
 
-    logging.getLogger("llama-cpp-python").setLevel(SILENCE)
+    What is returned is what llama.cpp calls instead, and must live as long as it does: the cache keeps it.
+    """
+    import llama_cpp
+
+    callback = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    return callback
 
 
 def quantise(source: Path, target: Path, file_type: int, *, threads: int | None = None) -> None:
