@@ -233,7 +233,7 @@ bench-bench: $(VENV)/.done  ## Whether `bench` repeats itself and tells a model 
 FOLDERS ?= SmolLM2-135M-Instruct
 
 bench-gguf: $(GGUF)/.done  ## GGUF exports against cp, and llama.cpp's text against transformers'.
-	$(GGUF)/bin/python -m benchmarks.gguf $(FOLDERS) --types f32,bf16,q8_0,q4_0,q4_k_m
+	$(GGUF)/bin/python -m benchmarks.gguf $(FOLDERS) --types f32,f16,bf16,q8_0,q4_0,q4_k_m
 
 bench-onnx: $(VENV)/.done  ## ONNX exports against transformers and onnxruntime-genai's own builder.
 	$(BIN)/python -m benchmarks.onnx

@@ -160,6 +160,10 @@ def export(
     if done.gguf is not None:
         click.echo(_gguf_sentence(done.gguf))
         if not quiet:
+            if done.gguf.kind.name == "bf16":
+                click.echo(
+                    "Note: llama.cpp multiplies bf16 weights in bf16. --type f16 is as small and closer.", err=True
+                )
             click.echo(f"Next: llama-server -m {done.folder / MODEL}", err=True)
         return
     if done.agreement is None or done.precision is None:
