@@ -116,7 +116,9 @@ class LlamaModel:
         return np.ctypeslib.as_array(last, shape=(self.vocab,)).copy()
 
     def scores(self) -> np.ndarray:
-        """Logits of everything that was read since `start`, [T, V] fp32; with `scoring`."""
+        """Logits of everything that was read since `start`, [T, V] fp32. Raises ValueError without `scoring`."""
+        if not self._scoring:
+            raise ValueError("this model was opened without scoring")
         return self._llama.scores[: self._llama.n_tokens].copy()
 
     def close(self) -> None:
