@@ -140,7 +140,6 @@ def export(
     from sspcompile.api.export import export as run
     from sspcompile.checkpoint.locate import at_revision
     from sspcompile.cli.progress import stages
-    from sspcompile.model.llama_session import MODEL
 
     placement = placement_in(given)
     request = ExportRequest(form, host, **{name: given[name] for name in (*ONNX_ONLY, *GGUF_ONLY)})
@@ -157,20 +156,25 @@ def export(
         click.echo(json.dumps({"folder": str(done.folder), "files": done.files, **measured}))
         return
     click.echo(f"Exported {found.folder} to {done.folder} ({sum(done.files.values()):,} bytes)")
+    _say_agreement(done, quiet=quiet)
+
+
+def _say_agreement(done: Published, *, quiet: bool) -> None:
+    """What was found before publishing, and on stderr what to type next."""
+    from sspcompile.model.llama_session import MODEL
+
     if done.gguf is not None:
         click.echo(_gguf_sentence(done.gguf))
-        if not quiet:
-            if done.gguf.kind.name == "bf16":
-                click.echo(
-                    "Note: llama.cpp multiplies bf16 weights in bf16. --type f16 is as small and closer.", err=True
-                )
-            click.echo(f"Next: llama-server -m {done.folder / MODEL}", err=True)
+        if done.gguf.kind.name == "bf16" and not quiet:
+            click.echo("Note: llama.cpp multiplies bf16 weights in bf16. --type f16 is as small and closer.", err=True)
+        following = f"llama-server -m {done.folder / MODEL}"
+    elif done.agreement is not None and done.precision is not None:
+        click.echo(_sentence(done.agreement, done.precision))
+        following = f'sspcompile run {done.folder} --prompt "..."'
+    else:
         return
-    if done.agreement is None or done.precision is None:
-        return
-    click.echo(_sentence(done.agreement, done.precision))
     if not quiet:
-        click.echo(f'Next: sspcompile run {done.folder} --prompt "..."', err=True)
+        click.echo(f"Next: {following}", err=True)
 
 
 def _measured(done: Published) -> dict[str, object]:
