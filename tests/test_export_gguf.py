@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ from sspcompile.export.gguf.source import read_source
 from sspcompile.export.gguf.vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED, read_vocabulary
 from sspcompile.families import FAMILIES, family_of
 from sspcompile.families.gguf import PER_LAYER, UNIFORM
-from sspcompile.model.llama_session import MODEL
+from sspcompile.model.llama_session import MODEL, has_llama_cpp
 from sspcompile.workspace import Workspace
 
 SIZE = 64
@@ -313,3 +315,13 @@ def test_a_checkpoint_whose_counts_contradict_its_tensors_is_refused(plain, tmp_
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="asks for"):
         read_source(tmp_path)
+
+
+@pytest.mark.skipif(has_llama_cpp(), reason="what runs the file loads torch")
+def test_writing_waits_for_no_torch(plain, tmp_path):
+    """Nor is its memory taken: the whole command stays far below that of an import of torch."""
+    command = ["export", str(plain), "--format", "gguf", "--out", str(tmp_path / "out")]
+    code = f"import sys\nfrom sspcompile.cli.main import main\ntry:\n    main({command!r})\nfinally:\n    print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (tmp_path / "out" / MODEL).is_file(), done.stderr
+    assert not {"torch", "transformers", "scipy"} & set(done.stdout.split())
