@@ -12,13 +12,14 @@ HARNESS := .venv-lm-eval
 DOCS := .venv-docs
 AUDIT := .venv-audit
 VLLM := .venv-vllm
+GGUF := .venv-gguf
 BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
 # Two test processes: as many as the smallest machine that this is meant for has cores.
 WORKERS ?= 2
 
-.PHONY: demo demo-llm test audit test-compat test-oldest test-pythons test-optimum test-vllm test-browser screenshots fuzz test-kills test-wheel test-shapes test-lm-eval generated docs lint format train bench-compile bench-prepare \
-	bench-quality bench-slice bench-onnx bench-bench bench-build bench-scores bench-real bench-recognition bench-large clean
+.PHONY: demo demo-llm test audit test-compat test-oldest test-pythons test-optimum test-vllm test-gguf test-browser screenshots fuzz test-kills test-wheel test-shapes test-lm-eval generated docs lint format train bench-compile bench-prepare \
+	bench-quality bench-slice bench-onnx bench-gguf bench-bench bench-build bench-scores bench-real bench-recognition bench-large clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -75,6 +76,18 @@ $(VLLM)/.done: constraints-vllm.txt
 test-vllm: $(VENV)/.done $(VLLM)/.done  ## Cuts of both layouts in vLLM, offline on the CPU: the same greedy tokens.
 	$(BIN)/python tests/vllm/write.py $(VLLM)/fixtures
 	set -e; for case in $(VLLM)/fixtures/*; do VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 $(VLLM)/bin/python tests/vllm/check.py $$case; done
+
+# llama.cpp is compiled here (a quarter of an hour on two cores), without what its binding has no use for.
+$(GGUF)/.done: pyproject.toml constraints.txt constraints-gguf.txt
+	$(PYTHON) -m venv $(GGUF)
+	CMAKE_BUILD_PARALLEL_LEVEL=$(WORKERS) CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
+	    -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_COMMON=OFF" \
+	    $(GGUF)/bin/pip install $(PIP_FLAGS) --constraint constraints.txt --constraint constraints-gguf.txt \
+	    --editable '.[dev,gguf]'
+	touch $@
+
+test-gguf: $(GGUF)/.done  ## GGUF exports in llama.cpp, every family and layout that it holds: logits, text, tokens.
+	$(GGUF)/bin/python -m pytest tests/test_gguf_llama.py -m slow
 
 $(OLDEST)/.done: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
@@ -216,6 +229,12 @@ bench-large: $(VENV)/.done  ## Builds of random models that do not fit. TOKENIZE
 bench-bench: $(VENV)/.done  ## Whether `bench` repeats itself and tells a model from itself.
 	$(BIN)/python -m benchmarks.bench
 
+# FOLDERS: model folders; of a build, its model.
+FOLDERS ?= SmolLM2-135M-Instruct
+
+bench-gguf: $(GGUF)/.done  ## GGUF exports against cp, and llama.cpp's text against transformers'.
+	$(GGUF)/bin/python -m benchmarks.gguf $(FOLDERS) --types f32,f16,bf16,q8_0,q4_0,q4_k_m
+
 bench-onnx: $(VENV)/.done  ## ONNX exports against transformers and onnxruntime-genai's own builder.
 	$(BIN)/python -m benchmarks.onnx
 
@@ -226,4 +245,4 @@ bench-prepare: $(VENV)/.done  ## What learning a model costs, in bare forward pa
 	$(BIN)/python benchmarks/prepare.py
 
 clean:
-	rm -rf $(VENV) $(COMPAT) $(NEWEST) $(OLDEST) $(BARE)* $(OPTIMUM) $(HARNESS) $(DOCS) site build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(COMPAT) $(NEWEST) $(OLDEST) $(BARE)* $(OPTIMUM) $(HARNESS) $(GGUF) $(DOCS) site build dist .pytest_cache .ruff_cache .hypothesis

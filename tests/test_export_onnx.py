@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from sspcompile.checkpoint import Checkpoint, check_manifest
 from sspcompile.errors import CheckpointError, InputError, ParityError, UnsupportedModelError
+from sspcompile.export.agreement import Agreement
 from sspcompile.export.onnx import PRECISIONS, Blocks, Exported, export_onnx
-from sspcompile.export.onnx.agreement import Agreement
 from sspcompile.export.onnx.check import ROUNDING_FACTOR, padded
 from sspcompile.export.onnx.decoder import read_decoder
 from sspcompile.export.onnx.weights import write_rotary

@@ -92,6 +92,6 @@ def test_runtimes_are_told_of_widths(run):
     plan = planned(run, "--size", 0.81, "--layout", "per-layer")
     assert len(set(plan["widths"])) > 1, "the case in question"
     verdicts = {one["runtime"]: one for one in plan["runtimes"]}
-    assert not verdicts["llama.cpp"]["loads"] and "different widths" in verdicts["llama.cpp"]["reason"]
+    assert verdicts["llama.cpp"]["loads"] and "as architecture deci" in verdicts["llama.cpp"]["reason"]
     assert verdicts["vLLM"]["loads"] and "--trust-remote-code" in verdicts["vLLM"]["reason"]
     assert verdicts["ONNX Runtime"]["loads"]

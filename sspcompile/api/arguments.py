@@ -15,6 +15,7 @@ from sspcompile.errors import ArtifactError, InputError
 from sspcompile.model.chat import PLAIN, Rendering, rendering_of
 from sspcompile.model.context import shortest_context
 from sspcompile.model.dense import DenseModel, open_dense
+from sspcompile.model.llama_session import is_gguf
 from sspcompile.model.onnx_session import is_onnx
 from sspcompile.model.placement import ANYWHERE, Placement
 from sspcompile.model.vocabulary import same_tokens
@@ -56,6 +57,11 @@ class Named:
     def onnx(self) -> bool:
         """Whether ONNX Runtime loads it, rather than transformers."""
         return is_onnx(self.model)
+
+    @property
+    def gguf(self) -> bool:
+        """Whether llama.cpp loads it."""
+        return is_gguf(self.model)
 
     @property
     def custom_code(self) -> bool:
@@ -112,6 +118,7 @@ class CutModel:
         Raises InputError when their tokenizers differ, because their tokens could not be compared, and for an export
         that cannot score a text.
         """
+        from sspcompile.model.llama_text import load_gguf
         from sspcompile.model.loading import load_cut
         from sspcompile.model.onnx_text import load_onnx
 
@@ -120,6 +127,8 @@ class CutModel:
             export = load_onnx(self.found.model, placement=self.placement, rendering=self.rendering)
             export.session.demand_all_logits()
             cut = export
+        elif self.found.gguf:
+            cut = load_gguf(self.found.model, placement=self.placement, rendering=self.rendering, scoring=True)
         else:
             cut = load_cut(
                 self.found.model,
@@ -189,7 +198,7 @@ def named(argument: str | None, workspace: Workspace) -> Named:
 def _recognised(folder: Path) -> Named | None:
     if (folder / MASK).is_file() and (folder / MODEL / "config.json").is_file():
         return Named("build", folder, folder / MODEL)
-    if is_onnx(folder):
+    if is_onnx(folder) or is_gguf(folder):
         return Named("export", folder, folder)
     folder = model_folder(folder)
     if not (folder / "config.json").is_file():

@@ -141,6 +141,11 @@ def bench(
     """
     entries = [cut_model(one, model, workspace, option="--model") for one in given]
     reference = None if against in (None, DENSE) else cut_model(against, model, workspace, option="--model")
+    if timed := next((one for one in (*entries, *filter(None, [reference])) if one.found.gguf), None):
+        raise InputError(
+            f"{timed.found.folder} is a GGUF export, which bench does not time.",
+            hint="llama.cpp brings llama-bench; name what it was exported from to time that.",
+        )
     dense = _one_dense([*entries, *([reference] if reference else [])])
     models = [dense.checkpoint.path, *(entry.found.model for entry in (*entries, *([reference] if reference else [])))]
     onnx = any(entry.found.onnx for entry in entries) or "onnx" in request.runtimes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ from sspcompile.checkpoint import Manifest
 from sspcompile.checkpoint.publish import refuse_existing
 from sspcompile.checkpoint.source import not_carried
 from sspcompile.errors import InputError
-from sspcompile.export.card import licence_of, onnx_card
+from sspcompile.export.agreement import Agreement
+from sspcompile.export.card import gguf_card, licence_of, onnx_card
+from sspcompile.export.gguf.publish import GgufExport, export_gguf
+from sspcompile.export.gguf.source import read_source
 from sspcompile.export.hf import export_hf
 from sspcompile.export.onnx import PRECISIONS, Blocks, Exported, Precision, export_onnx
-from sspcompile.export.onnx.agreement import Agreement
 from sspcompile.export.onnx.decoder import read_decoder
 from sspcompile.export.onnx.weights import ROTARY_FILE
 from sspcompile.model.dense import open_dense
@@ -27,9 +29,11 @@ from sspcompile.request.options import flag
 from sspcompile.slicing.hosts import named_host
 from sspcompile.workspace import PLAN, PROBES, REPORT, Workspace
 
-FORMATS = ("hf", "onnx")
+FORMATS = ("hf", "onnx", "gguf")
 ROUNDING_ONLY = ("block_size", "accuracy_level", "activations", "keep_embeddings")
 ONNX_ONLY = ("precision", *ROUNDING_ONLY, "context_length", "last_logits", "hard_link")
+GGUF_ONLY = ("type",)
+OPTIONS_OF: Mapping[str, tuple[str, ...]] = {"hf": ("host",), "onnx": ONNX_ONLY, "gguf": GGUF_ONLY}
 
 
 @dataclass(frozen=True)
@@ -44,13 +48,15 @@ class Source:
     custom_code: bool = False
 
 
-def source_of(found: Named) -> Source:
+def source_of(found: Named, *, vocab_of: Callable[[Path], int] | None = None) -> Source:
     """What an argument names, as something to export; a build's checksums are held against its files first.
 
-    Raises ArtifactError, and InputError for what is an ONNX export already.
+    `vocab_of` reads the width of the logits where the model brings no texts; by default as the ONNX graph sees it.
+    Raises ArtifactError, and InputError for what is an export for another runtime already.
     """
-    if found.onnx:
-        raise InputError(f"{found.folder} is an ONNX export already.", hint="Name what it was exported from.")
+    if found.onnx or found.gguf:
+        what = "an ONNX export" if found.onnx else "a GGUF export"
+        raise InputError(f"{found.folder} is {what} already.", hint="Name what it was exported from.")
     if found.kind == "build":
         return Source(
             model=found.model,
@@ -65,15 +71,16 @@ def source_of(found: Named) -> Source:
         origin = {**dense.origin, "licence": licence_of(found.model), "left_out": not_carried(found.model)}
     else:
         origin = {**found.manifest().origin, "artifact": found.name}
-    vocab = read_decoder(found.model).geometry.vocab
+    vocab = read_decoder(found.model).geometry.vocab if vocab_of is None else vocab_of(found.model)
     return Source(found.model, origin, random_probes(vocab), custom_code=found.custom_code)
 
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What is to be written. All but `host` are for ONNX; None and False leave a thing at its default.
+    """What is to be written. `host` is for hf, `type` for gguf, the rest for ONNX; None and False leave a thing at its
+    default.
 
-    `positions`: the context length of the graph. `link`: share unchanged weight files with the source.
+    `context_length`: that of the graph. `hard_link`: share unchanged weight files with the source.
     """
 
     form: str = "hf"
@@ -86,18 +93,18 @@ class ExportRequest:
     context_length: int | None = None
     last_logits: bool = False
     hard_link: bool = False
+    type: str | None = None
 
     def check(self) -> None:
         """Raises InputError for an unknown format, and for an option that belongs to another one."""
         if self.form not in FORMATS:
             raise InputError(f"There is no export format {self.form!r}.", hint=f"Accepted: {', '.join(FORMATS)}.")
-        other = ("host",) if self.form == "onnx" else ONNX_ONLY
-        given = next((name for name in other if getattr(self, name) not in (None, False)), None)
-        if given is not None:
-            form = "hf" if self.form == "onnx" else "onnx"
-            raise InputError(
-                f"{flag(given)} belongs to --format {form}.", hint=f"Leave it out, or add --format {form}."
-            )
+        for form, options in OPTIONS_OF.items():
+            given = next((name for name in options if getattr(self, name) not in (None, False)), None)
+            if form != self.form and given is not None:
+                raise InputError(
+                    f"{flag(given)} belongs to --format {form}.", hint=f"Leave it out, or add --format {form}."
+                )
 
     def rounding(self) -> tuple[Precision, Blocks]:
         """The numbers of an ONNX graph. Raises InputError for unknown ones, and for blocks where nothing is rounded."""
@@ -121,7 +128,8 @@ class ExportRequest:
 
 @dataclass(frozen=True)
 class Published:
-    """A finished export: its folder, name -> bytes of its files, and how an ONNX graph agrees with transformers.
+    """A finished export: its folder, name -> bytes of its files, and how an ONNX graph or a GGUF agrees with
+    transformers.
 
     `context_length`: the longest text of an ONNX graph in tokens, and `table_bytes` what its rotary tables take.
     `left_out`: files of
@@ -135,6 +143,7 @@ class Published:
     context_length: int | None = None
     table_bytes: int | None = None
     left_out: Sequence[str] = ()
+    gguf: GgufExport | None = None
 
 
 def export(
@@ -159,6 +168,8 @@ def export(
         out = out or workspace.exported / f"{found.name}-hf"
         manifest = export_hf(found.folder, out, host=named_host(request.host), overwrite=overwrite, progress=progress)
         return Published(out, _sizes(manifest))
+    if request.form == "gguf":
+        return _to_gguf(found, request, workspace, progress, out=out, overwrite=overwrite, placement=placement)
     precision, blocks = request.rounding()
     suffix = "" if precision.name == "fp32" else f"-{precision.name}"
     out = out or workspace.exported / f"{found.name}-onnx{suffix}"
@@ -186,6 +197,35 @@ def export(
         table_bytes=sizes[ROTARY_FILE],
         left_out=source.origin.get("left_out", ()),
     )
+
+
+def _to_gguf(
+    found: Named,
+    request: ExportRequest,
+    workspace: Workspace,
+    progress: Progress,
+    *,
+    out: Path | None,
+    overwrite: bool,
+    placement: Placement,
+) -> Published:
+    suffix = f"-{request.type.lower()}" if request.type is not None else ""
+    out = out or workspace.exported / f"{found.name}-gguf{suffix}"
+    refuse_existing(out, overwrite=overwrite)
+    source = source_of(found, vocab_of=lambda folder: read_source(folder).geometry.vocab)
+    manifest, done = export_gguf(
+        source.model,
+        out,
+        kind=request.type,
+        probes=source.probes,
+        origin=source.origin,
+        card=lambda done: gguf_card(source.origin, out.resolve().name, done, report=source.report, plan=source.plan),
+        trust_remote_code=source.custom_code,
+        overwrite=overwrite,
+        progress=progress,
+        placement=replace(placement, device="cpu", dtype="float32", device_map=None),
+    )
+    return Published(out, _sizes(manifest), left_out=source.origin.get("left_out", ()), gguf=done)
 
 
 def _sizes(manifest: Manifest) -> dict[str, int]:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 let_threads_sleep()
 
 Place = str | os.PathLike[str]
-Format = Literal["hf", "onnx"]
+Format = Literal["hf", "onnx", "gguf"]
 PrecisionName = Literal["fp32", "fp16", "int8", "int4"]
 # A sentence, a recipe (file or shipped name), a file of prompts, or the prompts themselves.
 ScenarioLike = str | os.PathLike[str] | Sequence[str] | Scenario
@@ -271,20 +271,23 @@ class Artifact:
         host: str | None = None,
         context_length: int | None = None,
         last_logits: bool = False,
+        type: str | None = None,
         overwrite: bool = False,
         progress: Progress = silent,
         memory: int | str | None = None,
         threads: int | None = None,
     ) -> Path:
-        """Write the model in the form that a runtime takes, run it where it is ONNX, and give its folder.
+        """Write the model in the form that a runtime takes, run it where it is ONNX or GGUF, and give its folder.
 
         `precision` (fp32), `context_length` and `last_logits` are for "onnx", `host` (a family whose stock class loads
-        it) for "hf". Raises InputError for an option of the other format, and ParityError for an export that computes
-        something else.
+        it) for "hf", `type` (f32, bf16, q8_0 and so on; by default as it is stored) for "gguf". Raises InputError for
+        an option of another format, and ParityError for an export that computes something else.
         """
         from sspcompile.api.export import ExportRequest, export
 
-        asked = ExportRequest(format, host, precision, context_length=context_length, last_logits=last_logits)
+        asked = ExportRequest(
+            format, host, precision, context_length=context_length, last_logits=last_logits, type=type
+        )
         place = Path(out) if out is not None else None
         placement, root = _placement(memory=memory, threads=threads), Workspace(self.root)
         return export(self._named, asked, root, progress, out=place, overwrite=overwrite, placement=placement).folder

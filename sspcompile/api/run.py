@@ -16,6 +16,7 @@ from sspcompile.api.arguments import Named
 from sspcompile.errors import InputError
 from sspcompile.model.chat import PLAIN, Rendering
 from sspcompile.model.decoder import Chooser, LanguageModel
+from sspcompile.model.llama_text import load_gguf
 from sspcompile.model.loading import load_cut
 from sspcompile.model.onnx_text import load_onnx
 from sspcompile.model.placement import ANYWHERE, Placement
@@ -73,13 +74,15 @@ def open_model(
     """What an argument names, ready to write, and its folder; with `dense` the model that it was cut from.
 
     Code in the folder runs only when it is ours, or trusted by the user. Raises ArtifactError or CheckpointError,
-    and InputError for a placement that this machine does not have. An ONNX export computes in its own precision.
+    and InputError for a placement that this machine does not have. An export computes in its own precision.
     """
     if dense:
         folder = found.dense().checkpoint.path
         return folder, load_cut(folder, placement=placement, trust_remote_code=trust_remote_code, rendering=rendering)
     if found.onnx:
         return found.model, load_onnx(found.model, placement=placement, rendering=rendering)
+    if found.gguf:
+        return found.model, load_gguf(found.model, placement=placement, rendering=rendering)
     trusted = found.custom_code or trust_remote_code
     return found.model, load_cut(found.model, placement=placement, trust_remote_code=trusted, rendering=rendering)
 

@@ -14,7 +14,8 @@ Moved = Callable[[int], None]
 
 # Progress is told this often; the kernel moves as much per call as it likes.
 KERNEL_BYTES = 64 << 20
-BUFFER_BYTES = 4 << 20
+# What a core's own cache holds: 4 MiB took twice as long.
+BUFFER_BYTES = 256 << 10
 # What file systems, kernels and containers answer when they cannot copy between these two files.
 NO_KERNEL_COPY = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF})
 NO_HARD_LINK = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP})
@@ -29,13 +30,17 @@ class Extent:
     length: int
 
 
-def copy_extent(source: int, target: int, extent: Extent, moved: Moved | None = None) -> None:
+def copy_extent(source: int, target: int, extent: Extent, moved: Moved | None = None, *, kernel: bool = True) -> None:
     """Append an extent of the open file `source` to the open file `target` at its position.
 
-    The kernel copies where it can (sharing blocks on file systems that do that), a small buffer otherwise. Raises
-    CheckpointError when the source ends early.
+    The kernel copies where it can (sharing blocks on file systems that do that), a small buffer otherwise. Without
+    `kernel` always the buffer: between places that differ within a page the kernel copies at two thirds of its speed.
+    Raises CheckpointError when the source ends early.
     """
     done = 0
+    if not kernel:
+        _buffered_copy(source, target, extent, done, moved)
+        return
     while done < extent.length:
         want = min(KERNEL_BYTES, extent.length - done)
         count = _kernel_copy(source, target, extent.offset + done, want)

@@ -22,8 +22,9 @@ from sspcompile.cli.options import (
 
 if TYPE_CHECKING:
     from sspcompile.api.export import Published
+    from sspcompile.export.agreement import Agreement
+    from sspcompile.export.gguf.publish import GgufExport
     from sspcompile.export.onnx import Precision
-    from sspcompile.export.onnx.agreement import Agreement
 
 
 NOTICEABLE_BYTES, NOTICEABLE_SHARE = 1_000_000, 0.1
@@ -39,6 +40,8 @@ Examples:
   sspcompile export --format onnx
   sspcompile export artifacts/qwen-desk --format onnx --precision int4 --out ./served/qwen-int4
   sspcompile export --format onnx --model ./Qwen2.5-0.5B --out ./served/dense   (a checkpoint as it is)
+  sspcompile export --format gguf
+  sspcompile export artifacts/chemistry-helpdesk --format gguf --type q4_k_m
 """,
 )
 @click.argument("artifact", required=False)
@@ -47,8 +50,9 @@ Examples:
     "form",
     default="hf",
     show_default=True,
-    metavar="[hf|onnx]",
-    help="Write a model folder for transformers and vLLM (hf), or for ONNX Runtime and its genai (onnx).",
+    metavar="[hf|onnx|gguf]",
+    help="Write a model folder for transformers and vLLM (hf), for ONNX Runtime and its genai (onnx), or a file for "
+    "llama.cpp and Ollama (gguf).",
 )
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Output folder (default exported/NAME-FORMAT).")
 @host_option
@@ -90,7 +94,15 @@ Examples:
     "and memory for long prompts. Such an export cannot score texts.",
 )
 @click.option("--hard-link", is_flag=True, help="ONNX: share unchanged weight files with the source.")
-@click.option("--model", "-m", metavar="MODEL", help="ONNX: export this checkpoint as it is instead of an artifact.")
+@click.option(
+    "--type",
+    metavar="TYPE",
+    help="GGUF: f32, f16 or bf16 (by default as the model is stored), or rounded: q8_0 and q4_0 anywhere, q6_k, "
+    "q5_k_m, q4_k_m, q4_k_s and q3_k_m by llama.cpp's quantiser (the extra [gguf]).",
+)
+@click.option(
+    "--model", "-m", metavar="MODEL", help="ONNX, GGUF: export this checkpoint as it is instead of an artifact."
+)
 @revision_option
 @placement_options
 @overwrite_option
@@ -112,22 +124,25 @@ def export(
 
     An onnx export is run before it is published: texts of the artifact, alone and in a padded batch, must come out as
     transformers computes them on the CPU in fp32, within --memory and --threads. int8 and int4 change them by design;
-    what that costs is printed.
+    what that costs is printed. So is a gguf export, by llama.cpp, where that is installed; where it is not, the export
+    is marked unproven.
     """
     from sspcompile.errors import InputError
 
     if model is not None and form == "hf":
-        raise InputError("--model belongs to --format onnx.", hint="Leave it out, or add --format onnx.")
+        raise InputError(
+            "--model belongs to --format onnx or gguf.", hint="Leave it out, or add --format onnx or --format gguf."
+        )
     if model is not None and artifact is not None:
         raise InputError("ARTIFACT and --model exclude each other.", hint="Name one of them.")
     from sspcompile.api.arguments import named
-    from sspcompile.api.export import ONNX_ONLY, ExportRequest
+    from sspcompile.api.export import GGUF_ONLY, ONNX_ONLY, ExportRequest
     from sspcompile.api.export import export as run
     from sspcompile.checkpoint.locate import at_revision
     from sspcompile.cli.progress import stages
 
     placement = placement_in(given)
-    request = ExportRequest(form, host, **{name: given[name] for name in ONNX_ONLY})
+    request = ExportRequest(form, host, **{name: given[name] for name in (*ONNX_ONLY, *GGUF_ONLY)})
     request.check()
     place = at_revision(model, revision)
     found = named(artifact if place is None else place, workspace())
@@ -141,16 +156,40 @@ def export(
         click.echo(json.dumps({"folder": str(done.folder), "files": done.files, **measured}))
         return
     click.echo(f"Exported {found.folder} to {done.folder} ({sum(done.files.values()):,} bytes)")
-    if done.agreement is None or done.precision is None:
+    _say_agreement(done, quiet=quiet)
+
+
+def _say_agreement(done: Published, *, quiet: bool) -> None:
+    """What was found before publishing, and on stderr what to type next."""
+    from sspcompile.model.llama_session import MODEL
+
+    if done.gguf is not None:
+        click.echo(_gguf_sentence(done.gguf))
+        if done.gguf.kind.name == "bf16" and not quiet:
+            click.echo("Note: llama.cpp multiplies bf16 weights in bf16. --type f16 is as small and closer.", err=True)
+        following = f"llama-server -m {done.folder / MODEL}"
+    elif done.agreement is not None and done.precision is not None:
+        click.echo(_sentence(done.agreement, done.precision))
+        following = f'sspcompile run {done.folder} --prompt "..."'
+    else:
         return
-    click.echo(_sentence(done.agreement, done.precision))
     if not quiet:
-        click.echo(f'Next: sspcompile run {done.folder} --prompt "..."', err=True)
+        click.echo(f"Next: {following}", err=True)
 
 
 def _measured(done: Published) -> dict[str, object]:
     from dataclasses import asdict
 
+    if done.gguf is not None:
+        told = {"type": done.gguf.kind.name, "architecture": done.gguf.architecture}
+        found = {name: getattr(done.gguf, name) for name in ("structure", "agreement")}
+        agreements = {name: one and {**asdict(one), "relative": one.relative} for name, one in found.items()}
+        return {
+            **told,
+            "context_length": done.gguf.context_length,
+            "proven": done.gguf.agreement is not None,
+            **agreements,
+        }
     if done.agreement is None or done.precision is None:
         return {}
     agreement = {**asdict(done.agreement), "relative": done.agreement.relative}
@@ -178,4 +217,24 @@ def _sentence(a: Agreement, precision: Precision) -> str:
     return (
         f"Rounding to {precision.name} costs {a.mean_kl:.4f} nats per token against fp32 on {a.texts} texts; "
         f"the next token is the same at {a.top1_agreement:.1%} of their positions."
+    )
+
+
+def _gguf_sentence(done: GgufExport) -> str:
+    kind, a, exact = done.kind.name, done.agreement, done.structure
+    if a is None or exact is None:
+        return (
+            f"UNPROVEN: llama.cpp is not installed here, so nobody has loaded this {kind} file of architecture "
+            f"{done.architecture}. pip install 'sspcompile[gguf]' and export again to have it compared first."
+        )
+    text = "the same" if exact.same_text else "with small differences"
+    found = (
+        f"llama.cpp loads it as {done.architecture}; in fp32 {exact.texts} texts came out as in transformers: logits "
+        f"within {exact.relative:.1e} of their scale, {exact.new_tokens} greedy tokens of each {text}."
+    )
+    if exact is a:
+        return found
+    return (
+        f"{found} In {kind} that costs {a.mean_kl:.4f} nats per token; the next token is the same at "
+        f"{a.top1_agreement:.1%} of their positions."
     )

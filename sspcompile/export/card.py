@@ -76,6 +76,14 @@ def onnx_card(
     )
 
 
+def gguf_card(
+    origin: Mapping[str, Any], name: str, done: Any, *, report: Mapping[str, Any] | None, plan: Mapping[str, Any] | None
+) -> str:
+    """The card of an export for llama.cpp, of which `done` says what was written and checked; the rest as for ONNX."""
+    pruned = "artifact" in origin
+    return _card("gguf.md", origin, library="gguf", name=name, done=done, report=report, plan=plan, pruned=pruned)
+
+
 def _card(
     template: str,
     origin: Mapping[str, Any],

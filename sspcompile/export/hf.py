@@ -11,8 +11,6 @@ from sspcompile.checkpoint import Checkpoint, Manifest, check_manifest, staged, 
 from sspcompile.errors import InputError
 from sspcompile.export.card import model_card
 from sspcompile.progress import Progress, silent
-from sspcompile.proof.claim import Claim
-from sspcompile.proof.prove import prove
 from sspcompile.slicing.mask import whole_mask
 from sspcompile.slicing.plan import make_plan, plan_json
 from sspcompile.slicing.write import write_model
@@ -51,6 +49,9 @@ def export_hf(
 
 def _write_hosted(artifact: Path, folder: Path, host: str, progress: Progress) -> dict[str, Any]:
     """Write the model for the class of `host` and prove it; returns what changes in the plan."""
+    from sspcompile.proof.claim import Claim
+    from sspcompile.proof.prove import prove
+
     checkpoint = Checkpoint(artifact / MODEL)
     g = checkpoint.geometry
     mask = whole_mask(g.layers, g.heads, g.kv_heads)

@@ -4,6 +4,7 @@ Nothing in this room touches weights or imports torch; `checkpoint.tensors` turn
 """
 
 from sspcompile.families.geometry import LARGEST, LARGEST_SIZE, Geometry, family_of, geometry_of, layer_prefix
+from sspcompile.families.gguf import GgufModel, gguf_model
 from sspcompile.families.graphs import graph_refusal
 from sspcompile.families.hosting import Host, holds, hosted_config, hosting, stand_in
 from sspcompile.families.positions import Positions, rope_of
@@ -21,11 +22,13 @@ __all__ = [
     "Experts",
     "Family",
     "Geometry",
+    "GgufModel",
     "Host",
     "Linear",
     "Positions",
     "family_of",
     "geometry_of",
+    "gguf_model",
     "graph_refusal",
     "holds",
     "hosted_config",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sspcompile.checkpoint.settings import read_json
+from sspcompile.model.llama_session import gguf_context, is_gguf
 from sspcompile.model.onnx_session import GRAPH, read_settings
 
 
@@ -30,13 +31,15 @@ def positions_of(config: Mapping[str, Any]) -> int | None:
 
 
 def context_of(folder: Path) -> int | None:
-    """The longest text for a model folder or an ONNX export, in tokens; None where its files do not say.
+    """The longest text for a model folder or an export, in tokens; None where its files do not say.
 
     Raises CheckpointError or ArtifactError for damaged files.
     """
     if (folder / GRAPH).is_file():
         settings = read_settings(folder)
         return None if settings is None else settings.context_length
+    if is_gguf(folder):
+        return gguf_context(folder)
     return positions_of(read_json(folder / "config.json"))
 
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from sspcompile.checkpoint.headers import dtype_bytes
 from sspcompile.checkpoint.source import Checkpoint
-from sspcompile.checkpoint.tensors import attention_shapes, mlp_multiplied, mlp_shapes
-from sspcompile.errors import ArtifactError, UnsupportedModelError
-from sspcompile.families import Family, Geometry, Host, graph_refusal, layer_prefix
+from sspcompile.checkpoint.tensors import attention_shapes, mlp_shapes
+from sspcompile.errors import ArtifactError, CheckpointError, UnsupportedModelError
+from sspcompile.families import Family, Geometry, GgufModel, Host, geometry_of, gguf_model, graph_refusal, hosted_config
 from sspcompile.families.windows import windows_of
+from sspcompile.slicing.counts import Sizes, o_proj_of, sizes_by_layer, sizes_of
 from sspcompile.slicing.hosts import per_layer_host, uniform_host
 from sspcompile.slicing.layouts import Choice, choose
 from sspcompile.slicing.mask import HeadMask, Layout, check_mask, kept_of
@@ -38,22 +38,6 @@ class LayerCut:
     groups: tuple[int, ...]
     dummy: bool = False
     channels: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """`parameters` counts elements, tied weights once; bytes as stored. KV bytes: 2 * kv heads * head_dim * bytes.
-
-    `flops_per_token`: 2 for every element of a matrix that one token is multiplied with (the output matrix included,
-    the embedding not, of the experts only those it visits). `flops_per_position`: what attention adds to it for every
-    position of the context, 4 * query heads * head_dim (scores and values).
-    """
-
-    parameters: int
-    weight_bytes: int
-    kv_bytes_per_token: int
-    flops_per_token: int = 0
-    flops_per_position: int = 0
 
 
 @dataclass(frozen=True)
@@ -250,7 +234,7 @@ def _plan(checkpoint: Checkpoint, layers: tuple[LayerCut, ...], layout: Layout, 
     tensors, prunable = dict(expected), 0
     hosted = replace(g, qkv_bias=g.qkv_bias or "qkv" in host.zero_biases, o_bias=g.o_bias or "o" in host.zero_biases)
     for layer, (heads, kv_heads) in enumerate(counts):
-        dtype = expected[_o_proj(layer)][1]
+        dtype = expected[o_proj_of(layer)][1]
         for name, shape in attention_shapes(hosted, layer, heads, kv_heads).items():
             if name.endswith("_proj.weight"):
                 prunable += math.prod(expected[name][0])
@@ -258,9 +242,9 @@ def _plan(checkpoint: Checkpoint, layers: tuple[LayerCut, ...], layout: Layout, 
         if layers[layer].channels is not None:
             tensors |= {name: (shape, expected[name][1]) for name, shape in mlp_shapes(g, layer, widths[layer]).items()}
     dense_counts = [(g.heads, g.kv_heads)] * g.layers
-    dense = _by_layer(expected, g, dense_counts, [g.intermediate] * g.layers)
-    sliced = _by_layer(tensors, g, counts, widths)
-    dense_total, sliced_total = _total(expected, g, dense), _total(tensors, g, sliced)
+    dense = sizes_by_layer(expected, g, dense_counts, [g.intermediate] * g.layers)
+    sliced = sizes_by_layer(tensors, g, counts, widths)
+    dense_total, sliced_total = sizes_of(expected, g, dense), sizes_of(tensors, g, sliced)
     return SlicePlan(
         geometry=g,
         host=host.family,
@@ -274,56 +258,32 @@ def _plan(checkpoint: Checkpoint, layers: tuple[LayerCut, ...], layout: Layout, 
         by_layer=tuple(zip(dense, sliced, strict=True)),
         prunable_share=prunable / dense_total.parameters,
         runtimes=verdicts(
-            g, host.family, counts, widths, custom=custom_code, onnx=graph_refusal(checkpoint.config, g, dtypes)
+            g,
+            host.family,
+            counts,
+            widths,
+            custom=custom_code,
+            onnx=graph_refusal(checkpoint.config, g, dtypes),
+            gguf=_gguf(checkpoint, host, counts, widths, dtypes),
         ),
         windows=windows_of(checkpoint.config, g.family, g.layers),
     )
 
 
-def _o_proj(layer: int) -> str:
-    return layer_prefix(layer) + "self_attn.o_proj.weight"
-
-
-def _by_layer(tensors: Tensors, g: Geometry, counts: Sequence[tuple[int, int]], widths: Sequence[int]) -> list[Sizes]:
-    parameters, weight_bytes = [0] * g.layers, [0] * g.layers
-    stem = layer_prefix(0).removesuffix("0.")
-    for name, (shape, dtype) in tensors.items():
-        if name.startswith(stem):
-            layer = int(name.removeprefix(stem).partition(".")[0])
-            elements = math.prod(shape)
-            parameters[layer] += elements
-            weight_bytes[layer] += elements * dtype_bytes(dtype)
-    # A cache holds what k_proj and v_proj put out, in their dtype.
-    width = dtype_bytes(tensors[_o_proj(0)][1])
-    found = []
-    for layer, (heads, kv_heads) in enumerate(counts):
-        attention = sum(
-            math.prod(shape)
-            for name, shape in attention_shapes(g, layer, heads, kv_heads).items()
-            if name.endswith("_proj.weight")
-        )
-        found.append(
-            Sizes(
-                parameters=parameters[layer],
-                weight_bytes=weight_bytes[layer],
-                kv_bytes_per_token=2 * kv_heads * g.head_dim * width,
-                flops_per_token=2 * (attention + mlp_multiplied(g, layer, widths[layer])),
-                flops_per_position=4 * heads * g.head_dim,
-            )
-        )
-    return found
-
-
-def _total(tensors: Tensors, g: Geometry, layers: Iterable[Sizes]) -> Sizes:
-    layers = list(layers)
-    elements = {name: math.prod(shape) for name, (shape, _) in tensors.items()}
-    return Sizes(
-        parameters=sum(elements.values()),
-        weight_bytes=sum(elements[name] * dtype_bytes(dtype) for name, (_, dtype) in tensors.items()),
-        kv_bytes_per_token=sum(layer.kv_bytes_per_token for layer in layers),
-        flops_per_token=sum(layer.flops_per_token for layer in layers) + 2 * g.vocab * g.hidden,
-        flops_per_position=sum(layer.flops_per_position for layer in layers),
-    )
+def _gguf(
+    checkpoint: Checkpoint,
+    host: Host,
+    counts: Sequence[tuple[int, int]],
+    widths: Sequence[int],
+    dtypes: Collection[str],
+) -> GgufModel | str:
+    """How the GGUF export writes the cut, which it reads as its host's; or why it refuses it."""
+    config = hosted_config(checkpoint.config, checkpoint.geometry, host)
+    try:
+        hosted = replace(geometry_of(config), tied=checkpoint.geometry.tied)
+        return gguf_model(config, hosted, counts, widths, dtypes)
+    except (UnsupportedModelError, CheckpointError) as error:
+        return error.message.removesuffix(".")
 
 
 SIZE_KEYS = ("parameters", "weight_bytes", "kv_bytes_per_token", "flops_per_token", "flops_per_position")

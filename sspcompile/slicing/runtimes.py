@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sspcompile.families import Family, Geometry
+from sspcompile.families import Family, Geometry, GgufModel
 
 # What was run in vLLM 0.32: by classes of its own that honour head_dim, and by its Transformers backend, which it
 # chooses itself. Its class for Qwen2 derives head_dim as hidden_size / num_attention_heads.
@@ -21,18 +21,6 @@ DEGREES = range(1, 9)
 USUAL_DEGREES = (1, 2, 4, 8)
 # K-quants of llama.cpp pack rows in blocks of this many elements.
 K_QUANT_BLOCK = 256
-# The GGUF architecture under which cuts of a family were run in llama.cpp (b11434), by layout.
-LLAMA_CPP_UNIFORM: Mapping[str, str] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2"), "llama"),
-    "qwen3": "qwen3",
-    "gemma3_text": "gemma3",
-    "granite": "granite",
-    "smollm3": "smollm3",
-}
-LLAMA_CPP_PER_LAYER: Mapping[str, str] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "granite"), "deci"),
-    "gemma3_text": "gemma3, padded to the widest layer,",
-}
 
 
 @dataclass(frozen=True)
@@ -56,16 +44,18 @@ def verdicts(
     *,
     custom: bool,
     onnx: str | None,
+    gguf: GgufModel | str,
 ) -> tuple[Verdict, ...]:
     """One verdict per runtime for a cut with these (query, key/value) head counts and widths of the MLPs per layer.
 
     `custom`: the class in the folder loads it. `onnx`: why the ONNX export refuses it, as `graph_refusal` says.
+    `gguf`: how the GGUF export writes it, or why it refuses it.
     """
     return (
         *_transformers(host, custom),
         _vllm(geometry, host, counts, widths, custom),
         _onnx(onnx),
-        _llama_cpp(geometry, counts, widths),
+        _llama_cpp(geometry, gguf),
     )
 
 
@@ -125,20 +115,12 @@ def _onnx(refusal: str | None) -> Verdict:
     return Verdict("ONNX Runtime", True, "`sspcompile export --format onnx`; any counts per layer")
 
 
-def _llama_cpp(geometry: Geometry, counts: Sequence[tuple[int, int]], widths: Sequence[int]) -> Verdict:
-    if len(set(widths)) > 1:
-        return Verdict("llama.cpp", False, "no GGUF with MLPs of different widths was tried")
-    uniform = len(set(counts)) == 1
-    kind = geometry.family.model_type
-    architecture = (LLAMA_CPP_UNIFORM if uniform else LLAMA_CPP_PER_LAYER).get(kind)
-    if kind == "qwen3" and not uniform:
-        architecture = "openelm" if geometry.tied else "step35"
-    if architecture is None:
-        layout = "uniform" if uniform else "per-layer"
-        return Verdict("llama.cpp", False, f"no GGUF of a {layout} {geometry.family.architecture} was tried")
-    odd = ["o_proj"] if any(heads * geometry.head_dim % K_QUANT_BLOCK for heads, _ in counts) else []
-    odd += ["down_proj"] if geometry.has_channels and widths[0] % K_QUANT_BLOCK else []
-    quants = ""
-    if odd:
-        quants = f"; K-quants of {' and '.join(odd)} fall back (rows are not a multiple of {K_QUANT_BLOCK})"
-    return Verdict("llama.cpp", True, f"as architecture {architecture}; write the GGUF directly{quants}")
+def _llama_cpp(geometry: Geometry, gguf: GgufModel | str) -> Verdict:
+    if isinstance(gguf, str):
+        return Verdict("llama.cpp", False, gguf)
+    odd = ["o_proj"] if any(heads * geometry.head_dim % K_QUANT_BLOCK for heads, _ in gguf.counts) else []
+    odd += ["down_proj"] if any(width % K_QUANT_BLOCK for width in gguf.widths) else []
+    quants = f"; K-quants of {' and '.join(odd)} fall back (rows are not a multiple of {K_QUANT_BLOCK})" if odd else ""
+    padded = ", padded to the widest layer" if gguf.form.padded and gguf.arrays else ""
+    how = f"`sspcompile export --format gguf`, as architecture {gguf.form.architecture}{padded}"
+    return Verdict("llama.cpp", True, f"{how}{quants}")

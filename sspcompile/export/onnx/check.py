@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from sspcompile.errors import ParityError
-from sspcompile.export.onnx.agreement import Agreement, Gate
+from sspcompile.export.agreement import Agreement, Gate
 from sspcompile.model.cache import cache_argument, cache_of
 from sspcompile.model.decoder import TextModel
 from sspcompile.model.divergence import divergence

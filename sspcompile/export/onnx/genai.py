@@ -7,7 +7,6 @@ from typing import Any
 
 from sspcompile.checkpoint.settings import read_generation
 from sspcompile.export.onnx.decoder import Decoder
-from sspcompile.model.loading import load_tokenizer
 from sspcompile.model.vocabulary import declared_ends, first_within
 
 # Names that onnxruntime-genai gives to families; it treats all of them as the same kind of decoder.
@@ -77,7 +76,11 @@ def _ends(decoder: Decoder, said: Mapping[str, Any]) -> list[int]:
     """
     vocab = decoder.geometry.vocab
     found = declared_ends(said.get("eos_token_id"), vocab)
-    return found or declared_ends(load_tokenizer(decoder.folder).eos_token_id, vocab)
+    if found:
+        return found
+    from sspcompile.model.loading import load_tokenizer
+
+    return declared_ends(load_tokenizer(decoder.folder).eos_token_id, vocab)
 
 
 def _generation(decoder: Decoder) -> Mapping[str, Any]:

@@ -20,7 +20,7 @@ from sspcompile.checkpoint.headers import TensorInfo
 from sspcompile.checkpoint.references import drop_references, without_code
 from sspcompile.checkpoint.tensors import EMBEDDING
 from sspcompile.errors import InputError
-from sspcompile.export.onnx.agreement import Agreement, Gate
+from sspcompile.export.agreement import Agreement, Gate
 from sspcompile.export.onnx.decoder import Decoder, read_decoder
 from sspcompile.export.onnx.genai import genai_config
 from sspcompile.export.onnx.graph import emit

@@ -1,0 +1,1 @@
+"""GGUF: one file with weights, tokenizer and settings, which llama.cpp and what is built on it read."""
