@@ -27,7 +27,7 @@ from sspcompile.request.splits import fit_part, own_fit_part, split
 from sspcompile.select.budget import cuts_channels
 from sspcompile.select.mixture import Mixture, ablated, head_scores, mixture_of
 from sspcompile.select.reading import Reading, read_through
-from sspcompile.select.scoring import ENOUGH_PROMPTS, cached_keys, measured_rankings, score_heads
+from sspcompile.select.scoring import ENOUGH_PROMPTS, cached_keys, measured, measured_rankings, score_heads
 from sspcompile.select.shrinkage import shrink
 from sspcompile.select.texts import Texts
 
@@ -210,6 +210,15 @@ def test_texts_of_the_mixture_score_heads_where_the_scenario_brings_too_few(mode
         assert cached_keys(Request(read, Options(**options), "x")) == ("fisher",)
         with pytest.raises(ToolkitError, match="no fisher importance"):
             compiled(model, told, read, **{"criterion": "auto", **options})
+
+
+def test_costs_rise_with_depth_where_a_repair_will_mend_what_early_layers_lose(model):
+    texts = Texts(model, Options()).continued(PROMPTS)
+    mended, plain = (measured(model, texts, 0, "head", no_steps, repair=how) for how in ("least-squares", "none"))
+    heads = (mended.rankings[0].values / plain.rankings[0].values).mean(1)
+    np.testing.assert_allclose(heads, np.exp([-1 / 3, 0, 1 / 3]))
+    np.testing.assert_allclose(mended.channels, plain.channels * heads[:, None])
+    np.testing.assert_array_equal(mended.rankings[1].values, plain.rankings[1].values)
 
 
 def test_spread_is_cached_per_domain(model, toolkit):

@@ -62,6 +62,29 @@ def test_few_rows_of_a_wide_matrix_have_the_same_solution_by_the_rows(seed, inpu
     assert isinstance(system_of(30, inputs, 3, device), Dual if inputs > 30 else Normal)
 
 
+@given(st.integers(0, 2**32 - 1), st.sampled_from([8, 60]), st.sampled_from([0.1, 1.0]))
+def test_a_repair_is_the_same_in_whatever_unit_an_input_comes(seed, inputs, ridge):
+    """A loud input may not say how firmly the quiet ones are held."""
+    rng = np.random.default_rng(seed)
+    x, y = torch.tensor(rng.normal(size=(30, inputs))), torch.tensor(rng.normal(size=(30, 3)))
+    start, unit = torch.tensor(rng.normal(size=(inputs, 3))), torch.tensor(10 ** rng.uniform(-1, 1, inputs))
+    for kind in (lambda: Normal(inputs, 3, torch.device("cpu")), lambda: Dual(torch.device("cpu"))):
+        plain, scaled = kind(), kind()
+        plain.add(x, y, torch.ones(30))
+        scaled.add(x * unit, y, torch.ones(30))
+        found = scaled.solve(start / unit[:, None], ridge) * unit[:, None]
+        torch.testing.assert_close(found, plain.solve(start, ridge), rtol=1e-4, atol=1e-4)
+
+
+def test_an_input_that_no_text_excites_keeps_its_weights():
+    rng = np.random.default_rng(0)
+    x, start = torch.tensor(rng.normal(size=(30, 4))), torch.tensor(rng.normal(size=(4, 2)))
+    x[:, 2] = 0
+    for system in (Normal(4, 2, torch.device("cpu")), Dual(torch.device("cpu"))):
+        system.add(x, torch.tensor(rng.normal(size=(30, 2))), torch.ones(30))
+        assert (system.solve(start, 1.0)[2] - start[2]).abs().max() < 1e-6
+
+
 def test_rows_of_zeros_change_nothing():
     start = torch.ones(5, 2, dtype=torch.float64)
     for system in (Normal(5, 2, torch.device("cpu")), Dual(torch.device("cpu"))):

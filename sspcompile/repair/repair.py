@@ -4,7 +4,7 @@
 can to the dense model's. In each layer, with X [N, kept * D] the pruned model's own input of o_proj and R [N, d] its
 residual stream before attention, the kept columns W of o_proj solve
 
-    min_W sum_n w_n |x_n W^T + r_n + b - y_n|^2 + ridge * trace(X^T diag(w) X) / (kept * D) * |W - W0|^2
+    min_W sum_n w_n |x_n W^T + r_n + b - y_n|^2 + ridge * sum_c (X^T diag(w) X)_cc |W_c - W0_c|^2
 
 where Y [N, d] is the dense residual stream after attention, b the bias and W0 the columns as they were (with a residual
 multiplier, Y - R is divided by it). The weights w give the positions where the model decodes half of the total
@@ -15,8 +15,7 @@ Where channels of an MLP were removed, the kept columns of its down_proj are ref
 the pruned model's, its target is what is missing of the dense residual stream after the whole layer.
 
 *Least squares with the MLP* refits down_proj in every layer, whether it lost channels or not. It mends more where many
-heads were cut, at the price of rewriting weights that nothing was removed from; its ridge is stronger there, because
-down_proj has more inputs than a few prompts excite.
+heads were cut, at the price of rewriting weights that nothing was removed from.
 
 *FLAP's bias* (An et al. 2024, arXiv 2312.11983, section 3.3) leaves the weights alone and adds what the removed heads
 put out on average, b + W_removed mean(x_removed), the mean taken over the dense model's inputs of o_proj. It needs an

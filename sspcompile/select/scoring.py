@@ -22,7 +22,8 @@ from sspcompile.model.text import GRADIENT_TOKENS, Sentence, batches_of
 from sspcompile.prepare.direct import importance_per_prompt
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.progress import Progress, Steps, silent, stage_of
-from sspcompile.request.options import AUTO, Granularity, Options
+from sspcompile.repair.repair import is_linear
+from sspcompile.request.options import AUTO, Granularity, Options, Repairing
 from sspcompile.request.prompts import Prompt
 from sspcompile.request.request import Request
 from sspcompile.request.splits import own_fit_part, thinned
@@ -41,6 +42,9 @@ CACHED_BASELINES = (CACHED, "subspace")
 ENOUGH_PROMPTS = 32
 # More texts change no ranking that a measurement could tell from the one of these.
 CURVATURE_TEXTS = 64
+# What a layer loses, the repairs of those behind it mend in part; behind the last nothing does. So a unit of the last
+# layer counts e^TILT times as much as one of the first (docs/quality.md).
+TILT = 1.0
 
 Source = Literal["domains", "prompts", "both", "texts"]
 
@@ -125,25 +129,46 @@ class Measured:
 
 
 def measured(
-    loaded: LoadedModel, texts: Sequence[Sentence], seed: int, granularity: Granularity, progress: Steps
+    loaded: LoadedModel,
+    texts: Sequence[Sentence],
+    seed: int,
+    granularity: Granularity,
+    progress: Steps,
+    *,
+    repair: Repairing = "least-squares",
 ) -> Measured:
-    """At most CURVATURE_TEXTS of the texts are read, evenly spaced."""
+    """At most CURVATURE_TEXTS of the texts are read, evenly spaced. Costs of `obs` and of channels are tilted by depth
+    where least squares will `repair` what is cut.
+    """
     read = thinned(texts, CURVATURE_TEXTS)
     given = CriterionInput(batches_of(loaded, read, GRADIENT_TOKENS), len(read), None, seed, granularity, progress)
     found, units = curvature(loaded, given), Units.of(loaded.geometry, granularity)
+    mended = repair.startswith("least-squares") and is_linear(loaded.geometry)
+    tilt = tilted(loaded.geometry.layers) if mended else np.ones((loaded.geometry.layers, 1))
     rankings = (
-        Ranking(key_of(COMPENSATED, granularity), units.spread(costs_of(found, units), axis=1)),
+        Ranking(key_of(COMPENSATED, granularity), tilt * units.spread(costs_of(found, units), axis=1)),
         Ranking(key_of(CACHED, granularity), units.spread(found.gates.mean(0), axis=1)),
     )
     # To second order, closing a gate costs half of its Fisher information.
-    return Measured(rankings, None if found.channels is None else found.channels / 2)
+    return Measured(rankings, None if found.channels is None else tilt * found.channels / 2)
+
+
+def tilted(layers: int) -> np.ndarray:
+    """What the costs of every layer's units count for, [layers, 1], around 1 in the middle of the model."""
+    return np.exp(TILT * ((np.arange(layers) + 0.5) / layers - 0.5))[:, None]
 
 
 def measured_rankings(
-    loaded: LoadedModel, texts: Sequence[Sentence], seed: int, granularity: Granularity, progress: Steps
+    loaded: LoadedModel,
+    texts: Sequence[Sentence],
+    seed: int,
+    granularity: Granularity,
+    progress: Steps,
+    *,
+    repair: Repairing = "least-squares",
 ) -> tuple[Ranking, Ranking]:
     """`obs` and `fisher` of the heads, see `measured`."""
-    return measured(loaded, texts, seed, granularity, progress).rankings
+    return measured(loaded, texts, seed, granularity, progress, repair=repair).rankings
 
 
 def score_heads(
@@ -173,7 +198,7 @@ def score_heads(
     written = texts.continued(prompts, stage_of(progress, "continuations (texts that score heads)"))
     report = stage_of(progress, "head scores")
     if options.criterion == AUTO and not reads_cache(source):
-        found = measured(loaded, written, options.seed, options.granularity, report)
+        found = measured(loaded, written, options.seed, options.granularity, report, repair=options.repair)
         (first, *others), read = found.rankings, min(len(prompts), CURVATURE_TEXTS)
         channels = found.channels if cuts_channels(options, loaded.geometry) else None
         return HeadScores(first.name, first.values, source, read, 1.0, tuple(others), channels)

@@ -78,7 +78,8 @@ def select(
     found = _settled(judge, reading, toolkit, floor)
     while floor is not None and loss_of(found.chosen.final) > floor.max_loss:
         # Refitted to all texts it costs less than to a part of them, but for chance.
-        share = floor.larger(share, beside)
+        share, failed = floor.larger(share, beside), share
+        floor = replace(floor, keep=share, failed=failed)
         reading = replace(reading, budget=budget.at(share))
         found = _settled(judge, reading, toolkit, floor)
     best, chosen = found.best, found.chosen
@@ -167,7 +168,9 @@ def masks_for(reading: Reading, judge: Judge) -> dict[Layout, Masks]:
     ranked = [reading.ranking]
     if reads_cache(reading.scores.source):
         report = stage_of(judge.progress, "head scores on the texts of this build")
-        ranked += measured_rankings(judge.loaded, judge.sentences, judge.seed, options.granularity, report)[:1]
+        ranked += measured_rankings(
+            judge.loaded, judge.sentences, judge.seed, options.granularity, report, repair=options.repair
+        )[:1]
 
     def holds(layout: Layout, choice: Choice) -> bool:
         try:
