@@ -19,7 +19,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 WORKERS ?= 2
 
 .PHONY: demo demo-llm test audit test-compat test-oldest test-pythons test-optimum test-vllm test-gguf test-browser screenshots fuzz test-kills test-wheel test-shapes test-lm-eval generated docs lint format train bench-compile bench-prepare \
-	bench-quality bench-slice bench-onnx bench-gguf bench-bench bench-build bench-scores bench-real bench-recognition bench-large clean
+	bench-quality bench-slice bench-onnx bench-gguf bench-bench bench-build bench-scores bench-real bench-repairs bench-recognition bench-large clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -218,6 +218,9 @@ DATA ?= data
 
 bench-real: $(VENV)/.done  ## Own scenario against others on a real model: scores, budgets, layouts, repairs.
 	$(BIN)/python -m benchmarks.real --model $(MODEL) --data $(DATA)
+
+bench-repairs: $(VENV)/.done  ## How firmly a repair holds weights, and what late layers cost more than early ones.
+	$(BIN)/python -m benchmarks.repairs --model $(MODEL) --data $(DATA) --ridges 0.03/0.03,0.3/1,1/1 --tilts 0,1
 
 bench-recognition: $(VENV)/.done  ## Whether the mixture names real prompts and descriptions right.
 	$(BIN)/python -m benchmarks.recognition --model $(MODEL) --data $(DATA)

@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,9 +29,17 @@ from sspcompile.repair.repair import Repair, repaired
 from sspcompile.repair.systems import Normal, System, system_of
 from sspcompile.slicing.mask import Kept
 
-# Relative to the energy of each input. On SmolLM2-135M 6,000 tokens and 19,000 alike are served best by about these;
-# down_proj has more inputs than they excite, so what it was counts for more (docs/quality.md).
-RIDGE, MLP_RIDGE = 0.3, 1.0
+
+class Ridges(NamedTuple):
+    """How firmly weights are held where they were, relative to the energy of each input."""
+
+    o_proj: float
+    down_proj: float
+
+
+# On SmolLM2-135M 6,000 tokens and 19,000 alike are served best by about these; down_proj has more inputs than they
+# excite, so what it was counts for more (benchmarks/repairs.py, docs/quality.md).
+RIDGES = Ridges(o_proj=0.3, down_proj=1.0)
 # Of the weight of all positions. On the embedded model, unweighted positions (about a tenth) leave up to 15 points of
 # exact match behind, and a share near 1 forgets how the prompt is read.
 SCORED_SHARE = 0.5
@@ -46,6 +54,7 @@ def fit_repairs(
     *,
     dtype: torch.dtype,
     mlp: bool = False,
+    ridges: Ridges = RIDGES,
     progress: Steps = no_steps,
 ) -> Iterator[Repair]:
     """Refit what lost an input for each mask on the texts of `batches`: o_proj, down_proj where channels went, and with
@@ -66,7 +75,7 @@ def fit_repairs(
         def report(done: int, before: int = before) -> None:
             progress(before + done, len(rounds) * layers)
 
-        yield from _fit_round(loaded, together, batches, dtype, mlp=mlp, report=report)
+        yield from _fit_round(loaded, together, batches, dtype, ridges, mlp=mlp, report=report)
 
 
 def masks_at_once(loaded: LoadedModel, tokens: int, dtype: torch.dtype, *, mlp: bool = False) -> int:
@@ -83,13 +92,14 @@ def _fit_round(
     masks: Sequence[Kept],
     batches: Sequence[Batch],
     dtype: torch.dtype,
+    ridges: Ridges,
     *,
     mlp: bool,
     report: Callable[[int], None],
 ) -> list[Repair]:
     dense = _Dense(loaded, batches)
     streams = [_Stream(kept, list(dense.hidden)) for kept in masks]
-    kept_state = journal.current().state("repair", loaded, [batches, list(masks), str(dtype), RIDGE, MLP_RIDGE, mlp])
+    kept_state = journal.current().state("repair", loaded, [batches, list(masks), str(dtype), list(ridges), mlp])
     stand = kept_state.read()
     begun = 0
     if stand is not None:
@@ -99,7 +109,7 @@ def _fit_round(
         with in_memory(loaded.layers[index]):  # read once where it lies on disk
             dense.advance(index)
             for stream in streams:
-                stream.advance(index, dense, dtype, mlp=mlp)
+                stream.advance(index, dense, dtype, ridges, mlp=mlp)
         kept_state.keep(partial(_stand, index + 1, dense, streams))
         report(index + 1)
     return [Repair(stream.weights, down=stream.down) for stream in streams]
@@ -195,7 +205,7 @@ class _Stream:
         """Whether something was cut up to here. Before, all states are the dense model's own."""
         return bool(self.weights or self.down)
 
-    def advance(self, index: int, dense: _Dense, dtype: torch.dtype, *, mlp: bool) -> None:
+    def advance(self, index: int, dense: _Dense, dtype: torch.dtype, ridges: Ridges, *, mlp: bool) -> None:
         """Fit a layer to the dense one, and take the hidden states through what came out."""
         loaded = dense.loaded
         columns = torch.from_numpy(np.repeat(self.kept.heads[index], loaded.geometry.head_dim))
@@ -208,13 +218,13 @@ class _Stream:
         layer = loaded.layers[index]
         attended = self._attend(index, dense)
         if refits:
-            self.weights[index] = self._refit_attention(index, dense, attended, columns).to(dtype)
+            self.weights[index] = self._refit_attention(index, dense, attended, columns, ridges.o_proj).to(dtype)
         with repaired(loaded, Repair({index: self.weights[index]} if refits else {})):
             # Inputs of o_proj up to here, and outputs from here on: each batch in the place of the other.
             for number, x in enumerate(attended):
                 attended[number] = o_proj(layer)(x)
         if narrower or mlp:
-            full = self._refit_mlp(index, dense, attended, channels)
+            full = self._refit_mlp(index, dense, attended, channels, ridges.down_proj)
             self.down[index] = full.to(dtype).contiguous()
         if layer is loaded.layers[-1]:
             return
@@ -232,7 +242,9 @@ class _Stream:
             found.append(seen[0])
         return found
 
-    def _refit_attention(self, index: int, dense: _Dense, inputs: Sequence[Tensor], columns: Tensor) -> Tensor:
+    def _refit_attention(
+        self, index: int, dense: _Dense, inputs: Sequence[Tensor], columns: Tensor, ridge: float
+    ) -> Tensor:
         """o_proj [hidden, heads * D] with refitted kept columns and zeros elsewhere: a removed head adds nothing."""
         projection = o_proj(dense.loaded.layers[index])
         weight, bias = weight_of(projection), tensor_of(projection, "bias")
@@ -241,10 +253,12 @@ class _Stream:
         for number, (x, hidden) in enumerate(zip(inputs, self.hidden, strict=True)):
             self._add(system, x[..., columns], hidden, bias, number, dense)
         full = torch.zeros(weight.shape, dtype=torch.float64)
-        full[:, columns.cpu()] = system.solve(weight[:, columns].T, RIDGE).T.cpu()
+        full[:, columns.cpu()] = system.solve(weight[:, columns].T, ridge).T.cpu()
         return full
 
-    def _refit_mlp(self, index: int, dense: _Dense, outputs: Sequence[Tensor], channels: Tensor | None) -> Tensor:
+    def _refit_mlp(
+        self, index: int, dense: _Dense, outputs: Sequence[Tensor], channels: Tensor | None, ridge: float
+    ) -> Tensor:
         """down_proj [hidden, intermediate] of a layer whose attention puts out `outputs`, [B, T, d] per batch; zeros in
         the columns of channels that do not stay.
         """
@@ -264,7 +278,7 @@ class _Stream:
                 dense.run(index, number, hidden)
             self._add(system, seen[0][..., there], after[0], bias, number, dense, whole_layer=True)
         full = torch.zeros(weight.shape, dtype=torch.float64)
-        full[:, columns] = system.solve(weight[:, there].T, MLP_RIDGE).T.cpu()
+        full[:, columns] = system.solve(weight[:, there].T, ridge).T.cpu()
         return full
 
     def _add(

@@ -153,9 +153,9 @@ def measured(
     return Measured(rankings, None if found.channels is None else tilt * found.channels / 2)
 
 
-def tilted(layers: int) -> np.ndarray:
+def tilted(layers: int, tilt: float = TILT) -> np.ndarray:
     """What the costs of every layer's units count for, [layers, 1], around 1 in the middle of the model."""
-    return np.exp(TILT * ((np.arange(layers) + 0.5) / layers - 0.5))[:, None]
+    return np.exp(tilt * ((np.arange(layers) + 0.5) / layers - 0.5))[:, None]
 
 
 def measured_rankings(
