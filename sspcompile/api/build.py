@@ -18,10 +18,9 @@ from sspcompile.checkpoint.publish import refuse_existing
 from sspcompile.export.card import CARD, model_card
 from sspcompile.model.chat import rendering_of
 from sspcompile.model.dense import DenseModel
-from sspcompile.model.journal import Journal, claimed, keeping
+from sspcompile.model.journal import claimed, keeping
 from sspcompile.model.placement import ANYWHERE, Placement, resolve
 from sspcompile.model.text import demand_readable
-from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.prepare.toolkits import toolkit_for
 from sspcompile.progress import Progress, silent
 from sspcompile.proof.claim import Claim
@@ -59,7 +58,12 @@ def build(
     refuse_existing(out, overwrite=overwrite)
     remove_old(workspace)
     with claimed(passes_folder(request, dense, workspace)) as journal, staged(out, overwrite=overwrite) as folder:
-        toolkit, selection = _decided(request, dense, workspace, progress, placement, journal)
+        loaded = dense.load(placement=placement, rendering=rendering_of(request.options))
+        demand_readable(loaded, request.scenario.prompts, request.options.max_tokens)
+        toolkit, _ = toolkit_for(dense, loaded, request.options, workspace, progress, cached_keys(request))
+        with keeping(journal):
+            selection = select(request, toolkit, loaded, dtype=refitted_dtype(dense.checkpoint), progress=progress)
+        del loaded  # the proof takes as much memory again
         plan = make_plan(dense.checkpoint, selection.mask, host=request.options.wanted_host)
         refitted = _write(folder / MODEL, dense, selection, plan, progress)
         claim = Claim(dense.checkpoint, selection.mask, folder / MODEL, plan.custom_code, refitted)
@@ -79,23 +83,9 @@ def take_part(
     placement: Placement = ANYWHERE,
 ) -> None:
     """What `build` does of the measuring in every further process of torchrun, step by step with it; writes nothing."""
-    _decided(request, dense, workspace, progress, placement, Journal())
-
-
-def _decided(
-    request: Request,
-    dense: DenseModel,
-    workspace: Workspace,
-    progress: Progress,
-    placement: Placement,
-    journal: Journal,
-) -> tuple[Toolkit, Selection]:
-    """All that the dense model is in memory for; the proof, which takes as much again, finds it gone."""
     loaded = dense.load(placement=placement, rendering=rendering_of(request.options))
-    demand_readable(loaded, request.scenario.prompts, request.options.max_tokens)
     toolkit, _ = toolkit_for(dense, loaded, request.options, workspace, progress, cached_keys(request))
-    with keeping(journal):
-        return toolkit, select(request, toolkit, loaded, dtype=refitted_dtype(dense.checkpoint), progress=progress)
+    select(request, toolkit, loaded, dtype=refitted_dtype(dense.checkpoint), progress=progress)
 
 
 def _write(
