@@ -221,7 +221,7 @@ BAD = {
     "budget below the floors": ((*BUILD, "--keep", "0.01"), 3, ("at least one", "nearest feasible value is --keep")),
     "budget below the floors in plan": (("plan", "--keep", "0.01"), 3, (r"nearest feasible value is --keep 0\.",)),
     "strength without breadth": (("plan", "--strength", "0.5"), 2, ("--strength needs a scenario", "--keep")),
-    "unknown format": (("export", "--format", "gguf"), 2, ("'gguf'", "hf")),
+    "unknown format": (("export", "--format", "tflite"), 2, ("'tflite'", "hf")),
     "no last build to export": (("export",), 2, ("no last build", "sspcompile build")),
     "no last build to bench": (("bench",), 2, ("no last build",)),
     "no last build to inspect": (("inspect",), 2, ("no last build",)),

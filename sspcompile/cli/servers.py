@@ -52,7 +52,7 @@ SERVER_OPTIONS = (
         "--api-key",
         metavar="KEY",
         envvar="OPENAI_API_KEY",
-        help="Sent to every --server as `Authorization: Bearer KEY`; --api-key '' sends none.  [env: OPENAI_API_KEY]",
+        help="Sent to every --server as bearer, by default the variable OPENAI_API_KEY; --api-key '' sends none.",
     ),
     click.option("--out", "-o", type=click.Path(path_type=Path), help="Write what servers did to this JSON file."),
     overwrite_option,

@@ -28,8 +28,8 @@ LEAST_CONTEXT = 512
 
 
 def is_gguf(folder: Path) -> bool:
-    """Whether this is an export for llama.cpp."""
-    return (folder / MODEL).is_file()
+    """Whether this is an export for llama.cpp, and not a model folder with such a file beside its own weights."""
+    return (folder / MODEL).is_file() and not any(folder.glob("*.safetensors"))
 
 
 def gguf_context(folder: Path) -> int | None:
