@@ -253,6 +253,17 @@ def _check_against(table: Mapping[str, TensorInfo], geometry: Geometry, folder: 
         )
 
 
+def demand_shapes(folder: Path, tensors: Mapping[str, TensorInfo], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError for a tensor that is not there in the shape that an export of the folder takes."""
+    for name, shape in wanted.items():
+        if name not in tensors or tensors[name].shape != shape:
+            found = list(tensors[name].shape) if name in tensors else "nothing"
+            raise CheckpointError(
+                f"{folder} holds {found} as {name}; its config.json asks for {list(shape)}.",
+                hint="Build or download it again.",
+            )
+
+
 def file_order(folder: Path) -> list[Path]:
     """The weight files that are read of a folder, sorted by name. Raises CheckpointError."""
     return [folder / name for name in sorted(_weight_files(folder))]

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from sspcompile.checkpoint.settings import read_generation
-from sspcompile.errors import ArtifactError, CheckpointError, InputError
+from sspcompile.errors import InputError
 from sspcompile.model.chat import PLAIN, Rendering
 from sspcompile.model.decoder import Chooser, Rows
 from sspcompile.model.llama_session import MODEL, LlamaModel
-from sspcompile.model.loading import demand_json, load_tokenizer
+from sspcompile.model.loading import tokenizer_of_export
 from sspcompile.model.placement import ON_CPU, Placement
 from sspcompile.model.vocabulary import ends_of
 
@@ -106,11 +106,7 @@ def load_gguf(
     Raises ArtifactError or CheckpointError for a damaged one, and InputError without llama.cpp.
     """
     read_generation(folder)
-    demand_json(folder / "tokenizer.json")
+    tokenizer = tokenizer_of_export(folder)
     session = LlamaModel(folder / MODEL, threads=placement.threads, scoring=scoring)
-    try:
-        tokenizer = load_tokenizer(folder)
-    except CheckpointError as error:
-        raise ArtifactError(f"{folder} lacks a tokenizer that can be read.", hint="Export it again.") from error
     ends = (read_generation(folder) or {}).get("eos_token_id")
     return LlamaText(session, tokenizer, ends_of(ends, tokenizer, session.vocab), rendering)

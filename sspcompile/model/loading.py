@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sspcompile.checkpoint.settings import read_generation, read_json
-from sspcompile.errors import CheckpointError
+from sspcompile.errors import ArtifactError, CheckpointError
 from sspcompile.families import family_of, geometry_of
 from sspcompile.model.chat import PLAIN, Rendering
 from sspcompile.model.decoder import LoadedModel, TextModel
@@ -80,6 +80,15 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder alone. Raises CheckpointError when transformers cannot load it."""
     with readable(path):
         return open_tokenizer(path)
+
+
+def tokenizer_of_export(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a finished export. Raises ArtifactError or CheckpointError for one that cannot be read."""
+    demand_json(folder / "tokenizer.json")
+    try:
+        return load_tokenizer(folder)
+    except CheckpointError as error:
+        raise ArtifactError(f"{folder} lacks a tokenizer that can be read.", hint="Export it again.") from error
 
 
 def demand_tokenizer(path: Path) -> None:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from sspcompile.checkpoint.settings import read_generation
-from sspcompile.errors import ArtifactError, CheckpointError, InputError
+from sspcompile.errors import ArtifactError, InputError
 from sspcompile.model.chat import PLAIN, Rendering
 from sspcompile.model.decoder import Chooser, Rows
-from sspcompile.model.loading import demand_json, load_tokenizer
+from sspcompile.model.loading import tokenizer_of_export
 from sspcompile.model.onnx_session import SETTINGS, OnnxModel, read_settings
 from sspcompile.model.placement import ON_CPU, Placement
 from sspcompile.model.vocabulary import ends_of
@@ -101,12 +101,8 @@ def load_onnx(folder: Path, *, placement: Placement = ON_CPU, rendering: Renderi
     Raises ArtifactError or CheckpointError for a damaged one, and what `OnnxModel.open` raises.
     """
     read_generation(folder)
-    demand_json(folder / "tokenizer.json")
     session, settings = _session(folder, placement), read_settings(folder)
     if settings is None:
         raise ArtifactError(f"{folder} lacks {SETTINGS}.", hint="Export it again.")
-    try:
-        tokenizer = load_tokenizer(folder)
-    except CheckpointError as error:
-        raise ArtifactError(f"{folder} lacks a tokenizer that can be read.", hint="Export it again.") from error
+    tokenizer = tokenizer_of_export(folder)
     return OnnxText(session, tokenizer, ends_of(sorted(settings.ends), tokenizer, session.vocab), rendering)

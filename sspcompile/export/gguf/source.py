@@ -10,7 +10,7 @@ from typing import Any
 from sspcompile.checkpoint.headers import TensorInfo
 from sspcompile.checkpoint.references import without_code
 from sspcompile.checkpoint.settings import read_json
-from sspcompile.checkpoint.source import named_tensors
+from sspcompile.checkpoint.source import demand_shapes, named_tensors
 from sspcompile.checkpoint.tensors import EMBEDDING, FINAL_NORM, LM_HEAD, attention_shapes, mlp_shapes
 from sspcompile.checkpoint.tied import untied_by_weights
 from sspcompile.errors import CheckpointError
@@ -90,10 +90,4 @@ def _check(tensors: Mapping[str, TensorInfo], g: Geometry, model: GgufModel, fol
         wanted |= attention_shapes(g, index, heads, kv_heads)
         wanted |= mlp_shapes(g, index, width)
         wanted |= {f"{layer_prefix(index)}{norm}.weight": (g.hidden,) for norm in g.family.norms}
-    for name, shape in wanted.items():
-        if name not in tensors or tensors[name].shape != shape:
-            found = list(tensors[name].shape) if name in tensors else "nothing"
-            raise CheckpointError(
-                f"{folder} holds {found} as {name}; its config.json asks for {list(shape)}.",
-                hint="Build or download it again.",
-            )
+    demand_shapes(folder, tensors, wanted)

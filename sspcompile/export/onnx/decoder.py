@@ -11,7 +11,7 @@ import numpy as np
 
 from sspcompile.checkpoint.headers import TensorInfo
 from sspcompile.checkpoint.settings import read_json
-from sspcompile.checkpoint.source import named_tensors
+from sspcompile.checkpoint.source import demand_shapes, named_tensors
 from sspcompile.checkpoint.tensors import EMBEDDING, LM_HEAD, attention_shapes, mlp_shapes
 from sspcompile.checkpoint.tied import untied_by_weights
 from sspcompile.errors import CheckpointError, InputError
@@ -148,13 +148,7 @@ def _check(tensors: Mapping[str, TensorInfo], g: Geometry, layers: tuple[GraphLa
     for index, layer in enumerate(layers):
         wanted |= attention_shapes(g, index, layer.heads, layer.kv_heads)
         wanted |= mlp_shapes(g, index, layer.width)
-    for name, shape in wanted.items():
-        if name not in tensors or tensors[name].shape != shape:
-            found = list(tensors[name].shape) if name in tensors else "nothing"
-            raise CheckpointError(
-                f"{folder} holds {found} as {name}; its config.json asks for {list(shape)}.",
-                hint="Build or download it again.",
-            )
+    demand_shapes(folder, tensors, wanted)
 
 
 def _rotary(g: Geometry, rope: Positions, plain: Mapping[str, Any]) -> tuple[np.ndarray, float]:
