@@ -3,8 +3,9 @@
     python -m benchmarks.large --tokenizer SMOLLM2 --shape 1.2b --memory 6GB [--prompts 48]
 
 The weights are random (bf16, written tensor by tensor), the shapes those of real models; the tokenizer is that of
-another model, with a vocabulary no larger than the shape's. The scenario is PROMPTS short questions. What is measured
-is the whole command, with all that it starts.
+another model, with a vocabulary no larger than the shape's. The scenario is a recipe of PROMPTS short questions that
+says what they are about (`--recognise` leaves that to the model, which reads the pools for it). What is measured is the
+whole command, with all that it starts.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from benchmarks.build import build, foretell
 
 PROMPTS = 48
+DOMAIN = "math"
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def write(shape: Large, folder: Path, tokenizer: Path, seed: int = 0) -> int:
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="1.2b", show_default=True)
 @click.option("--memory", default="6GB", show_default=True, help="Handed to `sspcompile build`.")
 @click.option("--prompts", default=PROMPTS, show_default=True)
+@click.option("--recognise", is_flag=True, help="Say nothing of the domain.")
 @click.option("--keep", default=0.75, show_default=True)
 @click.option("--option", "more", multiple=True, help="Handed to `sspcompile build`, as --option=--max-tokens=64.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Where to write; a temporary folder by default.")
@@ -113,6 +116,7 @@ def main(
     shape: str,
     memory: str,
     prompts: int,
+    recognise: bool,
     keep: float,
     more: tuple[str, ...],
     folder: Path | None,
@@ -127,15 +131,19 @@ def main(
             write(SHAPES[shape], home / "model", tokenizer)
         size = sum(path.stat().st_size for path in (home / "model").glob("*.safetensors"))
         questions = [f"A box holds {n} red and {2 * n + 1} blue balls. How many are there?" for n in range(prompts)]
-        (home / "prompts.txt").write_text("\n".join(questions) + "\n", "utf-8")
-        foretold = foretell(str(home / "model"), "prompts.txt", home, keep, words)
+        stated = {} if recognise else {"domains": {DOMAIN: 1.0}}
+        scenario = {"prompts": questions, **stated}
+        recipe = {"schema_version": 1, "name": "boxes", "description": "Short questions", "scenario": scenario}
+        (home / "boxes.yaml").write_text(json.dumps(recipe), "utf-8")
+        foretold = foretell(str(home / "model"), "boxes.yaml", home, keep, words)
         click.echo(f"foretold: {foretold['seconds'] / 60:.0f} min, {foretold['peak_bytes'] / 1e9:.2f} GB", err=True)
-        cost = build(str(home / "model"), "prompts.txt", "built", home, keep, words)
+        cost = build(str(home / "model"), "boxes.yaml", "built", home, keep, words)
     found = {
         "shape": shape,
         "weight_bytes": size,
         "memory": memory,
         "prompts": prompts,
+        "domain": None if recognise else DOMAIN,
         "threads": torch.get_num_threads(),
         "foretold_seconds": foretold["seconds"],
         "foretold_peak": foretold["peak_bytes"],

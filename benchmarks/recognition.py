@@ -84,7 +84,7 @@ def read(data: Path, each: int) -> Iterator[Item]:
 
 def shipped(toolkit: Toolkit, loaded: LoadedModel) -> dict[str, dict[str, object]]:
     """What the shipped scenarios for real models are made of: the three largest weights, and the unknown share."""
-    layers = toolkit.recogniser.layers.tolist()
+    layers = toolkit.learned.layers.tolist()
     found: dict[str, dict[str, object]] = {}
     for path in shipped_recipes():
         if path.parent == SCENARIOS_DIR:
@@ -146,7 +146,7 @@ def main(model: str, data: Path, each: int, out: Path) -> None:
             prepare(loaded, fit_part(load_pools()), subjects, criteria=(), stages=stages)
             for subjects in (outside, tuple(pool for pool in outside if pool.name != UNKNOWN))
         )
-    layers = toolkit.recogniser.layers.tolist()
+    layers = toolkit.learned.layers.tolist()
     found = features(loaded, [item.text for item in items], recognised_tokens(TOKENS), layers=layers, bare=True)
     unseen = judged(without, items, found)
     scenarios = shipped(toolkit, loaded)

@@ -32,6 +32,7 @@ from sspcompile.checkpoint import (
 from sspcompile.checkpoint.headers import MAX_HEADER_BYTES, read_header
 from sspcompile.checkpoint.publish import write_atomically
 from sspcompile.checkpoint.source import INDEX_NAME, SINGLE_NAME
+from sspcompile.checkpoint.writer import pieces_of
 from sspcompile.errors import ArtifactError, CheckpointError, InputError, OutputExistsError, UnsupportedModelError
 from sspcompile.families import FAMILIES, REFUSED
 
@@ -54,6 +55,28 @@ def raw(path: Path, header: object, data: bytes = b"", *, length: int | None = N
     length = len(encoded) if length is None else length
     path.write_bytes(length.to_bytes(8, "little") + encoded + data)
     return path
+
+
+def test_arrays_become_a_safetensors_file_piece_by_piece_without_a_copy(tmp_path):
+    kinds = ["bool", "uint8", "int8", "uint16", "int16", "float16", "uint32", "int32", "float32", "int64", "float64"]
+    arrays = {kind: np.arange(6).reshape(2, 3).astype(kind) for kind in kinds}
+    arrays |= {"empty": np.zeros((0, 4), np.float32), "scalar": np.array(2.5)}
+    pieces = list(pieces_of(arrays, {"say": "so"}))
+    assert sum(isinstance(piece, memoryview) for piece in pieces) == len(arrays) - 1
+    write_atomically(tmp_path / "file", pieces)
+    with safe_open(tmp_path / "file", framework="np") as file:
+        assert file.metadata() == {"say": "so"}
+        assert sorted(file.keys()) == sorted(arrays)
+        for name, array in arrays.items():
+            found = file.get_tensor(name)
+            assert (found.dtype, found.shape) == (array.dtype, array.shape)
+            np.testing.assert_array_equal(found, array)
+    arrays["float64"][:] = 7  # what is written is the array itself
+    assert bytes(next(p for p in pieces if isinstance(p, memoryview) and p.format == "d" and p.ndim)) == b"".join(
+        [np.float64(7).tobytes()] * 6
+    )
+    with pytest.raises(ValueError, match="complex64"):
+        list(pieces_of({"a": np.zeros(2, np.complex64)}, {}))
 
 
 # --- Headers ---------------------------------------------------------------------------------------------------------

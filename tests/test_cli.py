@@ -135,7 +135,7 @@ def inputs(tmp_path_factory) -> Path:
     (folder / "noprompt.jsonl").write_text('{"title": "one"}\n')
     (folder / "bad.yaml").write_text(
         "schema_version: 1\nname: bad\ndescription: All wrong.\nkept: 0.5\nlayout: diagonal\nkeep: 7\n"
-        "scenario: {text: some words, domains: {math: 1}}\n"
+        "scenario: {text: some words, prompts: [one, two]}\n"
     )
     (folder / "notyaml.yaml").write_text("name: [unclosed\n")
     (folder / "prompts.csv").write_text("a,b\n")

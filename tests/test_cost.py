@@ -15,6 +15,7 @@ from sspcompile.api.cost import cost_of
 from sspcompile.model.dense import open_dense
 from sspcompile.model.modules import input_norm
 from sspcompile.request.request import read_request
+from sspcompile.slicing.mask import load_mask
 from sspcompile.workspace import Workspace
 
 PROMPTS = [f"How much is {n} times {n + 3} plus {7 * n}?" for n in range(56)]
@@ -74,6 +75,29 @@ def test_a_build_runs_what_was_foretold_and_a_second_one_no_pools(home, scenario
     named = read_request(place, given | {"criterion": "fisher"}, {})
     scored = any(stage.name == "fisher on the pools" for stage in cost_of(named, dense, workspace).stages)
     assert scored == (not own), "a criterion that is named is cached for a sentence"
+
+
+def test_a_recipe_that_states_its_domains_reads_no_pool_and_makes_no_toolkit(home):
+    given = {"model": str(home / "model"), "max_tokens": 64, "continuation_tokens": 4, "keep": 0.5}
+    path = home / "stated.yaml"
+    scenario = {"prompts_file": "prompts.txt", "domains": {"math": 3, "law": 1}}
+    recipe = {"schema_version": 1, "name": "stated", "description": "Sums.", "scenario": scenario}
+    path.write_text(json.dumps(recipe))
+    request, dense = read_request(str(path), given, {}), open_dense(str(home / "model"))
+    workspace = Workspace(home / "stated")
+    assert not any(stage.name.startswith("recognition") for stage in cost_of(request, dense, workspace).stages)
+    seen = set()
+    outcome = build(request, dense, home / "stated-out", workspace, lambda name, _done, _total: seen.add(name))
+    assert seen and not any("features" in name or "recognition" in name for name in seen)
+    assert not workspace.toolkit(dense.fingerprint).parent.exists()
+    mixture = load_mask(home / "stated-out" / "mask.json").scenario["mixture"]
+    assert {name: weight for name, weight in mixture.items() if weight} == {"law": 0.25, "math": 0.75}
+    report = (home / "stated-out" / "report.md").read_text("utf-8")
+    assert "The recipe says what the scenario is about" in report
+    # Axes are chosen by what the model reads, so they are learned all the same.
+    axes = read_request(str(path), given | {"axes": 4}, {})
+    assert any(stage.name.startswith("recognition") for stage in cost_of(axes, dense, workspace).stages)
+    assert outcome.toolkit.recogniser is None
 
 
 def test_the_command_prints_minutes_and_memory_and_writes_nothing(home):

@@ -70,7 +70,7 @@ seed: true
         "name (line 2): must be lower-case letters, digits and hyphens, not 'Bad Name'",
         "descripton (line 3): is not a known key; did you mean 'description'?",
         "description: is missing",
-        "scenario (line 4): needs exactly one of text, prompts, prompts_file, domains; it has text, prompts",
+        "scenario (line 4): needs text, prompts or prompts_file, domains, or one with domains; it has text, prompts",
         "scenario.prompt (line 6): is not a known key; did you mean 'prompts'?",
         "scenario.prompts[0] (line 7): must be text, a list of messages, or a mapping with the key text, not 1",
         "keep (line 8): must be less than or equal to 1, not 1.5",
@@ -111,7 +111,7 @@ def test_each_wrong_option_is_named(tmp_path: Path, extra: str, expected: str) -
 @pytest.mark.parametrize(
     ("scenario", "expected"),
     [
-        ("{}", "needs exactly one of"),
+        ("{}", "needs text, prompts or prompts_file, domains, or one with domains; it has none"),
         ("plain words", "must be a mapping"),
         ("{prompts: []}", "needs at least 1 item"),
         ("{domains: {}}", "at least one domain of positive weight"),

@@ -49,6 +49,20 @@ def test_a_recipe_file_with_prompts_beside_it(tmp_path: Path, monkeypatch: pytes
     assert scenario_of(recipe) == scenario
 
 
+@pytest.mark.parametrize("own", ["text: two words", "prompts: [a b, c]", "prompts_file: p.txt"])
+def test_domains_may_stand_beside_a_description(tmp_path: Path, own: str) -> None:
+    (tmp_path / "p.txt").write_text("a b\nc\n", "utf-8")
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        f"schema_version: 1\nname: x\ndescription: y\nscenario: {{{own}, domains: {{law: 1, math: 3}}}}\n", "utf-8"
+    )
+    scenario, recipe = read_scenario(str(path))
+    assert scenario.domains == {"law": 0.25, "math": 0.75}
+    assert scenario.texts == (("two words",) if own.startswith("text") else ("a b", "c"))
+    assert recipe is not None
+    assert scenario_of(recipe) == scenario
+
+
 def test_domain_weights_are_scaled_to_sum_one() -> None:
     scenario, _ = read_scenario("chemistry-and-finance")
     assert scenario.domains is not None

@@ -60,7 +60,9 @@ def build(
     with claimed(passes_folder(request, dense, workspace)) as journal, staged(out, overwrite=overwrite) as folder:
         loaded = dense.load(placement=placement, rendering=rendering_of(request.options))
         demand_readable(loaded, request.scenario.prompts, request.options.max_tokens)
-        toolkit, _ = toolkit_for(dense, loaded, request.options, workspace, progress, cached_keys(request))
+        toolkit, _ = toolkit_for(
+            dense, loaded, request.options, workspace, progress, cached_keys(request), scenario=request.scenario
+        )
         with keeping(journal):
             selection = select(request, toolkit, loaded, dtype=refitted_dtype(dense.checkpoint), progress=progress)
         del loaded  # the proof takes as much memory again
@@ -84,7 +86,9 @@ def take_part(
 ) -> None:
     """What `build` does of the measuring in every further process of torchrun, step by step with it; writes nothing."""
     loaded = dense.load(placement=placement, rendering=rendering_of(request.options))
-    toolkit, _ = toolkit_for(dense, loaded, request.options, workspace, progress, cached_keys(request))
+    toolkit, _ = toolkit_for(
+        dense, loaded, request.options, workspace, progress, cached_keys(request), scenario=request.scenario
+    )
     select(request, toolkit, loaded, dtype=refitted_dtype(dense.checkpoint), progress=progress)
 
 

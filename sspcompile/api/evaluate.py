@@ -65,7 +65,7 @@ def deployment_of(
         return own
     rendering = {"chat_template": model.rendering.template, "raw": model.rendering.raw or None}
     request = read_request(scenario, {"model": model.dense.place, "seed": seed, **rendering}, {})
-    toolkit, _ = toolkit_for(model.dense, loaded, request.options, workspace, progress, ())
+    toolkit, _ = toolkit_for(model.dense, loaded, request.options, workspace, progress, (), scenario=request.scenario)
     mixture = mixture_through(request, toolkit, loaded)
     shares = dict(zip(mixture.domains, map(float, mixture.weights), strict=True))
     prompts = request.scenario.prompts

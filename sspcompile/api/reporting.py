@@ -198,7 +198,9 @@ def _notes(outcome: Outcome) -> Iterator[str]:
     yield _importance(outcome)
     if without := outcome.request.options.without:
         yield f"Switched off with --without: {', '.join(without)}."
-    if outcome.toolkit.meta.get("recognition", {}).get("unknown_found") is None:
+    if outcome.request.scenario.domains is not None:
+        yield "The recipe says what the scenario is about; no text was read to find out."
+    elif outcome.toolkit.meta.get("recognition", {}).get("unknown_found") is None:
         yield "No text outside the domains taught recognition, so no share of a scenario is called unknown."
     if rounded := sorted(set(outcome.dense.origin.get("gguf", {}).get("types", ())) - set(PLAIN)):
         yield (

@@ -20,7 +20,7 @@ from sspcompile.model.dense import DenseModel
 from sspcompile.model.placement import Placement
 from sspcompile.model.text import ANSWER_TOKENS, BATCH_TOKENS, sentences
 from sspcompile.prepare.recognition import OUTSIDE_PROMPTS, corpus_of, layers_read, recognised_part, recognised_tokens
-from sspcompile.prepare.toolkits import asks_directions, stored_toolkit
+from sspcompile.prepare.toolkits import asks_directions, is_stated, stored_toolkit
 from sspcompile.proof.parity import PROBE_TOKENS
 from sspcompile.proof.prove import goes_layerwise
 from sspcompile.proof.reload import TOGETHER
@@ -122,6 +122,8 @@ def learning(
 ) -> Iterator[Stage]:
     """What the toolkit still lacks for this request, as `toolkit_for` measures it."""
     options, given = request.options, pools_of(request.options)
+    if is_stated(request.scenario, options, cached_keys(request)):
+        return
     candidates = fit_part(given.candidates)
     pool = [text for one in candidates for text in one.prompts]
     toolkit = stored_toolkit(dense, options, workspace, template_digest(loaded.tokenizer, loaded.rendering))

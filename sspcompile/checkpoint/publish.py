@@ -12,7 +12,7 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from filelock import FileLock
@@ -187,13 +187,17 @@ def _sync_tree(folder: Path) -> None:
     sync_folder(folder)
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace one file as a whole; of several runs that do so at once, each writes all of it."""
+def write_atomically(path: Path, content: str | bytes | Iterable[bytes | memoryview]) -> None:
+    """Replace one file as a whole, by text, bytes or pieces of them in order; of several runs that do so at once, each
+    writes all of it.
+    """
+    if isinstance(content, str):
+        content = content.encode("utf-8")
     sibling = _Sibling(path)
     try:
         temporary = sibling.content / path.name
         with temporary.open("wb") as file:
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -6,15 +6,19 @@ import contextlib
 import json
 import math
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sspcompile.checkpoint.headers import WORD_BYTES
 from sspcompile.checkpoint.source import INDEX_NAME, SINGLE_NAME
 from sspcompile.checkpoint.transfer import Extent, Moved, copy_extent, hard_link, write_all
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # transformers refuses a file whose metadata names no framework.
 METADATA = {"format": "pt"}
@@ -158,18 +162,11 @@ def _starts_after_header(file: Path, extents: Sequence[Extent]) -> bool:
 def _write_file(path: Path, tensors: Sequence[OutputTensor], moved: Moved) -> None:
     # Descending word size keeps every tensor aligned to its own width, as the reference writer does.
     tensors = sorted(tensors, key=lambda tensor: -WORD_BYTES[tensor.dtype])
-    header: dict[str, object] = {"__metadata__": METADATA}
-    end = 0
-    for tensor in tensors:
-        offsets = [end, end + tensor.nbytes]
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
-        end = offsets[1]
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    header = _header([(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors], METADATA)
     with contextlib.ExitStack() as stack:
         target = stack.enter_context(path.open("wb", buffering=0)).fileno()
         opened: dict[Path, int] = {}
-        write_all(target, len(encoded).to_bytes(8, "little") + encoded)
+        write_all(target, header)
         for tensor in tensors:
             written = 0
             for piece in tensor.content():
@@ -185,3 +182,30 @@ def _write_file(path: Path, tensors: Sequence[OutputTensor], moved: Moved) -> No
                 moved(count)
             if written != tensor.nbytes:
                 raise ValueError(f"{tensor.name}: {written} bytes where {tensor.nbytes} were planned")
+
+
+def pieces_of(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """The safetensors file of contiguous arrays, piece by piece; none of them is copied."""
+    ordered = sorted(arrays.items(), key=lambda item: -item[1].itemsize)
+    yield _header([(name, _dtype_name(array.dtype), array.shape) for name, array in ordered], metadata)
+    yield from (array.data for _, array in ordered if array.size)
+
+
+def _dtype_name(dtype: np.dtype[Any]) -> str:
+    name = "BOOL" if dtype.kind == "b" else f"{dtype.kind.upper()}{8 * dtype.itemsize}"
+    if name not in WORD_BYTES:
+        raise ValueError(f"safetensors has no {dtype}")
+    return name
+
+
+def _header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """What a safetensors file of tensors (name, dtype, shape) in this order begins with."""
+    header: dict[str, object] = {"__metadata__": metadata}
+    end = 0
+    for name, dtype, shape in tensors:
+        offsets = [end, end + math.prod(shape) * WORD_BYTES[dtype]]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+        end = offsets[1]
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded

@@ -100,7 +100,8 @@ def curvature(loaded: LoadedModel, given: CriterionInput) -> Curvature:
         walk.keep(partial(_stand, inputs, writes, gates, channels, counts))
         given.report(index + 1, len(given.batches))
     mean = None if channels is None else channels / max(1, given.prompts)
-    return Curvature(inputs / max(1, tokens), writes / max(1, scored), gates, mean)
+    # In place: a pair of these is as much as a layer's weights, for every layer.
+    return Curvature(inputs.div_(max(1, tokens)), writes.div_(max(1, scored)), gates, mean)
 
 
 def _stand(

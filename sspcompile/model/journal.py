@@ -35,11 +35,11 @@ import torch
 import transformers
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 from torch import Tensor
 
 import sspcompile
 from sspcompile.checkpoint.publish import write_atomically
+from sspcompile.checkpoint.writer import pieces_of
 from sspcompile.errors import GateError, InputError, RunError
 from sspcompile.model.chat import template_digest
 
@@ -146,7 +146,7 @@ class Journal:
         # Another run of the same request may have finished, and have removed what neither of them needs.
         with contextlib.suppress(FileNotFoundError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.folder / f"{name}{SUFFIX}", save(whole, {"sha256": _content(whole)}))
+            write_atomically(self.folder / f"{name}{SUFFIX}", pieces_of(whole, {"sha256": _content(whole)}))
 
     def _rest(self, begun: float) -> None:
         now = time.monotonic()

@@ -3,7 +3,7 @@
 from sspcompile.model.capture import features
 from sspcompile.model.text import encode, with_continuations
 from sspcompile.prepare.importance import importance_of
-from sspcompile.prepare.run import prepare, with_directions, with_scores
+from sspcompile.prepare.run import prepare, unlearned, with_directions, with_scores
 from sspcompile.prepare.toolkit import Toolkit, is_outdated, load, save, with_importance
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "load",
     "prepare",
     "save",
+    "unlearned",
     "with_continuations",
     "with_directions",
     "with_importance",

@@ -84,6 +84,24 @@ def prepare(
     return toolkit
 
 
+def unlearned(loaded: LoadedModel, pools: Sequence[DomainPool]) -> Toolkit:
+    """A toolkit for a scenario that says itself what it is about: it names the domains, and no text was read for it."""
+    count, heads = len(pools), (loaded.geometry.layers, loaded.geometry.heads)
+    return Toolkit(
+        fingerprint=loaded.fingerprint,
+        domains=tuple(pool.name for pool in pools),
+        axes=np.zeros((count, loaded.geometry.hidden), dtype=np.float32),
+        gram=np.eye(count, dtype=np.float32),
+        recogniser=None,
+        directions=None,
+        importance={},
+        spread={},
+        whitelist_p=np.ones(heads, dtype=np.float32),
+        whitelist=np.zeros(heads, dtype=bool),
+        meta=_versions(),
+    )
+
+
 def with_scores(
     stages: Stages, toolkit: Toolkit, pools: Sequence[DomainPool], name: str, progress: Progress = silent
 ) -> Toolkit:

@@ -29,20 +29,28 @@ PREPARE_AGAIN = "Run `sspcompile prepare` again for this model."
 class Toolkit:
     """Everything that compiling a scenario needs besides the model itself. Arrays are float32 unless said otherwise.
 
-    L layers, H query heads per layer, K domains, d hidden size.
+    L layers, H query heads per layer, K domains, d hidden size. One that is `unlearned` knows its domains by name
+    alone; it is never saved.
     """
 
     fingerprint: str  # of the model's checkpoint
     domains: tuple[str, ...]
     axes: np.ndarray  # [K, d] centred unit directions
     gram: np.ndarray  # [K, K] cosines between axes
-    recogniser: Recogniser
+    recogniser: Recogniser | None  # None where nothing was learned
     directions: np.ndarray | None  # [L, K, d] unit probe directions, where a criterion that reads them was asked for
     importance: Mapping[str, np.ndarray]  # criterion -> [L, H, K], mean over each domain's prompts
     spread: Mapping[str, np.ndarray]  # criterion -> [L, H, K], relative variance of a head's share over prompts
     whitelist_p: np.ndarray  # [L, H] p-value of "worth more than the median head in every domain"
     whitelist: np.ndarray  # [L, H] bool, after false discovery control, low spread over domains and the cap
     meta: Mapping[str, Any]  # seeds, versions, pool fingerprint, text version, expected calibration errors
+
+    @property
+    def learned(self) -> Recogniser:
+        """The recogniser. Raises ToolkitError where nothing was learned."""
+        if self.recogniser is None:
+            raise ToolkitError("The toolkit has not learned to recognise domains.", hint=PREPARE_AGAIN)
+        return self.recogniser
 
 
 ARRAY_FIELDS = tuple(field.name for field in fields(Toolkit) if field.type == "np.ndarray")
@@ -53,7 +61,8 @@ def expected_shapes(toolkit: Toolkit) -> dict[str, tuple[int, ...]]:
     """Shape of every array as the axes [K, d], the whitelist [L, H], the domain names and the recogniser's own layers
     and classes imply it."""
     (layers, heads), hidden, domains = toolkit.whitelist.shape, toolkit.axes.shape[-1], len(toolkit.domains)
-    read, classes = len(toolkit.recogniser.layers), len(toolkit.recogniser.bias)
+    recogniser = toolkit.learned
+    read, classes = len(recogniser.layers), len(recogniser.bias)
     shapes = {
         "axes": (domains, hidden),
         "gram": (domains, domains),
@@ -83,7 +92,7 @@ def _recogniser_shapes(layers: int, classes: int, hidden: int) -> dict[str, tupl
 
 def _arrays(toolkit: Toolkit) -> dict[str, np.ndarray]:
     named = {name: getattr(toolkit, name) for name in ARRAY_FIELDS}
-    named |= {RECOGNISER_PREFIX + name: getattr(toolkit.recogniser, name) for name in RECOGNISER_FIELDS}
+    named |= {RECOGNISER_PREFIX + name: getattr(toolkit.learned, name) for name in RECOGNISER_FIELDS}
     if toolkit.directions is not None:
         named[DIRECTIONS] = toolkit.directions
     named |= {IMPORTANCE_PREFIX + name: array for name, array in toolkit.importance.items()}
@@ -92,7 +101,7 @@ def _arrays(toolkit: Toolkit) -> dict[str, np.ndarray]:
 
 def check(toolkit: Toolkit) -> None:
     """Raise ToolkitError when an array contradicts the others or holds a number that is not finite."""
-    recogniser = toolkit.recogniser
+    recogniser = toolkit.learned
     if (toolkit.axes.ndim, toolkit.whitelist.ndim, recogniser.layers.ndim, recogniser.bias.ndim) != (2, 2, 1, 1):
         raise ToolkitError("The toolkit's arrays have the wrong number of dimensions.", hint=PREPARE_AGAIN)
     if set(toolkit.importance) != set(toolkit.spread):

@@ -18,6 +18,7 @@ from sspcompile.progress import Progress
 from sspcompile.request.domains import pools_fingerprint
 from sspcompile.request.options import AUTO, Options, default_of
 from sspcompile.request.pools import pools_of, pools_suffix
+from sspcompile.request.scenario import Scenario
 from sspcompile.request.splits import fit_part
 from sspcompile.workspace import Workspace
 
@@ -29,8 +30,12 @@ def toolkit_for(
     workspace: Workspace,
     progress: Progress,
     criteria: Sequence[str],
+    *,
+    scenario: Scenario | None = None,
 ) -> tuple[Toolkit, bool]:
     """The model's toolkit with the scores `criteria` in it, and whether it was prepared just now.
+
+    For a `scenario` that says itself what it is about nothing is learned that nobody asks for (`is_stated`).
 
     A toolkit that was learned from an earlier content of the shipped pools, or with another chat template, is made
     anew. Without `criteria` the pools are read once, to tell domains apart. Raises InputError like `pools_of` and
@@ -38,6 +43,8 @@ def toolkit_for(
     """
     for key in criteria:
         of_key(key)
+    if scenario is not None and is_stated(scenario, options, criteria):
+        return preparing.unlearned(loaded, pools_of(options).candidates), True
     folder = toolkit_folder(dense, options, workspace)
     given = pools_of(options)
     candidates = fit_part(given.candidates)
@@ -69,6 +76,13 @@ def toolkit_for(
         preparing.save(toolkit, folder)
         stages.finish()
     return toolkit, fresh
+
+
+def is_stated(scenario: Scenario, options: Options, criteria: Sequence[str]) -> bool:
+    """Whether a build needs nothing of the pools but their names: the recipe gives the scenario's domains, and neither
+    cached scores nor a choice of axes are asked for. Whether a toolkit lies there already makes no difference to it.
+    """
+    return scenario.domains is not None and not criteria and options.axes is None and not asks_directions(options)
 
 
 def asks_directions(options: Options) -> bool:

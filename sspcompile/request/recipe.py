@@ -23,13 +23,15 @@ from sspcompile.request.domains import recipes_folder
 from sspcompile.request.options import BUDGETS, NAMES, Options, clashing, exclusive, shown_of
 from sspcompile.request.prompts import PromptField
 
-SCENARIO_FORMS = ("text", "prompts", "prompts_file", "domains")
+SCENARIO_FORMS = ("text", "prompts", "prompts_file")
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class ScenarioSpec(BaseModel):
-    """Exactly one description of a deployment. `prompts_file` is relative to the recipe's own folder."""
+    """One description of a deployment at most, and the weights of its `domains` where the recipe states them, instead
+    of a description or beside it. `prompts_file` is relative to the recipe's own folder.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -82,9 +84,9 @@ class Recipe(_Open):  # type: ignore[misc, valid-type]  # made of `Options`, so 
 
 def _form_problem(spec: Mapping[str, Any]) -> str | None:
     given = [form for form in SCENARIO_FORMS if spec.get(form) is not None]
-    if len(given) != 1:
-        return f"needs exactly one of {', '.join(SCENARIO_FORMS)}; it has {', '.join(given) or 'none'}"
     weights = spec.get("domains")
+    if len(given) > 1 or not (given or weights is not None):
+        return f"needs text, prompts or prompts_file, domains, or one with domains; it has {', '.join(given) or 'none'}"
     values = list(weights.values()) if isinstance(weights, Mapping) else []
     numbers = isinstance(weights, Mapping) and all(isinstance(w, int | float) for w in values)
     if numbers and not sum(values) > 0:

@@ -33,7 +33,8 @@ ACCEPTED = (
 
 @dataclass(frozen=True)
 class Scenario:
-    """A deployment. Exactly one of `text`, `prompts` and `domains` (weights that sum to 1) says what it is.
+    """A deployment. One of `text` and `prompts` says what it is, or `domains` (weights that sum to 1), which may stand
+    beside them: then nothing has to find out what it is about.
 
     `name` is a slug, fit for a folder. `origin` says more of where it came from than `source`, for a data set of the
     hub.
@@ -133,7 +134,7 @@ def _read_recipe(path: Path) -> tuple[Scenario, Recipe]:
     spec = recipe.scenario
     if spec.prompts_file:
         prompts = _read_prompts(path.parent / spec.prompts_file).prompts
-        spec = ScenarioSpec(prompts=prompts)
+        spec = ScenarioSpec(prompts=prompts, domains=spec.domains)
         recipe = recipe.model_copy(update={"scenario": spec})
     return scenario_of(recipe), recipe
 

@@ -63,11 +63,11 @@ def mixture_of(toolkit: Toolkit, features: np.ndarray, *, calibrated: bool = Tru
     share is unknown.
     """
     count = len(toolkit.domains)
-    mean = toolkit.recogniser.probabilities(features, calibrated=calibrated).mean(0)
+    mean = toolkit.learned.probabilities(features, calibrated=calibrated).mean(0)
     inside = mean[:count].sum()
     weights = mean[:count] / inside if inside > 0 else np.full(count, 1 / count)
     unknown = float(mean[count:].sum())
-    return Mixture(toolkit.domains, weights, breadth_of(weights), unknown, float(toolkit.recogniser.unknown_line[0]))
+    return Mixture(toolkit.domains, weights, breadth_of(weights), unknown, float(toolkit.learned.unknown_line[0]))
 
 
 def given_mixture(toolkit: Toolkit, domains: Mapping[str, float], *, source: str) -> Mixture:

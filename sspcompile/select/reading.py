@@ -113,7 +113,7 @@ def mixture_through(request: Request, toolkit: Toolkit, loaded: LoadedModel) -> 
     if scenario.domains is not None:
         return given_mixture(toolkit, scenario.domains, source=scenario.name)
     read = tuple(map(pasted, thinned(scenario.texts, MIXTURE_TEXTS)))
-    layers = toolkit.recogniser.layers.tolist()
+    layers = toolkit.learned.layers.tolist()
     found = features(loaded, read, recognised_tokens(options.max_tokens), layers=layers, bare=True)
     return mixture_of(toolkit, found, calibrated="calibration" not in options.without)
 
