@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,6 +24,11 @@ from sspcompile.cli.options import (
     workspace,
 )
 
+if TYPE_CHECKING:
+    from sspcompile.model.dense import DenseModel
+    from sspcompile.model.placement import Placement
+    from sspcompile.request.request import Request
+
 # What a build prints by itself; the whole report is in the files, or printed with --verbose.
 SUMMARY = ("findings", "quality")
 
@@ -40,6 +45,7 @@ Examples:
   sspcompile build --scenario finance-desk --strength 0.8 --layout uniform
   sspcompile build --scenario finance-desk --sweep size=0.7:1:0.1
   sspcompile build --scenario support-desk --model ./Llama-3.1-8B --memory 16GB
+  sspcompile build --scenario support-desk --model ./Llama-3.1-8B --nested 1,0.9,0.8,0.7   (several sizes in one)
   torchrun --nproc-per-node 4 -m sspcompile.cli.main build --scenario support-desk --model ./Qwen2.5-7B-Instruct
 """,
 )
@@ -86,14 +92,20 @@ def build(
     from sspcompile.api.refusing import refuse_hopeless, warnings_of
     from sspcompile.model.dense import open_dense
 
-    dense = open_dense(request.options.source)
-    refuse_hopeless(request, dense, weights=not dry_run)
+    dense, nested = open_dense(request.options.source), bool(request.options.shares)
+    if nested:
+        _refuse_nested(request, dense, dry_run)
+    else:
+        refuse_hopeless(request, dense, weights=not dry_run)
     for warning in warnings_of(request, dense):
         warn(warning)
     if dry_run:
         recipe = request.recipe()
         as_data = json.dumps(recipe.model_dump(mode="json", exclude_none=True), indent=1) + "\n"
         click.echo(as_data if as_json else dump_recipe(recipe), nl=False)
+        return
+    if nested:
+        _nested(request, dense, out, overwrite, as_json, quiet, placement)
         return
     from sspcompile.api.build import build as run
     from sspcompile.api.build import take_part
@@ -117,6 +129,34 @@ def build(
     click.echo(f"Written to {out}; the whole report is {out / 'report.html'}. Next: sspcompile bench", err=True)
     if request.options.model not in (None, EMBEDDED):  # whose folder is the package's own
         say_left_out(origin_of(outcome)["left_out"], quiet=quiet)
+
+
+def _refuse_nested(request: Request, dense: DenseModel, dry_run: bool) -> None:
+    from sspcompile.api.nested import refuse_nested
+    from sspcompile.errors import InputError
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("torchrun cannot share a nested build.", hint="Run it in one process.")
+    refuse_nested(request, dense, weights=not dry_run)
+
+
+def _nested(
+    request: Request, dense: DenseModel, out: Path, overwrite: bool, as_json: bool, quiet: bool, placement: Placement
+) -> None:
+    from sspcompile.api.nested import build_nested
+    from sspcompile.api.unfinished import goes_on
+    from sspcompile.cli.progress import stages
+    from sspcompile.cli.tables import print_members
+
+    if not quiet and goes_on(request, dense, workspace()):
+        click.echo(GOING_ON, err=True)
+    with stages(quiet) as progress:
+        done = build_nested(request, dense, out, workspace(), progress, overwrite=overwrite, placement=placement)
+    print_members(out.name, done.nested, as_json=as_json)
+    click.echo(
+        f"Written to {out}. Next: sspcompile slice --from {out} --size {request.options.shares[-1]:g} --out DIR",
+        err=True,
+    )
 
 
 def _sweep(
