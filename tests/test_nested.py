@@ -15,12 +15,12 @@ from builders import family_config, save_random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from transformers import AutoModelForCausalLM
 
 from sspcompile.checkpoint import Checkpoint, write_manifest
-from sspcompile.errors import InputError, ParityError, RecipeError, UnsupportedModelError
+from sspcompile.errors import InputError, ParityError, UnsupportedModelError
 from sspcompile.families import geometry_of
 from sspcompile.intervals import Estimate
+from sspcompile.model.cache import cache_of
 from sspcompile.model.divergence import Divergence
 from sspcompile.model.exact import in_float64
 from sspcompile.model.loading import load, load_cut
@@ -55,12 +55,14 @@ def budgets(g, shares):
 
 @st.composite
 def worths(draw):
-    g = geometry_of(family_config("llama", layers=draw(st.integers(1, 3)), kv_heads=draw(st.integers(1, 4))).to_dict())
+    g = geometry_of(
+        family_config("mistral", layers=draw(st.integers(1, 3)), kv_heads=draw(st.integers(1, 4))).to_dict()
+    )
     values = st.floats(0, 1, width=16)  # coarse, so that there are ties
     heads = draw(hnp.arrays(np.float64, (g.layers, g.heads), elements=values))
     channels = draw(st.none() | hnp.arrays(np.float64, (g.layers, g.intermediate), elements=values))
     least = smallest_size(g, channels=channels is not None, groups_only=True)
-    shares = sorted(draw(st.lists(st.floats(least + 1e-6, 1), min_size=1, max_size=4)), reverse=True)
+    shares = sorted(draw(st.lists(st.floats(min(1.0, least + 1e-6), 1), min_size=1, max_size=4)), reverse=True)
     return g, Worth(heads, channels), (1.0, *shares)
 
 
@@ -157,8 +159,8 @@ def made(request, tmp_path_factory) -> Made:
     return Made(source, folder, nested, order, sizes, repairs)
 
 
-def switchable(made, **options):
-    return AutoModelForCausalLM.from_pretrained(made.folder / "model", trust_remote_code=True, **options).eval()
+def switchable(made, dtype=torch.float64):
+    return load_cut(made.folder / "model", dtype=dtype, trust_remote_code=True).model
 
 
 @torch.inference_mode()
@@ -198,7 +200,7 @@ def test_a_member_cut_out_has_the_bytes_of_a_cut_of_the_dense_model(run, made, t
 
 
 def test_a_switch_gives_the_masked_and_repaired_model_in_views_of_the_whole(made, tmp_path):
-    model = switchable(made, dtype=torch.float64)
+    model = switchable(made)
     dense = load(made.source, fingerprint="", dtype=torch.float64)
     assert model.sizes == (1.0, 0.85, 0.7) and model.size == 1.0
     whole = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
@@ -214,7 +216,7 @@ def test_a_switch_gives_the_masked_and_repaired_model_in_views_of_the_whole(made
         refitted = set(made.nested.members[at].refitted)
         for name, parameter in model.named_parameters():
             assert (parameter.data_ptr() == whole[name]) == (name not in refitted), name
-        cache = model(input_ids=IDS, use_cache=True).past_key_values
+        cache = cache_of(model(input_ids=IDS, use_cache=True))
         held = [cache.layers[layer].keys.shape[1] for layer in range(len(size.prefix.groups))]
         assert held == list(size.prefix.groups)
     assert model.set_size(0.8) == 0.7, "a size in between takes the next smaller member"
@@ -224,20 +226,37 @@ def test_a_switch_gives_the_masked_and_repaired_model_in_views_of_the_whole(made
         model.save_pretrained(tmp_path)
 
 
+def test_the_smallest_size_is_a_draft_for_the_largest_over_the_same_weights(made):
+    model = switchable(made, torch.float32)
+    draft = model.at(0.7)
+    assert (model.size, draft.size) == (1.0, 0.7)
+    whole = {parameter.data_ptr() for parameter in (*model.parameters(), *refitted_of(model))}
+    assert {parameter.data_ptr() for parameter in draft.parameters()} <= whole, "nothing is copied"
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 258}
+    plain = model.generate(IDS, **settings)
+    assert model.generate(IDS, assistant_model=draft, **settings).equal(plain)
+    assert model.size == 1.0
+
+
+def refitted_of(model):
+    return [tensor for repair in model._repairs for tensor in repair.values()]
+
+
 def test_casts_reach_every_size(made):
-    model = switchable(made, dtype=torch.float32)
+    model = switchable(made, torch.float32)
     model.set_size(0.7)
-    before = logits(model)
+    with torch.inference_mode():
+        before = model(input_ids=IDS).logits
     model.to(torch.float64)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float64} and model.size == 0.7
     assert float((logits(model) - before).abs().max()) < 1e-3 * float(before.abs().max())
     model.set_size(1.0)
-    reference = switchable(made, dtype=torch.float64)
+    reference = switchable(made)
     assert same(logits(model), logits(reference))
 
 
-def test_a_switch_takes_less_than_a_millisecond(tmp_path, made):
-    model = switchable(made)
+def test_a_switch_takes_less_than_a_millisecond(made):
+    model = switchable(made, torch.float32)
     taken = []
     for number in range(60):
         begun = time.perf_counter()
@@ -270,4 +289,3 @@ def test_shares_fall_from_the_whole_and_are_one_request_however_typed():
             Options(nested=wrong)
     with pytest.raises(ValueError, match="exclude"):
         Options(nested="0.7", size=0.5)
-    assert RecipeError

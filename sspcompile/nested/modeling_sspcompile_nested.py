@@ -7,6 +7,7 @@ were refitted. A KV cache holds what `k_proj` and `v_proj` put out, so it is as 
 begun at one size cannot go on at another. Every forward is inherited. Works with transformers 4.57 and 5.
 """
 
+import copy
 import functools
 import json
 import pathlib
@@ -55,6 +56,16 @@ class _Nested:
             raise ValueError(f"There is no member of {share}; the sizes are {', '.join(map(str, self.sizes))}.")
         self._become(found)
         return self.size
+
+    def at(self, share):
+        """A second model of that size over the same weights, which can be a draft for this one: `assistant_model` of
+        `generate`. Moves and casts are for the one that was loaded, before. Raises like `set_size`.
+        """
+        tensors = [*self.parameters(), *self.buffers(), *(one for repair in self._repairs for one in repair.values())]
+        tensors += [one for state in self._states for _, own, *_ in state for one in own.values() if one is not None]
+        twin = copy.deepcopy(self, {id(tensor): tensor for tensor in tensors})
+        twin.set_size(share)
+        return twin
 
     def save_pretrained(self, *args, **kwargs):
         raise NotImplementedError("Copy the model's folder, or write one size: sspcompile slice --from FOLDER --size S")
