@@ -85,27 +85,21 @@ def build(
         return
     request, placement = request_of(scenario, given), placement_in(given)
     from sspcompile.checkpoint.publish import refuse_existing
-    from sspcompile.request.recipe import dump_recipe
 
     out = out or workspace().artifact(request.scenario.name)
     refuse_existing(out, overwrite=overwrite)
     from sspcompile.api.refusing import refuse_hopeless, warnings_of
     from sspcompile.model.dense import open_dense
 
-    dense, nested = open_dense(request.options.source), bool(request.options.shares)
-    if nested:
-        _refuse_nested(request, dense, dry_run)
-    else:
-        refuse_hopeless(request, dense, weights=not dry_run)
+    dense = open_dense(request.options.source)
+    if request.options.shares:
+        _nested(request, dense, out, overwrite, dry_run, as_json, quiet, placement)
+        return
+    refuse_hopeless(request, dense, weights=not dry_run)
     for warning in warnings_of(request, dense):
         warn(warning)
     if dry_run:
-        recipe = request.recipe()
-        as_data = json.dumps(recipe.model_dump(mode="json", exclude_none=True), indent=1) + "\n"
-        click.echo(as_data if as_json else dump_recipe(recipe), nl=False)
-        return
-    if nested:
-        _nested(request, dense, out, overwrite, as_json, quiet, placement)
+        _print_recipe(request, as_json)
         return
     from sspcompile.api.build import build as run
     from sspcompile.api.build import take_part
@@ -131,19 +125,36 @@ def build(
         say_left_out(origin_of(outcome)["left_out"], quiet=quiet)
 
 
-def _refuse_nested(request: Request, dense: DenseModel, dry_run: bool) -> None:
-    from sspcompile.api.nested import refuse_nested
+def _print_recipe(request: Request, as_json: bool) -> None:
+    from sspcompile.request.recipe import dump_recipe
+
+    recipe = request.recipe()
+    as_data = json.dumps(recipe.model_dump(mode="json", exclude_none=True), indent=1) + "\n"
+    click.echo(as_data if as_json else dump_recipe(recipe), nl=False)
+
+
+def _nested(
+    request: Request,
+    dense: DenseModel,
+    out: Path,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    placement: Placement,
+) -> None:
+    from sspcompile.api.nested import build_nested, refuse_nested
+    from sspcompile.api.refusing import warnings_of
     from sspcompile.errors import InputError
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("torchrun cannot share a nested build.", hint="Run it in one process.")
     refuse_nested(request, dense, weights=not dry_run)
-
-
-def _nested(
-    request: Request, dense: DenseModel, out: Path, overwrite: bool, as_json: bool, quiet: bool, placement: Placement
-) -> None:
-    from sspcompile.api.nested import build_nested
+    for warning in warnings_of(request, dense):
+        warn(warning)
+    if dry_run:
+        _print_recipe(request, as_json)
+        return
     from sspcompile.api.unfinished import goes_on
     from sspcompile.cli.progress import stages
     from sspcompile.cli.tables import print_members

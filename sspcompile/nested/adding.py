@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,18 +56,21 @@ def _loss(divergence: Divergence) -> Loss:
     return Loss(mean_kl=divergence.mean_kl, top1_agreement=divergence.top1_agreement)
 
 
-def write_repair(folder: Path, share: float, dense: Mapping[str, np.ndarray], dtypes: Mapping[str, str]) -> str | None:
+def write_repair(
+    folder: Path, share: float, refitted: Mapping[str, np.ndarray], dtypes: Mapping[str, str]
+) -> str | None:
     """Write a member's refitted matrices, columns in the order of removal; gives their file, None without any."""
-    if not dense:
+    if not refitted:
         return None
     file = repair_file(share)
     (folder / file).parent.mkdir(parents=True)
-    tensors = [
-        OutputTensor(name, dtypes[name], words.shape, lambda words=words: [np.ascontiguousarray(words).data.cast("B")])
-        for name, words in dense.items()
-    ]
+    tensors = [OutputTensor(name, dtypes[name], words.shape, _content(words)) for name, words in refitted.items()]
     write_checkpoint((folder / file).parent, tensors)
     return file
+
+
+def _content(words: np.ndarray) -> Callable[[], Iterable[memoryview]]:
+    return lambda: [np.ascontiguousarray(words).data.cast("B")]
 
 
 def index_of(g: Geometry, order: Order, members: Sequence[Member]) -> Nested:

@@ -87,7 +87,7 @@ def _settled(judge: Judge, reading: Reading, g: Geometry, budgets: Sequence[Budg
     rates = RATES if reading.scores.channels is not None else (RATE,)
     worths = [reading.worth(rate) for rate in rates]
     cut = budgets[1:]
-    masks = {}
+    masks: dict[bytes, tuple[Worth, Choice]] = {}
     for worth in worths:
         (choice,) = choices_within(worth, g, [cut[len(cut) // 2]])
         masks.setdefault(choice.units.key, (worth, choice))

@@ -34,7 +34,7 @@ def parts_of(g: Geometry) -> tuple[Part, ...]:
     found = [Part(module="self_attn.q_proj", axis=0, unit="query"), Part(module=O_PROJ, axis=1, unit="query")]
     found += [Part(module=f"self_attn.{name}", axis=0, unit="group") for name in ("k_proj", "v_proj")]
     for linear in g.family.mlp if g.has_channels else ():
-        found.append(Part(module=linear.name, axis=int(linear.columns == "intermediate"), unit="channel"))
+        found.append(Part(module=linear.name, axis=1 if linear.columns == "intermediate" else 0, unit="channel"))
     return tuple(found)
 
 
