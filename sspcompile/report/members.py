@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from sspcompile.nested.index import Member, Nested
 from sspcompile.report.first import Picture
-from sspcompile.report.format import change, count, percent, size, with_interval
+from sspcompile.report.format import count, percent, size, with_interval
 from sspcompile.report.page import Block, Page, Table, page
 
 FRONTIER = "frontier"
@@ -19,26 +19,21 @@ def members_page(title: str, nested: Nested) -> Page:
     whole = nested.members[0]
     columns: tuple[tuple[str, Callable[[Member], str]], ...] = (
         ("--size", lambda one: f"{one.share:g}"),
-        ("parameters", lambda one: f"{count(one.parameters)} ({percent(one.size)})"),
-        ("KV cache per token", lambda one: _of(one.kv_bytes_per_token, whole.kv_bytes_per_token)),
-        ("FLOPs per token", lambda one: f"{one.flops_per_token / whole.flops_per_token:.3f}"),
-        ("mean KL, nats per token", lambda one: with_interval(one.own.mean_kl)),
+        ("parameters", lambda one: count(one.parameters)),
+        ("KV/token", lambda one: size(one.kv_bytes_per_token)),
+        ("FLOPs", lambda one: percent(one.flops_per_token / whole.flops_per_token)),
+        ("mean KL", lambda one: with_interval(one.own.mean_kl)),
         ("same next token", lambda one: with_interval(one.own.top1_agreement, percent)),
         ("KL off domain", lambda one: "-" if one.off is None else with_interval(one.off.mean_kl)),
-        ("repaired", lambda one: f"{len(one.refitted)} matrices" if one.refitted else "-"),
     )
     table = Table(
-        "Members on held-out texts against the dense model, 95 % intervals; FLOPs as a share of the whole model's",
+        "Members on held-out texts against the dense model: KL in nats per token, 95 % intervals; FLOPs of a token",
         tuple(label for label, _ in columns),
         tuple(tuple(show(one) for _, show in columns) for one in nested.members),
     )
     told = "Each member is a prefix of the larger ones. A size in between takes the next smaller member."
     picture = Picture(f"{FRONTIER}.svg", draw_members(nested), "what every size loses, against what it takes")
     return page(title, (Block(FRONTIER, "Members", (told,), (table,), picture),))
-
-
-def _of(value: float, dense: float) -> str:
-    return f"{size(value)} ({change(dense, value)})" if value != dense else size(value)
 
 
 def members_json(nested: Nested) -> str:
