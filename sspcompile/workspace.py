@@ -10,6 +10,8 @@ from sspcompile.errors import ArtifactError
 
 MASK, PLAN, RECIPE, PROBES = "mask.json", "plan.json", "recipe.yaml", "parity.json"
 MODEL, REPORT = "model", "report.json"
+# In the model folder of a nested artifact: its members, and what the class beside it reads.
+NESTED = "nested.json"
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,13 @@ class Workspace:
                 f"There is no last build in {self.artifacts}.",
                 hint='Run `sspcompile build --scenario "..."` first, or name an artifact.',
             ) from error
-        folder = next((f for f in (Path(given), self.artifact(given)) if (f / MASK).is_file()), None)
+        folder = next((f for f in (Path(given), self.artifact(given)) if _is_build(f)), None)
         if folder is None:
             raise ArtifactError(
                 f"The last build, {given}, is gone.", hint="Run `sspcompile build` again, or name an artifact."
             )
         return folder
+
+
+def _is_build(folder: Path) -> bool:
+    return (folder / MASK).is_file() or (folder / MODEL / NESTED).is_file()

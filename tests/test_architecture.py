@@ -31,6 +31,7 @@ ROOMS = (
     "repair",
     "select",
     "proof",
+    "nested",
     "export",
     "evaluate",
     "bench",

@@ -196,6 +196,7 @@ def test_default_options() -> None:
             "max_memory": None,
             "context": None,
             "batch": None,
+            "nested": None,
             "units": "all",
             "layout": "auto",
             "host": "auto",
@@ -279,7 +280,7 @@ def test_parts_that_are_switched_off_are_named_once_and_in_one_order(tmp_path: P
         ({"keep": 0.3, "strength": 0.3}, "keep and strength exclude each other"),
         ({"keep": 0.3, "max_loss": 0.3}, "keep and max_loss exclude each other"),
         ({"keep": 0.3, "max_memory": "6GB"}, "keep and max_memory exclude each other"),
-        ({"max_loss": None}, "one of size, keep, strength, max_loss, max_params, max_memory is needed"),
+        ({"max_loss": None}, "one of size, keep, strength, max_loss, max_params, max_memory, nested is needed"),
     ],
 )
 def test_options_have_one_budget(given, expected: str) -> None:

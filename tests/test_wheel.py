@@ -34,6 +34,7 @@ def test_wheel_builds_a_smaller_model_from_any_folder(tmp_path):
         "sspcompile/embedded/domains/outside/sports.yaml",
         "sspcompile/embedded/scenarios/chemistry-helpdesk.yaml",
         "sspcompile/slicing/modeling_sspcompile.py",
+        "sspcompile/nested/modeling_sspcompile_nested.py",
         "sspcompile/report/template.html",
         "sspcompile/export/card.md",
     ):

@@ -21,18 +21,22 @@ from sspcompile.model.placement import ANYWHERE, Placement
 from sspcompile.model.vocabulary import same_tokens
 from sspcompile.request.request import built_request
 from sspcompile.slicing.configuration import MODELING_FILE, ships_code
-from sspcompile.workspace import MASK, MODEL, RECIPE, Workspace
+from sspcompile.workspace import MASK, MODEL, NESTED, RECIPE, Workspace
 
 if TYPE_CHECKING:
     from sspcompile.model.decoder import LanguageModel, LoadedModel
 
-Kind = Literal["build", "cut", "export", "model"]
+Kind = Literal["build", "nested", "cut", "export", "model"]
 KINDS: dict[Kind, str] = {
     "build": "a build",
+    "nested": "a nested artifact, which holds several sizes",
     "cut": "a cut that `sspcompile slice` wrote",
     "export": "an export",
     "model": "a model folder",
 }
+
+# Everything that holds one model.
+ONE_SIZE: tuple[Kind, ...] = ("build", "cut", "export", "model")
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,8 @@ def with_dense(
     rendering: Rendering | None = None,
     placement: Placement = ANYWHERE,
 ) -> CutModel:
-    """As `cut_model`, for what was found already."""
+    """As `cut_model`, for what was found already. Raises InputError for a nested artifact."""
+    demand(found, *ONE_SIZE, command="eval` or `bench")
     if rendering is None:
         built = found.kind == "build"
         rendering = rendering_of(built_request(found.folder / RECIPE).options) if built else PLAIN
@@ -196,6 +201,8 @@ def named(argument: str | None, workspace: Workspace) -> Named:
 
 
 def _recognised(folder: Path) -> Named | None:
+    if (folder / MODEL / NESTED).is_file():
+        return Named("nested", folder, folder / MODEL)
     if (folder / MASK).is_file() and (folder / MODEL / "config.json").is_file():
         return Named("build", folder, folder / MODEL)
     if is_onnx(folder) or is_gguf(folder):
@@ -220,10 +227,10 @@ def demand(found: Named, *kinds: Kind, command: str) -> Named:
     """`found`, if `command` takes what it is. Raises InputError that says what it is and what would be taken."""
     if found.kind in kinds:
         return found
-    raise InputError(
-        f"{found.folder} is {KINDS[found.kind]}, and `sspcompile {command}` does not take it.",
-        hint=f"It takes {', or '.join(KINDS[kind] for kind in kinds)}.",
-    )
+    hint = f"It takes {', or '.join(KINDS[kind] for kind in kinds)}."
+    if found.kind == "nested":
+        hint = f"Cut one out of it: `sspcompile slice --from {found.folder} --size 0.8 --out DIR`."
+    raise InputError(f"{found.folder} is {KINDS[found.kind]}, and `sspcompile {command}` does not take it.", hint=hint)
 
 
 def dense_of(folder: Path, manifest: Manifest, given: str | None, *, option: str = "--model") -> DenseModel:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sspcompile.api.arguments import Named, demand
+from sspcompile.api.arguments import ONE_SIZE, Named, demand
 from sspcompile.checkpoint import Manifest
 from sspcompile.checkpoint.publish import refuse_existing
 from sspcompile.checkpoint.source import not_carried
@@ -162,6 +162,7 @@ def export(
     something else.
     """
     request.check()
+    demand(found, *ONE_SIZE, command="export")
     if request.form == "hf":
         # Anything else is such a folder as it is.
         demand(found, "build", command="export --format hf")

@@ -15,7 +15,7 @@ from sspcompile.model.placement import ANYWHERE, Placement
 from sspcompile.progress import Progress, silent
 from sspcompile.request.options import Options, default_of
 from sspcompile.request.request import Request
-from sspcompile.select.budget import Budget, bounded, bounds_of, budget_of, cuts_channels, serving_of
+from sspcompile.select.budget import Budget, bounded, bounds_of, budget_of, cuts_channels, refuse_several, serving_of
 from sspcompile.slicing.frontier import Frontier, frontier_of
 from sspcompile.slicing.mask import Layout
 from sspcompile.slicing.measures import Serving, of_size
@@ -56,6 +56,7 @@ def plan_sizes(options: Options) -> SlicePlan:
     Without a budget it is that of `assumed`. Raises InputError for a budget that follows from a scenario,
     UnsupportedModelError for a layout that no class holds, and BudgetError.
     """
+    refuse_several(options)
     checkpoint, host = open_sizes(options.source), options.wanted_host
     if options.strength is not None:
         raise InputError(

@@ -10,7 +10,7 @@ from sspcompile.model.dense import DenseModel
 from sspcompile.repair.repair import demand_place, is_linear
 from sspcompile.request.pools import pools_of
 from sspcompile.request.request import Request
-from sspcompile.select.budget import bounds_of, cuts_channels
+from sspcompile.select.budget import bounds_of, cuts_channels, refuse_several
 from sspcompile.select.scoring import demand_prompts, score_key
 from sspcompile.slicing.hosts import demand_host
 from sspcompile.slicing.layouts import choose
@@ -23,6 +23,7 @@ def refuse_hopeless(request: Request, dense: DenseModel, *, weights: bool = True
     `weights`: whether the checkpoint must hold some.
     """
     options, geometry = request.options, dense.checkpoint.geometry
+    refuse_several(options)
     if weights and not dense.checkpoint.has_weights:
         raise CheckpointError(
             f"{dense.name} holds a configuration without weights.", hint="`sspcompile plan` works without them."

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sspcompile.api.arguments import Named, demand
+from sspcompile.api.nested import verify_nested
 from sspcompile.checkpoint import Manifest
 from sspcompile.model.dense import DenseModel
 from sspcompile.model.placement import ANYWHERE, Placement
@@ -35,17 +36,20 @@ def verify(
     layerwise: bool | None = None,
     placement: Placement = ANYWHERE,
 ) -> Verified:
-    """Check a build, or a folder that `slice` wrote.
+    """Check a build, a folder that `slice` wrote, or the whole model of a nested artifact.
 
     Raises ArtifactError where a file or the source changed, and ParityError.
 
     `model` says where the dense model is now; None means where it was. `layerwise` None decides by the free memory.
     """
-    demand(found, "build", "cut", command="verify")
+    demand(found, "build", "cut", "nested", command="verify")
     progress("checksums", 0, 1)
     manifest = found.manifest()
     progress("checksums", 1, 1)
     dense = found.dense(model)
+    if found.kind == "nested":
+        parity = verify_nested(found.folder, dense, progress, layerwise=layerwise, placement=placement)
+        return Verified(manifest, parity)
     mask = load_mask(found.folder / MASK, empty_layers=True)
     probes, refitted = _probes(found.folder, dense)
     claim = Claim(dense.checkpoint, mask, found.model, found.custom_code, refitted)

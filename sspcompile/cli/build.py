@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,6 +24,11 @@ from sspcompile.cli.options import (
     workspace,
 )
 
+if TYPE_CHECKING:
+    from sspcompile.model.dense import DenseModel
+    from sspcompile.model.placement import Placement
+    from sspcompile.request.request import Request
+
 # What a build prints by itself; the whole report is in the files, or printed with --verbose.
 SUMMARY = ("findings", "quality")
 
@@ -40,6 +45,7 @@ Examples:
   sspcompile build --scenario finance-desk --strength 0.8 --layout uniform
   sspcompile build --scenario finance-desk --sweep size=0.7:1:0.1
   sspcompile build --scenario support-desk --model ./Llama-3.1-8B --memory 16GB
+  sspcompile build --scenario support-desk --model ./Llama-3.1-8B --nested 1,0.9,0.8,0.7   (several sizes in one)
   torchrun --nproc-per-node 4 -m sspcompile.cli.main build --scenario support-desk --model ./Qwen2.5-7B-Instruct
 """,
 )
@@ -79,7 +85,6 @@ def build(
         return
     request, placement = request_of(scenario, given), placement_in(given)
     from sspcompile.checkpoint.publish import refuse_existing
-    from sspcompile.request.recipe import dump_recipe
 
     out = out or workspace().artifact(request.scenario.name)
     refuse_existing(out, overwrite=overwrite)
@@ -87,13 +92,14 @@ def build(
     from sspcompile.model.dense import open_dense
 
     dense = open_dense(request.options.source)
+    if request.options.shares:
+        _nested(request, dense, out, overwrite, dry_run, as_json, quiet, placement)
+        return
     refuse_hopeless(request, dense, weights=not dry_run)
     for warning in warnings_of(request, dense):
         warn(warning)
     if dry_run:
-        recipe = request.recipe()
-        as_data = json.dumps(recipe.model_dump(mode="json", exclude_none=True), indent=1) + "\n"
-        click.echo(as_data if as_json else dump_recipe(recipe), nl=False)
+        _print_recipe(request, as_json)
         return
     from sspcompile.api.build import build as run
     from sspcompile.api.build import take_part
@@ -117,6 +123,51 @@ def build(
     click.echo(f"Written to {out}; the whole report is {out / 'report.html'}. Next: sspcompile bench", err=True)
     if request.options.model not in (None, EMBEDDED):  # whose folder is the package's own
         say_left_out(origin_of(outcome)["left_out"], quiet=quiet)
+
+
+def _print_recipe(request: Request, as_json: bool) -> None:
+    from sspcompile.request.recipe import dump_recipe
+
+    recipe = request.recipe()
+    as_data = json.dumps(recipe.model_dump(mode="json", exclude_none=True), indent=1) + "\n"
+    click.echo(as_data if as_json else dump_recipe(recipe), nl=False)
+
+
+def _nested(
+    request: Request,
+    dense: DenseModel,
+    out: Path,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    placement: Placement,
+) -> None:
+    from sspcompile.api.nested import build_nested, refuse_nested
+    from sspcompile.api.refusing import warnings_of
+    from sspcompile.errors import InputError
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("torchrun cannot share a nested build.", hint="Run it in one process.")
+    refuse_nested(request, dense, weights=not dry_run)
+    for warning in warnings_of(request, dense):
+        warn(warning)
+    if dry_run:
+        _print_recipe(request, as_json)
+        return
+    from sspcompile.api.unfinished import goes_on
+    from sspcompile.cli.progress import stages
+    from sspcompile.cli.tables import print_members
+
+    if not quiet and goes_on(request, dense, workspace()):
+        click.echo(GOING_ON, err=True)
+    with stages(quiet) as progress:
+        done = build_nested(request, dense, out, workspace(), progress, overwrite=overwrite, placement=placement)
+    print_members(out.name, done.nested, as_json=as_json)
+    click.echo(
+        f"Written to {out}. Next: sspcompile slice --from {out} --size {request.options.shares[-1]:g} --out DIR",
+        err=True,
+    )
 
 
 def _sweep(

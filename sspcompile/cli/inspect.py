@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from sspcompile.cli.options import json_option, overwrite_option, workspace
+
+if TYPE_CHECKING:
+    from sspcompile.api.arguments import Named
 
 
 @click.command(
@@ -22,12 +26,18 @@ Examples:
 @overwrite_option
 @json_option
 def inspect(artifact: str | None, svg: Path | None, overwrite: bool, as_json: bool) -> None:
-    """Print the mask of an artifact as a table of layers, heads and channels; without ARTIFACT, of the last build."""
+    """Print the mask of an artifact as a table of layers, heads and channels; without ARTIFACT, of the last build.
+
+    Of a nested artifact, print its members and what each costs.
+    """
     from sspcompile.api.arguments import demand, named
     from sspcompile.slicing.mask import dump_mask, load_mask
     from sspcompile.workspace import MASK
 
-    found = demand(named(artifact, workspace()), "build", "cut", command="inspect")
+    found = demand(named(artifact, workspace()), "build", "cut", "nested", command="inspect")
+    if found.kind == "nested":
+        _members(found, svg, as_json)
+        return
     mask = load_mask(found.folder / MASK, empty_layers=True)
     if svg is not None:
         from sspcompile.checkpoint.publish import write_atomically
@@ -47,3 +57,17 @@ def inspect(artifact: str | None, svg: Path | None, overwrite: bool, as_json: bo
     from sspcompile.cli.tables import print_mask
 
     print_mask(mask)
+
+
+def _members(found: Named, svg: Path | None, as_json: bool) -> None:
+    from sspcompile.cli.tables import print_members
+    from sspcompile.errors import InputError
+    from sspcompile.nested.index import read_nested
+    from sspcompile.report.members import FRONTIER
+
+    if svg is not None:
+        raise InputError(
+            f"{found.folder} holds several masks.",
+            hint=f"Its picture is {found.folder / FRONTIER}.svg; masks/ has them.",
+        )
+    print_members(found.name, read_nested(found.folder), as_json=as_json)

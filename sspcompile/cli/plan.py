@@ -44,6 +44,7 @@ Examples:
 )
 @build_options
 @click.option("--mask", type=click.Path(path_type=Path), help="Plan the cut of this mask.json instead of compiling.")
+@click.option("--from", "nested_artifact", metavar="NESTED", help="Show the members of a nested artifact instead.")
 @click.option(
     "--cost", is_flag=True, help="Say instead what the build will cost here: passes, minutes and memory, by stage."
 )
@@ -52,7 +53,14 @@ Examples:
 @json_option
 @quiet_option
 def plan(
-    scenario: str | None, mask: Path | None, cost: bool, by_layer: bool, as_json: bool, quiet: bool, **given: Any
+    scenario: str | None,
+    mask: Path | None,
+    nested_artifact: str | None,
+    cost: bool,
+    by_layer: bool,
+    as_json: bool,
+    quiet: bool,
+    **given: Any,
 ) -> None:
     """Show parameters, bytes, KV bytes and FLOPs per token, and which runtimes will load the result.
 
@@ -62,6 +70,9 @@ def plan(
     the top and both under "layouts". The last table is what other sizes come to, down to the smallest; memory is that
     of weights and the KV cache of --batch sequences of --context tokens.
     """
+    if nested_artifact is not None:
+        _members(nested_artifact, as_json)
+        return
     if cost:
         _cost(scenario, mask, as_json, given)
         return
@@ -86,6 +97,15 @@ def plan(
         print_plan(one, serving, by_layer=by_layer)
     if frontier is not None:
         print_frontier(frontier)
+
+
+def _members(argument: str, as_json: bool) -> None:
+    from sspcompile.api.arguments import demand, named
+    from sspcompile.cli.tables import print_members
+    from sspcompile.nested.index import read_nested
+
+    found = demand(named(argument, workspace()), "nested", command="plan --from")
+    print_members(found.name, read_nested(found.folder), as_json=as_json)
 
 
 def _say_budget(options: Options) -> None:

@@ -12,6 +12,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from sspcompile.api.cost import Cost
     from sspcompile.criteria import Criterion
+    from sspcompile.nested.index import Nested
     from sspcompile.report import Report
     from sspcompile.slicing.frontier import Frontier
     from sspcompile.slicing.mask import HeadMask
@@ -33,6 +34,17 @@ def print_report(report: Report, *, as_json: bool = False, only: Collection[str]
     from sspcompile.report.text import render_text
 
     render_text(report_page(report), Console(), only=only)
+
+
+def print_members(name: str, nested: Nested, *, as_json: bool = False) -> None:
+    """The sizes of a nested artifact and what each costs, as JSON or for people."""
+    from sspcompile.report.members import members_json, members_page
+    from sspcompile.report.text import render_text
+
+    if as_json:
+        print(members_json(nested), end="")
+    else:
+        render_text(members_page(name, nested), Console())
 
 
 def print_plan(plan: SlicePlan, serving: Serving | None = None, *, by_layer: bool = False) -> None:

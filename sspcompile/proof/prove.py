@@ -30,6 +30,18 @@ def prove(
     Raises ParityError when something is not as claimed, RunError when the written model does not load.
     """
     check_contents(claim, stage_of(progress, "comparing bytes"))
+    return compare(claim, probes, progress, layerwise=layerwise, placement=placement)
+
+
+def compare(
+    claim: Claim,
+    probes: Sequence[Sequence[int]],
+    progress: Progress,
+    *,
+    layerwise: bool | None = None,
+    placement: Placement = ON_CPU,
+) -> Parity:
+    """The second half of `prove`: what both compute. Raises like it."""
     if placement.on_cuda:
         resolve(placement)  # refused here where it is not there
     use_threads(placement)

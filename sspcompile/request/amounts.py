@@ -1,4 +1,4 @@
-"""Options that are whole numbers and may be typed with a unit."""
+"""Options that are typed as more than one number: whole numbers with a unit, and falling shares."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 from sspcompile.request.documents import shown
 from sspcompile.request.sizes import COUNTS, UNITS, parsed
@@ -35,3 +35,24 @@ _TYPED = WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "
 
 Parameters = Annotated[int, Field(ge=1, le=10**15), BeforeValidator(_PARAMETERS.read), _TYPED, _PARAMETERS]
 Bytes = Annotated[int, Field(ge=1, le=10**18), BeforeValidator(_BYTES.read), _TYPED, _BYTES]
+
+MOST_SHARES = 12
+
+
+def shares_of(text: str) -> tuple[float, ...]:
+    """`1,0.9,0.7` as numbers, falling, each once, the whole (1) always among them. Raises ValueError."""
+    try:
+        given = {float(part) for part in text.split(",") if part.strip()}
+    except ValueError:
+        given = set()
+    if not given or not all(0 < share <= 1 for share in given) or len(given | {1.0}) not in range(2, MOST_SHARES + 1):
+        raise ValueError(f"must be shares above 0 and up to 1, as 1,0.9,0.8 ({MOST_SHARES} at most), not {shown(text)}")
+    return tuple(sorted(given | {1.0}, reverse=True))
+
+
+def _settled(text: str) -> str:
+    """Equal requests are equal recipes."""
+    return ",".join(f"{share:g}" for share in shares_of(text))
+
+
+Shares = Annotated[str, AfterValidator(_settled)]

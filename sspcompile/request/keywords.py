@@ -18,6 +18,7 @@ class Keywords(TypedDict, total=False):
     max_memory: int | str | None
     context: int | None
     batch: int | None
+    nested: str | None
     units: Literal["all", "heads"] | None
     layout: Literal["auto", "uniform", "per-layer"] | None
     host: str | None

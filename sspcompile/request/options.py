@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import PydanticCustomError
 
 from sspcompile.errors import RecipeError
-from sspcompile.request.amounts import Amount, Bytes, Parameters
+from sspcompile.request.amounts import Amount, Bytes, Parameters, Shares, shares_of
 from sspcompile.request.documents import NAME_PATTERN, Text, dotted, explain, shown
 
 ENVIRONMENT_PREFIX = "SSPCOMPILE_"
@@ -27,9 +27,9 @@ HINT = "See `sspcompile build --help`; --size and --keep lie in (0, 1], --streng
 # What --max-memory counts where nothing else is said: as many tokens as the model has positions, no more than these.
 DEFAULT_CONTEXT, DEFAULT_BATCH = 4096, 1
 SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-BUDGETS = ("size", "keep", "strength", "max_loss", "max_params", "max_memory")
-# Budgets of heads stand alone; the others hold together.
-ALONE = ("keep", "strength")
+BUDGETS = ("size", "keep", "strength", "max_loss", "max_params", "max_memory", "nested")
+# Budgets of heads stand alone, and so do several sizes at once; the others hold together.
+ALONE = ("keep", "strength", "nested")
 
 # What `--without` switches off, to see what it is worth: `axes` (no selection: every pool is a domain), `whitelist` (no
 # head is kept by privilege), `mixing` (the top domain alone), `scenario` (all domains alike, whatever the scenario),
@@ -133,6 +133,14 @@ class Options(BaseModel):
         int | None,
         Field(ge=1, le=1 << 16),
         Shown(f"Sequences at once that memory is counted for: by default {DEFAULT_BATCH}.", "N"),
+    ] = None
+    nested: Annotated[
+        Shares | None,
+        Shown(
+            "Write one artifact for several sizes, these shares of all parameters: each smaller model is a prefix of "
+            "the larger. Whole key/value groups are cut, and counts differ by layer.",
+            "SHARES",
+        ),
     ] = None
     units: Annotated[
         Units,
@@ -239,6 +247,11 @@ class Options(BaseModel):
     def wanted_host(self) -> str | None:
         """The family whose stock class is to load a uniform cut; None leaves the choice to the build."""
         return None if self.host == AUTO else self.host
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The sizes of a nested artifact, falling from 1; nothing where one size is asked for."""
+        return () if self.nested is None else shares_of(self.nested)
 
     def given(self) -> dict[str, Any]:
         """Every option that has a value, as plain data in the order of the definition."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from sspcompile.checkpoint.source import Checkpoint
+from sspcompile.errors import InputError
 from sspcompile.families import Geometry
 from sspcompile.model.context import positions_of
 from sspcompile.request.options import AUTO, DEFAULT_BATCH, DEFAULT_CONTEXT, Options
@@ -83,6 +84,15 @@ FLAGS: Mapping[Unit, str] = {"heads": "--keep", "parameters": "--size", "memory"
 def bounded(options: Options) -> bool:
     """Whether options state bounds on parameters or memory."""
     return any(one is not None for one in (options.size, options.max_params, options.max_memory))
+
+
+def refuse_several(options: Options) -> None:
+    """Raise InputError where several sizes are asked for at once and one is wanted."""
+    if options.shares:
+        raise InputError(
+            f"--nested {options.nested} asks for several sizes at once, which only the command `build` makes.",
+            hint="Give one of them, as --size 0.8.",
+        )
 
 
 def bounds_of(options: Options, checkpoint: Checkpoint) -> tuple[Bound, ...]:

@@ -40,7 +40,7 @@ def cut_tensors(
             content = _constant(replaced[name])
         elif info is None or name in silent:
             content = _constant(np.zeros(shape, dtype=WORD_DTYPE[dtype_bytes(dtype)]))
-        elif info.shape == shape:
+        elif info.shape == shape and _in_order(blocks.get(name)):
             content = _extents([info.extent])
             # A file with this tensor under another name, or inside of a stack, is not the file to be written.
             whole = info.extent if checkpoint.stored.get(name) == info else None
@@ -65,6 +65,11 @@ def _roles(plan: SlicePlan) -> tuple[dict[str, Blocks], set[str]]:
         if layer.channels is not None:
             blocks |= channel_blocks(plan.geometry, index, layer.channels)
     return blocks, silent
+
+
+def _in_order(part: Blocks | None) -> bool:
+    """Whether nothing moves in a tensor that keeps its shape: a nested model reorders what it keeps."""
+    return part is None or part.kept == tuple(range(len(part.kept)))
 
 
 def _constant(words: np.ndarray) -> Content:
@@ -103,7 +108,7 @@ def _columns(checkpoint: Checkpoint, name: str, part: Blocks) -> Content:
 
 
 def _runs(kept: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Ascending indices -> half-open runs of neighbours: (0, 1, 4) -> (0, 2), (4, 5)."""
+    """Indices -> half-open runs of neighbours: (0, 1, 4) -> (0, 2), (4, 5)."""
     for _, group in groupby(enumerate(kept), key=lambda pair: pair[1] - pair[0]):
         members = [index for _, index in group]
         yield members[0], members[-1] + 1

@@ -28,10 +28,10 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class LayerCut:
-    """Kept query heads and kept key/value heads of one layer, ascending indices of the dense model.
+    """Kept query heads and kept key/value heads of one layer, indices of the source in the order of the output.
 
     `dummy`: the layer lost all its heads; head 0 stays as the portable form of "no attention", its o_proj columns zero.
-    `channels`: kept channels of the MLP, ascending; None for all of them.
+    `channels`: kept channels of the MLP; None for all of them. A mask's are ascending, only nested models reorder.
     """
 
     heads: tuple[int, ...]

@@ -1,0 +1,90 @@
+"""A member on its way into a nested artifact: its mask, its refitted matrices, and its row of the index."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sspcompile.checkpoint import Checkpoint, OutputTensor, write_checkpoint
+from sspcompile.families import Geometry
+from sspcompile.model.divergence import Divergence
+from sspcompile.nested.files import digest_of, in_removal_order, parts_of
+from sspcompile.nested.index import Loss, Member, Nested, dump_nested, repair_file
+from sspcompile.nested.order import Order, Size
+from sspcompile.repair.repair import Repair
+from sspcompile.select.judging import Reported
+from sspcompile.slicing.mask import dump_mask
+from sspcompile.slicing.plan import make_plan
+from sspcompile.workspace import MODEL, NESTED
+
+
+def add_member(
+    folder: Path, checkpoint: Checkpoint, order: Order, size: Size, repair: Repair | None, cost: Reported
+) -> Member:
+    """Write a member's mask and repair into the artifact's folder, and describe it. `checkpoint` is the dense one."""
+    g, mask = checkpoint.geometry, size.mask
+    refitted = repair.replaced(mask.units, g) if repair is not None else {}
+    moved = in_removal_order(refitted, g, mask, order, size.prefix)
+    dtypes = {name: checkpoint.tensors[name].dtype for name in moved}
+    file = write_repair(folder / MODEL, size.share, moved, dtypes)
+    plan = make_plan(checkpoint, mask)
+    member = Member(
+        share=size.share,
+        size=plan.size,
+        groups=size.prefix.groups,
+        widths=size.prefix.widths,
+        parameters=plan.sliced.parameters,
+        weight_bytes=plan.sliced.weight_bytes,
+        kv_bytes_per_token=plan.sliced.kv_bytes_per_token,
+        flops_per_token=plan.sliced.flops_per_token,
+        flops_per_position=plan.sliced.flops_per_position,
+        repair=file,
+        sha256=digest_of(folder / MODEL / file) if file is not None else None,
+        refitted=tuple(sorted(moved)),
+        own=_loss(cost.own),
+        off=_loss(cost.off) if cost.off is not None else None,
+    )
+    path = folder / member.mask
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(dump_mask(mask), "utf-8")
+    return member
+
+
+def _loss(divergence: Divergence) -> Loss:
+    return Loss(mean_kl=divergence.mean_kl, top1_agreement=divergence.top1_agreement)
+
+
+def write_repair(
+    folder: Path, share: float, refitted: Mapping[str, np.ndarray], dtypes: Mapping[str, str]
+) -> str | None:
+    """Write a member's refitted matrices, columns in the order of removal; gives their file, None without any."""
+    if not refitted:
+        return None
+    file = repair_file(share)
+    (folder / file).parent.mkdir(parents=True)
+    tensors = [OutputTensor(name, dtypes[name], words.shape, _content(words)) for name, words in refitted.items()]
+    write_checkpoint((folder / file).parent, tensors)
+    return file
+
+
+def _content(words: np.ndarray) -> Callable[[], Iterable[memoryview]]:
+    return lambda: [np.ascontiguousarray(words).data.cast("B")]
+
+
+def index_of(g: Geometry, order: Order, members: Sequence[Member]) -> Nested:
+    """The index of an artifact with these members, the whole model first."""
+    return Nested(
+        head_dim=g.head_dim,
+        group_size=g.group_size,
+        parts=parts_of(g),
+        groups=order.groups,
+        channels=order.channels,
+        members=tuple(members),
+    )
+
+
+def write_index(folder: Path, nested: Nested) -> None:
+    """Write nested.json beside the weights, where the class that switches sizes reads it."""
+    (folder / MODEL / NESTED).write_text(dump_nested(nested), "utf-8")

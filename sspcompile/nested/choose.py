@@ -1,0 +1,121 @@
+"""One selection for all sizes: one worth of units, a budget for each size, and the repair of each.
+
+Channels against heads is settled once, by measuring masks of the middle size; masks of one worth are nested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from sspcompile.checkpoint.source import Checkpoint
+from sspcompile.errors import UnsupportedModelError
+from sspcompile.families import Geometry
+from sspcompile.model.decoder import LoadedModel
+from sspcompile.nested.order import Order, Size, order_of, prefix_of
+from sspcompile.prepare.toolkit import Toolkit
+from sspcompile.progress import Progress, silent
+from sspcompile.repair.repair import Repair
+from sspcompile.request.request import Request
+from sspcompile.select.budget import Budget, bounds_of
+from sspcompile.select.judging import Judge, Reported
+from sspcompile.select.reading import RATE, Reading, read_through
+from sspcompile.select.search import best_of
+from sspcompile.select.selection import RATES, mask_of
+from sspcompile.select.texts import Texts
+from sspcompile.slicing.layouts import Choice
+from sspcompile.slicing.mask import HeadMask, Layout
+from sspcompile.slicing.plan import host_of
+from sspcompile.slicing.sizes import Worth, per_layer_counts, realised
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What is kept at every size, the whole first, before any repair. `probes` as in Selection."""
+
+    reading: Reading
+    order: Order
+    sizes: tuple[Size, ...]
+    choices: tuple[Choice, ...]
+    probes: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A member's repair, None where none is kept, and what the member costs on texts that decided nothing."""
+
+    repair: Repair | None
+    cost: Reported
+
+
+def one_size(request: Request, share: float) -> Request:
+    """The request of one member by itself: whole groups, counts by layer."""
+    changed = {"nested": None, "size": share, "granularity": "group", "layout": "per-layer"}
+    return replace(request, options=request.options.model_copy(update=changed))
+
+
+def choose_members(
+    request: Request, toolkit: Toolkit, loaded: LoadedModel, *, dtype: torch.dtype, progress: Progress = silent
+) -> tuple[Chosen, Judge]:
+    """Decide what every size keeps. Raises BudgetError for a size below the floors, and what `read_through` raises."""
+    shares, g = request.options.shares, loaded.geometry
+    smallest = one_size(request, shares[-1])
+    texts = Texts(loaded, smallest.options)
+    reading = read_through(smallest, toolkit, loaded, texts, progress)
+    judge = Judge(loaded, reading.splits, smallest.options, texts, dtype=dtype, progress=progress)
+    checkpoint = Checkpoint(loaded.path)
+    budgets = [Budget(bounds=bounds_of(one_size(request, share).options, checkpoint)) for share in shares]
+    worth = _settled(judge, reading, g, budgets)
+    choices = choices_within(worth, g, budgets)
+    sizes = tuple(
+        Size(share, _mask(replace(reading, budget=budget), loaded, choice), prefix_of(choice, g))
+        for share, budget, choice in zip(shares, budgets, choices, strict=True)
+    )
+    return Chosen(reading, order_of(worth, g), sizes, choices, tuple(map(tuple, judge.probes()))), judge
+
+
+def choices_within(worth: Worth, g: Geometry, budgets: Sequence[Budget]) -> tuple[Choice, ...]:
+    """The masks of falling budgets, each a part of the one before. Raises BudgetError."""
+    every = per_layer_counts(worth, g, [budget.bounds for budget in budgets], groups_only=True)
+    return tuple(realised(worth, g, counts, per_layer=True) for counts in every)
+
+
+def _settled(judge: Judge, reading: Reading, g: Geometry, budgets: Sequence[Budget]) -> Worth:
+    """Heads against channels at the rate whose mask of the middle size diverges least once repaired."""
+    rates = RATES if reading.scores.channels is not None else (RATE,)
+    worths = [reading.worth(rate) for rate in rates]
+    cut = budgets[1:]
+    masks: dict[bytes, tuple[Worth, Choice]] = {}
+    for worth in worths:
+        (choice,) = choices_within(worth, g, [cut[len(cut) // 2]])
+        masks.setdefault(choice.units.key, (worth, choice))
+    if len(masks) == 1:
+        return worths[0]
+    layout: Layout = "per-layer"
+    best = best_of(judge, {layout: tuple((reading.ranking, choice) for _, choice in masks.values())})
+    return masks[best[layout].choice.units.key][0]
+
+
+def _mask(reading: Reading, loaded: LoadedModel, choice: Choice) -> HeadMask:
+    return mask_of(reading, loaded, choice, _layout(choice, loaded.geometry))
+
+
+def _layout(choice: Choice, g: Geometry) -> Layout:
+    """Uniform where the counts are and a stock class holds them, which then loads the member cut by itself."""
+    if len(set(choice.shapes)) > 1 or len(set(choice.widths)) > 1:
+        return "per-layer"
+    try:
+        host_of(g, choice.shapes, widths=choice.widths or (g.intermediate,) * g.layers)
+    except UnsupportedModelError:
+        return "per-layer"
+    return "uniform"
+
+
+def measured(chosen: Chosen, judge: Judge) -> Iterator[Measured]:
+    """The members from the whole down, a repair in memory at a time. It stays as it does in a build of its own."""
+    repairs = judge.fitted_to_all([choice.units for choice in chosen.choices], "members")
+    for choice, repair in zip(chosen.choices, repairs, strict=True):
+        kept = judge.candidate("per-layer", choice, repair).final_repair if repair is not None else None
+        yield Measured(kept, judge.reported(choice.units, kept))

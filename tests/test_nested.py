@@ -1,0 +1,291 @@
+"""Nested models: one order of removal, every smaller model a prefix of the larger, and each the masked dense model."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders import family_config, save_random
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from sspcompile.checkpoint import Checkpoint, write_manifest
+from sspcompile.errors import InputError, ParityError, UnsupportedModelError
+from sspcompile.families import geometry_of
+from sspcompile.intervals import Estimate
+from sspcompile.model.cache import cache_of
+from sspcompile.model.divergence import Divergence
+from sspcompile.model.exact import in_float64
+from sspcompile.model.loading import load, load_cut
+from sspcompile.nested.adding import add_member, index_of, write_index
+from sspcompile.nested.choose import choices_within
+from sspcompile.nested.files import write_whole
+from sspcompile.nested.index import Nested, read_nested
+from sspcompile.nested.order import Order, Size, demand_nestable, order_of, prefix_of
+from sspcompile.nested.proving import check_order
+from sspcompile.proof.parity import BOUND
+from sspcompile.repair.repair import Repair, masked
+from sspcompile.request.amounts import shares_of
+from sspcompile.request.options import Options
+from sspcompile.select.budget import Budget
+from sspcompile.select.judging import Reported
+from sspcompile.slicing.mask import HeadMask, kept_of
+from sspcompile.slicing.measures import of_size
+from sspcompile.slicing.plan import make_plan
+from sspcompile.slicing.sizes import Worth, smallest_size
+from sspcompile.slicing.write import write_model
+
+IDS = torch.tensor([[(7 * n) % 250 for n in range(12)]])
+# Grouped-query attention and MLPs in plain parts: biases (qwen2), norms of queries and keys (qwen3), a multiplier
+# behind o_proj (granite), an MLP without a gate (starcoder2), norms that leave no repair (gemma2).
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "granite", "starcoder2", "gemma2")
+NOTHING = Reported(Divergence(Estimate(0.0), Estimate(1.0), (), (), (), ()), None)
+
+
+def budgets(g, shares):
+    return [Budget(bounds=(of_size(g, share),)) for share in shares]
+
+
+@st.composite
+def worths(draw):
+    g = geometry_of(
+        family_config("mistral", layers=draw(st.integers(1, 3)), kv_heads=draw(st.integers(1, 4))).to_dict()
+    )
+    values = st.floats(0, 1, width=16)  # coarse, so that there are ties
+    heads = draw(hnp.arrays(np.float64, (g.layers, g.heads), elements=values))
+    channels = draw(st.none() | hnp.arrays(np.float64, (g.layers, g.intermediate), elements=values))
+    least = smallest_size(g, channels=channels is not None, groups_only=True)
+    shares = sorted(draw(st.lists(st.floats(min(1.0, least + 1e-6), 1), min_size=1, max_size=4)), reverse=True)
+    return g, Worth(heads, channels), (1.0, *shares)
+
+
+@given(worths())
+@settings(max_examples=60)
+def test_every_smaller_mask_is_a_part_of_the_larger_and_a_prefix_of_the_order(problem):
+    g, worth, shares = problem
+    order, larger = order_of(worth, g), None
+    for share, choice in zip(shares, choices_within(worth, g, budgets(g, shares)), strict=True):
+        groups = choice.kept.reshape(g.layers, g.kv_heads, g.group_size)
+        assert (groups.all(-1) == groups.any(-1)).all(), "a group is kept or goes as a whole"
+        prefix = prefix_of(choice, g)
+        for layer in range(g.layers):
+            assert set(order.groups[layer][: prefix.groups[layer]]) == set(np.flatnonzero(groups[layer].any(-1)))
+            if order.channels is not None:
+                kept = set(np.flatnonzero(choice.channels[layer]))
+                assert set(order.channels[layer][: prefix.widths[layer]]) == kept
+        assert share < 1 or choice.kept.all()
+        if larger is not None:
+            assert (choice.kept <= larger.kept).all()
+            assert choice.channels is None or (choice.channels <= larger.channels).all()
+        larger = choice
+
+
+def mask_of(g, choice, share):
+    return HeadMask(
+        model="",
+        layers=g.layers,
+        heads=g.heads,
+        kv_heads=g.kv_heads,
+        kept=kept_of(choice.kept),
+        layout="per-layer",
+        keep_requested=1.0,
+        keep_achieved=choice.ratio,
+        scores=((0.0,) * g.heads,) * g.layers,
+        whitelist=(),
+        criterion="random",
+        scenario={},
+        intermediate=g.intermediate,
+        channels=choice.kept_channels,
+        size_requested=share,
+    )
+
+
+@dataclass(frozen=True)
+class Made:
+    """An artifact of random worth whose smaller members have random matrices in place of o_proj and down_proj."""
+
+    source: Path
+    folder: Path
+    nested: Nested
+    order: Order
+    sizes: tuple[Size, ...]
+    repairs: tuple[Repair | None, ...]
+
+
+def random_repair(checkpoint, size, rng):
+    """In some layers, as after a build where others lost nothing."""
+    g, kept = checkpoint.geometry, size.mask.units
+    weights, down = {}, {}
+    for layer in range(0, g.layers, 2):
+        columns = torch.from_numpy(np.repeat(kept.heads[layer], g.head_dim))
+        weights[layer] = torch.from_numpy(rng.normal(size=(g.hidden, len(columns))).astype(np.float32)) * columns
+        if kept.channels is not None:
+            channels = torch.from_numpy(kept.channels[layer])
+            down[layer] = torch.from_numpy(rng.normal(size=(g.hidden, len(channels))).astype(np.float32)) * channels
+    return Repair(weights, down=down)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def made(request, tmp_path_factory) -> Made:
+    home = tmp_path_factory.mktemp(request.param)
+    config = family_config(request.param, layers=3, bias=True)
+    source = save_random(home / "dense", config, seed=1)
+    checkpoint, rng = Checkpoint(source), np.random.default_rng(0)
+    g = checkpoint.geometry
+    worth = Worth(rng.random((g.layers, g.heads)), 0.1 * rng.random((g.layers, g.intermediate)))
+    shares = (1.0, 0.85, 0.7)
+    order, folder = order_of(worth, g), home / "nested"
+    sizes = tuple(
+        Size(share, mask_of(g, choice, share), prefix_of(choice, g))
+        for share, choice in zip(shares, choices_within(worth, g, budgets(g, shares)), strict=True)
+    )
+    repairs = (None, *(random_repair(checkpoint, size, rng) for size in sizes[1:]))
+    write_whole(checkpoint, order, folder / "model")
+    members = [
+        add_member(folder, checkpoint, order, size, repair, NOTHING)
+        for size, repair in zip(sizes, repairs, strict=True)
+    ]
+    nested = index_of(g, order, members)
+    write_index(folder, nested)
+    (folder / "parity.json").write_text(json.dumps({"probes": IDS.tolist()}))
+    write_manifest(folder, {"source_name": str(source), "left_out": []})
+    return Made(source, folder, nested, order, sizes, repairs)
+
+
+def switchable(made, dtype=torch.float64):
+    return load_cut(made.folder / "model", dtype=dtype, trust_remote_code=True).model
+
+
+@torch.inference_mode()
+def logits(model):
+    with in_float64():
+        return model(input_ids=IDS, use_cache=False).logits
+
+
+def same(found, expected):
+    return float((found - expected).abs().max()) <= BOUND * float(expected.abs().max())
+
+
+def test_the_whole_is_the_dense_model_with_its_units_permuted(made):
+    checkpoint = Checkpoint(made.source)
+    check_order(checkpoint, made.folder / "model", made.order)
+    assert read_nested(made.folder) == made.nested
+    whole = load_cut(made.folder / "model", dtype=torch.float64).model
+    assert type(whole).__name__ == checkpoint.geometry.family.architecture, "the stock class loads it"
+    assert same(logits(whole), logits(load(made.source, fingerprint="", dtype=torch.float64).model))
+    moved = Order(tuple(row[::-1] for row in made.order.groups), made.order.channels)
+    with pytest.raises(ParityError, match="order of removal"):
+        check_order(checkpoint, made.folder / "model", moved)
+
+
+def test_a_member_cut_out_has_the_bytes_of_a_cut_of_the_dense_model(run, made, tmp_path):
+    checkpoint = Checkpoint(made.source)
+    for size, repair in zip(made.sizes, made.repairs, strict=True):
+        plan = make_plan(checkpoint, size.mask)
+        refitted = repair.replaced(size.mask.units, checkpoint.geometry) if repair is not None else {}
+        write_model(checkpoint, plan, tmp_path / f"own-{size.share}", replaced=refitted)
+        out = tmp_path / f"member-{size.share}"
+        code, _, err = run("slice", "--from", made.folder, "--size", size.share + 0.01, "--out", out)
+        assert code == 0, err
+        for path in (tmp_path / f"own-{size.share}").iterdir():
+            assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+        assert json.loads((out / "parity.json").read_text())["refitted"] == sorted(refitted)
+
+
+def test_a_switch_gives_the_masked_and_repaired_model_in_views_of_the_whole(made, tmp_path):
+    model = switchable(made)
+    dense = load(made.source, fingerprint="", dtype=torch.float64)
+    assert model.sizes == (1.0, 0.85, 0.7) and model.size == 1.0
+    whole = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    for at in (2, 0, 1, 2, 1, 0):
+        size, repair = made.sizes[at], made.repairs[at]
+        assert model.set_size(size.share) == size.share == model.size
+        repair64 = repair and Repair(
+            {k: v.double() for k, v in repair.weights.items()}, down={k: v.double() for k, v in repair.down.items()}
+        )
+        with masked(dense, size.mask.units, repair64):
+            expected = logits(dense.model)
+        assert same(logits(model), expected)
+        refitted = set(made.nested.members[at].refitted)
+        for name, parameter in model.named_parameters():
+            assert (parameter.data_ptr() == whole[name]) == (name not in refitted), name
+        cache = cache_of(model(input_ids=IDS, use_cache=True))
+        held = [cache.layers[layer].keys.shape[1] for layer in range(len(size.prefix.groups))]
+        assert held == list(size.prefix.groups)
+    assert model.set_size(0.8) == 0.7, "a size in between takes the next smaller member"
+    with pytest.raises(ValueError, match=r"no member of 0\.5"):
+        model.set_size(0.5)
+    with pytest.raises(NotImplementedError, match="slice --from"):
+        model.save_pretrained(tmp_path)
+
+
+def test_the_smallest_size_is_a_draft_for_the_largest_over_the_same_weights(made):
+    model = switchable(made, torch.float32)
+    draft = model.at(0.7)
+    assert (model.size, draft.size) == (1.0, 0.7)
+    whole = {parameter.data_ptr() for parameter in (*model.parameters(), *refitted_of(model))}
+    assert {parameter.data_ptr() for parameter in draft.parameters()} <= whole, "nothing is copied"
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 258}
+    plain = model.generate(IDS, **settings)
+    assert model.generate(IDS, assistant_model=draft, **settings).equal(plain)
+    assert model.size == 1.0
+
+
+def refitted_of(model):
+    return [tensor for repair in model._repairs for tensor in repair.values()]
+
+
+def test_casts_reach_every_size(made):
+    model = switchable(made, torch.float32)
+    model.set_size(0.7)
+    with torch.inference_mode():
+        before = model(input_ids=IDS).logits
+    model.to(torch.float64)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64} and model.size == 0.7
+    assert float((logits(model) - before).abs().max()) < 1e-3 * float(before.abs().max())
+    model.set_size(1.0)
+    reference = switchable(made)
+    assert same(logits(model), logits(reference))
+
+
+def test_a_switch_takes_less_than_a_millisecond(made):
+    model = switchable(made, torch.float32)
+    taken = []
+    for number in range(60):
+        begun = time.perf_counter()
+        model.set_size(made.sizes[number % 3].share)
+        taken.append(time.perf_counter() - begun)
+    assert statistics.median(taken) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "error", "told"),
+    [
+        ("phi3", {}, UnsupportedModelError, "fused or stacked"),
+        ("mixtral", {}, UnsupportedModelError, "fused or stacked"),
+        ("llama", {"layout": "uniform"}, InputError, "--layout uniform"),
+        ("llama", {"host": "mistral"}, InputError, "--host mistral"),
+        ("llama", {"repair": "flap-bias"}, InputError, "biases"),
+    ],
+)
+def test_what_cannot_be_nested_is_refused(family, options, error, told):
+    with pytest.raises(error, match=told):
+        demand_nestable(geometry_of(family_config(family).to_dict()), Options(nested="1,0.8", **options))
+
+
+def test_shares_fall_from_the_whole_and_are_one_request_however_typed():
+    assert shares_of("0.7, 0.9,0.7") == (1.0, 0.9, 0.7)
+    assert Options(nested="0.7,1.0,0.90").nested == "1,0.9,0.7"
+    assert Options(nested="0.7").max_loss is None
+    for wrong in ("", "1", "0.5,2", "a,0.5", "0,0.5", ",".join(f"{n / 20}" for n in range(1, 20))):
+        with pytest.raises(ValueError, match="shares above 0"):
+            Options(nested=wrong)
+    with pytest.raises(ValueError, match="exclude"):
+        Options(nested="0.7", size=0.5)

@@ -1,0 +1,171 @@
+"""`build --nested` and what its users type next: one artifact, its members, and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from builders import Shape, make_checkpoint
+
+from sspcompile.api.nested import build_nested
+from sspcompile.checkpoint import check_manifest
+from sspcompile.errors import ParityError
+from sspcompile.model import journal
+from sspcompile.model.dense import open_dense
+from sspcompile.nested.index import read_nested
+from sspcompile.request.request import read_request
+from sspcompile.slicing.mask import load_mask
+from sspcompile.workspace import Workspace
+
+SHARES = (1.0, 0.9, 0.8, 0.7)
+OPTIONS = {"max_tokens": 16, "continuation_tokens": 3, "model": "model", "nested": "1,0.9,0.8,0.7"}
+SCENARIO = "Questions about the chemistry of metals"
+
+
+def request_of(**changed):
+    return read_request(SCENARIO, {**OPTIONS, **changed}, {})
+
+
+def build(out: str = "nested", progress=lambda *_: None):
+    return build_nested(request_of(), open_dense("model"), Path(out), Workspace(Path()), progress)
+
+
+def interrupting(place: str, told: list[str] | None = None):
+    """Ends the run at the last step of a stage."""
+
+    def progress(stage, done, total):
+        if told is not None:
+            told.append(stage)
+        if stage == place and done == total:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A model, and an artifact whose build was interrupted when all members were repaired, and went on."""
+    home = tmp_path_factory.mktemp("home")
+    make_checkpoint(home / "model", Shape(family="qwen2", layers=3, hidden=64, kv_heads=4, group_size=2, head_dim=8))
+    with contextlib.chdir(home), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(journal, "SECONDS", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            build(progress=interrupting("repair (members)"))
+        assert not Path("nested").exists() and not list(Path().glob(".partial-*"))
+        (left,) = Path("artifacts").glob(".unfinished-*")
+        assert journal.holds_work(left)
+        build()
+        assert not list(Path("artifacts").glob(".unfinished-*"))
+    return home
+
+
+@pytest.fixture
+def inside(home, monkeypatch):
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("SSPCOMPILE_HOME", ".")
+    return home
+
+
+def refused(done: tuple[int, str, str], code: int, *expected: str) -> None:
+    assert done[0] == code and done[1] == "" and done[2].startswith("Error: ") and done[2].count("\n") == 1, done
+    assert all(text in done[2] for text in expected), done
+
+
+def test_the_artifact_is_whole_and_its_members_are_nested_and_measured(inside):
+    assert check_manifest(Path("nested")).origin["nested"] == list(SHARES)
+    nested = read_nested(Path("nested"))
+    assert [one.share for one in nested.members] == list(SHARES)
+    assert nested.members[0].own.mean_kl.value == 0 and nested.members[0].size == 1
+    for larger, smaller in zip(nested.members, nested.members[1:], strict=False):
+        assert smaller.size <= smaller.share and smaller.parameters < larger.parameters
+        assert smaller.own.mean_kl.value > 0 and smaller.own.mean_kl.low is not None
+        small, large = (load_mask(Path("nested", one.mask)).units for one in (smaller, larger))
+        assert (small.heads <= large.heads).all()
+        assert large.channels is None or (small.channels <= large.channels).all()
+    assert any(one.repair for one in nested.members), "something is repaired"
+    assert not [path for path in Path().iterdir() if path.name.startswith(".")], "nothing is left of the proofs"
+
+
+def test_a_member_is_an_ordinary_cut_that_verify_proves(run, inside, tmp_path):
+    out = tmp_path / "member"
+    code, text, err = run("slice", "--from", "nested", "--size", "0.85", "--out", out)
+    assert code == 0 and str(out) in text, err
+    assert load_mask(out / "mask.json").size_requested == 0.8, "a size in between takes the next smaller member"
+    code, text, err = run("verify", out, "--json", "--layerwise")
+    assert code == 0 and json.loads(text)["same_text"], err
+    code, text, _ = run("inspect", out, "--json")
+    assert code == 0 and json.loads(text)["size_requested"] == 0.8
+
+
+def test_a_member_is_cut_without_torch(inside, tmp_path):
+    command = ["slice", "--from", "nested", "--size", "0.7", "--out", str(tmp_path / "cut")]
+    lines = ("import sys", "from sspcompile.cli.main import main", f"try: main({command})")
+    code = "\n".join((*lines, "finally: print('torch' in sys.modules)"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    assert done.stdout.endswith("False\n") and (tmp_path / "cut" / "config.json").is_file(), done
+
+
+def test_the_curve_is_shown_by_inspect_and_plan(run, inside):
+    for command in (("inspect", "nested"), ("plan", "--from", "nested"), ("inspect",)):
+        code, text, err = run(*command, "--json")
+        assert code == 0, err
+        assert [one["share"] for one in json.loads(text)["members"]] == list(SHARES)
+    code, text, _ = run("inspect", "nested")
+    assert code == 0 and "0.7" in text and "nats" in text
+    assert json.loads(Path("nested/frontier.json").read_text())["members"][1]["own"]["mean_kl"]["low"] is not None
+    assert Path("nested/frontier.svg").read_text().startswith("<svg") and Path("nested/frontier.html").is_file()
+
+
+def test_what_takes_one_model_says_how_to_cut_one_out(run, inside, tmp_path):
+    for command in (("bench", "nested"), ("eval", "nested"), ("export", "nested"), ("compare", "nested", "nested")):
+        refused(run(*command), 2, "several sizes", "sspcompile slice --from nested --size")
+    refused(run("slice", "--from", "nested", "--size", "0.1", "--out", tmp_path / "x"), 3, "0.7", "--size 0.1")
+    refused(run("slice", "--from", "model", "--size", "0.5", "--out", tmp_path / "x"), 2, "nested artifact")
+    refused(run("slice", "--from", "nested", "--out", tmp_path / "x"), 2, "--size")
+    refused(run("slice", "--out", tmp_path / "x"), 2, "--mask")
+    refused(run("slice", "--from", "nested", "--size", "0.7", "--out", "nested/x"), 2, "inside")
+    refused(run("plan", "--model", "model", "--nested", "1,0.8"), 2, "--size 0.8")
+    refused(run("build", "--scenario", SCENARIO, "--model", "model", "--nested", "0.01"), 3, "nearest feasible")
+
+
+def test_verify_finds_a_unit_in_the_wrong_place(run, inside, tmp_path):
+    code, text, err = run("verify", "nested", "--layerwise", "--json")
+    assert code == 0 and json.loads(text)["layerwise"], err
+    from sspcompile.nested.proving import check_order
+
+    nested = read_nested(Path("nested"))
+    with pytest.raises(ParityError):
+        turned = nested.model_copy(update={"groups": tuple(row[::-1] for row in nested.groups)})
+        check_order(open_dense("model").checkpoint, Path("nested/model"), turned.order)
+
+
+def test_a_damaged_repair_is_not_cut_into_a_member(run, inside, tmp_path):
+    shutil.copytree("nested", tmp_path / "nested")
+    member = next(one for one in read_nested(Path("nested")).members if one.repair)
+    with (tmp_path / "nested" / "model" / member.repair).open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    cut = ("slice", "--from", tmp_path / "nested", "--size", member.share, "--out", tmp_path / "cut")
+    refused(run(*cut), 2, "not the file that was built")
+    assert not (tmp_path / "cut").exists()
+
+
+def test_an_interrupted_build_went_on_to_the_bytes_of_an_undisturbed_one(inside):
+    found = {}
+
+    def progress(stage, done, total):
+        if stage == "comparing bytes":  # everything is written, nothing proven
+            (model,) = Path().glob(".partial-again-*/.partial-again/model")
+            found.update({path.relative_to(model): path.read_bytes() for path in model.rglob("*") if path.is_file()})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build("again", progress)
+    assert len(found) > 6 and not Path("again").exists()
+    assert all(Path("nested", "model", name).read_bytes() == content for name, content in found.items())
