@@ -18,7 +18,7 @@ class Keywords(TypedDict, total=False):
     max_memory: int | str | None
     context: int | None
     batch: int | None
-    units: Literal["all", "heads"] | None
+    units: Literal["all", "heads", "layers"] | None
     layout: Literal["auto", "uniform", "per-layer"] | None
     host: str | None
     pools: str | None
