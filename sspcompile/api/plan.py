@@ -16,9 +16,10 @@ from sspcompile.progress import Progress, silent
 from sspcompile.request.options import Options, default_of
 from sspcompile.request.request import Request
 from sspcompile.select.budget import Budget, bounded, bounds_of, budget_of, cuts_channels, refuse_several, serving_of
+from sspcompile.slicing.depth import shallowest
 from sspcompile.slicing.frontier import Frontier, frontier_of
 from sspcompile.slicing.mask import Layout
-from sspcompile.slicing.measures import Serving, of_size
+from sspcompile.slicing.measures import Serving, of_size, parameters_of
 from sspcompile.slicing.plan import SlicePlan, make_plan, plan_counts, plan_within
 from sspcompile.slicing.sizes import smallest_size
 from sspcompile.workspace import Workspace
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from sspcompile.select.reading import Reading
 
 # What is planned where the budget is a bound on the loss: only a build, which measures, knows what that leaves. Of all
-# parameters where channels of the MLPs may go, of the heads otherwise.
+# parameters where channels of the MLPs or whole layers may go, of the heads otherwise.
 PLANNED_SIZE = 0.9
 PLANNED_KEEP = 0.75
 
@@ -37,10 +38,14 @@ def assumed(options: Options, checkpoint: Checkpoint) -> Budget | None:
     geometry = checkpoint.geometry
     if options.max_loss is None or bounded(options):
         return None
-    if not cuts_channels(options, geometry):
-        return Budget(PLANNED_KEEP)
     # Of a small model with a large vocabulary more than that stays whatever is cut.
-    smallest = smallest_size(geometry, channels=True, groups_only=options.granularity == "group")
+    if options.removes_layers:
+        parameters = parameters_of(geometry, checkpoint.expected(), options.wanted_host)
+        smallest = shallowest(parameters) / parameters.whole
+    elif cuts_channels(options, geometry):
+        smallest = smallest_size(geometry, channels=True, groups_only=options.granularity == "group")
+    else:
+        return Budget(PLANNED_KEEP)
     share = max(PLANNED_SIZE, math.ceil(1e4 * smallest) / 1e4)
     return Budget(bounds=(of_size(geometry, share, checkpoint.expected(), options.wanted_host),))
 
@@ -81,7 +86,15 @@ def _planned(checkpoint: Checkpoint, options: Options, budget: Budget, layout: L
     groups_only = options.granularity == "group"
     if budget.bounds:
         channels = cuts_channels(options, checkpoint.geometry)
-        return plan_within(checkpoint, budget.bounds, layout, channels=channels, host=host, groups_only=groups_only)
+        return plan_within(
+            checkpoint,
+            budget.bounds,
+            layout,
+            channels=channels,
+            whole_layers=options.removes_layers,
+            host=host,
+            groups_only=groups_only,
+        )
     return plan_counts(checkpoint, budget.keep, layout, host=host, groups_only=groups_only)
 
 
@@ -101,6 +114,7 @@ def reachable(options: Options) -> Frontier:
         serving_of(options, checkpoint.config),
         layouts if host is None else ("uniform",),
         channels=cuts_channels(options, checkpoint.geometry),
+        whole_layers=options.removes_layers,
         host=host,
         groups_only=options.granularity == "group",
     )

@@ -12,6 +12,7 @@ from sspcompile.request.pools import pools_of
 from sspcompile.request.request import Request
 from sspcompile.select.budget import bounds_of, cuts_channels, refuse_several
 from sspcompile.select.scoring import demand_prompts, score_key
+from sspcompile.slicing.depth import demand_layer
 from sspcompile.slicing.hosts import demand_host
 from sspcompile.slicing.layouts import choose
 from sspcompile.slicing.sizes import demand
@@ -35,7 +36,10 @@ def refuse_hopeless(request: Request, dense: DenseModel, *, weights: bool = True
     demand_host(geometry, options.layout, options.wanted_host)
     groups_only = options.granularity == "group"
     bounds = bounds_of(options, dense.checkpoint)
-    demand(geometry, bounds, channels=cuts_channels(options, geometry), groups_only=groups_only)
+    if options.removes_layers:
+        demand_layer(geometry, bounds)
+    else:
+        demand(geometry, bounds, channels=cuts_channels(options, geometry), groups_only=groups_only)
     if options.keep is not None:
         # Whether a budget is feasible follows from the counts alone, whatever the scores are.
         even = np.ones((geometry.layers, geometry.heads))

@@ -82,9 +82,14 @@ def report_of(outcome: Outcome) -> Report:
 
 def _kept(outcome: Outcome) -> str:
     """What is left, in the unit of everything that the build could have removed."""
-    if _channels_may_go(outcome):
+    if _counts_parameters(outcome):
         return f"{outcome.plan.size:.1%} of the parameters kept"
     return f"{outcome.selection.mask.keep_achieved:.1%} of the attention heads kept"
+
+
+def _counts_parameters(outcome: Outcome) -> bool:
+    """Whether more than heads could go."""
+    return _channels_may_go(outcome) or outcome.request.options.removes_layers
 
 
 def _channels_may_go(outcome: Outcome) -> bool:
@@ -138,7 +143,7 @@ def _layout(outcome: Outcome) -> LayoutSection:
     geometry = outcome.plan.geometry
 
     def kept(choice: Choice) -> str:
-        if _channels_may_go(outcome):
+        if _counts_parameters(outcome):
             return f"{share_of(geometry, choice):.1%} of the parameters kept"
         return f"{choice.ratio:.1%} kept"
 
@@ -213,6 +218,9 @@ def _importance(outcome: Outcome) -> str:
     scores = outcome.selection.reading.scores
     if scores.source == "domains":
         return "Heads were scored by the domains' cached importance, mixed in the proportion of the scenario."
+    if scores.distances is not None:
+        own = "of the scenario's own prompts" if scores.source == "prompts" else "of the texts that chose"
+        return f"Layers were ranked by their influence on {scores.prompts} {own}."
     scored = "Heads" if not _channels_may_go(outcome) else "Heads and channels of the MLPs"
     if scores.source == "prompts":
         return f"{scored} were scored on {scores.prompts} of the scenario's own prompts alone."

@@ -39,7 +39,7 @@ from sspcompile.select.judging import spread
 from sspcompile.select.reading import MIXTURE_TEXTS
 from sspcompile.select.scoring import CURVATURE_TEXTS, cached_keys, reads_cache, source_of
 from sspcompile.select.search import COMPARED_FIT, COMPARED_HELD
-from sspcompile.select.selection import RATES, SHAPES
+from sspcompile.select.selection import RATES, RUNS, SHAPES
 from sspcompile.slicing.layouts import uniform_choices
 from sspcompile.slicing.measures import Bound, of_size
 from sspcompile.slicing.sizes import even_worth, per_layer_counts, smallest_size
@@ -164,9 +164,11 @@ def deciding(
     fit, guard, judge, apart = (_continued(one, lengths, new) for one in (splits.fit, splits.guard, splits.judge, off))
     yield Stage("dense model on held-out texts", len(every) - len(splits.fit), guard + judge + apart, 1)
     mean = fit / max(1, len(splits.fit))
-    if options.criterion == AUTO:
-        count = min(len(splits.fit), CURVATURE_TEXTS)
-        yield Stage("head scores", count, int(count * mean), _gradient_passes(loaded))
+    some = min(len(splits.fit), CURVATURE_TEXTS)
+    if options.removes_layers:
+        yield Stage("influence of layers", some, int(some * mean), 1)
+    elif options.criterion == AUTO:
+        yield Stage("head scores", some, int(some * mean), _gradient_passes(loaded))
     elif source != "domains":
         yield Stage("head scores", len(splits.fit), fit, _passes_of(options.criterion, loaded))
     if options.max_loss is not None:
@@ -185,7 +187,10 @@ def deciding(
     if layouts > 1:
         yield Stage("comparing layouts", len(splits.guard), guard, 2 * layouts)
     sized = bool(_bounds(request, loaded))
-    rivals, name = most_rivals(options.baselines, source, sized=sized), "repairing this build and its baselines"
+    rivals = most_rivals(options.baselines, source, sized=sized, layers=options.removes_layers)
+    if options.baselines == "all" and sized and not options.removes_layers:
+        yield Stage("influence of layers (baseline)", some, int(some * mean), 1)
+    name = "repairing this build and its baselines"
     yield _repairing(name, len(splits.fit), fit, 1 + rivals, request, dense, loaded)
     yield Stage("judging the repair", len(splits.guard), guard, 2)
     yield Stage("judging this build and its baselines", len(splits.judge) + len(off), judge + apart, 2 + rivals)
@@ -246,6 +251,8 @@ def _passes_of(key: str, loaded: LoadedModel) -> float:
 def refitted_width(request: Request, loaded: LoadedModel) -> int | None:
     """Channels of an MLP that a repair fits its down_proj to, on average over layers; None where it stays as it was."""
     g, bounds = loaded.geometry, _bounds(request, loaded)
+    if request.options.removes_layers and g.has_channels:
+        return g.intermediate
     if bounds and cuts_channels(request.options, g):
         groups_only = request.options.granularity == "group"
         (counts,) = per_layer_counts(even_worth(g, channels=True), g, [bounds], groups_only=groups_only)
@@ -258,6 +265,8 @@ def _bounds(request: Request, loaded: LoadedModel) -> tuple[Bound, ...]:
     options, g = request.options, loaded.geometry
     if bounded(options):
         return bounds_of(options, Checkpoint(loaded.path))
+    if options.max_loss is not None and options.removes_layers:
+        return (of_size(g, UNKNOWN_SIZE),)
     if options.max_loss is None or not cuts_channels(options, g):
         return ()
     smallest = smallest_size(g, channels=True, groups_only=options.granularity == "group")
@@ -294,6 +303,8 @@ def _masks(request: Request, loaded: LoadedModel) -> tuple[int, int]:
     layouts = {"auto": ("uniform", "per-layer"), "uniform": ("uniform",), "per-layer": ("per-layer",)}[options.layout]
     if options.layout == "auto" and options.wanted_host is not None:
         layouts = ("uniform",)
+    if options.removes_layers:
+        return 1 + RUNS, 1
     if _bounds(request, loaded) and options.criterion == AUTO:
         per_layer = len(RATES) if cuts_channels(options, g) else 1
         return sum(SHAPES if name == "uniform" else per_layer for name in layouts), len(layouts)

@@ -8,7 +8,7 @@ they are fused) and column c of the one that writes into it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -32,6 +32,19 @@ LM_HEAD = "lm_head.weight"
 # A sparse MLP as transformers 5 holds it in memory, whatever the family calls its parts on disk.
 SPARSE_MLP = "mlp."
 ROUTER, EXPERTS_GATE_UP, EXPERTS_DOWN = "mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a tensor belongs to; None for one of no layer."""
+    stem = layer_prefix(0).removesuffix("0.")
+    number = name.removeprefix(stem).partition(".")[0] if name.startswith(stem) else ""
+    return int(number) if number.isascii() and number.isdigit() else None
+
+
+def moved(name: str, places: Mapping[int, int]) -> str:
+    """The name of a tensor whose layer got another number, by `places`; of one of no layer its own."""
+    layer = layer_of(name)
+    return name if layer is None else layer_prefix(places[layer]) + name.removeprefix(layer_prefix(layer))
 
 
 def size_of(g: Geometry, name: str) -> int:

@@ -54,10 +54,12 @@ def print_plan(plan: SlicePlan, serving: Serving | None = None, *, by_layer: boo
     for name in ("", "dense", "sliced", "ratio"):
         table.add_column(name, justify="left" if not name else "right")
     narrowed, whole = _narrowed(plan), plan.geometry.layers * plan.geometry.intermediate
+    depth = [("layers", len(plan.layers), len(plan.staying), "{:,}")] if plan.removed else []
     memory = [] if serving is None else [(f"both for {serving} (MiB)", *(n / MEBI for n in plan.memory(serving)))]
     rows = (
         ("parameters", plan.dense.parameters, plan.sliced.parameters, "{:,}"),
         ("weights (MiB)", plan.dense.weight_bytes / MEBI, plan.sliced.weight_bytes / MEBI, "{:,.1f}"),
+        *depth,
         *((("channels of the MLPs", whole, sum(plan.widths), "{:,}"),) if narrowed else ()),
         ("KV cache (bytes per token)", plan.dense.kv_bytes_per_token, plan.sliced.kv_bytes_per_token, "{:,}"),
         *((*row, "{:,.1f}") for row in memory),
@@ -67,9 +69,13 @@ def print_plan(plan: SlicePlan, serving: Serving | None = None, *, by_layer: boo
     for label, dense, sliced, form in rows:
         table.add_row(label, form.format(dense), form.format(sliced), f"{sliced / dense:.3f}")
     console.print(table)
+    if plan.removed:
+        from sspcompile.report.format import layers_named
+
+        console.print(f"Removed whole: {layers_named(plan.removed)}; what stays is numbered from 0 in the output.")
     if narrowed:
         console.print(f"Heads are {plan.prunable_share:.1%} of the parameters, channels {plan.channel_share:.1%}.")
-    else:
+    elif not plan.removed:
         console.print(f"Attention is {plan.prunable_share:.1%} of the parameters; heads alone are no more than that.")
     verdicts = Table("runtime", "loads", "how, or why not")
     for verdict in plan.runtimes:
@@ -103,17 +109,20 @@ def print_frontier(frontier: Frontier) -> None:
 
 
 def _narrowed(plan: SlicePlan) -> bool:
-    """Whether an MLP loses channels."""
-    return min(plan.widths) < plan.geometry.intermediate
+    """Whether an MLP of a layer that stays loses channels."""
+    return min(plan.widths[layer] for layer in plan.staying) < plan.geometry.intermediate
 
 
 def _plan_title(plan: SlicePlan) -> str:
     kept = sum(heads for heads, _ in plan.counts)
     counted = f"{kept} of {plan.geometry.total_heads} heads"
     if _narrowed(plan):
-        least, most = min(plan.widths), max(plan.widths)
+        left = [plan.widths[layer] for layer in plan.staying]
+        least, most = min(left), max(left)
         widths = f"{least:,}" if least == most else f"{least:,} to {most:,}"
         counted = f"{plan.size:.1%} of the parameters, {counted}, MLPs {widths} of {plan.geometry.intermediate:,} wide"
+    if plan.removed:
+        counted = f"{len(plan.staying)} of {len(plan.layers)} layers, {counted}"
     custom = " (custom class in the folder)" if plan.custom_code else ""
     return f"{plan.layout} layout: {counted}, loads as {plan.host.architecture}{custom}"
 
@@ -127,7 +136,7 @@ def _layers(plan: SlicePlan) -> Table:
         table.add_column(name, justify="right")
     g = plan.geometry
     for index, (cut, width, (dense, sliced)) in enumerate(zip(plan.layers, plan.widths, plan.by_layer, strict=True)):
-        heads = "none (1 silent)" if cut.dummy else str(len(cut.heads))
+        heads = "none (1 silent)" if cut.dummy else "layer removed" if cut.removed else str(len(cut.heads))
         table.add_row(
             str(index),
             f"{g.heads} → {heads}",
@@ -183,6 +192,8 @@ def print_mask(mask: HeadMask) -> None:
     """
     console = Console()
     kept_heads = f"{mask.keep_achieved:.1%} of {mask.layers * mask.heads} heads"
+    if mask.removed:
+        kept_heads = f"{len(mask.staying)} of {mask.layers} layers, {kept_heads}"
     title = f"{mask.scenario.get('name')}: {mask.layout}, kept {kept_heads}{_channels_kept(mask)}"
     legend = "█ high score … ░ low score, · removed, underlined whitelist"
     table = Table(title=title, title_justify="left", caption=legend, caption_justify="left")
@@ -195,6 +206,10 @@ def print_mask(mask: HeadMask) -> None:
     ranked = sorted(score for row in mask.scores for score in row)
     for layer, kept in enumerate(mask.kept):
         line = Text()
+        if layer in mask.removed:
+            line.append("layer removed", style="dim")
+            table.add_row(str(layer), line, "0", "0", *([] if mask.channels is None else ["0"]))
+            continue
         for head in range(mask.heads):
             if head and head % mask.group_size == 0:
                 line.append("│", style="dim")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 LICENCE_KEYS = ("license", "license_name", "license_link")
 TASK = "text-generation"
 CARD = "README.md"
-PRUNED, HEADS, CHANNELS = "pruned", "attention-head-pruning", "mlp-channel-pruning"
+PRUNED, HEADS, CHANNELS, LAYERS = "pruned", "attention-head-pruning", "mlp-channel-pruning", "layer-pruning"
 
 
 def licence_of(folder: Path) -> dict[str, str]:
@@ -131,16 +131,20 @@ def _card(
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
 
 
-def _removed(plan: Mapping[str, Any]) -> tuple[int, int]:
-    """Heads and channels that a plan.json takes out; those of earlier versions say nothing of channels."""
-    widths, whole = plan.get("widths", []), plan.get("dense_width", 0)
-    return plan["total_heads"] - plan["kept_heads"], whole * len(widths) - sum(widths) if whole else 0
+def _removed(plan: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Whole layers that a plan.json takes out, and heads and channels out of those that stay; plans of earlier versions
+    say nothing of channels.
+    """
+    widths, whole, gone = plan.get("widths", []), plan.get("dense_width", 0), len(plan.get("removed_layers", ()))
+    heads = plan["total_heads"] - plan["kept_heads"] - (gone * plan["total_heads"] // len(widths) if gone else 0)
+    return gone, heads, whole * (len(widths) - gone) - sum(widths) if whole else 0
 
 
 def _cut(plan: Mapping[str, Any]) -> str:
     """What was cut out, in words: `28 of its 64 attention heads and 304 of its 2,048 MLP channels`."""
-    heads, channels = _removed(plan)
-    told = [f"{heads} of its {plan['total_heads']} attention heads"] if heads or not channels else []
+    layers, heads, channels = _removed(plan)
+    told = [f"{layers} of its {len(plan['counts'])} layers"] if layers else []
+    told += [f"{heads} of its {plan['total_heads']} attention heads"] if heads or not (channels or layers) else []
     if channels:
         told.append(f"{channels:,} of its {plan['dense_width'] * len(plan['widths']):,} MLP channels")
     return " and ".join(told)
@@ -149,8 +153,9 @@ def _cut(plan: Mapping[str, Any]) -> str:
 def _pruned_tags(plan: Mapping[str, Any] | None) -> tuple[str, ...]:
     if plan is None:
         return (PRUNED,)
-    heads, channels = _removed(plan)
-    return PRUNED, *([HEADS] if heads or not channels else []), *([CHANNELS] if channels else [])
+    layers, heads, channels = _removed(plan)
+    found = {LAYERS: layers, HEADS: heads or not (channels or layers), CHANNELS: channels}
+    return PRUNED, *(tag for tag, there in found.items() if there)
 
 
 def _at_hub(name: str) -> bool:

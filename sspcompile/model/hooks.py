@@ -129,6 +129,28 @@ def channel_gates(loaded: LoadedModel, gates: Tensor) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def without(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Run a decoder as if these layers were not there: each gives back the hidden state that it is called with.
+
+    With a cache they run nevertheless: positions and masks of what follows are counted by what some layer has stored.
+    """
+
+    def around(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(hidden_states: Tensor, *args: Any, **options: Any) -> Any:
+            if options.get("past_key_values") is not None:
+                forward(hidden_states, *args, **options)
+            return hidden_states
+
+        return run
+
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.callback(setattr, layer, "forward", layer.forward)
+            layer.forward = around(layer.forward)
+        yield
+
+
 @dataclass(frozen=True)
 class LayerCall:
     """How the decoder called one layer: the hidden state [B, T, d] it was given, and everything else."""

@@ -21,7 +21,7 @@ from torch import nn
 from sspcompile.checkpoint.headers import TensorInfo
 from sspcompile.checkpoint.settings import read_json
 from sspcompile.checkpoint.source import file_order, named_tensors
-from sspcompile.checkpoint.tensors import DECODER, EMBEDDING, EXPERTS_DOWN, EXPERTS_GATE_UP, LM_HEAD, ROUTER
+from sspcompile.checkpoint.tensors import EMBEDDING, EXPERTS_DOWN, EXPERTS_GATE_UP, LM_HEAD, ROUTER, layer_of
 from sspcompile.checkpoint.tied import untied_by_weights
 from sspcompile.errors import CheckpointError, InputError
 from sspcompile.families import Geometry, geometry_of, layer_prefix, stand_in
@@ -34,7 +34,6 @@ from sspcompile.model.text import BATCH_LOGITS, BATCH_TOKENS, GRADIENT_TOKENS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LAYERS = DECODER + "layers."
 Tensors = Mapping[str, TensorInfo]
 # What a layer holds of every token while it runs: about so many hidden states, and so many rows of its widest product.
 HIDDEN_STATES, WIDEST_PRODUCTS = 8, 3
@@ -66,7 +65,7 @@ def layers_that_fit(path: Path, place: Place) -> int | None:
     sizes = [0] * g.layers
     fixed = widest = 0
     for name, info in tensors.items():
-        nbytes, layer = math.prod(info.shape) * width, _layer_of(name)
+        nbytes, layer = math.prod(info.shape) * width, layer_of(name)
         if layer is not None:
             sizes[layer] += nbytes
             widest = max(widest, *info.shape)
@@ -106,11 +105,6 @@ def _table(path: Path) -> tuple[Tensors, Geometry]:
     g = geometry_of(plain)
     tensors = named_tensors(path, config, g)
     return tensors, untied_by_weights(g, tensors) if g.tied else g
-
-
-def _layer_of(name: str) -> int | None:
-    number = name.removeprefix(LAYERS).partition(".")[0] if name.startswith(LAYERS) else ""
-    return int(number) if number.isdecimal() else None
 
 
 def skeleton(
@@ -158,7 +152,7 @@ def open_streaming(
         stored = StoredTensor(infos, parameter.shape, place.dtype, place.device)
         if not stored.finite:
             raise CheckpointError(f"{path} has infinite or undefined numbers in {name}.", hint="Download it again.")
-        layer = _layer_of(name)
+        layer = layer_of(name)
         if layer is not None and layer >= resident:
             parameter.stored = stored  # type: ignore[attr-defined]
         else:

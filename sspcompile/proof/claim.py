@@ -9,9 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sspcompile.checkpoint.headers import TensorInfo
 from sspcompile.checkpoint.source import Checkpoint, tensor_table
+from sspcompile.checkpoint.tensors import layer_of, moved
+from sspcompile.errors import ParityError
 from sspcompile.families import Geometry, layer_prefix
 from sspcompile.model.stored import read_tensor
+from sspcompile.proof.parity import REPORT
 from sspcompile.repair.repair import Repair, down_name
 from sspcompile.slicing.mask import HeadMask
 
@@ -22,9 +26,9 @@ WEIGHT, BIAS = "self_attn.o_proj.weight", "self_attn.o_proj.bias"
 class Claim:
     """`written` holds what `mask` leaves of `checkpoint` and computes what the masked model computes.
 
-    `refitted`: the tensors that a repair computed, by name, as the raw words that were to be written, or None where
-    only their places are known; both the masked model and the written one have them. `custom_code`: the folder's own
-    class loads it.
+    `refitted`: the tensors that a repair computed, by their names in the source, as the raw words that were to be
+    written, or None where only their places are known; both the masked model and the written one have them.
+    `custom_code`: the folder's own class loads it.
     """
 
     checkpoint: Checkpoint
@@ -36,7 +40,19 @@ class Claim:
     @property
     def silent(self) -> set[str]:
         """The tensors that are zeros: o_proj of a layer that keeps no head."""
-        return {layer_prefix(layer) + WEIGHT for layer, kept in enumerate(self.mask.kept) if not kept}
+        return {layer_prefix(layer) + WEIGHT for layer in self.mask.staying if not self.mask.kept[layer]}
+
+    @property
+    def there(self) -> dict[str, TensorInfo]:
+        """Every tensor of the written folder, under the name that it has in the source: layers count from 0 again
+        where some were removed. Raises ParityError for a layer that should not be there.
+        """
+        numbers, found = dict(enumerate(self.mask.staying)), {}
+        for name, info in tensor_table(self.written).items():
+            if (layer := layer_of(name)) is not None and layer not in numbers:
+                raise ParityError(f"The written model has {name}, which the mask removes.", hint=REPORT)
+            found[moved(name, numbers)] = info
+        return found
 
     @property
     def geometry(self) -> Geometry:
@@ -53,13 +69,13 @@ def any_refitted(g: Geometry, *, down: bool) -> dict[str, None]:
 
 def written_repair(claim: Claim) -> Repair:
     """The refitted tensors as the folder holds them, in their dense shapes, zero in removed columns."""
-    g, written, kept = claim.geometry, tensor_table(claim.written), claim.mask.units
+    g, written, kept = claim.geometry, claim.there, claim.mask.units
     weights, biases, down = {}, {}, {}
 
     def found(name: str) -> torch.Tensor | None:
         return read_tensor(written[name]) if name in claim.refitted else None
 
-    for layer in range(g.layers):
+    for layer in claim.mask.staying:
         if (weight := found(layer_prefix(layer) + WEIGHT)) is not None:
             weights[layer] = widened(weight, np.repeat(kept.heads[layer], g.head_dim))
         if (bias := found(layer_prefix(layer) + BIAS)) is not None:

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from sspcompile.checkpoint.headers import TensorInfo, read_words
-from sspcompile.checkpoint.source import tensor_table
-from sspcompile.checkpoint.tensors import Blocks, attention_blocks, channel_blocks
+from sspcompile.checkpoint.tensors import Blocks, attention_blocks, channel_blocks, layer_of
 from sspcompile.errors import ParityError
 from sspcompile.progress import Steps, no_steps
 from sspcompile.proof.claim import Claim
@@ -24,7 +23,9 @@ BAND_BYTES = 16 << 20
 
 def check_contents(claim: Claim, progress: Steps = no_steps) -> None:
     """Read both folders once. Raises ParityError naming the first tensor that is not what the mask leaves of it."""
-    source, written = claim.checkpoint.tensors, tensor_table(claim.written)
+    removed = set(claim.mask.removed)
+    source = {name: info for name, info in claim.checkpoint.tensors.items() if layer_of(name) not in removed}
+    written = claim.there
     if lost := sorted(set(source) - set(written)):
         raise ParityError(f"The written model lacks {lost[0]}.", hint=REPORT)
     kept = _kept(claim)
@@ -41,10 +42,11 @@ def check_contents(claim: Claim, progress: Steps = no_steps) -> None:
 def _kept(claim: Claim) -> dict[str, Blocks]:
     """What stays of the tensors that lose a part. A layer without heads keeps a silent one, head 0."""
     blocks: dict[str, Blocks] = {}
-    for layer, channels in enumerate(claim.mask.channels or ()):
-        blocks |= channel_blocks(claim.geometry, layer, channels)
-    for layer, kept in enumerate(claim.mask.kept):
-        blocks |= attention_blocks(claim.geometry, layer, kept or (0,), claim.mask.kept_groups(layer) or (0,))
+    mask = claim.mask
+    for layer in mask.staying:
+        if mask.channels is not None:
+            blocks |= channel_blocks(claim.geometry, layer, mask.channels[layer])
+        blocks |= attention_blocks(claim.geometry, layer, mask.kept[layer] or (0,), mask.kept_groups(layer) or (0,))
     return blocks
 
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from sspcompile.checkpoint.headers import TensorInfo, read_words
-from sspcompile.checkpoint.source import tensor_table
 from sspcompile.checkpoint.tensors import EMBEDDING, EXPERTS_DOWN, EXPERTS_GATE_UP, FINAL_NORM, LM_HEAD, ROUTER
 from sspcompile.errors import ParityError
 from sspcompile.families import Geometry, layer_prefix
@@ -41,7 +40,8 @@ Tensors = Mapping[str, TensorInfo]
 
 @dataclass(frozen=True)
 class _Side:
-    """One of the two models: its empty skeleton, where its tensors lie, and one hidden state [1, T, d] per prompt.
+    """One of the two models: its empty skeleton, where its tensors lie by their names in the source, and one hidden
+    state [1, T, d] per prompt.
 
     `calls`: how its decoder calls each layer, per prompt. Neither positions nor masks depend on hidden states.
     """
@@ -61,20 +61,21 @@ def compare_layerwise(claim: Claim, prompts: Sequence[Sequence[int]], *, progres
     g = claim.geometry
     texts = [list(ids[:PROBE_TOKENS]) for ids in prompts[:PROBE_PROMPTS]]
     dense = _side(claim.checkpoint.path, claim.checkpoint.tensors, texts, g, trusted=False)
-    cut = _side(claim.written, tensor_table(claim.written), texts, g, trusted=claim.custom_code)
+    cut = _side(claim.written, claim.there, texts, g, trusted=claim.custom_code)
+    staying = claim.mask.staying
     with in_float64():
-        for index in range(g.layers):
+        for place, index in enumerate(staying):
             states = _states(dense.tensors, cut.tensors, index)
             _mask(*states, index, claim)
-            for side, weights in zip((dense, cut), states, strict=True):
-                _run(side, index, _in_memory(weights, index, g))
+            for side, number, weights in zip((dense, cut), (index, place), states, strict=True):
+                _run(side, number, _in_memory(weights, index, g))
             _compare_states(dense.hidden, cut.hidden, index)
-            progress(index + 1, g.layers + 1)
+            progress(place + 1, len(staying) + 1)
         for side in (dense, cut):
             side.model.model.norm.load_state_dict(_state(side.tensors, FINAL_NORM + "."), assign=True)
             side.hidden[:] = [side.model.model.norm(hidden) for hidden in side.hidden]
         parity = _compare_logits(dense, cut, g)
-    progress(g.layers + 1, g.layers + 1)
+    progress(len(staying) + 1, len(staying) + 1)
     return parity
 
 

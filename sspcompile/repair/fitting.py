@@ -57,15 +57,15 @@ def fit_repairs(
     ridges: Ridges = RIDGES,
     progress: Steps = no_steps,
 ) -> Iterator[Repair]:
-    """Refit what lost an input for each mask on the texts of `batches`: o_proj, down_proj where channels went, and with
-    `mlp` every down_proj.
+    """Refit what lost an input for each mask on the texts of `batches`: o_proj, down_proj where channels or the whole
+    layer behind it went, and with `mlp` every down_proj.
 
     Held are the hidden states of all batches, [B, T, d], twice for the dense model, once per mask and once for the
     layer that is fitted, and the weights of the masks of a round. In each round every layer runs once dense and once
     per mask, its MLP once more where down_proj is fitted. A round begins when the first of its repairs is asked for.
     `dtype` is the dtype that the weights will be written in.
     """
-    down = mlp or any(kept.channels is not None for kept in masks)
+    down = mlp or any(kept.channels is not None or kept.removed for kept in masks)
     at_once = masks_at_once(loaded, sum(batch.input_ids.numel() for batch in batches), dtype, mlp=down)
     rounds = [masks[start : start + at_once] for start in range(0, len(masks), at_once)]
     layers = len(loaded.layers)
@@ -120,7 +120,7 @@ def _stand(layers: int, dense: _Dense, streams: Sequence[_Stream]) -> Arrays:
     ended = layers == len(dense.loaded.layers)
     found = {} if ended else {f"dense.{number}": _array(hidden) for number, hidden in enumerate(dense.hidden)}
     for place, stream in enumerate(streams):
-        if stream.began and not ended:  # before the first cut the states are the dense model's
+        if stream.began(layers) and not ended:  # before the first cut the states are the dense model's
             found |= {f"{place}.hidden.{number}": _array(hidden) for number, hidden in enumerate(stream.hidden)}
         found |= {f"{place}.weights.{index}": _array(weight) for index, weight in stream.weights.items()}
         found |= {f"{place}.down.{index}": _array(weight) for index, weight in stream.down.items()}
@@ -190,6 +190,14 @@ class _Dense:
                 self.hidden[number] = self.run(index, number, hidden)
             self.after.append(seen[0])
 
+    def beyond(self, index: int, more: int) -> list[Tensor]:
+        """What so many `more` layers behind the current one put out."""
+        found = list(self.hidden)
+        for behind in range(index + 1, index + 1 + more):
+            with in_memory(self.loaded.layers[behind]):
+                found = [self.run(behind, number, hidden) for number, hidden in enumerate(found)]
+        return found
+
 
 @dataclass
 class _Stream:
@@ -200,19 +208,22 @@ class _Stream:
     weights: dict[int, Tensor] = field(default_factory=dict)
     down: dict[int, Tensor] = field(default_factory=dict)
 
-    @property
-    def began(self) -> bool:
-        """Whether something was cut up to here. Before, all states are the dense model's own."""
-        return bool(self.weights or self.down)
+    def began(self, index: int) -> bool:
+        """Whether something was cut in front of a layer. Before, all states are the dense model's own."""
+        return bool(self.weights or self.down) or not all(map(self.kept.stays, range(index)))
 
     def advance(self, index: int, dense: _Dense, dtype: torch.dtype, ridges: Ridges, *, mlp: bool) -> None:
-        """Fit a layer to the dense one, and take the hidden states through what came out."""
+        """Fit a layer to the dense one, and take the hidden states through what came out; around a removed one."""
+        if not self.kept.stays(index):
+            return
         loaded = dense.loaded
         columns = torch.from_numpy(np.repeat(self.kept.heads[index], loaded.geometry.head_dim))
         channels = None if self.kept.channels is None else torch.from_numpy(self.kept.channels[index])
         narrower = channels is not None and not channels.all()
-        refits = self.began or not bool(columns.all())
-        if not refits and not narrower:
+        refits = self.began(index) or not bool(columns.all())
+        removed = self._removed_behind(index)
+        mends = removed > 0 and loaded.geometry.has_channels
+        if not refits and not narrower and not mends:
             self.hidden = list(dense.hidden)
             return
         layer = loaded.layers[index]
@@ -223,8 +234,9 @@ class _Stream:
             # Inputs of o_proj up to here, and outputs from here on: each batch in the place of the other.
             for number, x in enumerate(attended):
                 attended[number] = o_proj(layer)(x)
-        if narrower or mlp:
-            full = self._refit_mlp(index, dense, attended, channels, ridges.down_proj)
+        if narrower or mlp or mends:
+            targets = dense.beyond(index, removed)
+            full = self._refit_mlp(index, dense, attended, channels, targets, ridges.down_proj)
             self.down[index] = full.to(dtype).contiguous()
         if layer is loaded.layers[-1]:
             return
@@ -232,6 +244,11 @@ class _Stream:
             for number, output in enumerate(attended):
                 with answered(attention(layer), output):
                     self.hidden[number] = dense.run(index, number, self.hidden[number])
+
+    def _removed_behind(self, index: int) -> int:
+        """How many layers right behind one are removed."""
+        behind = range(index + 1, len(self.kept.heads))
+        return next((place for place, layer in enumerate(behind) if self.kept.stays(layer)), len(behind))
 
     def _attend(self, index: int, dense: _Dense) -> list[Tensor]:
         """The inputs of o_proj, [B, T, heads * D] per batch; no fit of this layer changes them."""
@@ -251,16 +268,22 @@ class _Stream:
         columns = columns.to(weight.device)
         system = Normal(int(columns.sum()), projection.out_features, weight.device)
         for number, (x, hidden) in enumerate(zip(inputs, self.hidden, strict=True)):
-            self._add(system, x[..., columns], hidden, bias, number, dense)
+            self._add(system, x[..., columns], hidden, bias, number, dense, dense.after[number])
         full = torch.zeros(weight.shape, dtype=torch.float64)
         full[:, columns.cpu()] = system.solve(weight[:, columns].T, ridge).T.cpu()
         return full
 
     def _refit_mlp(
-        self, index: int, dense: _Dense, outputs: Sequence[Tensor], channels: Tensor | None, ridge: float
+        self,
+        index: int,
+        dense: _Dense,
+        outputs: Sequence[Tensor],
+        channels: Tensor | None,
+        targets: Sequence[Tensor],
+        ridge: float,
     ) -> Tensor:
-        """down_proj [hidden, intermediate] of a layer whose attention puts out `outputs`, [B, T, d] per batch; zeros in
-        the columns of channels that do not stay.
+        """down_proj [hidden, intermediate] of a layer whose attention puts out `outputs` and which should put out
+        `targets`, [B, T, d] per batch; zeros in the columns of channels that do not stay.
         """
         layer = dense.loaded.layers[index]
         projection = down_proj(layer)
@@ -276,7 +299,7 @@ class _Stream:
                 input_of(projection, "down_proj", then_end=True) as seen,
             ):
                 dense.run(index, number, hidden)
-            self._add(system, seen[0][..., there], after[0], bias, number, dense, whole_layer=True)
+            self._add(system, seen[0][..., there], after[0], bias, number, dense, targets[number])
         full = torch.zeros(weight.shape, dtype=torch.float64)
         full[:, columns] = system.solve(weight[:, there].T, ridge).T.cpu()
         return full
@@ -289,13 +312,11 @@ class _Stream:
         bias: Tensor | None,
         number: int,
         dense: _Dense,
-        *,
-        whole_layer: bool = False,
+        target: Tensor,
     ) -> None:
-        """One batch: the projection's inputs, and what it has to add to the residual stream to get where the dense
-        model is after attention, or after the whole layer.
+        """One batch: the projection's inputs, and what it has to add to the residual stream to get to `target`, where
+        the dense model is.
         """
-        target = dense.hidden[number] if whole_layer else dense.after[number]
         missing = (target.float() - residual.float()) / dense.loaded.geometry.residual_multiplier
         if bias is not None:
             missing = missing - bias
@@ -328,15 +349,15 @@ def fit_biases(
         for index, seen in enumerate(entering):
             total[index] += in_double(seen[0][real.to(seen[0].device)]).sum(0).cpu()
         progress(number + 1, len(batches))
-    return [Repair({}, _biases(loaded, kept.heads, total / tokens, dtype)) for kept in masks]
+    return [Repair({}, _biases(loaded, kept, total / tokens, dtype)) for kept in masks]
 
 
-def _biases(loaded: LoadedModel, kept: np.ndarray, mean: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
+def _biases(loaded: LoadedModel, kept: Kept, mean: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
     """Biases [hidden] of o_proj by layer, from the mean inputs of o_proj, [layers, heads * D]."""
     biases: dict[int, Tensor] = {}
     for index, layer in enumerate(loaded.layers):
-        removed = torch.from_numpy(np.repeat(~kept[index], loaded.geometry.head_dim))
-        if removed.any():
+        removed = torch.from_numpy(np.repeat(~kept.heads[index], loaded.geometry.head_dim))
+        if removed.any() and kept.stays(index):
             projection = o_proj(layer)
             bias = tensor_of(projection, "bias")
             added = weight_of(projection).cpu().double()[:, removed] @ mean[index, removed]

@@ -12,7 +12,8 @@ multiplier, Y - R is divided by it). The weights w give the positions where the 
 are solved in order, so each sees the errors that the ones before it could not mend.
 
 Where channels of an MLP were removed, the kept columns of its down_proj are refitted in the same way: its inputs are
-the pruned model's, its target is what is missing of the dense residual stream after the whole layer.
+the pruned model's, its target is what is missing of the dense residual stream after the whole layer. In front of layers
+that were removed whole it is refitted too, and aims at the dense residual stream behind them.
 
 *Least squares with the MLP* refits down_proj in every layer, whether it lost channels or not. It mends more where many
 heads were cut, at the price of rewriting weights that nothing was removed from.
@@ -37,7 +38,7 @@ from sspcompile.checkpoint.source import Checkpoint
 from sspcompile.errors import UnsupportedModelError
 from sspcompile.families import Geometry, layer_prefix
 from sspcompile.model.decoder import LoadedModel
-from sspcompile.model.hooks import channel_gates, head_gates
+from sspcompile.model.hooks import channel_gates, head_gates, without
 from sspcompile.model.modules import down_proj, o_proj
 from sspcompile.model.stored import stored_dtype
 from sspcompile.model.weights import replaced
@@ -61,7 +62,7 @@ class Repair:
     down: Mapping[int, Tensor] = field(default_factory=dict)
 
     def replaced(self, kept: Kept, g: Geometry) -> dict[str, np.ndarray]:
-        """Tensor name -> the kept columns as raw words, for `cut_tensors`."""
+        """Tensor name in the dense model -> the kept columns as raw words, for `cut_tensors`."""
         found = {}
         for layer, weight in self.weights.items():
             columns = torch.from_numpy(np.repeat(kept.heads[layer], g.head_dim))
@@ -125,10 +126,11 @@ def repaired(loaded: LoadedModel, repair: Repair | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def masked(loaded: LoadedModel, kept: Kept, repair: Repair | None = None) -> Iterator[None]:
-    """Run the masked model: removed heads zeroed at the input of o_proj, removed channels at that of down_proj, with a
-    repair in place. It is the oracle that everything written is compared with.
+    """Run the masked model: removed heads zeroed at the input of o_proj, removed channels at that of down_proj, removed
+    layers passed by, with a repair in place. It is the oracle that everything written is compared with.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(without([loaded.layers[layer] for layer in kept.removed]))
         stack.enter_context(head_gates(loaded, _gates(kept.heads, loaded)))
         if kept.channels is not None:
             stack.enter_context(channel_gates(loaded, _gates(kept.channels, loaded)))

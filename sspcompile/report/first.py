@@ -52,8 +52,14 @@ def heat_map(report: Report) -> Picture | None:
 
 
 def kept_units(mask: MaskSection) -> str:
-    """How many heads, and where channels were cut how many of those, out of how many."""
+    """How many heads, and where channels were cut how many of those, out of how many; of layers where some were removed
+    whole, and of parts only where those that stay lost some.
+    """
     told = f"{sum(map(len, mask.kept))} of {mask.layers * mask.heads} query heads"
+    if mask.removed:
+        layers = f"{mask.layers - len(mask.removed)} of {mask.layers} layers"
+        whole = all(len(row) in (0, mask.heads) for row in mask.kept) and mask.widths is None
+        told = layers if whole else f"{layers}, {told}"
     if mask.widths is None or mask.intermediate is None:
         return told
     return f"{told} and {count(sum(mask.widths))} of {count(mask.layers * mask.intermediate)} channels of the MLPs"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from sspcompile.intervals import Estimate
 
@@ -52,6 +52,22 @@ def percent(value: float) -> str:
     if text == "0.0" and value > 0:
         return "under 0.1 %"
     return f"{text.removesuffix('.0')} %"
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """`0-3, 6` for (0, 1, 2, 3, 6)."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans) or "none"
+
+
+def layers_named(numbers: Sequence[int]) -> str:
+    """`layer 6`, or `layers 0-3, 6`."""
+    return f"layer{'s' if len(numbers) > 1 else ''} {ranges(numbers)}"
 
 
 def size(value: float) -> str:

@@ -21,4 +21,5 @@ def mask_section(mask: HeadMask) -> MaskSection:
         criterion=mask.criterion,
         widths=tuple(map(len, mask.channels)) if mask.channels is not None else None,
         intermediate=mask.intermediate if mask.channels is not None else None,
+        removed=mask.removed,
     )

@@ -35,6 +35,7 @@ class MaskSection(Section):
     """`kept`: per layer the kept query heads, ascending. `scores` and `whitelist` are [layers][heads].
 
     `widths`: per layer the kept channels of its MLP, out of `intermediate`; both None where no channel was cut.
+    `removed`: the layers that were removed whole, whose rows are empty.
     """
 
     layers: int = Field(gt=0)
@@ -46,6 +47,7 @@ class MaskSection(Section):
     criterion: str
     widths: tuple[int, ...] | None = None
     intermediate: int | None = None
+    removed: tuple[int, ...] = ()
 
     @model_validator(mode="after")
     def _shapes(self) -> MaskSection:
@@ -55,12 +57,15 @@ class MaskSection(Section):
             rows = getattr(self, name)
             if rows is not None and (len(rows) != self.layers or any(len(row) != self.heads for row in rows)):
                 raise ValueError(f"{name} is not [layers][heads]")
+        if any(not 0 <= layer < self.layers for layer in self.removed):
+            raise ValueError("removed does not fit layers")
         if len(self.kept) != self.layers or any(not 0 <= h < self.heads for row in self.kept for h in row):
             raise ValueError("kept does not fit layers and heads")
         if (self.widths is None) != (self.intermediate is None):
             raise ValueError("widths need intermediate, and intermediate needs widths")
         if self.widths is not None and self.intermediate is not None:
-            inside = all(0 < width <= self.intermediate for width in self.widths)
+            gone = {*self.removed}
+            inside = all((n in gone) != (0 < width <= self.intermediate) for n, width in enumerate(self.widths))
             if len(self.widths) != self.layers or not inside:
                 raise ValueError("widths do not fit layers and intermediate")
         return self

@@ -6,7 +6,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from sspcompile.report.first import FirstScreen, Picture, first_screen, heat_map, kept_units
-from sspcompile.report.format import change, clean, count, figures, percent, quantity, seconds, size, with_interval
+from sspcompile.report.format import (
+    change,
+    clean,
+    count,
+    figures,
+    layers_named,
+    percent,
+    quantity,
+    ranges,
+    seconds,
+    size,
+    with_interval,
+)
 from sspcompile.report.model import BudgetSection, LatencyRow, LatencySection, MaskSection, Pair, QualityRow, Report
 from sspcompile.report.verdict import alarming, verdict
 
@@ -265,16 +277,22 @@ def _mask(report: Report, first: FirstScreen | None) -> Block | None:
     if mask is None:
         return _budget_block(report)
     sentences = [f"{kept_units(mask)} are kept, chosen by {mask.criterion}."]
+    if mask.removed:
+        sentences.append(f"Removed whole: {layers_named(mask.removed)}; what stays is numbered from 0 in the model.")
     if budget:
         sentences.append(_budget_sentence(budget))
     picture = None if first else heat_map(report)
     title = "Heads" if mask.widths is None else "Heads and channels"
+    title = "Layers" if mask.removed and mask.widths is None else title
     return Block("mask", title, tuple(sentences), (_kept_table(mask),), picture, "which are kept, layer by layer")
 
 
 def _kept_table(mask: MaskSection) -> Table:
     """A row per layer; the widths of the MLPs where one is narrower than it was."""
-    rows = [(str(layer), str(len(row)), _ranges(row)) for layer, row in enumerate(mask.kept)]
+    rows = [
+        (str(layer), str(len(row)), "layer removed" if layer in mask.removed else ranges(row))
+        for layer, row in enumerate(mask.kept)
+    ]
     if mask.widths is None or mask.intermediate is None:
         return Table("Kept query heads per layer", ("layer", "kept", "heads"), tuple(rows))
     whole = mask.intermediate
@@ -335,17 +353,6 @@ def _memory(budget: BudgetSection) -> Iterator[str]:
         several = "one sequence" if budget.batch == 1 else f"{count(budget.batch)} sequences"
         cache = f"the KV cache of {several} of {count(budget.context)} tokens"
         yield f"{size(budget.memory_requested)} of memory (weights and {cache})"
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """`0-3, 6` for (0, 1, 2, 3, 6)."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans) or "none"
 
 
 def _checks(report: Report) -> Block | None:

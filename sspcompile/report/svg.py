@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from xml.sax.saxutils import escape
 
-from sspcompile.report.format import count, figures, percent
+from sspcompile.report.format import count, figures, layers_named, percent
 from sspcompile.report.model import MaskSection
 
 LARGEST_CELL, SMALLEST_CELL = 30, 10
@@ -70,6 +70,8 @@ def render_svg(mask: MaskSection) -> str:
 def _label(mask: MaskSection) -> str:
     kept = sum(map(len, mask.kept))
     label = f"{kept} of {mask.layers * mask.heads} heads kept, in {mask.layers} layers of {mask.heads} heads"
+    if mask.removed:
+        label += f"; removed whole: {layers_named(mask.removed)}"
     if mask.widths is None or mask.intermediate is None:
         return label
     share = sum(mask.widths) / (mask.layers * mask.intermediate)
@@ -101,6 +103,9 @@ def _separators(mask: MaskSection, cell: int, group: int) -> Iterator[str]:
 def _cells(mask: MaskSection, cell: int, group: int) -> Iterator[str]:
     shades = _shades(mask.scores, mask.layers, mask.heads)
     for layer in range(mask.layers):
+        if layer in mask.removed:
+            yield _gone(mask, layer, cell, group)
+            continue
         kept = frozenset(mask.kept[layer])
         for head in range(mask.heads):
             x, y = _x(head, cell, group), TOP + layer * cell
@@ -109,6 +114,18 @@ def _cells(mask: MaskSection, cell: int, group: int) -> Iterator[str]:
             dot = _dot(x + cell / 2, y + cell / 2, cell / 5) if protected else ""
             title = f"<title>{escape(_describe(mask, layer, head, head in kept, protected))}</title>"
             yield f"<g>{title}{shape}{dot}</g>"
+
+
+def _gone(mask: MaskSection, layer: int, cell: int, group: int) -> str:
+    """A layer that was removed whole: one hollow bar, struck through, in the place of its heads."""
+    left, right, y = LEFT + 1, _x(mask.heads - 1, cell, group) + cell - 1, TOP + layer * cell
+    return f"<g><title>layer {layer}: removed whole</title>{_struck(left, y, right - left, cell)}</g>"
+
+
+def _struck(x: float, y: float, width: float, cell: float) -> str:
+    inset = cell * 0.22
+    rect = f'<rect class="r" x="{x:g}" y="{y + inset:g}" width="{width:g}" height="{cell - 2 * inset:g}"/>'
+    return rect + f'<path class="x" d="M{x:g} {y + cell / 2:g}h{width:g}"/>'
 
 
 def _bars(mask: MaskSection, cell: int, left: int) -> Iterator[str]:
@@ -120,6 +137,8 @@ def _bars(mask: MaskSection, cell: int, left: int) -> Iterator[str]:
     yield f'<text x="{left + BAR_WIDTH}" y="{TOP - 6}" text-anchor="end">{count(mask.intermediate)}</text>'
     for layer, width in enumerate(mask.widths):
         share = width / mask.intermediate
+        if layer in mask.removed:
+            continue
         told = f"layer {layer}, MLP: {count(width)} of {count(mask.intermediate)} channels kept ({percent(share)})"
         yield f"<g><title>{told}</title>{_bar(left, TOP + layer * cell, BAR_WIDTH, cell, share)}</g>"
 
@@ -188,6 +207,8 @@ def _signs(mask: MaskSection) -> Iterator[tuple[Callable[[int, int], str], int, 
             "kept (low, high score)",
         )
     yield lambda x, y: _removed(x, y, SIGN), 24, 90, "removed"
+    if mask.removed:
+        yield lambda x, y: _struck(x, y, 30, SIGN), 38, 150, "layer removed whole"
     if mask.whitelist and any(map(any, mask.whitelist)):
         yield lambda x, y: _dot(x + 6, y + SIGN / 2, 4), 18, 100, "whitelisted"
     if mask.widths is not None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sspcompile.intervals import Estimate
-from sspcompile.report.format import change, figures, percent, with_interval
+from sspcompile.report.format import change, figures, layers_named, percent, with_interval
 from sspcompile.report.model import (
     BudgetSection,
     LatencyRow,
     LatencySection,
+    MaskSection,
     PredictionRow,
     QualityRow,
     Report,
@@ -217,8 +218,14 @@ def _sizes(report: Report) -> Iterator[str]:
     yield (
         f"Parameters {change(sizes.parameters.dense, sizes.parameters.sliced)}, "
         f"KV cache per token {change(sizes.kv_bytes_per_token.dense, sizes.kv_bytes_per_token.sliced)}; "
-        f"heads are {percent(sizes.prunable_share)} of this model's parameters, {_rest(sizes)}."
+        f"{_prunable(report.mask, sizes)}."
     )
+
+
+def _prunable(mask: MaskSection | None, sizes: SizesSection) -> str:
+    if mask is not None and mask.removed:
+        return f"of {mask.layers} layers {len(mask.removed)} are gone whole ({layers_named(mask.removed)})"
+    return f"heads are {percent(sizes.prunable_share)} of this model's parameters, {_rest(sizes)}"
 
 
 def _rest(sizes: SizesSection) -> str:

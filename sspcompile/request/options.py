@@ -30,6 +30,12 @@ SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false
 BUDGETS = ("size", "keep", "strength", "max_loss", "max_params", "max_memory", "nested")
 # Budgets of heads stand alone, and so do several sizes at once; the others hold together.
 ALONE = ("keep", "strength", "nested")
+# What leaves a say to whole layers; anything else is about parts of them.
+OF_LAYERS: Mapping[str, tuple[str | None, ...]] = {
+    **dict.fromkeys(ALONE, (None,)),
+    **{"criterion": (AUTO,), "granularity": ("head",), "importance_from": ("auto", "prompts")},
+    "layout": ("auto", "uniform"),
+}
 
 # What `--without` switches off, to see what it is worth: `axes` (no selection: every pool is a domain), `whitelist` (no
 # head is kept by privilege), `mixing` (the top domain alone), `scenario` (all domains alike, whatever the scenario),
@@ -41,7 +47,7 @@ AskedLayout = Literal["auto", "uniform", "per-layer"]
 Granularity = Literal["head", "group"]
 ImportanceFrom = Literal["domains", "prompts", "auto"]
 Baselines = Literal["few", "all", "none"]
-Units = Literal["all", "heads"]
+Units = Literal["all", "heads", "layers"]
 
 
 @dataclass(frozen=True)
@@ -145,7 +151,8 @@ class Options(BaseModel):
     units: Annotated[
         Units,
         Shown(
-            "What budgets but --keep and --strength may remove: heads and channels of the MLPs (all), or heads alone."
+            "What budgets but --keep and --strength may remove: heads and channels of the MLPs (all), heads alone, or "
+            "whole layers alone (layers), which are ranked by their influence on the scenario's texts."
         ),
     ] = "all"
     layout: Annotated[AskedLayout, Shown("Counts equal in every layer, or not; auto measures both.")] = "auto"
@@ -235,6 +242,19 @@ class Options(BaseModel):
             problem = exclusive(given) if given else f"one of {', '.join(BUDGETS)} is needed"
             raise PydanticCustomError("exclusive", "{problem}", {"problem": problem})
         return self
+
+    @model_validator(mode="after")
+    def _layers_are_whole(self) -> Options:
+        about = [f"{name} {value}" for name, known in OF_LAYERS.items() if (value := getattr(self, name)) not in known]
+        if self.removes_layers and about:
+            problem = f"units layers removes whole layers, and {' and '.join(about)} is about parts of them"
+            raise ValueError(f"{problem}; give size, max_params, max_memory or max_loss")
+        return self
+
+    @property
+    def removes_layers(self) -> bool:
+        """Whether whole layers are what a budget removes."""
+        return self.units == "layers"
 
     @property
     def source(self) -> str | None:

@@ -8,23 +8,26 @@ from typing import Literal
 
 import numpy as np
 
+from sspcompile.criteria.block_influence import influence_of
 from sspcompile.criteria.chance import first_layer_kept
 from sspcompile.families import Geometry
-from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.divergence import average
 from sspcompile.prepare.toolkit import Toolkit
+from sspcompile.progress import stage_of
 from sspcompile.request.options import Baselines
 from sspcompile.select.budget import merit
-from sspcompile.select.judging import Reported
+from sspcompile.select.judging import Judge, Reported
 from sspcompile.select.mixture import head_scores
 from sspcompile.select.reading import Reading, within
-from sspcompile.select.scoring import CACHED_BASELINES, Source, reads_cache, score_key
+from sspcompile.select.scoring import CACHED_BASELINES, Source, layer_distances, reads_cache, score_key
+from sspcompile.slicing.depth import least_influence, shallowest
 from sspcompile.slicing.layouts import Choice
 from sspcompile.slicing.mask import Layout
 from sspcompile.slicing.sizes import Worth, channel_parameters, head_share
 
 # Draws of random heads in the table of all baselines.
 SEEDS = 3
+WHOLE_LAYERS = "whole layers (ShortGPT)"
 Role = Literal["random", "domain-free", "criterion"]
 
 
@@ -46,14 +49,41 @@ class Rival:
     choice: Choice
 
 
-def rivals(reading: Reading, toolkit: Toolkit, loaded: LoadedModel, layout: Layout) -> list[Rival]:
+def rivals(reading: Reading, toolkit: Toolkit, judge: Judge, layout: Layout) -> list[Rival]:
     """Nothing, a few that need no pass for their scores, or all, as the options say."""
-    geometry = loaded.geometry
+    geometry = judge.loaded.geometry
+    if reading.options.removes_layers:
+        return [*_random_layers(reading, geometry)]
     if reading.budget.bounds:
         worths = _worths(reading, geometry)
     else:
         worths = ((role, name, Worth(values, None)) for role, name, values in _scores(reading, toolkit))
-    return [Rival(role, name, within(reading, geometry, layout, worth)[0]) for role, name, worth in worths]
+    found = [Rival(role, name, within(reading, geometry, layout, worth)[0]) for role, name, worth in worths]
+    return [*found, *_whole_layers(reading, judge)]
+
+
+def _random_layers(reading: Reading, g: Geometry) -> Iterator[Rival]:
+    """Within the same bounds, layers by chance behind the first."""
+    wanted = reading.options.baselines
+    draws = {"none": 0, "few": 1, "all": SEEDS}[wanted]
+    for number in range(draws):
+        scores = first_layer_kept((g.layers, 1), reading.options.seed + number)[:, 0]
+        name = "random layers, first layer kept" + (f" ({draws}x)" if draws > 1 else "")
+        yield Rival("random", name, least_influence(scores, g, reading.budget.bounds))
+
+
+def _whole_layers(reading: Reading, judge: Judge) -> Iterator[Rival]:
+    """Within the same bounds on parameters, the layers of least influence removed whole; nothing where one layer alone
+    has more.
+    """
+    bounds, g = reading.budget.bounds, judge.loaded.geometry
+    if reading.options.baselines != "all" or reading.budget.unit != "parameters":
+        return
+    if any(bound.most < shallowest(bound.measure) for bound in bounds):
+        return
+    report = stage_of(judge.progress, "influence of layers (baseline)")
+    influence = influence_of(layer_distances(judge.loaded, judge.sentences, report))
+    yield Rival("criterion", WHOLE_LAYERS, least_influence(influence, g, bounds))
 
 
 def _worths(reading: Reading, g: Geometry) -> Iterator[tuple[Role, str, Worth]]:
@@ -100,12 +130,14 @@ def _scores(reading: Reading, toolkit: Toolkit) -> Iterator[tuple[Role, str, np.
             yield "criterion", f"criterion {ranking.name}", merit(ranking.values, reading.whitelist)
 
 
-def most_rivals(wanted: Baselines, source: Source, *, sized: bool = False) -> int:
+def most_rivals(wanted: Baselines, source: Source, *, sized: bool = False, layers: bool = False) -> int:
     """How many masks `rivals` names at most, before any score is known; `sized`: within bounds on parameters or
-    memory.
+    memory; `layers`: where whole layers are removed.
     """
+    if layers:
+        return {"none": 0, "few": 1, "all": SEEDS}[wanted]
     if sized:
-        return {"none": 0, "few": 1, "all": SEEDS + 1}[wanted]
+        return {"none": 0, "few": 1, "all": SEEDS + 2}[wanted]
     free = 1 if wanted == "all" or reads_cache(source) else 0
     return {"none": 0, "few": 1 + free, "all": SEEDS + free + len(CACHED_BASELINES) + 1}[wanted]
 

@@ -13,6 +13,7 @@ from sspcompile.errors import InputError
 from sspcompile.families import Geometry
 from sspcompile.model.context import positions_of
 from sspcompile.request.options import AUTO, DEFAULT_BATCH, DEFAULT_CONTEXT, Options
+from sspcompile.slicing.depth import shallowest
 from sspcompile.slicing.layouts import Choice, smallest_keep
 from sspcompile.slicing.measures import Bound, Measure, Serving, Unit, at_most, memory_of, parameters_of, shared
 from sspcompile.slicing.sizes import smallest_share
@@ -71,8 +72,10 @@ class Budget:
             return choice.ratio
         return self.measure.kept(g, choice.shapes, choice.widths) / self.measure.whole
 
-    def least(self, g: Geometry, *, channels: bool, groups_only: bool) -> float:
-        """The smallest share of the unit that any mask keeps."""
+    def least(self, g: Geometry, *, channels: bool, groups_only: bool, layers: bool = False) -> float:
+        """The smallest share of the unit that any mask keeps; `layers`: of those that remove whole layers alone."""
+        if self.measure is not None and layers:
+            return shallowest(self.measure) / self.measure.whole
         if self.measure is None:
             return smallest_keep(g.heads, g.kv_heads, groups_only=groups_only)
         return smallest_share(self.measure, g, channels=channels, groups_only=groups_only)
@@ -124,11 +127,12 @@ def serving_of(options: Options, config: Mapping[str, Any]) -> Serving:
 
 def budget_of(options: Options, g: Geometry, bounds: tuple[Bound, ...], breadth: float) -> Budget:
     """What a build may keep before anything is measured: what the `bounds` of the options allow; where they bound the
-    loss alone, everything, counted in parameters where channels of the MLPs may go and in heads otherwise.
+    loss alone, everything, counted in parameters where channels of the MLPs or whole layers may go and in heads
+    otherwise.
     """
     if bounds:
         return Budget(bounds=bounds)
-    if options.max_loss is not None and cuts_channels(options, g):
+    if options.max_loss is not None and (cuts_channels(options, g) or options.removes_layers):
         measure = parameters_of(g, host=options.wanted_host)
         return Budget(bounds=(Bound(measure, measure.whole + measure.added, 1.0, "--size"),))
     if options.keep is not None:

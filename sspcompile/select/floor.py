@@ -97,7 +97,9 @@ def smallest_within(judge: Judge, reading: Reading, max_loss: float) -> Floor:
         ]
 
     channels = reading.worth().channels is not None
-    least = budget.least(geometry, channels=channels, groups_only=reading.groups_only)
+    least = budget.least(
+        geometry, channels=channels, groups_only=reading.groups_only, layers=reading.options.removes_layers
+    )
     return descend(choice_of, measure, kept_of, least, max_loss, unit=budget.unit, bounds=asked_beside(reading))
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sspcompile.checkpoint.source import Checkpoint
+from sspcompile.criteria.block_influence import influence_of
 from sspcompile.errors import UnsupportedModelError
 from sspcompile.families import Geometry
 from sspcompile.model.capture import features
@@ -28,6 +29,7 @@ from sspcompile.select.budget import Budget, bounded, bounds_of, budget_of, meri
 from sspcompile.select.mixture import Mixture, ablated, given_mixture, mixture_of
 from sspcompile.select.scoring import HeadScores, Ranking, reads_cache, score_heads
 from sspcompile.select.texts import Texts
+from sspcompile.slicing.depth import least_influence
 from sspcompile.slicing.layouts import Choice, choose
 from sspcompile.slicing.mask import Layout
 from sspcompile.slicing.plan import host_of
@@ -126,7 +128,9 @@ def choices_for(reading: Reading, geometry: Geometry) -> Mapping[Layout, Choice]
     """
     options = reading.options
     asked: tuple[Layout, ...]
-    if options.layout != "auto":
+    if options.removes_layers:
+        asked = ("uniform",)
+    elif options.layout != "auto":
         asked = (options.layout,)
     else:
         asked = ("uniform", "per-layer") if options.wanted_host is None else ("uniform",)
@@ -156,10 +160,12 @@ def held(reading: Reading, geometry: Geometry, layout: Layout) -> Iterator[Choic
 
 
 def within(reading: Reading, geometry: Geometry, layout: Layout, worth: Worth | None = None) -> tuple[Choice, ...]:
-    """The masks of a layout within the reading's budget, by its own worth of units or by another; raises BudgetError
-    when there is none.
+    """The masks of a layout within the reading's budget, by its own worth of units or by another, or by the influence
+    of layers; raises BudgetError when there is none.
     """
     budget, groups_only = reading.budget, reading.groups_only
+    if reading.scores.distances is not None:
+        return (least_influence(influence_of(reading.scores.distances), geometry, budget.bounds),)
     worth = worth or reading.worth()
     if not budget.bounds:
         return (choose(worth.heads, geometry.kv_heads, budget.keep, layout, groups_only=groups_only),)

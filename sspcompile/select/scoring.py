@@ -14,6 +14,8 @@ from typing import Literal
 import numpy as np
 
 from sspcompile.criteria import key_of, of_key
+from sspcompile.criteria.block_influence import NAME as INFLUENCE
+from sspcompile.criteria.block_influence import influence_of, state_distances
 from sspcompile.criteria.curvature import costs_of, curvature
 from sspcompile.criteria.units import CriterionInput, Units
 from sspcompile.errors import ScenarioError, ToolkitError
@@ -63,6 +65,8 @@ class HeadScores:
     heads, in [0, 1]) against the domains' cached scores: the scenario's own, or with the source `texts` pool prompts
     among them. `others`: what the same pass said in other terms. `channels` [L, intermediate]: what removing a channel
     of an MLP costs by itself, nats per scored position; None where a build may remove none (`cuts_channels`).
+    `distances`: where whole layers go, what `state_distances` says of the states between them; `values` are then the
+    influence of the layers, the same for every head of one.
     """
 
     criterion: str
@@ -72,6 +76,7 @@ class HeadScores:
     prompt_weight: float
     others: tuple[Ranking, ...] = ()
     channels: np.ndarray | None = None
+    distances: np.ndarray | None = None
 
     def as_mapping(self) -> dict[str, object]:
         return {"source": self.source, "prompts": self.prompts, "prompt_weight": round(self.prompt_weight, 6)}
@@ -86,6 +91,8 @@ def source_of(request: Request) -> Source:
     """Where the head scores of a scenario come from."""
     options = request.options
     asked, own = options.importance_from, own_fit_part(request.scenario.prompts)
+    if options.removes_layers:
+        return "prompts" if own and (asked == "prompts" or len(own) >= ENOUGH_PROMPTS) else "texts"
     if asked == "domains" or "scenario" in options.without:
         return "domains"
     if own and (asked == "prompts" or len(own) >= ENOUGH_PROMPTS):
@@ -99,7 +106,7 @@ def source_of(request: Request) -> Source:
 def cached_keys(request: Request) -> tuple[str, ...]:
     """The scores that the toolkit must hold for this request: none where texts alone score heads."""
     options = request.options
-    if options.baselines == "all":
+    if options.baselines == "all" and not options.removes_layers:
         return tuple(dict.fromkeys((*CACHED_BASELINES, score_key(options))))
     return tuple(dict.fromkeys((CACHED, score_key(options)))) if reads_cache(source_of(request)) else ()
 
@@ -153,6 +160,11 @@ def measured(
     return Measured(rankings, None if found.channels is None else tilt * found.channels / 2)
 
 
+def layer_distances(loaded: LoadedModel, texts: Sequence[Sentence], progress: Steps) -> np.ndarray:
+    """`state_distances` on as many of the texts as score heads elsewhere."""
+    return state_distances(loaded, batches_of(loaded, thinned(texts, CURVATURE_TEXTS), GRADIENT_TOKENS), progress)
+
+
 def tilted(layers: int, tilt: float = TILT) -> np.ndarray:
     """What the costs of every layer's units count for, [layers, 1], around 1 in the middle of the model."""
     return np.exp(tilt * ((np.arange(layers) + 0.5) / layers - 0.5))[:, None]
@@ -196,6 +208,11 @@ def score_heads(
         return HeadScores(name, head_scores(toolkit, name, used), source, 0, 0.0)
     prompts = chosen if source == "texts" else own_fit_part(request.scenario.prompts)
     written = texts.continued(prompts, stage_of(progress, "continuations (texts that score heads)"))
+    if options.removes_layers:
+        distances = layer_distances(loaded, written, stage_of(progress, "influence of layers"))
+        values = np.repeat(influence_of(distances)[:, None], loaded.geometry.heads, axis=1)
+        read = min(len(prompts), CURVATURE_TEXTS)
+        return HeadScores(INFLUENCE, values, source, read, 1.0, distances=distances)
     report = stage_of(progress, "head scores")
     if options.criterion == AUTO and not reads_cache(source):
         found = measured(loaded, written, options.seed, options.granularity, report, repair=options.repair)

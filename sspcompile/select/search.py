@@ -35,7 +35,7 @@ HOLD_EVERY = 3
 class Tried:
     """One mask that was measured: the mean over texts of the root of the KL from the dense model (nats per token).
 
-    `shape` is None where it differs by layer.
+    `shape` is None where it differs by layer, and where whole layers are compared.
     """
 
     criterion: str
@@ -104,7 +104,7 @@ def best_of(judge: Judge, masks: Mapping[Layout, Masks]) -> dict[Layout, Searche
         distance = 0.0
         if compared is not None and len(masks[layout]) > 1:
             distance = _distance(compared, choice, repair)
-            shape = choice.shapes[0] if layout == "uniform" else None
+            shape = choice.shapes[0] if layout == "uniform" and choice.layers is None else None
             tried[layout].append(Tried(ranking.name, shape, distance))
         if layout not in best or distance < best[layout][0]:
             best[layout] = distance, ranking, choice, repair

@@ -10,6 +10,7 @@ from itertools import islice
 import numpy as np
 import torch
 
+from sspcompile.criteria.block_influence import influence_of
 from sspcompile.errors import InputError, UnsupportedModelError
 from sspcompile.families import Geometry
 from sspcompile.model.decoder import LoadedModel
@@ -26,6 +27,7 @@ from sspcompile.select.reading import RATE, Reading, choices_for, held, read_thr
 from sspcompile.select.scoring import Ranking, measured_rankings, reads_cache
 from sspcompile.select.search import Masks, Searched, Tried, best_of, masks_of
 from sspcompile.select.texts import Texts
+from sspcompile.slicing.depth import least_influence, least_runs
 from sspcompile.slicing.layouts import Choice
 from sspcompile.slicing.mask import HeadMask, Layout, kept_of
 from sspcompile.slicing.plan import host_of
@@ -33,6 +35,8 @@ from sspcompile.slicing.plan import host_of
 # Channels against heads: what the rates below are to find out at one size, and how many shapes of a uniform layout.
 RATES = (RATE, RATE / 2, 2 * RATE)
 SHAPES = 2
+# Of whole layers: runs of neighbours that are compared with the layers of least influence.
+RUNS = 2
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ def _settled(judge: Judge, reading: Reading, toolkit: Toolkit, floor: Floor | No
     searched, decided = _compared(judge, reading, floor)
     layout = decided.chosen.layout if decided is not None else next(iter(searched))
     best = searched[layout]
-    asked = rivals(reading, toolkit, judge.loaded, layout)
+    asked = rivals(reading, toolkit, judge, layout)
     masks = [best.choice, *(rival.choice for rival in asked)]
     fitted = judge.fitted_to_all([choice.units for choice in masks], "this build and its baselines")
     chosen = judge.candidate(layout, best.choice, next(fitted))
@@ -163,6 +167,8 @@ def masks_for(reading: Reading, judge: Judge) -> dict[Layout, Masks]:
     cut = [layout for layout, choice in choices.items() if not choice.units.everything]
     if options.criterion != AUTO or not cut:
         return masks
+    if reading.scores.distances is not None:
+        return masks | {layout: _shallow_masks(reading, geometry, reading.scores.distances) for layout in cut}
     if reading.budget.bounds:
         return masks | {layout: _sized_masks(reading, geometry, layout) for layout in cut}
     ranked = [reading.ranking]
@@ -203,6 +209,18 @@ def _sized_masks(reading: Reading, geometry: Geometry, layout: Layout) -> Masks:
     else:
         found = [*islice(held(reading, geometry, layout), SHAPES)]
     return tuple((reading.ranking, choice) for choice in {choice.units.key: choice for choice in found}.values())
+
+
+def _shallow_masks(reading: Reading, geometry: Geometry, distances: np.ndarray) -> Masks:
+    """The masks without whole layers that are compared: those of least influence, and the runs of least influence."""
+    bounds, one = reading.budget.bounds, reading.ranking
+    run = replace(one, name=f"{one.name}, one run")
+    found = [(one, least_influence(influence_of(distances), geometry, bounds))]
+    found += [(run, choice) for choice in islice(least_runs(distances, geometry, bounds), RUNS)]
+    masks: dict[bytes, tuple[Ranking, Choice]] = {}
+    for ranking, choice in found:
+        masks.setdefault(choice.units.key, (ranking, choice))
+    return tuple(masks.values())
 
 
 def _memory(reading: Reading) -> dict[str, int] | None:
@@ -257,4 +275,5 @@ def mask_of(
         size_requested=reading.budget.size,
         params_requested=reading.options.max_params,
         memory_requested=_memory(reading),
+        removed=choice.units.removed,
     )

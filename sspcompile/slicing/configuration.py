@@ -10,7 +10,7 @@ from typing import Any
 
 from sspcompile.checkpoint.references import without_code
 from sspcompile.errors import ArtifactError
-from sspcompile.families import Family, Host, Positions, hosted_config, rope_of
+from sspcompile.families import Family, Host, Positions, hosted_config, rope_of, without_layers
 from sspcompile.families.positions import FULL, LOCAL_THETA, ORIGINAL, SLIDING
 from sspcompile.slicing.plan import SlicePlan
 
@@ -29,6 +29,7 @@ def sliced_config(source: Mapping[str, Any], plan: SlicePlan) -> dict[str, Any]:
     if plan.keeps_everything:
         return config
     g = plan.geometry
+    config = without_layers(config, g, plan.staying)
     rope = rope_of(source, g.family)
     if plan.host is not g.family:
         config = hosted_config(config, g, Host(plan.host, plan.settings))
@@ -52,7 +53,8 @@ def sliced_config(source: Mapping[str, Any], plan: SlicePlan) -> dict[str, Any]:
 def _per_layer(plan: SlicePlan) -> dict[str, Any]:
     """What the class in the folder reads, and what transformers needs to find it."""
     module, name = MODELING_FILE.removesuffix(".py"), CLASS_PREFIX + plan.host.architecture
-    apart = len(set(plan.widths)) > 1
+    counts, widths = zip(*((plan.counts[layer], plan.widths[layer]) for layer in plan.staying), strict=True)
+    apart = len(set(widths)) > 1
     classes = {"AutoModelForCausalLM": f"{module}.{name}"}
     if plan.host.experts is None:  # transformers 5 leaves the experts of a bare decoder random, without a word
         # vLLM's Transformers backend builds the decoder alone.
@@ -63,7 +65,7 @@ def _per_layer(plan: SlicePlan) -> dict[str, Any]:
         "per_layer_config": {
             str(layer): {"num_attention_heads": heads, "num_key_value_heads": groups}
             | ({"intermediate_size": width} if apart else {})
-            for layer, ((heads, groups), width) in enumerate(zip(plan.counts, plan.widths, strict=True))
+            for layer, ((heads, groups), width) in enumerate(zip(counts, widths, strict=True))
         },
     }
     if plan.host.reads_heads:

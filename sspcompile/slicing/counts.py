@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sspcompile.checkpoint.headers import dtype_bytes
-from sspcompile.checkpoint.tensors import attention_shapes, mlp_multiplied
+from sspcompile.checkpoint.tensors import attention_shapes, layer_of, mlp_multiplied
 from sspcompile.families import Geometry, layer_prefix
 from sspcompile.slicing.measures import Tensors
 
@@ -36,19 +36,23 @@ def o_proj_of(layer: int) -> str:
 def sizes_by_layer(
     tensors: Tensors, g: Geometry, counts: Sequence[tuple[int, int]], widths: Sequence[int]
 ) -> list[Sizes]:
-    """Of the layers whose `tensors` these are, with (query, key/value) head counts and widths of the MLPs per layer."""
+    """Of the layers whose `tensors` these are, with (query, key/value) head counts and widths of the MLPs per layer. A
+    layer without heads is removed whole and has nothing.
+    """
     parameters, weight_bytes = [0] * g.layers, [0] * g.layers
-    stem = layer_prefix(0).removesuffix("0.")
     for name, (shape, dtype) in tensors.items():
-        if name.startswith(stem):
-            layer = int(name.removeprefix(stem).partition(".")[0])
+        layer = layer_of(name)
+        if layer is not None:
             elements = math.prod(shape)
             parameters[layer] += elements
             weight_bytes[layer] += elements * dtype_bytes(dtype)
     # A cache holds what k_proj and v_proj put out, in their dtype.
-    width = dtype_bytes(tensors[o_proj_of(0)][1])
+    width = next(dtype_bytes(tensors[o_proj_of(layer)][1]) for layer, (heads, _) in enumerate(counts) if heads)
     found = []
     for layer, (heads, kv_heads) in enumerate(counts):
+        if not heads:
+            found.append(Sizes(0, 0, 0))
+            continue
         attention = sum(
             math.prod(shape)
             for name, shape in attention_shapes(g, layer, heads, kv_heads).items()

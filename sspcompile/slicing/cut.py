@@ -28,25 +28,26 @@ def cut_tensors(
 ) -> list[OutputTensor]:
     """The tensors of the smaller checkpoint, in the source's order, read only when they are written.
 
-    `replaced` holds tensors that a repair computed, as raw words in the output's shape.
+    `replaced` holds tensors that a repair computed, by the source's names, as raw words in the output's shape.
     """
     replaced = replaced or {}
     blocks, silent = _roles(plan)
     outputs = []
     for name, (shape, dtype) in plan.tensors.items():
-        info = checkpoint.tensors.get(name)
+        source = plan.sources[name]
+        info = checkpoint.tensors.get(source)
         whole = None
-        if name in replaced:
-            content = _constant(replaced[name])
-        elif info is None or name in silent:
+        if source in replaced:
+            content = _constant(replaced[source])
+        elif info is None or source in silent:
             content = _constant(np.zeros(shape, dtype=WORD_DTYPE[dtype_bytes(dtype)]))
         elif info.shape == shape and _in_order(blocks.get(name)):
             content = _extents([info.extent])
             # A file with this tensor under another name, or inside of a stack, is not the file to be written.
             whole = info.extent if checkpoint.stored.get(name) == info else None
         else:
-            part = blocks[name]
-            content = (_rows if part.axis == 0 else _columns)(checkpoint, name, part)
+            part = blocks[source]
+            content = (_rows if part.axis == 0 else _columns)(checkpoint, source, part)
         outputs.append(
             OutputTensor(name, dtype, shape, content, unchanged=whole, shard=info.file.name if info is not None else "")
         )
@@ -57,7 +58,8 @@ def _roles(plan: SlicePlan) -> tuple[dict[str, Blocks], set[str]]:
     """Tensor name -> what stays of it; and the tensors written as zeros."""
     blocks: dict[str, Blocks] = {}
     silent: set[str] = set()
-    for index, layer in enumerate(plan.layers):
+    for index in plan.staying:
+        layer = plan.layers[index]
         found = attention_blocks(plan.geometry, index, layer.heads, layer.groups)
         blocks |= found
         if layer.dummy:

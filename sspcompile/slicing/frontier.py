@@ -9,6 +9,8 @@ from typing import Any
 from sspcompile.checkpoint.source import Checkpoint
 from sspcompile.errors import InputError, UnsupportedModelError
 from sspcompile.families import Geometry
+from sspcompile.slicing.depth import any_layers, shallowest
+from sspcompile.slicing.layouts import GONE
 from sspcompile.slicing.mask import Layout
 from sspcompile.slicing.measures import Bound, Measure, Serving, at_most, memory_of, parameters_of, shared
 from sspcompile.slicing.plan import host_of
@@ -60,6 +62,7 @@ def frontier_of(
     layouts: Sequence[Layout],
     *,
     channels: bool,
+    whole_layers: bool = False,
     host: str | None = None,
     groups_only: bool = False,
 ) -> Frontier:
@@ -69,8 +72,11 @@ def frontier_of(
     """
     g = checkpoint.geometry
     parameters = parameters_of(g, checkpoint.expected(), host)
-    least = smallest_counts(g, channels=channels, groups_only=groups_only)
-    smallest = parameters.kept(g, least.shapes, least.widths)
+    if whole_layers:
+        smallest = shallowest(parameters)
+    else:
+        least = smallest_counts(g, channels=channels, groups_only=groups_only)
+        smallest = parameters.kept(g, least.shapes, least.widths)
     budgets: list[tuple[float | None, Bound]] = [(share, shared(parameters, share, "--size")) for share in SHARES]
     # With a host that adds biases even the whole model has more than it had.
     budgets = [(share, bound) for share, bound in budgets if bound.most > smallest]
@@ -78,11 +84,13 @@ def frontier_of(
     worth, memory = even_worth(g, channels=channels), _Memory.of(checkpoint, serving, host)
     bounds = [(bound,) for _, bound in budgets]
     found: dict[Layout, list[Counts | None]] = {}
-    if "uniform" in layouts:
+    if whole_layers:
+        found["uniform"] = [Counts(any_layers(g, one).shapes) for one in bounds]
+    elif "uniform" in layouts:
         value = uniform_worth(worth, g)
         every = (uniform_counts(g, one, channels=channels, groups_only=groups_only) for one in bounds)
         found["uniform"] = [_held(g, sorted(counts, key=value, reverse=True), host) for counts in every]
-    if "per-layer" in layouts:
+    if "per-layer" in layouts and not whole_layers:
         found["per-layer"] = [*per_layer_counts(worth, g, bounds, groups_only=groups_only)]
     points = [
         memory.reach(g, share, layout, parameters, counts)
@@ -119,7 +127,7 @@ class _Memory:
             kv_bytes_per_token=with_token - weights,
             memory_bytes=served,
             heads=sum(groups * each for groups, each in counts.shapes),
-            channels=sum(counts.widths) if counts.widths else g.layers * g.intermediate,
+            channels=sum(counts.widths) if counts.widths else sum(s != GONE for s in counts.shapes) * g.intermediate,
         )
 
 

@@ -22,21 +22,25 @@ from sspcompile.errors import BudgetError
 from sspcompile.slicing.mask import Kept, Layout, kept_of
 
 Shape = tuple[int, int]
+# Of a layer that is removed whole.
+GONE: Shape = (0, 0)
 
 
 @dataclass(frozen=True)
 class Choice:
     """A mask: `kept` heads, bool [layers, heads], the shape (groups, heads per group) of every layer, and the kept
-    `channels` of its MLPs, bool [layers, intermediate] (None: all of them).
+    `channels` of its MLPs, bool [layers, intermediate] (None: all of them). `layers`, bool [layers]: those that are
+    there at all (None: all); the others have the shape GONE.
     """
 
     kept: np.ndarray
     shapes: tuple[Shape, ...]
     channels: np.ndarray | None = None
+    layers: np.ndarray | None = None
 
     @property
     def units(self) -> Kept:
-        return Kept(self.kept, self.channels)
+        return Kept(self.kept, self.channels, self.layers)
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""HeadMask: which query heads and MLP channels stay, why, and under which budget. Saved as mask.json."""
+"""HeadMask: which layers, query heads and MLP channels stay, why, and under which budget. Saved as mask.json."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from pydantic import TypeAdapter
 
 from sspcompile.errors import ArtifactError
 
-SCHEMA_VERSION = 2
-# Version 1 named heads alone.
-READS = (1, 2)
+# Version 1 named heads alone, version 2 channels too. Version 3 names removed layers, and is written where there are
+# some: a reader that knows none of them must not take such a mask for one of silent layers.
+READS = (1, 2, 3)
+WITHOUT_LAYERS, SCHEMA_VERSION = READS[1:]
 Layout = Literal["uniform", "per-layer"]
 
 
@@ -23,10 +24,14 @@ Layout = Literal["uniform", "per-layer"]
 class Kept:
     """Which units stay, true where one does: `heads` bool [layers, heads], and `channels` of the MLPs bool
     [layers, intermediate], None where all of them do.
+
+    `layers` bool [layers]: false where a whole layer is removed, so that what it puts out is what it was given; None
+    where all stay. The other rows of a removed layer are false.
     """
 
     heads: np.ndarray
     channels: np.ndarray | None = None
+    layers: np.ndarray | None = None
 
     @property
     def everything(self) -> bool:
@@ -35,7 +40,17 @@ class Kept:
     @property
     def key(self) -> bytes:
         """Equal for equal masks of one model."""
-        return self.heads.tobytes() + (b"" if self.channels is None else self.channels.tobytes())
+        parts = (self.heads, self.channels, self.layers)
+        return b"".join(part.tobytes() for part in parts if part is not None)
+
+    def stays(self, layer: int) -> bool:
+        """Whether a layer is there, with whatever is left of it."""
+        return self.layers is None or bool(self.layers[layer])
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """The numbers of the layers that are removed whole."""
+        return () if self.layers is None else tuple(np.flatnonzero(~self.layers).tolist())
 
 
 @dataclass(frozen=True)
@@ -47,7 +62,8 @@ class HeadMask:
     `whitelist` lists [layer, head] pairs that were kept before any score. `scenario` holds the name, the mixture over
     domains, its breadth in [0, 1] and the unknown share. `model` is the fingerprint of the dense checkpoint.
     `channels[layer]` are the kept channels of the layer's MLP out of `intermediate`, ascending; None where no channel
-    is removed in any layer. `size_requested` is the budget as a share of all parameters, None where it was another;
+    is removed in any layer. `removed` are the layers that go whole, ascending; their rows are empty, and what they put
+    out is what they were given. `size_requested` is the budget as a share of all parameters, None where it was another;
     `params_requested` the number of parameters that it was given as. `memory_requested`: the bytes that weights and KV
     cache may take, and for how many sequences (`batch`) of how many tokens (`context`).
     """
@@ -69,6 +85,7 @@ class HeadMask:
     size_requested: float | None = None
     params_requested: int | None = None
     memory_requested: Mapping[str, int] | None = None
+    removed: tuple[int, ...] = ()
 
     @property
     def group_size(self) -> int:
@@ -83,13 +100,21 @@ class HeadMask:
 
     @property
     def units(self) -> Kept:
-        """Heads and channels as arrays."""
-        if self.channels is None:
-            return Kept(self.as_array())
-        channels = np.zeros((self.layers, self.intermediate), dtype=bool)
-        for layer, kept in enumerate(self.channels):
-            channels[layer, list(kept)] = True
-        return Kept(self.as_array(), channels)
+        """Heads, channels and layers as arrays."""
+        channels = layers = None
+        if self.channels is not None:
+            channels = np.zeros((self.layers, self.intermediate), dtype=bool)
+            for layer, kept in enumerate(self.channels):
+                channels[layer, list(kept)] = True
+        if self.removed:
+            layers = np.ones(self.layers, dtype=bool)
+            layers[list(self.removed)] = False
+        return Kept(self.as_array(), channels, layers)
+
+    @property
+    def staying(self) -> tuple[int, ...]:
+        """The layers that are left, ascending: where they stand in the dense model."""
+        return tuple(layer for layer in range(self.layers) if layer not in self.removed)
 
     def kept_groups(self, layer: int) -> tuple[int, ...]:
         """Ascending key/value heads of a layer that keep at least one of their query heads."""
@@ -106,7 +131,9 @@ def kept_of(array: np.ndarray) -> tuple[tuple[int, ...], ...]:
 
 def dump_mask(mask: HeadMask) -> str:
     """mask.json as text: one line per layer, so that a person can read it and a diff can show it."""
-    value = {"schema_version": SCHEMA_VERSION, **asdict(mask)}
+    value = {"schema_version": SCHEMA_VERSION if mask.removed else WITHOUT_LAYERS, **asdict(mask)}
+    if not mask.removed:
+        del value["removed"]
     lines = []
     for key, item in value.items():
         if key in ("kept", "scores", "channels") and item is not None:
@@ -134,7 +161,7 @@ def parse_mask(text: str | bytes, *, source: str = "The mask", empty_layers: boo
     try:
         value = json.loads(text)
         if value.pop("schema_version") not in READS:
-            known = " and ".join(map(str, READS))
+            known = ", ".join(map(str, READS))
             raise ArtifactError(f"{source} is of another schema version.", hint=f"This version reads {known}.")
         # JSON knows no tuples, which the strictness of JSON mode allows for.
         mask = _MASK.validate_json(json.dumps(value, allow_nan=False), strict=True)
@@ -151,7 +178,7 @@ def whole_mask(layers: int, heads: int, kv_heads: int) -> HeadMask:
 
 
 def check_mask(mask: HeadMask, *, source: str = "The mask", empty_layers: bool = False) -> None:
-    """Raise ArtifactError unless indices are in range, ascending, and regular within every layer."""
+    """Raise ArtifactError unless indices are in range, ascending, and regular within every layer that stays."""
 
     def refuse(problem: str) -> ArtifactError:
         return ArtifactError(f"{source}: {problem}.", hint="Compile the mask again with `sspcompile build`.")
@@ -160,7 +187,9 @@ def check_mask(mask: HeadMask, *, source: str = "The mask", empty_layers: bool =
         raise refuse(f"{mask.layers} layers of {mask.heads} heads ({mask.kv_heads} kv)")
     if len(mask.kept) != mask.layers or mask.heads % mask.kv_heads:
         raise refuse(f"{len(mask.kept)} rows for {mask.layers} layers of {mask.heads} heads ({mask.kv_heads} kv)")
-    for layer, kept in enumerate(mask.kept):
+    _check_removed(mask, refuse)
+    for layer in mask.staying:
+        kept = mask.kept[layer]
         if not kept and empty_layers:
             continue
         if not kept:
@@ -170,20 +199,32 @@ def check_mask(mask: HeadMask, *, source: str = "The mask", empty_layers: bool =
         groups = [head // mask.group_size for head in kept]
         if len({groups.count(group) for group in groups}) != 1:
             raise refuse(f"layer {layer} keeps different numbers of heads in its key/value groups")
-    if mask.layout == "uniform" and len({(len(k), len(mask.kept_groups(i))) for i, k in enumerate(mask.kept)}) != 1:
+    if mask.layout == "uniform" and len({(len(mask.kept[i]), len(mask.kept_groups(i))) for i in mask.staying}) != 1:
         raise refuse("a uniform mask must keep the same numbers in every layer")
     if mask.channels is not None:
         _check_channels(mask, refuse)
+
+
+def _check_removed(mask: HeadMask, refuse: Callable[[str], ArtifactError]) -> None:
+    removed = list(mask.removed)
+    if removed != sorted(set(removed)) or not {*removed} <= {*range(mask.layers)}:
+        raise refuse("it lists removed layers that are out of range, double or unsorted")
+    if len(removed) == mask.layers:
+        raise refuse("every layer is removed; at least one is needed")
+    for layer in removed:
+        if mask.kept[layer] or (mask.channels is not None and layer < len(mask.channels) and mask.channels[layer]):
+            raise refuse(f"layer {layer} is removed and keeps heads or channels")
 
 
 def _check_channels(mask: HeadMask, refuse: Callable[[str], ArtifactError]) -> None:
     rows = mask.channels or ()
     if len(rows) != mask.layers or mask.intermediate < 1:
         raise refuse(f"{len(rows)} rows of channels (of {mask.intermediate}) for {mask.layers} layers")
-    for layer, kept in enumerate(rows):
+    for layer in mask.staying:
+        kept = rows[layer]
         if not kept:
             raise refuse(f"layer {layer} keeps no channel of its MLP; at least one is needed")
         if list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= mask.intermediate:
             raise refuse(f"layer {layer} lists channels that are out of range, double or unsorted")
-    if mask.layout == "uniform" and len({len(kept) for kept in rows}) != 1:
+    if mask.layout == "uniform" and len({len(rows[layer]) for layer in mask.staying}) != 1:
         raise refuse("a uniform mask must keep the same number of channels in every layer")

@@ -1,7 +1,8 @@
 """What a budget counts, in whole numbers: parameters, or bytes of weights and KV cache while the model serves.
 
 Both are linear in what a cut removes: in every layer a query head, a key/value head (a group) and a channel of the MLP
-have a price each. A group's is its rows of k_proj and v_proj and, in bytes, its keys and values of every cached token.
+have a price each, and the layer has one as a whole, norms and experts included. A group's is its rows of k_proj and
+v_proj and, in bytes, its keys and values of every cached token.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from typing import Literal
 
 from sspcompile.checkpoint.headers import dtype_bytes
 from sspcompile.checkpoint.source import Checkpoint
-from sspcompile.checkpoint.tensors import Shapes, attention_shapes, mlp_shapes, tensor_shapes
+from sspcompile.checkpoint.tensors import Shapes, attention_shapes, layer_of, mlp_shapes, tensor_shapes
 from sspcompile.families import Geometry, hosting, layer_prefix
 from sspcompile.families.windows import windows_of
-from sspcompile.slicing.layouts import Shape
+from sspcompile.slicing.layouts import GONE, Shape
 
 Tensors = Mapping[str, tuple[tuple[int, ...], str]]
 Unit = Literal["heads", "parameters", "memory"]
@@ -36,7 +37,8 @@ class Serving:
 
 @dataclass(frozen=True)
 class Measure:
-    """`whole` of the dense model, and by layer the price of a query `head`, a `group` and a `channel` of the MLP.
+    """`whole` of the dense model, and by layer the price of a query `head`, a `group`, a `channel` of the MLP, and the
+    `layer` as a whole.
 
     `added`: what the class that was wished for has beside the source's tensors (zero biases). `serving`: what memory is
     counted for.
@@ -47,6 +49,7 @@ class Measure:
     head: tuple[int, ...]
     group: tuple[int, ...]
     channel: tuple[int, ...]
+    layer: tuple[int, ...]
     added: int = 0
     serving: Serving | None = None
 
@@ -56,10 +59,16 @@ class Measure:
         return groups * (each * self.head[layer] + self.group[layer])
 
     def kept(self, g: Geometry, shapes: Sequence[Shape], widths: Sequence[int] = ()) -> int:
-        """Of the model with these shapes and widths of its layers; without widths every channel stays."""
-        full = (g.kv_heads, g.group_size)
-        removed = sum(self.attention(layer, full) - self.attention(layer, shape) for layer, shape in enumerate(shapes))
-        removed += sum(price * (g.intermediate - width) for price, width in zip(self.channel, widths, strict=False))
+        """Of the model with these shapes and widths of its layers; without widths every channel stays. A layer of the
+        shape GONE is not there.
+        """
+        full, removed = (g.kv_heads, g.group_size), 0
+        for layer, shape in enumerate(shapes):
+            if shape == GONE:
+                removed += self.layer[layer]
+                continue
+            removed += self.attention(layer, full) - self.attention(layer, shape)
+            removed += self.channel[layer] * (g.intermediate - widths[layer]) if widths else 0
         return self.whole + self.added - removed
 
 
@@ -141,7 +150,11 @@ def _measure(
     output = [layer_prefix(layer) + "self_attn.o_proj.weight" for layer in range(g.layers)]
     whole = sum(math.prod(shape) * width_of(dtype) for shape, dtype in tensors.values())
     cached = 2 * g.head_dim * width_of(tensors[output[0]][1])
-    head, group, channel, added = [], [], [], 0
+    head, group, channel, added = [], [], [], [0] * g.layers
+    layers = [g.kv_heads * cached * tokens for tokens in held]
+    for name, (shape, dtype) in tensors.items():
+        if (at := layer_of(name)) is not None:
+            layers[at] += math.prod(shape) * width_of(dtype)
     for layer in range(g.layers):
 
         def total(shapes: Shapes, own: str = output[layer]) -> int:
@@ -158,6 +171,7 @@ def _measure(
         channel.append(narrow)
         if zero:
             whole_layer = (layer, g.heads, g.kv_heads)
-            added += total(attention_shapes(hosted, *whole_layer)) - total(attention_shapes(g, *whole_layer))
+            added[layer] = total(attention_shapes(hosted, *whole_layer)) - total(attention_shapes(g, *whole_layer))
     whole += sum(g.kv_heads * cached * tokens for tokens in held)
-    return Measure(unit, whole, tuple(head), tuple(group), tuple(channel), added)
+    layers = [one + more for one, more in zip(layers, added, strict=True)]
+    return Measure(unit, whole, tuple(head), tuple(group), tuple(channel), tuple(layers), sum(added))

@@ -6,16 +6,29 @@ import contextlib
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
 
 from sspcompile.checkpoint.source import Checkpoint
-from sspcompile.checkpoint.tensors import attention_shapes, mlp_shapes
+from sspcompile.checkpoint.tensors import attention_shapes, layer_of, mlp_shapes, moved
 from sspcompile.errors import ArtifactError, CheckpointError, UnsupportedModelError
-from sspcompile.families import Family, Geometry, GgufModel, Host, geometry_of, gguf_model, graph_refusal, hosted_config
+from sspcompile.families import (
+    Family,
+    Geometry,
+    GgufModel,
+    Host,
+    geometry_of,
+    gguf_model,
+    graph_refusal,
+    hosted_config,
+    shallower,
+    without_layers,
+)
 from sspcompile.families.windows import windows_of
 from sspcompile.slicing.counts import Sizes, o_proj_of, sizes_by_layer, sizes_of
+from sspcompile.slicing.depth import any_layers
 from sspcompile.slicing.hosts import per_layer_host, uniform_host
 from sspcompile.slicing.layouts import Choice, choose
 from sspcompile.slicing.mask import HeadMask, Layout, check_mask, kept_of
@@ -32,17 +45,21 @@ class LayerCut:
 
     `dummy`: the layer lost all its heads; head 0 stays as the portable form of "no attention", its o_proj columns zero.
     `channels`: kept channels of the MLP; None for all of them. A mask's are ascending, only nested models reorder.
+    `removed`: the whole layer goes.
     """
 
     heads: tuple[int, ...]
     groups: tuple[int, ...]
     dummy: bool = False
     channels: tuple[int, ...] | None = None
+    removed: bool = False
 
 
 @dataclass(frozen=True)
 class SlicePlan:
-    """Everything about the cut except the weights. `tensors`: output name -> (shape, dtype), in the source's order.
+    """Everything about the cut except the weights. `layers` are those of the dense model, removed ones among them.
+    `tensors`: output name -> (shape, dtype), in the source's order; the layers that stay are numbered from 0 again, and
+    `sources` has the source's name of each.
 
     `host` is the family of the class that loads the result, `settings` what its configuration must say; `custom_code`
     says that no stock class can state the counts, so that the class travels in the folder. `by_layer` has
@@ -57,6 +74,7 @@ class SlicePlan:
     custom_code: bool
     layers: tuple[LayerCut, ...]
     tensors: Tensors
+    sources: Mapping[str, str]
     dense: Sizes
     sliced: Sizes
     by_layer: tuple[tuple[Sizes, Sizes], ...]
@@ -66,14 +84,23 @@ class SlicePlan:
 
     @property
     def counts(self) -> tuple[tuple[int, int], ...]:
-        """(query heads, key/value heads) of every layer after the cut."""
+        """(query heads, key/value heads) of every layer of the dense model after the cut; (0, 0) of a removed one."""
         return tuple((len(layer.heads), len(layer.groups)) for layer in self.layers)
 
     @property
+    def staying(self) -> tuple[int, ...]:
+        """The layers that are written, ascending: where they stand in the dense model."""
+        return tuple(index for index, layer in enumerate(self.layers) if not layer.removed)
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """The layers that go whole."""
+        return tuple(index for index, layer in enumerate(self.layers) if layer.removed)
+
+    @property
     def widths(self) -> tuple[int, ...]:
-        """Channels of every layer's MLP after the cut."""
-        whole = self.geometry.intermediate
-        return tuple(whole if layer.channels is None else len(layer.channels) for layer in self.layers)
+        """Channels of every layer's MLP after the cut; 0 of a removed layer."""
+        return tuple(_widths(self.geometry, self.layers))
 
     @property
     def size(self) -> float:
@@ -111,6 +138,9 @@ class SlicePlan:
         )
 
 
+REMOVED = LayerCut((), (), removed=True)
+
+
 def make_plan(checkpoint: Checkpoint, mask: HeadMask, *, host: str | None = None) -> SlicePlan:
     """Plan the cut of `mask` out of `checkpoint`, for the class of the family `host` (None: the best one).
 
@@ -129,7 +159,9 @@ def make_plan(checkpoint: Checkpoint, mask: HeadMask, *, host: str | None = None
         _demand_channels(g, mask)
     rows = mask.channels or (None,) * g.layers
     layers = tuple(
-        LayerCut(kept or (0,), mask.kept_groups(layer) or (0,), dummy=not kept, channels=channels)
+        REMOVED
+        if layer in mask.removed
+        else LayerCut(kept or (0,), mask.kept_groups(layer) or (0,), dummy=not kept, channels=channels)
         for layer, (kept, channels) in enumerate(zip(mask.kept, rows, strict=True))
     )
     return _plan(checkpoint, layers, mask.layout, host)
@@ -166,15 +198,18 @@ def plan_within(
     layout: Layout,
     *,
     channels: bool,
+    whole_layers: bool = False,
     host: str | None = None,
     groups_only: bool = False,
 ) -> SlicePlan:
     """As `plan_counts`, within bounds on parameters or memory; `channels`: whether those of the MLPs may go beside
-    heads.
+    heads; `whole_layers`: those go and nothing else.
 
     Of parameters, the same share of heads and of channels goes, as far as their steps allow. Raises BudgetError.
     """
     g = checkpoint.geometry
+    if whole_layers:
+        return _plan(checkpoint, _cuts(g, any_layers(g, bounds)), "uniform", host)
     worth = even_worth(g, channels=channels)
     if layout == "per-layer":
         choice = choose_per_layer(worth, g, bounds, groups_only=groups_only)
@@ -188,7 +223,7 @@ def plan_within(
 
 def _cuts(g: Geometry, choice: Choice) -> tuple[LayerCut, ...]:
     return tuple(
-        LayerCut(kept, tuple(sorted({head // g.group_size for head in kept})), channels=channels)
+        LayerCut(kept, tuple(sorted({head // g.group_size for head in kept})), channels=channels) if kept else REMOVED
         for kept, channels in zip(kept_of(choice.kept), choice.kept_channels or (None,) * g.layers, strict=True)
     )
 
@@ -202,6 +237,7 @@ def host_of(
     widths: Sequence[int] = (),
 ) -> Host:
     """The class that holds layers of these shapes (groups, heads per group) and widths of their MLPs, custom or stock.
+    Layers that are removed whole, of no groups, do not count.
 
     The `layout` per-layer asks for the custom class where layers of one shape fit no stock class. Raises
     UnsupportedModelError when there is none, and InputError when the one `wanted` cannot.
@@ -213,6 +249,8 @@ def _placed(
     geometry: Geometry, shapes: Sequence[tuple[int, int]], widths: Sequence[int], wanted: str | None, layout: Layout
 ) -> tuple[Host, bool]:
     """The class, and whether it is the custom one."""
+    there = [bool(groups) for groups, _ in shapes]
+    shapes, widths = [*compress(shapes, there)], [*compress(widths, there)]
     if len(set(shapes)) > 1 or len(set(widths)) > 1:
         return per_layer_host(geometry, wanted), True
     try:
@@ -226,21 +264,17 @@ def _placed(
 def _plan(checkpoint: Checkpoint, layers: tuple[LayerCut, ...], layout: Layout, wanted: str | None) -> SlicePlan:
     g = checkpoint.geometry
     counts = [(len(layer.heads), len(layer.groups)) for layer in layers]
-    shapes = tuple((kv_heads, heads // kv_heads) for heads, kv_heads in counts)
-    widths = [g.intermediate if layer.channels is None else len(layer.channels) for layer in layers]
+    shapes = tuple((kv_heads, heads // kv_heads if kv_heads else 0) for heads, kv_heads in counts)
+    widths = _widths(g, layers)
+    staying = [index for index, layer in enumerate(layers) if not layer.removed]
     host, custom_code = _placed(g, shapes, widths, wanted, layout)
     expected = checkpoint.expected()
     dtypes = {dtype for _, dtype in expected.values()}
-    tensors, prunable = dict(expected), 0
-    hosted = replace(g, qkv_bias=g.qkv_bias or "qkv" in host.zero_biases, o_bias=g.o_bias or "o" in host.zero_biases)
-    for layer, (heads, kv_heads) in enumerate(counts):
-        dtype = expected[o_proj_of(layer)][1]
-        for name, shape in attention_shapes(hosted, layer, heads, kv_heads).items():
-            if name.endswith("_proj.weight"):
-                prunable += math.prod(expected[name][0])
-            tensors[name] = (shape, expected[name][1] if name in expected else dtype)
-        if layers[layer].channels is not None:
-            tensors |= {name: (shape, expected[name][1]) for name, shape in mlp_shapes(g, layer, widths[layer]).items()}
+    tensors = _left(g, layers, host, expected)
+    places = {layer: place for place, layer in enumerate(staying)}
+    names = {moved(name, places): name for name in tensors}
+    config = without_layers(checkpoint.config, g, staying)
+    written = [counts[layer] for layer in staying], [widths[layer] for layer in staying]
     dense_counts = [(g.heads, g.kv_heads)] * g.layers
     dense = sizes_by_layer(expected, g, dense_counts, [g.intermediate] * g.layers)
     sliced = sizes_by_layer(tensors, g, counts, widths)
@@ -252,35 +286,63 @@ def _plan(checkpoint: Checkpoint, layers: tuple[LayerCut, ...], layout: Layout, 
         layout=layout,
         custom_code=custom_code,
         layers=layers,
-        tensors=tensors,
+        tensors={name: tensors[source] for name, source in names.items()},
+        sources=names,
         dense=dense_total,
         sliced=sliced_total,
         by_layer=tuple(zip(dense, sliced, strict=True)),
-        prunable_share=prunable / dense_total.parameters,
+        prunable_share=_prunable(g, expected) / dense_total.parameters,
         runtimes=verdicts(
             g,
             host.family,
-            counts,
-            widths,
+            *written,
             custom=custom_code,
-            onnx=graph_refusal(checkpoint.config, g, dtypes),
-            gguf=_gguf(checkpoint, host, counts, widths, dtypes),
+            onnx=graph_refusal(config, shallower(g, staying), dtypes),
+            gguf=_gguf(config, g, host, *written, dtypes),
         ),
         windows=windows_of(checkpoint.config, g.family, g.layers),
     )
 
 
+def _widths(g: Geometry, layers: Sequence[LayerCut]) -> list[int]:
+    whole = [0 if layer.removed else g.intermediate for layer in layers]
+    return [all_ if layer.channels is None else len(layer.channels) for all_, layer in zip(whole, layers, strict=True)]
+
+
+def _left(g: Geometry, layers: Sequence[LayerCut], host: Host, expected: Tensors) -> Tensors:
+    """What is written, under the names of the source, in its order."""
+    tensors = {name: one for name, one in expected.items() if (at := layer_of(name)) is None or not layers[at].removed}
+    hosted = replace(g, qkv_bias=g.qkv_bias or "qkv" in host.zero_biases, o_bias=g.o_bias or "o" in host.zero_biases)
+    for layer, cut in enumerate(layers):
+        if cut.removed:
+            continue
+        dtype = expected[o_proj_of(layer)][1]
+        for name, shape in attention_shapes(hosted, layer, len(cut.heads), len(cut.groups)).items():
+            tensors[name] = (shape, expected[name][1] if name in expected else dtype)
+        if cut.channels is not None:
+            narrower = mlp_shapes(g, layer, len(cut.channels))
+            tensors |= {name: (shape, expected[name][1]) for name, shape in narrower.items()}
+    return tensors
+
+
+def _prunable(g: Geometry, expected: Tensors) -> int:
+    """Parameters of all projections of attention."""
+    names = (name for layer in range(g.layers) for name in attention_shapes(g, layer, g.heads, g.kv_heads))
+    return sum(math.prod(expected[name][0]) for name in names if name.endswith("_proj.weight"))
+
+
 def _gguf(
-    checkpoint: Checkpoint,
+    source: Mapping[str, Any],
+    g: Geometry,
     host: Host,
     counts: Sequence[tuple[int, int]],
     widths: Sequence[int],
     dtypes: Collection[str],
 ) -> GgufModel | str:
     """How the GGUF export writes the cut, which it reads as its host's; or why it refuses it."""
-    config = hosted_config(checkpoint.config, checkpoint.geometry, host)
+    config = hosted_config(source, g, host)
     try:
-        hosted = replace(geometry_of(config), tied=checkpoint.geometry.tied)
+        hosted = replace(geometry_of(config), tied=g.tied)
         return gguf_model(config, hosted, counts, widths, dtypes)
     except (UnsupportedModelError, CheckpointError) as error:
         return error.message.removesuffix(".")
@@ -314,6 +376,7 @@ def plan_json(plan: SlicePlan, serving: Serving | None = None) -> dict[str, Any]
         "widths": list(plan.widths),
         "dense_width": plan.geometry.intermediate,
         "dummy_layers": [index for index, layer in enumerate(plan.layers) if layer.dummy],
+        **({"removed_layers": [*plan.removed]} if plan.removed else {}),
         **_pairs(plan.dense, plan.sliced),
         **memory,
         "prunable_share": plan.prunable_share,
