@@ -204,6 +204,7 @@ def test_default_options() -> None:
             "axes": None,
             "importance_from": "auto",
             "repair": "least-squares",
+            "quantize": None,
             "baselines": "few",
             "without": (),
             "chat_template": None,

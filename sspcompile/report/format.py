@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from sspcompile.intervals import Estimate
 
@@ -92,3 +92,14 @@ def change(dense: float, sliced: float) -> str:
         return "no change" if dense == sliced else "-"
     share = (sliced - dense) / dense
     return ("+" if share > 0 else "-") + percent(abs(share))
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """`0-3, 6` for (0, 1, 2, 3, 6)."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans) or "none"

@@ -42,6 +42,7 @@ Granularity = Literal["head", "group"]
 ImportanceFrom = Literal["domains", "prompts", "auto"]
 Baselines = Literal["few", "all", "none"]
 Units = Literal["all", "heads"]
+Rounded = Literal["int8", "int4"]
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,13 @@ class Options(BaseModel):
             "bias where o_proj has one."
         ),
     ] = "least-squares"
+    quantize: Annotated[
+        Rounded | None,
+        Shown(
+            "Round the finished cut too: export it to ONNX in this precision, and weigh it, byte by byte, against the "
+            "dense model that is only rounded."
+        ),
+    ] = None
     baselines: Annotated[
         Baselines,
         Shown("What the report compares with: a few cheap baselines, or all (several times the passes), or none."),
