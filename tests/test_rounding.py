@@ -8,17 +8,21 @@ from pathlib import Path
 import pytest
 from builders import Shape, family_config, make_checkpoint, save_random
 
+from sspcompile.api.cost import cost_of
 from sspcompile.checkpoint import check_manifest
 from sspcompile.evaluate.rounding import COARSER, USUAL, forms_of
 from sspcompile.export.onnx.decoder import read_decoder
 from sspcompile.export.onnx.weights import DATA_FILE
 from sspcompile.export.onnx.write import PRECISIONS, Blocks, rounded_bytes, write_graph
 from sspcompile.intervals import Estimate
+from sspcompile.model.dense import open_dense
 from sspcompile.report.json import read_report
 from sspcompile.report.model import Report, RoundingRow, RoundingSection
 from sspcompile.report.page import report_page
 from sspcompile.report.rounding import BETTER, rounding_table, rounding_verdict
 from sspcompile.report.verdict import alarming, verdict
+from sspcompile.request.request import read_request
+from sspcompile.workspace import Workspace
 
 PROMPTS = [f"How much is {n} plus {n + 3}?" for n in range(32)]
 FAST = ("--max-tokens", "48", "--continuation-tokens", "4", "--baselines", "none", "-q")
@@ -128,9 +132,8 @@ def test_a_finished_build_is_weighed_on_the_same_texts(home, built, run, monkeyp
     assert code == 0 and section_of(built).precision == "int8" and "cut, int8" in out
     built_report = read_report(built / "report.json")
     assert rounding_verdict(section_of(built)) in verdict(built_report)
-    assert rounding_verdict(section_of(built)) in report_page(built_report).blocks[-1].sentences or any(
-        block.key == "rounding" for block in report_page(built_report).blocks
-    )
+    (block,) = (block for block in report_page(built_report).blocks if block.key == "rounding")
+    assert block.sentences == (rounding_verdict(section_of(built)),)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +152,15 @@ def test_what_cannot_be_rounded_is_refused_before_any_work(home, built, run, mon
     found = run(*words, *(BUDGET if words[0] == "build" else ()), "-q")
     assert found[0] == code and found[1] == "" and told in found[2] and found[2].count("\n") == 1, found
     assert not (home / "other").exists() and not (home / "bent-cut").exists()
+
+
+def test_the_cost_of_weighing_is_foretold(home):
+    given = {"model": str(home / "model"), "keep": 0.5, "criterion": "magnitude", "baselines": "none"}
+    dense, names = open_dense(str(home / "model")), []
+    for more in ({}, {"quantize": "int4"}):
+        cost = cost_of(read_request(str(home / "prompts.txt"), given | more, {}), dense, Workspace(home / "cost"))
+        names.append({stage.name for stage in cost.stages})
+    assert names[1] - names[0] == {"weighing what is rounded"}
 
 
 def row(of: str, precision: str, nbytes: int, kl: float, gap: tuple[float, float] | None = None, block: int = 32):
