@@ -18,8 +18,8 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 # Two test processes: as many as the smallest machine that this is meant for has cores.
 WORKERS ?= 2
 
-.PHONY: demo demo-llm test audit test-compat test-oldest test-pythons test-optimum test-vllm test-gguf test-browser screenshots fuzz test-kills test-wheel test-shapes test-lm-eval generated docs lint format train bench-compile bench-prepare \
-	bench-quality bench-slice bench-onnx bench-gguf bench-bench bench-build bench-scores bench-real bench-repairs bench-recognition bench-large clean
+.PHONY: demo demo-llm test audit test-compat test-oldest test-pythons test-optimum test-vllm test-gguf test-runtimes test-browser screenshots fuzz test-kills test-wheel test-shapes test-lm-eval generated docs lint format train bench-compile bench-prepare \
+	bench-quality bench-slice bench-onnx bench-gguf bench-bench bench-build bench-scores bench-real bench-repairs bench-rounding bench-recognition bench-large clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -88,6 +88,23 @@ $(GGUF)/.done: pyproject.toml constraints.txt constraints-gguf.txt
 
 test-gguf: $(GGUF)/.done  ## GGUF exports in llama.cpp, every family and layout that it holds: logits, text, tokens.
 	$(GGUF)/bin/python -m pytest tests/test_gguf_llama.py -m slow
+
+# Which environments; each has a file in benchmarks/results/runtimes, and those that are not run keep theirs.
+ENVIRONMENTS ?= main compat oldest newest optimum gguf vllm
+PLACE_main = $(VENV)
+PLACE_compat = $(COMPAT)
+PLACE_oldest = $(OLDEST)
+PLACE_newest = $(NEWEST)
+PLACE_optimum = $(OPTIMUM)
+PLACE_gguf = $(GGUF)
+PLACE_vllm = $(VLLM)
+
+test-runtimes: $(VENV)/.done $(foreach name,$(ENVIRONMENTS),$(PLACE_$(name))/.done)  ## Families and layouts in every runtime; writes the table of docs/runtimes.md.
+	$(BIN)/python tests/runtimes/write.py $(VENV)/runtimes
+	set -e; for place in $(foreach name,$(ENVIRONMENTS),$(name):$(PLACE_$(name))); do \
+	    VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 $${place#*:}/bin/python -P tests/runtimes/check.py $${place%%:*} $(VENV)/runtimes; \
+	done
+	$(BIN)/python tests/runtimes/page.py
 
 $(OLDEST)/.done: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
@@ -221,6 +238,9 @@ bench-real: $(VENV)/.done  ## Own scenario against others on a real model: score
 
 bench-repairs: $(VENV)/.done  ## How firmly a repair holds weights, and what late layers cost more than early ones.
 	$(BIN)/python -m benchmarks.repairs --model $(MODEL) --data $(DATA) --ridges 0.03/0.03,0.3/1,1/1 --tilts 0,1
+
+bench-rounding: $(VENV)/.done  ## What a cut is worth next to int8 and int4, and on top of them, byte by byte.
+	$(BIN)/python -m benchmarks.rounding --model $(MODEL) --data $(DATA)
 
 bench-recognition: $(VENV)/.done  ## Whether the mixture names real prompts and descriptions right.
 	$(BIN)/python -m benchmarks.recognition --model $(MODEL) --data $(DATA)

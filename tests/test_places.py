@@ -17,7 +17,7 @@ from test_slicing_exact import mask_for
 from sspcompile.checkpoint import Checkpoint, fingerprint
 from sspcompile.errors import CheckpointError, InputError, RecipeError
 from sspcompile.model.dense import open_dense
-from sspcompile.request.options import resolve
+from sspcompile.request.resolving import resolve
 from sspcompile.slicing.mask import dump_mask
 
 # As little work as a build can do.

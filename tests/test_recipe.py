@@ -14,11 +14,12 @@ from sspcompile.cli.build import build
 from sspcompile.embedded import EMBEDDED, SCENARIOS_DIR
 from sspcompile.errors import RecipeError
 from sspcompile.request.keywords import Keywords
-from sspcompile.request.options import NAMES, PARTS, Options, flag, resolve, shown_of
+from sspcompile.request.options import NAMES, PARTS, Options, flag, shown_of
 from sspcompile.request.page import files
 from sspcompile.request.poolcheck import EMBEDDED_NAMES, embedded_sentence, near_repeats
 from sspcompile.request.prompts import Prompt, answer_of, answered, told
 from sspcompile.request.recipe import Recipe, ScenarioSpec, dump_recipe, find_recipe, load_recipe, shipped_recipes
+from sspcompile.request.resolving import resolve
 from sspcompile.request.scenario import read_scenario
 from sspcompile.request.splits import own_fit_part
 from sspcompile.select.scoring import ENOUGH_PROMPTS
@@ -205,6 +206,7 @@ def test_default_options() -> None:
             "axes": None,
             "importance_from": "auto",
             "repair": "least-squares",
+            "quantize": None,
             "baselines": "few",
             "without": (),
             "chat_template": None,

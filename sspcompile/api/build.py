@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from sspcompile.api.arguments import named
 from sspcompile.api.outcome import Outcome
 from sspcompile.api.refusing import refuse_hopeless
 from sspcompile.api.reporting import origin_of, report_of
+from sspcompile.api.rounding import demand_rounding, export_rounded, rounding_of
 from sspcompile.api.unfinished import passes_folder, remove_old
 from sspcompile.checkpoint import staged, write_manifest
 from sspcompile.checkpoint.publish import refuse_existing
@@ -26,6 +28,7 @@ from sspcompile.progress import Progress, silent
 from sspcompile.proof.claim import Claim
 from sspcompile.proof.prove import prove
 from sspcompile.repair.repair import refitted_dtype
+from sspcompile.report.model import RoundingSection
 from sspcompile.report.write import write_report
 from sspcompile.request.recipe import dump_recipe
 from sspcompile.request.request import Request
@@ -48,7 +51,7 @@ def build(
     overwrite: bool = False,
     placement: Placement = ANYWHERE,
 ) -> Outcome:
-    """Read the scenario, decide what stays, cut, prove and publish.
+    """Read the scenario, decide what stays, cut, prove and publish; with `quantize` round the cut, and weigh that.
 
     Nothing but what an interrupted run had measured is left behind when any step fails. The next run of the request
     goes on with that.
@@ -56,6 +59,7 @@ def build(
     refuse_hopeless(request, dense)
     place = resolve(placement)
     refuse_existing(out, overwrite=overwrite)
+    demand_rounding(request, dense, out, workspace, overwrite=overwrite)
     remove_old(workspace)
     with claimed(passes_folder(request, dense, workspace)) as journal, staged(out, overwrite=overwrite) as folder:
         loaded = dense.load(placement=placement, rendering=rendering_of(request.options))
@@ -70,9 +74,13 @@ def build(
         refitted = _write(folder / MODEL, dense, selection, plan, progress)
         claim = Claim(dense.checkpoint, selection.mask, folder / MODEL, plan.custom_code, refitted)
         parity = prove(claim, selection.probes, progress, placement=placement)
-        outcome = Outcome(out, dense, request, toolkit, selection, plan, parity, place)
+        rounding = _weighed(folder, request, dense, selection, plan, progress, placement)
+        outcome = Outcome(out, dense, request, toolkit, selection, plan, parity, place, rounding)
         _describe(folder, outcome, refitted, progress)
     workspace.remember(out)
+    if request.options.quantize is not None:
+        built = named(str(out), workspace)
+        export_rounded(built, request.options.quantize, workspace, progress, overwrite=overwrite, placement=placement)
     return outcome
 
 
@@ -106,6 +114,31 @@ def _write(
 
     write_model(dense.checkpoint, plan, folder, replaced=refitted, progress=wrote)
     return refitted
+
+
+def _weighed(
+    folder: Path,
+    request: Request,
+    dense: DenseModel,
+    selection: Selection,
+    plan: SlicePlan,
+    progress: Progress,
+    placement: Placement,
+) -> RoundingSection | None:
+    """The cut in the staged `folder`, rounded, beside the dense model; None where that was not asked."""
+    if request.options.quantize is None:
+        return None
+    return rounding_of(
+        dense,
+        folder / MODEL,
+        selection.judged,
+        request.options.quantize,
+        folder,
+        custom_code=plan.custom_code,
+        seed=request.options.seed,
+        placement=placement,
+        progress=progress,
+    )
 
 
 def _describe(folder: Path, outcome: Outcome, refitted: Iterable[str], progress: Progress) -> None:

@@ -172,8 +172,7 @@ def export(
     if request.form == "gguf":
         return _to_gguf(found, request, workspace, progress, out=out, overwrite=overwrite, placement=placement)
     precision, blocks = request.rounding()
-    suffix = "" if precision.name == "fp32" else f"-{precision.name}"
-    out = out or workspace.exported / f"{found.name}-onnx{suffix}"
+    out = out or onnx_folder(workspace, found.name, precision.name)
     refuse_existing(out, overwrite=overwrite)
     source = source_of(found)
     done = to_onnx(
@@ -198,6 +197,12 @@ def export(
         table_bytes=sizes[ROTARY_FILE],
         left_out=source.origin.get("left_out", ()),
     )
+
+
+def onnx_folder(workspace: Workspace, name: str, precision: str) -> Path:
+    """Where an ONNX export of what is called `name` goes by default."""
+    suffix = "" if precision == "fp32" else f"-{precision}"
+    return workspace.exported / f"{name}-onnx{suffix}"
 
 
 def _to_gguf(

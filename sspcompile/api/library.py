@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from sspcompile.evaluate.results import SuiteResult
     from sspcompile.model.decoder import TextModel
     from sspcompile.model.placement import Placement
-    from sspcompile.report.model import Report
+    from sspcompile.report.model import Report, RoundingSection
     from sspcompile.slicing.frontier import Frontier
     from sspcompile.slicing.mask import HeadMask
     from sspcompile.slicing.plan import SlicePlan
@@ -261,6 +261,25 @@ class Artifact:
             limits=limits,
             seed=seed,
         )
+
+    def weigh(
+        self,
+        precision: Literal["int8", "int4"] = "int4",
+        *,
+        model: Place | None = None,
+        progress: Progress = silent,
+        memory: int | str | None = None,
+        threads: int | None = None,
+    ) -> RoundingSection:
+        """Weigh it, rounded, against the dense model that is only rounded: bytes and losses, in ONNX Runtime.
+
+        On the texts that judged the build; the report gets it too. Raises InputError where ONNX Runtime is not
+        installed, and UnsupportedModelError for what it cannot compute.
+        """
+        from sspcompile.api.rounding import weigh_build
+
+        placement = _placement(memory=memory, threads=threads)
+        return weigh_build(self._named, precision, model=_text(model), placement=placement, progress=progress)
 
     def export(
         self,

@@ -9,6 +9,7 @@ from sspcompile.model.dense import DenseModel
 from sspcompile.model.placement import Place
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.proof.parity import Parity
+from sspcompile.report.model import RoundingSection
 from sspcompile.request.request import Request
 from sspcompile.select.selection import Selection
 from sspcompile.slicing.plan import SlicePlan
@@ -16,8 +17,8 @@ from sspcompile.slicing.plan import SlicePlan
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished build: what was asked, what was decided, what was written, what was proven of it and where
-    it was computed."""
+    """A finished build: what was asked, what was decided, what was written, what was proven of it, where
+    it was computed, and how it compares with rounding, where that was asked."""
 
     folder: Path
     dense: DenseModel
@@ -27,3 +28,4 @@ class Outcome:
     plan: SlicePlan
     parity: Parity
     place: Place
+    rounding: RoundingSection | None = None

@@ -71,6 +71,7 @@ def report_of(outcome: Outcome) -> Report:
         repair=_repair(outcome),
         quality=tuple(_quality(outcome)),
         sizes=_sizes(outcome),
+        rounding=outcome.rounding,
         runtimes=tuple(RuntimeRow(name=v.runtime, loads=v.loads, note=v.reason) for v in outcome.plan.runtimes),
         notes=tuple(_notes(outcome)),
         # Sorted: a toolkit just made and the same one read back list them in different orders.

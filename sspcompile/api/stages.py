@@ -48,6 +48,8 @@ from sspcompile.workspace import Workspace
 # Budgets that only the scenario, or a measurement, makes known: of the heads, and of all parameters.
 UNKNOWN_KEEP = 0.5
 UNKNOWN_SIZE = 0.85
+# Both models as stored and rounded in two precisions, and the dense one once more.
+WEIGHED = 7
 # float64 against float32, where a processor computes.
 DOUBLE = 2.0
 
@@ -195,6 +197,8 @@ def deciding(
     yield Stage("judging the repair", len(splits.guard), guard, 2)
     yield Stage("judging this build and its baselines", len(splits.judge) + len(off), judge + apart, 2 + rivals)
     probes = spread(sorted(min(PROBE_TOKENS, length + new) for length in lengths.of(splits.judge)))
+    if options.quantize is not None:
+        yield Stage("weighing what is rounded", len(splits.judge), judge, WEIGHED)
     # Layer by layer nothing is decoded. Whole models decode probes of one length by twos, the dense and the cut one.
     alike = [probes.count(length) for length in set(probes)]
     reading = (

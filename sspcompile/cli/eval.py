@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -19,10 +19,14 @@ from sspcompile.cli.options import (
     scenario_option,
     workspace,
 )
+from sspcompile.request.options import Rounded
 
 if TYPE_CHECKING:
     from sspcompile.evaluate.harness import HarnessRow
     from sspcompile.model.placement import Placement
+
+# What says which texts are asked, and how.
+OF_SUITES = ("scenario", "data", "items", "max_new_tokens", "max_tokens", "chat_template", "raw", "tasks")
 
 
 @click.command(
@@ -35,6 +39,7 @@ Examples:
   sspcompile eval exported/chemistry-helpdesk-hf --scenario chemistry-helpdesk --json
   sspcompile eval ./cut-model --against ./dense-model --data XDomainBench/scenarios
   sspcompile eval --lm-eval arc_easy,hellaswag --items 200
+  sspcompile eval artifacts/support-desk --quantize int4
 """,
 )
 @click.argument("artifact", required=False)
@@ -70,6 +75,12 @@ Examples:
     metavar="DIR",
     help="A folder with further task definitions for --lm-eval.",
 )
+@click.option(
+    "--quantize",
+    type=click.Choice(get_args(Rounded)),
+    help="Weigh a build, rounded, against its dense model that is only rounded, byte by byte, on the texts that judged "
+    "the build; its report gets it.",
+)
 @placement_options
 @json_option
 @quiet_option
@@ -87,6 +98,7 @@ def evaluate(
     seed: int,
     tasks: str | None,
     tasks_folder: Path | None,
+    quantize: Rounded | None,
     as_json: bool,
     quiet: bool,
     **given: Any,
@@ -98,6 +110,8 @@ def evaluate(
     --against any model folder; without it, the last build.
     """
     placement = placement_in(given)
+    if quantize is not None:
+        return _weigh(artifact, against, quantize, placement, as_json, quiet)
     if tasks is not None:
         rows = _harness(artifact, against, tasks, tasks_folder, items, batch_size, seed, placement)
         _print_harness(rows, as_json)
@@ -130,6 +144,30 @@ def evaluate(
     from sspcompile.report.evaluation import print_results
 
     print_results(results, Console())
+
+
+def _weigh(
+    artifact: str | None, against: str | None, precision: Rounded, placement: Placement, as_json: bool, quiet: bool
+) -> None:
+    from sspcompile.errors import InputError
+
+    given = click.get_current_context().params
+    if any(given[name] for name in OF_SUITES):
+        raise InputError(
+            "--quantize reads the texts that judged the build, as the build read them.",
+            hint="Leave out what says which texts are asked, and how.",
+        )
+    from sspcompile.api.arguments import demand, named
+    from sspcompile.api.rounding import weigh_build
+    from sspcompile.cli.progress import stages
+    from sspcompile.cli.tables import print_report
+    from sspcompile.report.json import read_report
+    from sspcompile.workspace import REPORT
+
+    built = demand(named(artifact, workspace()), "build", command="eval --quantize")
+    with stages(quiet) as progress:
+        weigh_build(built, precision, model=against, option="--against", placement=placement, progress=progress)
+    print_report(read_report(built.folder / REPORT), as_json=as_json, only=("rounding",))
 
 
 def _harness(

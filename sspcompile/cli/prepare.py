@@ -64,7 +64,8 @@ def prepare(criteria: tuple[str, ...], as_json: bool, quiet: bool, **given: Any)
     from sspcompile.model.journal import holds_work
     from sspcompile.prepare.stages import beside
     from sspcompile.prepare.toolkits import toolkit_folder, toolkit_for
-    from sspcompile.request.options import NAMES, resolve
+    from sspcompile.request.options import NAMES
+    from sspcompile.request.resolving import resolve
     from sspcompile.select.scoring import CACHED
 
     placement = placement_in(given)

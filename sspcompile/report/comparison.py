@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from sspcompile.intervals import Estimate
+from sspcompile.report.blocks import Block, Page, Table, page
 from sspcompile.report.first import Picture
 from sspcompile.report.format import change, figures, percent, size, with_interval
 from sspcompile.report.model import LatencyRow, Report, Section, Unit
-from sspcompile.report.page import Block, Page, Table, page
 from sspcompile.report.verdict import headline
 
 SCHEMA_VERSION = 1

@@ -7,7 +7,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from sspcompile.report.page import Page
+from sspcompile.report.blocks import Page
 from sspcompile.report.verdict import alarming
 
 

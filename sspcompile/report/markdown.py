@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from sspcompile.report.blocks import Block, Page, Table
 from sspcompile.report.first import FirstScreen
-from sspcompile.report.page import Block, Page, Table
 from sspcompile.report.panels import Panel
 
 SPECIAL = re.compile(r"([\\`*_\[\]|~#!])")

@@ -180,6 +180,40 @@ class SizesSection(Section):
     channel_share: float | None = None
 
 
+class RoundingRow(Section):
+    """The dense model or the cut, as an ONNX export holds it; figures against the dense model as it is stored.
+
+    `precision`: what its matrices are rounded to, in blocks of `block_size` inputs; or, where that is None, what they
+    are stored in. `weight_bytes`: of its weights on disk. `mean_kl` in nats per token; `answer_perplexity` times the
+    dense model's. `kl_above_asked`: its KL minus that of the rounded cut that was asked for, paired, None for that.
+    """
+
+    of: Literal["dense", "cut"]
+    precision: str
+    block_size: int | None = None
+    weight_bytes: int
+    mean_kl: Estimate
+    top1_agreement: Estimate
+    answer_perplexity: Estimate | None = None
+    kl_above_asked: Estimate | None = None
+
+    @property
+    def changed(self) -> Estimate:
+        """The share of next tokens that are others than the dense model's."""
+        same = self.top1_agreement
+        low, high = (None if end is None else max(0.0, 1 - end) for end in (same.high, same.low))
+        return Estimate(1 - same.value, low, high)
+
+
+class RoundingSection(Section):
+    """Cutting against rounding, in `runtime`, on so many `texts` that decided nothing. `precision`: what was asked."""
+
+    precision: Literal["int8", "int4"]
+    runtime: str
+    texts: int
+    rows: tuple[RoundingRow, ...]
+
+
 class RuntimeRow(Section):
     name: str
     loads: bool
@@ -275,6 +309,7 @@ class Report(Section):
     sizes: SizesSection | None = None
     runtimes: tuple[RuntimeRow, ...] = ()
     latency: LatencySection | None = None
+    rounding: RoundingSection | None = None
     notes: tuple[str, ...] = ()
     versions: dict[str, str] = {}
     origin: dict[str, str] = {}

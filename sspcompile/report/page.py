@@ -1,11 +1,11 @@
-"""A page as titled blocks of sentences, pictures and tables of plain text: what every renderer shows, in one order."""
+"""The page of a report: its blocks, in the order in which every renderer shows them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
-from sspcompile.report.first import FirstScreen, Picture, first_screen, heat_map, kept_units
+from sspcompile.report.blocks import Block, Page, Table, page
+from sspcompile.report.first import FirstScreen, first_screen, heat_map, kept_units
 from sspcompile.report.format import (
     change,
     clean,
@@ -20,53 +20,11 @@ from sspcompile.report.format import (
     with_interval,
 )
 from sspcompile.report.model import BudgetSection, LatencyRow, LatencySection, MaskSection, Pair, QualityRow, Report
+from sspcompile.report.rounding import rounding_table, rounding_verdict
 from sspcompile.report.verdict import alarming, verdict
 
 PROMPTS_SHOWN = 5
 PROMPT_CHARACTERS = 300
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells are cleaned text; the first column names the row."""
-
-    caption: str
-    headers: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-
-@dataclass(frozen=True)
-class Block:
-    """`key` is stable and fit for an anchor; `hint` says what a reader finds in it before it is unfolded."""
-
-    key: str
-    title: str
-    sentences: tuple[str, ...] = ()
-    tables: tuple[Table, ...] = ()
-    picture: Picture | None = None
-    hint: str = ""
-
-
-@dataclass(frozen=True)
-class Page:
-    """What a renderer takes. Every text in it is cleaned of control characters. Below a first screen the blocks are
-    details.
-    """
-
-    title: str
-    blocks: tuple[Block, ...]
-    first: FirstScreen | None = None
-
-    @property
-    def pictures(self) -> tuple[Picture, ...]:
-        """Those that have files of their own."""
-        mask = [self.first.mask] if self.first and self.first.mask else []
-        return (*mask, *(block.picture for block in self.blocks if block.picture))
-
-
-def page(title: str, blocks: Iterable[Block | None], first: FirstScreen | None = None) -> Page:
-    """A page of the blocks that are there."""
-    return Page(clean(title), tuple(_cleaned(block) for block in blocks if block is not None), first)
 
 
 def report_page(report: Report) -> Page:
@@ -78,21 +36,13 @@ def report_page(report: Report) -> Page:
         _quality(report),
         _layout(report),
         _sizes(report),
+        _rounding(report),
         _latency(report),
         _mask(report, first),
         _checks(report),
         _reproduce(report),
     )
     return page(report.title, found, first)
-
-
-def _cleaned(block: Block) -> Block:
-    tables = tuple(
-        Table(clean(t.caption), tuple(map(clean, t.headers)), tuple(tuple(map(clean, row)) for row in t.rows))
-        for t in block.tables
-    )
-    sentences = tuple(map(clean, block.sentences))
-    return Block(block.key, clean(block.title), sentences, tables, block.picture, clean(block.hint))
 
 
 def _findings(report: Report, first: FirstScreen | None) -> Block:
@@ -187,6 +137,19 @@ def _sizes(report: Report) -> Block | None:
         share += f", channels of the MLPs {percent(sizes.channel_share)}"
     table = Table("Dense and sliced", ("", "dense", "sliced", "change"), rows)
     return Block("sizes", "Size", (f"{share}.",), (table,), hint="parameters, weights and KV cache")
+
+
+def _rounding(report: Report) -> Block | None:
+    if report.rounding is None:
+        return None
+    hint = "the cut, rounded, beside the dense model that is only rounded"
+    return Block(
+        "rounding",
+        "Cutting and rounding",
+        (rounding_verdict(report.rounding),),
+        (Table(*rounding_table(report.rounding)),),
+        hint=hint,
+    )
 
 
 def _latency(report: Report) -> Block | None:

@@ -9,8 +9,8 @@ from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from sspcompile.report.blocks import Page, Table
 from sspcompile.report.first import FirstScreen
-from sspcompile.report.page import Page, Table
 from sspcompile.report.panels import Bar, Panel, in_words
 from sspcompile.report.verdict import alarming
 

@@ -16,6 +16,7 @@ from sspcompile.report.model import (
     Report,
     SizesSection,
 )
+from sspcompile.report.rounding import BETTER, rounding_verdict
 
 # Below this share of agreement more than every tenth token differs: nobody would call that the same model.
 FEW_AGREE = 0.9
@@ -23,7 +24,7 @@ FEW_AGREE = 0.9
 MUCH_ELSE = 0.25
 HEADLINE_METRICS = ("time to first token", "inter-token latency")
 SPOKEN_METRICS = (*HEADLINE_METRICS, "load", "peak resident memory", "peak device memory")
-ALARMS = ("LOSS", "FAILED", "FURTHER", "DO NOT SHIP", "FOR THIS SCENARIO ONLY", "NO MEASURABLE GAIN")
+ALARMS = ("LOSS", "FAILED", "FURTHER", "DO NOT SHIP", "FOR THIS SCENARIO ONLY", "NO MEASURABLE GAIN", BETTER)
 
 
 def verdict(report: Report) -> tuple[str, ...]:
@@ -37,6 +38,7 @@ def verdict(report: Report) -> tuple[str, ...]:
         *_baselines(report),
         *_repair(report),
         *_sizes(report),
+        *((rounding_verdict(report.rounding),) if report.rounding else ()),
         *_latency(report),
         *_scenario(report),
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sspcompile.report.blocks import Page
 from sspcompile.report.html import render_html
 from sspcompile.report.json import render_json
 from sspcompile.report.markdown import render_markdown
 from sspcompile.report.model import Report
-from sspcompile.report.page import Page, report_page
+from sspcompile.report.page import report_page
 
 
 def write_report(report: Report, folder: Path) -> tuple[Path, ...]:

@@ -6,27 +6,24 @@ and the keywords of the Python API (`keywords.py`, written by `make generated`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from sspcompile.errors import RecipeError
 from sspcompile.request.amounts import Amount, Bytes, Parameters, Shares, shares_of
-from sspcompile.request.documents import NAME_PATTERN, Text, dotted, explain, shown
+from sspcompile.request.documents import NAME_PATTERN, Text
 
 ENVIRONMENT_PREFIX = "SSPCOMPILE_"
 # Leaves the choice to the build.
 AUTO = "auto"
 # Of a hundred next tokens at most so many are others than the dense model's, where no budget is given.
 DEFAULT_MAX_LOSS = 0.05
-HINT = "See `sspcompile build --help`; --size and --keep lie in (0, 1], --strength in [0, 1], --max-loss in (0, 1)."
 # What --max-memory counts where nothing else is said: as many tokens as the model has positions, no more than these.
 DEFAULT_CONTEXT, DEFAULT_BATCH = 4096, 1
-SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 BUDGETS = ("size", "keep", "strength", "max_loss", "max_params", "max_memory", "nested")
 # Budgets of heads stand alone, and so do several sizes at once; the others hold together.
 ALONE = ("keep", "strength", "nested")
@@ -48,6 +45,7 @@ Granularity = Literal["head", "group"]
 ImportanceFrom = Literal["domains", "prompts", "auto"]
 Baselines = Literal["few", "all", "none"]
 Units = Literal["all", "heads", "layers"]
+Rounded = Literal["int8", "int4"]
 
 
 @dataclass(frozen=True)
@@ -196,6 +194,13 @@ class Options(BaseModel):
             "bias where o_proj has one."
         ),
     ] = "least-squares"
+    quantize: Annotated[
+        Rounded | None,
+        Shown(
+            "Round the finished cut too: export it to ONNX in this precision, and weigh it, byte by byte, against the "
+            "dense model that is only rounded."
+        ),
+    ] = None
     baselines: Annotated[
         Baselines,
         Shown("What the report compares with: a few cheap baselines, or all (several times the passes), or none."),
@@ -332,79 +337,3 @@ def flag(name: str) -> str:
 def variable(name: str) -> str:
     """`max_tokens` as the environment has it: `SSPCOMPILE_MAX_TOKENS`."""
     return ENVIRONMENT_PREFIX + name.upper()
-
-
-def resolve(
-    given: Mapping[str, Any],
-    *,
-    environment: Mapping[str, str],
-    recipe: Mapping[str, Any] | None = None,
-    call: Callable[[str], str] = flag,
-) -> Options:
-    """Options from what was `given` (the command line or keywords), the environment, a recipe, and the defaults.
-
-    All map names of options to values; of `given`, None and an empty tuple mean "not given", and errors call its names
-    as `call` does. Raises RecipeError that names every wrong value by where it came from.
-    """
-    sources: list[tuple[Mapping[str, Any], Callable[[str], str]]] = [
-        ({name: value for name, value in given.items() if value not in (None, ())}, call),
-        (from_environment(environment), variable),
-        (recipe or {}, str),
-    ]
-    merged: dict[str, Any] = {}
-    labels: dict[str, str] = {}
-    problems = []
-    for values, label in sources:
-        budgets = [name for name in BUDGETS if name in values]
-        if clashing(budgets):
-            problems.append(exclusive([label(name) for name in budgets]))
-        settled = set(merged)
-        if settled & set(BUDGETS):
-            settled |= set(BUDGETS)
-        if "model" in settled:  # a revision is of the model that it stands with
-            settled.add("revision")
-        for name, value in values.items():
-            if name in settled:
-                continue
-            merged[name], labels[name] = value, label(name)
-    return _checked(merged, labels, problems)
-
-
-def _checked(merged: Mapping[str, Any], labels: Mapping[str, str], problems: list[str]) -> Options:
-    try:
-        options = Options.model_validate(merged)
-    except ValidationError as error:
-        for e in error.errors(include_url=False):
-            if e["type"] == "exclusive" and problems:
-                continue
-            head = labels.get(str(e["loc"][0]), str(e["loc"][0])) if e["loc"] else "options"
-            place = dotted((head, *e["loc"][1:]))
-            problems.append(f"{place}: {explain(e, Options)}")
-    if problems:
-        raise RecipeError("The build request", problems, hint=HINT)
-    return options
-
-
-def from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
-    """The options that the environment sets. An empty variable counts as not set. Raises RecipeError."""
-    found: dict[str, Any] = {}
-    problems = []
-    for name in NAMES:
-        text = environment.get(variable(name), "").strip()
-        if not text:
-            continue
-        kind = kind_of(name)
-        if kind.multiple:
-            found[name] = tuple(part.strip() for part in text.split(",") if part.strip())
-            continue
-        if kind.switch:
-            found[name] = SWITCHES.get(text.lower(), text)
-            continue
-        try:
-            found[name] = kind.number(text) if kind.number else text
-        except ValueError:
-            wanted = "a whole number" if kind.number is int else "a number"
-            problems.append(f"{variable(name)}: must be {wanted}, not {shown(text)}")
-    if problems:
-        raise RecipeError("The environment", problems, hint=HINT)
-    return found

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from sspcompile.errors import ScenarioError
-from sspcompile.request.options import Options, flag, resolve
+from sspcompile.request.options import Options, flag
 from sspcompile.request.recipe import Recipe, ScenarioSpec, load_recipe
+from sspcompile.request.resolving import resolve
 from sspcompile.request.scenario import Scenario, read_scenario, scenario_of
 
 # An artifact's own recipe holds all prompts of a prompt file.

@@ -120,6 +120,10 @@ class Judge:
         ]
         return spread(rows)
 
+    def judged(self) -> tuple[Sentence, ...]:
+        """The texts of the scenario that decide nothing, with what the dense model is asked to foretell in them."""
+        return self._held["judge"].texts
+
     def fitted(
         self, masks: Sequence[Kept], batches: Sequence[Batch], report: Steps = no_steps
     ) -> Iterator[Repair | None]:
@@ -164,8 +168,9 @@ class HeldOut:
     def __init__(self, loaded: LoadedModel, texts: Sequence[Sentence], seed: int = 0) -> None:
         self._loaded = loaded
         self._seed = seed
+        self.texts = tuple(texts)
         self.batches = batches_of(loaded, texts)
-        self._references = [_references_of(batch, texts) for batch in self.batches]
+        self._references = [references_of(batch, texts) for batch in self.batches]
         self._dense = [scored_states(loaded, batch) for batch in self.batches]
 
     @torch.inference_mode()
@@ -182,7 +187,7 @@ class HeldOut:
         return collected.result(seed=self._seed)
 
 
-def _references_of(batch: Batch, texts: Sequence[Sentence]) -> torch.Tensor:
+def references_of(batch: Batch, texts: Sequence[Sentence]) -> torch.Tensor:
     """The next token at every scored position of a batch, [N], -1 where the text is the model's own."""
     given = torch.tensor([texts[row].reference for row in batch.rows])[:, None]
     following = batch.input_ids.roll(-1, 1).cpu()

@@ -14,6 +14,7 @@ from sspcompile.criteria.block_influence import influence_of
 from sspcompile.errors import InputError, UnsupportedModelError
 from sspcompile.families import Geometry
 from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.text import Sentence
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.progress import Progress, silent, stage_of
 from sspcompile.repair.repair import Repair
@@ -48,8 +49,8 @@ class Selection:
     `without_repair` the same of the mask alone, `with_repair` repaired where a repair was fitted, kept or not.
     `floor` says how a bound on the loss became a budget, None where the budget was given. `decision` holds the layouts
     that were measured, `tried` the masks that were compared on the way (best first, empty
-    where there was one), `baselines` what else could have been cut at this budget. `probes` are token ids
-    [prompts][tokens] of some texts that decided nothing, to prove the cut with.
+    where there was one), `baselines` what else could have been cut at this budget. `judged` are the texts that
+    decided nothing, `probes` token ids [prompts][tokens] of some of them, to prove the cut with.
     """
 
     reading: Reading
@@ -62,6 +63,7 @@ class Selection:
     decision: Decision
     tried: tuple[Tried, ...]
     baselines: tuple[Baseline, ...]
+    judged: tuple[Sentence, ...]
     probes: tuple[tuple[int, ...], ...]
 
 
@@ -102,6 +104,7 @@ def select(
         decision=found.decision,
         tried=best.tried,
         baselines=baselines_of(found.asked, costs, judge.seed),
+        judged=judge.judged(),
         probes=tuple(map(tuple, judge.probes())),
     )
 

@@ -19,24 +19,33 @@ from sspcompile.model.onnx_session import GRAPH
 DTYPE = "F32"
 
 
+def write_unrounded(decoder: Decoder, folder: Path, *, last_logits: bool = False) -> int:
+    """Write the graph that computes in fp32 with the checkpoint's own weights; gives the bytes of those.
+
+    Weights of other dtypes are read as they lie in the file and cast by the graph, so that nothing is converted; a
+    second name of the files is enough where the file system has such.
+    """
+    used = used_tensors(decoder.tensors, tied=decoder.geometry.tied)
+    shared = share_weights(used, decoder.folder, folder, link=True)
+    rotary = write_rotary(folder, decoder.frequencies, decoder.rotary_scale, decoder.positions, DTYPE)
+    graph = emit(decoder, shared, {}, rotary, DTYPE, last_logits=last_logits)
+    (folder / GRAPH).write_bytes(graph.SerializeToString())
+    return sum(info.nbytes for info in used.values())
+
+
 def prove_structure(
     decoder: Decoder, beside: Path, positions: int, run: Callable[[Path], object], *, last_logits: bool
 ) -> None:
     """Write the fp32 graph into a scratch folder in `beside`, and `run` it there.
 
-    Weights of other dtypes are read as they lie in the file and cast by the graph, so that nothing is converted; a
-    second name of the files is enough where the file system has such. `positions`: the longest text that `run` reads.
+    `positions`: the longest text that `run` reads.
 
     Raises ParityError when the graph computes something else.
     """
-    short = replace(decoder, positions=min(positions, decoder.positions))
     with tempfile.TemporaryDirectory(dir=beside) as scratch:
         folder = Path(scratch)
-        used = used_tensors(decoder.tensors, tied=decoder.geometry.tied)
-        shared = share_weights(used, decoder.folder, folder, link=True)
-        rotary = write_rotary(folder, short.frequencies, short.rotary_scale, short.positions, DTYPE)
-        graph = emit(short, shared, {}, rotary, DTYPE, last_logits=last_logits)
-        (folder / GRAPH).write_bytes(graph.SerializeToString())
+        short = replace(decoder, positions=min(positions, decoder.positions))
+        write_unrounded(short, folder, last_logits=last_logits)
         try:
             run(folder)
         except ParityError as error:

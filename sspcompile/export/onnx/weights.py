@@ -6,6 +6,7 @@ change is therefore not touched.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -118,6 +119,22 @@ def quantise(
         stored = (codes, data.append([scales], dtype, scales.shape), data.append([zeros], "U8", zeros.shape))
         found[name] = Quantised(rows, columns, bits, block_size, accuracy_level, stored)
     return found
+
+
+def data_bytes(
+    floats: Iterable[tuple[int, ...]], matrices: Iterable[tuple[int, int]], dtype: str, *, bits: int, block_size: int
+) -> int:
+    """Size of a file to which `convert` wrote tensors of the shapes `floats`, and `quantise` matrices [out, in]."""
+    width = np.dtype(NUMPY[dtype]).itemsize
+    sizes = [math.prod(shape) * width for shape in floats]
+    for rows, columns in matrices:
+        blocks = -(-columns // block_size)
+        # Codes, scales and zero points, of which a row takes whole bytes.
+        sizes += [rows * blocks * block_size * bits // 8, rows * blocks * width, rows * -(-blocks * bits // 8)]
+    end = 0
+    for size in sizes:
+        end += -end % ALIGNMENT + size
+    return end
 
 
 def _bands(info: TensorInfo, name: str, dtype: str) -> Iterator[np.ndarray]:

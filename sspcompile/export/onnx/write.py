@@ -30,6 +30,7 @@ from sspcompile.export.onnx.weights import (
     DATA_FILE,
     DataFile,
     convert,
+    data_bytes,
     quantise,
     share_weights,
     used_tensors,
@@ -233,11 +234,7 @@ def _place(
     with DataFile(folder / DATA_FILE, wrote) as data:
         if precision.bits is None:
             return convert(tensors, data, precision.dtype), {}
-        matrices = _matrices(tensors, tied=decoder.geometry.tied)
-        rounded = {name for parts in matrices.values() for name in parts}
-        # Of a tied table the embeddings are looked up in the rounded head, where its rows are whole blocks.
-        shared = not blocks.keep_embeddings and decoder.geometry.hidden % blocks.size == 0
-        rest = {n: info for n, info in tensors.items() if n not in rounded or (n == EMBEDDING and not shared)}
+        matrices, rest = _apart(decoder, tensors, blocks)
         return convert(rest, data, precision.dtype), quantise(
             matrices,
             data,
@@ -246,6 +243,34 @@ def _place(
             block_size=blocks.size,
             accuracy_level=blocks.accuracy_level,
         )
+
+
+def _apart(
+    decoder: Decoder, tensors: Mapping[str, TensorInfo], blocks: Blocks
+) -> tuple[dict[str, dict[str, TensorInfo]], dict[str, TensorInfo]]:
+    """The matrices to round, and what stays in floats."""
+    matrices = _matrices(tensors, tied=decoder.geometry.tied)
+    rounded = {name for parts in matrices.values() for name in parts}
+    # Of a tied table the embeddings are looked up in the rounded head, where its rows are whole blocks.
+    shared = not blocks.keep_embeddings and decoder.geometry.hidden % blocks.size == 0
+    return matrices, {n: info for n, info in tensors.items() if n not in rounded or (n == EMBEDDING and not shared)}
+
+
+def rounded_bytes(decoder: Decoder, precision: Precision, blocks: Blocks) -> int:
+    """Bytes of the weights as `write_graph` writes them in a rounded precision; from the headers alone.
+
+    Raises ValueError for a precision that rounds no matrices.
+    """
+    if precision.bits is None:
+        raise ValueError(f"{precision.name} rounds no matrices")
+    matrices, rest = _apart(decoder, used_tensors(decoder.tensors, tied=decoder.geometry.tied), blocks)
+    shapes = [
+        (sum(info.shape[0] for info in parts.values()), next(iter(parts.values())).shape[1])
+        for parts in matrices.values()
+    ]
+    return data_bytes(
+        [info.shape for info in rest.values()], shapes, precision.dtype, bits=precision.bits, block_size=blocks.size
+    )
 
 
 def _matrices(tensors: Mapping[str, TensorInfo], *, tied: bool) -> dict[str, dict[str, TensorInfo]]:

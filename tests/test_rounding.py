@@ -1,0 +1,209 @@
+"""`--quantize`: a cut that is rounded beside the dense model that is only rounded, byte by byte."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from builders import Shape, family_config, make_checkpoint, save_random
+
+from sspcompile.api.cost import cost_of
+from sspcompile.checkpoint import check_manifest
+from sspcompile.evaluate.rounding import COARSER, USUAL, forms_of
+from sspcompile.export.onnx.decoder import read_decoder
+from sspcompile.export.onnx.weights import DATA_FILE
+from sspcompile.export.onnx.write import PRECISIONS, Blocks, rounded_bytes, write_graph
+from sspcompile.intervals import Estimate
+from sspcompile.model.dense import open_dense
+from sspcompile.report.json import read_report
+from sspcompile.report.model import Report, RoundingRow, RoundingSection
+from sspcompile.report.page import report_page
+from sspcompile.report.rounding import BETTER, rounding_table, rounding_verdict
+from sspcompile.report.verdict import alarming, verdict
+from sspcompile.request.request import read_request
+from sspcompile.workspace import Workspace
+
+PROMPTS = [f"How much is {n} plus {n + 3}?" for n in range(32)]
+FAST = ("--max-tokens", "48", "--continuation-tokens", "4", "--baselines", "none", "-q")
+BUDGET = ("--keep", "0.5", "--criterion", "magnitude", "--layout", "per-layer")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("home")
+    make_checkpoint(home / "model", Shape(layers=2, hidden=64, kv_heads=2, group_size=2, head_dim=16, tied=True))
+    (home / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    return home
+
+
+@pytest.fixture(scope="module")
+def built(home) -> Path:
+    """A build that was rounded to int4."""
+    from sspcompile.cli.main import main
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.chdir(home)
+        main(["build", "-s", "prompts.txt", "-m", "model", "--quantize", "int4", "--out", "cut", *BUDGET, *FAST])
+    assert not stop.value.code
+    return home / "cut"
+
+
+def section_of(folder: Path) -> RoundingSection:
+    found = read_report(folder / "report.json").rounding
+    assert found is not None
+    return found
+
+
+def row_of(section: RoundingSection, of: str, precision: str) -> RoundingRow:
+    return next(row for row in section.rows if (row.of, row.precision) == (of, precision))
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("size", [16, 32, 128])
+@pytest.mark.parametrize("tied", [True, False])
+def test_bytes_of_rounded_weights_are_those_of_the_file(tmp_path, precision, size, tied):
+    """Rows that are no whole blocks, biases, and embeddings that stay in floats included."""
+    model = make_checkpoint(
+        tmp_path / "model", Shape(family="qwen2", hidden=80, kv_heads=1, group_size=3, head_dim=24, tied=tied)
+    )
+    decoder, blocks = read_decoder(model), Blocks(size)
+    (tmp_path / "out").mkdir()
+    write_graph(decoder, tmp_path / "out", PRECISIONS[precision], blocks)
+    found = (tmp_path / "out" / DATA_FILE).stat().st_size
+    assert rounded_bytes(decoder, PRECISIONS[precision], blocks) == found
+
+
+def test_the_dense_rival_has_the_finest_blocks_that_take_no_more_bytes_than_the_cut(tmp_path):
+    shape = {"hidden": 256, "layers": 2, "head_dim": 32, "kv_heads": 8, "group_size": 1, "tied": True}
+    dense = read_decoder(save_random(tmp_path / "dense", family_config("mistral", **shape)))
+    cut = read_decoder(save_random(tmp_path / "cut", family_config("mistral", **{**shape, "kv_heads": 7})))
+    rounding = PRECISIONS["int4"]
+    (rival,) = (form for form in forms_of(dense, cut, "int4") if form.blocks != USUAL)
+    most = rounded_bytes(cut, rounding, USUAL)
+    sizes = {blocks: rounded_bytes(dense, rounding, blocks) for blocks in (USUAL, *COARSER)}
+    assert rival.of == "dense" and sizes[rival.blocks] <= most
+    assert all(size > most for blocks, size in sizes.items() if blocks.size < rival.blocks.size)
+    assert all(form.blocks == USUAL for form in forms_of(dense, dense, "int4")), "equal models need no rival"
+
+
+def test_a_build_rounds_its_cut_and_weighs_what_it_wrote(home, built):
+    section = section_of(built)
+    names = {(row.of, row.precision) for row in section.rows}
+    assert names == {(of, form) for of in ("dense", "cut") for form in ("fp32", "int8", "int4")}
+    check_manifest(built)
+    exported = home / "exported" / "cut-onnx-int4"
+    assert check_manifest(exported).origin["precision"] == "int4"
+    assert row_of(section, "cut", "int4").weight_bytes == (exported / DATA_FILE).stat().st_size
+    assert not list(built.glob("tmp*")), "what was written to be weighed is gone"
+
+
+def test_unrounded_rows_are_what_transformers_measured_on_the_same_texts(built):
+    """The dense model has no loss, the cut that of the build; so texts, reference and graph are the right ones."""
+    section, report = section_of(built), read_report(built / "report.json")
+    dense, cut = row_of(section, "dense", "fp32"), row_of(section, "cut", "fp32")
+    assert (dense.mean_kl.value, dense.top1_agreement.value) == (0, 1)
+    ours = report.quality[0]
+    assert cut.mean_kl.value == pytest.approx(ours.mean_kl.value, rel=1e-4)
+    assert cut.top1_agreement.value == pytest.approx(ours.top1_agreement.value, abs=1e-6)
+    losses = [row_of(section, "dense", form).mean_kl.value for form in ("int8", "int4")]
+    assert 0 < losses[0] < losses[1], "fewer bits lose more"
+
+
+def test_differences_are_paired_with_the_rounded_cut(built):
+    section = section_of(built)
+    ours = row_of(section, "cut", "int4")
+    assert ours.kl_above_asked is None
+    for row in section.rows:
+        if row is not ours:
+            gap = row.mean_kl.value - ours.mean_kl.value
+            assert row.kl_above_asked.value == pytest.approx(gap, abs=1e-9)
+
+
+def test_a_finished_build_is_weighed_on_the_same_texts(home, built, run, monkeypatch):
+    monkeypatch.chdir(home)
+    before = section_of(built)
+    code, out, err = run("eval", "cut", "--quantize", "int4", "--json", "-q")
+    assert (code, err) == (0, "")
+    again = section_of(built)
+    assert again == before and json.loads(out)["rounding"]["precision"] == "int4"
+    check_manifest(built)
+    code, out, _ = run("eval", "cut", "--quantize", "int8", "-q")
+    assert code == 0 and section_of(built).precision == "int8" and "cut, int8" in out
+    built_report = read_report(built / "report.json")
+    assert rounding_verdict(section_of(built)) in verdict(built_report)
+    (block,) = (block for block in report_page(built_report).blocks if block.key == "rounding")
+    assert block.sentences == (rounding_verdict(section_of(built)),)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (("eval", "cut/model", "--quantize", "int4"), 2, "does not take it"),
+        (("eval", "cut", "--quantize", "int4", "--items", "3"), 2, "as the build read them"),
+        (("build", "-s", "prompts.txt", "-m", "model", "--quantize", "int4", "--out", "other/cut"), 2, "exists and is"),
+        (("build", "-s", "prompts.txt", "-m", "bent", "--quantize", "int4", "--out", "bent-cut"), 2, "ONNX"),
+    ],
+)
+def test_what_cannot_be_rounded_is_refused_before_any_work(home, built, run, monkeypatch, words, code, told):
+    monkeypatch.chdir(home)
+    if not (home / "bent").exists():
+        save_random(home / "bent", family_config("starcoder2"))
+    found = run(*words, *(BUDGET if words[0] == "build" else ()), "-q")
+    assert found[0] == code and found[1] == "" and told in found[2] and found[2].count("\n") == 1, found
+    assert not (home / "other").exists() and not (home / "bent-cut").exists()
+
+
+def test_the_cost_of_weighing_is_foretold(home):
+    given = {"model": str(home / "model"), "keep": 0.5, "criterion": "magnitude", "baselines": "none"}
+    dense, names = open_dense(str(home / "model")), []
+    for more in ({}, {"quantize": "int4"}):
+        cost = cost_of(read_request(str(home / "prompts.txt"), given | more, {}), dense, Workspace(home / "cost"))
+        names.append({stage.name for stage in cost.stages})
+    assert names[1] - names[0] == {"weighing what is rounded"}
+
+
+def row(of: str, precision: str, nbytes: int, kl: float, gap: tuple[float, float] | None = None, block: int = 32):
+    stored = precision == "bf16"
+    return RoundingRow(
+        of=of,
+        precision=precision,
+        block_size=None if stored else block,
+        weight_bytes=nbytes,
+        mean_kl=Estimate(kl),
+        top1_agreement=Estimate(1 - kl, max(0.0, 0.9 - kl), 1.0),
+        kl_above_asked=Estimate(sum(gap) / 2, *gap) if gap else None,
+    )
+
+
+CUT = row("cut", "int4", 90, 0.3)
+DENSE = (row("dense", "bf16", 400, 0), row("dense", "int8", 200, 0.01, (-0.4, -0.2)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ((row("dense", "int4", 100, 0.1, (-0.3, -0.1)),), "No dense model that was only rounded is as small"),
+        ((row("dense", "int4", 90, 0.1, (-0.3, -0.1)),), BETTER),
+        ((row("dense", "int4", 90, 0.31, (-0.01, 0.03)),), BETTER),
+        ((row("dense", "int4", 80, 0.5, (0.1, 0.3)),), "lies below the line"),
+        ((row("dense", "int4", 100, 0.1, (-0.3, -0.1)), row("dense", "int4", 85, 0.4, (0.05, 0.2), 128)), "below"),
+        ((row("dense", "int4", 100, 0.1, (-0.3, -0.1)), row("dense", "int4", 85, 0.2, (-0.2, 0.0), 128)), BETTER),
+        ((row("dense", "int4", 90, 0.1),), "Too few texts"),
+    ],
+)
+def test_the_verdict_follows_bytes_and_paired_intervals(rows, expected):
+    section = RoundingSection(precision="int4", runtime="ONNX Runtime", texts=20, rows=(*DENSE, *rows, CUT))
+    told = rounding_verdict(section)
+    assert expected in told and alarming(told) == (expected == BETTER)
+    report = Report(title="x", rounding=section)
+    assert told in verdict(report)
+    (block,) = (block for block in report_page(report).blocks if block.key == "rounding")
+    assert told in block.sentences and len(block.tables[0].rows) == len(section.rows)
+
+
+def test_the_table_goes_from_the_largest_to_the_smallest_and_names_other_blocks():
+    rows = (*DENSE, row("dense", "int4", 85, 0.4, (0.05, 0.2), 128), CUT)
+    _, headers, cells = rounding_table(RoundingSection(precision="int4", runtime="r", texts=20, rows=rows))
+    assert [one[0] for one in cells] == ["dense, bf16", "dense, int8", "cut, int4", "dense, int4 in blocks of 128"]
+    assert len(headers) == 5 and all(len(one) == 5 for one in cells)
