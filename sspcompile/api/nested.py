@@ -80,7 +80,10 @@ def build_nested(
         loaded = dense.load(placement=placement, rendering=rendering_of(request.options))
         demand_readable(loaded, request.scenario.prompts, request.options.max_tokens)
         smallest = one_size(request, request.options.shares[-1])
-        toolkit, _ = toolkit_for(dense, loaded, smallest.options, workspace, progress, cached_keys(smallest))
+        asked = cached_keys(smallest)
+        toolkit, _ = toolkit_for(
+            dense, loaded, smallest.options, workspace, progress, asked, scenario=smallest.scenario
+        )
         members = []
         with keeping(journal):
             dtype = refitted_dtype(dense.checkpoint)
