@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from pathlib import Path
 
 import psutil
@@ -13,6 +15,26 @@ MEMORY_FILES = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
 )
+
+
+# Of glibc's <malloc.h>: blocks of so many bytes and more are mapped one by one.
+M_MMAP_THRESHOLD = -3
+MAPPED_BYTES = 4 << 20
+
+
+def give_memory_back() -> None:
+    """From here on every large block that this process frees goes back to the system at once.
+
+    glibc keeps blocks of up to 32 MB once it has seen a larger one freed. Activations of batches of all lengths are of
+    that size, and leave holes that nothing fits into: 0.8 GB of a build of 1.2 B parameters. To map each anew takes
+    about a tenth of the time, so this is for processes that promised to stay below a limit. Whoever has set the size
+    is not overruled; without glibc nothing happens.
+    """
+    if "MALLOC_MMAP_THRESHOLD_" in os.environ or not sys.platform.startswith("linux"):
+        return
+    adjust = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    if adjust is not None:
+        adjust(M_MMAP_THRESHOLD, MAPPED_BYTES)
 
 
 def usable_cores(cgroup: Path = CGROUP) -> int:

@@ -188,6 +188,34 @@ def test_threads_sleep_unless_the_user_said_how_they_wait():
         assert done.stdout.strip() == expected
 
 
+HOLES = """
+import sys, numpy as np
+from sspcompile.machine import give_memory_back, resident_bytes
+if sys.argv[1] == "bounded":
+    give_memory_back()
+del_one = np.ones(3 << 20)  # 24 MB: from here on glibc keeps what is smaller
+del del_one
+before, held = resident_bytes(), [np.ones(1 << 20) for _ in range(40)]
+full = resident_bytes() - before
+held[::2] = [None] * 20
+print(full, resident_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc alone keeps what is freed in this way")
+def test_a_process_below_a_limit_keeps_no_holes():
+    found = {}
+    for kind in ("bounded", "free"):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+        done = subprocess.run(
+            [sys.executable, "-c", HOLES, kind], capture_output=True, text=True, check=True, env=environment
+        )
+        full, left = map(int, done.stdout.split())
+        assert full > 300e6
+        found[kind] = left / full
+    assert found["bounded"] < 0.6 < 0.9 < found["free"]
+
+
 def test_a_container_bounds_cores_and_memory(tmp_path):
     cores, free = usable_cores(tmp_path), free_memory(tmp_path)
     assert cores >= 1 and free > 0

@@ -12,6 +12,7 @@ from torch import nn
 from sspcompile.checkpoint.settings import read_generation, read_json
 from sspcompile.errors import ArtifactError, CheckpointError
 from sspcompile.families import family_of, geometry_of
+from sspcompile.machine import give_memory_back
 from sspcompile.model.chat import PLAIN, Rendering
 from sspcompile.model.decoder import LoadedModel, TextModel
 from sspcompile.model.opening import computing_in, open_model, open_tokenizer, readable
@@ -52,6 +53,8 @@ def _placed(
     """The model of a folder where it is to be computed, in evaluation mode; what does not fit there stays on disk."""
     place = resolve(placement, dtype)
     use_threads(placement)
+    if place.limited:
+        give_memory_back()
     resident = None if place.device_map is not None else layers_that_fit(path, place)
     if resident is not None:
         return open_streaming(path, place, resident, attention, trust_remote_code=trust_remote_code)
