@@ -351,6 +351,7 @@ def test_a_build_removes_whole_layers_and_says_so_everywhere(run, tmp_path: Path
     assert 0.8 - 1 / 8 < plan["parameters"]["sliced"] / plan["parameters"]["dense"] <= 0.8
     assert not plan["custom_code"] and mask["criterion"].startswith("block-influence")
     assert len(mask["scenario"]["tried"]) > 1
+    assert report["layout"]["reason"] == "layers that stay whole have one shape"
     assert {row["name"] for row in report["quality"]} >= {"this build", "random layers, first layer kept"}
     assert (
         "layer removed" in run("inspect", "cut")[1] and "removed whole" in (tmp_path / "cut" / "mask.svg").read_text()

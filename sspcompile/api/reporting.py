@@ -153,7 +153,9 @@ def _layout(outcome: Outcome) -> LayoutSection:
         for layout, candidate in decision.candidates.items()
     )
     cost = decision.uniform_cost
-    if cost is None:
+    if outcome.request.options.removes_layers:
+        reason = "layers that stay whole have one shape"
+    elif cost is None:
         reason = "the only layout asked for, or the only one that a class can hold"
     elif decision.chosen.layout == "uniform":
         reason = "the uniform layout costs nothing measurable here, and loads with stock classes"
