@@ -171,8 +171,8 @@ def cell(run: Run, part: str, folder: Path, case: Case) -> dict[str, str]:
 
 
 def until_end(tokens: list[int], end: int) -> list[int]:
-    """Some runtimes stop at the end token, others go on."""
-    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+    """Some runtimes go on behind the end token, some stop with it, and some keep it to themselves."""
+    return tokens[: tokens.index(end)] if end in tokens else tokens
 
 
 def main(environment: str, folder: Path) -> int:
