@@ -1,6 +1,6 @@
 """Run the cases of write.py in every runtime of an environment: `python tests/runtimes/check.py ENVIRONMENT FOLDER`.
 
-Writes benchmarks/results/runtimes/ENVIRONMENT.json, and ends with 1 where a case failed. A case is "same text" where
+Writes benchmarks/results/runtimes/ENVIRONMENT.json, and ends with 1 where a cut failed. A case is "same text" where
 the runtime loads it and writes what transformers wrote, up to the end token. Only main and gguf have sspcompile.
 """
 
@@ -21,6 +21,8 @@ from typing import Any
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "runtimes"
 SAME, FAILED, NOT_RUN = "same text", "failed", "not run"
+# A dense model is as transformers 5 saved it: where another runtime does not read that, no cut is at fault.
+DENSE = "dense"
 Case = dict[str, Any]
 Texts = list[list[int]]
 
@@ -162,8 +164,7 @@ def cell(run: Run, part: str, folder: Path, case: Case) -> dict[str, str]:
     except Refused as error:
         return {"result": NOT_RUN, "reason": str(error)}
     except Exception as error:  # noqa: BLE001 (whatever a runtime raises: that is what the table is about)
-        lines = str(error).strip().splitlines() or [""]
-        return {"result": FAILED, "reason": f"{type(error).__name__}: {lines[0]:.200}"}
+        return {"result": FAILED, "reason": f"{type(error).__name__}: {' '.join(str(error).split()):.200}".rstrip(".")}
     pairs = zip(found, case["answers"], strict=True)
     if all(until_end(mine, case["end"]) == until_end(theirs, case["end"]) for mine, theirs in pairs):
         return {"result": SAME}
@@ -171,8 +172,8 @@ def cell(run: Run, part: str, folder: Path, case: Case) -> dict[str, str]:
 
 
 def until_end(tokens: list[int], end: int) -> list[int]:
-    """Some runtimes stop at the end token, others go on."""
-    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+    """Some runtimes go on behind the end token, some stop with it, and some keep it to themselves."""
+    return tokens[: tokens.index(end)] if end in tokens else tokens
 
 
 def main(environment: str, folder: Path) -> int:
@@ -196,7 +197,7 @@ def main(environment: str, folder: Path) -> int:
     (RESULTS / f"{environment}.json").write_text(json.dumps(result, indent=1) + "\n")
     counts = {name: sum(one["result"] == name for one in cells) for name in (SAME, FAILED, NOT_RUN)}
     print(f"{environment}: {', '.join(f'{count} {name}' for name, count in counts.items())}")
-    return 1 if counts[FAILED] else 0
+    return 1 if any(one["result"] == FAILED and one["layout"] != DENSE for one in cells) else 0
 
 
 if __name__ == "__main__":

@@ -46,9 +46,10 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     absent = [PLANNED[name] for name in ENVIRONMENTS if name not in ran]
     told = [
         f"Each cell was run: the model loads, and its greedy text is that of transformers. “5 of 5” are {_words()}; "
-        f"tiny random models of four layers ({dates}; `make test-runtimes`)."
+        f"tiny random models of four layers ({dates}; `make test-runtimes`). The dense ones are as "
+        "transformers 5 saved them."
     ]
-    told += [f"Not run yet: {', '.join(absent)}."] if absent else []
+    told += [f"Not run yet: {'; '.join(absent)}."] if absent else []
     told += [f"{number}. {reason}" for reason, number in notes.items()]
     return "\n".join([*told[: 1 + bool(absent)], "", *lines, "", *told[1 + bool(absent) :]]).rstrip() + "\n"
 
@@ -69,8 +70,8 @@ def _cell(cells: Sequence[Mapping[str, str]], runtime: str, family: str, notes: 
     for reason, names in others.items():
         where = "" if len(names) == len(own) else f" ({', '.join(names)})"
         note = f"{reason}{where}."
-        marks.append(f"[{notes.setdefault(note, len(notes) + 1)}]")
-    return f"{len(same)} of {len(own)}" + (f" {''.join(marks)}" if marks else "")
+        marks.append(str(notes.setdefault(note, len(notes) + 1)))
+    return f"{len(same)} of {len(own)}" + (f" (note {', '.join(marks)})" if marks else "")
 
 
 def page(text: str, found: Sequence[Mapping[str, Any]]) -> str:
