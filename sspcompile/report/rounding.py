@@ -6,6 +6,7 @@ from sspcompile.report.format import percent, size, with_interval
 from sspcompile.report.model import RoundingRow, RoundingSection
 
 BETTER = "ROUNDING ALONE IS THE BETTER DEAL"
+AS_GOOD = "ROUNDING ALONE DOES AS WELL"
 # What the exporter does where nothing else is said, and what therefore goes without saying.
 USUAL_BLOCK = 32
 
@@ -36,7 +37,9 @@ def rounding_verdict(section: RoundingSection) -> str:
     paired = f"text by text {with_interval(gap)} above the cut's"
     if gap.low > 0:
         return f"Rounded, the cut lies below the line of dense models that are only rounded: {told}, {paired}."
-    return f"{BETTER}: {told}, not measurably more than the cut ({paired})."
+    if gap.high < 0:
+        return f"{BETTER}: {told}, {paired}."
+    return f"{AS_GOOD}: {told}, not measurably more or less than the cut ({paired})."
 
 
 def _told(row: RoundingRow) -> str:

@@ -16,7 +16,7 @@ from sspcompile.report.model import (
     Report,
     SizesSection,
 )
-from sspcompile.report.rounding import BETTER, rounding_verdict
+from sspcompile.report.rounding import AS_GOOD, BETTER, rounding_verdict
 
 # Below this share of agreement more than every tenth token differs: nobody would call that the same model.
 FEW_AGREE = 0.9
@@ -24,7 +24,10 @@ FEW_AGREE = 0.9
 MUCH_ELSE = 0.25
 HEADLINE_METRICS = ("time to first token", "inter-token latency")
 SPOKEN_METRICS = (*HEADLINE_METRICS, "load", "peak resident memory", "peak device memory")
-ALARMS = ("LOSS", "FAILED", "FURTHER", "DO NOT SHIP", "FOR THIS SCENARIO ONLY", "NO MEASURABLE GAIN", BETTER)
+ALARMS = (
+    *("LOSS", "FAILED", "FURTHER", "DO NOT SHIP", "FOR THIS SCENARIO ONLY", "NO MEASURABLE GAIN"),
+    *(AS_GOOD, BETTER),
+)
 
 
 def verdict(report: Report) -> tuple[str, ...]:
