@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.build import build, foretell
+from benchmarks.build import build, foretell, write_prompts
 
 PROMPTS = 48
 # Standard deviation of the weights.
@@ -139,15 +139,18 @@ def main(
             home.mkdir(parents=True, exist_ok=True)
             write(SHAPES[shape], home / "model", tokenizer)
         size = sum(path.stat().st_size for path in (home / "model").glob("*.safetensors"))
-        questions = [
-            {
-                "prompt": f"A box holds {n} red and {2 * n + 1} blue balls. How many are there?",
-                "answer": f"There are {3 * n + 1} balls.",
-            }
-            for n in range(prompts)
-        ]
+        write_prompts(
+            home / "boxes.jsonl",
+            [
+                (
+                    f"A box holds {n} red and {2 * n + 1} blue balls. How many are there?",
+                    f"There are {3 * n + 1} balls.",
+                )
+                for n in range(prompts)
+            ],
+        )
         stated = {} if recognise else {"domains": {DOMAIN: 1.0}}
-        scenario = {"prompts": questions, **stated}
+        scenario = {"prompts_file": "boxes.jsonl", **stated}
         recipe = {"schema_version": 1, "name": "boxes", "description": "Short questions", "scenario": scenario}
         (home / "boxes.yaml").write_text(json.dumps(recipe), "utf-8")
         foretold = foretell(str(home / "model"), "boxes.yaml", home, keep, words)

@@ -185,7 +185,7 @@ BAD = {
     "recipe errors at once": (
         ("build", "--scenario", "{in}/bad.yaml"),
         2,
-        ("4 errors", "kept", "layout", "keep", "exactly one of"),
+        ("4 errors", "kept", "layout", "keep", "needs text, prompts or prompts_file"),
     ),
     "recipe errors when validated": (("recipe", "validate", "{in}/bad.yaml"), 2, ("4 errors", "kept", "layout")),
     "recipe that is no YAML": (("build", "--scenario", "{in}/notyaml.yaml"), 2, ("notyaml.yaml",)),
