@@ -18,7 +18,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 # Two test processes: as many as the smallest machine that this is meant for has cores.
 WORKERS ?= 2
 
-.PHONY: demo demo-llm test audit test-compat test-oldest test-pythons test-optimum test-vllm test-gguf test-runtimes test-browser screenshots fuzz test-kills test-wheel test-shapes test-lm-eval generated docs lint format train bench-compile bench-prepare \
+.PHONY: demo demo-llm test test-whole audit test-compat test-oldest test-pythons test-optimum test-vllm test-gguf test-runtimes test-browser screenshots fuzz test-kills test-wheel test-shapes test-lm-eval generated docs lint format train bench-compile bench-prepare \
 	bench-quality bench-slice bench-onnx bench-gguf bench-bench bench-build bench-scores bench-real bench-repairs bench-rounding bench-recognition bench-large clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -42,7 +42,10 @@ demo-llm: $(VENV)/.done  ## The same on a real model of 135 M parameters, which 
 	$(BIN)/sspcompile bench --quick
 
 test: $(VENV)/.done lint  ## The suite: no network beyond the package registries, no GPU.
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not whole"
+
+test-whole: $(VENV)/.done  ## Whole paths of users: every command of the README, sweeps, torchrun, the example in Python.
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m whole
 
 $(AUDIT)/.done:
 	$(PYTHON) -m venv $(AUDIT)

@@ -42,11 +42,15 @@ class InputError(SspError):
 class RecipeError(InputError):
     """A recipe or the options of a build have errors; `problems` lists all of them, each with its place."""
 
+    # So many are told in the one line; a file of prompts in a wrong form has as many as lines.
+    TOLD = 16
     EXAMPLE = "Run `sspcompile recipe show NAME` for a complete example."
 
     def __init__(self, source: str, problems: list[str], *, hint: str = EXAMPLE) -> None:
         count = "1 error" if len(problems) == 1 else f"{len(problems)} errors"
-        super().__init__(f"{source} has {count}: " + "; ".join(problems) + ".", hint=hint)
+        rest = len(problems) - self.TOLD
+        told = [*problems[: self.TOLD], *([f"and {rest} more"] if rest > 0 else [])]
+        super().__init__(f"{source} has {count}: {'; '.join(told)}.", hint=hint)
         self.problems = problems
 
 

@@ -112,6 +112,7 @@ def test_artifacts_of_different_models_are_not_measured_together(run, home):
     assert code == 2 and "not cut from the same model" in err
 
 
+@pytest.mark.whole
 def test_an_interrupted_measurement_goes_on_unless_its_input_changed(home):
     """Killed after its first session, it takes the others only; another artifact of the same name begins anew."""
     shutil.copytree(home / "artifacts" / "uniform", home / "artifacts" / "again")
@@ -182,6 +183,7 @@ def test_compare_shows_builds_side_by_side_and_writes_pages(run, home):
     assert run("compare", "none")[0] == 2
 
 
+@pytest.mark.whole
 def test_a_sweep_builds_measures_and_draws_the_frontier_and_goes_on_where_it_stopped(run, home):
     args = (*BUILD, "--layout", "per-layer", "--sweep", "keep=0.5:1:0.5", "--out", "artifacts/sweep")
     code, out, err = run(*args, "--json")

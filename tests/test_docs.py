@@ -193,6 +193,7 @@ def test_the_export_format_of_the_recipe_writes_every_tensor_into_one_file(tmp_p
         code["export_single"](artifact, artifact / "out")
 
 
+@pytest.mark.whole
 def test_the_example_runs_and_finds_its_build_again(tmp_path):
     ran = [
         subprocess.run(

@@ -103,6 +103,7 @@ def test_branch_that_moves_on_does_not_take_an_artifact_along(home, run, dense, 
         assert run("verify", "cut", "--layerwise")[0] == 0
 
 
+@pytest.mark.whole
 def test_build_of_a_revision_says_so_and_is_measured_against_it(tiny, home, run, older, tmp_path, monkeypatch):
     monkeypatch.setenv("SSPCOMPILE_MODEL", "org/tiny")
     monkeypatch.setenv("SSPCOMPILE_REVISION", "v1")

@@ -81,6 +81,7 @@ def test_two_processes_go_on_with_what_one_had_measured(model, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in times} == times, "nothing is measured twice"
 
 
+@pytest.mark.whole
 def test_prepare_under_torchrun_writes_one_toolkit_equal_to_that_of_one_process(model, tmp_path):
     options = ("prepare", "--model", model, "--criterion", "subspace", "--max-tokens", 16, "--json")
     options = (*options, "--continuation-tokens", 1)

@@ -79,6 +79,7 @@ def folder(tmp_path_factory) -> Path:
     return place
 
 
+@pytest.mark.whole
 def test_every_command_of_the_readme_runs(folder):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     ran = 0

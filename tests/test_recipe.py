@@ -127,6 +127,13 @@ def test_scenario_must_be_one_usable_form(tmp_path: Path, scenario: str, expecte
     assert any(expected in problem for problem in problems(tmp_path, text))
 
 
+def test_hundreds_of_errors_are_told_in_a_line_that_can_be_read(tmp_path: Path) -> None:
+    text = f"schema_version: 1\nname: a\ndescription: b\nscenario: {{prompts: {list(range(300))}}}\n"
+    with pytest.raises(RecipeError, match=r"has 300 errors: .*prompts\[15\].*; and 284 more\.") as caught:
+        load_text(tmp_path, text)
+    assert len(caught.value.problems) == 300 and "prompts[16]" not in str(caught.value)
+
+
 def test_every_missing_required_key_is_named(tmp_path: Path) -> None:
     found = problems(tmp_path, "keep: 0.5\n")
     assert found == [f"{key}: is missing" for key in ("schema_version", "name", "description", "scenario")]

@@ -102,6 +102,7 @@ def test_a_shape_that_no_class_holds_is_left_out():
     assert not masks_of(mine, "uniform", NOBODY, 0.5, 4, holds=lambda _: False)
 
 
+@pytest.mark.whole
 def test_default_build_records_what_it_tried_and_a_named_criterion_tries_nothing(tmp_path):
     make_checkpoint(tmp_path / "model", Shape(layers=2, hidden=64, kv_heads=4, group_size=2, head_dim=16))
     build = (

@@ -227,6 +227,7 @@ def test_a_build_by_size_keeps_no_more_and_is_what_was_proven(run: Run, at: Path
     assert "MLP (of 256)" in run("inspect", "cut")[1]
 
 
+@pytest.mark.whole
 def test_a_size_of_heads_alone_leaves_the_mlps_whole(run: Run, at: Path):
     asked = ("--size", 0.85, "--units", "heads")
     code, _, err = run("build", "--scenario", "finance-desk", *asked, "--out", "cut", *FAST)

@@ -130,6 +130,7 @@ def test_offline_means_that_nothing_is_asked_for_a_hub_name_either(home):
     assert "huggingface.co" in asked(home)
 
 
+@pytest.mark.whole
 def test_code_of_others_runs_with_the_flag_only(built, tmp_path):
     """A checkpoint that brings a class of its own, and an artifact whose modeling file was changed."""
     theirs, proof = tmp_path / "theirs", tmp_path / "ran"
