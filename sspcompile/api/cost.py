@@ -126,7 +126,7 @@ def _first(items: Sequence[Sentence], tokens: int) -> Sequence[Sentence]:
 def _speed(loaded: LoadedModel, sample: Sequence[Prompt]) -> tuple[float, float]:
     """Seconds of a forward pass per token beside those of a step, and of a decoding step of a batch.
 
-    Each is the better of two.
+    Each is the better of two, and one has to do where weights are read for seconds from disk each time.
     """
     every = sentences(loaded.tokenizer, sample, loaded.positions or BATCH_TOKENS, loaded.rendering)
 
@@ -137,11 +137,12 @@ def _speed(loaded: LoadedModel, sample: Sequence[Prompt]) -> tuple[float, float]
     few = _first(every, LEAST_TOKENS)
     short = batches_of(loaded, few)
     forward(short)  # warm
-    rate = sum(len(item.ids) for item in few) / _seconds(partial(forward, short))
+    first = _seconds(partial(forward, short))
+    rate, repeats = sum(len(item.ids) for item in few) / first, 2 if first < SAMPLE_SECONDS else 1
     items = _first(every, max(LEAST_TOKENS, int(rate * SAMPLE_SECONDS)))
     batches = batches_of(loaded, items)
-    passed = min(_seconds(partial(forward, batches)) for _ in range(2))
-    one, several = (min(_seconds(partial(greedy, loaded, few, n)) for _ in range(2)) for n in (1, 1 + STEPS))
+    passed = min(_seconds(partial(forward, batches)) for _ in range(repeats))
+    one, several = (min(_seconds(partial(greedy, loaded, few, n)) for _ in range(repeats)) for n in (1, 1 + STEPS))
     step = min(max(0.0, several - one) / STEPS, passed / (2 * len(batches)))
     return (passed - len(batches) * step) / sum(len(item.ids) for item in items), step
 
