@@ -89,6 +89,8 @@ def test_the_artifact_is_whole_and_its_members_are_nested_and_measured(inside):
         assert (small.heads <= large.heads).all()
         assert large.channels is None or (small.channels <= large.channels).all()
     assert any(one.repair for one in nested.members), "something is repaired"
+    held = sum(path.stat().st_size for path in Path("nested/model").rglob("*.safetensors"))
+    assert held <= 1.15 * nested.members[0].weight_bytes + 4096 * len(SHARES), "within the budget, but for headers"
     assert not [path for path in Path().iterdir() if path.name.startswith(".")], "nothing is left of the proofs"
 
 

@@ -89,7 +89,7 @@ def build_nested(
             dtype = refitted_dtype(dense.checkpoint)
             chosen, judge = choose_members(request, toolkit, loaded, dtype=dtype, progress=progress)
             for size, found in zip(chosen.sizes, measured(chosen, judge), strict=True):
-                members.append(add_member(folder, dense.checkpoint, chosen.order, size, found.repair, found.cost))
+                members.append(add_member(folder, dense.checkpoint, size, found.repair, found.cost))
                 del found
         del loaded, judge  # the proof takes as much memory again
         nested = index_of(dense.checkpoint.geometry, chosen.order, members)
