@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from sspcompile.bench.drafting import PROPOSED, measure_draft
 from sspcompile.checkpoint import Checkpoint, write_manifest
 from sspcompile.errors import InputError, ParityError, UnsupportedModelError
 from sspcompile.families import geometry_of
@@ -281,11 +282,31 @@ def test_the_smallest_size_is_a_draft_for_the_largest_over_the_same_weights(made
     draft = model.at(0.7)
     assert (model.size, draft.size) == (1.0, 0.7)
     whole = {parameter.data_ptr() for parameter in (*model.parameters(), *refitted_of(model))}
-    assert {parameter.data_ptr() for parameter in draft.parameters()} <= whole, "nothing is copied"
+    assert {tensor.data_ptr() for tensor in (*draft.parameters(), *refitted_of(draft))} <= whole, "nothing is copied"
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 258}
     plain = model.generate(IDS, **settings)
     assert model.generate(IDS, assistant_model=draft, **settings).equal(plain)
     assert model.size == 1.0
+
+
+@pytest.mark.parametrize("made", ["llama"], indirect=True)
+def test_accepted_tokens_of_a_draft_are_those_that_the_whole_writes_itself(made):
+    model = switchable(made, torch.float32)
+    prompt, device, count = IDS[0].tolist(), torch.device("cpu"), 17
+    itself = measure_draft(model, model.at(1.0), prompt, new_tokens=count, repeats=1, device=device)
+    assert itself.accepted == itself.proposed and itself.passes == 3 and itself.same_text, "6, 6 and 5 tokens"
+    draft = model.at(0.7)
+    found = measure_draft(model, draft, prompt, new_tokens=count, repeats=1, device=device)
+    settings = {"do_sample": False, "pad_token_id": 258}
+    written = model.generate(IDS, max_new_tokens=count, **settings)[0].tolist()
+    settled, proposed, accepted = len(prompt), 0, 0
+    while settled < len(written):
+        number = min(PROPOSED, len(written) - settled - 1)
+        ids = torch.tensor([written[:settled]])
+        guesses = draft.generate(ids, max_new_tokens=number, **settings)[0].tolist()[settled:] if number else []
+        right = next((at for at in range(number) if guesses[at] != written[settled + at]), number)
+        proposed, accepted, settled = proposed + number, accepted + right, settled + right + 1
+    assert (found.proposed, found.accepted, found.same_text) == (proposed, accepted, True)
 
 
 def refitted_of(model):

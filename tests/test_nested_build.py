@@ -125,7 +125,7 @@ def test_the_curve_is_shown_by_inspect_and_plan(run, inside):
 
 
 def test_what_takes_one_model_says_how_to_cut_one_out(run, inside, tmp_path):
-    for command in (("bench", "nested"), ("eval", "nested"), ("export", "nested"), ("compare", "nested", "nested")):
+    for command in (("eval", "nested"), ("export", "nested"), ("compare", "nested", "nested")):
         refused(run(*command), 2, "several sizes", "sspcompile slice --from nested --size")
     refused(run("slice", "--from", "nested", "--size", "0.1", "--out", tmp_path / "x"), 3, "0.7", "--size 0.1")
     refused(run("slice", "--from", "model", "--size", "0.5", "--out", tmp_path / "x"), 2, "nested artifact")
@@ -134,6 +134,22 @@ def test_what_takes_one_model_says_how_to_cut_one_out(run, inside, tmp_path):
     refused(run("slice", "--from", "nested", "--size", "0.7", "--out", "nested/x"), 2, "inside")
     refused(run("plan", "--model", "model", "--nested", "1,0.8"), 2, "--size 0.8")
     refused(run("build", "--scenario", SCENARIO, "--model", "model", "--nested", "0.01"), 3, "nearest feasible")
+
+
+def test_bench_measures_the_smallest_member_as_a_draft(run, inside):
+    code, text, err = run("bench", "nested", "--new-tokens", "10", "--repeats", "1", "--json", "--quiet")
+    assert code == 0, err
+    found = json.loads(text)
+    assert found["draft"] == 0.7 and found["new_tokens"] == 10 and len(found["texts"]) > 1
+    for one in found["texts"]:
+        assert 0 <= one["accepted"] <= one["proposed"] and one["accepted"] + one["passes"] == 10 and one["same_text"]
+    assert found["acceptance"]["value"] == sum(one["accepted"] for one in found["texts"]) / sum(
+        one["proposed"] for one in found["texts"]
+    )
+    code, text, err = run("bench", "nested", "--quick", "--new-tokens", "4")
+    assert code == 0 and "of the proposed tokens" in text and "tokens/s" in text, err
+    refused(run("bench", "nested", "--runtimes", "onnx"), 2, "--runtimes", "slice --from nested")
+    refused(run("bench", "nested", "--memory", "1GB"), 2, "--memory")
 
 
 def test_verify_finds_a_unit_in_the_wrong_place(run, inside, tmp_path):

@@ -75,6 +75,16 @@ def in_dense_order(
     return found
 
 
+def demand_class(model: Path) -> None:
+    """Raise ArtifactError unless the class in a model folder is ours: no other code is ever run from an artifact."""
+    path = model / MODELING_FILE
+    if not path.is_file() or path.read_bytes() != Path(__file__).with_name(MODELING_FILE).read_bytes():
+        raise ArtifactError(
+            f"{path} is not the file that this version of sspcompile ships; it is not run.",
+            hint="Build the artifact again.",
+        )
+
+
 def read_repair(artifact: Path, member: Member) -> dict[str, Stored]:
     """A member's repair by the names of matrices. Raises ArtifactError for another file than the one that was built."""
     if member.repair is None:
