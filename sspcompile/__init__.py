@@ -18,16 +18,17 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sspcompile.api.library import Artifact, build, frontier, load, plan
+    from sspcompile.api.several import NestedArtifact
 
-__all__ = ["Artifact", "__version__", "build", "frontier", "load", "plan"]
+__all__ = ["Artifact", "NestedArtifact", "__version__", "build", "frontier", "load", "plan"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from sspcompile.api import library
+    from sspcompile.api import library, several
 
-    return getattr(library, name)
+    return getattr(several if name == "NestedArtifact" else library, name)
 
 
 def __dir__() -> list[str]:

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 from builders import Shape, make_checkpoint
+from huggingface_hub import ModelCard
 
+import sspcompile
 from sspcompile.api.nested import build_nested
 from sspcompile.checkpoint import check_manifest
-from sspcompile.errors import ParityError
+from sspcompile.errors import ArtifactError, InputError, ParityError
 from sspcompile.model import journal
 from sspcompile.model.dense import open_dense
 from sspcompile.nested.index import read_nested
@@ -150,6 +152,50 @@ def test_bench_measures_the_smallest_member_as_a_draft(run, inside):
     assert code == 0 and "of the proposed tokens" in text and "tokens/s" in text, err
     refused(run("bench", "nested", "--runtimes", "onnx"), 2, "--runtimes", "slice --from nested")
     refused(run("bench", "nested", "--memory", "1GB"), 2, "--memory")
+
+
+def test_python_offers_what_fits_several_sizes(inside, tmp_path):
+    found = sspcompile.load("nested")
+    assert isinstance(found, sspcompile.NestedArtifact) and found.sizes == SHARES
+    assert found.nested.members[3].share == 0.7 and found.options.nested == OPTIONS["nested"]
+    assert found.verify(layerwise=True).parity.same_text
+    cut = found.cut(0.75, tmp_path / "cut")
+    assert load_mask(cut / "mask.json").size_requested == 0.7 and (cut / "config.json").is_file()
+    assert not (cut / "nested.json").exists() and "several" not in (cut / "README.md").read_text()
+    model = found.load_model(device="cpu", dtype="float32").model
+    assert model.set_size(0.8) == 0.8
+    drafted = found.bench_draft(new_tokens=3)
+    assert drafted.new_tokens == 3 and 0 <= drafted.acceptance.value <= 1
+    for refusing in (
+        lambda: found.report,
+        lambda: found.mask,
+        found.plan,
+        found.evaluate,
+        found.export,
+        found.weigh,
+        found.bench,
+    ):
+        with pytest.raises(InputError, match="several sizes") as told:
+            refusing()
+        assert "slice --from nested" in told.value.hint
+    with pytest.raises(InputError, match="memory as a whole"):
+        found.load_model(memory="1GB")
+    (foreign := tmp_path / "foreign").mkdir()
+    shutil.copytree("nested", foreign, dirs_exist_ok=True)
+    (foreign / "model" / "modeling_sspcompile_nested.py").write_text("raise SystemExit")
+    with pytest.raises(ArtifactError, match="not run"):
+        sspcompile.load(foreign).load_model()
+
+
+def test_python_builds_several_sizes(inside, tmp_path):
+    options = {key: value for key, value in OPTIONS.items() if key not in ("model", "nested")}
+    built = sspcompile.build(
+        "model", SCENARIO, nested="0.9", units="heads", repair="none", out=tmp_path / "two", **options
+    )
+    assert isinstance(built, sspcompile.NestedArtifact) and built.sizes == (1.0, 0.9)
+    card = (built.model_path / "README.md").read_text()
+    assert "model.set_size(0.9)" in card and f"{built.nested.members[1].parameters:,}" in card
+    assert ModelCard(card).data.pipeline_tag == "text-generation"
 
 
 def test_verify_finds_a_unit_in_the_wrong_place(run, inside, tmp_path):

@@ -11,7 +11,9 @@ from sspcompile.api.arguments import Named
 from sspcompile.bench.drafting import PROPOSED, DraftResult, measure_drafts
 from sspcompile.checkpoint import Checkpoint
 from sspcompile.errors import InputError
+from sspcompile.model.chat import PLAIN, Rendering
 from sspcompile.model.context import shortest_context
+from sspcompile.model.decoder import TextModel
 from sspcompile.model.loading import load_cut
 from sspcompile.model.placement import ANYWHERE, AUTO, Placement
 from sspcompile.model.weights import input_device
@@ -23,6 +25,22 @@ from sspcompile.workspace import PROBES
 
 NEW_TOKENS, REPEATS = 64, 3
 QUICK = 16, 1
+
+
+def load_nested(
+    found: Named, *, placement: Placement = ANYWHERE, dtype: torch.dtype | None = None, rendering: Rendering = PLAIN
+) -> TextModel:
+    """All sizes in memory, by the class that travels in the folder; `dtype` overrules that of the placement.
+
+    Raises InputError for a placement that spreads a model, and ArtifactError for a class that is not ours.
+    """
+    if placement.device_map is not None or placement.memory is not None:
+        raise InputError(
+            "A nested model has to be in memory as a whole, so --device-map and --memory do not go with it.",
+            hint="Leave them out, or cut a member out with `sspcompile slice --from`.",
+        )
+    demand_class(found.model)
+    return load_cut(found.model, placement=placement, dtype=dtype, trust_remote_code=True, rendering=rendering)
 
 
 def bench_drafts(
@@ -37,17 +55,11 @@ def bench_drafts(
     """Decode behind the texts that prove the artifact (of the scenario, and they decided nothing), with the draft and
     without. Numbers are those that the model is stored in unless the placement says otherwise.
 
-    Raises InputError for a placement that spreads a model, and ArtifactError for a class that is not ours.
+    Raises what `load_nested` raises, and InputError for more tokens than the model reads.
     """
-    if placement.device_map is not None or placement.memory is not None:
-        raise InputError(
-            "A nested model has to be in memory as a whole, so --device-map and --memory do not go with it.",
-            hint="Leave them out, or cut a member out with `sspcompile slice --from`.",
-        )
     share = read_nested(found.folder).members[-1].share
-    demand_class(found.model)
     dtype = refitted_dtype(Checkpoint(found.model)) if placement.dtype == AUTO else None
-    model: Any = load_cut(found.model, placement=placement, dtype=dtype, trust_remote_code=True).model
+    model: Any = load_nested(found, placement=placement, dtype=dtype).model
     usual = QUICK if quick else (NEW_TOKENS, REPEATS)
     new_tokens, repeats = new_tokens or usual[0], repeats or usual[1]
     prompts = json.loads((found.folder / PROBES).read_text("utf-8"))["probes"]

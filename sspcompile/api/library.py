@@ -112,30 +112,38 @@ def build(
 
     `model` is a folder or a hub name, None for the embedded one. The artifact is written to `out`, by default to
     `root`/artifacts/NAME; it is whole, or absent when anything fails. A call that was interrupted goes on where it was
-    when it is made again. The first build of a model prepares its toolkit under `root`, later ones reuse it. Raises
-    what the command `build` exits with: InputError and its kin for what cannot be used, BudgetError and ParityError for
-    promises that do not hold.
+    when it is made again. The first build of a model prepares its toolkit under `root`, later ones reuse it. With
+    `nested` ("1,0.9,0.8") it is one artifact for several sizes, a `NestedArtifact`. Raises what the command `build`
+    exits with: InputError and its kin for what cannot be used, BudgetError and ParityError for promises that do not
+    hold.
     """
     from sspcompile.api.build import build as run
+    from sspcompile.api.nested import build_nested
+    from sspcompile.api.several import NestedArtifact
     from sspcompile.model.dense import open_dense
 
     request, workspace = _request(model, scenario, options), Workspace(Path(root))
     folder = Path(out) if out is not None else workspace.artifact(request.scenario.name)
     placement = _placement(device=device, dtype=dtype, device_map=device_map, memory=memory, threads=threads)
     dense = open_dense(request.options.source)
+    if request.options.shares:
+        build_nested(request, dense, folder, workspace, progress, overwrite=overwrite, placement=placement)
+        return NestedArtifact(folder, workspace.root)
     run(request, dense, folder, workspace, progress, overwrite=overwrite, placement=placement)
     return Artifact(folder, workspace.root)
 
 
 def load(path: Place, *, root: Place = ".") -> Artifact:
-    """Open a finished build: a folder, or the name of one under `root`/artifacts.
+    """Open a finished build: a folder, or the name of one under `root`/artifacts. A nested one is a `NestedArtifact`.
 
     Raises ArtifactError for nothing of ours, and InputError for a cut, an export or a model folder.
     """
     from sspcompile.api.arguments import demand, named
+    from sspcompile.api.several import NestedArtifact
 
-    found = demand(named(os.fspath(path), Workspace(Path(root))), "build", command="load")
-    return Artifact(found.folder, Path(root))
+    found = demand(named(os.fspath(path), Workspace(Path(root))), "build", "nested", command="load")
+    kind = NestedArtifact if found.kind == "nested" else Artifact
+    return kind(found.folder, Path(root))
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ PROPOSED = 5
 
 @dataclass(frozen=True)
 class DraftText:
-    """One text: tokens of the prompt, how many were proposed behind it, how many of those accepted, in how many passes of
-    the large model, and the seconds of every repeat without and with the draft.
+    """One text: tokens of the prompt, how many were proposed behind it, how many of those accepted, passes of the
+    large model, and the seconds of every repeat without and with the draft.
     """
 
     prompt_tokens: int
