@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from sspcompile.api.library import Artifact, build, frontier, load, plan
+    from sspcompile.api.artifact import Artifact
+    from sspcompile.api.library import build, frontier, load, plan
     from sspcompile.api.several import NestedArtifact
 
 __all__ = ["Artifact", "NestedArtifact", "__version__", "build", "frontier", "load", "plan"]
@@ -26,9 +27,9 @@ __all__ = ["Artifact", "NestedArtifact", "__version__", "build", "frontier", "lo
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from sspcompile.api import library, several
+    from sspcompile.api import library
 
-    return getattr(several if name == "NestedArtifact" else library, name)
+    return getattr(library, name)
 
 
 def __dir__() -> list[str]:

@@ -52,7 +52,7 @@ def interrupting(place: str, told: list[str] | None = None):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A model, and an artifact whose build was interrupted when all members were repaired, and went on."""
+    """A model, and an artifact whose build was interrupted when all members were repaired, and went on from Python."""
     home = tmp_path_factory.mktemp("home")
     make_checkpoint(home / "model", Shape(family="qwen2", layers=3, hidden=64, kv_heads=4, group_size=2, head_dim=8))
     with contextlib.chdir(home), pytest.MonkeyPatch.context() as patch:
@@ -62,7 +62,8 @@ def home(tmp_path_factory):
         assert not Path("nested").exists() and not list(Path().glob(".partial-*"))
         (left,) = Path("artifacts").glob(".unfinished-*")
         assert journal.holds_work(left)
-        build()
+        built = sspcompile.build(scenario=SCENARIO, out="nested", **OPTIONS)
+        assert isinstance(built, sspcompile.NestedArtifact) and built.path == Path("nested")
         assert not list(Path("artifacts").glob(".unfinished-*"))
     return home
 
@@ -187,14 +188,10 @@ def test_python_offers_what_fits_several_sizes(inside, tmp_path):
         sspcompile.load(foreign).load_model()
 
 
-def test_python_builds_several_sizes(inside, tmp_path):
-    options = {key: value for key, value in OPTIONS.items() if key not in ("model", "nested")}
-    built = sspcompile.build(
-        "model", SCENARIO, nested="0.9", units="heads", repair="none", out=tmp_path / "two", **options
-    )
-    assert isinstance(built, sspcompile.NestedArtifact) and built.sizes == (1.0, 0.9)
-    card = (built.model_path / "README.md").read_text()
-    assert "model.set_size(0.9)" in card and f"{built.nested.members[1].parameters:,}" in card
+def test_the_model_folder_has_a_card(inside):
+    card = Path("nested/model/README.md").read_text()
+    smallest = read_nested(Path("nested")).members[-1]
+    assert "model.set_size(0.7)" in card and f"| 0.7 | {smallest.parameters:,} |" in card
     assert ModelCard(card).data.pipeline_tag == "text-generation"
 
 

@@ -15,7 +15,7 @@ from sspcompile.model.chat import PLAIN, Rendering
 from sspcompile.model.context import shortest_context
 from sspcompile.model.decoder import TextModel
 from sspcompile.model.loading import load_cut
-from sspcompile.model.placement import ANYWHERE, AUTO, Placement
+from sspcompile.model.placement import ANYWHERE, Placement
 from sspcompile.model.weights import input_device
 from sspcompile.nested.files import demand_class
 from sspcompile.nested.index import read_nested
@@ -58,7 +58,7 @@ def bench_drafts(
     Raises what `load_nested` raises, and InputError for more tokens than the model reads.
     """
     share = read_nested(found.folder).members[-1].share
-    dtype = refitted_dtype(Checkpoint(found.model)) if placement.dtype == AUTO else None
+    dtype = refitted_dtype(Checkpoint(found.model)) if placement.dtype == ANYWHERE.dtype else None
     model: Any = load_nested(found, placement=placement, dtype=dtype).model
     usual = QUICK if quick else (NEW_TOKENS, REPEATS)
     new_tokens, repeats = new_tokens or usual[0], repeats or usual[1]

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sspcompile.api.library import Artifact, Place
+from sspcompile.api.artifact import Artifact, Place, placement_in
 from sspcompile.progress import Progress, silent
 
 if TYPE_CHECKING:
     from sspcompile.api.arguments import Named
     from sspcompile.bench.drafting import DraftResult
     from sspcompile.model.decoder import TextModel
-    from sspcompile.model.placement import Placement
     from sspcompile.nested.index import Nested
     from sspcompile.report.model import Report, RoundingSection
     from sspcompile.slicing.mask import HeadMask
@@ -66,8 +63,8 @@ class NestedArtifact(Artifact):
         from sspcompile.api.drafts import load_nested
         from sspcompile.model.chat import rendering_of
 
-        given = {"device": device, "dtype": dtype, "device_map": device_map, "memory": memory, "threads": threads}
-        return load_nested(self._named, placement=_placement(given), rendering=rendering_of(self.options))
+        placement = placement_in(device=device, dtype=dtype, device_map=device_map, memory=memory, threads=threads)
+        return load_nested(self._named, placement=placement, rendering=rendering_of(self.options))
 
     def bench_draft(
         self,
@@ -88,7 +85,7 @@ class NestedArtifact(Artifact):
             quick=quick,
             new_tokens=new_tokens,
             repeats=repeats,
-            placement=_placement({"device": device, "dtype": dtype, "threads": threads}),
+            placement=placement_in(device=device, dtype=dtype, threads=threads),
             progress=progress,
         )
 
@@ -124,9 +121,3 @@ class NestedArtifact(Artifact):
             f"{self.path} is a nested artifact, which holds several sizes, and has no {what} of one.",
             hint=f"See `nested` for all of them, or cut one out: `sspcompile slice --from {self.path} --size 0.8`.",
         )
-
-
-def _placement(given: Mapping[str, Any]) -> Placement:
-    from sspcompile.model.placement import placement_of
-
-    return placement_of(given, os.environ, call=str)

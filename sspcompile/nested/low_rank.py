@@ -76,7 +76,7 @@ _FLOATS = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
 
 def file_tensors(stored: Mapping[str, Stored]) -> dict[str, np.ndarray]:
     """Names and raw words in a member's file, from the names of matrices in the model."""
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for name, one in stored.items():
         if isinstance(one, LowRank):
             module = name.removesuffix(WEIGHT)

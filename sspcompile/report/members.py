@@ -21,13 +21,14 @@ def members_page(title: str, nested: Nested) -> Page:
         ("--size", lambda one: f"{one.share:g}"),
         ("parameters", lambda one: count(one.parameters)),
         ("KV/token", lambda one: size(one.kv_bytes_per_token)),
+        ("repair", lambda one: size(one.repair_bytes) if one.repair else "-"),
         ("FLOPs", lambda one: percent(one.flops_per_token / whole.flops_per_token)),
         ("mean KL", lambda one: with_interval(one.own.mean_kl)),
         ("same next token", lambda one: with_interval(one.own.top1_agreement, percent)),
         ("KL off domain", lambda one: "-" if one.off is None else with_interval(one.off.mean_kl)),
     )
     table = Table(
-        "Members on held-out texts against the dense model: KL in nats per token, 95 % intervals; FLOPs of a token",
+        "Members on held-out texts against the dense model: KL in nats per token, 95 % intervals; FLOPs of a token; bytes of repairs",
         tuple(label for label, _ in columns),
         tuple(tuple(show(one) for _, show in columns) for one in nested.members),
     )
