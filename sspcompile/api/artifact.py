@@ -72,7 +72,7 @@ class Artifact:
         """plan.json: sizes before and after, by layer, and a verdict per runtime."""
         import json
 
-        found: dict[str, object] = json.loads((self.path / PLAN).readtext_of("utf-8"))
+        found: dict[str, object] = json.loads((self.path / PLAN).read_text("utf-8"))
         return found
 
     def load_model(

@@ -28,11 +28,11 @@ def members_page(title: str, nested: Nested) -> Page:
         ("KL off domain", lambda one: "-" if one.off is None else with_interval(one.off.mean_kl)),
     )
     table = Table(
-        "Members on held-out texts against the dense model: KL in nats per token, 95 % intervals; FLOPs of a token; bytes of repairs",
+        "Members on held-out texts against the dense model: KL in nats per token, 95 % intervals; FLOPs of a token",
         tuple(label for label, _ in columns),
         tuple(tuple(show(one) for _, show in columns) for one in nested.members),
     )
-    told = "Each member is a prefix of the larger ones. A size in between takes the next smaller member."
+    told = "Each member is a prefix of the larger ones; repairs lie beside it. A size in between takes the next smaller member."
     picture = Picture(f"{FRONTIER}.svg", draw_members(nested), "what every size loses, against what it takes")
     return page(title, (Block(FRONTIER, "Members", (told,), (table,), picture),))
 
