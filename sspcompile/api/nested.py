@@ -88,7 +88,7 @@ def build_nested(
         with keeping(journal):
             dtype = refitted_dtype(dense.checkpoint)
             chosen, judge = choose_members(request, toolkit, loaded, dtype=dtype, progress=progress)
-            for size, found in zip(chosen.sizes, measured(chosen, judge), strict=True):
+            for size, found in zip(chosen.sizes, measured(chosen, judge, dense.checkpoint), strict=True):
                 members.append(add_member(folder, dense.checkpoint, size, found.repair, found.cost))
                 del found
         del loaded, judge  # the proof takes as much memory again

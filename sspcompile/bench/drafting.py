@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sspcompile.intervals import Estimate, mean_interval, ratio_interval
+from sspcompile.intervals import Estimate, bootstrap, ratio_interval
 from sspcompile.progress import Steps, no_steps
 
 # Tokens that are proposed at a time, always as many: transformers would change the number as it goes.
@@ -52,10 +53,12 @@ class DraftResult:
     @property
     def acceptance(self) -> Estimate:
         """Share of proposed tokens that the whole model accepts, with an interval over texts."""
-        shares = [one.accepted / one.proposed for one in self.texts if one.proposed]
-        proposed = sum(one.proposed for one in self.texts)
-        value = sum(one.accepted for one in self.texts) / proposed if proposed else 0.0
-        return Estimate.of(value, mean_interval(shares, seed=0) if shares else None)
+        counts = np.array([(one.accepted, one.proposed) for one in self.texts if one.proposed]).reshape(-1, 2)
+        if not len(counts):
+            return Estimate(0.0)
+        accepted, proposed = counts.T
+        interval = bootstrap(lambda rows: accepted[rows].sum(1) / proposed[rows].sum(1), len(counts), seed=0)
+        return Estimate.of(float(accepted.sum() / proposed.sum()), interval)
 
     @property
     def speedup(self) -> Estimate:

@@ -117,11 +117,10 @@ def _layout(choice: Choice, g: Geometry) -> Layout:
     return "uniform"
 
 
-def measured(chosen: Chosen, judge: Judge) -> Iterator[Measured]:
+def measured(chosen: Chosen, judge: Judge, checkpoint: Checkpoint) -> Iterator[Measured]:
     """The members from the whole down. What there is room for of a repair is measured, and stays as a repair does in a
-    build of its own.
+    build of its own. `checkpoint` is the dense one.
     """
-    checkpoint = Checkpoint(judge.loaded.path)
     places = [places_of(checkpoint, chosen.order, size.prefix) for size in chosen.sizes]
     pool = _pooled(chosen, judge, checkpoint, places)
     for member, choice in enumerate(chosen.choices):
