@@ -3,8 +3,8 @@
 With D [out, in] what a refit changed in the columns that a member keeps, and s_c the energy of input c, the best
 difference of rank r in the metric sum_c s_c |D_c|^2 projects outputs onto the first r left singular vectors U of
 D diag(sqrt(s)): it is U (U^T D) (Eckart and Young 1936; scaling by activations as in ASVD, Yuan et al. 2023,
-arXiv 2312.05821). A direction is worth what it adds to that sum; directions of all matrices of all members are taken by worth
-per byte until the budget is full.
+arXiv 2312.05821). A direction is worth what it adds to that sum; directions of all matrices of all members are taken by
+worth per byte until the budget is full.
 
 s_c = sum_n w_n x_nc^2 / |h_n|^2 over the fit texts, with x the inputs in the masked, repaired model, h the residual
 stream that the layer puts out, and w as in the fit. Norms read shares of the stream, so layers are comparable.
