@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from sspcompile.api.library import Artifact, build, frontier, load, plan
+    from sspcompile.api.artifact import Artifact
+    from sspcompile.api.library import build, frontier, load, plan
+    from sspcompile.api.several import NestedArtifact
 
-__all__ = ["Artifact", "__version__", "build", "frontier", "load", "plan"]
+__all__ = ["Artifact", "NestedArtifact", "__version__", "build", "frontier", "load", "plan"]
 
 
 def __getattr__(name: str) -> Any:

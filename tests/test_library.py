@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 import sspcompile
+from sspcompile.api.artifact import Format
 from sspcompile.api.export import FORMATS
-from sspcompile.api.library import Format
 from sspcompile.cli.export import export as export_command
 from sspcompile.errors import ArtifactError, BudgetError, InputError, OutputExistsError, RecipeError, ScenarioError
 from sspcompile.proof.prove import prove

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from sspcompile.bench.drafting import PROPOSED, measure_draft
 from sspcompile.checkpoint import Checkpoint, write_manifest
 from sspcompile.errors import InputError, ParityError, UnsupportedModelError
 from sspcompile.families import geometry_of
@@ -24,12 +25,15 @@ from sspcompile.model.cache import cache_of
 from sspcompile.model.divergence import Divergence
 from sspcompile.model.exact import in_float64
 from sspcompile.model.loading import load, load_cut
+from sspcompile.model.stored import read_tensor
 from sspcompile.nested.adding import add_member, index_of, write_index
 from sspcompile.nested.choose import choices_within
 from sspcompile.nested.files import write_whole
 from sspcompile.nested.index import Nested, read_nested
+from sspcompile.nested.low_rank import LowRank, Stored, file_tensors, numbers
 from sspcompile.nested.order import Order, Size, demand_nestable, order_of, prefix_of
 from sspcompile.nested.proving import check_order
+from sspcompile.nested.truncating import Energies, Pool, places_of, repair_of
 from sspcompile.proof.parity import BOUND
 from sspcompile.repair.repair import Repair, masked
 from sspcompile.request.amounts import shares_of
@@ -46,6 +50,8 @@ IDS = torch.tensor([[(7 * n) % 250 for n in range(12)]])
 # Grouped-query attention and MLPs in plain parts: biases (qwen2), norms of queries and keys (qwen3), a multiplier
 # behind o_proj (granite), an MLP without a gate (starcoder2), norms that leave no repair (gemma2).
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "granite", "starcoder2", "gemma2")
+# Of float32, through three layers of random weights: 64 units in the last place of the largest logit.
+ROUNDING = 2.0**-18
 NOTHING = Reported(Divergence(Estimate(0.0), Estimate(1.0), (), (), (), ()), None)
 
 
@@ -109,7 +115,9 @@ def mask_of(g, choice, share):
 
 @dataclass(frozen=True)
 class Made:
-    """An artifact of random worth whose smaller members have random matrices in place of o_proj and down_proj."""
+    """An artifact of random worth whose smaller members have random matrices in place of o_proj and down_proj, as far
+    as there is room for what they differ by. `repairs`: of the masked model, `stored` as they are written.
+    """
 
     source: Path
     folder: Path
@@ -117,19 +125,38 @@ class Made:
     order: Order
     sizes: tuple[Size, ...]
     repairs: tuple[Repair | None, ...]
+    stored: tuple[dict[str, Stored], ...]
 
 
 def random_repair(checkpoint, size, rng):
-    """In some layers, as after a build where others lost nothing."""
+    """In some layers, as after a build where others lost nothing; what the first changes is worth the most."""
     g, kept = checkpoint.geometry, size.mask.units
     weights, down = {}, {}
     for layer in range(0, g.layers, 2):
         columns = torch.from_numpy(np.repeat(kept.heads[layer], g.head_dim))
-        weights[layer] = torch.from_numpy(rng.normal(size=(g.hidden, len(columns))).astype(np.float32)) * columns
+        scale = np.float32(0.1 if layer else 1)
+        weights[layer] = torch.from_numpy(rng.normal(0, scale, (g.hidden, len(columns))).astype(np.float32)) * columns
         if kept.channels is not None:
             channels = torch.from_numpy(kept.channels[layer])
-            down[layer] = torch.from_numpy(rng.normal(size=(g.hidden, len(channels))).astype(np.float32)) * channels
+            down[layer] = (
+                torch.from_numpy(rng.normal(0, scale, (g.hidden, len(channels))).astype(np.float32)) * channels
+            )
     return Repair(weights, down=down)
+
+
+def truncated(checkpoint, order, sizes, repairs, share):
+    """What is stored of repairs whose differences get a share of what they would take in full."""
+    g = checkpoint.geometry
+    whole = sum(weight.nbytes for one in repairs if one for weight in (*one.weights.values(), *one.down.values()))
+    inputs = torch.rand(g.heads * g.head_dim, dtype=torch.float64), torch.rand(g.intermediate, dtype=torch.float64)
+    energies = Energies(*((row + 0.1,) * g.layers for row in inputs))
+    pool, places = Pool(checkpoint, int(share * whole)), [places_of(checkpoint, order, size.prefix) for size in sizes]
+    for member, repair in enumerate(repairs):
+        if repair is not None:
+            pool.add(member, places[member], repair, energies, torch.device("cpu"))
+    stored = tuple(pool.stored(member) for member in range(len(sizes)))
+    assert sum(words.nbytes for one in stored for words in file_tensors(one).values()) <= share * whole
+    return stored, tuple(repair_of(one, place, checkpoint) for one, place in zip(stored, places, strict=True))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -146,17 +173,16 @@ def made(request, tmp_path_factory) -> Made:
         Size(share, mask_of(g, choice, share), prefix_of(choice, g))
         for share, choice in zip(shares, choices_within(worth, g, budgets(g, shares)), strict=True)
     )
-    repairs = (None, *(random_repair(checkpoint, size, rng) for size in sizes[1:]))
+    fitted = (None, *(random_repair(checkpoint, size, rng) for size in sizes[1:]))
+    stored, repairs = truncated(checkpoint, order, sizes, fitted, 0.6)
+    assert {type(one) for found in stored for one in found.values()} == {LowRank, np.ndarray}, "both kinds are there"
     write_whole(checkpoint, order, folder / "model")
-    members = [
-        add_member(folder, checkpoint, order, size, repair, NOTHING)
-        for size, repair in zip(sizes, repairs, strict=True)
-    ]
+    members = [add_member(folder, checkpoint, size, one, NOTHING) for size, one in zip(sizes, stored, strict=True)]
     nested = index_of(g, order, members)
     write_index(folder, nested)
     (folder / "parity.json").write_text(json.dumps({"probes": IDS.tolist()}))
     write_manifest(folder, {"source_name": str(source), "left_out": []})
-    return Made(source, folder, nested, order, sizes, repairs)
+    return Made(source, folder, nested, order, sizes, repairs, stored)
 
 
 def switchable(made, dtype=torch.float64):
@@ -167,6 +193,24 @@ def switchable(made, dtype=torch.float64):
 def logits(model):
     with in_float64():
         return model(input_ids=IDS, use_cache=False).logits
+
+
+def unrounded(made, at):
+    """A member's repair in float64, before its matrices are rounded to what they are stored in."""
+    checkpoint, size = Checkpoint(made.source), made.sizes[at]
+    found = ({}, {})
+    for place in places_of(checkpoint, made.order, size.prefix):
+        one = made.stored[at].get(place.name)
+        if one is not None:
+            dense = read_tensor(checkpoint.tensors[place.name]).double().numpy()
+            full = np.zeros_like(dense)
+            if isinstance(one, LowRank):
+                change = numbers(one.outputs, "F32") @ numbers(one.inputs, "F32")
+                full[:, place.columns] = dense[:, place.columns] + change
+            else:
+                full[:, place.columns] = numbers(one, "F32")
+            found[place.down][place.layer] = torch.from_numpy(full)
+    return Repair(found[0], down=found[1])
 
 
 def same(found, expected):
@@ -205,17 +249,14 @@ def test_a_switch_gives_the_masked_and_repaired_model_in_views_of_the_whole(made
     assert model.sizes == (1.0, 0.85, 0.7) and model.size == 1.0
     whole = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
     for at in (2, 0, 1, 2, 1, 0):
-        size, repair = made.sizes[at], made.repairs[at]
+        size = made.sizes[at]
         assert model.set_size(size.share) == size.share == model.size
-        repair64 = repair and Repair(
-            {k: v.double() for k, v in repair.weights.items()}, down={k: v.double() for k, v in repair.down.items()}
-        )
-        with masked(dense, size.mask.units, repair64):
+        with masked(dense, size.mask.units, unrounded(made, at)):
             expected = logits(dense.model)
         assert same(logits(model), expected)
-        refitted = set(made.nested.members[at].refitted)
+        full = {name for name, one in made.stored[at].items() if not isinstance(one, LowRank)}
         for name, parameter in model.named_parameters():
-            assert (parameter.data_ptr() == whole[name]) == (name not in refitted), name
+            assert (parameter.data_ptr() == whole[name]) == (name not in full), name
         cache = cache_of(model(input_ids=IDS, use_cache=True))
         held = [cache.layers[layer].keys.shape[1] for layer in range(len(size.prefix.groups))]
         assert held == list(size.prefix.groups)
@@ -226,16 +267,46 @@ def test_a_switch_gives_the_masked_and_repaired_model_in_views_of_the_whole(made
         model.save_pretrained(tmp_path)
 
 
+def test_a_switch_computes_what_the_member_cut_out_computes_but_for_rounding(made):
+    """Prefix and difference are added before the cut, and after the products at run time; both here in float32."""
+    model, dense = switchable(made, torch.float32), load(made.source, fingerprint="", dtype=torch.float32)
+    for size, repair in zip(made.sizes, made.repairs, strict=True):
+        model.set_size(size.share)
+        with torch.inference_mode(), masked(dense, size.mask.units, repair):
+            found, expected = (one(input_ids=IDS, use_cache=False).logits for one in (model, dense.model))
+        assert float((found - expected).abs().max()) <= ROUNDING * float(expected.abs().max())
+
+
 def test_the_smallest_size_is_a_draft_for_the_largest_over_the_same_weights(made):
     model = switchable(made, torch.float32)
     draft = model.at(0.7)
     assert (model.size, draft.size) == (1.0, 0.7)
     whole = {parameter.data_ptr() for parameter in (*model.parameters(), *refitted_of(model))}
-    assert {parameter.data_ptr() for parameter in draft.parameters()} <= whole, "nothing is copied"
+    assert {tensor.data_ptr() for tensor in (*draft.parameters(), *refitted_of(draft))} <= whole, "nothing is copied"
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 258}
     plain = model.generate(IDS, **settings)
     assert model.generate(IDS, assistant_model=draft, **settings).equal(plain)
     assert model.size == 1.0
+
+
+@pytest.mark.parametrize("made", ["llama"], indirect=True)
+def test_accepted_tokens_of_a_draft_are_those_that_the_whole_writes_itself(made):
+    model = switchable(made, torch.float32)
+    prompt, device, count = IDS[0].tolist(), torch.device("cpu"), 17
+    itself = measure_draft(model, model.at(1.0), prompt, new_tokens=count, repeats=1, device=device)
+    assert itself.accepted == itself.proposed and itself.passes == 3 and itself.same_text, "6, 6 and 5 tokens"
+    draft = model.at(0.7)
+    found = measure_draft(model, draft, prompt, new_tokens=count, repeats=1, device=device)
+    settings = {"do_sample": False, "pad_token_id": 258}
+    written = model.generate(IDS, max_new_tokens=count, **settings)[0].tolist()
+    settled, proposed, accepted = len(prompt), 0, 0
+    while settled < len(written):
+        number = min(PROPOSED, len(written) - settled - 1)
+        ids = torch.tensor([written[:settled]])
+        guesses = draft.generate(ids, max_new_tokens=number, **settings)[0].tolist()[settled:] if number else []
+        right = next((at for at in range(number) if guesses[at] != written[settled + at]), number)
+        proposed, accepted, settled = proposed + number, accepted + right, settled + right + 1
+    assert (found.proposed, found.accepted, found.same_text) == (proposed, accepted, True)
 
 
 def refitted_of(model):

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 from builders import Shape, make_checkpoint
+from huggingface_hub import ModelCard
 
+import sspcompile
 from sspcompile.api.nested import build_nested
 from sspcompile.checkpoint import check_manifest
-from sspcompile.errors import ParityError
+from sspcompile.errors import ArtifactError, InputError, ParityError
 from sspcompile.model import journal
 from sspcompile.model.dense import open_dense
 from sspcompile.nested.index import read_nested
@@ -50,7 +52,7 @@ def interrupting(place: str, told: list[str] | None = None):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A model, and an artifact whose build was interrupted when all members were repaired, and went on."""
+    """A model, and an artifact whose build was interrupted when all members were repaired, and went on from Python."""
     home = tmp_path_factory.mktemp("home")
     make_checkpoint(home / "model", Shape(family="qwen2", layers=3, hidden=64, kv_heads=4, group_size=2, head_dim=8))
     with contextlib.chdir(home), pytest.MonkeyPatch.context() as patch:
@@ -60,7 +62,8 @@ def home(tmp_path_factory):
         assert not Path("nested").exists() and not list(Path().glob(".partial-*"))
         (left,) = Path("artifacts").glob(".unfinished-*")
         assert journal.holds_work(left)
-        build()
+        built = sspcompile.build(scenario=SCENARIO, out="nested", **OPTIONS)
+        assert isinstance(built, sspcompile.NestedArtifact) and built.path == Path("nested")
         assert not list(Path("artifacts").glob(".unfinished-*"))
     return home
 
@@ -89,6 +92,8 @@ def test_the_artifact_is_whole_and_its_members_are_nested_and_measured(inside):
         assert (small.heads <= large.heads).all()
         assert large.channels is None or (small.channels <= large.channels).all()
     assert any(one.repair for one in nested.members), "something is repaired"
+    held = sum(path.stat().st_size for path in Path("nested/model").rglob("*.safetensors"))
+    assert held <= 1.15 * nested.members[0].weight_bytes + 4096 * len(SHARES), "within the budget, but for headers"
     assert not [path for path in Path().iterdir() if path.name.startswith(".")], "nothing is left of the proofs"
 
 
@@ -123,7 +128,7 @@ def test_the_curve_is_shown_by_inspect_and_plan(run, inside):
 
 
 def test_what_takes_one_model_says_how_to_cut_one_out(run, inside, tmp_path):
-    for command in (("bench", "nested"), ("eval", "nested"), ("export", "nested"), ("compare", "nested", "nested")):
+    for command in (("eval", "nested"), ("export", "nested"), ("compare", "nested", "nested")):
         refused(run(*command), 2, "several sizes", "sspcompile slice --from nested --size")
     refused(run("slice", "--from", "nested", "--size", "0.1", "--out", tmp_path / "x"), 3, "0.7", "--size 0.1")
     refused(run("slice", "--from", "model", "--size", "0.5", "--out", tmp_path / "x"), 2, "nested artifact")
@@ -132,6 +137,62 @@ def test_what_takes_one_model_says_how_to_cut_one_out(run, inside, tmp_path):
     refused(run("slice", "--from", "nested", "--size", "0.7", "--out", "nested/x"), 2, "inside")
     refused(run("plan", "--model", "model", "--nested", "1,0.8"), 2, "--size 0.8")
     refused(run("build", "--scenario", SCENARIO, "--model", "model", "--nested", "0.01"), 3, "nearest feasible")
+
+
+def test_bench_measures_the_smallest_member_as_a_draft(run, inside):
+    code, text, err = run("bench", "nested", "--new-tokens", "10", "--repeats", "1", "--json", "--quiet")
+    assert code == 0, err
+    found = json.loads(text)
+    assert found["draft"] == 0.7 and found["new_tokens"] == 10 and len(found["texts"]) > 1
+    for one in found["texts"]:
+        assert 0 <= one["accepted"] <= one["proposed"] and one["accepted"] + one["passes"] == 10 and one["same_text"]
+    assert found["acceptance"]["value"] == sum(one["accepted"] for one in found["texts"]) / sum(
+        one["proposed"] for one in found["texts"]
+    )
+    code, text, err = run("bench", "nested", "--quick", "--new-tokens", "4")
+    assert code == 0 and "of the proposed tokens" in text and "tokens/s" in text, err
+    refused(run("bench", "nested", "--runtimes", "onnx"), 2, "--runtimes", "slice --from nested")
+    refused(run("bench", "nested", "--memory", "1GB"), 2, "--memory")
+
+
+def test_python_offers_what_fits_several_sizes(inside, tmp_path):
+    found = sspcompile.load("nested")
+    assert isinstance(found, sspcompile.NestedArtifact) and found.sizes == SHARES
+    assert found.nested.members[3].share == 0.7 and found.options.nested == OPTIONS["nested"]
+    assert found.verify(layerwise=True).parity.same_text
+    cut = found.cut(0.75, tmp_path / "cut")
+    assert load_mask(cut / "mask.json").size_requested == 0.7 and (cut / "config.json").is_file()
+    assert not (cut / "nested.json").exists() and "several" not in (cut / "README.md").read_text()
+    model = found.load_model(device="cpu", dtype="float32").model
+    assert model.set_size(0.8) == 0.8
+    drafted = found.bench_draft(new_tokens=3)
+    assert drafted.new_tokens == 3 and 0 <= drafted.acceptance.value <= 1
+    for refusing in (
+        lambda: found.report,
+        lambda: found.mask,
+        found.plan,
+        found.evaluate,
+        found.export,
+        found.weigh,
+        found.bench,
+    ):
+        with pytest.raises(InputError, match="several sizes") as told:
+            refusing()
+        assert "slice --from nested" in told.value.hint
+    with pytest.raises(InputError, match="memory as a whole"):
+        found.load_model(memory="1GB")
+    (foreign := tmp_path / "foreign").mkdir()
+    shutil.copytree("nested", foreign, dirs_exist_ok=True)
+    (foreign / "model" / "modeling_sspcompile_nested.py").write_text("raise SystemExit")
+    with pytest.raises(ArtifactError, match="not run"):
+        sspcompile.load(foreign).load_model()
+
+
+def test_the_model_folder_has_a_card(inside):
+    card = Path("nested/model/README.md").read_text()
+    smallest = read_nested(Path("nested")).members[-1]
+    assert "model.set_size(0.7)" in card and f"| 0.7 | {smallest.parameters:,} |" in card
+    assert ModelCard(card).data.pipeline_tag == "text-generation"
 
 
 def test_verify_finds_a_unit_in_the_wrong_place(run, inside, tmp_path):

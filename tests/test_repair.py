@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sspcompile.model.text import Batch
-from sspcompile.repair.fitting import SCORED_SHARE, _position_weights
+from sspcompile.repair.fitting import SCORED_SHARE, position_weights
 from sspcompile.repair.systems import Dual, Normal, system_of
 
 
@@ -24,7 +24,7 @@ def batch(lengths, scored):
 @given(st.lists(st.integers(2, 30), min_size=1, max_size=5), st.integers(1, 6))
 def test_scored_positions_have_their_share_of_the_weight_whatever_the_lengths(lengths, scored):
     batches = [batch(lengths, scored), batch([9, 4], scored)]
-    weights = _position_weights(batches)
+    weights = position_weights(batches)
     on_scored = sum(float(w[b.score_mask].sum()) for w, b in zip(weights, batches, strict=True))
     in_all = sum(float(w[b.attention_mask.bool()].sum()) for w, b in zip(weights, batches, strict=True))
     if not all(bool((b.score_mask == b.attention_mask.bool()).all()) for b in batches):

@@ -14,7 +14,7 @@ from sspcompile.api.unfinished import passes_folder, remove_old
 from sspcompile.checkpoint import staged, write_manifest
 from sspcompile.checkpoint.publish import refuse_existing, scratch
 from sspcompile.checkpoint.source import not_carried
-from sspcompile.export.card import licence_of
+from sspcompile.export.card import CARD, licence_of, nested_card
 from sspcompile.model.chat import rendering_of
 from sspcompile.model.dense import DenseModel
 from sspcompile.model.journal import claimed, keeping
@@ -88,8 +88,8 @@ def build_nested(
         with keeping(journal):
             dtype = refitted_dtype(dense.checkpoint)
             chosen, judge = choose_members(request, toolkit, loaded, dtype=dtype, progress=progress)
-            for size, found in zip(chosen.sizes, measured(chosen, judge), strict=True):
-                members.append(add_member(folder, dense.checkpoint, chosen.order, size, found.repair, found.cost))
+            for size, found in zip(chosen.sizes, measured(chosen, judge, dense.checkpoint), strict=True):
+                members.append(add_member(folder, dense.checkpoint, size, found.repair, found.cost))
                 del found
         del loaded, judge  # the proof takes as much memory again
         nested = index_of(dense.checkpoint.geometry, chosen.order, members)
@@ -99,7 +99,7 @@ def build_nested(
         )
         _prove_members(folder, dense, nested, chosen, out, progress)
         origin = _origin(request, dense, chosen, toolkit, place.facts())
-        _describe(folder, request, nested, chosen, parity, origin)
+        _describe(folder, out.name, request, nested, chosen, parity, origin)
     workspace.remember(out)
     return NestedOutcome(out, nested, parity)
 
@@ -146,13 +146,14 @@ def _origin(
 
 
 def _describe(
-    folder: Path, request: Request, nested: Nested, chosen: Chosen, parity: Parity, origin: Mapping[str, Any]
+    folder: Path, name: str, request: Request, nested: Nested, chosen: Chosen, parity: Parity, origin: Mapping[str, Any]
 ) -> None:
     (folder / RECIPE).write_text(dump_recipe(request.recipe()), "utf-8")
     proof = {"probes": chosen.probes, "refitted": [], **asdict(parity), "relative": parity.relative}
     (folder / PROBES).write_text(json.dumps(proof) + "\n", "utf-8")
     title = f"{request.scenario.name}: one model, {len(nested.members)} sizes"
     write_page(members_page(title, nested), members_json(nested), folder, FRONTIER)
+    (folder / MODEL / CARD).write_text(nested_card(nested, origin, name, request.scenario.name), "utf-8")
     write_manifest(folder, origin)
 
 

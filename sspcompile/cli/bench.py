@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from sspcompile.cli.drafts import benched_as_nested
 from sspcompile.cli.options import (
     COUNTS,
     json_option,
@@ -29,6 +30,7 @@ Examples:
   sspcompile bench artifacts/chemistry-helpdesk --runtimes hf,onnx
   sspcompile bench exported/chemistry-helpdesk-onnx-int4
   sspcompile bench keep-half keep-third --json > samples.json
+  sspcompile bench artifacts/nested --new-tokens 128                 (a small member drafts for the whole)
   sspcompile bench --server dense=http://localhost:8000 --server cut=http://localhost:8001
 """,
 )
@@ -92,6 +94,9 @@ def bench(
     they are stored in unless --dtype says otherwise; --memory says for how much the largest context and batch are
     worked out, by default for all that the device has.
 
+    Of a nested artifact it measures the smallest member as a draft for the whole model: the share of proposed tokens
+    that is accepted, and greedy decoding with the draft against greedy decoding alone.
+
     With --server it measures what serves the models instead: time to first token, inter-token latency and throughput,
     over HTTP. Nothing is sent but prompts of plain words, and the key where there is one.
     """
@@ -99,6 +104,8 @@ def bench(
         measure_servers(context)
         return
     refuse_without_servers(context)
+    if benched_as_nested(context):
+        return
     from sspcompile.api.bench import BenchRequest
     from sspcompile.api.bench import bench as run
     from sspcompile.checkpoint.locate import at_revision

@@ -70,13 +70,13 @@ def server_options(command: Command) -> Command:
 
 def refuse_without_servers(context: click.Context) -> None:
     """Raises InputError for options about servers where none is named."""
-    _refuse(context, _own(), "needs a --server", "Give --server URL, or leave it out.")
+    refuse_given(context, _own(), "needs a --server", "Give --server URL, or leave it out.")
 
 
 def measure_servers(context: click.Context) -> None:
     """Measure what --server names, and print it. Raises InputError for options that do not go with it."""
     others = {parameter.name for parameter in context.command.params} - _own() - SHARED
-    _refuse(context, others, "does not go with --server", "Measure either artifacts or servers.")
+    refuse_given(context, others, "does not go with --server", "Measure either artifacts or servers.")
     from sspcompile.api.servers import ServerRequest, bench_servers, servers_of
     from sspcompile.cli.progress import stages
 
@@ -110,7 +110,8 @@ def _own() -> set[str | None]:
     return {parameter.name for parameter in made.params}
 
 
-def _refuse(context: click.Context, names: Collection[str | None], why: str, hint: str) -> None:
+def refuse_given(context: click.Context, names: Collection[str | None], why: str, hint: str) -> None:
+    """Raise InputError for the first of these parameters that was typed."""
     from sspcompile.errors import InputError
 
     for parameter in context.command.params:

@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
+    from sspcompile.nested.index import Nested
     from sspcompile.slicing.mask import HeadMask
 
 LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -44,6 +45,11 @@ def model_card(report: Mapping[str, Any], plan: Mapping[str, Any], origin: Mappi
 def slice_card(plan: Mapping[str, Any], mask: HeadMask, origin: Mapping[str, Any], name: str) -> str:
     """The card of a model that was cut by a mask alone, with nothing measured. `plan` is plan.json."""
     return _card("sliced.md", origin, name=name, plan=plan, report=None, scenario=mask.scenario.get("name"))
+
+
+def nested_card(nested: Nested, origin: Mapping[str, Any], name: str, scenario: str) -> str:
+    """The card of a nested model, by its nested.json: what every size takes and loses, and how sizes are switched."""
+    return _card("nested.md", origin, name=name, nested=nested, scenario=scenario, report=None, plan=None, pruned=False)
 
 
 def onnx_card(

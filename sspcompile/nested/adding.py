@@ -1,4 +1,4 @@
-"""A member on its way into a nested artifact: its mask, its refitted matrices, and its row of the index."""
+"""A member on its way into a nested artifact: its mask, its repair, and its row of the index."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 from sspcompile.checkpoint import Checkpoint, OutputTensor, write_checkpoint
 from sspcompile.families import Geometry
 from sspcompile.model.divergence import Divergence
-from sspcompile.nested.files import digest_of, in_removal_order, parts_of
+from sspcompile.nested.files import digest_of, parts_of
 from sspcompile.nested.index import Loss, Member, Nested, dump_nested, repair_file
+from sspcompile.nested.low_rank import Stored, file_tensors
 from sspcompile.nested.order import Order, Size
-from sspcompile.repair.repair import Repair
 from sspcompile.select.judging import Reported
 from sspcompile.slicing.mask import dump_mask
 from sspcompile.slicing.plan import make_plan
@@ -21,14 +21,12 @@ from sspcompile.workspace import MODEL, NESTED
 
 
 def add_member(
-    folder: Path, checkpoint: Checkpoint, order: Order, size: Size, repair: Repair | None, cost: Reported
+    folder: Path, checkpoint: Checkpoint, size: Size, repair: Mapping[str, Stored], cost: Reported
 ) -> Member:
     """Write a member's mask and repair into the artifact's folder, and describe it. `checkpoint` is the dense one."""
-    g, mask = checkpoint.geometry, size.mask
-    refitted = repair.replaced(mask.units, g) if repair is not None else {}
-    moved = in_removal_order(refitted, g, mask, order, size.prefix)
-    dtypes = {name: checkpoint.tensors[name].dtype for name in moved}
-    file = write_repair(folder / MODEL, size.share, moved, dtypes)
+    mask = size.mask
+    dtypes = {name: checkpoint.tensors[name].dtype for name in repair}
+    file = write_repair(folder / MODEL, size.share, repair, dtypes)
     plan = make_plan(checkpoint, mask)
     member = Member(
         share=size.share,
@@ -42,7 +40,8 @@ def add_member(
         flops_per_position=plan.sliced.flops_per_position,
         repair=file,
         sha256=digest_of(folder / MODEL / file) if file is not None else None,
-        refitted=tuple(sorted(moved)),
+        repair_bytes=sum(words.nbytes for words in file_tensors(repair).values()),
+        refitted=tuple(sorted(repair)),
         own=_loss(cost.own),
         off=_loss(cost.off) if cost.off is not None else None,
     )
@@ -56,15 +55,17 @@ def _loss(divergence: Divergence) -> Loss:
     return Loss(mean_kl=divergence.mean_kl, top1_agreement=divergence.top1_agreement)
 
 
-def write_repair(
-    folder: Path, share: float, refitted: Mapping[str, np.ndarray], dtypes: Mapping[str, str]
-) -> str | None:
-    """Write a member's refitted matrices, columns in the order of removal; gives their file, None without any."""
-    if not refitted:
+def write_repair(folder: Path, share: float, repair: Mapping[str, Stored], dtypes: Mapping[str, str]) -> str | None:
+    """Write a member's matrices, columns in the order of removal; gives their file, None without any."""
+    if not repair:
         return None
     file = repair_file(share)
     (folder / file).parent.mkdir(parents=True)
-    tensors = [OutputTensor(name, dtypes[name], words.shape, _content(words)) for name, words in refitted.items()]
+    tensors = [
+        OutputTensor(name, dtypes[matrix], words.shape, _content(words))
+        for matrix, stored in repair.items()
+        for name, words in file_tensors({matrix: stored}).items()
+    ]
     write_checkpoint((folder / file).parent, tensors)
     return file
 

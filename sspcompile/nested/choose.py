@@ -5,7 +5,7 @@ Channels against heads is settled once, by measuring masks of the middle size; m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,10 +14,12 @@ from sspcompile.checkpoint.source import Checkpoint
 from sspcompile.errors import UnsupportedModelError
 from sspcompile.families import Geometry
 from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.text import batches_of
+from sspcompile.nested.low_rank import Stored
 from sspcompile.nested.order import Order, Size, order_of, prefix_of
+from sspcompile.nested.truncating import Place, Pool, budget_of, energies_of, places_of, repair_of
 from sspcompile.prepare.toolkit import Toolkit
-from sspcompile.progress import Progress, silent
-from sspcompile.repair.repair import Repair
+from sspcompile.progress import Progress, silent, stage_of
 from sspcompile.request.request import Request
 from sspcompile.select.budget import Budget, bounds_of
 from sspcompile.select.judging import Judge, Reported
@@ -44,9 +46,11 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Measured:
-    """A member's repair, None where none is kept, and what the member costs on texts that decided nothing."""
+    """A member's repair as it is stored, empty where none is kept, and what the member costs on texts that decided
+    nothing.
+    """
 
-    repair: Repair | None
+    repair: Mapping[str, Stored]
     cost: Reported
 
 
@@ -113,9 +117,27 @@ def _layout(choice: Choice, g: Geometry) -> Layout:
     return "uniform"
 
 
-def measured(chosen: Chosen, judge: Judge) -> Iterator[Measured]:
-    """The members from the whole down, a repair in memory at a time. It stays as it does in a build of its own."""
+def measured(chosen: Chosen, judge: Judge, checkpoint: Checkpoint) -> Iterator[Measured]:
+    """The members from the whole down. What there is room for of a repair is measured, and stays as a repair does in a
+    build of its own. `checkpoint` is the dense one.
+    """
+    places = [places_of(checkpoint, chosen.order, size.prefix) for size in chosen.sizes]
+    pool = _pooled(chosen, judge, checkpoint, places)
+    for member, choice in enumerate(chosen.choices):
+        stored = pool.stored(member)
+        repair = repair_of(stored, places[member], checkpoint)
+        if not judge.candidate("per-layer", choice, repair).keeps_repair:
+            stored, repair = {}, None
+        yield Measured(stored, judge.reported(choice.units, repair))
+
+
+def _pooled(chosen: Chosen, judge: Judge, checkpoint: Checkpoint, places: Sequence[Sequence[Place]]) -> Pool:
+    """The repairs of all members within their budget; in full there is one in memory at a time."""
+    pool, batches = Pool(checkpoint, budget_of(checkpoint)), batches_of(judge.loaded, judge.sentences)
     repairs = judge.fitted_to_all([choice.units for choice in chosen.choices], "members")
-    for choice, repair in zip(chosen.choices, repairs, strict=True):
-        kept = judge.candidate("per-layer", choice, repair).final_repair if repair is not None else None
-        yield Measured(kept, judge.reported(choice.units, kept))
+    for member, (choice, repair) in enumerate(zip(chosen.choices, repairs, strict=True)):
+        if repair is not None:
+            energies = energies_of(judge.loaded, choice.units, repair, batches)
+            report = stage_of(judge.progress, f"low-rank repair ({chosen.sizes[member].share:g})")
+            pool.add(member, places[member], repair, energies, judge.loaded.device, report)
+    return pool

@@ -15,9 +15,11 @@ import numpy as np
 
 from sspcompile.checkpoint import Checkpoint
 from sspcompile.checkpoint.headers import read_header, read_words
+from sspcompile.checkpoint.source import tensor_table
 from sspcompile.errors import ArtifactError
 from sspcompile.families import Geometry, layer_prefix
 from sspcompile.nested.index import Member, Nested, Part
+from sspcompile.nested.low_rank import LowRank, Stored, from_file, refitted
 from sspcompile.nested.order import Order, Prefix, columns, reordered, restored
 from sspcompile.slicing.mask import HeadMask, whole_mask
 from sspcompile.slicing.plan import SlicePlan, make_plan
@@ -57,37 +59,34 @@ def write_whole(
     return plan
 
 
-def in_removal_order(
-    refitted: Mapping[str, np.ndarray], g: Geometry, mask: HeadMask, order: Order, prefix: Prefix
-) -> dict[str, np.ndarray]:
-    """Refitted matrices [hidden, kept] whose columns ascend in the dense model, as prefixes of the order."""
-    return _moved(refitted, g, mask, order, prefix, inverse=True)
-
-
 def in_dense_order(
-    refitted: Mapping[str, np.ndarray], g: Geometry, mask: HeadMask, order: Order, prefix: Prefix
+    matrices: Mapping[str, np.ndarray], g: Geometry, mask: HeadMask, order: Order, prefix: Prefix
 ) -> dict[str, np.ndarray]:
-    """The way back."""
-    return _moved(refitted, g, mask, order, prefix, inverse=False)
-
-
-def _moved(
-    refitted: Mapping[str, np.ndarray], g: Geometry, mask: HeadMask, order: Order, prefix: Prefix, *, inverse: bool
-) -> dict[str, np.ndarray]:
+    """Matrices [hidden, kept] of a member, whose columns are a prefix of the order, with columns in the dense order."""
     found = {}
     for layer in range(g.layers):
         groups, channels = columns(mask, order, prefix, layer)
         span = g.group_size * g.head_dim
-        heads = (np.array(groups)[:, None] * span + np.arange(span)).ravel()
-        for name, places in ((O_PROJ, heads), (g.family.down, np.array(channels))):
+        heads = (np.array(groups, dtype=np.intp)[:, None] * span + np.arange(span)).ravel()
+        for name, places in ((O_PROJ, heads), (g.family.down, np.array(channels, dtype=np.intp))):
             full = f"{layer_prefix(layer)}{name}.weight"
-            if full in refitted:
-                found[full] = refitted[full][:, np.argsort(places) if inverse else places]
+            if full in matrices:
+                found[full] = matrices[full][:, places]
     return found
 
 
-def read_repair(artifact: Path, member: Member) -> dict[str, np.ndarray]:
-    """A member's refitted matrices as raw words, by name. Raises ArtifactError for another file."""
+def demand_class(model: Path) -> None:
+    """Raise ArtifactError unless the class in a model folder is ours: no other code is ever run from an artifact."""
+    path = model / MODELING_FILE
+    if not path.is_file() or path.read_bytes() != Path(__file__).with_name(MODELING_FILE).read_bytes():
+        raise ArtifactError(
+            f"{path} is not the file that this version of sspcompile ships; it is not run.",
+            hint="Build the artifact again.",
+        )
+
+
+def read_repair(artifact: Path, member: Member) -> dict[str, Stored]:
+    """A member's repair by the names of matrices. Raises ArtifactError for another file than the one that was built."""
     if member.repair is None:
         return {}
     path = artifact / MODEL / member.repair
@@ -95,7 +94,8 @@ def read_repair(artifact: Path, member: Member) -> dict[str, np.ndarray]:
         raise ArtifactError(
             f"{path} is missing, or is not the file that was built.", hint="Run `sspcompile build --nested` again."
         )
-    return {name: read_words(info) for name, info in read_header(path).items()}
+    found = read_header(path)
+    return from_file(found, lambda name: read_words(found[name]))
 
 
 def digest_of(path: Path) -> str:
@@ -107,8 +107,15 @@ def digest_of(path: Path) -> str:
 def member_refitted(
     artifact: Path, nested: Nested, member: Member, mask: HeadMask, g: Geometry
 ) -> dict[str, np.ndarray]:
-    """What a member's own cut holds in place of the dense model's tensors."""
-    return in_dense_order(read_repair(artifact, member), g, mask, nested.order, member.prefix)
+    """What a member's own cut holds in place of the dense model's tensors: the prefix of the whole, and the repair."""
+    stored = read_repair(artifact, member)
+    whole = tensor_table(artifact / MODEL) if stored else {}
+    found = {}
+    for name, one in stored.items():
+        dense = whole[name]
+        kept = one.inputs.shape[1] if isinstance(one, LowRank) else one.shape[1]
+        found[name] = refitted(read_words(dense)[:, :kept], one, dense.dtype)
+    return in_dense_order(found, g, mask, nested.order, member.prefix)
 
 
 def write_member(
@@ -127,7 +134,7 @@ def write_member(
     `plan` is of the mask. Gives the tensors that a repair computed. Raises ArtifactError for files that disagree.
     """
     source = Checkpoint(artifact / MODEL)
-    refitted = member_refitted(artifact, nested, member, mask, source.geometry)
+    replaced = member_refitted(artifact, nested, member, mask, source.geometry)
     ordered = restored(plan, nested.order, member.prefix)
-    write_model(source, ordered, folder, replaced=refitted, max_shard_bytes=max_shard_bytes, progress=progress)
-    return refitted
+    write_model(source, ordered, folder, replaced=replaced, max_shard_bytes=max_shard_bytes, progress=progress)
+    return replaced

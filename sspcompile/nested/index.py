@@ -36,8 +36,10 @@ class Loss(_Section):
 
 class Member(_Section):
     """One size. `share`: of all parameters, as it was asked for; `size`: what came of it. `groups` and `widths`: how
-    many key/value groups and channels of the order every layer keeps. `repair`: the file of its refitted matrices in
-    the model folder, with its `sha256`, None without any. `flops_per_token` and `flops_per_position` as in plan.json.
+    many key/value groups and channels of the order every layer keeps. `repair`: the file of what its refitted matrices
+    differ by from the prefixes, in the model folder, with its `sha256`, None without any; `repair_bytes` in it, beside
+    `weight_bytes` of the member cut out. `flops_per_token` and `flops_per_position` as in plan.json, without what
+    differences in place add.
     """
 
     share: float
@@ -51,6 +53,7 @@ class Member(_Section):
     flops_per_position: int
     repair: str | None
     sha256: str | None
+    repair_bytes: int
     refitted: tuple[str, ...]
     own: Loss
     off: Loss | None

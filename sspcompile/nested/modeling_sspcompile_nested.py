@@ -2,9 +2,10 @@
 """Decoder classes that hold several sizes of one model and switch between them (`nested.json` beside the weights).
 
 `NestedLlamaForCausalLM` is `LlamaForCausalLM` whose `set_size(0.7)` makes the matrices of every layer prefixes of the
-dense ones: views, nothing is copied. `o_proj` and `down_proj` of a smaller size are matrices of their own where they
-were refitted. A KV cache holds what `k_proj` and `v_proj` put out, so it is as small as the size; a cache that was
-begun at one size cannot go on at another. Every forward is inherited. Works with transformers 4.57 and 5.
+dense ones: views, nothing is copied. Where `o_proj` or `down_proj` of a smaller size was refitted, a low-rank
+difference is added to what the prefix puts out, or a matrix of its own stands in its place. A KV cache holds what
+`k_proj` and `v_proj` put out, so it is as small as the size; a cache that was begun at one size cannot go on at
+another. Every forward is inherited. Works with transformers 4.57 and 5.
 """
 
 import copy
@@ -23,6 +24,8 @@ INDEX = "nested.json"
 PLACE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 # A size that was typed is a member's own in spite of rounding.
 CLOSE = 1e-9
+# What the factors of a difference are called behind the name of their module: weight + lora_B lora_A.
+WEIGHT, OUTPUTS, INPUTS = ".weight", ".lora_B.weight", ".lora_A.weight"
 
 
 class _Nested:
@@ -78,19 +81,24 @@ class _Nested:
         files = [member["repair"] for member in self._index["members"]]
         self._repairs = [safetensors.torch.load_file(cached_file(place, f, **where)) if f else {} for f in files]
         self._at = 0
+        for layer in self.model.layers:
+            for part in self._index["parts"]:
+                if part["axis"] == 1:
+                    layer.get_submodule(part["module"]).register_forward_hook(_with_difference)
         self._prepare()
 
     def _prepare(self):
         """Make the parameters of every member once, so that a switch only puts them in their places."""
         for repair in self._repairs:
             for name, tensor in repair.items():
-                own = self.get_parameter(name)
+                module = name.removesuffix(WEIGHT).removesuffix(".lora_A").removesuffix(".lora_B")
+                own = self.get_parameter(module + WEIGHT)
                 repair[name] = tensor.to(own.device, own.dtype)
         members = self._index["members"]
         self._states = [self._state(*both) for both in zip(members, self._repairs, strict=True)]
 
     def _state(self, member, repair):
-        """(module, its parameters, inputs, outputs) of everything that a size changes."""
+        """(module, its parameters, inputs, outputs, difference) of everything that a size changes."""
         found = []
         for number, layer in enumerate(self.model.layers):
             groups, width = member["groups"][number], member["widths"][number]
@@ -99,21 +107,22 @@ class _Nested:
             for part in self._index["parts"]:
                 module, count = layer.get_submodule(part["module"]), counts[part["unit"]]
                 own = dict(module._parameters)
-                refitted = repair.get(f"model.layers.{number}.{part['module']}.weight")
-                if refitted is not None:
-                    own["weight"] = _fixed(refitted)
+                name = f"model.layers.{number}.{part['module']}"
+                difference = (repair[name + INPUTS], repair[name + OUTPUTS]) if name + OUTPUTS in repair else None
+                if name + WEIGHT in repair:
+                    own["weight"] = _fixed(repair[name + WEIGHT])
                 elif count < own["weight"].shape[part["axis"]]:
                     own["weight"] = _fixed(own["weight"].narrow(part["axis"], 0, count))
                 if part["axis"] == 0 and own.get("bias") is not None and count < len(own["bias"]):
                     own["bias"] = _fixed(own["bias"][:count])
                 outputs, inputs = own["weight"].shape
-                found.append((module, own, inputs, outputs))
+                found.append((module, own, inputs, outputs, difference))
         return found
 
     def _become(self, at):
-        for module, own, inputs, outputs in self._states[at]:
+        for module, own, inputs, outputs, difference in self._states[at]:
             module._parameters.update(own)
-            module.__dict__.update(in_features=inputs, out_features=outputs)
+            module.__dict__.update(in_features=inputs, out_features=outputs, difference=difference)
         self._at = at
 
     def _apply(self, *args, **kwargs):
@@ -126,6 +135,15 @@ class _Nested:
         self._prepare()
         self._become(at)
         return self
+
+
+def _with_difference(module, args, output):
+    """A forward hook of o_proj and down_proj. `difference`: [rank, inputs] and [outputs, rank], None without any."""
+    difference = module.__dict__.get("difference")
+    if difference is None:
+        return output
+    linear = torch.nn.functional.linear
+    return output + linear(linear(args[0], difference[0]), difference[1])
 
 
 def _fixed(tensor):

@@ -170,7 +170,7 @@ class _Dense:
         self.hidden: list[Tensor] = []
         self.after: list[Tensor] = []
         self.real = [batch.attention_mask.bool() for batch in batches]
-        self.weights = [w[real] for w, real in zip(_position_weights(batches), self.real, strict=True)]
+        self.weights = [w[real] for w, real in zip(position_weights(batches), self.real, strict=True)]
         self._calls: list[list[tuple[tuple[Any, ...], Mapping[str, Any]]]] = []
         for batch in batches:
             with passed_over(loaded.layers), recorded_calls(loaded.layers) as recorded:
@@ -366,7 +366,7 @@ def _biases(loaded: LoadedModel, kept: Kept, mean: Tensor, dtype: torch.dtype) -
     return biases
 
 
-def _position_weights(batches: Sequence[Batch]) -> list[Tensor]:
+def position_weights(batches: Sequence[Batch]) -> list[Tensor]:
     """Weight of every position, [B, T] per batch: scored ones and other real ones share as SCORED_SHARE says."""
     scored = sum(int(batch.score_mask.sum()) for batch in batches)
     other = sum(int(batch.attention_mask.sum()) for batch in batches) - scored

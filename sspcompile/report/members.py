@@ -7,9 +7,9 @@ import json
 from collections.abc import Callable
 
 from sspcompile.nested.index import Member, Nested
+from sspcompile.report.blocks import Block, Page, Table, page
 from sspcompile.report.first import Picture
 from sspcompile.report.format import count, percent, size, with_interval
-from sspcompile.report.page import Block, Page, Table, page
 
 FRONTIER = "frontier"
 
@@ -21,6 +21,7 @@ def members_page(title: str, nested: Nested) -> Page:
         ("--size", lambda one: f"{one.share:g}"),
         ("parameters", lambda one: count(one.parameters)),
         ("KV/token", lambda one: size(one.kv_bytes_per_token)),
+        ("repair", lambda one: size(one.repair_bytes) if one.repair else "-"),
         ("FLOPs", lambda one: percent(one.flops_per_token / whole.flops_per_token)),
         ("mean KL", lambda one: with_interval(one.own.mean_kl)),
         ("same next token", lambda one: with_interval(one.own.top1_agreement, percent)),
@@ -31,7 +32,7 @@ def members_page(title: str, nested: Nested) -> Page:
         tuple(label for label, _ in columns),
         tuple(tuple(show(one) for _, show in columns) for one in nested.members),
     )
-    told = "Each member is a prefix of the larger ones. A size in between takes the next smaller member."
+    told = "Each member is a prefix of the larger ones, its repair beside it. A size in between takes the next smaller."
     picture = Picture(f"{FRONTIER}.svg", draw_members(nested), "what every size loses, against what it takes")
     return page(title, (Block(FRONTIER, "Members", (told,), (table,), picture),))
 

@@ -93,7 +93,7 @@ def refuse_several(options: Options) -> None:
     """Raise InputError where several sizes are asked for at once and one is wanted."""
     if options.shares:
         raise InputError(
-            f"--nested {options.nested} asks for several sizes at once, which only the command `build` makes.",
+            f"--nested {options.nested} asks for several sizes at once, which only `build` makes.",
             hint="Give one of them, as --size 0.8.",
         )
 
