@@ -234,7 +234,7 @@ def descend(
     known, keep = failed, None
     for number in range(ROUNDS):
         # Of a small model with a large vocabulary more than all of FIRST stays whatever is cut.
-        between = [share for share in FIRST[unit] if least <= share < most] if number == 0 else []
+        between = [share for share in FIRST[unit] if least <= share < most and share > failed] if number == 0 else []
         between = between or np.linspace(max(failed, least), keep or most, AT_ONCE + 2)[1:-1].tolist()
         if number == 0 and most < 1:  # nothing that lies above it is in question
             between = [1.0, *between[: AT_ONCE - 1]]
