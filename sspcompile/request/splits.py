@@ -169,7 +169,7 @@ def draw_splits(
 
 
 def _drawn(
-    pools: Sequence[DomainPool], part: int, counts: Sequence[int], taken: Collection[str], rng: np.random.Generator
+    pools: Sequence[DomainPool], part: int, counts: Sequence[int], taken: Collection[Prompt], rng: np.random.Generator
 ) -> tuple[str, ...]:
     """So many texts of a part of every pool, in the pool's order; what is `taken` is left out."""
     found: list[str] = []
@@ -180,7 +180,7 @@ def _drawn(
 
 
 def _protecting(
-    splits: Splits, protect: Mapping[str, Sequence[DomainPool]], own: Collection[str], rng: np.random.Generator
+    splits: Splits, protect: Mapping[str, Sequence[DomainPool]], own: Collection[Prompt], rng: np.random.Generator
 ) -> Splits:
     """The splits with texts of what is protected: behind those that choose and repair PROTECTED_SHARE of them all, and
     apart from the scenario's as many as guard and judge that, as far as the pools go.
