@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sspcompile.errors import BudgetError
 from sspcompile.report.json import read_report
 from sspcompile.request.options import DEFAULT_MAX_LOSS, Options
-from sspcompile.select.floor import AT_ONCE, ROUNDS, Floor, Rung, descend
+from sspcompile.select.floor import AT_ONCE, ROUNDS, Allowed, Floor, Rung, descend, nothing_within
 from sspcompile.slicing.layouts import Choice, choose
 
 LAYERS, HEADS = 8, 8
@@ -32,7 +32,11 @@ def walk(loss_at, max_loss: float) -> tuple[Floor, list[float]]:
         asked.extend(choice.ratio for choice in choices)
         return [Rung(choice.ratio, loss_at(choice.ratio)) for choice in choices]
 
-    return descend(choice_of, measure, lambda choice: choice.ratio, 1 / HEADS, max_loss), asked
+    allowed = Allowed(max_loss)
+    tried, keep, failed = descend(choice_of, measure, lambda choice: choice.ratio, 1 / HEADS, allowed)
+    if keep is None:
+        raise nothing_within(allowed, tried, "heads")
+    return Floor(max_loss, keep, failed, tried), asked
 
 
 @given(edge=st.floats(0.15, 0.95), slope=st.floats(0.1, 5.0))
@@ -54,8 +58,8 @@ def test_where_more_than_the_first_shares_must_stay_the_walk_begins_there(least)
         asked.extend(choice.ratio for choice in choices)
         return [Rung(choice.ratio, 0.0) for choice in choices]
 
-    found = descend(choice_of, measure, lambda choice: choice.ratio, least, 0.05)
-    assert asked and least - 1 / (LAYERS * HEADS) <= found.keep < 1 and min(asked) >= least - 1 / (LAYERS * HEADS)
+    _, keep, _ = descend(choice_of, measure, lambda choice: choice.ratio, least, Allowed(0.05))
+    assert keep and asked and least - 1 / (LAYERS * HEADS) <= keep < 1 and min(asked) >= least - 1 / (LAYERS * HEADS)
 
 
 @given(seed=st.integers(0, 10_000))
@@ -81,8 +85,7 @@ def test_where_nothing_is_within_the_bound_the_nearest_is_named():
 def test_refitted_to_all_texts_a_mask_that_is_over_the_bound_gives_way_to_the_next_larger():
     floor = Floor(0.02, 0.5, 0.4, (Rung(0.4, 0.03), Rung(0.5, 0.01), Rung(0.6, 0.03), Rung(0.7, 0.005)))
     assert floor.larger(0.5) == 0.7
-    with pytest.raises(BudgetError):
-        floor.larger(0.7)
+    assert floor.larger(0.7) is None
 
 
 def test_the_default_bounds_the_loss_and_any_other_budget_takes_its_place():

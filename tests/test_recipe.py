@@ -149,13 +149,19 @@ specs = st.one_of(
     st.builds(ScenarioSpec, domains=st.dictionaries(texts, st.floats(1e-6, 1e6), min_size=1, max_size=4)),
 )
 losses = st.floats(0, 1, exclude_min=True, exclude_max=True)
+protected = st.dictionaries(st.from_regex(r"[a-z0-9][a-z0-9-]{0,12}", fullmatch=True), losses, min_size=1, max_size=3)
 budgets = st.one_of(
-    st.fixed_dictionaries({}),
+    st.fixed_dictionaries({}, optional={"protect": protected}),
     st.fixed_dictionaries({"keep": st.floats(0, 1, exclude_min=True)}),
     st.fixed_dictionaries({"strength": st.floats(0, 1)}),
     st.fixed_dictionaries(
         {"size": st.floats(0, 1, exclude_min=True)},
-        optional={"max_params": st.integers(1, 10**12), "max_memory": st.integers(1, 10**12), "max_loss": losses},
+        optional={
+            "max_params": st.integers(1, 10**12),
+            "max_memory": st.integers(1, 10**12),
+            "max_loss": losses,
+            "protect": protected,
+        },
     ),
 )
 options = st.fixed_dictionaries(
@@ -200,6 +206,7 @@ def test_default_options() -> None:
             "keep": None,
             "strength": None,
             "max_loss": 0.05,
+            "protect": None,
             "max_params": None,
             "max_memory": None,
             "context": None,

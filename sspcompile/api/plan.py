@@ -155,4 +155,4 @@ def plan_scenario(
 def needs_model(options: Options) -> bool:
     """Whether something is asked for that more than the headers can refuse."""
     changed = (name for name in ("criterion", "repair") if getattr(options, name) != default_of(name))
-    return any(changed) or options.pools is not None
+    return any(changed) or options.pools is not None or options.protect is not None

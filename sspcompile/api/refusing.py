@@ -9,6 +9,7 @@ from sspcompile.errors import CheckpointError
 from sspcompile.model.dense import DenseModel
 from sspcompile.repair.repair import demand_place, is_linear
 from sspcompile.request.pools import pools_of
+from sspcompile.request.protecting import demand_protected
 from sspcompile.request.request import Request
 from sspcompile.select.budget import bounds_of, cuts_channels, refuse_several
 from sspcompile.select.scoring import demand_prompts, score_key
@@ -32,6 +33,7 @@ def refuse_hopeless(request: Request, dense: DenseModel, *, weights: bool = True
     of_key(score_key(options))
     demand_prompts(request)
     pools_of(options)
+    demand_protected(options)
     demand_place(geometry, options.repair)
     demand_host(geometry, options.layout, options.wanted_host)
     groups_only = options.granularity == "group"

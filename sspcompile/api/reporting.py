@@ -13,7 +13,7 @@ from sspcompile.checkpoint.source import not_carried
 from sspcompile.export.card import licence_of
 from sspcompile.model.divergence import Divergence, compare_divergences
 from sspcompile.repair.repair import MIN_PROMPTS
-from sspcompile.report.build import quality_row
+from sspcompile.report.build import protected_row, quality_row
 from sspcompile.report.heads import mask_section
 from sspcompile.report.model import (
     BudgetSection,
@@ -70,6 +70,7 @@ def report_of(outcome: Outcome) -> Report:
         ),
         repair=_repair(outcome),
         quality=tuple(_quality(outcome)),
+        protected=tuple(protected_row(one.domain, one.max_loss, one.guard, one.judge) for one in selection.spared),
         sizes=_sizes(outcome),
         rounding=outcome.rounding,
         runtimes=tuple(RuntimeRow(name=v.runtime, loads=v.loads, note=v.reason) for v in outcome.plan.runtimes),
@@ -157,6 +158,8 @@ def _layout(outcome: Outcome) -> LayoutSection:
         reason = "layers that stay whole have one shape"
     elif cost is None:
         reason = "the only layout asked for, or the only one that a class can hold"
+    elif decision.spares:
+        reason = "the other layout loses more of a protected domain than --protect allows"
     elif decision.chosen.layout == "uniform":
         reason = "the uniform layout costs nothing measurable here, and loads with stock classes"
     else:
@@ -203,6 +206,12 @@ def _notes(outcome: Outcome) -> Iterator[str]:
     )
     if e["off"]:
         yield f"Off domain are {e['off']} held-out pool prompts of the domains that the scenario is not about."
+    if outcome.selection.spared:
+        yield (
+            f"{e['protected_fit']} of the texts that chose and repaired are pool prompts of what is protected "
+            f"({', '.join(one.domain for one in outcome.selection.spared)}); {e['protected_guard']} more decided, and "
+            f"{e['protected_judge']} more judged."
+        )
     yield _importance(outcome)
     if without := outcome.request.options.without:
         yield f"Switched off with --without: {', '.join(without)}."
@@ -226,7 +235,8 @@ def _importance(outcome: Outcome) -> str:
         return f"Layers were ranked by their influence on {scores.prompts} {own}."
     scored = "Heads" if not _channels_may_go(outcome) else "Heads and channels of the MLPs"
     if scores.source == "prompts":
-        return f"{scored} were scored on {scores.prompts} of the scenario's own prompts alone."
+        beside = "and prompts of what is protected" if outcome.selection.spared else "alone"
+        return f"{scored} were scored on {scores.prompts} of the scenario's own prompts {beside}."
     if scores.source == "texts":
         return f"{scored} were scored on {scores.prompts} of the texts that chose."
     return (

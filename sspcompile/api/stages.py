@@ -30,6 +30,7 @@ from sspcompile.repair.repair import refitted_dtype
 from sspcompile.request.options import AUTO
 from sspcompile.request.pools import PoolSet, pools_of
 from sspcompile.request.prompts import Prompt, answer_of, is_open
+from sspcompile.request.protecting import protected_pools
 from sspcompile.request.request import Request
 from sspcompile.request.splits import OFF_PROMPTS, draw_splits, fit_part, thinned
 from sspcompile.select.baselines import most_rivals
@@ -159,29 +160,29 @@ def deciding(
         yield Stage("what the scenario is made of", len(read), tokens, _recognising(loaded))
     # Without a pass the mixture is not known; the texts that stand in for it are as long as the pools' on average.
     even = np.full(len(given.candidates), 1 / len(given.candidates))
-    splits = draw_splits(scenario.prompts, even, given.candidates, options.seed)
+    # Without a mixture, what the scenario is not about stands for every domain.
+    protect = protected_pools(options, np.zeros_like(even), given.candidates)
+    splits = draw_splits(scenario.prompts, even, given.candidates, options.seed, protect)
     off = splits.off or tuple(text for one in given.candidates for text in one.prompts)[:OFF_PROMPTS]
-    every = [*splits.fit, *splits.guard, *splits.judge, *off]
+    guards = [prompt for one in splits.protected for prompt in one.guard]
+    judges = [prompt for one in splits.protected for prompt in one.judge]
+    every = [*splits.fit, *splits.guard, *splits.judge, *off, *guards, *judges]
     yield _continuing("continuations", every, lengths, new)
-    fit, guard, judge, apart = (_continued(one, lengths, new) for one in (splits.fit, splits.guard, splits.judge, off))
-    yield Stage("dense model on held-out texts", len(every) - len(splits.fit), guard + judge + apart, 1)
+    parts = (splits.fit, splits.guard, splits.judge, off, guards, judges)
+    fit, guard, judge, apart, spared, told = (_continued(one, lengths, new) for one in parts)
+    held = guard + judge + apart + spared + told
+    yield Stage("dense model on held-out texts", len(every) - len(splits.fit), held, 1)
     mean = fit / max(1, len(splits.fit))
     some = min(len(splits.fit), CURVATURE_TEXTS)
-    if options.removes_layers:
-        yield Stage("influence of layers", some, int(some * mean), 1)
-    elif options.criterion == AUTO:
-        yield Stage("head scores", some, int(some * mean), _gradient_passes(loaded))
-    elif source != "domains":
-        yield Stage("head scores", len(splits.fit), fit, _passes_of(options.criterion, loaded))
+    yield from _scoring(request, loaded, len(splits.fit), fit, some)
+    masks, layouts = _masks(request, loaded)
+    count = min(len(splits.fit) * 2 // 3, COMPARED_FIT)
     if options.max_loss is not None:
-        count = min(len(splits.fit) * 2 // 3, COMPARED_FIT)
         name = "repairing masks on the way to the smallest"
         once = _repairing(name, count, int(count * mean), AT_ONCE, request, dense, loaded)
         yield replace(once, passes=ROUNDS * once.passes)
         yield Stage("measuring masks on the way to the smallest", len(splits.guard), guard, 2 * ROUNDS * AT_ONCE)
-    masks, layouts = _masks(request, loaded)
     if masks > 1:
-        count = min(len(splits.fit) * 2 // 3, COMPARED_FIT)
         name = f"repairing {masks} masks to compare"
         yield _repairing(name, count, int(count * mean), masks, request, dense, loaded)
         count = min(len(splits.fit) // 3, COMPARED_HELD)
@@ -196,6 +197,7 @@ def deciding(
     yield _repairing(name, len(splits.fit), fit, 1 + rivals, request, dense, loaded)
     yield Stage("judging the repair", len(splits.guard), guard, 2)
     yield Stage("judging this build and its baselines", len(splits.judge) + len(off), judge + apart, 2 + rivals)
+    yield from _sparing(guards, spared, judges, told, ROUNDS * AT_ONCE if options.max_loss is not None else 0, layouts)
     probes = spread(sorted(min(PROBE_TOKENS, length + new) for length in lengths.of(splits.judge)))
     if options.quantize is not None:
         yield Stage("weighing what is rounded", len(splits.judge), judge, WEIGHED)
@@ -205,6 +207,29 @@ def deciding(
         1 if goes_layerwise(dense.checkpoint, placement) else NEW_TOKENS * sum(-(-count // TOGETHER) for count in alike)
     )
     yield Stage("proof", len(probes), sum(probes), 2 * DOUBLE, steps=int(2 * DOUBLE * reading))
+
+
+def _scoring(request: Request, loaded: LoadedModel, texts: int, tokens: int, some: int) -> Iterator[Stage]:
+    """Of the texts that choose, `some` are read where one pass scores all units."""
+    options, mean = request.options, tokens / max(1, texts)
+    if options.removes_layers:
+        yield Stage("influence of layers", some, int(some * mean), 1)
+    elif options.criterion == AUTO:
+        yield Stage("head scores", some, int(some * mean), _gradient_passes(loaded))
+    elif source_of(request) != "domains":
+        yield Stage("head scores", texts, tokens, _passes_of(options.criterion, loaded))
+
+
+def _sparing(
+    guards: Sequence[Prompt], decide: int, judges: Sequence[Prompt], judge: int, walked: int, layouts: int
+) -> Iterator[Stage]:
+    """Of what is protected: tokens that `decide`, read for every mask on the way, for each of several layouts and twice
+    for what is built, and those that `judge`.
+    """
+    if guards:
+        compared = layouts if layouts > 1 else 0
+        yield Stage("measuring what is protected", len(guards), decide, walked + compared + 2)
+        yield Stage("judging what is protected", len(judges), judge, 1)
 
 
 def _repairing(

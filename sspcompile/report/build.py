@@ -14,9 +14,11 @@ from sspcompile.report.model import (
     LatencyRow,
     LatencySection,
     PredictionRow,
+    ProtectedRow,
     QualityRow,
     Role,
     RooflineRow,
+    turned,
 )
 
 
@@ -42,6 +44,17 @@ def quality_row(
         off_kl=off.mean_kl if off else None,
         off_agreement=off.top1_agreement if off else None,
         answer_perplexity=divergence.perplexity,
+    )
+
+
+def protected_row(domain: str, max_loss: float, guard: Divergence, judge: Divergence) -> ProtectedRow:
+    """`guard`: on texts that decided, `judge`: on those that decided nothing."""
+    return ProtectedRow(
+        domain=domain,
+        max_loss=max_loss,
+        guard_loss=1 - guard.top1_agreement.value,
+        loss=turned(judge.top1_agreement),
+        texts=len(judge.prompts),
     )
 
 

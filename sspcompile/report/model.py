@@ -123,6 +123,33 @@ class QualityRow(Section):
     answer_perplexity: Estimate | None = None
 
 
+def turned(agreement: Estimate) -> Estimate:
+    """The share of next tokens that are others, from the share that are the same."""
+    low, high = (None if end is None else max(0.0, 1 - end) for end in (agreement.high, agreement.low))
+    return Estimate(1 - agreement.value, low, high)
+
+
+class ProtectedRow(Section):
+    """What is not to lose more than `max_loss`, a share of its next tokens. `guard_loss`: on texts that decided;
+    `loss`: on `texts` others, which decided nothing.
+    """
+
+    domain: str
+    max_loss: float
+    guard_loss: float
+    loss: Estimate
+    texts: int
+
+    @property
+    def holds(self) -> bool:
+        return self.loss.value <= self.max_loss
+
+    @property
+    def broken(self) -> bool:
+        """Whether it loses more by more than chance."""
+        return not self.holds and self.loss.low is not None and self.loss.low > self.max_loss
+
+
 class LayoutSection(Section):
     """`figures` holds a row per layout that was measured."""
 
@@ -200,9 +227,7 @@ class RoundingRow(Section):
     @property
     def changed(self) -> Estimate:
         """The share of next tokens that are others than the dense model's."""
-        same = self.top1_agreement
-        low, high = (None if end is None else max(0.0, 1 - end) for end in (same.high, same.low))
-        return Estimate(1 - same.value, low, high)
+        return turned(self.top1_agreement)
 
 
 class RoundingSection(Section):
@@ -306,6 +331,7 @@ class Report(Section):
     parity: ParitySection | None = None
     repair: RepairSection | None = None
     quality: tuple[QualityRow, ...] = ()
+    protected: tuple[ProtectedRow, ...] = ()
     sizes: SizesSection | None = None
     runtimes: tuple[RuntimeRow, ...] = ()
     latency: LatencySection | None = None

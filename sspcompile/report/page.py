@@ -102,7 +102,28 @@ def _quality(report: Report) -> Block | None:
         return None
     caption = "Against the dense model on held-out prompts of the scenario; 95 % bootstrap intervals over prompts"
     hint = "this build, and others of the same budget, against the dense model"
-    return Block("quality", "Quality", (), (_quality_table(caption, report.quality),), hint=hint)
+    tables = (_quality_table(caption, report.quality), *_protected(report))
+    return Block("quality", "Quality", (), tables, hint=hint)
+
+
+def _protected(report: Report) -> Iterator[Table]:
+    if report.protected:
+        said = {(True, False): "yes", (False, True): "NO"}
+        rows = [
+            (
+                one.domain,
+                percent(one.max_loss),
+                percent(one.guard_loss),
+                with_interval(one.loss, percent),
+                said.get((one.holds, one.broken), "no, by no more than chance"),
+            )
+            for one in report.protected
+        ]
+        yield Table(
+            "Protected: next tokens that change; 95 % bootstrap intervals over prompts",
+            ("domain", "allowed", "on prompts that decided", "on prompts that decided nothing", "holds"),
+            tuple(rows),
+        )
 
 
 def _layout(report: Report) -> Block | None:

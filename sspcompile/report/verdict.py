@@ -38,6 +38,7 @@ def verdict(report: Report) -> tuple[str, ...]:
         *filter(None, (headline(report),)),
         *_parity(report),
         *_quality(report),
+        *_protected(report),
         *_baselines(report),
         *_repair(report),
         *_sizes(report),
@@ -65,6 +66,8 @@ def headline(report: Report) -> str | None:
         return f"DO NOT SHIP: {differs} of the next tokens on the scenario's own domain differ from the dense model's."
     narrow = _narrow(ours)
     loss = f"loses quality off domain, {narrow}" if narrow is not None else ""
+    if broken := [one.domain for one in report.protected if one.broken]:
+        loss = f"loses more of {' and '.join(broken)} than --protect allows"
     faster = _faster(report.latency) if report.latency is not None else ""
     if report.latency is not None and not faster:
         return f"NO MEASURABLE GAIN IN SPEED{_smaller(report)}{loss and f'; {loss}'}."
@@ -176,6 +179,16 @@ def _turned(agreement: Estimate) -> str:
     if agreement.low is None or agreement.high is None:
         return " (too few prompts for an interval)"
     return f" ({percent(1 - agreement.high)} to {percent(1 - agreement.low)})"
+
+
+def _protected(report: Report) -> Iterator[str]:
+    for one in report.protected:
+        found = f"{with_interval(one.loss, percent)} of the next tokens change on held-out prompts"
+        if one.holds:
+            yield f"{one.domain} is protected: {found}, of {percent(one.max_loss)} that are allowed."
+        else:
+            chance = "" if one.broken else ", by no more than chance may do"
+            yield f"LOSS: {one.domain} was to be protected: {found}, above the {percent(one.max_loss)} allowed{chance}."
 
 
 def _baselines(report: Report) -> Iterator[str]:

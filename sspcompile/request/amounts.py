@@ -1,4 +1,4 @@
-"""Options that are typed as more than one number: whole numbers with a unit, and falling shares."""
+"""Options that are typed as more than one number: whole numbers with a unit, falling shares, shares by name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
-from sspcompile.request.documents import shown
+from sspcompile.request.documents import NAME_PATTERN, shown
 from sspcompile.request.sizes import COUNTS, UNITS, parsed
 
 
@@ -35,6 +35,46 @@ _TYPED = WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "
 
 Parameters = Annotated[int, Field(ge=1, le=10**15), BeforeValidator(_PARAMETERS.read), _TYPED, _PARAMETERS]
 Bytes = Annotated[int, Field(ge=1, le=10**18), BeforeValidator(_BYTES.read), _TYPED, _BYTES]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """How an option is typed that maps names to shares: NAME=SHARE, several times."""
+
+    example: str
+
+    def read(self, value: Any) -> Any:
+        """Texts as the mapping that they stand for; what is none is left to the type. Raises ValueError."""
+        texts = (value,) if isinstance(value, str) else value
+        if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+            return value
+        found: dict[str, float] = {}
+        for text in texts:
+            name, _, share = (part.strip() for part in text.rpartition("="))
+            try:
+                number = float(share)
+            except ValueError:
+                number = None
+            if not name or number is None:
+                raise ValueError(f"must be {self.example}, not {shown(text)}")
+            if name in found:
+                raise ValueError(f"names {name} twice")
+            found[name] = number
+        return found
+
+
+def _by_name(losses: dict[str, float]) -> dict[str, float]:
+    """Equal requests are equal recipes."""
+    return dict(sorted(losses.items()))
+
+
+_LOSSES = Pairs("DOMAIN=LOSS, as medicine=0.05")
+_Domain = Annotated[str, Field(pattern=NAME_PATTERN)]
+_Loss = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+
+Losses = Annotated[
+    dict[_Domain, _Loss], Field(min_length=1), BeforeValidator(_LOSSES.read), AfterValidator(_by_name), _LOSSES
+]
 
 MOST_SHARES = 12
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict
 
 
@@ -14,6 +14,7 @@ class Keywords(TypedDict, total=False):
     keep: float | None
     strength: float | None
     max_loss: float | None
+    protect: Mapping[str, float] | None
     max_params: int | str | None
     max_memory: int | str | None
     context: int | None

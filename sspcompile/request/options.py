@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from sspcompile.request.amounts import Amount, Bytes, Parameters, Shares, shares_of
+from sspcompile.request.amounts import Amount, Bytes, Losses, Pairs, Parameters, Shares, shares_of
 from sspcompile.request.documents import NAME_PATTERN, Text
 
 ENVIRONMENT_PREFIX = "SSPCOMPILE_"
@@ -27,6 +27,8 @@ DEFAULT_CONTEXT, DEFAULT_BATCH = 4096, 1
 BUDGETS = ("size", "keep", "strength", "max_loss", "max_params", "max_memory", "nested")
 # Budgets of heads stand alone, and so do several sizes at once; the others hold together.
 ALONE = ("keep", "strength", "nested")
+# Floors under what is off the scenario are no budget by themselves: they hold beside one.
+LIMITS = (*BUDGETS, "protect")
 # What leaves a say to whole layers; anything else is about parts of them.
 OF_LAYERS: Mapping[str, tuple[str | None, ...]] = {
     **dict.fromkeys(ALONE, (None,)),
@@ -68,8 +70,8 @@ def exclusive(names: Sequence[str]) -> str:
 
 
 def clashing(names: Sequence[str]) -> bool:
-    """Whether budgets among these options cannot stand together."""
-    budgets = set(BUDGETS) & set(names)
+    """Whether budgets, and floors beside them, among these options cannot stand together."""
+    budgets = set(LIMITS) & set(names)
     return len(budgets) > 1 and bool(set(ALONE) & budgets)
 
 
@@ -112,6 +114,15 @@ class Options(BaseModel):
             "SHARE",
         ),
     ] = DEFAULT_MAX_LOSS
+    protect: Annotated[
+        Losses | None,
+        Shown(
+            "Beside the budget: let at most this share of the next tokens change on held-out prompts of DOMAIN, a "
+            "pool's name, or general for all that the scenario is not about. May be repeated. Prompts of DOMAIN join "
+            "the texts that choose and repair.",
+            "DOMAIN=LOSS",
+        ),
+    ] = None
     max_params: Annotated[
         Parameters | None,
         Shown("Keep at most this many parameters, as 120M, 1.1B or 120000000: --size as a number.", "N"),
@@ -242,9 +253,10 @@ class Options(BaseModel):
 
     @model_validator(mode="after")
     def _one_budget(self) -> Options:
-        given = [name for name in BUDGETS if getattr(self, name) is not None]
-        if not given or clashing(given):
-            problem = exclusive(given) if given else f"one of {', '.join(BUDGETS)} is needed"
+        given = [name for name in LIMITS if getattr(self, name) is not None]
+        budget = bool({*BUDGETS} & {*given})
+        if not budget or clashing(given):
+            problem = exclusive(given) if budget else f"one of {', '.join(BUDGETS)} is needed"
             raise PydanticCustomError("exclusive", "{problem}", {"problem": problem})
         return self
 
@@ -286,13 +298,15 @@ class Options(BaseModel):
 @dataclass(frozen=True)
 class Kind:
     """How an option is typed: `number` (int, float or None for text), its `choices`, whether it may be repeated,
-    whether it is a switch, and whether it is an `amount` (a whole number, or text with a unit)."""
+    whether it is a switch, an `amount` (a whole number, or text with a unit), or `pairs` of a name and a share.
+    """
 
     number: type[int] | type[float] | None
     choices: tuple[str, ...]
     multiple: bool
     switch: bool
     amount: bool
+    pairs: bool
 
 
 NAMES: tuple[str, ...] = tuple(Options.model_fields)
@@ -313,8 +327,10 @@ def kind_of(name: str) -> Kind:
     kinds = list(_kinds(Options.model_fields[name].annotation))
     choices = tuple(value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind))
     number = next((kind for kind in (int, float) if kind in kinds), None)
-    amount = any(isinstance(item, Amount) for kind in kinds for item in getattr(kind, "__metadata__", ()))
-    return Kind(number, choices, any(get_origin(kind) is tuple for kind in kinds), bool in kinds, amount)
+    marks = [item for kind in kinds for item in getattr(kind, "__metadata__", ())]
+    amount, pairs = (any(isinstance(item, mark) for item in marks) for mark in (Amount, Pairs))
+    several = pairs or any(get_origin(kind) is tuple for kind in kinds)
+    return Kind(number, choices, several, bool in kinds, amount, pairs)
 
 
 def _kinds(annotation: Any) -> Iterator[Any]:

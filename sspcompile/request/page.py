@@ -28,7 +28,7 @@ def keywords() -> str:
     return (
         '"""The options of a build as keyword arguments. Written by `make generated`; edit options.py instead."""\n\n'
         "from __future__ import annotations\n\n"
-        "from collections.abc import Sequence\n"
+        "from collections.abc import Mapping, Sequence\n"
         "from typing import Literal, TypedDict\n\n\n"
         "class Keywords(TypedDict, total=False):\n"
         '    """Every option of a build; `docs/options.md` says what each one does."""\n\n' + "\n".join(lines) + "\n"
@@ -37,6 +37,8 @@ def keywords() -> str:
 
 def _type_of(name: str) -> str:
     kind = kind_of(name)
+    if kind.pairs:
+        return "Mapping[str, float] | None"
     choices = ", ".join(f'"{choice}"' for choice in kind.choices)
     words = "int | str" if kind.amount else "str"
     plain = "bool" if kind.switch else kind.number.__name__ if kind.number else words

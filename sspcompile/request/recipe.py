@@ -20,7 +20,7 @@ from sspcompile.embedded import SCENARIOS_DIR
 from sspcompile.errors import RecipeError
 from sspcompile.request.documents import NAME_PATTERN, YAML_BYTES, Document, Text, read_yaml, validation_problems
 from sspcompile.request.domains import recipes_folder
-from sspcompile.request.options import BUDGETS, NAMES, Options, clashing, exclusive, shown_of
+from sspcompile.request.options import LIMITS, NAMES, Options, clashing, exclusive, shown_of
 from sspcompile.request.prompts import PromptField
 
 SCENARIO_FORMS = ("text", "prompts", "prompts_file")
@@ -95,7 +95,7 @@ def _form_problem(spec: Mapping[str, Any]) -> str | None:
 
 
 def _budgets(options: Mapping[str, Any]) -> list[str]:
-    return [name for name in BUDGETS if options.get(name) is not None]
+    return [name for name in LIMITS if options.get(name) is not None]
 
 
 def load_recipe(path: Path, *, limit: int = YAML_BYTES) -> Recipe:

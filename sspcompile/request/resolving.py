@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from sspcompile.errors import RecipeError
 from sspcompile.request.documents import dotted, explain, shown
-from sspcompile.request.options import BUDGETS, NAMES, Options, clashing, exclusive, flag, kind_of, variable
+from sspcompile.request.options import BUDGETS, LIMITS, NAMES, Options, clashing, exclusive, flag, kind_of, variable
 
 HINT = "See `sspcompile build --help`; --size and --keep lie in (0, 1], --strength in [0, 1], --max-loss in (0, 1)."
 SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
@@ -36,7 +36,7 @@ def resolve(
     labels: dict[str, str] = {}
     problems = []
     for values, label in sources:
-        budgets = [name for name in BUDGETS if name in values]
+        budgets = [name for name in LIMITS if name in values]
         if clashing(budgets):
             problems.append(exclusive([label(name) for name in budgets]))
         settled = set(merged)

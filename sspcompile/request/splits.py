@@ -7,12 +7,14 @@ less than ENOUGH of what is wanted, pool prompts fill up in the proportion of th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TypeVar
 
 import numpy as np
 
+from sspcompile.errors import InputError
 from sspcompile.request.domains import DomainPool
 from sspcompile.request.prompts import Prompt, bare
 
@@ -29,6 +31,8 @@ OFF_PROMPTS = 32
 ENOUGH = (1 / 2, 1 / 4, 1 / 4)
 # A domain is another one where it has less than this share of an equal part of the mixture.
 FOREIGN = 0.5
+# So much of the texts that choose and repair is of protected domains, the same for each.
+PROTECTED_SHARE = 0.25
 # Of the scenario's own prompts no more than this are used; more would cost time and change little.
 OWN_FIT_PROMPTS = 256
 OWN_GUARD_PROMPTS = 96
@@ -38,11 +42,21 @@ HOLD_EVERY = 4
 
 
 @dataclass(frozen=True)
+class Protected:
+    """Held-out texts of what a build must not lose: on `guard` that is decided, `judge` is reported only."""
+
+    name: str
+    guard: tuple[Prompt, ...]
+    judge: tuple[Prompt, ...]
+
+
+@dataclass(frozen=True)
 class Splits:
     """`fit` chooses heads and fits the repair, `guard` decides between layouts and repairs, `judge` is reported only,
     and so is `off`: held-out prompts of the domains that the scenario is not about (none where it is about all).
 
-    The first `own_fit`, `own_guard` and `own_judge` of them are the scenario's own prompts.
+    The first `own_fit`, `own_guard` and `own_judge` of them are the scenario's own prompts, and the last
+    `protected_fit` of `fit` those of the domains in `protected`.
     """
 
     fit: tuple[Prompt, ...]
@@ -52,10 +66,14 @@ class Splits:
     own_fit: int
     own_guard: int
     own_judge: int
+    protected: tuple[Protected, ...] = ()
+    protected_fit: int = 0
 
     def counts(self) -> dict[str, int]:
-        """How many texts each part has, and how many of them are the scenario's own."""
-        return {
+        """How many texts each part has, how many of them are the scenario's own, and where domains are protected how
+        many are of those.
+        """
+        found = {
             "fit": len(self.fit),
             "guard": len(self.guard),
             "judge": len(self.judge),
@@ -64,6 +82,16 @@ class Splits:
             "own_guard": self.own_guard,
             "own_judge": self.own_judge,
         }
+        if self.protected:
+            found["protected_fit"] = self.protected_fit
+            found["protected_guard"] = sum(len(one.guard) for one in self.protected)
+            found["protected_judge"] = sum(len(one.judge) for one in self.protected)
+        return found
+
+    @property
+    def of_protected(self) -> tuple[Prompt, ...]:
+        """Those that choose and repair for protected domains."""
+        return self.fit[len(self.fit) - self.protected_fit :]
 
 
 def split(texts: Sequence[Item]) -> tuple[tuple[Item, ...], tuple[Item, ...], tuple[Item, ...]]:
@@ -89,10 +117,22 @@ def own_fit_part(prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
     return thinned(split(tuple(dict.fromkeys(prompts)))[0], OWN_FIT_PROMPTS)
 
 
-def draw_splits(prompts: Sequence[Prompt], parts: np.ndarray, pools: Sequence[DomainPool], seed: int) -> Splits:
+def foreign(parts: np.ndarray) -> np.ndarray:
+    """Which domains a scenario is not about, bool [K], by what each counts for."""
+    return parts < FOREIGN / len(parts)
+
+
+def draw_splits(
+    prompts: Sequence[Prompt],
+    parts: np.ndarray,
+    pools: Sequence[DomainPool],
+    seed: int,
+    protect: Mapping[str, Sequence[DomainPool]] = MappingProxyType({}),
+) -> Splits:
     """Splits for a scenario with these prompts of its own (none for a sentence or a given mixture).
 
-    `parts` [K] is what each of the `pools` counts for; it sums to 1.
+    `parts` [K] is what each of the `pools` counts for; it sums to 1. `protect`: the pools of what is protected, by
+    name; nothing else depends on them. Raises InputError where the scenario's own prompts are all that one holds out.
     """
     own = set(map(bare, prompts))
     # A pool prompt that the user happens to ask as well was seen by `prepare`, so it may not be held out.
@@ -103,24 +143,20 @@ def draw_splits(prompts: Sequence[Prompt], parts: np.ndarray, pools: Sequence[Do
     rng = np.random.default_rng(seed)
 
     def drawn(part: int, weights: np.ndarray, count: int) -> tuple[Prompt, ...]:
-        found: list[Prompt] = []
-        for share, pool in zip(whole_shares(weights, count), pools, strict=True):
-            texts = [text for text in split(pool.prompts)[part] if text not in own]
-            found += [texts[index] for index in np.sort(rng.permutation(len(texts))[:share])]
-        return tuple(found)
+        return _drawn(pools, part, whole_shares(weights, count), own, rng)
 
     def fill(part: int, have: int, wanted: int) -> tuple[Prompt, ...]:
         """Nothing where the scenario's own are ENOUGH: text of others would only blur what they say."""
         return drawn(part, parts, wanted - have) if have < ENOUGH[part] * wanted else ()
 
-    strange = (parts < FOREIGN / len(pools)).astype(float)
+    strange = foreign(parts).astype(float)
     fit, guard, judge = (
         fill(part, len(have), wanted)
         for part, (have, wanted) in enumerate(
             ((own_fit, FIT_PROMPTS), (own_guard, GUARD_PROMPTS), (own_judge, JUDGE_PROMPTS))
         )
     )
-    return Splits(
+    found = Splits(
         fit=own_fit + fit,
         guard=own_guard + guard,
         judge=own_judge + judge,
@@ -129,6 +165,43 @@ def draw_splits(prompts: Sequence[Prompt], parts: np.ndarray, pools: Sequence[Do
         own_guard=len(own_guard),
         own_judge=len(own_judge),
     )
+    return _protecting(found, protect, own, rng) if protect else found
+
+
+def _drawn(
+    pools: Sequence[DomainPool], part: int, counts: Sequence[int], taken: Collection[Prompt], rng: np.random.Generator
+) -> tuple[str, ...]:
+    """So many texts of a part of every pool, in the pool's order; what is `taken` is left out."""
+    found: list[str] = []
+    for count, pool in zip(counts, pools, strict=True):
+        texts = [text for text in split(pool.prompts)[part] if text not in taken]
+        found += [texts[index] for index in np.sort(rng.permutation(len(texts))[:count])]
+    return tuple(found)
+
+
+def _protecting(
+    splits: Splits, protect: Mapping[str, Sequence[DomainPool]], own: Collection[Prompt], rng: np.random.Generator
+) -> Splits:
+    """The splits with texts of what is protected: behind those that choose and repair PROTECTED_SHARE of them all, and
+    apart from the scenario's as many as guard and judge that, as far as the pools go.
+    """
+    held, fit = [], list[Prompt]()
+    for name, pools in protect.items():
+        parts = [
+            _drawn(pools, part, whole_shares(np.ones(len(pools)), wanted), own, rng)
+            for part, wanted in ((1, GUARD_PROMPTS), (2, JUDGE_PROMPTS))
+        ]
+        if not all(parts):
+            raise InputError(
+                f"--protect {name}: all its held-out prompts are the scenario's own.",
+                hint="Leave it out: --max-loss guards them.",
+            )
+        held.append(Protected(name, *parts))
+    wanted = whole_shares(np.ones(len(protect)), round(len(splits.fit) * PROTECTED_SHARE / (1 - PROTECTED_SHARE)))
+    for count, pools in zip(wanted, protect.values(), strict=True):
+        taken = {*map(bare, (*splits.fit, *fit)), *own}
+        fit += _drawn(pools, 0, whole_shares(np.ones(len(pools)), count), taken, rng)
+    return replace(splits, fit=(*splits.fit, *fit), protected=tuple(held), protected_fit=len(fit))
 
 
 def thinned(texts: Sequence[Text], limit: int) -> tuple[Text, ...]:

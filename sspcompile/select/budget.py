@@ -66,6 +66,12 @@ class Budget:
             return Budget(min(share, self.keep))
         return Budget(bounds=(*self.bounds, shared(self.measure, share, FLAGS[self.unit])))
 
+    def freed(self) -> Budget:
+        """In the same unit, everything."""
+        if self.measure is None:
+            return Budget()
+        return Budget(bounds=(everything(self.measure),))
+
     def share(self, choice: Choice, g: Geometry) -> float:
         """What a mask keeps of the unit."""
         if self.measure is None:
@@ -82,6 +88,11 @@ class Budget:
 
 
 FLAGS: Mapping[Unit, str] = {"heads": "--keep", "parameters": "--size", "memory": "--max-memory"}
+
+
+def everything(measure: Measure) -> Bound:
+    """The bound that allows the whole model."""
+    return Bound(measure, measure.whole + measure.added, 1.0, FLAGS[measure.unit])
 
 
 def bounded(options: Options) -> bool:
@@ -133,8 +144,7 @@ def budget_of(options: Options, g: Geometry, bounds: tuple[Bound, ...], breadth:
     if bounds:
         return Budget(bounds=bounds)
     if options.max_loss is not None and (cuts_channels(options, g) or options.removes_layers):
-        measure = parameters_of(g, host=options.wanted_host)
-        return Budget(bounds=(Bound(measure, measure.whole + measure.added, 1.0, "--size"),))
+        return Budget(bounds=(everything(parameters_of(g, host=options.wanted_host)),))
     if options.keep is not None:
         return Budget(options.keep)
     return Budget(1.0 if options.strength is None else keep_from_strength(options.strength, breadth))

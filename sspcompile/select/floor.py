@@ -4,12 +4,16 @@ Per layer, masks of one ranking are nested in the budget, so what they lose fall
 Each round measures AT_ONCE masks between the largest that lost too much and the smallest that did not. The budget is a
 share of all parameters where channels of the MLPs may go too, of the heads otherwise. Where other bounds hold beside
 the one on the loss, the walk begins at the largest mask within them, and in the unit of the tightest.
+
+Protected domains have bounds of their own, measured on guard texts of theirs, and a mask holds where all of them do.
+Where that is not possible within other bounds, a second walk above those finds what would be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -17,8 +21,9 @@ from sspcompile.errors import BudgetError
 from sspcompile.model.divergence import Divergence
 from sspcompile.model.text import batches_of
 from sspcompile.progress import stage_of
+from sspcompile.request.options import Options
 from sspcompile.select.budget import FLAGS, bounded
-from sspcompile.select.judging import Judge
+from sspcompile.select.judging import Candidate, Judge
 from sspcompile.select.reading import Reading, choices_for, within
 from sspcompile.select.search import comparison_parts
 from sspcompile.slicing.layouts import Choice
@@ -37,33 +42,84 @@ ROUNDS = 3
 
 @dataclass(frozen=True)
 class Rung:
-    """A mask that was measured: what it keeps of the unit, and the share of next tokens that changed hands."""
+    """A mask that was measured: what it keeps of the unit, and the share of next tokens that changed hands, on the
+    scenario's texts and on those of every protected domain, in their order.
+    """
 
     kept: float
     loss: float
+    protected: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """The share of next tokens that may change hands: on the scenario's texts (None: any), and by protected domain."""
+
+    max_loss: float | None
+    protect: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def by(cls, options: Options) -> Allowed:
+        """What the options state."""
+        return cls(options.max_loss, options.protect or {})
+
+    def excess(self, one: Rung) -> float:
+        """By how much a mask is above the bound that it is furthest above; 0 or less where all hold."""
+        over = [lost - most for lost, most in zip(one.protected, self.protect.values(), strict=True)]
+        return max(over if self.max_loss is None else [one.loss - self.max_loss, *over])
+
+    def __str__(self) -> str:
+        """As what is said of a mask: `changes at most ...`."""
+        of = [f"{100 * most:g} % of those of {name}" for name, most in self.protect.items()]
+        if self.max_loss is None:
+            return " and ".join(of).replace("those", "the next tokens", 1)
+        return " and ".join([f"{100 * self.max_loss:g} % of the next tokens", *of])
+
+    def told(self, one: Rung) -> str:
+        """What a mask changes, in the order of the bounds."""
+        own = [] if self.max_loss is None else [f"{100 * one.loss:.1f} %"]
+        of = zip(self.protect, one.protected, strict=True)
+        return " and ".join([*own, *(f"{100 * lost:.1f} % of those of {name}" for name, lost in of)])
+
+    def looser(self, one: Rung) -> Iterator[str]:
+        """The options that would let a mask pass, for the bounds that it is above."""
+        if self.max_loss is not None and (one.loss > self.max_loss or not self.protect):
+            yield f"--max-loss {_up(one.loss)}"
+        for (name, most), lost in zip(self.protect.items(), one.protected, strict=True):
+            if lost > most:
+                yield f"--protect {name}={_up(lost)}"
+
+
+def _up(loss: float) -> str:
+    """A share that is typed, no smaller than the one that was measured."""
+    return f"{np.ceil(loss * 1000) / 1000:g}"
 
 
 @dataclass(frozen=True)
 class Floor:
-    """`keep` is the smallest share of the `unit` that loses no more than `max_loss`, `failed` the largest that lost
-    more (0 where none did). `tried`: every mask that was measured, by share.
+    """`keep` is the smallest share of the `unit` that loses no more than `max_loss`, and by domain than `protect` says,
+    `failed` the largest that lost more (0 where none did). `tried`: every mask that was measured, by share.
     """
 
-    max_loss: float
+    max_loss: float | None
     keep: float
     failed: float
     tried: tuple[Rung, ...]
     unit: Unit = "heads"
+    protect: Mapping[str, float] = field(default_factory=dict)
 
-    def larger(self, keep: float, bounds: Sequence[Bound] = ()) -> float:
-        """The next larger share that was within the bound. Raises BudgetError when only all heads are left, or what no
-        other of the `bounds` allows.
-        """
-        larger = (one.kept for one in self.tried if one.kept > keep and one.loss <= self.max_loss)
-        found = min(larger, default=None)
-        if found is None:
-            raise _nothing_within(self.max_loss, self.tried, self.unit, bounds)
+    def as_mapping(self) -> dict[str, Any]:
+        """Plain data; nothing of protected domains where there are none."""
+        found = asdict(self)
+        if not self.protect:
+            del found["protect"]
+            found["tried"] = tuple({"kept": one.kept, "loss": one.loss} for one in self.tried)
         return found
+
+    def larger(self, keep: float) -> float | None:
+        """The next larger share that was within the bounds; None where there is none."""
+        allowed = Allowed(self.max_loss, self.protect)
+        return min((one.kept for one in self.tried if one.kept > keep and allowed.excess(one) <= 0), default=None)
 
 
 def loss_of(divergence: Divergence) -> float:
@@ -71,36 +127,83 @@ def loss_of(divergence: Divergence) -> float:
     return 1.0 - divergence.top1_agreement.value
 
 
-def smallest_within(judge: Judge, reading: Reading, max_loss: float) -> Floor:
-    """Measure masks of the reading's own ranking, each with a repair that a part of the texts fits.
+def lost(judge: Judge, candidate: Candidate, kept: float) -> Rung:
+    """What a candidate, which keeps so much of the unit, loses on the guard texts."""
+    protected = judge.protected("guard", candidate.choice.units, candidate.final_repair)
+    return Rung(kept, loss_of(candidate.final), tuple(map(loss_of, protected.values())))
 
-    Raises BudgetError, which names the mask that came closest, when no mask is within the bound, and what `choices_for`
-    raises.
-    """
-    geometry, budget = judge.loaded.geometry, reading.budget
-    # The finer of the layouts that a class can hold: per-layer where both are asked for.
-    layout = [*choices_for(reading, geometry)][-1]
-    fit = batches_of(judge.loaded, comparison_parts(judge)[0])
 
-    def choice_of(share: float) -> Choice:
-        return within(replace(reading, budget=budget.at(share)), geometry, layout)[0]
+class _Ladder:
+    """The masks of a reading's own ranking, each measured with a repair that a part of the texts fits."""
 
-    def kept_of(choice: Choice) -> float:
-        return budget.share(choice, geometry)
+    def __init__(self, judge: Judge, reading: Reading) -> None:
+        self._judge, self._reading, self._g = judge, reading, judge.loaded.geometry
+        # The finer of the layouts that a class can hold: per-layer where both are asked for.
+        self._layout = [*choices_for(reading, self._g)][-1]
+        self._fit = batches_of(judge.loaded, comparison_parts(judge)[0])
 
-    def measure(choices: Sequence[Choice], number: int) -> list[Rung]:
+    def choice(self, share: float) -> Choice:
+        reading = self._reading
+        return within(replace(reading, budget=reading.budget.at(share)), self._g, self._layout)[0]
+
+    def kept(self, choice: Choice) -> float:
+        return self._reading.budget.share(choice, self._g)
+
+    def measure(self, choices: Sequence[Choice], number: int) -> list[Rung]:
+        judge = self._judge
         report = stage_of(judge.progress, f"smallest mask within the loss (round {number + 1} of {ROUNDS})")
-        repairs = judge.fitted([choice.units for choice in choices], fit, report)
+        repairs = judge.fitted([choice.units for choice in choices], self._fit, report)
         return [
-            Rung(kept_of(choice), loss_of(judge.candidate(layout, choice, repair).final))
+            lost(judge, judge.candidate(self._layout, choice, repair), self.kept(choice))
             for choice, repair in zip(choices, repairs, strict=True)
         ]
 
-    channels = reading.worth().channels is not None
-    least = budget.least(
-        geometry, channels=channels, groups_only=reading.groups_only, layers=reading.options.removes_layers
+    def least(self) -> float:
+        reading = self._reading
+        channels = reading.worth().channels is not None
+        return reading.budget.least(
+            self._g, channels=channels, groups_only=reading.groups_only, layers=reading.options.removes_layers
+        )
+
+
+def smallest_within(judge: Judge, reading: Reading, allowed: Allowed) -> Floor:
+    """Measure masks to find the smallest that loses no more than is allowed.
+
+    Raises BudgetError when there is none, which names the mask that came closest, and with protected domains the
+    smallest that would do if the other bounds were wider; and what `choices_for` raises.
+    """
+    ladder, unit, beside = _Ladder(judge, reading), reading.budget.unit, asked_beside(reading)
+    tried, keep, failed = descend(
+        ladder.choice, ladder.measure, ladder.kept, ladder.least(), allowed, unit=unit, bounded=bool(beside)
     )
-    return descend(choice_of, measure, kept_of, least, max_loss, unit=budget.unit, bounds=asked_beside(reading))
+    if keep is None:
+        raise refused(judge, reading, allowed, tried)
+    return Floor(allowed.max_loss, keep, failed, tried, unit, allowed.protect)
+
+
+def demand_held(judge: Judge, reading: Reading, chosen: Candidate, allowed: Allowed) -> None:
+    """Raise BudgetError, as `smallest_within` does, where what was chosen loses more than is allowed."""
+    found = lost(judge, chosen, reading.budget.share(chosen.choice, judge.loaded.geometry))
+    if allowed.excess(found) > 0:
+        raise refused(judge, reading, allowed, (found,))
+
+
+def refused(judge: Judge, reading: Reading, allowed: Allowed, tried: tuple[Rung, ...]) -> BudgetError:
+    """That none of the masks that were `tried` loses as little as is allowed. Where a domain is protected and other
+    bounds are too tight for that, masks above those are measured.
+    """
+    beside, unit = asked_beside(reading), reading.budget.unit
+    if not (beside and allowed.protect and tried):
+        return nothing_within(allowed, tried, unit, beside)
+    ladder = _Ladder(judge, replace(reading, budget=reading.budget.freed()))
+    most = min(bound.share for bound in beside)
+    above, keep, _ = descend(ladder.choice, ladder.measure, ladder.kept, most, allowed, unit=unit, failed=most)
+    if keep is None:
+        return nothing_within(allowed, tried, unit, beside, above=above)
+    choice, g = ladder.choice(keep), judge.loaded.geometry
+    counts = [(bound, bound.measure.kept(g, choice.shapes, choice.widths)) for bound in beside]
+    typed = " ".join(bound.typed(count) for bound, count in counts if count > bound.most)
+    return nothing_within(allowed, tried, unit, beside, (keep, typed) if typed else None)
 
 
 def asked_beside(reading: Reading) -> tuple[Bound, ...]:
@@ -113,22 +216,25 @@ def descend(
     measure: Callable[[Sequence[Choice], int], list[Rung]],
     kept_of: Callable[[Choice], float],
     least: float,
-    max_loss: float,
+    allowed: Allowed,
     *,
     unit: Unit = "heads",
-    bounds: Sequence[Bound] = (),
-) -> Floor:
-    """Walk down from the largest mask to the smallest share of at least `least` that `measure` finds within `max_loss`.
+    bounded: bool = False,
+    failed: float = 0.0,
+) -> tuple[tuple[Rung, ...], float | None, float]:
+    """Walk down from the largest mask to the smallest share of at least `least` that loses no more than is allowed.
 
-    `choice_of` gives the mask of a share, which keeps within the `bounds` too, `kept_of` the share of a mask, `measure`
-    what masks lose, once for every round. Raises BudgetError when no mask is within the bound.
+    `choice_of` gives the mask of a share, `kept_of` the share of a mask, `measure` what masks lose, once for every
+    round. `bounded`: whether other bounds say what the largest mask is. `failed`: a share that is known to lose more.
+    Gives every mask that was measured, by share, the smallest share that will do (None where there is none), and the
+    largest that lost more.
     """
-    most = kept_of(choice_of(1.0)) if bounds else 1.0
+    most = kept_of(choice_of(1.0)) if bounded else 1.0
     found: dict[float, Rung] = {}
-    failed, keep = 0.0, None
+    known, keep = failed, None
     for number in range(ROUNDS):
         # Of a small model with a large vocabulary more than all of FIRST stays whatever is cut.
-        between = [share for share in FIRST[unit] if least <= share < most] if number == 0 else []
+        between = [share for share in FIRST[unit] if least <= share < most and share > failed] if number == 0 else []
         between = between or np.linspace(max(failed, least), keep or most, AT_ONCE + 2)[1:-1].tolist()
         if number == 0 and most < 1:  # nothing that lies above it is in question
             between = [1.0, *between[: AT_ONCE - 1]]
@@ -138,28 +244,42 @@ def descend(
             break
         found |= {one.kept: one for one in measure([*new.values()], number)}
         ordered = sorted(found.values(), key=lambda one: -one.kept)
-        inside = [one.kept for one, worst in zip(ordered, _running_worst(ordered), strict=True) if worst <= max_loss]
+        worst = _running_worst([allowed.excess(one) for one in ordered])
+        inside = [one.kept for one, excess in zip(ordered, worst, strict=True) if excess <= 0]
         keep = min(inside, default=None)
-        failed = max((one.kept for one in ordered if one.kept < (keep or 1.0)), default=0.0)
+        failed = max((one.kept for one in ordered if one.kept < (keep or 1.0)), default=known)
         if keep is None and most < 1:
             break  # the largest that the bounds allow loses too much
-    tried = tuple(sorted(found.values(), key=lambda one: one.kept))
-    if keep is None:
-        raise _nothing_within(max_loss, tried, unit, bounds)
-    return Floor(max_loss, keep, failed, tried, unit)
+    return tuple(sorted(found.values(), key=lambda one: one.kept)), keep, failed
 
 
-def _running_worst(ordered: list[Rung]) -> list[float]:
-    """The largest loss of each and all before it: a lucky mask below one that failed is not taken."""
-    return np.maximum.accumulate([one.loss for one in ordered]).tolist()
+def _running_worst(excess: list[float]) -> list[float]:
+    """The largest of each and all before it: a lucky mask below one that failed is not taken."""
+    return np.maximum.accumulate(excess).tolist()
 
 
-def _nothing_within(max_loss: float, tried: tuple[Rung, ...], unit: Unit, bounds: Sequence[Bound] = ()) -> BudgetError:
-    nearest = min(tried, key=lambda one: one.loss, default=None)
+def nothing_within(
+    allowed: Allowed,
+    tried: tuple[Rung, ...],
+    unit: Unit,
+    bounds: Sequence[Bound] = (),
+    held: tuple[float, str] | None = None,
+    above: Sequence[Rung] = (),
+) -> BudgetError:
+    """That all that were `tried` lose more than is allowed. `held`: the smallest share above the bounds that was
+    measured to lose no more, and the options that allow it. `above`: where none was, those that were measured there.
+    """
+    nearest = min((one for one in tried if allowed.excess(one) > 0), key=allowed.excess, default=None)
     told = "no smaller mask could be measured"
     if nearest is not None:
-        told = f"the nearest, {100 * nearest.kept:.1f} % of the {unit}, changes {100 * nearest.loss:.1f} %"
+        told = f"the nearest, {100 * nearest.kept:.1f} % of the {unit}, changes {allowed.told(nearest)}"
     within = f" within {' and '.join(map(str, bounds))}" if bounds else ""
     other = f"a larger {bounds[0].flag if len(bounds) == 1 else 'budget'}" if bounds else f"a {FLAGS[unit]}"
-    hint = f"Give --max-loss {np.ceil(nearest.loss * 1000) / 1000:g}, or {other}." if nearest else f"Give {other}."
-    return BudgetError(f"No mask{within} changes at most {100 * max_loss:g} % of the next tokens: {told}.", hint=hint)
+    if held is not None:
+        told, other = f"{told}; the smallest that holds, as measured, keeps {100 * held[0]:.1f} %", held[1]
+    hint = f"Give {' '.join(allowed.looser(nearest))}, or {other}." if nearest else f"Give {other}."
+    if above and nearest is not None:
+        best = min(above, key=allowed.excess)
+        told = f"{told}; above that, {100 * best.kept:.1f} % still changes {allowed.told(best)}"
+        hint = f"Give {' '.join(allowed.looser(nearest))}."
+    return BudgetError(f"No mask{within} changes at most {allowed}: {told}.", hint=hint)

@@ -5,10 +5,10 @@ What is decided here (layout, repair) is decided on the guard texts; the figures
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
@@ -21,6 +21,7 @@ from sspcompile.progress import Progress, Steps, no_steps, silent, stage_of
 from sspcompile.repair.fitting import fit_biases, fit_repairs
 from sspcompile.repair.repair import MIN_PROMPTS, Repair, is_linear, masked
 from sspcompile.request.options import Options
+from sspcompile.request.prompts import Prompt
 from sspcompile.request.splits import Splits
 from sspcompile.select.texts import Texts
 from sspcompile.slicing.layouts import Choice
@@ -95,10 +96,15 @@ class Judge:
         self.dtype = dtype
         self.progress = progress
         self.sentences = texts.continued(splits.fit, stage_of(progress, "continuations (fit)"))
-        self._held = {
-            part: HeldOut(loaded, texts.continued(prompts, stage_of(progress, f"continuations ({part})")), self.seed)
-            for part, prompts in (("guard", splits.guard), ("judge", splits.judge), ("off", splits.off))
-            if prompts
+
+        def held(part: str, prompts: Sequence[Prompt]) -> HeldOut:
+            return HeldOut(loaded, texts.continued(prompts, stage_of(progress, f"continuations ({part})")), self.seed)
+
+        parts = (("guard", splits.guard), ("judge", splits.judge), ("off", splits.off))
+        self._held = {part: held(part, prompts) for part, prompts in parts if prompts}
+        self._protected = {
+            one.name: {"guard": held(f"guard, {one.name}", one.guard), "judge": held(f"judge, {one.name}", one.judge)}
+            for one in splits.protected
         }
         self._plain: dict[bytes, Divergence] = {}
 
@@ -110,6 +116,12 @@ class Judge:
         """Figures on the texts that decide nothing, on the scenario and off it."""
         own, off = self._held["judge"], self._held.get("off")
         return Reported(own.divergence(kept, repair), off.divergence(kept, repair) if off is not None else None)
+
+    def protected(
+        self, part: Literal["guard", "judge"], kept: Kept, repair: Repair | None = None
+    ) -> Mapping[str, Divergence]:
+        """Of every protected domain, on the texts that decide or on those that decide nothing."""
+        return {name: held[part].divergence(kept, repair) for name, held in self._protected.items()}
 
     def probes(self) -> list[list[int]]:
         """Token ids of six of the texts that decide nothing, unpadded, the shortest and the longest among them."""
@@ -198,19 +210,25 @@ def references_of(batch: Batch, texts: Sequence[Sentence]) -> torch.Tensor:
 class Decision:
     """The chosen candidate, all that were compared, and what the uniform layout costs (None when only one was asked
     for). Layouts are compared with repairs that a part of the texts fits; the chosen one's is fitted to all of them.
+    `spares`: whether it was chosen because the other loses too much of a protected domain.
     """
 
     chosen: Candidate
     candidates: Mapping[Layout, Candidate]
     uniform_cost: Estimate | None
+    spares: bool = False
 
 
-def decide(candidates: Mapping[Layout, Candidate]) -> Decision:
-    """Uniform where it costs nothing measurable on the guard texts, per-layer otherwise."""
+def decide(candidates: Mapping[Layout, Candidate], barred: Collection[Layout] = ()) -> Decision:
+    """Uniform where it costs nothing measurable on the guard texts, per-layer otherwise. Where one of the two is
+    `barred` it is the other.
+    """
     if len(candidates) == 1:
         return Decision(next(iter(candidates.values())), candidates, None)
     uniform, per_layer = candidates["uniform"], candidates["per-layer"]
     cost = compare_divergences(uniform.final, per_layer.final)
+    if len({*barred}) == 1:
+        return Decision(per_layer if "uniform" in barred else uniform, candidates, cost, spares=True)
     return Decision(per_layer if _costs_more(cost) else uniform, candidates, cost)
 
 

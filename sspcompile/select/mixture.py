@@ -92,6 +92,17 @@ def ablated(mixture: Mixture, without: Collection[str]) -> Mixture:
     return mixture
 
 
+def protecting(mixture: Mixture, protected: Mapping[str, Collection[str]], share: float) -> Mixture:
+    """The mixture that scores heads where a `share` of what counts is for what is protected, the same for each: by name
+    the domains that it stands for. What the mixture has no domain for is left out.
+    """
+    known = [[name in names for name in mixture.domains] for names in protected.values()]
+    each = [np.array(one) / sum(one) for one in known if any(one)]
+    if not each:
+        return mixture
+    return replace(mixture, weights=(1 - share) * mixture.parts + share * np.mean(each, axis=0), unknown=0.0)
+
+
 def head_scores(toolkit: Toolkit, criterion: str, mixture: Mixture) -> np.ndarray:
     """Score[l, h] = (1 - u) sum_k s_k I[l, h, k] + u mean_k I[l, h, k], float64 [L, H]."""
     return toolkit.importance[criterion].astype(np.float64) @ mixture.parts

@@ -23,10 +23,11 @@ from sspcompile.progress import Progress, silent
 from sspcompile.request.options import Options
 from sspcompile.request.pools import pools_of
 from sspcompile.request.prompts import pasted
+from sspcompile.request.protecting import protected_pools
 from sspcompile.request.request import Request
-from sspcompile.request.splits import Splits, draw_splits, thinned
+from sspcompile.request.splits import PROTECTED_SHARE, Splits, draw_splits, thinned
 from sspcompile.select.budget import Budget, bounded, bounds_of, budget_of, merit
-from sspcompile.select.mixture import Mixture, ablated, given_mixture, mixture_of
+from sspcompile.select.mixture import Mixture, ablated, given_mixture, mixture_of, protecting
 from sspcompile.select.scoring import HeadScores, Ranking, reads_cache, score_heads
 from sspcompile.select.texts import Texts
 from sspcompile.slicing.depth import least_influence
@@ -47,9 +48,9 @@ class Reading:
     """What a scenario is made of and what every head is worth to it.
 
     `mixture` is what was measured; `used` is what scored the heads, and differs only where a part of the method is
-    switched off (`without`). `splits` are the texts of the build, drawn from the scenario and, in the proportion of the
-    mixture, from the pools. `merit` is [layers, heads], `whitelist` bool [layers, heads]. The `budget` allows
-    everything until it is measured, where the options bound the loss alone.
+    switched off (`without`) or a domain is protected. `splits` are the texts of the build, drawn from the scenario and,
+    in the proportion of the mixture, from the pools. `merit` is [layers, heads], `whitelist` bool [layers, heads]. The
+    `budget` allows everything until it is measured, where the options bound the loss alone.
     """
 
     request: Request
@@ -84,16 +85,18 @@ class Reading:
 def read_through(
     request: Request, toolkit: Toolkit, loaded: LoadedModel, texts: Texts, progress: Progress = silent
 ) -> Reading:
-    """Read a scenario through the toolkit. Raises what `score_heads` raises.
+    """Read a scenario through the toolkit. Raises what `score_heads` and `protected_pools` raise.
 
     Where texts score heads (`source_of`), the passes of the criterion come on top.
     """
     options = request.options
     mixture = mixture_through(request, toolkit, loaded)
-    used = ablated(mixture, options.without)
     pools = pools_of(options).named(mixture.domains)
-    splits = draw_splits(request.scenario.prompts, mixture.parts, pools, options.seed)
-    scores = score_heads(request, used, splits.fit, toolkit, loaded, texts, progress)
+    protect = protected_pools(options, mixture.parts, pools)
+    splits = draw_splits(request.scenario.prompts, mixture.parts, pools, options.seed, protect)
+    named = {name: [pool.name for pool in found] for name, found in protect.items()}
+    used = protecting(ablated(mixture, options.without), named, PROTECTED_SHARE)
+    scores = score_heads(request, used, splits.fit, toolkit, loaded, texts, progress, protected=splits.of_protected)
     # Privilege comes with the pools' scores; a toolkit may hold it from another build that read them.
     bounds = bounds_of(options, Checkpoint(loaded.path)) if bounded(options) else ()
     whitelist = toolkit.whitelist & ("whitelist" not in options.without) & reads_cache(scores.source)

@@ -191,12 +191,14 @@ def score_heads(
     loaded: LoadedModel,
     texts: Texts,
     progress: Progress = silent,
+    *,
+    protected: Sequence[Prompt] = (),
 ) -> HeadScores:
     """Score the heads for a scenario by the criterion that it asks for.
 
     `chosen` are the texts of the build that may choose, filled up from the pools. Of the scenario's own only those are
-    looked at (`own_fit_part`). Raises ScenarioError like `demand_prompts`, and ToolkitError where the toolkit lacks the
-    scores that the source needs.
+    looked at (`own_fit_part`), and beside them those that are there for `protected` domains. Raises ScenarioError like
+    `demand_prompts`, and ToolkitError where the toolkit lacks the scores that the source needs.
     """
     demand_prompts(request)
     options, source, name = request.options, source_of(request), score_key(request.options)
@@ -207,6 +209,8 @@ def score_heads(
     if source == "domains":
         return HeadScores(name, head_scores(toolkit, name, used), source, 0, 0.0)
     prompts = chosen if source == "texts" else own_fit_part(request.scenario.prompts)
+    if source == "prompts":
+        prompts = (*prompts, *protected)
     written = texts.continued(prompts, stage_of(progress, "continuations (texts that score heads)"))
     if options.removes_layers:
         distances = layer_distances(loaded, written, stage_of(progress, "influence of layers"))

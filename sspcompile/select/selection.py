@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -14,6 +14,7 @@ from sspcompile.criteria.block_influence import influence_of
 from sspcompile.errors import InputError, UnsupportedModelError
 from sspcompile.families import Geometry
 from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.divergence import Divergence
 from sspcompile.model.text import Sentence
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.progress import Progress, silent, stage_of
@@ -22,7 +23,7 @@ from sspcompile.request.options import AUTO
 from sspcompile.request.request import Request
 from sspcompile.select.baselines import Baseline, Rival, baselines_of, rivals
 from sspcompile.select.budget import Budget
-from sspcompile.select.floor import Floor, asked_beside, loss_of, smallest_within
+from sspcompile.select.floor import Allowed, Floor, demand_held, lost, refused, smallest_within
 from sspcompile.select.judging import Candidate, Decision, Judge, Reported, decide
 from sspcompile.select.reading import RATE, Reading, choices_for, held, read_through, within
 from sspcompile.select.scoring import Ranking, measured_rankings, reads_cache
@@ -41,6 +42,18 @@ RUNS = 2
 
 
 @dataclass(frozen=True)
+class Spared:
+    """A protected domain: the share of next tokens that may change hands, and what the finished cut does on texts that
+    decided (`guard`) and on others (`judge`).
+    """
+
+    domain: str
+    max_loss: float
+    guard: Divergence
+    judge: Divergence
+
+
+@dataclass(frozen=True)
 class Selection:
     """Everything that a build decided about a model, and what that was decided on.
 
@@ -50,7 +63,8 @@ class Selection:
     `floor` says how a bound on the loss became a budget, None where the budget was given. `decision` holds the layouts
     that were measured, `tried` the masks that were compared on the way (best first, empty
     where there was one), `baselines` what else could have been cut at this budget. `judged` are the texts that
-    decided nothing, `probes` token ids [prompts][tokens] of some of them, to prove the cut with.
+    decided nothing, `probes` token ids [prompts][tokens] of some of them, to prove the cut with. `spared` has a value
+    for every protected domain.
     """
 
     reading: Reading
@@ -65,6 +79,7 @@ class Selection:
     baselines: tuple[Baseline, ...]
     judged: tuple[Sentence, ...]
     probes: tuple[tuple[int, ...], ...]
+    spared: tuple[Spared, ...] = ()
 
 
 def select(
@@ -73,21 +88,13 @@ def select(
     """Decide what stays of a model for a scenario, by measuring masks against the dense model.
 
     `dtype` is the one that refitted weights will be written in: what is measured is what is written. Raises BudgetError
-    for a budget below the floors, and what `choices_for` raises.
+    for a budget below the floors and for bounds on the loss that no mask is within, and what `read_through` and
+    `choices_for` raise.
     """
-    texts, bound = Texts(loaded, request.options), request.options.max_loss
+    texts = Texts(loaded, request.options)
     reading = read_through(request, toolkit, loaded, texts, progress)
     judge = Judge(loaded, reading.splits, request.options, texts, dtype=dtype, progress=progress)
-    floor = smallest_within(judge, reading, bound) if bound is not None else None
-    budget, share, beside = reading.budget, 1.0 if floor is None else floor.keep, asked_beside(reading)
-    reading = reading if floor is None else replace(reading, budget=budget.at(share))
-    found = _settled(judge, reading, toolkit, floor)
-    while floor is not None and loss_of(found.chosen.final) > floor.max_loss:
-        # Refitted to all texts it costs less than to a part of them, but for chance.
-        share, failed = floor.larger(share, beside), share
-        floor = replace(floor, keep=share, failed=failed)
-        reading = replace(reading, budget=budget.at(share))
-        found = _settled(judge, reading, toolkit, floor)
+    reading, floor, found = _allowed(judge, reading, toolkit)
     best, chosen = found.best, found.chosen
     without_repair = judge.reported(best.choice.units)
     with_repair = judge.reported(best.choice.units, chosen.repair) if chosen.repair is not None else None
@@ -106,6 +113,7 @@ def select(
         baselines=baselines_of(found.asked, costs, judge.seed),
         judged=judge.judged(),
         probes=tuple(map(tuple, judge.probes())),
+        spared=_spared(judge, chosen, request.options.protect or {}),
     )
 
 
@@ -120,6 +128,36 @@ class _Settled:
     fitted: Iterator[Repair | None]
 
 
+def _allowed(judge: Judge, reading: Reading, toolkit: Toolkit) -> tuple[Reading, Floor | None, _Settled]:
+    """What is chosen within the budget and the bounds on the loss, with the reading of the budget that it came to."""
+    allowed, budget = Allowed.by(reading.options), reading.budget
+    if allowed.max_loss is None:
+        found = _settled(judge, reading, toolkit, None)
+        if allowed.protect:
+            demand_held(judge, reading, found.chosen, allowed)
+        return reading, None, found
+    floor, asked = smallest_within(judge, reading, allowed), reading
+    tried = {one.kept: one for one in floor.tried}
+    while True:
+        reading = replace(asked, budget=budget.at(floor.keep))
+        found = _settled(judge, reading, toolkit, floor)
+        left = lost(judge, found.chosen, floor.keep)
+        if allowed.excess(left) <= 0:
+            return reading, floor, found
+        tried[floor.keep] = left
+        # Refitted to all texts it costs less than to a part of them, but for chance.
+        larger = floor.larger(floor.keep)
+        if larger is None:
+            raise refused(judge, asked, allowed, tuple(tried.values()))
+        floor = replace(floor, keep=larger, failed=floor.keep)
+
+
+def _spared(judge: Judge, chosen: Candidate, protect: Mapping[str, float]) -> tuple[Spared, ...]:
+    units, repair = chosen.choice.units, chosen.final_repair
+    guard, judged = judge.protected("guard", units, repair), judge.protected("judge", units, repair)
+    return tuple(Spared(name, most, guard[name], judged[name]) for name, most in protect.items())
+
+
 def _settled(judge: Judge, reading: Reading, toolkit: Toolkit, floor: Floor | None) -> _Settled:
     searched, decided = _compared(judge, reading, floor)
     layout = decided.chosen.layout if decided is not None else next(iter(searched))
@@ -132,6 +170,7 @@ def _settled(judge: Judge, reading: Reading, toolkit: Toolkit, floor: Floor | No
         chosen,
         decided.candidates if decided is not None else {layout: chosen},
         decided.uniform_cost if decided is not None else None,
+        spares=decided is not None and decided.spares,
     )
     return _Settled(best, chosen, decision, asked, fitted)
 
@@ -151,7 +190,15 @@ def _compared(judge: Judge, reading: Reading, floor: Floor | None) -> tuple[dict
     found = best_of(judge, masks)
     if len(found) == 1:
         return found, None
-    return found, decide({name: judge.candidate(name, one.choice, one.repair) for name, one in found.items()})
+    candidates = {name: judge.candidate(name, one.choice, one.repair) for name, one in found.items()}
+    return found, decide(candidates, _barred(judge, candidates, Allowed(None, reading.options.protect or {})))
+
+
+def _barred(judge: Judge, candidates: Mapping[Layout, Candidate], allowed: Allowed) -> list[Layout]:
+    """The layouts that lose too much of a protected domain."""
+    if not allowed.protect:
+        return []
+    return [name for name, one in candidates.items() if allowed.excess(lost(judge, one, one.choice.ratio)) > 0]
 
 
 def _may_hold(choice: Choice, budget: Budget, floor: Floor, g: Geometry) -> bool:
@@ -259,7 +306,9 @@ def mask_of(
     if tried:
         facts["tried"] = [asdict(one) for one in tried]
     if floor is not None:
-        facts["floor"] = asdict(floor)
+        facts["floor"] = floor.as_mapping()
+    if reading.options.protect:
+        facts["protect"] = dict(reading.options.protect)
     return HeadMask(
         model=loaded.fingerprint,
         layers=g.layers,
