@@ -360,3 +360,5 @@ def test_shares_fall_from_the_whole_and_are_one_request_however_typed():
             Options(nested=wrong)
     with pytest.raises(ValueError, match="exclude"):
         Options(nested="0.7", size=0.5)
+    with pytest.raises(ValueError, match="several sizes"):
+        Options(nested="0.7", quantize="int4")

@@ -268,6 +268,14 @@ class Options(BaseModel):
             raise ValueError(f"{problem}; give size, max_params, max_memory or max_loss")
         return self
 
+    @model_validator(mode="after")
+    def _one_size_is_rounded(self) -> Options:
+        if self.nested is not None and self.quantize is not None:
+            raise ValueError(
+                "quantize rounds one cut, and nested writes several sizes; cut one out with slice --from and export it"
+            )
+        return self
+
     @property
     def removes_layers(self) -> bool:
         """Whether whole layers are what a budget removes."""
