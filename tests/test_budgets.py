@@ -22,7 +22,7 @@ from sspcompile.errors import BudgetError
 from sspcompile.report.json import read_report
 from sspcompile.request.options import Options
 from sspcompile.select.budget import Budget, bounds_of, serving_of
-from sspcompile.select.floor import Rung, descend
+from sspcompile.select.floor import Allowed, Rung, descend, nothing_within
 from sspcompile.slicing.frontier import SHARES, frontier_of
 from sspcompile.slicing.layouts import Choice, choose
 from sspcompile.slicing.mask import HeadMask, dump_mask, kept_of
@@ -314,15 +314,16 @@ def test_beside_a_bound_the_walk_begins_at_the_largest_mask_that_it_allows(most,
 
     largest = choice_of(1.0).ratio
     bounds = (at_most(measure, 1000, "--max-params"),)
-    try:
-        found = descend(choice_of, measured, lambda choice: choice.ratio, 1 / 8, 0.05, bounds=bounds)
-    except BudgetError as error:
+    allowed = Allowed(0.05)
+    tried, keep, _ = descend(choice_of, measured, lambda choice: choice.ratio, 1 / 8, allowed, bounded=True)
+    if keep is None:
+        error = nothing_within(allowed, tried, "heads", bounds)
         assert largest < edge + 1e-9 and "within --max-params 1000" in error.message
         assert f"the nearest, {100 * largest:.1f} %" in error.message and "or a larger --max-params" in (
             error.hint or ""
         )
         return
-    assert edge - 1e-9 <= found.keep <= largest and max(asked) == largest
+    assert edge - 1e-9 <= keep <= largest and max(asked) == largest
 
 
 # --- What people see -------------------------------------------------------------------------------------------------

@@ -104,6 +104,7 @@ def bench(
         measure_servers(context)
         return
     refuse_without_servers(context)
+    placement = placement_in(given)
     if benched_as_nested(context):
         return
     from sspcompile.api.bench import BenchRequest
@@ -111,7 +112,6 @@ def bench(
     from sspcompile.checkpoint.locate import at_revision
     from sspcompile.cli.progress import stages
 
-    placement = placement_in(given)
     request = BenchRequest.of(
         quick=quick,
         runtimes=_runtimes(runtimes),
