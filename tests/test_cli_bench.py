@@ -49,6 +49,7 @@ def run(run, home, monkeypatch):
     return call
 
 
+@pytest.mark.whole
 def test_two_artifacts_in_two_runtimes_under_two_loads(run, home):
     code, out, err = run(
         "bench", "uniform", "per-layer", "--runtimes", "hf,onnx", "--batch", "1,2", "--memory", "1MB", "--json", *SHORT

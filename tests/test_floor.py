@@ -123,6 +123,7 @@ def test_a_build_without_a_budget_stays_within_the_bound_where_it_decides_and_sa
     assert "The smallest mask within a loss of 5 %" in (tmp_path / "cut" / "report.md").read_text()
 
 
+@pytest.mark.whole
 def test_where_heads_alone_may_go_the_bound_is_kept_by_heads(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     wanted = ("--scenario", "A helpdesk for questions about chemistry", "--units", "heads", "--out", "cut")

@@ -237,6 +237,7 @@ def content_of(name: str, folder: Path) -> bytes:
     return (folder / name).read_bytes()
 
 
+@pytest.mark.whole
 def test_a_build_in_little_memory_is_the_same_build(tmp_path):
     """With layers on disk the whole way: scoring, search, repair and proof."""
     model, made = make_checkpoint(tmp_path / "dense", Shape(layers=3, hidden=256, kv_heads=4, head_dim=32)), []

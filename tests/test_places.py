@@ -197,6 +197,7 @@ def plain_files(folder: Path) -> bool:
     return not [path for path in folder.rglob("*") if path.is_symlink()]
 
 
+@pytest.mark.whole
 def test_every_command_takes_a_snapshot_and_writes_plain_files(dense, run, tmp_path):
     model = cached(dense, tmp_path / "hub" / "models--org--tiny")
     assert run("plan", "--model", model, "--keep", 0.5)[0] == 0

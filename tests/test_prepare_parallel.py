@@ -65,6 +65,7 @@ def test_two_processes_measure_what_one_measures(model, tmp_path):
             assert 0 < found["own"][0] < alone["batches"][0]
 
 
+@pytest.mark.whole
 def test_two_processes_go_on_with_what_one_had_measured(model, tmp_path):
     with keeping(Journal(tmp_path / "kept", every=0)):
         alone = find(model)
@@ -105,6 +106,7 @@ def test_alone_nothing_is_shared_and_nothing_is_imported():
         assert joined is world
 
 
+@pytest.mark.whole
 def test_a_build_under_torchrun_is_the_build_of_one_process(model, tmp_path):
     prompts = tmp_path / "desk.txt"
     prompts.write_text("\n".join(PROMPTS))
