@@ -12,6 +12,7 @@ from builders import Shape, make_checkpoint
 
 from sspcompile.api.build import build
 from sspcompile.api.cost import cost_of
+from sspcompile.errors import RecipeError
 from sspcompile.model.dense import open_dense
 from sspcompile.model.modules import input_norm
 from sspcompile.request.request import read_request
@@ -77,7 +78,7 @@ def test_a_build_runs_what_was_foretold_and_a_second_one_no_pools(home, scenario
     assert scored == (not own), "a criterion that is named is cached for a sentence"
 
 
-def test_a_recipe_that_states_its_domains_reads_no_pool_and_makes_no_toolkit(home):
+def test_a_recipe_that_states_its_domains_reads_no_pool_and_makes_no_toolkit(home, monkeypatch):
     given = {"model": str(home / "model"), "max_tokens": 64, "continuation_tokens": 4, "keep": 0.5}
     path = home / "stated.yaml"
     scenario = {"prompts_file": "prompts.txt", "domains": {"math": 3, "law": 1}}
@@ -94,6 +95,12 @@ def test_a_recipe_that_states_its_domains_reads_no_pool_and_makes_no_toolkit(hom
     assert {name: weight for name, weight in mixture.items() if weight} == {"law": 0.25, "math": 0.75}
     report = (home / "stated-out" / "report.md").read_text("utf-8")
     assert "The recipe says what the scenario is about" in report
+    wrong = {**recipe, "scenario": {"prompts_file": "prompts.txt", "domains": {"maths": 1}}}
+    (home / "wrong.yaml").write_text(json.dumps(wrong))
+    monkeypatch.setattr(type(dense), "load", lambda *_, **__: pytest.fail("the model is loaded before"))
+    with pytest.raises(RecipeError, match=r"unknown domain 'maths'; known: .*math"):
+        build(read_request(str(home / "wrong.yaml"), given, {}), dense, home / "wrong-out", workspace)
+    monkeypatch.undo()
     # Axes are chosen by what the model reads, so they are learned all the same.
     axes = read_request(str(path), given | {"axes": 4}, {})
     assert any(stage.name.startswith("recognition") for stage in cost_of(axes, dense, workspace).stages)

@@ -12,6 +12,7 @@ from sspcompile.request.pools import pools_of
 from sspcompile.request.protecting import demand_protected
 from sspcompile.request.request import Request
 from sspcompile.select.budget import bounds_of, cuts_channels, refuse_several
+from sspcompile.select.mixture import demand_known
 from sspcompile.select.scoring import demand_prompts, score_key
 from sspcompile.slicing.depth import demand_layer
 from sspcompile.slicing.hosts import demand_host
@@ -32,7 +33,8 @@ def refuse_hopeless(request: Request, dense: DenseModel, *, weights: bool = True
         )
     of_key(score_key(options))
     demand_prompts(request)
-    pools_of(options)
+    known = [pool.name for pool in pools_of(options).candidates]
+    demand_known(request.scenario.domains or (), known, source=request.scenario.name)
     demand_protected(options)
     demand_place(geometry, options.repair)
     demand_host(geometry, options.layout, options.wanted_host)

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load_file
 
 from sspcompile.checkpoint.publish import write_atomically
+from sspcompile.checkpoint.writer import pieces_of
 from sspcompile.criteria import measuring
 from sspcompile.criteria.table import of_key
 from sspcompile.errors import ToolkitError
@@ -144,7 +145,9 @@ class Stages:
             # Another run that prepared the same has finished, and has removed what neither of them needs.
             with contextlib.suppress(FileNotFoundError):
                 self._folder.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, save({key: np.ascontiguousarray(array) for key, array in found.items()}))
+                write_atomically(
+                    path, pieces_of({key: np.ascontiguousarray(array) for key, array in found.items()}, {})
+                )
         self._journal.clear(remove=parallel.current().first)
         return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -70,10 +70,15 @@ def mixture_of(toolkit: Toolkit, features: np.ndarray, *, calibrated: bool = Tru
     return Mixture(toolkit.domains, weights, breadth_of(weights), unknown, float(toolkit.learned.unknown_line[0]))
 
 
+def demand_known(domains: Collection[str], known: Sequence[str], *, source: str) -> None:
+    """Raise RecipeError, about the recipe `source`, for domains that are none of the known ones."""
+    if absent := sorted(set(domains) - set(known)):
+        raise RecipeError(source, [f"unknown domain {name!r}; known: {', '.join(known)}" for name in absent])
+
+
 def given_mixture(toolkit: Toolkit, domains: Mapping[str, float], *, source: str) -> Mixture:
     """Mixture that a recipe states itself. Raises RecipeError for domains which the toolkit does not know."""
-    if absent := sorted(set(domains) - set(toolkit.domains)):
-        raise RecipeError(source, [f"unknown domain {name!r}; known: {', '.join(toolkit.domains)}" for name in absent])
+    demand_known(domains, toolkit.domains, source=source)
     weights = np.array([domains.get(name, 0.0) for name in toolkit.domains], dtype=np.float64)
     weights /= weights.sum()
     return Mixture(toolkit.domains, weights, breadth_of(weights), 0.0)
