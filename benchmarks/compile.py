@@ -64,7 +64,7 @@ def main(scenario: str, model: str | None, repeats: int) -> None:
     g = subject.checkpoint.geometry
 
     def whole(request: Request) -> None:
-        reading = read_through(request, toolkit, loaded, Texts(loaded, request.options))
+        reading = read_through(request, toolkit, loaded, Texts(loaded, request.options), build=True)
         for layout in ("uniform", "per-layer"):
             choose(reading.merit, g.kv_heads, 0.5, layout)
 

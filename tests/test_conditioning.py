@@ -137,7 +137,7 @@ def scenario(**how) -> Scenario:
 def compiled(model, toolkit, read: Scenario, **options) -> Reading:
     options = {"criterion": "fisher-greedy", "continuation_tokens": 3, **options}
     asked = Options(**options)
-    return read_through(Request(read, asked, "x"), toolkit, model, Texts(model, asked))
+    return read_through(Request(read, asked, "x"), toolkit, model, Texts(model, asked), build=True)
 
 
 @pytest.mark.parametrize("criterion", ["fisher-greedy", "subspace"])

@@ -23,8 +23,8 @@ from sspcompile.cli.main import cli
 from sspcompile.cli.options import GOING_ON
 from sspcompile.model import journal
 
-OPTIONS = {"max_tokens": 16, "continuation_tokens": 3, "keep": 0.5}
-FLAGS = ("--max-tokens", "16", "--continuation-tokens", "3", "--keep", "0.5")
+OPTIONS = {"max_tokens": 16, "continuation_tokens": 8, "keep": 0.5}
+FLAGS = ("--max-tokens", "16", "--continuation-tokens", "8", "--keep", "0.5")
 SCENARIO = "Questions about the chemistry of metals"
 COMMAND = ("build", "--scenario", SCENARIO, "--model", "model", *FLAGS)
 
@@ -77,8 +77,8 @@ def undisturbed(tmp_path_factory):
 
 # One after the other, as far as each run comes: (stage, step at whose end it is interrupted).
 PLACES = (
+    ("continuations", 1),
     ("head scores", 1),
-    ("continuations (guard)", 1),
     ("repair (masks to compare)", 2),
     ("comparing masks", 3),
     ("repair (this build and its baselines)", 1),

@@ -145,7 +145,7 @@ def plan_scenario(
     demand_readable(loaded, request.scenario.prompts, options.max_tokens)
     asked = cached_keys(request)
     toolkit, _ = toolkit_for(dense, loaded, options, workspace, progress, asked, scenario=request.scenario)
-    reading = read_through(request, toolkit, loaded, Texts(loaded, options), progress)
+    reading = read_through(request, toolkit, loaded, Texts(loaded, options), progress, build=False)
     reading = replace(reading, budget=assumed(options, dense.checkpoint) or reading.budget)
     choices = choices_for(reading, loaded.geometry)
     masks = [mask_of(reading, loaded, choice, layout) for layout, choice in choices.items()]

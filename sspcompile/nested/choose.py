@@ -67,7 +67,7 @@ def choose_members(
     shares, g = request.options.shares, loaded.geometry
     smallest = one_size(request, shares[-1])
     texts = Texts(loaded, smallest.options)
-    reading = read_through(smallest, toolkit, loaded, texts, progress)
+    reading = read_through(smallest, toolkit, loaded, texts, progress, build=True)
     judge = Judge(loaded, reading.splits, smallest.options, texts, dtype=dtype, progress=progress)
     checkpoint = Checkpoint(loaded.path)
     budgets = [Budget(bounds=bounds_of(one_size(request, share).options, checkpoint)) for share in shares]

@@ -89,6 +89,12 @@ class Splits:
         return found
 
     @property
+    def every(self) -> tuple[Prompt, ...]:
+        """All texts of the build, part by part."""
+        spared = (text for one in self.protected for text in (*one.guard, *one.judge))
+        return (*self.fit, *self.guard, *self.judge, *self.off, *spared)
+
+    @property
     def of_protected(self) -> tuple[Prompt, ...]:
         """Those that choose and repair for protected domains."""
         return self.fit[len(self.fit) - self.protected_fit :]

@@ -95,17 +95,14 @@ class Judge:
         self.repair = repair if possible else "none"
         self.dtype = dtype
         self.progress = progress
-        self.sentences = texts.continued(splits.fit, stage_of(progress, "continuations (fit)"))
+        self.sentences = texts.continued(splits.fit)
 
-        def held(part: str, prompts: Sequence[Prompt]) -> HeldOut:
-            return HeldOut(loaded, texts.continued(prompts, stage_of(progress, f"continuations ({part})")), self.seed)
+        def held(prompts: Sequence[Prompt]) -> HeldOut:
+            return HeldOut(loaded, texts.continued(prompts), self.seed)
 
         parts = (("guard", splits.guard), ("judge", splits.judge), ("off", splits.off))
-        self._held = {part: held(part, prompts) for part, prompts in parts if prompts}
-        self._protected = {
-            one.name: {"guard": held(f"guard, {one.name}", one.guard), "judge": held(f"judge, {one.name}", one.judge)}
-            for one in splits.protected
-        }
+        self._held = {part: held(prompts) for part, prompts in parts if prompts}
+        self._protected = {one.name: {"guard": held(one.guard), "judge": held(one.judge)} for one in splits.protected}
         self._plain: dict[bytes, Divergence] = {}
 
     def guarded(self, kept: Kept, repair: Repair | None = None) -> Divergence:

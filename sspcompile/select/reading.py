@@ -19,7 +19,7 @@ from sspcompile.model.capture import features
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.prepare.recognition import recognised_tokens
 from sspcompile.prepare.toolkit import Toolkit
-from sspcompile.progress import Progress, silent
+from sspcompile.progress import Progress, silent, stage_of
 from sspcompile.request.options import Options
 from sspcompile.request.pools import pools_of
 from sspcompile.request.prompts import pasted
@@ -83,17 +83,20 @@ class Reading:
 
 
 def read_through(
-    request: Request, toolkit: Toolkit, loaded: LoadedModel, texts: Texts, progress: Progress = silent
+    request: Request, toolkit: Toolkit, loaded: LoadedModel, texts: Texts, progress: Progress = silent, *, build: bool
 ) -> Reading:
     """Read a scenario through the toolkit. Raises what `score_heads` and `protected_pools` raise.
 
-    Where texts score heads (`source_of`), the passes of the criterion come on top.
+    Where texts score heads (`source_of`), the passes of the criterion come on top. For a `build` every text of it is
+    continued here, those that decide and judge too.
     """
     options = request.options
     mixture = mixture_through(request, toolkit, loaded)
     pools = pools_of(options).named(mixture.domains)
     protect = protected_pools(options, mixture.parts, pools)
     splits = draw_splits(request.scenario.prompts, mixture.parts, pools, options.seed, protect)
+    if build:  # all at once: a step of decoding reads the weights once for a whole batch
+        texts.continued(splits.every, stage_of(progress, "continuations"))
     named = {name: [pool.name for pool in found] for name, found in protect.items()}
     used = protecting(ablated(mixture, options.without), named, PROTECTED_SHARE)
     scores = score_heads(request, used, splits.fit, toolkit, loaded, texts, progress, protected=splits.of_protected)

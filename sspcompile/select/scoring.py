@@ -211,7 +211,7 @@ def score_heads(
     prompts = chosen if source == "texts" else own_fit_part(request.scenario.prompts)
     if source == "prompts":
         prompts = (*prompts, *protected)
-    written = texts.continued(prompts, stage_of(progress, "continuations (texts that score heads)"))
+    written = texts.continued(prompts, stage_of(progress, "continuations"))
     if options.removes_layers:
         distances = layer_distances(loaded, written, stage_of(progress, "influence of layers"))
         values = np.repeat(influence_of(distances)[:, None], loaded.geometry.heads, axis=1)

@@ -92,7 +92,7 @@ def select(
     `choices_for` raise.
     """
     texts = Texts(loaded, request.options)
-    reading = read_through(request, toolkit, loaded, texts, progress)
+    reading = read_through(request, toolkit, loaded, texts, progress, build=True)
     judge = Judge(loaded, reading.splits, request.options, texts, dtype=dtype, progress=progress)
     reading, floor, found = _allowed(judge, reading, toolkit)
     best, chosen = found.best, found.chosen
