@@ -15,7 +15,7 @@ from sspcompile.criteria.units import CriterionInput, Units
 from sspcompile.model.gradients import read_gradients, state_gradients
 from sspcompile.model.hooks import channel_gates
 from sspcompile.model.logits import decoder_output
-from sspcompile.model.modules import o_proj
+from sspcompile.model.modules import down_proj, o_proj
 from sspcompile.model.text import batches_of, continued, with_continuations
 
 PROMPTS = ("please tell me about acid", "the sum of three and four", "who was king in the year of war")
@@ -112,6 +112,24 @@ def test_gradients_of_one_pass_are_those_of_autograd(loaded, batches):
     for index in range(3):
         torch.testing.assert_close(found[index][0], seen[index].detach())
         torch.testing.assert_close(found[index][1], wanted[index], rtol=1e-4, atol=1e-7)
+
+
+def test_a_pass_holds_no_inside_of_a_layer_between_forward_and_backward(loaded, batches):
+    """On a large model the inputs of down_proj, held for every layer, would be most of its memory."""
+    (batch,) = batches
+    intermediate = loaded.geometry.intermediate
+    held = []
+
+    def objective(logits: torch.Tensor) -> torch.Tensor:  # called between the two
+        tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+        held.append([one.shape for one in tensors if one.dim() == 3 and one.shape[-1] == intermediate])
+        return torch.ones_like(logits)
+
+    modules = [down_proj(layer) for layer in loaded.layers]
+    widths = []
+    read_gradients(loaded, batch, modules, "down_proj", objective, lambda _index, x, _y: widths.append(x.shape[-1]))
+    assert widths == [intermediate] * loaded.geometry.layers
+    assert held == [[]]
 
 
 def test_logits_in_parts_give_the_gradients_of_the_whole(loaded, monkeypatch):

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,17 +52,34 @@ def read_gradients(
     `hooks.reading`.
     """
 
-    def watch(index: int, x: Tensor) -> None:
-        # The first run of a layer is made without gradients; the one before its backward pass is with them.
-        if x.requires_grad:
-            # Detached outside of the hook: a hook that holds its own tensor is a cycle that nobody collects.
-            held = x.detach()
-            x.register_hook(lambda gradient: read(index, held, gradient))
+    def watch(index: int, x: Tensor) -> Tensor:
+        watched: Tensor = _Watched.apply(x, partial(read, index))  # type: ignore[no-untyped-call]
+        return watched
 
     with torch.enable_grad(), _from_embeddings(loaded), recomputed(loaded.layers), reading(modules, what, watch):
         hidden = decoder_output(loaded, batch)
         states = hidden[batch.score_mask.to(hidden.device)]
         torch.autograd.backward(states, state_gradients(loaded, states, cotangent))
+
+
+class _Watched(torch.autograd.Function):
+    """The identity, whose backward pass hands its input and the gradient with respect to it to a reader.
+
+    The input is saved as those of other operations are, so that `recomputed` need not hold it. What a hook holds stays
+    from the forward pass on: in every layer the input of its down_proj, as wide as the MLP.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, read: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.read = read
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        ctx.read(x.detach(), gradient)
+        return gradient, None
 
 
 @contextlib.contextmanager

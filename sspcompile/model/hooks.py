@@ -41,18 +41,20 @@ def _watched(modules: Sequence[nn.Module], watch: Watcher) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def reading(modules: Sequence[nn.Module], what: str, read: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Hand each module's positional input to `read(index, x)`; `what` they are is said in errors.
+def reading(modules: Sequence[nn.Module], what: str, read: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
+    """Hand each module's positional input to `read(index, x)`, and the module what that gives, unless None; `what` they
+    are is said in errors.
 
     Raises RunError when a module was called without a positional tensor, or was not called at all.
     """
     fired: set[int] = set()
 
-    def watch(index: int, args: tuple[Any, ...], _options: dict[str, Any]) -> None:
+    def watch(index: int, args: tuple[Any, ...], _options: dict[str, Any]) -> tuple[Any, ...] | None:
         if not args or not isinstance(args[0], Tensor):
             raise RunError(f"Layer {index} calls its {what} without a positional input.")
         fired.add(index)
-        read(index, args[0])
+        changed = read(index, args[0])
+        return None if changed is None else (changed, *args[1:])
 
     with _watched(modules, watch):
         yield
