@@ -115,8 +115,6 @@ def evaluate(
     if quantize is not None:
         return _weigh(artifact, against, quantize, placement, as_json, quiet)
     if tasks is not None:
-        context = click.get_current_context()
-        refuse_given(context, APART, "does not go with --lm-eval", "Leave it out: the harness asks what its tasks ask.")
         rows = _harness(artifact, against, tasks, tasks_folder, items, batch_size, seed, placement)
         _print_harness(rows, as_json)
         return
@@ -186,6 +184,8 @@ def _harness(
 ) -> Sequence[HarnessRow]:
     from sspcompile.evaluate.harness import require_harness, run_harness
 
+    context = click.get_current_context()
+    refuse_given(context, APART, "does not go with --lm-eval", "Leave it out: the harness asks what its tasks ask.")
     require_harness()
     from sspcompile.api.arguments import cut_model, demand_transformers
 
