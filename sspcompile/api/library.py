@@ -136,7 +136,7 @@ def load(path: Place, *, root: Place = ".") -> Artifact:
 def _parted(given: Mapping[str, Any]) -> tuple[dict[str, Any], Placement]:
     """The options of a build, and where it is computed. Raises InputError for the latter."""
     options = {name: value for name, value in given.items() if name not in PLACING}
-    return options, placement_in(**{name: given[name] for name in PLACING if name in given})  # type: ignore[arg-type]
+    return options, placement_in(**{name: given[name] for name in PLACING if name in given})
 
 
 def _request(model: Place | None, scenario: ScenarioLike, options: Mapping[str, Any]) -> Request:
