@@ -53,8 +53,8 @@ class Workspace:
                 f"There is no last build in {self.artifacts}.",
                 hint='Run `sspcompile build --scenario "..."` first, or name an artifact.',
             ) from error
-        folder = next((f for f in (Path(given), self.artifact(given)) if _is_build(f)), None)
-        if folder is None:
+        folder = self.artifacts / given  # a path is whole, and stays what it is
+        if not _is_build(folder):
             raise ArtifactError(
                 f"The last build, {given}, is gone.", hint="Run `sspcompile build` again, or name an artifact."
             )

@@ -15,8 +15,10 @@ from transformers.utils import logging
 import sspcompile
 from sspcompile.api.artifact import Format
 from sspcompile.api.export import FORMATS
+from sspcompile.api.library import BuildKeywords
 from sspcompile.cli.export import export as export_command
 from sspcompile.errors import ArtifactError, BudgetError, InputError, OutputExistsError, RecipeError, ScenarioError
+from sspcompile.model.placement import NAMES
 from sspcompile.proof.prove import prove
 from sspcompile.request.keywords import Keywords
 
@@ -43,8 +45,10 @@ def test_what_it_offers_is_listed_and_anything_else_is_an_attribute_error():
 @pytest.mark.parametrize("name", ["plan", "build"])
 def test_options_are_typed_keywords(name):
     parameter = inspect.signature(getattr(sspcompile, name)).parameters["options"]
-    assert parameter.kind is inspect.Parameter.VAR_KEYWORD and parameter.annotation == "Unpack[Keywords]"
-    assert typing.get_type_hints(Keywords)["keep"] == float | None
+    assert parameter.kind is inspect.Parameter.VAR_KEYWORD and parameter.annotation == "Unpack[BuildKeywords]"
+    hints = typing.get_type_hints(BuildKeywords)
+    assert hints["keep"] == float | None and hints["threads"] == int | None
+    assert set(hints) == {*typing.get_type_hints(Keywords), *NAMES}
 
 
 def test_a_plan_needs_a_model_and_a_budget():

@@ -128,11 +128,14 @@ def test_the_curve_is_shown_by_inspect_and_plan(run, inside):
 
 
 def test_what_takes_one_model_says_how_to_cut_one_out(run, inside, tmp_path):
-    for command in (("eval", "nested"), ("export", "nested"), ("compare", "nested", "nested")):
+    for command in (("eval", "nested"), ("export", "nested")):
         refused(run(*command), 2, "several sizes", "sspcompile slice --from nested --size")
+    # A member that was cut out has no report to compare either.
+    refused(run("compare", "nested", "nested"), 2, "several sizes", "It takes a build", "sspcompile inspect nested")
     refused(run("slice", "--from", "nested", "--size", "0.1", "--out", tmp_path / "x"), 3, "0.7", "--size 0.1")
     refused(run("slice", "--from", "model", "--size", "0.5", "--out", tmp_path / "x"), 2, "nested artifact")
     refused(run("slice", "--from", "nested", "--out", tmp_path / "x"), 2, "--size")
+    refused(run("slice", "--from", "nested", "--size", "70", "--out", tmp_path / "x"), 2, "--size 70 is no share")
     refused(run("slice", "--out", tmp_path / "x"), 2, "--mask")
     refused(run("slice", "--from", "nested", "--size", "0.7", "--out", "nested/x"), 2, "inside")
     refused(run("plan", "--model", "model", "--nested", "1,0.8"), 2, "--size 0.8")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sspcompile.errors import RecipeError, ScenarioError
 from sspcompile.request.request import read_request
-from sspcompile.request.scenario import LINE_BYTES, read_scenario, scenario_of, slug
+from sspcompile.request.scenario import LINE_BYTES, of_prompts, read_scenario, scenario_of, slug
 
 
 def refused(value: str | Path) -> str:
@@ -47,6 +47,27 @@ def test_a_recipe_file_with_prompts_beside_it(tmp_path: Path, monkeypatch: pytes
     assert recipe is not None
     assert recipe.scenario.prompts == scenario.prompts
     assert scenario_of(recipe) == scenario
+
+
+def test_prompts_in_python_are_texts_or_mappings_like_lines_of_a_file(tmp_path: Path) -> None:
+    lines = [
+        {"prompt": "Gold?", "answer": "Au"},
+        {"messages": [{"role": "user", "content": "Iron?"}]},
+        {"text": "Tin."},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\r\n" for line in lines), "utf-8")
+    read = read_scenario(str(tmp_path / "p.jsonl"))[0].prompts
+    assert of_prompts(lines).prompts == of_prompts(line for line in lines).prompts == read
+    assert of_prompts(["a\r\nb\r\n", "c"]).prompts == ("a\nb", "c")
+    assert of_prompts(lines[0]).prompts == read[:1], "a mapping by itself is no list of its keys"
+    for wrong, told in (
+        ([], "no prompts"),
+        (iter(()), "no prompts"),
+        ([3], "neither text"),
+        ([{"a": 1}], "Prompt 1 has"),
+    ):
+        with pytest.raises(ScenarioError, match=told):
+            of_prompts(wrong)
 
 
 @pytest.mark.parametrize("own", ["text: two words", "prompts: [a b, c]", "prompts_file: p.txt"])

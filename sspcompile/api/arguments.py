@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from sspcompile.checkpoint import Manifest, check_manifest, locate
 from sspcompile.checkpoint.foreign import other_format
+from sspcompile.checkpoint.gguf import is_gguf as is_gguf_file
 from sspcompile.checkpoint.locate import is_hub_name, model_folder
 from sspcompile.checkpoint.manifest import NAME as MANIFEST
 from sspcompile.embedded import EMBEDDED
@@ -15,6 +16,7 @@ from sspcompile.errors import ArtifactError, InputError
 from sspcompile.model.chat import PLAIN, Rendering, rendering_of
 from sspcompile.model.context import shortest_context
 from sspcompile.model.dense import DenseModel, open_dense
+from sspcompile.model.llama_session import MODEL as GGUF_MODEL
 from sspcompile.model.llama_session import is_gguf
 from sspcompile.model.onnx_session import is_onnx
 from sspcompile.model.placement import ANYWHERE, Placement
@@ -53,6 +55,8 @@ class Named:
 
     @property
     def name(self) -> str:
+        if self.typed is not None and is_gguf_file(file := Path(self.typed).expanduser()):
+            return file.stem
         if self.typed is not None and is_hub_name(self.typed):
             return self.typed.partition("@")[0].partition("/")[2]
         return self.folder.resolve().name
@@ -66,6 +70,11 @@ class Named:
     def gguf(self) -> bool:
         """Whether llama.cpp loads it."""
         return is_gguf(self.model)
+
+    @property
+    def other_runtime(self) -> str | None:
+        """What kind of export it is, in words, where something else than transformers loads it."""
+        return "an ONNX export" if self.onnx else "a GGUF export" if self.gguf else None
 
     @property
     def custom_code(self) -> bool:
@@ -183,13 +192,21 @@ def with_dense(
 
 
 def named(argument: str | None, workspace: Workspace) -> Named:
-    """What an argument names: a folder, a build by its name, a hub name, `embedded`; None names the last build.
+    """What an argument names: a folder, a build by its name, a hub name, `embedded`, a GGUF file; None names the last
+    build. The file of a GGUF export stands for the export, any other for the folder that `open_dense` makes of it.
 
-    Raises ArtifactError for what is none of these, and CheckpointError for a hub name that cannot be fetched.
+    Raises ArtifactError for what is none of these, CheckpointError for a hub name that cannot be fetched, and what
+    `open_dense` raises for a GGUF file.
     """
     if argument is None:
         return _recognised(workspace.last()) or _refuse(str(workspace.last()))
     places = (Path(argument).expanduser(), workspace.artifact(argument))
+    if is_gguf_file(places[0]):
+        folder = places[0].parent
+        if places[0].name == GGUF_MODEL and is_gguf(folder) and (folder / MANIFEST).is_file():
+            return Named("export", folder, folder)
+        folder = open_dense(argument).checkpoint.path
+        return Named("model", folder, folder, argument)
     found = next((one for place in places if (one := _recognised(place)) is not None), None)
     if found is not None:
         return found
@@ -228,9 +245,21 @@ def demand(found: Named, *kinds: Kind, command: str) -> Named:
     if found.kind in kinds:
         return found
     hint = f"It takes {', or '.join(KINDS[kind] for kind in kinds)}."
-    if found.kind == "nested":
+    if found.kind == "nested" and "cut" in kinds:
         hint = f"Cut one out of it: `sspcompile slice --from {found.folder} --size 0.8 --out DIR`."
+    elif found.kind == "nested":
+        hint = f"{hint} Of its sizes `sspcompile inspect {found.folder}` shows what each costs."
     raise InputError(f"{found.folder} is {KINDS[found.kind]}, and `sspcompile {command}` does not take it.", hint=hint)
+
+
+def demand_transformers(found: Named, what: str) -> Named:
+    """`found`, if transformers loads it. Raises InputError that says that `what` needs that."""
+    if found.other_runtime is not None:
+        raise InputError(
+            f"{found.folder} is {found.other_runtime}, and {what} runs models in transformers.",
+            hint="Name what it was exported from.",
+        )
+    return found
 
 
 def dense_of(folder: Path, manifest: Manifest, given: str | None, *, option: str = "--model") -> DenseModel:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, Unpack
 
 from sspcompile.progress import Progress, silent
 from sspcompile.request.options import Options
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sspcompile.evaluate.asking import Limits
     from sspcompile.evaluate.results import SuiteResult
     from sspcompile.model.decoder import TextModel
-    from sspcompile.model.placement import Placement
+    from sspcompile.model.placement import Placement, Placing
     from sspcompile.report.model import Report, RoundingSection
     from sspcompile.slicing.mask import HeadMask
 
@@ -75,22 +75,14 @@ class Artifact:
         found: dict[str, object] = json.loads((self.path / PLAN).read_text("utf-8"))
         return found
 
-    def load_model(
-        self,
-        *,
-        device: str | None = None,
-        dtype: str | None = None,
-        device_map: str | None = None,
-        memory: int | str | None = None,
-        threads: int | None = None,
-    ) -> TextModel:
+    def load_model(self, **place: Unpack[Placing]) -> TextModel:
         """The smaller model and its tokenizer in memory; on the CPU in fp32. Raises InputError or CheckpointError."""
         from sspcompile.model.chat import rendering_of
         from sspcompile.model.loading import load_cut
 
         return load_cut(
             self.model_path,
-            placement=placement_in(device=device, dtype=dtype, device_map=device_map, memory=memory, threads=threads),
+            placement=placement_in(**place),
             trust_remote_code=self._named.custom_code,
             rendering=rendering_of(self.options),
         )
@@ -101,11 +93,7 @@ class Artifact:
         model: Place | None = None,
         layerwise: bool | None = None,
         progress: Progress = silent,
-        device: str | None = None,
-        dtype: str | None = None,
-        device_map: str | None = None,
-        memory: int | str | None = None,
-        threads: int | None = None,
+        **place: Unpack[Placing],
     ) -> Verified:
         """Hold every file against the manifest, and the model against the masked dense one.
 
@@ -114,7 +102,7 @@ class Artifact:
         """
         from sspcompile.api.verify import verify
 
-        placement = placement_in(device=device, dtype=dtype, device_map=device_map, memory=memory, threads=threads)
+        placement = placement_in(**place)
         return verify(self._named, text_of(model), progress, layerwise=layerwise, placement=placement)
 
     def evaluate(
@@ -127,11 +115,7 @@ class Artifact:
         limits: Limits | None = None,
         seed: int = 0,
         progress: Progress = silent,
-        device: str | None = None,
-        dtype: str | None = None,
-        device_map: str | None = None,
-        memory: int | str | None = None,
-        threads: int | None = None,
+        **place: Unpack[Placing],
     ) -> list[SuiteResult]:
         """Ask the smaller and the dense model the same questions: on the scenario, off it, and from files `data`.
 
@@ -142,7 +126,7 @@ class Artifact:
         from sspcompile.api.evaluate import evaluate
 
         files = [data] if isinstance(data, str | os.PathLike) else list(data)
-        placement = placement_in(device=device, dtype=dtype, device_map=device_map, memory=memory, threads=threads)
+        placement = placement_in(**place)
         return evaluate(
             with_dense(self._named, text_of(model), placement=placement),
             Workspace(self.root),
@@ -220,10 +204,15 @@ class Artifact:
         return demand(named(str(self.path), Workspace(self.root)), "build", command="load")
 
 
-def placement_in(**given: Any) -> Placement:
-    """Where keywords, and the environment behind them, say that a model is computed. Raises InputError."""
-    from sspcompile.model.placement import placement_of
+def placement_in(**given: Unpack[Placing]) -> Placement:
+    """Where keywords, and the environment behind them, say that a model is computed.
 
+    Raises InputError, and TypeError for a keyword that there is not.
+    """
+    from sspcompile.model.placement import NAMES, placement_of
+
+    if unknown := sorted({*given} - {*NAMES}):
+        raise TypeError(f"unexpected keyword argument {unknown[0]!r}; where to compute is said by {', '.join(NAMES)}")
     return placement_of(given, os.environ, call=str)
 
 

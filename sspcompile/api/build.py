@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from sspcompile.api.arguments import named
 from sspcompile.api.outcome import Outcome
 from sspcompile.api.refusing import refuse_hopeless
 from sspcompile.api.reporting import origin_of, report_of
@@ -23,7 +22,6 @@ from sspcompile.model.dense import DenseModel
 from sspcompile.model.journal import claimed, keeping
 from sspcompile.model.placement import ANYWHERE, Placement, resolve
 from sspcompile.model.text import demand_readable
-from sspcompile.prepare.toolkits import toolkit_for
 from sspcompile.progress import Progress, silent
 from sspcompile.proof.claim import Claim
 from sspcompile.proof.prove import prove
@@ -33,7 +31,7 @@ from sspcompile.report.write import write_report
 from sspcompile.request.recipe import dump_recipe
 from sspcompile.request.request import Request
 from sspcompile.select.budget import serving_of
-from sspcompile.select.scoring import cached_keys
+from sspcompile.select.scoring import toolkit_of
 from sspcompile.select.selection import Selection, select
 from sspcompile.slicing.mask import dump_mask
 from sspcompile.slicing.plan import SlicePlan, make_plan, plan_json
@@ -64,9 +62,7 @@ def build(
     with claimed(passes_folder(request, dense, workspace)) as journal, staged(out, overwrite=overwrite) as folder:
         loaded = dense.load(placement=placement, rendering=rendering_of(request.options))
         demand_readable(loaded, request.scenario.prompts, request.options.max_tokens)
-        toolkit, _ = toolkit_for(
-            dense, loaded, request.options, workspace, progress, cached_keys(request), scenario=request.scenario
-        )
+        toolkit = toolkit_of(request, dense, loaded, workspace, progress)
         with keeping(journal):
             selection = select(request, toolkit, loaded, dtype=refitted_dtype(dense.checkpoint), progress=progress)
         del loaded  # the proof takes as much memory again
@@ -79,8 +75,7 @@ def build(
         _describe(folder, outcome, refitted, progress)
     workspace.remember(out)
     if request.options.quantize is not None:
-        built = named(str(out), workspace)
-        export_rounded(built, request.options.quantize, workspace, progress, overwrite=overwrite, placement=placement)
+        export_rounded(out, request.options.quantize, workspace, progress, overwrite=overwrite, placement=placement)
     return outcome
 
 
@@ -94,9 +89,7 @@ def take_part(
 ) -> None:
     """What `build` does of the measuring in every further process of torchrun, step by step with it; writes nothing."""
     loaded = dense.load(placement=placement, rendering=rendering_of(request.options))
-    toolkit, _ = toolkit_for(
-        dense, loaded, request.options, workspace, progress, cached_keys(request), scenario=request.scenario
-    )
+    toolkit = toolkit_of(request, dense, loaded, workspace, progress)
     select(request, toolkit, loaded, dtype=refitted_dtype(dense.checkpoint), progress=progress)
 
 

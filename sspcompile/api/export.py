@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sspcompile.api.arguments import ONE_SIZE, Named, demand
+from sspcompile.api.arguments import KINDS, ONE_SIZE, Named, demand
 from sspcompile.checkpoint import Manifest
 from sspcompile.checkpoint.publish import refuse_existing
 from sspcompile.checkpoint.source import not_carried
@@ -54,9 +54,8 @@ def source_of(found: Named, *, vocab_of: Callable[[Path], int] | None = None) ->
     `vocab_of` reads the width of the logits where the model brings no texts; by default as the ONNX graph sees it.
     Raises ArtifactError, and InputError for what is an export for another runtime already.
     """
-    if found.onnx or found.gguf:
-        what = "an ONNX export" if found.onnx else "a GGUF export"
-        raise InputError(f"{found.folder} is {what} already.", hint="Name what it was exported from.")
+    if found.other_runtime is not None:
+        raise InputError(f"{found.folder} is {found.other_runtime} already.", hint="Name what it was exported from.")
     if found.kind == "build":
         return Source(
             model=found.model,
@@ -164,8 +163,7 @@ def export(
     request.check()
     demand(found, *ONE_SIZE, command="export")
     if request.form == "hf":
-        # Anything else is such a folder as it is.
-        demand(found, "build", command="export --format hf")
+        _demand_build(found)
         out = out or workspace.exported / f"{found.name}-hf"
         manifest = export_hf(found.folder, out, host=named_host(request.host), overwrite=overwrite, progress=progress)
         return Published(out, _sizes(manifest))
@@ -197,6 +195,16 @@ def export(
         table_bytes=sizes[ROTARY_FILE],
         left_out=source.origin.get("left_out", ()),
     )
+
+
+def _demand_build(found: Named) -> None:
+    """Raise InputError for what is a model folder already, or an export for another runtime."""
+    if found.kind != "build" and found.other_runtime is None:
+        raise InputError(
+            f"{found.folder} is {KINDS[found.kind]}: transformers and vLLM load it as it is.",
+            hint="Copy it, or name a build, or another --format.",
+        )
+    demand(found, "build", command="export --format hf")
 
 
 def onnx_folder(workspace: Workspace, name: str, precision: str) -> Path:

@@ -11,12 +11,15 @@ is computed. They decide nothing about what comes out but its rounding, and rais
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from sspcompile.api.artifact import Artifact, Place, placement_in, text_of
 from sspcompile.api.several import NestedArtifact
+from sspcompile.errors import InputError
+from sspcompile.model.placement import NAMES as PLACING
+from sspcompile.model.placement import Placement, Placing
 from sspcompile.progress import Progress, silent
 from sspcompile.request.keywords import Keywords
 from sspcompile.request.request import Request, read_request
@@ -31,8 +34,14 @@ if TYPE_CHECKING:
 # Where torch is not imported yet; it reads this once.
 let_threads_sleep()
 
-# A sentence, a recipe (file or shipped name), a file of prompts, or the prompts themselves.
-ScenarioLike = str | os.PathLike[str] | Sequence[str] | Scenario
+
+class BuildKeywords(Keywords, Placing, total=False):
+    """The options of a build, and where it is computed."""
+
+
+# A sentence, a recipe (file or shipped name), a file of prompts, or the prompts themselves: texts, or mappings like the
+# lines of a .jsonl file ({"prompt": ..., "answer": ...}, {"messages": [...]}).
+ScenarioLike = str | os.PathLike[str] | Iterable[str | Mapping[str, object]] | Scenario
 # Sizes follow from counts alone, but options are resolved together with a scenario.
 _UNNAMED = Scenario("a-model", "a model without a scenario", (), None, "sentence")
 
@@ -44,12 +53,7 @@ def plan(
     mask: Place | None = None,
     root: Place = ".",
     progress: Progress = silent,
-    device: str | None = None,
-    dtype: str | None = None,
-    device_map: str | None = None,
-    memory: int | str | None = None,
-    threads: int | None = None,
-    **options: Unpack[Keywords],
+    **options: Unpack[BuildKeywords],
 ) -> SlicePlan:
     """What a build would write: sizes, KV bytes, FLOPs, and which runtimes load it. No weights are written.
 
@@ -60,12 +64,14 @@ def plan(
     """
     from sspcompile.api.plan import plan_mask, plan_scenario, plan_sizes
 
-    request = _request(model, scenario if scenario is not None else _UNNAMED, options)
+    if mask is not None and scenario is not None:
+        raise InputError("mask and scenario exclude each other.", hint="A mask was compiled already; give one.")
+    asked, placement = _parted(options)
+    request = _request(model, scenario if scenario is not None else _UNNAMED, asked)
     if mask is not None:
         return plan_mask(request.options.source, Path(mask), request.options.wanted_host)
     if scenario is None:
         return plan_sizes(request.options)
-    placement = placement_in(device=device, dtype=dtype, device_map=device_map, memory=memory, threads=threads)
     plans, _ = plan_scenario(request, Workspace(Path(root)), progress, placement=placement)
     return plans[0]
 
@@ -88,29 +94,25 @@ def build(
     overwrite: bool = False,
     root: Place = ".",
     progress: Progress = silent,
-    device: str | None = None,
-    dtype: str | None = None,
-    device_map: str | None = None,
-    memory: int | str | None = None,
-    threads: int | None = None,
-    **options: Unpack[Keywords],
+    **options: Unpack[BuildKeywords],
 ) -> Artifact:
     """Compile a scenario into a smaller model: choose heads and channels, repair, cut, prove, report.
 
-    `model` is a folder or a hub name, None for the embedded one. The artifact is written to `out`, by default to
-    `root`/artifacts/NAME; it is whole, or absent when anything fails. A call that was interrupted goes on where it was
-    when it is made again. The first build of a model prepares its toolkit under `root`, later ones reuse it. With
-    `nested` ("1,0.9,0.8") it is one artifact for several sizes, a `NestedArtifact`. Raises what the command `build`
-    exits with: InputError and its kin for what cannot be used, BudgetError and ParityError for promises that do not
-    hold.
+    `model` is a folder or a hub name, None for the embedded one; `scenario` is what --scenario takes, or the prompts
+    themselves: texts, or mappings like the lines of a .jsonl file, which may hold answers. The artifact is written to
+    `out`, by default to `root`/artifacts/NAME; it is whole, or absent when anything fails. A call that was interrupted
+    goes on where it was when it is made again. The first build of a model prepares its toolkit under `root`, later ones
+    reuse it. With `nested` ("1,0.9,0.8") it is one artifact for several sizes, a `NestedArtifact`. Raises what the
+    command `build` exits with: InputError and its kin for what cannot be used, BudgetError and ParityError for promises
+    that do not hold.
     """
     from sspcompile.api.build import build as run
     from sspcompile.api.nested import build_nested
     from sspcompile.model.dense import open_dense
 
-    request, workspace = _request(model, scenario, options), Workspace(Path(root))
+    asked, placement = _parted(options)
+    request, workspace = _request(model, scenario, asked), Workspace(Path(root))
     folder = Path(out) if out is not None else workspace.artifact(request.scenario.name)
-    placement = placement_in(device=device, dtype=dtype, device_map=device_map, memory=memory, threads=threads)
     dense = open_dense(request.options.source)
     if request.options.shares:
         build_nested(request, dense, folder, workspace, progress, overwrite=overwrite, placement=placement)
@@ -129,6 +131,12 @@ def load(path: Place, *, root: Place = ".") -> Artifact:
     found = demand(named(os.fspath(path), Workspace(Path(root))), "build", "nested", command="load")
     kind = NestedArtifact if found.kind == "nested" else Artifact
     return kind(found.folder, Path(root))
+
+
+def _parted(given: Mapping[str, Any]) -> tuple[dict[str, Any], Placement]:
+    """The options of a build, and where it is computed. Raises InputError for the latter."""
+    options = {name: value for name, value in given.items() if name not in PLACING}
+    return options, placement_in(**{name: given[name] for name in PLACING if name in given})
 
 
 def _request(model: Place | None, scenario: ScenarioLike, options: Mapping[str, Any]) -> Request:

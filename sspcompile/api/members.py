@@ -33,8 +33,11 @@ class MemberCut:
 def open_member(artifact: Path, share: float, *, host: str | None = None) -> MemberCut:
     """The largest member of at most a share of the parameters, by headers and index alone.
 
-    Raises ArtifactError for what is no nested artifact, and BudgetError below the smallest member.
+    Raises InputError for what is no share, ArtifactError for what is no nested artifact, and BudgetError below the
+    smallest member.
     """
+    if not 0 < share <= 1:
+        raise InputError(f"--size {share:g} is no share of the parameters.", hint="Give one up to 1, as --size 0.8.")
     nested = read_nested(artifact)
     member = nested.member(share)
     mask = load_mask(artifact / member.mask)

@@ -27,7 +27,6 @@ from sspcompile.nested.index import Nested, read_nested
 from sspcompile.nested.order import demand_nestable
 from sspcompile.nested.proving import prove_whole
 from sspcompile.prepare.toolkit import Toolkit
-from sspcompile.prepare.toolkits import toolkit_for
 from sspcompile.progress import Progress, silent
 from sspcompile.proof.claim import Claim
 from sspcompile.proof.parity import Parity
@@ -39,7 +38,7 @@ from sspcompile.request.domains import pools_fingerprint
 from sspcompile.request.pools import pools_of
 from sspcompile.request.recipe import dump_recipe
 from sspcompile.request.request import Request
-from sspcompile.select.scoring import cached_keys
+from sspcompile.select.scoring import toolkit_of
 from sspcompile.slicing.plan import make_plan
 from sspcompile.workspace import MODEL, PROBES, RECIPE, Workspace
 
@@ -80,10 +79,7 @@ def build_nested(
         loaded = dense.load(placement=placement, rendering=rendering_of(request.options))
         demand_readable(loaded, request.scenario.prompts, request.options.max_tokens)
         smallest = one_size(request, request.options.shares[-1])
-        asked = cached_keys(smallest)
-        toolkit, _ = toolkit_for(
-            dense, loaded, smallest.options, workspace, progress, asked, scenario=smallest.scenario
-        )
+        toolkit = toolkit_of(smallest, dense, loaded, workspace, progress)
         members = []
         with keeping(journal):
             dtype = refitted_dtype(dense.checkpoint)

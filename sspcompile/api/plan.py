@@ -132,9 +132,8 @@ def plan_scenario(
     from sspcompile.api.refusing import refuse_hopeless
     from sspcompile.model.chat import rendering_of
     from sspcompile.model.text import demand_readable
-    from sspcompile.prepare.toolkits import toolkit_for
     from sspcompile.select.reading import choices_for, read_through
-    from sspcompile.select.scoring import cached_keys
+    from sspcompile.select.scoring import toolkit_of
     from sspcompile.select.selection import mask_of
     from sspcompile.select.texts import Texts
 
@@ -143,8 +142,7 @@ def plan_scenario(
     refuse_hopeless(request, dense)
     loaded = dense.load(placement=placement, rendering=rendering_of(options))
     demand_readable(loaded, request.scenario.prompts, options.max_tokens)
-    asked = cached_keys(request)
-    toolkit, _ = toolkit_for(dense, loaded, options, workspace, progress, asked, scenario=request.scenario)
+    toolkit = toolkit_of(request, dense, loaded, workspace, progress)
     reading = read_through(request, toolkit, loaded, Texts(loaded, options), progress, build=False)
     reading = replace(reading, budget=assumed(options, dense.checkpoint) or reading.budget)
     choices = choices_for(reading, loaded.geometry)

@@ -12,7 +12,7 @@ from sspcompile.checkpoint.gguf import PLAIN
 from sspcompile.checkpoint.source import not_carried
 from sspcompile.export.card import licence_of
 from sspcompile.model.divergence import Divergence, compare_divergences
-from sspcompile.repair.repair import MIN_PROMPTS
+from sspcompile.repair.repair import MIN_PROMPTS, is_linear
 from sspcompile.report.build import protected_row, quality_row
 from sspcompile.report.heads import mask_section
 from sspcompile.report.model import (
@@ -29,6 +29,7 @@ from sspcompile.report.model import (
     SizesSection,
 )
 from sspcompile.request.domains import pools_fingerprint
+from sspcompile.request.options import AUTO
 from sspcompile.request.pools import pools_of
 from sspcompile.request.prompts import told
 from sspcompile.slicing.layouts import Choice
@@ -156,6 +157,8 @@ def _layout(outcome: Outcome) -> LayoutSection:
     cost = decision.uniform_cost
     if outcome.request.options.removes_layers:
         reason = "layers that stay whole have one shape"
+    elif cost is None and _no_uniform(outcome):
+        reason = "no uniform cut that a class can hold keeps more than the per-layer cuts that lost too much"
     elif cost is None:
         reason = "the only layout asked for, or the only one that a class can hold"
     elif decision.spares:
@@ -169,22 +172,34 @@ def _layout(outcome: Outcome) -> LayoutSection:
     )
 
 
+def _no_uniform(outcome: Outcome) -> bool:
+    """Whether `auto` left the uniform layout out of a search for the smallest mask within a loss (`_may_hold`)."""
+    selection, options = outcome.selection, outcome.request.options
+    return selection.floor is not None and options.layout == AUTO and selection.mask.layout == "per-layer"
+
+
 def _repair(outcome: Outcome) -> RepairSection:
     selection = outcome.selection
     chosen = selection.decision.chosen
     if outcome.request.options.repair == "none":
         return RepairSection(used=False, reason="switched off with --repair none")
     if chosen.with_repair is None:
-        few = len(outcome.selection.reading.splits.fit) < MIN_PROMPTS
-        return RepairSection(
-            used=False, reason=f"fewer than {MIN_PROMPTS} texts to fit it on" if few else "nothing was removed"
-        )
+        return RepairSection(used=False, reason=_unrepaired(outcome))
     return RepairSection(
         used=chosen.keeps_repair,
         reason=None if chosen.keeps_repair else "it made the guard texts worse",
         kl_before=selection.without_repair.own.mean_kl.value,
         kl_after=selection.with_repair.own.mean_kl.value if selection.with_repair is not None else None,
     )
+
+
+def _unrepaired(outcome: Outcome) -> str:
+    """Why nothing was fitted."""
+    if outcome.selection.decision.chosen.choice.units.everything:
+        return "nothing was removed"
+    if outcome.request.options.repair != "flap-bias" and not is_linear(outcome.plan.geometry):
+        return "a norm stands between o_proj and the residual stream, where least squares does not apply"
+    return f"fewer than {MIN_PROMPTS} texts to fit it on"
 
 
 def _sizes(outcome: Outcome) -> SizesSection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sspcompile.api.arguments import Named
+from sspcompile.api.arguments import Named, named
 from sspcompile.api.export import ExportRequest, Published, export, onnx_folder
 from sspcompile.checkpoint import check_manifest, write_manifest
 from sspcompile.checkpoint.publish import refuse_existing, scratch
@@ -32,6 +33,8 @@ from sspcompile.request.splits import draw_splits
 from sspcompile.select.texts import Texts
 from sspcompile.slicing.mask import load_mask
 from sspcompile.workspace import MASK, RECIPE, REPORT, Workspace
+
+log = logging.getLogger("sspcompile")
 
 
 def demand_rounding(request: Request, dense: DenseModel, out: Path, workspace: Workspace, *, overwrite: bool) -> None:
@@ -101,10 +104,17 @@ def _row(one: Weighed, asked: Weighed, seed: int) -> RoundingRow:
 
 
 def export_rounded(
-    built: Named, precision: Rounded, workspace: Workspace, progress: Progress, *, overwrite: bool, placement: Placement
+    out: Path, precision: Rounded, workspace: Workspace, progress: Progress, *, overwrite: bool, placement: Placement
 ) -> Published:
-    """The last step of `build --quantize`: the finished cut, rounded, at exported/NAME-onnx-PRECISION."""
-    request = ExportRequest("onnx", precision=precision)
+    """The last step of `build --quantize`: the finished cut in `out`, rounded, at exported/NAME-onnx-PRECISION.
+
+    A line of the log says what is there already, should this step not come to its end.
+    """
+    built, request = named(str(out), workspace), ExportRequest("onnx", precision=precision)
+    log.info(
+        f"{out} is finished. In {precision} it goes to {onnx_folder(workspace, built.name, precision)}; later, "
+        f"`sspcompile export {out} --format onnx --precision {precision}` does that."
+    )
     return export(built, request, workspace, progress, overwrite=overwrite, placement=placement)
 
 

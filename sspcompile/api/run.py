@@ -23,6 +23,9 @@ from sspcompile.model.placement import ANYWHERE, Placement
 from sspcompile.model.text import sentences
 from sspcompile.model.vocabulary import demand_rows
 
+# Where `Named.dense` tells its user to name the dense model.
+NAMED_ITSELF = "`sspcompile run MODEL`"
+
 
 @dataclass(frozen=True)
 class Written:
@@ -77,7 +80,7 @@ def open_model(
     and InputError for a placement that this machine does not have. An export computes in its own precision.
     """
     if dense:
-        folder = found.dense().checkpoint.path
+        folder = found.dense(option=NAMED_ITSELF).checkpoint.path
         return folder, load_cut(folder, placement=placement, trust_remote_code=trust_remote_code, rendering=rendering)
     if found.onnx:
         return found.model, load_onnx(found.model, placement=placement, rendering=rendering)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 
 from sspcompile.api.artifact import Artifact, Place, placement_in
 from sspcompile.progress import Progress, silent
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sspcompile.api.arguments import Named
     from sspcompile.bench.drafting import DraftResult
     from sspcompile.model.decoder import TextModel
+    from sspcompile.model.placement import Placing
     from sspcompile.nested.index import Nested
     from sspcompile.report.model import Report, RoundingSection
     from sspcompile.slicing.mask import HeadMask
@@ -47,15 +48,7 @@ class NestedArtifact(Artifact):
         cut_member(open_member(self.path, size), folder, overwrite=overwrite, progress=progress)
         return folder
 
-    def load_model(
-        self,
-        *,
-        device: str | None = None,
-        dtype: str | None = None,
-        device_map: str | None = None,
-        memory: int | str | None = None,
-        threads: int | None = None,
-    ) -> TextModel:
+    def load_model(self, **place: Unpack[Placing]) -> TextModel:
         """All sizes and the tokenizer in memory, the whole first: `.model.set_size(0.7)`, `.model.at(0.7)`.
 
         It is not spread over devices. Raises InputError, CheckpointError, and ArtifactError for a class not ours.
@@ -63,7 +56,7 @@ class NestedArtifact(Artifact):
         from sspcompile.api.drafts import load_nested
         from sspcompile.model.chat import rendering_of
 
-        placement = placement_in(device=device, dtype=dtype, device_map=device_map, memory=memory, threads=threads)
+        placement = placement_in(**place)
         return load_nested(self._named, placement=placement, rendering=rendering_of(self.options))
 
     def bench_draft(

@@ -57,7 +57,7 @@ def read_axis(text: str) -> Axis:
         values = _range(given) if ":" in given and option in NUMBERS else tuple(v.strip() for v in given.split(","))
         if option in NUMBERS:
             values = tuple(f"{float(value):g}" for value in values)
-    except ValueError:
+    except (ValueError, OverflowError):  # the latter of a stop at infinity
         raise InputError(
             f"--sweep {text!r} has values that are not numbers.", hint="Type size=0.7:1:0.1 or keep=0.25,0.5."
         ) from None

@@ -21,7 +21,8 @@ EXAMPLE_HEADS = 1024
 def criteria(as_json: bool) -> None:
     """List the head scores that --criterion takes: what they are, where they come from, what they cost.
 
-    Costs are passes through the model over the prompts of a domain. The default is fisher.
+    Costs are passes through the model over the prompts of a domain. Without --criterion a build measures obs, on texts
+    like the scenario's, and channels of the MLPs in the same pass; by a score that is named heads are cut alone.
     """
     if as_json:
         click.echo(json.dumps([facts(entry) for entry in CRITERIA.values()], indent=1))

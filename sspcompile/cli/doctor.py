@@ -10,7 +10,9 @@ import click
 
 from sspcompile.cli.options import json_option
 
-LIBRARIES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "onnxruntime", "onnxruntime-gpu")
+LIBRARIES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "gguf")
+# What the extras bring.
+EXTRAS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "llama-cpp-python", "peft", "pyarrow", "lm_eval")
 
 
 @click.command(epilog="\b\nExample:\n  sspcompile doctor --json")
@@ -23,7 +25,7 @@ def doctor(as_json: bool) -> None:
     from sspcompile.errors import RunError
 
     versions: dict[str, str | None] = {"python": platform.python_version()}
-    for name in LIBRARIES:
+    for name in (*LIBRARIES, *EXTRAS):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sspcompile.cli.options import placement_in, workspace
-from sspcompile.cli.servers import refuse_given
+from sspcompile.cli.options import placement_in, refuse_given, workspace
 
 if TYPE_CHECKING:
     from sspcompile.bench.drafting import DraftResult

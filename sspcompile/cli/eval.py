@@ -16,6 +16,7 @@ from sspcompile.cli.options import (
     placement_in,
     placement_options,
     quiet_option,
+    refuse_given,
     scenario_option,
     workspace,
 )
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
     from sspcompile.evaluate.harness import HarnessRow
     from sspcompile.model.placement import Placement
 
-# What says which texts are asked, and how.
-OF_SUITES = ("scenario", "data", "items", "max_new_tokens", "max_tokens", "chat_template", "raw", "tasks")
+# What says which texts are asked, and how. The harness counts its own by --items.
+APART = ("scenario", "data", "max_new_tokens", "max_tokens", "chat_template", "raw")
+OF_SUITES = (*APART, "items", "tasks")
 
 
 @click.command(
@@ -106,8 +108,8 @@ def evaluate(
     """Ask an artifact and its dense model the same questions, and say what was lost.
 
     Suites: the scenario, the other domains, and each --data. Divergence from the dense model needs no answers; exact
-    match and recall are given only where answers are known. ARTIFACT is an artifact, an exported folder, or with
-    --against any model folder; without it, the last build.
+    match and recall are given only where answers are known. ARTIFACT is an artifact, an export in any format, or with
+    --against any model folder or GGUF file; without it, the last build.
     """
     placement = placement_in(given)
     if quantize is not None:
@@ -182,10 +184,13 @@ def _harness(
 ) -> Sequence[HarnessRow]:
     from sspcompile.evaluate.harness import require_harness, run_harness
 
+    context = click.get_current_context()
+    refuse_given(context, APART, "does not go with --lm-eval", "Leave it out: the harness asks what its tasks ask.")
     require_harness()
-    from sspcompile.api.arguments import cut_model
+    from sspcompile.api.arguments import cut_model, demand_transformers
 
     model = cut_model(artifact, against, workspace(), option="--against")
+    demand_transformers(model.found, "eval --lm-eval")
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     models = ((model.dense.checkpoint.path, False), (model.found.model, model.found.custom_code))
     return run_harness(

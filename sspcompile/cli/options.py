@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from sspcompile.request.options import NAMES, default_of, flag, kind_of, shown_of
 
@@ -126,6 +127,17 @@ def request_of(scenario: str | None, given: Mapping[str, Any]) -> Request:
     return read_request(scenario, {name: given[name] for name in NAMES}, os.environ)
 
 
+def refuse_given(context: click.Context, names: Collection[str | None], why: str, hint: str) -> None:
+    """Raise InputError for the first of these parameters that was typed."""
+    from sspcompile.errors import InputError
+
+    for parameter in context.command.params:
+        said = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+        if parameter.name in names and said:
+            shown = parameter.opts[0] if isinstance(parameter, click.Option) else "An ARTIFACT"
+            raise InputError(f"{shown} {why}.", hint=hint)
+
+
 def warn(text: str) -> None:
     """One line on stderr."""
     click.echo(f"Warning: {text}", err=True)
@@ -136,7 +148,7 @@ def warn_unknown(mixture: Mixture) -> None:
     if mixture.is_unknown:
         warn(
             f"{mixture.unknown:.0%} of this scenario fits no known domain ({', '.join(mixture.domains)}); "
-            "for that share heads are scored by the domain-free average."
+            "for that share all domains count alike."
         )
 
 

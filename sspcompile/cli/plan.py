@@ -14,6 +14,7 @@ from sspcompile.cli.options import (
     placement_in,
     placement_options,
     quiet_option,
+    refuse_given,
     request_of,
     warn,
     warn_unknown,
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 # Counts need no scenario, but options are resolved together with one.
 UNNAMED = "a model without a scenario"
+# All that `--from` takes beside it.
+WITH_FROM = {"nested_artifact", "as_json", "quiet"}
 
 
 @click.command(
@@ -100,6 +103,9 @@ def plan(
 
 
 def _members(argument: str, as_json: bool) -> None:
+    context = click.get_current_context()
+    others = {parameter.name for parameter in context.command.params} - WITH_FROM
+    refuse_given(context, others, "does not go with --from", "Leave it out: its members are built already.")
     from sspcompile.api.arguments import demand, named
     from sspcompile.cli.tables import print_members
     from sspcompile.nested.index import read_nested

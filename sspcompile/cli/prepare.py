@@ -58,6 +58,7 @@ def prepare(criteria: tuple[str, ...], as_json: bool, quiet: bool, **given: Any)
     `build` does this by itself when it is missing; the toolkit is kept per model and reused. Under torchrun the
     processes share the texts, one process per GPU, and find what one alone would find.
     """
+    from sspcompile.criteria import of_key
     from sspcompile.model import parallel
     from sspcompile.model.chat import rendering_of
     from sspcompile.model.dense import open_dense
@@ -73,7 +74,10 @@ def prepare(criteria: tuple[str, ...], as_json: bool, quiet: bool, **given: Any)
     from sspcompile.cli.progress import stages
     from sspcompile.request.pools import pools_of
 
-    pools_of(options)  # refused, if at all, before the model is loaded
+    # Refused, if at all, before the model is loaded.
+    pools_of(options)
+    for name in criteria:
+        of_key(name)
     dense = open_dense(options.source)
     with parallel.joined() as world, stages(quiet or not world.first) as progress:
         if world.first and not quiet and holds_work(beside(toolkit_folder(dense, options, workspace()))):

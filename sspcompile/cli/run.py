@@ -153,7 +153,7 @@ def _read(prompt: str) -> str:
     data = sys.stdin.buffer.read(PROMPT_BYTES + 1)
     if len(data) > PROMPT_BYTES:
         raise InputError("The prompt on stdin is longer than 1 MiB.", hint="Give a shorter one.")
-    try:
-        return data.decode("utf-8").strip("\n")
+    try:  # as some shells of Windows write it: with a mark in front, and line ends of two characters
+        return data.decode("utf-8-sig").replace("\r\n", "\n").strip("\n")
     except UnicodeDecodeError as error:
         raise InputError("The prompt on stdin is not UTF-8 text.", hint="Convert it, or type --prompt.") from error

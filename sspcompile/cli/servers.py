@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from click.core import ParameterSource
 
-from sspcompile.cli.options import COUNTS, overwrite_option
+from sspcompile.cli.options import COUNTS, overwrite_option, refuse_given
 
 if TYPE_CHECKING:
     from sspcompile.bench.ratios import Ratio
@@ -108,17 +107,6 @@ def measure_servers(context: click.Context) -> None:
 def _own() -> set[str | None]:
     made = click.command()(server_options(lambda: None))
     return {parameter.name for parameter in made.params}
-
-
-def refuse_given(context: click.Context, names: Collection[str | None], why: str, hint: str) -> None:
-    """Raise InputError for the first of these parameters that was typed."""
-    from sspcompile.errors import InputError
-
-    for parameter in context.command.params:
-        said = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
-        if parameter.name in names and said:
-            shown = parameter.opts[0] if isinstance(parameter, click.Option) else "An ARTIFACT"
-            raise InputError(f"{shown} {why}.", hint=hint)
 
 
 def print_servers(result: ServersResult) -> None:

@@ -1,8 +1,8 @@
 """Which GGUF architecture holds a model of which family and layout: one answer for `plan` and for `export`.
 
 llama.cpp has code of its own for every architecture, and takes from a file what that code asks for. What stands here
-was run (llama.cpp b11434, tests/gguf), and anything else is refused: a file that loads can still compute something
-else.
+was run (llama.cpp b11434, tests/test_gguf_llama.py), and anything else is refused: a file that loads can still compute
+something else.
 """
 
 from __future__ import annotations

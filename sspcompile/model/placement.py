@@ -9,7 +9,7 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from sspcompile.errors import InputError
 from sspcompile.machine import free_memory, resident_bytes, usable_cores
@@ -24,6 +24,16 @@ DTYPES = ("float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 NAMES = ("device", "dtype", "device_map", "memory", "threads")
 MOST_THREADS = 4096
+
+
+class Placing(TypedDict, total=False):
+    """The keywords by which a `Placement` is asked for: `memory` in bytes, or as text such as "8GB"."""
+
+    device: str | None
+    dtype: str | None
+    device_map: str | None
+    memory: int | str | None
+    threads: int | None
 
 
 @dataclass(frozen=True)

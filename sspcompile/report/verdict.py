@@ -306,6 +306,5 @@ def _scenario(report: Report) -> Iterator[str]:
     scenario = report.scenario
     if scenario is not None and scenario.fits_no_domain:
         yield (
-            f"{percent(scenario.unknown)} of the scenario fits no known domain; "
-            "for that share the cached scores are the domain-free average."
+            f"{percent(scenario.unknown)} of the scenario fits no known domain; for that share all domains count alike."
         )

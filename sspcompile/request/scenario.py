@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -83,13 +83,34 @@ def read_scenario(value: str) -> tuple[Scenario, Recipe | None]:
     return Scenario(slug(text), text, (), None, "sentence"), None
 
 
-def of_prompts(prompts: Sequence[str], name: str = "prompts") -> Scenario:
-    """A scenario of these prompts. Raises ScenarioError for an empty or unreadable one."""
-    for number, prompt in enumerate(prompts, 1):
-        _refuse_controls(prompt, f"Prompt {number}")
-    if not prompts:
+def of_prompts(prompts: Iterable[str | Mapping[str, object]], name: str = "prompts") -> Scenario:
+    """A scenario of these prompts: texts, or mappings like the lines of a .jsonl file.
+
+    Raises ScenarioError for an empty or unreadable one.
+    """
+    several = (prompts,) if isinstance(prompts, Mapping) else prompts
+    found = tuple(_given(prompt, f"Prompt {number}") for number, prompt in enumerate(several, 1))
+    if not found:
         raise ScenarioError("There are no prompts.", hint=ACCEPTED)
-    return Scenario(slug(name), None, tuple(prompt.strip() for prompt in prompts), None, "prompts")
+    return Scenario(slug(name), None, found, None, "prompts")
+
+
+def _given(prompt: object, where: str) -> Prompt:
+    if isinstance(prompt, str):
+        text = prompt.replace("\r\n", "\n").strip()
+        _refuse_controls(text, where)
+        return text
+    if not isinstance(prompt, Mapping):
+        raise ScenarioError(f"{where} is neither text nor a mapping, but {shown(prompt)}.", hint=ACCEPTED)
+    return _read(prompt, where)
+
+
+def _read(item: object, where: str) -> Prompt:
+    """What one line of a .jsonl file holds."""
+    try:
+        return prompt_of(read_line(item))
+    except ValueError as error:
+        raise ScenarioError(f"{where} {error}.", hint=ACCEPTED) from None
 
 
 def slug(text: str) -> str:
@@ -203,10 +224,7 @@ def _jsonl_prompts(path: Path, lines: list[str]) -> Iterator[Prompt]:
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else "too large or too deep"
             raise ScenarioError(f"{where} is not JSON ({reason}).", hint=ACCEPTED) from None
-        try:
-            yield prompt_of(read_line(item))
-        except ValueError as error:
-            raise ScenarioError(f"{where} {error}.", hint=ACCEPTED) from None
+        yield _read(item, where)
 
 
 def _refuse_controls(text: str, where: str) -> None:

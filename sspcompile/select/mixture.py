@@ -17,7 +17,7 @@ NEVER = 1.0
 @dataclass(frozen=True)
 class Mixture:
     """`weights` [K] sums to 1; `breadth` in [0, 1] is its normalised entropy; `unknown` in [0, 1] is the share of no
-    domain, scored with the domain-free average. Of the domains' own held-out text one in ten has more than
+    domain, for which all count alike. Of the domains' own held-out text one in ten has more than
     `unknown_line`."""
 
     domains: tuple[str, ...]

@@ -20,9 +20,11 @@ from sspcompile.criteria.curvature import costs_of, curvature
 from sspcompile.criteria.units import CriterionInput, Units
 from sspcompile.errors import ScenarioError, ToolkitError
 from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.dense import DenseModel
 from sspcompile.model.text import GRADIENT_TOKENS, Sentence, batches_of
 from sspcompile.prepare.direct import importance_per_prompt
 from sspcompile.prepare.toolkit import Toolkit
+from sspcompile.prepare.toolkits import toolkit_for
 from sspcompile.progress import Progress, Steps, silent, stage_of
 from sspcompile.repair.repair import is_linear
 from sspcompile.request.options import AUTO, Granularity, Options, Repairing
@@ -33,6 +35,7 @@ from sspcompile.select.budget import cuts_channels
 from sspcompile.select.mixture import Mixture, head_scores
 from sspcompile.select.shrinkage import shrink
 from sspcompile.select.texts import Texts
+from sspcompile.workspace import Workspace
 
 # Cached beside any other: a score of all prompts together says nothing about its own spread over prompts; this one's
 # stands in for it, and finds the whitelist.
@@ -109,6 +112,16 @@ def cached_keys(request: Request) -> tuple[str, ...]:
     if options.baselines == "all" and not options.removes_layers:
         return tuple(dict.fromkeys((*CACHED_BASELINES, score_key(options))))
     return tuple(dict.fromkeys((CACHED, score_key(options)))) if reads_cache(source_of(request)) else ()
+
+
+def toolkit_of(
+    request: Request, dense: DenseModel, loaded: LoadedModel, workspace: Workspace, progress: Progress = silent
+) -> Toolkit:
+    """The model's toolkit with all that a build of this request reads from it. Raises what `toolkit_for` raises."""
+    toolkit, _ = toolkit_for(
+        dense, loaded, request.options, workspace, progress, cached_keys(request), scenario=request.scenario
+    )
+    return toolkit
 
 
 def reads_cache(source: Source) -> bool:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 # Inputs that share a scale in Q8_0 and Q4_0.
 BLOCK = 32
 NATIVE: Mapping[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16}
-# Largest relative step of a 16-bit float, which bounds what rounding to it changes.
 FLOAT_TYPES = ("f32", "f16", "bf16")
 
 
