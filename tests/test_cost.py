@@ -12,8 +12,9 @@ from builders import Shape, make_checkpoint
 
 from sspcompile.api.build import build
 from sspcompile.api.cost import cost_of
+from sspcompile.api.nested import build_nested
 from sspcompile.errors import RecipeError
-from sspcompile.model.dense import open_dense
+from sspcompile.model.dense import DenseModel, open_dense
 from sspcompile.model.modules import input_norm
 from sspcompile.request.request import read_request
 from sspcompile.slicing.mask import load_mask
@@ -30,24 +31,11 @@ def home(tmp_path_factory) -> Path:
     return home
 
 
-@pytest.mark.parametrize(
-    ("scenario", "own", "budget"),
-    [
-        ("prompts.txt", True, {"keep": 0.5}),
-        ("please tell me about acid", False, {"keep": 0.5}),
-        ("prompts.txt", True, {"size": 0.8}),
-    ],
-)
-def test_a_build_runs_what_was_foretold_and_a_second_one_no_pools(home, scenario, own, budget, monkeypatch):
-    """Token by layer, forward runs only; the foretelling counts backward runs and normal equations as passes too."""
-    given = {"model": str(home / "model"), "max_tokens": 64, "continuation_tokens": 4} | budget
-    place = str(home / scenario) if own else scenario
-    request = read_request(place, given, {})
-    dense = open_dense(str(home / "model"))
-    case = f"{own}-{next(iter(budget))}"
-    workspace = Workspace(home / case)
+@pytest.fixture
+def ran(monkeypatch) -> list[int]:
+    """Token by layer, forward runs only, of the models that are loaded from here on."""
     ran = [0]
-    load = type(dense).load
+    load = DenseModel.load
 
     def counted(self, **options):
         loaded = load(self, **options)
@@ -57,17 +45,39 @@ def test_a_build_runs_what_was_foretold_and_a_second_one_no_pools(home, scenario
             )
         return loaded
 
-    monkeypatch.setattr(type(dense), "load", counted)
+    monkeypatch.setattr(DenseModel, "load", counted)
+    return ran
+
+
+def foretold(cost, *, apart: tuple[str, ...] = ("proof",)) -> float:
+    """Of what runs in the model that was loaded; the proof has a process of its own."""
+    return sum(stage.tokens * stage.passes for stage in cost.stages if stage.name not in apart)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "own", "budget"),
+    [
+        ("prompts.txt", True, {"keep": 0.5}),
+        ("please tell me about acid", False, {"keep": 0.5}),
+        ("prompts.txt", True, {"size": 0.8}),
+    ],
+)
+def test_a_build_runs_what_was_foretold_and_a_second_one_no_pools(home, scenario, own, budget, ran):
+    """The foretelling counts backward runs and normal equations as passes too."""
+    given = {"model": str(home / "model"), "max_tokens": 64, "continuation_tokens": 4} | budget
+    place = str(home / scenario) if own else scenario
+    request = read_request(place, given, {})
+    dense = open_dense(str(home / "model"))
+    case = f"{own}-{next(iter(budget))}"
+    workspace = Workspace(home / case)
     totals, names = [], []
     for number in range(2):
         cost = cost_of(request, dense, workspace)
-        apart = sum(s.tokens * s.passes for s in cost.stages if s.name == "proof")  # in a process of its own
-        foretold = sum(s.tokens * s.passes for s in cost.stages) - apart
         names.append([stage.name for stage in cost.stages])
         ran[0] = 0
         build(request, dense, home / f"out-{case}-{number}", workspace)
         totals.append(ran[0] / 2)
-        assert 0.5 * foretold <= totals[-1] <= 1.25 * foretold
+        assert 0.5 * foretold(cost) <= totals[-1] <= 1.25 * foretold(cost)
     assert totals[1] < totals[0]
     assert "recognition: domain pools" in names[0] and not any("pools" in name for name in names[1])
     assert not any(name.endswith("on the pools") for name in names[0])
@@ -76,6 +86,30 @@ def test_a_build_runs_what_was_foretold_and_a_second_one_no_pools(home, scenario
     named = read_request(place, given | {"criterion": "fisher"}, {})
     scored = any(stage.name == "fisher on the pools" for stage in cost_of(named, dense, workspace).stages)
     assert scored == (not own), "a criterion that is named is cached for a sentence"
+
+
+def test_a_nested_build_runs_what_was_foretold_and_more_with_every_member(home, ran):
+    given = {"model": str(home / "model"), "max_tokens": 32, "continuation_tokens": 2}
+    scenario = {"prompts_file": "prompts.txt", "domains": {"math": 1}}  # spares the model the pools
+    recipe = {"schema_version": 1, "name": "several", "description": "Sums.", "scenario": scenario}
+    (home / "several.yaml").write_text(json.dumps(recipe))
+
+    def asked(**options):
+        return read_request(str(home / "several.yaml"), given | options, {})
+
+    dense, workspace, three = open_dense(str(home / "model")), Workspace(home / "several"), asked(nested="0.9,0.8")
+    cost, fewer, bare = (
+        cost_of(request, dense, workspace)
+        for request in (three, asked(nested="0.8"), asked(nested="0.9,0.8", repair="none"))
+    )
+    ran[0] = 0
+    build_nested(three, dense, home / "several-out", workspace)
+    apart = ("proof", "proof of the members", "low-rank repairs")  # decompositions run no model
+    expected = foretold(cost, apart=apart)
+    assert 0.5 * expected <= ran[0] / 2 <= 1.25 * expected
+    assert {*apart, "repairing the members"} <= {stage.name for stage in cost.stages}
+    assert foretold(fewer, apart=apart) < expected and fewer.peak_bytes <= cost.peak_bytes
+    assert not any("low-rank" in stage.name for stage in bare.stages)
 
 
 def test_a_recipe_that_states_its_domains_reads_no_pool_and_makes_no_toolkit(home, monkeypatch):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from builders import family_config, save_random
@@ -18,13 +19,16 @@ from hypothesis.extra import numpy as hnp
 
 from sspcompile.bench.drafting import PROPOSED, measure_draft
 from sspcompile.checkpoint import Checkpoint, write_manifest
-from sspcompile.errors import InputError, ParityError, UnsupportedModelError
+from sspcompile.errors import ArtifactError, BudgetError, InputError, ParityError, UnsupportedModelError
+from sspcompile.export.onnx.sizes import export_sizes
 from sspcompile.families import geometry_of
 from sspcompile.intervals import Estimate
 from sspcompile.model.cache import cache_of
 from sspcompile.model.divergence import Divergence
 from sspcompile.model.exact import in_float64
 from sspcompile.model.loading import load, load_cut
+from sspcompile.model.onnx_session import OnnxModel, graph_name
+from sspcompile.model.placement import ON_CPU
 from sspcompile.model.stored import read_tensor
 from sspcompile.nested.adding import add_member, index_of, write_index
 from sspcompile.nested.choose import choices_within
@@ -34,6 +38,7 @@ from sspcompile.nested.low_rank import LowRank, Stored, file_tensors, numbers
 from sspcompile.nested.order import Order, Size, demand_nestable, order_of, prefix_of
 from sspcompile.nested.proving import check_order
 from sspcompile.nested.truncating import Energies, Pool, places_of, repair_of
+from sspcompile.progress import silent
 from sspcompile.proof.parity import BOUND
 from sspcompile.repair.repair import Repair, masked
 from sspcompile.request.amounts import shares_of
@@ -50,6 +55,8 @@ IDS = torch.tensor([[(7 * n) % 250 for n in range(12)]])
 # Grouped-query attention and MLPs in plain parts: biases (qwen2), norms of queries and keys (qwen3), a multiplier
 # behind o_proj (granite), an MLP without a gate (starcoder2), norms that leave no repair (gemma2).
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "granite", "starcoder2", "gemma2")
+# As most checkpoints are: bfloat16, the head tied to the embeddings, in several files.
+BRAIN = "llama in bf16"
 # Of float32, through three layers of random weights: 64 units in the last place of the largest logit.
 ROUNDING = 2.0**-18
 NOTHING = Reported(Divergence(Estimate(0.0), Estimate(1.0), (), (), (), ()), None)
@@ -128,7 +135,7 @@ class Made:
     stored: tuple[dict[str, Stored], ...]
 
 
-def random_repair(checkpoint, size, rng):
+def random_repair(checkpoint, size, rng, dtype):
     """In some layers, as after a build where others lost nothing; what the first changes is worth the most."""
     g, kept = checkpoint.geometry, size.mask.units
     weights, down = {}, {}
@@ -141,7 +148,7 @@ def random_repair(checkpoint, size, rng):
             down[layer] = (
                 torch.from_numpy(rng.normal(0, scale, (g.hidden, len(channels))).astype(np.float32)) * channels
             )
-    return Repair(weights, down=down)
+    return Repair(*({layer: one.to(dtype) for layer, one in found.items()} for found in (weights, {}, down)))
 
 
 def truncated(checkpoint, order, sizes, repairs, share):
@@ -159,11 +166,14 @@ def truncated(checkpoint, order, sizes, repairs, share):
     return stored, tuple(repair_of(one, place, checkpoint) for one, place in zip(stored, places, strict=True))
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=(*FAMILIES, BRAIN))
 def made(request, tmp_path_factory) -> Made:
-    home = tmp_path_factory.mktemp(request.param)
-    config = family_config(request.param, layers=3, bias=True)
-    source = save_random(home / "dense", config, seed=1)
+    family, brain = request.param.split()[0], request.param == BRAIN
+    home = tmp_path_factory.mktemp(family)
+    config = family_config(family, layers=3, bias=True, tied=brain)
+    dtype = torch.bfloat16 if brain else torch.float32
+    source = save_random(home / "dense", config, seed=1, dtype=dtype, max_shard_size="50KB" if brain else "1GB")
+    assert (len([*source.glob("*.safetensors")]) > 1) == brain
     checkpoint, rng = Checkpoint(source), np.random.default_rng(0)
     g = checkpoint.geometry
     worth = Worth(rng.random((g.layers, g.heads)), 0.1 * rng.random((g.layers, g.intermediate)))
@@ -173,7 +183,7 @@ def made(request, tmp_path_factory) -> Made:
         Size(share, mask_of(g, choice, share), prefix_of(choice, g))
         for share, choice in zip(shares, choices_within(worth, g, budgets(g, shares)), strict=True)
     )
-    fitted = (None, *(random_repair(checkpoint, size, rng) for size in sizes[1:]))
+    fitted = (None, *(random_repair(checkpoint, size, rng, dtype) for size in sizes[1:]))
     stored, repairs = truncated(checkpoint, order, sizes, fitted, 0.6)
     assert {type(one) for found in stored for one in found.values()} == {LowRank, np.ndarray}, "both kinds are there"
     write_whole(checkpoint, order, folder / "model")
@@ -205,10 +215,10 @@ def unrounded(made, at):
             dense = read_tensor(checkpoint.tensors[place.name]).double().numpy()
             full = np.zeros_like(dense)
             if isinstance(one, LowRank):
-                change = numbers(one.outputs, "F32") @ numbers(one.inputs, "F32")
+                change = numbers(one.outputs, place.dtype) @ numbers(one.inputs, place.dtype)
                 full[:, place.columns] = dense[:, place.columns] + change
             else:
-                full[:, place.columns] = numbers(one, "F32")
+                full[:, place.columns] = numbers(one, place.dtype)
             found[place.down][place.layer] = torch.from_numpy(full)
     return Repair(found[0], down=found[1])
 
@@ -255,6 +265,8 @@ def test_a_switch_gives_the_masked_and_repaired_model_in_views_of_the_whole(made
             expected = logits(dense.model)
         assert same(logits(model), expected)
         full = {name for name, one in made.stored[at].items() if not isinstance(one, LowRank)}
+        added = [tensor for _, *_, pair in model._states[at] for tensor in pair or ()]
+        assert made.nested.members[at].added_flops_per_token == 2 * sum(tensor.numel() for tensor in added)
         for name, parameter in model.named_parameters():
             assert (parameter.data_ptr() == whole[name]) == (name not in full), name
         cache = cache_of(model(input_ids=IDS, use_cache=True))
@@ -267,6 +279,7 @@ def test_a_switch_gives_the_masked_and_repaired_model_in_views_of_the_whole(made
         model.save_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("made", FAMILIES, indirect=True)
 def test_a_switch_computes_what_the_member_cut_out_computes_but_for_rounding(made):
     """Prefix and difference are added before the cut, and after the products at run time; both here in float32."""
     model, dense = switchable(made, torch.float32), load(made.source, fingerprint="", dtype=torch.float32)
@@ -275,6 +288,19 @@ def test_a_switch_computes_what_the_member_cut_out_computes_but_for_rounding(mad
         with torch.inference_mode(), masked(dense, size.mask.units, repair):
             found, expected = (one(input_ids=IDS, use_cache=False).logits for one in (model, dense.model))
         assert float((found - expected).abs().max()) <= ROUNDING * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("made", [BRAIN], indirect=True)
+def test_every_size_writes_the_same_with_any_cache_whatever_size_was_before(made):
+    model, settings = switchable(made), {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    texts = {}
+    with in_float64():
+        for share in (1.0, 0.7, 1.0, 0.85, 0.7):
+            model.set_size(share)
+            kinds = ({}, {"use_cache": False}, {"cache_implementation": "static"})
+            found = [model.generate(IDS, pad_token_id=258, **settings, **kind)[0].tolist() for kind in kinds]
+            assert found[0] == found[1] == found[2] == texts.setdefault(share, found[0])
+    assert len(set(map(tuple, texts.values()))) == 3, "sizes differ, or this proves nothing"
 
 
 def test_the_smallest_size_is_a_draft_for_the_largest_over_the_same_weights(made):
@@ -307,6 +333,33 @@ def test_accepted_tokens_of_a_draft_are_those_that_the_whole_writes_itself(made)
         right = next((at for at in range(number) if guesses[at] != written[settled + at]), number)
         proposed, accepted, settled = proposed + number, accepted + right, settled + right + 1
     assert (found.proposed, found.accepted, found.same_text) == (proposed, accepted, True)
+
+
+@pytest.mark.parametrize("made", [BRAIN], indirect=True)
+def test_onnx_has_a_graph_for_every_size_over_one_file_of_weights(made, tmp_path):
+    out, probes = tmp_path / "out", [IDS[0].tolist()]
+    done = export_sizes(
+        made.folder, out, probes=probes, origin={}, card=lambda *_: "", placement=ON_CPU, progress=silent
+    )
+    assert set(done.agreements) == {1.0, 0.85, 0.7} and all(one.same_text for one in done.agreements.values())
+    stored = [info.shape for info in Checkpoint(made.folder / "model").tensors.values()]
+    stored += [words.shape for found in made.stored for words in file_tensors(found).values()]
+    elements = sum(int(np.prod(shape)) for shape in stored)
+    assert 4 * elements <= (out / "model.onnx.data").stat().st_size < 4 * elements + 64 * len(stored), "each once"
+    model = switchable(made, torch.float32)
+    for share in (*model.sizes, 0.8):
+        with torch.inference_mode():
+            expected = model(input_ids=IDS).logits if model.set_size(share) else None
+        found = torch.from_numpy(OnnxModel.open(out, size=share).logits(IDS.numpy()))
+        assert float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+        graph = onnx.load(out / graph_name(model.size), load_external_data=False).graph
+        places = {one.value for tensor in graph.initializer for one in tensor.external_data if one.key == "location"}
+        assert places == {"model.onnx.data", "rotary.bin"}
+    with pytest.raises(BudgetError, match=r"--size 0\.5"):
+        OnnxModel.open(out, size=0.5)
+    (out / "sizes.json").write_text("[]")
+    with pytest.raises(ArtifactError, match="damaged"):
+        OnnxModel.open(out, size=1)
 
 
 def refitted_of(model):

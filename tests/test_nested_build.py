@@ -138,8 +138,10 @@ def test_what_takes_one_model_says_how_to_cut_one_out(run, inside, tmp_path):
     refused(run("slice", "--from", "nested", "--size", "70", "--out", tmp_path / "x"), 2, "--size 70 is no share")
     refused(run("slice", "--out", tmp_path / "x"), 2, "--mask")
     refused(run("slice", "--from", "nested", "--size", "0.7", "--out", "nested/x"), 2, "inside")
-    refused(run("plan", "--model", "model", "--nested", "1,0.8"), 2, "--size 0.8")
-    refused(run("build", "--scenario", SCENARIO, "--model", "model", "--nested", "0.01"), 3, "nearest feasible")
+    refused(run("plan", "--model", "model", "--nested", "1,0.8"), 2, "--size 0.8", "plan --cost")
+    hopeless = ("--scenario", SCENARIO, "--model", "model", "--nested", "0.01")
+    refused(run("plan", "--cost", *hopeless), 3, "nearest feasible")
+    refused(run("build", *hopeless), 3, "nearest feasible")
 
 
 def test_bench_measures_the_smallest_member_as_a_draft(run, inside):
@@ -156,6 +158,27 @@ def test_bench_measures_the_smallest_member_as_a_draft(run, inside):
     assert code == 0 and "of the proposed tokens" in text and "tokens/s" in text, err
     refused(run("bench", "nested", "--runtimes", "onnx"), 2, "--runtimes", "slice --from nested")
     refused(run("bench", "nested", "--memory", "1GB"), 2, "--memory")
+
+
+def test_every_size_goes_to_onnx_or_one_of_them_anywhere(run, inside, tmp_path):
+    out = tmp_path / "several"
+    short = ("--context-length", "32", "--json", "--quiet")
+    code, text, err = run("export", "nested", "--format", "onnx", "--out", out, *short)
+    assert code == 0 and {"model.onnx", "model-0.7.onnx", "sizes.json"} <= set(json.loads(text)["files"]), err
+    assert "`model-0.7.onnx`" in (out / "README.md").read_text()
+    asked = ("--size", "0.75", "--prompt", "What is iron?", "--max-new-tokens", "4", "--json")
+    texts = [json.loads(run("run", folder, *asked)[1])["texts"][0]["text"] for folder in (out, "nested")]
+    whole = json.loads(run("run", "nested", *asked[2:])[1])["texts"][0]["text"]
+    assert texts[0] == texts[1] != whole
+    code, _, err = run("export", "nested", "--size", "0.8", "--out", tmp_path / "one")
+    assert code == 0 and load_mask(tmp_path / "one" / "mask.json").size_requested == 0.8, err
+    one = sspcompile.load("nested").export("onnx", tmp_path / "alone", size=0.8, context_length=8)
+    assert not (one / "sizes.json").exists() and not list(Path("exported").iterdir()), "the cut between is gone"
+    refused(run("export", "nested", "--format", "onnx", "--precision", "int4"), 2, "--precision int4", "--size 0.8")
+    refused(run("export", "model", "--size", "0.8"), 2, "--size", "Leave it out")
+    refused(run("run", one, *asked), 2, "one size", "--size")
+    refused(run("run", "model", *asked), 2, "one size", "--size")
+    refused(run("run", "nested", "--size", "0.1", "--prompt", "x"), 3, "0.7")
 
 
 def test_python_offers_what_fits_several_sizes(inside, tmp_path):

@@ -246,7 +246,7 @@ def demand(found: Named, *kinds: Kind, command: str) -> Named:
         return found
     hint = f"It takes {', or '.join(KINDS[kind] for kind in kinds)}."
     if found.kind == "nested" and "cut" in kinds:
-        hint = f"Cut one out of it: `sspcompile slice --from {found.folder} --size 0.8 --out DIR`."
+        hint = f"Cut one out of it, `sspcompile slice --from {found.folder} --size 0.8 --out DIR`, and name DIR."
     elif found.kind == "nested":
         hint = f"{hint} Of its sizes `sspcompile inspect {found.folder}` shows what each costs."
     raise InputError(f"{found.folder} is {KINDS[found.kind]}, and `sspcompile {command}` does not take it.", hint=hint)

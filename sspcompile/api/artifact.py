@@ -167,6 +167,7 @@ class Artifact:
         context_length: int | None = None,
         last_logits: bool = False,
         type: str | None = None,
+        size: float | None = None,
         overwrite: bool = False,
         progress: Progress = silent,
         memory: int | str | None = None,
@@ -175,17 +176,20 @@ class Artifact:
         """Write the model in the form that a runtime takes, run it where it is ONNX or GGUF, and give its folder.
 
         `precision` (fp32), `context_length` and `last_logits` are for "onnx", `host` (a family whose stock class loads
-        it) for "hf", `type` (f32, bf16, q8_0 and so on; by default as it is stored) for "gguf". Raises InputError for
-        an option of another format, and ParityError for an export that computes something else.
+        it) for "hf", `type` (f32, bf16, q8_0 and so on; by default as it is stored) for "gguf". `size` is the member of
+        a nested artifact; without it, "onnx" takes all of them. Raises InputError for an option of another format, and
+        ParityError for an export that computes something else.
         """
-        from sspcompile.api.export import ExportRequest, export
+        from sspcompile.api.export import ExportRequest
+        from sspcompile.api.nested_export import export_any
 
         asked = ExportRequest(
-            format, host, precision, context_length=context_length, last_logits=last_logits, type=type
+            format, host, precision, context_length=context_length, last_logits=last_logits, type=type, size=size
         )
         place = Path(out) if out is not None else None
         placement, root = placement_in(memory=memory, threads=threads), Workspace(self.root)
-        return export(self._named, asked, root, progress, out=place, overwrite=overwrite, placement=placement).folder
+        done = export_any(self._named, asked, root, progress, out=place, overwrite=overwrite, placement=placement)
+        return done.folder
 
     def bench(self, request: BenchRequest | None = None, *, progress: Progress = silent) -> BenchResult:
         """Measure latency and memory against the dense model; the summary goes into the report.

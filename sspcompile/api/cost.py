@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from sspcompile.api.member_stages import deciding_members
+from sspcompile.api.parts import Lengths
 from sspcompile.api.stages import (
-    Lengths,
     Stage,
     deciding,
     layer_parameters,
@@ -31,6 +32,7 @@ from sspcompile.model.dense import DenseModel
 from sspcompile.model.logits import LOGITS_AT_ONCE
 from sspcompile.model.placement import ANYWHERE, Placement
 from sspcompile.model.text import BATCH_TOKENS, GRADIENT_TOKENS, Batch, Sentence, batches_of, greedy, sentences
+from sspcompile.nested.choose import one_size
 from sspcompile.request.pools import pools_of
 from sspcompile.request.prompts import Prompt
 from sspcompile.request.request import Request
@@ -81,11 +83,12 @@ def cost_of(request: Request, dense: DenseModel, workspace: Workspace, *, placem
     Raises what loading the model and reading the prompts raise.
     """
     loaded = dense.load(placement=placement, rendering=rendering_of(request.options))
-    lengths = Lengths(loaded, request.options.max_tokens)
-    stages = (
-        *learning(request, dense, loaded, workspace, lengths),
-        *deciding(request, dense, loaded, lengths, placement),
-    )
+    lengths, shares = Lengths(loaded, request.options.max_tokens), request.options.shares
+    decided = deciding_members if shares else deciding
+    decide = decided(request, dense, loaded, lengths, placement)
+    if shares:
+        request = one_size(request, shares[1])  # the largest that is refitted
+    stages = (*learning(request, dense, loaded, workspace, lengths), *decide)
     own = source_of(request) == "prompts"
     read, other = recognised(pools_of(request.options))
     pooled = [*read, *other]

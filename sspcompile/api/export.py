@@ -60,9 +60,9 @@ def source_of(found: Named, *, vocab_of: Callable[[Path], int] | None = None) ->
         return Source(
             model=found.model,
             origin={**found.manifest().origin, "artifact": found.name},
-            probes=_read(found.folder / PROBES)["probes"],
-            report=_read(found.folder / REPORT),
-            plan=_read(found.folder / PLAN),
+            probes=read_json(found.folder / PROBES)["probes"],
+            report=read_json(found.folder / REPORT),
+            plan=read_json(found.folder / PLAN),
             custom_code=found.custom_code,
         )
     if found.kind == "model":
@@ -76,8 +76,8 @@ def source_of(found: Named, *, vocab_of: Callable[[Path], int] | None = None) ->
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What is to be written. `host` is for hf, `type` for gguf, the rest for ONNX; None and False leave a thing at its
-    default.
+    """What is to be written. `host` is for hf, `type` for gguf, `size` (of a nested artifact) for all, the rest for
+    ONNX; None and False leave a thing at its default.
 
     `context_length`: that of the graph. `hard_link`: share unchanged weight files with the source.
     """
@@ -93,6 +93,7 @@ class ExportRequest:
     last_logits: bool = False
     hard_link: bool = False
     type: str | None = None
+    size: float | None = None
 
     def check(self) -> None:
         """Raises InputError for an unknown format, and for an option that belongs to another one."""
@@ -162,11 +163,13 @@ def export(
     """
     request.check()
     demand(found, *ONE_SIZE, command="export")
+    if request.size is not None:
+        raise InputError(f"--size chooses of a nested artifact, and {found.folder} is none.", hint="Leave it out.")
     if request.form == "hf":
         _demand_build(found)
         out = out or workspace.exported / f"{found.name}-hf"
         manifest = export_hf(found.folder, out, host=named_host(request.host), overwrite=overwrite, progress=progress)
-        return Published(out, _sizes(manifest))
+        return Published(out, sizes_of(manifest))
     if request.form == "gguf":
         return _to_gguf(found, request, workspace, progress, out=out, overwrite=overwrite, placement=placement)
     precision, blocks = request.rounding()
@@ -185,7 +188,7 @@ def export(
         progress=progress,
         placement=placement,
     )
-    sizes = _sizes(done.manifest)
+    sizes = sizes_of(done.manifest)
     return Published(
         out,
         sizes,
@@ -239,10 +242,11 @@ def _to_gguf(
         progress=progress,
         placement=replace(placement, device="cpu", dtype="float32", device_map=None),
     )
-    return Published(out, _sizes(manifest), left_out=source.origin.get("left_out", ()), gguf=done)
+    return Published(out, sizes_of(manifest), left_out=source.origin.get("left_out", ()), gguf=done)
 
 
-def _sizes(manifest: Manifest) -> dict[str, int]:
+def sizes_of(manifest: Manifest) -> dict[str, int]:
+    """Name -> bytes of every file."""
     return {name: entry["size"] for name, entry in manifest.files.items()}
 
 
@@ -287,5 +291,5 @@ def to_onnx(
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text("utf-8"))

@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from sspcompile.api.arguments import Named
+from sspcompile.api.drafts import load_nested
 from sspcompile.errors import InputError
 from sspcompile.model.chat import PLAIN, Rendering
 from sspcompile.model.decoder import Chooser, LanguageModel
@@ -22,6 +24,7 @@ from sspcompile.model.onnx_text import load_onnx
 from sspcompile.model.placement import ANYWHERE, Placement
 from sspcompile.model.text import sentences
 from sspcompile.model.vocabulary import demand_rows
+from sspcompile.nested.index import read_nested
 
 # Where `Named.dense` tells its user to name the dense model.
 NAMED_ITSELF = "`sspcompile run MODEL`"
@@ -70,22 +73,32 @@ def open_model(
     found: Named,
     *,
     dense: bool = False,
+    size: float | None = None,
     placement: Placement = ANYWHERE,
     trust_remote_code: bool = False,
     rendering: Rendering = PLAIN,
 ) -> tuple[Path, LanguageModel]:
-    """What an argument names, ready to write, and its folder; with `dense` the model that it was cut from.
+    """What an argument names, ready to write, and its folder; with `dense` the model that it was cut from, with `size`
+    the largest member of at most that share, of a nested artifact or an ONNX export of all its sizes.
 
     Code in the folder runs only when it is ours, or trusted by the user. Raises ArtifactError or CheckpointError,
-    and InputError for a placement that this machine does not have. An export computes in its own precision.
+    BudgetError below the smallest member, and InputError for a placement that this machine does not have or a size of
+    what has one. An export computes in its own precision.
     """
+    if size is not None and (dense or not (found.onnx or found.kind == "nested")):
+        raise InputError(f"{found.folder} holds one size.", hint="Leave --size out.")
     if dense:
         folder = found.dense(option=NAMED_ITSELF).checkpoint.path
         return folder, load_cut(folder, placement=placement, trust_remote_code=trust_remote_code, rendering=rendering)
     if found.onnx:
-        return found.model, load_onnx(found.model, placement=placement, rendering=rendering)
+        return found.model, load_onnx(found.model, size=size, placement=placement, rendering=rendering)
     if found.gguf:
         return found.model, load_gguf(found.model, placement=placement, rendering=rendering)
+    if size is not None:
+        share = read_nested(found.folder).member(size).share
+        model: Any = load_nested(found, placement=placement, rendering=rendering)
+        model.model.set_size(share)
+        return found.model, model
     trusted = found.custom_code or trust_remote_code
     return found.model, load_cut(found.model, placement=placement, trust_remote_code=trusted, rendering=rendering)
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class NestedArtifact(Artifact):
     """A finished nested build in the folder `path`. What takes one model (`report`, `mask`, `plan`, `evaluate`,
-    `export`, `weigh`, `bench`) raises InputError: `cut` a member out, which the command line takes for all of that.
+    `weigh`, `bench`) raises InputError: `cut` a member out, which the command line takes for all of that. `export`
+    takes a `size`, or writes all of them for "onnx".
     """
 
     @property

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from sspcompile.api.parts import Lengths, Part, Parts, continued, parts_of
 from sspcompile.checkpoint.source import Checkpoint
 from sspcompile.criteria.table import of_key
 from sspcompile.families import Geometry
@@ -18,7 +19,7 @@ from sspcompile.model.chat import BARE, Rendering, template_digest
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.dense import DenseModel
 from sspcompile.model.placement import Placement
-from sspcompile.model.text import ANSWER_TOKENS, BATCH_TOKENS, sentences
+from sspcompile.model.text import BATCH_TOKENS, sentences
 from sspcompile.prepare.recognition import OUTSIDE_PROMPTS, corpus_of, layers_read, recognised_part, recognised_tokens
 from sspcompile.prepare.toolkits import asks_directions, is_stated, stored_toolkit
 from sspcompile.proof.parity import PROBE_TOKENS
@@ -29,17 +30,16 @@ from sspcompile.repair.fitting import masks_at_once
 from sspcompile.repair.repair import refitted_dtype
 from sspcompile.request.options import AUTO
 from sspcompile.request.pools import PoolSet, pools_of
-from sspcompile.request.prompts import Prompt, answer_of, is_open
-from sspcompile.request.protecting import protected_pools
+from sspcompile.request.prompts import Prompt, is_open
 from sspcompile.request.request import Request
-from sspcompile.request.splits import OFF_PROMPTS, draw_splits, fit_part, thinned
+from sspcompile.request.splits import fit_part, thinned
 from sspcompile.select.baselines import most_rivals
 from sspcompile.select.budget import bounded, bounds_of, cuts_channels
 from sspcompile.select.floor import AT_ONCE, ROUNDS
 from sspcompile.select.judging import spread
 from sspcompile.select.reading import MIXTURE_TEXTS
 from sspcompile.select.scoring import CURVATURE_TEXTS, cached_keys, reads_cache, source_of
-from sspcompile.select.search import COMPARED_FIT, COMPARED_HELD
+from sspcompile.select.search import COMPARED_FIT, COMPARED_HELD, HOLD_EVERY
 from sspcompile.select.selection import RATES, RUNS, SHAPES
 from sspcompile.slicing.layouts import uniform_choices
 from sspcompile.slicing.measures import Bound, of_size
@@ -67,36 +67,6 @@ class Stage:
     passes: float
     steps: int = 0
     masks: int = 0
-
-
-class Lengths:
-    """Tokens of prompts, each tokenised once."""
-
-    def __init__(self, loaded: LoadedModel, max_tokens: int) -> None:
-        self._loaded, self._max = loaded, max_tokens
-        self._known: dict[Prompt, int] = {}
-        self.longest = 0
-
-    def of(self, prompts: Sequence[Prompt]) -> list[int]:
-        new = list(dict.fromkeys(p for p in prompts if p not in self._known))
-        read = sentences(self._loaded.tokenizer, new, self._max, self._loaded.rendering)
-        self._known |= {prompt: len(item.ids) for prompt, item in zip(new, read, strict=True)}
-        found = [self._known[prompt] for prompt in prompts]
-        self.longest = max([self.longest, *found])
-        return found
-
-    def answers(self, prompts: Sequence[Prompt], new: int) -> list[int]:
-        """Tokens of the reference answers, `new` where the dense model writes on."""
-        given = [answer for prompt in prompts if (answer := answer_of(prompt)) is not None]
-        read = iter(self._loaded.tokenizer(given)["input_ids"] if given else [])
-        most = [new if is_open(p) else 0 if answer_of(p) is None else ANSWER_TOKENS for p in prompts]
-        return [n if answer_of(p) is None else min(n, len(next(read))) for p, n in zip(prompts, most, strict=True)]
-
-    def sum(self, prompts: Sequence[Prompt]) -> int:
-        return sum(self.of(prompts))
-
-    def mean(self, prompts: Sequence[Prompt]) -> float:
-        return self.sum(prompts) / max(1, len(prompts))
 
 
 def recognised(given: PoolSet) -> tuple[list[str], list[str]]:
@@ -142,113 +112,116 @@ def learning(
         tokens = recognition_tokens(request, loaded, every, loaded.rendering)
         yield Stage("directions of the domains", len(every), tokens, 1)
     if missing:
-        tokens = _continued(pool, lengths, options.continuation_tokens)
+        tokens = continued(pool, lengths, options.continuation_tokens)
         yield _continuing("continuations of the pools", pool, lengths, options.continuation_tokens)
         for key in missing:
             yield Stage(f"{key} on the pools", len(pool), tokens, _passes_of(key, loaded))
+
+
+def reading(request: Request, loaded: LoadedModel, lengths: Lengths, parts: Parts) -> Iterator[Stage]:
+    """What is measured before there is a mask."""
+    if request.scenario.domains is None:
+        read = thinned(request.scenario.texts, MIXTURE_TEXTS)
+        tokens = recognition_tokens(request, loaded, read)
+        yield Stage("what the scenario is made of", len(read), tokens, _recognising(loaded))
+    yield _continuing("continuations", parts.every, lengths, request.options.continuation_tokens)
+    held = (parts.guard, parts.judge, parts.off, parts.spared, parts.told)
+    yield Stage("dense model on held-out texts", sum(one.texts for one in held), sum(one.tokens for one in held), 1)
+    yield from _scoring(request, loaded, parts.fit)
 
 
 def deciding(
     request: Request, dense: DenseModel, loaded: LoadedModel, lengths: Lengths, placement: Placement
 ) -> Iterator[Stage]:
     """What `select` measures, and the proof."""
-    options, scenario, source = request.options, request.scenario, source_of(request)
-    given, new = pools_of(options), options.continuation_tokens
-    if scenario.domains is None:
-        read = thinned(scenario.texts, MIXTURE_TEXTS)
-        tokens = recognition_tokens(request, loaded, read)
-        yield Stage("what the scenario is made of", len(read), tokens, _recognising(loaded))
-    # Without a pass the mixture is not known; the texts that stand in for it are as long as the pools' on average.
-    even = np.full(len(given.candidates), 1 / len(given.candidates))
-    # Without a mixture, what the scenario is not about stands for every domain.
-    protect = protected_pools(options, np.zeros_like(even), given.candidates)
-    splits = draw_splits(scenario.prompts, even, given.candidates, options.seed, protect)
-    off = splits.off or tuple(text for one in given.candidates for text in one.prompts)[:OFF_PROMPTS]
-    guards = [prompt for one in splits.protected for prompt in one.guard]
-    judges = [prompt for one in splits.protected for prompt in one.judge]
-    every = [*splits.fit, *splits.guard, *splits.judge, *off, *guards, *judges]
-    yield _continuing("continuations", every, lengths, new)
-    parts = (splits.fit, splits.guard, splits.judge, off, guards, judges)
-    fit, guard, judge, apart, spared, told = (_continued(one, lengths, new) for one in parts)
-    held = guard + judge + apart + spared + told
-    yield Stage("dense model on held-out texts", len(every) - len(splits.fit), held, 1)
-    mean = fit / max(1, len(splits.fit))
-    some = min(len(splits.fit), CURVATURE_TEXTS)
-    yield from _scoring(request, loaded, len(splits.fit), fit, some)
-    masks, layouts = _masks(request, loaded)
-    count = min(len(splits.fit) * 2 // 3, COMPARED_FIT)
+    options, parts = request.options, parts_of(request, lengths)
+    yield from reading(request, loaded, lengths, parts)
+    layouts, width = _masks(request, loaded)[1], refitted_width(request, loaded)
     if options.max_loss is not None:
         name = "repairing masks on the way to the smallest"
-        once = _repairing(name, count, int(count * mean), AT_ONCE, request, dense, loaded)
+        once = repairing(name, _compared(parts.fit), [width] * AT_ONCE, request, dense, loaded)
         yield replace(once, passes=ROUNDS * once.passes)
-        yield Stage("measuring masks on the way to the smallest", len(splits.guard), guard, 2 * ROUNDS * AT_ONCE)
-    if masks > 1:
-        name = f"repairing {masks} masks to compare"
-        yield _repairing(name, count, int(count * mean), masks, request, dense, loaded)
-        count = min(len(splits.fit) // 3, COMPARED_HELD)
-        yield Stage("comparing masks", count, int(count * mean), 1 + masks)
+        yield Stage("measuring masks on the way to the smallest", *parts.guard, 2 * ROUNDS * AT_ONCE)
+    yield from comparing(request, dense, loaded, parts.fit)
     if layouts > 1:
-        yield Stage("comparing layouts", len(splits.guard), guard, 2 * layouts)
+        yield Stage("comparing layouts", *parts.guard, 2 * layouts)
     sized = bool(_bounds(request, loaded))
-    rivals = most_rivals(options.baselines, source, sized=sized, layers=options.removes_layers)
+    rivals = most_rivals(options.baselines, source_of(request), sized=sized, layers=options.removes_layers)
     if options.baselines == "all" and sized and not options.removes_layers:
-        yield Stage("influence of layers (baseline)", some, int(some * mean), 1)
-    name = "repairing this build and its baselines"
-    yield _repairing(name, len(splits.fit), fit, 1 + rivals, request, dense, loaded)
-    yield Stage("judging the repair", len(splits.guard), guard, 2)
-    yield Stage("judging this build and its baselines", len(splits.judge) + len(off), judge + apart, 2 + rivals)
-    yield from _sparing(guards, spared, judges, told, ROUNDS * AT_ONCE if options.max_loss is not None else 0, layouts)
-    probes = spread(sorted(min(PROBE_TOKENS, length + new) for length in lengths.of(splits.judge)))
+        yield Stage("influence of layers (baseline)", *parts.fit.some(CURVATURE_TEXTS), 1)
+    yield repairing("repairing this build and its baselines", parts.fit, [width] * (1 + rivals), request, dense, loaded)
+    yield Stage("judging the repair", *parts.guard, 2)
+    yield Stage("judging this build and its baselines", *parts.reported, 2 + rivals)
+    yield from _sparing(parts, ROUNDS * AT_ONCE if options.max_loss is not None else 0, layouts)
     if options.quantize is not None:
-        yield Stage("weighing what is rounded", len(splits.judge), judge, WEIGHED)
-    # Layer by layer nothing is decoded. Whole models decode probes of one length by twos, the dense and the cut one.
+        yield Stage("weighing what is rounded", *parts.judge, WEIGHED)
+    yield proving(request, dense, lengths, parts, placement)
+
+
+def comparing(request: Request, dense: DenseModel, loaded: LoadedModel, fit: Part) -> Iterator[Stage]:
+    """Masks of one budget, each repaired on a part of the texts that fit and measured on another."""
+    masks, _ = _masks(request, loaded)
+    if masks > 1:
+        widths = [refitted_width(request, loaded)] * masks
+        yield repairing(f"repairing {masks} masks to compare", _compared(fit), widths, request, dense, loaded)
+        count = min(fit.texts // HOLD_EVERY, COMPARED_HELD)
+        yield Stage("comparing masks", *fit.some(count), 1 + masks)
+
+
+def _compared(fit: Part) -> Part:
+    """Of the texts that fit, those that repair masks to be compared."""
+    return fit.some(min(fit.texts - fit.texts // HOLD_EVERY, COMPARED_FIT))
+
+
+def proving(request: Request, dense: DenseModel, lengths: Lengths, parts: Parts, placement: Placement) -> Stage:
+    """Layer by layer nothing is decoded. Whole models decode probes of one length by twos, dense and cut ones."""
+    probes = probe_tokens(request, lengths, parts)
     alike = [probes.count(length) for length in set(probes)]
-    reading = (
-        1 if goes_layerwise(dense.checkpoint, placement) else NEW_TOKENS * sum(-(-count // TOGETHER) for count in alike)
-    )
-    yield Stage("proof", len(probes), sum(probes), 2 * DOUBLE, steps=int(2 * DOUBLE * reading))
+    steps = NEW_TOKENS * sum(-(-count // TOGETHER) for count in alike)
+    reading = 1 if goes_layerwise(dense.checkpoint, placement) else steps
+    return Stage("proof", len(probes), sum(probes), 2 * DOUBLE, steps=int(2 * DOUBLE * reading))
 
 
-def _scoring(request: Request, loaded: LoadedModel, texts: int, tokens: int, some: int) -> Iterator[Stage]:
-    """Of the texts that choose, `some` are read where one pass scores all units."""
-    options, mean = request.options, tokens / max(1, texts)
+def probe_tokens(request: Request, lengths: Lengths, parts: Parts) -> list[int]:
+    """Tokens of the texts that prove what is written."""
+    new = request.options.continuation_tokens
+    return spread(sorted(min(PROBE_TOKENS, length + new) for length in lengths.of(parts.judged)))
+
+
+def _scoring(request: Request, loaded: LoadedModel, fit: Part) -> Iterator[Stage]:
+    """Of the texts that choose, some are read where one pass scores all units."""
+    options, some = request.options, fit.some(CURVATURE_TEXTS)
     if options.removes_layers:
-        yield Stage("influence of layers", some, int(some * mean), 1)
+        yield Stage("influence of layers", *some, 1)
     elif options.criterion == AUTO:
-        yield Stage("head scores", some, int(some * mean), _gradient_passes(loaded))
+        yield Stage("head scores", *some, _gradient_passes(loaded))
     elif source_of(request) != "domains":
-        yield Stage("head scores", texts, tokens, _passes_of(options.criterion, loaded))
+        yield Stage("head scores", *fit, _passes_of(options.criterion, loaded))
 
 
-def _sparing(
-    guards: Sequence[Prompt], decide: int, judges: Sequence[Prompt], judge: int, walked: int, layouts: int
-) -> Iterator[Stage]:
-    """Of what is protected: tokens that `decide`, read for every mask on the way, for each of several layouts and twice
-    for what is built, and those that `judge`.
+def _sparing(parts: Parts, walked: int, layouts: int) -> Iterator[Stage]:
+    """What is protected: read for every mask on the way, for each of several layouts and twice for what is built, and
+    judged.
     """
-    if guards:
+    if parts.spared.texts:
         compared = layouts if layouts > 1 else 0
-        yield Stage("measuring what is protected", len(guards), decide, walked + compared + 2)
-        yield Stage("judging what is protected", len(judges), judge, 1)
+        yield Stage("measuring what is protected", *parts.spared, walked + compared + 2)
+        yield Stage("judging what is protected", *parts.told, 1)
 
 
-def _repairing(
-    name: str, texts: int, tokens: int, masks: int, request: Request, dense: DenseModel, loaded: LoadedModel
+def repairing(
+    name: str, read: Part, widths: Sequence[int | None], request: Request, dense: DenseModel, loaded: LoadedModel
 ) -> Stage:
-    """The dense model once for every round of masks, and each mask."""
-    repair = request.options.repair
+    """The dense model once for every round of masks, and each mask; `widths` as `refitted_width` has them."""
+    repair, masks = request.options.repair, len(widths)
     if repair == "none":
-        return Stage(name, texts, tokens, 0)
+        return Stage(name, *read, 0)
     if repair == "flap-bias":
-        return Stage(name, texts, tokens, 1)  # of the dense model, for all masks
-    width = refitted_width(request, loaded)
-    at_once = min(masks, masks_at_once(loaded, tokens, refitted_dtype(dense.checkpoint), mlp=width is not None))
-    passes = -(-masks // at_once) + masks * _mask_passes(loaded.geometry, width, tokens)
-    return Stage(name, texts, tokens, passes, masks=at_once)
-
-
-def _continued(prompts: Sequence[Prompt], lengths: Lengths, new: int) -> int:
-    return lengths.sum(prompts) + sum(lengths.answers(prompts, new))
+        return Stage(name, *read, 1)  # of the dense model, for all masks
+    down = any(width is not None for width in widths)
+    at_once = min(masks, masks_at_once(loaded, read.tokens, refitted_dtype(dense.checkpoint), mlp=down))
+    passes = -(-masks // at_once) + sum(_mask_passes(loaded.geometry, width, read.tokens) for width in widths)
+    return Stage(name, *read, passes, masks=at_once)
 
 
 def _continuing(name: str, prompts: Sequence[Prompt], lengths: Lengths, new: int) -> Stage:
@@ -307,13 +280,17 @@ def _mask_passes(g: Geometry, width: int | None, tokens: int) -> float:
     refitted to `width` channels, what comes before it once more, and normal equations of those in fp32.
     """
     n, d = g.heads * g.head_dim, g.hidden
-    mlp = 3 * d * g.intermediate
-    layer = (2 * g.heads + 2 * g.kv_heads) * g.head_dim * d + mlp
+    mlp, layer = 3 * d * g.intermediate, layer_multiplications(g)
     passes = 1 + DOUBLE * (_normal(n, d) + _solving(n, d) / max(1, tokens)) / layer
     if width is None:
         return passes
     again = 2 * mlp / 3 + _normal(width, d) + DOUBLE * _solving(width, d) / max(1, tokens)
     return passes + again / layer
+
+
+def layer_multiplications(g: Geometry) -> int:
+    """Of a token that passes a layer."""
+    return (2 * g.heads + 2 * g.kv_heads) * g.head_dim * g.hidden + 3 * g.hidden * g.intermediate
 
 
 def _normal(inputs: int, outputs: int) -> int:

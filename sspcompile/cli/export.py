@@ -40,6 +40,8 @@ Examples:
   sspcompile export --format onnx
   sspcompile export artifacts/qwen-desk --format onnx --precision int4 --out ./served/qwen-int4
   sspcompile export --format onnx --model ./Qwen2.5-0.5B --out ./served/dense   (a checkpoint as it is)
+  sspcompile export artifacts/nested --format onnx   (a graph for every size, over one file of weights)
+  sspcompile export artifacts/nested --format gguf --size 0.8
   sspcompile export --format gguf
   sspcompile export artifacts/chemistry-helpdesk --format gguf --type q4_k_m
 """,
@@ -103,6 +105,12 @@ Examples:
 @click.option(
     "--model", "-m", metavar="MODEL", help="ONNX, GGUF: export this checkpoint as it is instead of an artifact."
 )
+@click.option(
+    "--size",
+    type=float,
+    metavar="SHARE",
+    help="Of a nested artifact: the largest member of at most this share; without it, ONNX takes all of them.",
+)
 @revision_option
 @placement_options
 @overwrite_option
@@ -137,17 +145,17 @@ def export(
         raise InputError("ARTIFACT and --model exclude each other.", hint="Name one of them.")
     from sspcompile.api.arguments import named
     from sspcompile.api.export import GGUF_ONLY, ONNX_ONLY, ExportRequest
-    from sspcompile.api.export import export as run
+    from sspcompile.api.nested_export import export_any
     from sspcompile.checkpoint.locate import at_revision
     from sspcompile.cli.progress import stages
 
     placement = placement_in(given)
-    request = ExportRequest(form, host, **{name: given[name] for name in (*ONNX_ONLY, *GGUF_ONLY)})
+    request = ExportRequest(form, host, **{name: given[name] for name in (*ONNX_ONLY, *GGUF_ONLY, "size")})
     request.check()
     place = at_revision(model, revision)
     found = named(artifact if place is None else place, workspace())
     with stages(quiet) as progress:
-        done = run(found, request, workspace(), progress, out=out, overwrite=overwrite, placement=placement)
+        done = export_any(found, request, workspace(), progress, out=out, overwrite=overwrite, placement=placement)
     measured = _measured(done)
     _say_tables(done)
     if found.kind == "model":

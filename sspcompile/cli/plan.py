@@ -42,6 +42,7 @@ Examples:
   sspcompile plan --model ./Llama-3.1-8B --keep 0.5                      (heads alone)
   sspcompile plan --model ./Llama-3.1-8B --max-memory 16GB --context 32768 --batch 4
   sspcompile plan --model ./Qwen2.5-7B --scenario prompts.jsonl --cost   (one short pass is run)
+  sspcompile plan --model ./Qwen2.5-7B --scenario prompts.jsonl --nested 1,0.9,0.8 --cost
   sspcompile plan --model ./Qwen2.5-7B --mask artifacts/mine/mask.json --host granite --by-layer
 """,
 )
@@ -168,12 +169,13 @@ def _cost(scenario: str | None, mask: Path | None, as_json: bool, given: dict[st
     if scenario is None or mask is not None:
         raise InputError("--cost is of a build.", hint="Give --scenario, and no --mask.")
     from sspcompile.api.cost import cost_of
+    from sspcompile.api.nested import refuse_nested
     from sspcompile.api.refusing import refuse_hopeless
     from sspcompile.model.dense import open_dense
 
     request, placement = request_of(scenario, given), placement_in(given)
     dense = open_dense(request.options.source)
-    refuse_hopeless(request, dense)
+    (refuse_nested if request.options.shares else refuse_hopeless)(request, dense)
     found = cost_of(request, dense, workspace(), placement=placement)
     if as_json:
         click.echo(json.dumps(found.as_mapping(), indent=1))

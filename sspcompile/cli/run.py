@@ -24,6 +24,7 @@ Examples:
   sspcompile run --prompt "What is the symbol of gold?"
   sspcompile run exported/chemistry-helpdesk-onnx --prompt "What is the symbol of gold?"
   sspcompile run --prompt "What is the symbol of gold?" --dense   (the model before the cut)
+  sspcompile run artifacts/nested --size 0.8 --prompt "What is the symbol of gold?"
   sspcompile run artifacts/mine --prompt - --temperature 0.7 --top-p 0.9 < question.txt
 """,
 )
@@ -67,6 +68,12 @@ Examples:
 @click.option("--raw", is_flag=True, help="Leave the chat template out.")
 @click.option("--chat-template", metavar="NAME", help="Use this one of several chat templates.")
 @click.option("--dense", is_flag=True, help="Use the model that the artifact was cut from, to compare.")
+@click.option(
+    "--size",
+    type=float,
+    metavar="SHARE",
+    help="Of a nested artifact or its ONNX export: the largest size of at most this share of the parameters.",
+)
 @placement_options
 @click.option("--trust-remote-code", is_flag=True, help="Run code that a model folder of others brings along.")
 @json_option
@@ -81,6 +88,7 @@ def run(
     raw: bool,
     chat_template: str | None,
     dense: bool,
+    size: float | None,
     trust_remote_code: bool,
     as_json: bool,
     quiet: bool,
@@ -101,6 +109,7 @@ def run(
         folder, model = open_model(
             named(artifact, workspace()),
             dense=dense,
+            size=size,
             placement=placement,
             trust_remote_code=trust_remote_code,
             rendering=Rendering(chat_template, raw),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from sspcompile.model.onnx_session import graph_name
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -62,10 +64,12 @@ def onnx_card(
     report: Mapping[str, Any] | None,
     plan: Mapping[str, Any] | None,
     last_logits: bool = False,
+    sizes: Sequence[float] = (),
 ) -> str:
     """The card of an export for ONNX Runtime. `report` and `plan` are an artifact's, None for a plain checkpoint.
 
-    `context_length`: tokens of the longest text. An `origin` without an artifact is that of a model that was not cut.
+    `context_length`: tokens of the longest text. `sizes`: of a nested model, which has a graph for each. An `origin`
+    without an artifact is that of a model that was not cut.
     """
     return _card(
         "onnx.md",
@@ -79,6 +83,7 @@ def onnx_card(
         plan=plan,
         pruned="artifact" in origin,
         last_logits=last_logits,
+        sizes=[(share, graph_name(share)) for share in sizes],
     )
 
 

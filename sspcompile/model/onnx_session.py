@@ -11,13 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sspcompile.errors import ArtifactError, InputError, RunError
+from sspcompile.errors import ArtifactError, BudgetError, InputError, RunError
 from sspcompile.machine import usable_cores
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue
 
 GRAPH, SETTINGS = "model.onnx", "genai_config.json"
+# Which sizes an export of a nested model has graphs of.
+SIZES = "sizes.json"
+# A size that was typed is one of those in spite of rounding.
+CLOSE = 1e-9
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 NUMPY: Mapping[str, type[np.floating]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
@@ -48,14 +52,23 @@ class OnnxModel:
         self._past = [value for value in session.get_inputs() if value.name.startswith("past_key_values.")]
 
     @classmethod
-    def open(cls, folder: Path, *, provider: str = "cpu", threads: int | None = None, spin: bool = False) -> OnnxModel:
-        """Open MODEL.onnx of a folder. `threads` None means the cores that this process may use.
+    def open(
+        cls,
+        folder: Path,
+        *,
+        size: float | None = None,
+        provider: str = "cpu",
+        threads: int | None = None,
+        spin: bool = False,
+    ) -> OnnxModel:
+        """Open MODEL.onnx of a folder, or the graph of a `size`. `threads` None means the cores that this process may
+        use.
 
         With `spin` its threads wait for work in a loop, which makes a step a little faster and, where others use the
         processor too, everything several times slower. `bench` alone asks for it.
 
         Raises InputError when ONNX Runtime or the provider is not installed, ArtifactError for a folder that it cannot
-        open.
+        open, and what `graph_of` raises.
         """
         demand_runtime()
         import onnxruntime as ort
@@ -64,8 +77,9 @@ class OnnxModel:
         if provider not in PROVIDERS or PROVIDERS[provider] not in ort.get_available_providers():
             found = ", ".join(name for name, full in PROVIDERS.items() if full in ort.get_available_providers())
             raise InputError(f"ONNX Runtime here has no {provider!r} provider.", hint=f"Accepted: {found}.")
-        if not (folder / GRAPH).is_file():
-            raise ArtifactError(f"{folder} holds no {GRAPH}.", hint="Run `sspcompile export --format onnx`.")
+        graph = graph_of(folder, size)
+        if not (folder / graph).is_file():
+            raise ArtifactError(f"{folder} holds no {graph}.", hint="Run `sspcompile export --format onnx`.")
         options = ort.SessionOptions()
         # Fatal errors only: the others are raised as well, and say the same in one line of the command line's own.
         options.log_severity_level = 4
@@ -73,7 +87,7 @@ class OnnxModel:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.intra_op_num_threads = threads or usable_cores()
         try:
-            session = ort.InferenceSession(folder / GRAPH, options, providers=[PROVIDERS[provider]])
+            session = ort.InferenceSession(folder / graph, options, providers=[PROVIDERS[provider]])
         except _opening_errors() as error:
             reason = str(error).strip().splitlines()[0]
             raise ArtifactError(f"ONNX Runtime cannot open {folder}: {reason}", hint="Export it again.") from error
@@ -187,6 +201,34 @@ class Settings:
     head_size: int | None
     context_length: int | None
     ends: frozenset[int]
+
+
+def graph_name(share: float) -> str:
+    """The file of a size in an export of a nested model; the whole is where every export has its graph."""
+    return GRAPH if share == 1 else f"model-{share:g}.onnx"
+
+
+def graph_of(folder: Path, size: float | None) -> str:
+    """The file of the largest of an export's sizes of at most `size`; that of the whole where None is asked for.
+
+    Raises InputError for an export of one size, BudgetError below the smallest, ArtifactError for a damaged sizes.json.
+    """
+    if size is None:
+        return GRAPH
+    path = folder / SIZES
+    if not path.is_file():
+        raise InputError(f"{folder} holds one size.", hint="Leave --size out.")
+    try:
+        shares = [float(share) for share in json.loads(path.read_bytes())["sizes"]]
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} is damaged.", hint="Export it again.") from error
+    found = [share for share in shares if share <= size + CLOSE]
+    if not found:
+        raise BudgetError(
+            f"--size {size:g} is less than the smallest size of the export.",
+            hint=f"It holds {', '.join(f'{share:g}' for share in shares)}.",
+        )
+    return graph_name(max(found))
 
 
 def is_onnx(folder: Path) -> bool:

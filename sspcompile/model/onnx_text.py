@@ -90,18 +90,20 @@ class OnnxText:
         return rows.tails
 
 
-def _session(folder: Path, placement: Placement) -> OnnxModel:
+def _session(folder: Path, placement: Placement, size: float | None) -> OnnxModel:
     device = "cpu" if placement.device == AUTO else placement.device
-    return OnnxModel.open(folder, provider=device, threads=placement.threads)
+    return OnnxModel.open(folder, size=size, provider=device, threads=placement.threads)
 
 
-def load_onnx(folder: Path, *, placement: Placement = ON_CPU, rendering: Rendering = PLAIN) -> OnnxText:
+def load_onnx(
+    folder: Path, *, size: float | None = None, placement: Placement = ON_CPU, rendering: Rendering = PLAIN
+) -> OnnxText:
     """Open an export with its tokenizer, as `OnnxModel.open` does; `auto` is the CPU.
 
     Raises ArtifactError or CheckpointError for a damaged one, and what `OnnxModel.open` raises.
     """
     read_generation(folder)
-    session, settings = _session(folder, placement), read_settings(folder)
+    session, settings = _session(folder, placement, size), read_settings(folder)
     if settings is None:
         raise ArtifactError(f"{folder} lacks {SETTINGS}.", hint="Export it again.")
     tokenizer = tokenizer_of_export(folder)

@@ -12,7 +12,7 @@ from sspcompile.families import Geometry
 from sspcompile.model.divergence import Divergence
 from sspcompile.nested.files import digest_of, parts_of
 from sspcompile.nested.index import Loss, Member, Nested, dump_nested, repair_file
-from sspcompile.nested.low_rank import Stored, file_tensors
+from sspcompile.nested.low_rank import LowRank, Stored, file_tensors
 from sspcompile.nested.order import Order, Size
 from sspcompile.select.judging import Reported
 from sspcompile.slicing.mask import dump_mask
@@ -38,6 +38,7 @@ def add_member(
         kv_bytes_per_token=plan.sliced.kv_bytes_per_token,
         flops_per_token=plan.sliced.flops_per_token,
         flops_per_position=plan.sliced.flops_per_position,
+        added_flops_per_token=sum(one.flops for one in repair.values() if isinstance(one, LowRank)),
         repair=file,
         sha256=digest_of(folder / MODEL / file) if file is not None else None,
         repair_bytes=sum(words.nbytes for words in file_tensors(repair).values()),

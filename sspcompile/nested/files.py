@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -59,19 +59,17 @@ def write_whole(
     return plan
 
 
-def in_dense_order(
-    matrices: Mapping[str, np.ndarray], g: Geometry, mask: HeadMask, order: Order, prefix: Prefix
-) -> dict[str, np.ndarray]:
-    """Matrices [hidden, kept] of a member, whose columns are a prefix of the order, with columns in the dense order."""
+def dense_columns(g: Geometry, mask: HeadMask, order: Order, prefix: Prefix) -> dict[str, np.ndarray]:
+    """Of o_proj and down_proj of every layer, by name: where the columns of a member, which are a prefix of the order,
+    lie in that prefix, in the dense order.
+    """
     found = {}
     for layer in range(g.layers):
         groups, channels = columns(mask, order, prefix, layer)
         span = g.group_size * g.head_dim
         heads = (np.array(groups, dtype=np.intp)[:, None] * span + np.arange(span)).ravel()
         for name, places in ((O_PROJ, heads), (g.family.down, np.array(channels, dtype=np.intp))):
-            full = f"{layer_prefix(layer)}{name}.weight"
-            if full in matrices:
-                found[full] = matrices[full][:, places]
+            found[f"{layer_prefix(layer)}{name}.weight"] = places
     return found
 
 
@@ -104,18 +102,30 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def member_refitted(
-    artifact: Path, nested: Nested, member: Member, mask: HeadMask, g: Geometry
-) -> dict[str, np.ndarray]:
-    """What a member's own cut holds in place of the dense model's tensors: the prefix of the whole, and the repair."""
-    stored = read_repair(artifact, member)
-    whole = tensor_table(artifact / MODEL) if stored else {}
-    found = {}
-    for name, one in stored.items():
-        dense = whole[name]
+class Refitted(Mapping[str, np.ndarray]):
+    """What a member's own cut holds in place of the dense model's tensors: the prefix of the whole, and the repair.
+
+    A matrix is put together when it is asked for, so no more than one has to be in memory.
+    """
+
+    def __init__(self, artifact: Path, nested: Nested, member: Member, mask: HeadMask, g: Geometry) -> None:
+        self._stored = read_repair(artifact, member)
+        self._whole = tensor_table(artifact / MODEL) if self._stored else {}
+        self._columns = dense_columns(g, mask, nested.order, member.prefix) if self._stored else {}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        one, dense = self._stored[name], self._whole[name]
         kept = one.inputs.shape[1] if isinstance(one, LowRank) else one.shape[1]
-        found[name] = refitted(read_words(dense)[:, :kept], one, dense.dtype)
-    return in_dense_order(found, g, mask, nested.order, member.prefix)
+        return refitted(read_words(dense)[:, :kept], one, dense.dtype)[:, self._columns[name]]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._stored
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
 
 
 def write_member(
@@ -128,13 +138,13 @@ def write_member(
     *,
     max_shard_bytes: int | None = None,
     progress: Callable[[int], None] | None = None,
-) -> dict[str, np.ndarray]:
+) -> Refitted:
     """Write a member as the cut of its mask that a build of its own would write, units in the dense order.
 
     `plan` is of the mask. Gives the tensors that a repair computed. Raises ArtifactError for files that disagree.
     """
     source = Checkpoint(artifact / MODEL)
-    replaced = member_refitted(artifact, nested, member, mask, source.geometry)
+    replaced = Refitted(artifact, nested, member, mask, source.geometry)
     ordered = restored(plan, nested.order, member.prefix)
     write_model(source, ordered, folder, replaced=replaced, max_shard_bytes=max_shard_bytes, progress=progress)
     return replaced

@@ -38,8 +38,8 @@ class Member(_Section):
     """One size. `share`: of all parameters, as it was asked for; `size`: what came of it. `groups` and `widths`: how
     many key/value groups and channels of the order every layer keeps. `repair`: the file of what its refitted matrices
     differ by from the prefixes, in the model folder, with its `sha256`, None without any; `repair_bytes` in it, beside
-    `weight_bytes` of the member cut out. `flops_per_token` and `flops_per_position` as in plan.json, without what
-    differences in place add.
+    `weight_bytes` of the member cut out. `flops_per_token` and `flops_per_position` as in plan.json, of the member cut
+    out; `added_flops_per_token`: what its differences take beside the prefixes, where sizes are switched.
     """
 
     share: float
@@ -51,12 +51,18 @@ class Member(_Section):
     kv_bytes_per_token: int
     flops_per_token: int
     flops_per_position: int
+    added_flops_per_token: int
     repair: str | None
     sha256: str | None
     repair_bytes: int
     refitted: tuple[str, ...]
     own: Loss
     off: Loss | None
+
+    @property
+    def flops_in_place(self) -> int:
+        """Of a token, where sizes are switched."""
+        return self.flops_per_token + self.added_flops_per_token
 
     @property
     def prefix(self) -> Prefix:

@@ -31,6 +31,11 @@ class LowRank:
     def rank(self) -> int:
         return len(self.inputs)
 
+    @property
+    def flops(self) -> int:
+        """Of a token that passes both factors: two for every element, as a matrix's own are counted."""
+        return 2 * (self.outputs.size + self.inputs.size)
+
 
 # A matrix in full [out, in], or as a difference.
 Stored = np.ndarray | LowRank

@@ -123,6 +123,7 @@ class _Nested:
         for module, own, inputs, outputs, difference in self._states[at]:
             module._parameters.update(own)
             module.__dict__.update(in_features=inputs, out_features=outputs, difference=difference)
+        self.__dict__.pop("_cache", None)  # which transformers 4.57 keeps for the next text, in the shapes of the last
         self._at = at
 
     def _apply(self, *args, **kwargs):

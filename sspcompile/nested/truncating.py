@@ -201,8 +201,8 @@ class Pool:
                 prefix = read_words(self._checkpoint.tensors[place.name])[:, place.columns]
                 found = _difference(member, place, weight[:, columns], prefix, energy, double_device(device))
                 self._found += [found] if len(found.cost) else []
+                self._trim()  # what is out once stays out: what ranks before it only grows
             progress(number + 1, len(places))
-        self._trim()
 
     def stored(self, member: int) -> dict[str, Stored]:
         """What there is room for of a member's repair, by name, columns in the order of removal."""

@@ -23,12 +23,14 @@ def members_page(title: str, nested: Nested) -> Page:
         ("KV/token", lambda one: size(one.kv_bytes_per_token)),
         ("repair", lambda one: size(one.repair_bytes) if one.repair else "-"),
         ("FLOPs", lambda one: percent(one.flops_per_token / whole.flops_per_token)),
+        ("in place", lambda one: percent(one.flops_in_place / whole.flops_per_token)),
         ("mean KL", lambda one: with_interval(one.own.mean_kl)),
         ("same next token", lambda one: with_interval(one.own.top1_agreement, percent)),
         ("KL off domain", lambda one: "-" if one.off is None else with_interval(one.off.mean_kl)),
     )
     table = Table(
-        "Members on held-out texts against the dense model: KL in nats per token, 95 % intervals; FLOPs of a token",
+        "Members on held-out texts against the dense model: KL in nats per token, 95 % intervals; FLOPs of a token, "
+        "cut out and where sizes are switched",
         tuple(label for label, _ in columns),
         tuple(tuple(show(one) for _, show in columns) for one in nested.members),
     )
@@ -38,9 +40,11 @@ def members_page(title: str, nested: Nested) -> Page:
 
 
 def members_json(nested: Nested) -> str:
-    """The members without their counts by layer; the keys are promised to users."""
+    """What the whole and all repairs take, and the members without their counts by layer; the keys are promised."""
     members = [one.model_dump(mode="json", exclude={"groups", "widths", "refitted"}) for one in nested.members]
-    return json.dumps({"schema_version": 1, "members": members}, indent=1, allow_nan=False) + "\n"
+    weights, repairs = nested.members[0].weight_bytes, sum(one.repair_bytes for one in nested.members)
+    data = {"schema_version": 1, "weight_bytes": weights, "repair_bytes": repairs, "members": members}
+    return json.dumps(data, indent=1, allow_nan=False) + "\n"
 
 
 def draw_members(nested: Nested) -> str:
@@ -53,7 +57,7 @@ def draw_members(nested: Nested) -> str:
     panels: tuple[tuple[str, Callable[[Member], float]], ...] = (
         ("parameters, millions", lambda one: one.parameters / 1e6),
         ("KV cache per token, KiB", lambda one: one.kv_bytes_per_token / 1024),
-        ("FLOPs per token, millions", lambda one: one.flops_per_token / 1e6),
+        ("FLOPs per token in place, millions", lambda one: one.flops_in_place / 1e6),
     )
     with matplotlib.rc_context({"svg.hashsalt": FRONTIER, "svg.fonttype": "none", "font.family": "sans-serif"}):
         figure, axes = pyplot.subplots(1, len(panels), figsize=(10.5, 3.4), sharey=True)

@@ -105,7 +105,7 @@ def refuse_several(options: Options) -> None:
     if options.shares:
         raise InputError(
             f"--nested {options.nested} asks for several sizes at once, which only `build` makes.",
-            hint="Give one of them, as --size 0.8.",
+            hint="Give one of them, as --size 0.8; what building all will cost, `plan --cost` says.",
         )
 
 

@@ -38,7 +38,7 @@ def cut_tensors(
         info = checkpoint.tensors.get(source)
         whole = None
         if source in replaced:
-            content = _constant(replaced[source])
+            content = _computed(replaced, source)
         elif info is None or source in silent:
             content = _constant(np.zeros(shape, dtype=WORD_DTYPE[dtype_bytes(dtype)]))
         elif info.shape == shape and _in_order(blocks.get(name)):
@@ -76,6 +76,11 @@ def _in_order(part: Blocks | None) -> bool:
 
 def _constant(words: np.ndarray) -> Content:
     return lambda: [np.ascontiguousarray(words).data.cast("B")]
+
+
+def _computed(replaced: Mapping[str, np.ndarray], name: str) -> Content:
+    """Asked for when it is written: a member of a nested artifact is put together matrix by matrix."""
+    return lambda: [np.ascontiguousarray(replaced[name]).data.cast("B")]
 
 
 def _extents(extents: Sequence[Extent]) -> Content:

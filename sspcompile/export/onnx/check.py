@@ -9,9 +9,11 @@ in float64, from which transformers in the graph's own precision has its distanc
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,8 +67,10 @@ def check_runs(
     trust_remote_code: bool,
     placement: Placement,
     progress: Progress,
+    size: float | None = None,
 ) -> Agreement:
-    """Run token ids `probes` through both: each alone, and the shortest with the longest in one batch.
+    """Run token ids `probes` through both: each alone, and the shortest with the longest in one batch. Of a nested
+    model and its export, that `size`.
 
     `positions`, at least 2, is the longest text of the graph: a probe and its continuation are shortened to fit.
     `dtype` is that of the graph's activations. Raises ParityError where the gate is not passed; without one only for
@@ -74,9 +78,10 @@ def check_runs(
     """
     new_tokens = min(NEW_TOKENS, positions // 2)
     batches = _batches([list(ids[: min(PROBE_TOKENS, positions - new_tokens)]) for ids in probes[:PROBES]])
-    reference = load_cut(model, placement=placement.half(), trust_remote_code=trust_remote_code)
+    load = partial(_loaded, model, size, trust_remote_code=trust_remote_code)
+    reference = load(placement=placement.half())
     padding = padding_id(reference.tokenizer, reference.vocab)
-    session = OnnxModel.open(folder, threads=placement.threads)
+    session = OnnxModel.open(folder, size=size, threads=placement.threads)
     runs = []
     for number, batch in enumerate(batches):
         progress("running", number, len(batches))
@@ -87,9 +92,16 @@ def check_runs(
         return agreement
     del reference, session  # the model in float64 takes their place in memory
     progress("measuring rounding", 0, 1)
-    rounding = _demand_rounding(model, runs, agreement, dtype, placement, trust_remote_code=trust_remote_code)
+    rounding = _demand_rounding(load, runs, agreement, dtype, placement)
     progress("measuring rounding", 1, 1)
     return replace(agreement, rounding=rounding)
+
+
+def _loaded(model: Path, size: float | None, **options: Any) -> TextModel:
+    found: TextModel = load_cut(model, **options)
+    if size is not None:
+        found.model.set_size(size)
+    return found
 
 
 def _batches(rows: list[list[int]]) -> list[list[list[int]]]:
@@ -130,23 +142,17 @@ def _agreement(runs: Sequence[_Run]) -> Agreement:
 
 
 def _demand_rounding(
-    model: Path,
-    runs: Sequence[_Run],
-    agreement: Agreement,
-    dtype: str,
-    placement: Placement,
-    *,
-    trust_remote_code: bool,
+    load: Callable[..., TextModel], runs: Sequence[_Run], agreement: Agreement, dtype: str, placement: Placement
 ) -> float:
     """How far transformers in `dtype` is from float64, in shares of the scale of logits.
 
     Raises ParityError unless the graph is at most ROUNDING_FACTOR times as far, which leaves its tokens to differ only
     where the model scores two as closely, or when rounding is so large that nothing could be told.
     """
-    exact = _forced(model, runs, torch.float64, placement, trust_remote_code=trust_remote_code)
+    exact = _forced(load, runs, torch.float64, placement)
     rounded = [run.expected for run in runs]
     if TORCH_DTYPES[dtype] != torch.float32:
-        rounded = _forced(model, runs, TORCH_DTYPES[dtype], placement, trust_remote_code=trust_remote_code)
+        rounded = _forced(load, runs, TORCH_DTYPES[dtype], placement)
     scale = max(np.abs(logits).max() for logits in exact)
     own = max(float(np.abs(one - other).max() / scale) for one, other in zip(rounded, exact, strict=True))
     graph = max(float(np.abs(run.found - other).max() / scale) for run, other in zip(runs, exact, strict=True))
@@ -168,10 +174,10 @@ def _demand_rounding(
 
 
 def _forced(
-    model: Path, runs: Sequence[_Run], dtype: torch.dtype, placement: Placement, *, trust_remote_code: bool
+    load: Callable[..., TextModel], runs: Sequence[_Run], dtype: torch.dtype, placement: Placement
 ) -> list[np.ndarray]:
     """Logits of transformers in `dtype` at the positions of `expected`, which read the same tokens."""
-    other = load_cut(model, placement=placement, dtype=dtype, trust_remote_code=trust_remote_code)
+    other = load(placement=placement, dtype=dtype)
     with in_float64() if dtype == torch.float64 else contextlib.nullcontext():
         found = [_transformers(other, run.ids, run.mask, run.tokens.shape[1], run.tokens)[0] for run in runs]
     return [logits[:, -run.real.shape[1] :][run.real] for logits, run in zip(found, runs, strict=True)]

@@ -23,6 +23,7 @@ import sspcompile
 from sspcompile.checkpoint.tensors import EMBEDDING, FINAL_NORM, LM_HEAD
 from sspcompile.export.onnx.placed import COSINES, ELEMENT, SINES, Placed, Quantised
 from sspcompile.families import layer_prefix
+from sspcompile.nested.low_rank import INPUTS, OUTPUTS
 
 if TYPE_CHECKING:
     from sspcompile.export.onnx.decoder import Decoder
@@ -76,14 +77,22 @@ class Graph:
         return cast
 
     def linear(self, source: str, name: str, *, bias: bool) -> str:
-        """`source` times the transpose of NAME.weight [out, in], plus NAME.bias: as the checkpoint stores it."""
+        """`source` times the transpose of NAME.weight [out, in], plus NAME.bias: as the checkpoint stores it. Two
+        factors beside the matrix, as a nested model has them, are added to it.
+        """
         weight = name + ".weight"
         if weight in self.quantised:
             out = self._quantised(source, weight)
         else:
-            inputs = [source, self.weight(weight)]
-            out = self.node("FusedMatMul", inputs, name + ".out", domain=MICROSOFT, transB=1)
+            out = self._product(source, weight, name + ".out")
+        if name + INPUTS in self.weights:
+            low = self._product(source, name + INPUTS, name + ".low")
+            out = self.node("Add", [out, self._product(low, name + OUTPUTS, name + ".change")], name + ".repaired")
         return self.node("Add", [out, self.weight(name + ".bias")], name + ".biased") if bias else out
+
+    def _product(self, source: str, weight: str, name: str) -> str:
+        inputs = [source, self.weight(weight)]
+        return self.node("FusedMatMul", inputs, name, domain=MICROSOFT, transB=int(not self.weights[weight].turned))
 
     def products(self, source: str, name: str, parts: Mapping[str, int], *, bias: bool) -> list[str]:
         """`source` times the transposes of several matrices that lie one below the other in the rounded NAME.

@@ -14,13 +14,22 @@ COSINES, SINES = "rotary.cos", "rotary.sin"
 
 @dataclass(frozen=True)
 class Placed:
-    """A tensor in a file beside the graph: `offset` in bytes. Several may be views of the same bytes."""
+    """A tensor in a file beside the graph: `offset` in bytes. Several may be views of the same bytes.
+
+    `turned`: a matrix that is stored [in, out], so that the first inputs lie together.
+    """
 
     file: str
     dtype: str
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    turned: bool = False
+
+    def first(self, count: int) -> Placed:
+        """The first of its rows, in the same place."""
+        rows, *rest = self.shape
+        return replace(self, shape=(count, *rest), nbytes=self.nbytes // rows * count)
 
     def reference(self, name: str) -> TensorProto:
         """The initializer that points there."""

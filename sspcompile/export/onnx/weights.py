@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,14 @@ def convert(tensors: Mapping[str, TensorInfo], data: DataFile, dtype: str) -> di
     Raises CheckpointError for a value that the dtype cannot hold.
     """
     return {name: data.append(_bands(info, name, dtype), dtype, info.shape) for name, info in tensors.items()}
+
+
+def transpose(tensors: Mapping[str, TensorInfo], data: DataFile, dtype: str) -> dict[str, Placed]:
+    """Write matrices [out, in] as `dtype`, [in, out], one in memory at a time. Raises what `convert` raises."""
+    return {
+        name: replace(data.append([as_float(info, name, dtype).T], dtype, info.shape[::-1]), turned=True)
+        for name, info in tensors.items()
+    }
 
 
 def quantise(

@@ -150,15 +150,15 @@ def export_onnx(
             unrounded = partial(run, gate=EXACT.gate, dtype=EXACT.dtype)
             prove_structure(decoder, folder, PROBE_TOKENS + NEW_TOKENS, unrounded, last_logits=last_logits)
         write_graph(decoder, folder, precision, blocks, last_logits=last_logits, link=link, progress=progress)
-        _check_graph(folder)
+        check_graph(folder)
         agreement = run(folder, gate=precision.gate, dtype=precision.dtype)
         (folder / CHECKS).write_text(json.dumps(asdict(agreement), indent=1) + "\n", "utf-8")
         (folder / "README.md").write_text(card(agreement, decoder.positions), "utf-8")
-        described = _described(decoder, precision, blocks, last_logits=last_logits)
-        return Exported(write_manifest(folder, {**origin, **described}), agreement, decoder.positions)
+        told = described(decoder, precision, blocks, last_logits=last_logits)
+        return Exported(write_manifest(folder, {**origin, **told}), agreement, decoder.positions)
 
 
-def _described(decoder: Decoder, precision: Precision, blocks: Blocks, *, last_logits: bool) -> dict[str, Any]:
+def described(decoder: Decoder, precision: Precision, blocks: Blocks, *, last_logits: bool) -> dict[str, Any]:
     """What the manifest says of the graph."""
     found: dict[str, Any] = {
         "sspcompile": sspcompile.__version__,
@@ -188,6 +188,11 @@ def write_graph(
     rotary = write_rotary(folder, decoder.frequencies, decoder.rotary_scale, decoder.positions, precision.dtype)
     graph = emit(decoder, weights, quantised, rotary, precision.dtype, last_logits=last_logits)
     (folder / GRAPH).write_bytes(graph.SerializeToString())
+    write_beside(decoder, folder)
+
+
+def write_beside(decoder: Decoder, folder: Path) -> None:
+    """Configuration, tokenizer and settings, which belong to every graph."""
     copy_companions(decoder.folder, folder)
     drop_references(folder)
     shutil.copyfile(Path(__file__).with_name(OPTIMUM), folder / OPTIMUM)
@@ -199,7 +204,7 @@ def write_graph(
     (folder / SETTINGS).write_text(json.dumps(genai_config(decoder), indent=2) + "\n", "utf-8")
 
 
-def _check_graph(folder: Path) -> None:
+def check_graph(folder: Path, name: str = GRAPH) -> None:
     """ONNX's own checker, on the graph and the places of its weights.
 
     The checker refuses files with several names, and hard links are such files. It is shown empty files of the same
@@ -207,12 +212,12 @@ def _check_graph(folder: Path) -> None:
     """
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         for file in filter(Path.is_file, folder.iterdir()):
-            if file.name == GRAPH:
-                shutil.copyfile(file, Path(scratch) / GRAPH)
+            if file.name == name:
+                shutil.copyfile(file, Path(scratch) / name)
             else:
                 (Path(scratch) / file.name).touch()
                 os.truncate(Path(scratch) / file.name, file.stat().st_size)
-        onnx.checker.check_model(str(Path(scratch) / GRAPH))
+        onnx.checker.check_model(str(Path(scratch) / name))
 
 
 def _place(
