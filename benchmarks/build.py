@@ -25,12 +25,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 
 from sspcompile.model.dense import open_dense
-from sspcompile.model.divergence import DivergenceAccumulator
+from sspcompile.model.divergence import Divergence, DivergenceAccumulator
 from sspcompile.model.loading import load_cut
 from sspcompile.model.text import MAX_TOKENS, batches_of, continued, encode
 from sspcompile.prepare.recognition import OUTSIDE_PROMPTS, corpus_of, recognised_part, recognised_tokens
@@ -42,6 +43,7 @@ PROMPTS = 128
 JUDGED = 32
 SENTENCE = "A tutor who solves word problems about money, time and quantities step by step"
 BUSY = "while True: pass"
+COMMAND = (sys.executable, "-m", "sspcompile.cli.main")
 
 
 @dataclass(frozen=True)
@@ -75,17 +77,22 @@ def run(command: Sequence[str], folder: Path) -> Cost:
     return cost
 
 
-def build(model: str, scenario: str, out: str, folder: Path, keep: float, more: Sequence[str]) -> Cost:
-    """`sspcompile build`."""
-    words = ["--scenario", scenario, "--model", model, "--keep", str(keep), "--out", out, "--quiet", *more]
-    return run([sys.executable, "-m", "sspcompile.cli.main", "build", *words], folder)
+def build(model: str, scenario: str, out: str, folder: Path, words: Sequence[str]) -> Cost:
+    """`sspcompile build`; `words` are its budget and other options."""
+    return run([*COMMAND, "build", "--scenario", scenario, "--model", model, "--out", out, "--quiet", *words], folder)
 
 
-def foretell(model: str, scenario: str, folder: Path, keep: float, more: Sequence[str]) -> dict[str, float]:
-    """`sspcompile plan --cost`."""
-    words = ["--scenario", scenario, "--model", model, "--keep", str(keep), "--cost", "--json", *more]
-    command = [sys.executable, "-m", "sspcompile.cli.main", "plan", *words]
-    found: dict[str, float] = json.loads(subprocess.run(command, cwd=folder, capture_output=True, check=True).stdout)
+def foretell(model: str, scenario: str, folder: Path, words: Sequence[str]) -> dict[str, Any]:
+    """`sspcompile plan --cost` of the same."""
+    return told(["plan", "--scenario", scenario, "--model", model, "--cost", *words], folder)
+
+
+def told(words: Sequence[str], folder: Path) -> dict[str, Any]:
+    """What a command of sspcompile says with --json."""
+    done = subprocess.run([*COMMAND, *words, "--json"], cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise click.ClickException(done.stderr.strip().splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
@@ -115,10 +122,31 @@ def bare_pass(model: str, texts: Sequence[str], repeats: int, max_tokens: int) -
     return min(taken), sum(int(batch.attention_mask.sum()) for batch in batches)
 
 
+@dataclass(frozen=True)
+class Lost:
+    """KL from the dense model and same next token, problem by problem; perplexities over the tokens of all answers."""
+
+    divergence: Divergence
+    perplexity_dense: float
+    perplexity_cut: float
+
+    def figures(self) -> dict[str, float]:
+        kl = self.divergence.mean_kl
+        return {
+            "kl": kl.value,
+            "kl_low": kl.low or 0.0,
+            "kl_high": kl.high or 0.0,
+            "same_token": self.divergence.top1_agreement.value,
+            "perplexity_dense": self.perplexity_dense,
+            "perplexity_cut": self.perplexity_cut,
+            "perplexity_ratio": self.perplexity_cut / self.perplexity_dense,
+        }
+
+
 @torch.inference_mode()
-def lost(model: str, cut: Path, asked: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """KL from the dense model, same next token and perplexities, over the answers of problems as they are deployed: the
-    problem is the user's turn, the answer the assistant's."""
+def lost(model: str, cut: Path, asked: Sequence[tuple[str, str]]) -> Lost:
+    """What a cut loses over the answers of problems as they are deployed: the problem is the user's turn, the answer
+    the assistant's."""
     dense, other = open_dense(model).load(), load_cut(cut, trust_remote_code=True)
     items = continued(dense, [answered(question, answer) for question, answer in asked])
     collected, sums, tokens = DivergenceAccumulator(), [0.0, 0.0], 0
@@ -130,17 +158,8 @@ def lost(model: str, cut: Path, asked: Sequence[tuple[str, str]]) -> dict[str, f
         tokens += len(targets)
         for place, one in enumerate(logits):
             sums[place] += float(torch.nn.functional.cross_entropy(one.double(), targets, reduction="sum"))
-    found = collected.result()
     before, after = (float(torch.tensor(total / tokens).exp()) for total in sums)
-    return {
-        "kl": found.mean_kl.value,
-        "kl_low": found.mean_kl.low or 0.0,
-        "kl_high": found.mean_kl.high or 0.0,
-        "same_token": found.top1_agreement.value,
-        "perplexity_dense": before,
-        "perplexity_cut": after,
-        "perplexity_ratio": after / before,
-    }
+    return Lost(collected.result(), before, after)
 
 
 @contextmanager
@@ -180,7 +199,7 @@ def main(
 ) -> None:
     """Count the passes of builds."""
     model = str(Path(model).resolve()) if Path(model).is_dir() else model
-    words = [word for option in more for word in option.split("=", 1)]
+    words = ["--keep", str(keep), *(word for option in more for word in option.split("=", 1))]
     with tempfile.TemporaryDirectory() as temporary:
         home = folder or Path(temporary)
         home.mkdir(parents=True, exist_ok=True)
@@ -198,9 +217,9 @@ def main(
                 most = recognised_tokens(MAX_TOKENS)
             seconds, tokens = bare_pass(model, read, 2, most)
             scenario = SENTENCE if kind == "sentence" else f"prompts-{int(kind == 'second')}.jsonl"
-            foretold = foretell(model, scenario, home, keep, words)
-            cost = build(model, scenario, kind, home, keep, words)
-            figures = lost(model, home / kind / "model", problems(judge, 0, JUDGED))
+            foretold = foretell(model, scenario, home, words)
+            cost = build(model, scenario, kind, home, words)
+            figures = lost(model, home / kind / "model", problems(judge, 0, JUDGED)).figures()
             rows[kind] = {
                 "tokens": tokens,
                 "bare_pass_seconds": seconds,
@@ -219,7 +238,7 @@ def main(
         if beside:
             with busy(beside), tempfile.TemporaryDirectory() as fresh:
                 write_prompts(Path(fresh) / "prompts-0.jsonl", own[0])
-                cost = build(model, "prompts-0.jsonl", "busy", Path(fresh), keep, words)
+                cost = build(model, "prompts-0.jsonl", "busy", Path(fresh), words)
             rows["busy"] = {"processes": beside, **asdict(cost)}
             click.echo(f"beside {beside} busy processes: {cost.wall / 60:.1f} min, {cost.cpu / 60:.1f} of processor")
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -132,7 +132,7 @@ def main(
     out: Path | None,
 ) -> None:
     """Build a large model."""
-    words = ["--memory", memory, *(word for option in more for word in option.split("=", 1))]
+    words = ["--keep", str(keep), "--memory", memory, *(word for option in more for word in option.split("=", 1))]
     with tempfile.TemporaryDirectory() as temporary:
         home = folder or Path(temporary)
         if not (home / "model").is_dir():
@@ -153,9 +153,9 @@ def main(
         scenario = {"prompts_file": "boxes.jsonl", **stated}
         recipe = {"schema_version": 1, "name": "boxes", "description": "Short questions", "scenario": scenario}
         (home / "boxes.yaml").write_text(json.dumps(recipe), "utf-8")
-        foretold = foretell(str(home / "model"), "boxes.yaml", home, keep, words)
+        foretold = foretell(str(home / "model"), "boxes.yaml", home, words)
         click.echo(f"foretold: {foretold['seconds'] / 60:.0f} min, {foretold['peak_bytes'] / 1e9:.2f} GB", err=True)
-        cost = build(str(home / "model"), "boxes.yaml", "built", home, keep, words)
+        cost = build(str(home / "model"), "boxes.yaml", "built", home, words)
     found = {
         "shape": shape,
         "weight_bytes": size,

@@ -30,7 +30,7 @@ from rich.table import Table
 
 from sspcompile.checkpoint import Checkpoint, OutputTensor, fingerprint, write_checkpoint
 from sspcompile.checkpoint.headers import WORD_BYTES
-from sspcompile.cli.slice import byte_size
+from sspcompile.request.sizes import byte_size
 from sspcompile.slicing.layouts import choose
 from sspcompile.slicing.mask import HeadMask, Layout, dump_mask, kept_of
 
@@ -243,10 +243,10 @@ def main(sizes: str, repeats: int, keep: float, plan_size: str, folder: Path | N
     """Time the cut and the plan."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         cases = [
-            slice_case(Path(scratch) / f"case{number}", byte_size(size) or 0, repeats, keep)
+            slice_case(Path(scratch) / f"case{number}", byte_size(size, "--sizes") or 0, repeats, keep)
             for number, size in enumerate(sizes.split(","))
         ]
-        plan = plan_case(Path(scratch), byte_size(plan_size) or 0, repeats)
+        plan = plan_case(Path(scratch), byte_size(plan_size, "--plan-size") or 0, repeats)
     show(cases, plan)
     if out is not None:
         facts = {"machine_bytes": psutil.virtual_memory().total, "page_size": resource.getpagesize()}

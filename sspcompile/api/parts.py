@@ -91,8 +91,11 @@ def parts_of(request: Request, lengths: Lengths) -> Parts:
     spared = [prompt for one in splits.protected for prompt in one.guard]
     told = [prompt for one in splits.protected for prompt in one.judge]
     listed = (splits.fit, splits.guard, splits.judge, off, spared, told)
-    parts = [Part(len(one), continued(one, lengths, options.continuation_tokens)) for one in listed]
-    return Parts(*parts, tuple(prompt for one in listed for prompt in one), splits.judge)
+    fit, guard, judge, apart, decide, report = (
+        Part(len(one), continued(one, lengths, options.continuation_tokens)) for one in listed
+    )
+    every = tuple(prompt for one in listed for prompt in one)
+    return Parts(fit, guard, judge, apart, decide, report, every, splits.judge)
 
 
 def continued(prompts: Sequence[Prompt], lengths: Lengths, new: int) -> int:

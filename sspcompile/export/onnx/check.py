@@ -99,8 +99,9 @@ def check_runs(
 
 def _loaded(model: Path, size: float | None, **options: Any) -> TextModel:
     found: TextModel = load_cut(model, **options)
+    switched: Any = found.model  # of a nested model: the one that travels in its folder
     if size is not None:
-        found.model.set_size(size)
+        switched.set_size(size)
     return found
 
 
