@@ -29,8 +29,10 @@ def hand_over(address: str) -> int:
 
 def serve(listening: int) -> None:
     """Fork for whoever connects, one after the other, until standard input ends: whoever started this is gone."""
+    import contextlib
     import gc
     import select
+    import signal
 
     from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM  # noqa: F401
 
@@ -40,15 +42,22 @@ def serve(listening: int) -> None:
     listener = socket.socket(fileno=listening)
     while select.select([listener, sys.stdin], [], [])[0] == [listener]:
         connection, _ = listener.accept()
-        message, streams, *_ = socket.recv_fds(connection, LARGEST, 3)
-        child = os.fork()
-        if child == 0:
-            _run(reload.main, json.loads(message), streams)
-        for stream in streams:
-            os.close(stream)
-        _, status = os.waitpid(child, 0)
         with connection:
-            connection.send(str(os.waitstatus_to_exitcode(status)).encode())
+            message, streams, *_ = socket.recv_fds(connection, LARGEST, 3)
+            if not message:  # killed before it said anything
+                continue
+            child = os.fork()
+            if child == 0:
+                _run(reload.main, json.loads(message), streams)
+            end = os.pidfd_open(child)
+            # Whoever kills the process that the child stands for means the child.
+            if connection in select.select([connection, end], [], [])[0]:
+                os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+            for descriptor in (end, *streams):
+                os.close(descriptor)
+            with contextlib.suppress(BrokenPipeError):
+                connection.send(str(os.waitstatus_to_exitcode(status)).encode())
 
 
 def _run(main: Callable[[], None], surroundings: dict[str, Any], streams: list[int]) -> NoReturn:
