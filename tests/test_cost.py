@@ -71,11 +71,11 @@ def test_builds_run_what_was_foretold_and_the_first_alone_reads_the_pools(home, 
 def test_the_sentence_alone_has_the_pools_scored_by_a_criterion_that_is_named(home):
     dense, workspace = open_dense(str(home / "model")), Workspace(home / "fresh")
     given = {"model": str(home / "model"), "max_tokens": 64, "continuation_tokens": 4, "keep": 0.5}
+    given |= {"criterion": "fisher"}
     for scenario, scored in ((str(home / "prompts.txt"), False), (SENTENCE, True)):
-        found = cost_of(read_request(scenario, given, {}), dense, workspace).stages
-        assert any(stage.name == "recognition: domain pools" for stage in found)
-        named = cost_of(read_request(scenario, given | {"criterion": "fisher"}, {}), dense, workspace).stages
-        assert any(stage.name == "fisher on the pools" for stage in named) == scored
+        stages = cost_of(read_request(scenario, given, {}), dense, workspace).stages
+        names = {stage.name for stage in stages}
+        assert "recognition: domain pools" in names and ("fisher on the pools" in names) == scored
 
 
 def test_a_recipe_that_states_its_domains_reads_no_pool_and_makes_no_toolkit(home, monkeypatch):
