@@ -154,6 +154,19 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def stated(path: Path, count: int = 64, **options: object) -> Path:
+    """A recipe of sums that says itself what it is about, so that no pool is read to find out. 64 prompts are enough to
+    choose, guard and judge alone (`request/splits.py`). `options` are those of the build.
+    """
+    scenario = {
+        "prompts": [f"How much is {n} times {n + 3} plus {7 * n}?" for n in range(count)],
+        "domains": {"math": 1},
+    }
+    recipe = {"schema_version": 1, "name": path.stem, "description": "Sums.", "scenario": scenario}
+    path.write_text(json.dumps(recipe | options))
+    return path
+
+
 def make_checkpoint(folder: Path, shape: Shape, seed: int = 0) -> Path:
     """Write a random model; biases and norms get values too, so that a lost one shows."""
     size = {"max_shard_size": shape.shard_bytes} if shape.shard_bytes else {}

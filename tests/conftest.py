@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
+from toolkits import Toolkits
+from warm import Warm
 
 # Two test processes on two cores: more threads than cores make torch's barriers spin against each other.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -42,6 +46,35 @@ def _quiet_transformers() -> None:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _started_cold() -> Iterator[Iterable[str]]:
+    """Proofs begin warm; what a process that imports everything is started with."""
+    from sspcompile.proof import whole
+
+    cold = whole.RELOAD
+    if not sys.platform.startswith("linux"):
+        yield cold
+        return
+    with tempfile.TemporaryDirectory(prefix="warm-") as folder, pytest.MonkeyPatch.context() as patch:
+        warm = Warm(f"{folder}/socket")
+        patch.setattr(whole, "RELOAD", warm)
+        yield cold
+        warm.end()
+
+
+@pytest.fixture
+def cold(_started_cold: Iterable[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proofs in processes that import everything, as users have them."""
+    monkeypatch.setattr("sspcompile.proof.whole.RELOAD", _started_cold)
+
+
+@pytest.fixture(scope="session")
+def toolkits(tmp_path_factory: pytest.TempPathFactory) -> Toolkits:
+    """Toolkits that all test processes share, for builds of tests that are not about learning them."""
+    own = tmp_path_factory.getbasetemp()
+    return Toolkits((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "toolkits")
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import byte_tokenizer, family_config, save_random
+from builders import byte_tokenizer, family_config, save_random, stated
 from hub import REVISION, ask, hub
 from refusals import refused
 from safetensors.torch import load_file, save_file
@@ -219,7 +219,8 @@ def test_what_peft_saves_is_taken(tokenizer, peft, bases, tmp_path):
 def test_build_and_verify_merge_again_and_the_manifest_names_both(peft, bases, run, tmp_path):
     base = bases(dtype=torch.float32)
     folder = adapter(tmp_path / "adapter", base)
-    done = run(*BUILD, "--model", "adapter", "--out", "built")
+    sums = ("build", "--scenario", stated(tmp_path / "sums.yaml"), *QUICK, "-q")
+    done = run(*sums, "--model", "adapter", "--out", "built")
     assert done[0] == 0, done
     line = next(line for line in done[2].splitlines() if line.startswith("Merging"))
     told = origin_of(tmp_path / "built")

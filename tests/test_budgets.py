@@ -394,8 +394,11 @@ def test_plan_prints_the_frontier(run, monkeypatch):
 FAST = ("--continuation-tokens", "4", "--max-tokens", "48", "--baselines", "none", "--repair", "none", "--quiet")
 
 
-def test_a_build_within_numbers_and_a_loss_says_what_was_asked(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_build_within_numbers_and_a_loss_says_what_was_asked(
+    run, toolkits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(tmp_path)
+    toolkits.put(tmp_path, max_tokens=48, continuation_tokens=4)
     monkeypatch.setenv("COLUMNS", "200")
     bounds = ("--max-params", "1.4M", "--max-memory", "21MB", "--context", 512, "--batch", 8, "--max-loss", 0.9)
     code, _, err = run("build", "--scenario", "finance-desk", *bounds, "--layout", "per-layer", "--out", "cut", *FAST)

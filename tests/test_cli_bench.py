@@ -13,13 +13,14 @@ import time
 from pathlib import Path
 
 import pytest
-from builders import Shape, make_checkpoint
+from builders import Shape, make_checkpoint, stated
+from commands import inside
 
 from sspcompile.checkpoint import check_manifest
 
 PROGRAM = (sys.executable, "-m", "sspcompile.cli.main")
 FAST = ("--max-tokens", "24", "--continuation-tokens", "4", "--criterion", "fisher")
-BUILD = ("build", "--scenario", "Questions about the chemistry of metals", "--model", "dense", *FAST, "-q")
+BUILD = ("build", "--scenario", "sums.yaml", "--model", "dense", *FAST, "-q")
 SHORT = ("--prompt-tokens", "8", "--new-tokens", "3", "--repeats", "3", "--processes", "3", "--threads", "1", "-q")
 
 
@@ -31,10 +32,11 @@ def shell(home: Path, *args: object) -> subprocess.CompletedProcess[str]:
 def home(tmp_path_factory) -> Path:
     """A model and two builds of it, one in each layout."""
     home = tmp_path_factory.mktemp("home")
+    stated(home / "sums.yaml")
     make_checkpoint(home / "dense", Shape(family="llama", layers=3, hidden=64, kv_heads=4, group_size=2, head_dim=16))
     for layout, keep in (("uniform", "0.5"), ("per-layer", "0.75")):
-        done = shell(home, *BUILD, "--layout", layout, "--keep", keep, "--out", f"artifacts/{layout}")
-        assert done.returncode == 0, done.stderr
+        done = inside(home, *BUILD, "--layout", layout, "--keep", keep, "--out", f"artifacts/{layout}")
+        assert done.code == 0, done.err
     return home
 
 
@@ -106,7 +108,7 @@ def test_what_cannot_be_measured_is_one_line(run, args, message):
 
 def test_artifacts_of_different_models_are_not_measured_together(run, home):
     make_checkpoint(home / "other", Shape(layers=2))
-    args = ("build", "--scenario", "Questions about bread", "--model", "other", "--keep", "0.5", *FAST, "-q")
+    args = ("build", "--scenario", "sums.yaml", "--model", "other", "--keep", "0.5", *FAST, "-q")
     built = run(*args, "--out", "artifacts/stranger")
     assert built[0] == 0, built[2]
     code, _, err = run("bench", "uniform", "stranger", *SHORT)

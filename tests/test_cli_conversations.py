@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from test_cli import refused, run, shell  # noqa: F401 (a fixture)
+from commands import inside
+from test_cli import refused, run  # noqa: F401 (a fixture)
 
 from sspcompile.request.prompts import answer_of, asked_of
 from sspcompile.request.recipe import load_recipe
@@ -31,10 +32,11 @@ def line(number: int) -> dict:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
+def home(tmp_path_factory, toolkits) -> Path:
     folder = tmp_path_factory.mktemp("talks")
+    toolkits.put(folder, criteria=("fisher", "subspace"), max_tokens=48, continuation_tokens=2)
     (folder / "talks.jsonl").write_text("".join(json.dumps(line(n)) + "\n" for n in range(len(ASKED))))
-    done = shell(folder, "build", "--scenario", "talks.jsonl", "--keep", "0.5", *FAST, "--out", "artifacts/talks")
+    done = inside(folder, "build", "--scenario", "talks.jsonl", "--keep", "0.5", *FAST, "--out", "artifacts/talks")
     assert done.code == 0, done.err
     return folder
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from builders import Shape, make_checkpoint
+from builders import Shape, make_checkpoint, stated
 from hub import REVISION, hub
 from huggingface_hub.utils import filter_repo_objects
 from stored import stored_as
@@ -120,10 +120,9 @@ def test_build_and_its_hf_export_hold_the_same_companions(model, run, tmp_path, 
         (model / name).write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     for name in ("rag.jinja", "deeper/more.jinja"):
         (model / "additional_chat_templates" / name).unlink()
-    texts = tmp_path / "prompts.txt"
-    texts.write_text("\n".join(f"How much is {n} times {n}?" for n in range(12)))
+    sums = stated(tmp_path / "sums.yaml", max_tokens=48, continuation_tokens=2, repair="none", baselines="none")
     code, _, err = run(
-        "build", "--scenario", texts, "--model", model, "--keep", 0.75, "--layout", "uniform", "--out", "a"
+        "build", "--scenario", sums, "--model", model, "--keep", 0.75, "--layout", "uniform", "--out", "a"
     )
     assert code == 0, err
     assert "Left out" in err

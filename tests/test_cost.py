@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from builders import Shape, make_checkpoint
+from commands import inside, shell
 
 from sspcompile.api.build import build
 from sspcompile.api.cost import cost_of
@@ -20,6 +19,7 @@ from sspcompile.request.request import read_request
 from sspcompile.slicing.mask import load_mask
 from sspcompile.workspace import Workspace
 
+SENTENCE = "please tell me about acid"
 PROMPTS = [f"How much is {n} times {n + 3} plus {7 * n}?" for n in range(56)]
 
 
@@ -34,8 +34,7 @@ def home(tmp_path_factory) -> Path:
 @pytest.fixture
 def ran(monkeypatch) -> list[int]:
     """Token by layer, forward runs only, of the models that are loaded from here on."""
-    ran = [0]
-    load = DenseModel.load
+    ran, load = [0], DenseModel.load
 
     def counted(self, **options):
         loaded = load(self, **options)
@@ -54,38 +53,33 @@ def foretold(cost, *, apart: tuple[str, ...] = ("proof",)) -> float:
     return sum(stage.tokens * stage.passes for stage in cost.stages if stage.name not in apart)
 
 
-@pytest.mark.parametrize(
-    ("scenario", "own", "budget"),
-    [
-        ("prompts.txt", True, {"keep": 0.5}),
-        ("please tell me about acid", False, {"keep": 0.5}),
-        ("prompts.txt", True, {"size": 0.8}),
-    ],
-)
-def test_a_build_runs_what_was_foretold_and_a_second_one_no_pools(home, scenario, own, budget, ran):
-    """The foretelling counts backward runs and normal equations as passes too."""
-    given = {"model": str(home / "model"), "max_tokens": 64, "continuation_tokens": 4} | budget
-    place = str(home / scenario) if own else scenario
-    request = read_request(place, given, {})
-    dense = open_dense(str(home / "model"))
-    case = f"{own}-{next(iter(budget))}"
-    workspace = Workspace(home / case)
+def test_builds_run_what_was_foretold_and_the_first_alone_reads_the_pools(home, ran):
+    """Token by layer, forward runs only; the foretelling counts backward runs and normal equations as passes too."""
+    given = {"model": str(home / "model"), "max_tokens": 64, "continuation_tokens": 4}
+    own, dense, workspace = str(home / "prompts.txt"), open_dense(str(home / "model")), Workspace(home / "kept")
+    builds = ((own, {"keep": 0.5}), (own, {"keep": 0.5}), (own, {"size": 0.8}), (SENTENCE, {"keep": 0.5}))
     totals, names = [], []
-    for number in range(2):
+    for number, (scenario, budget) in enumerate(builds):
+        request = read_request(scenario, given | budget, {})
         cost = cost_of(request, dense, workspace)
         names.append([stage.name for stage in cost.stages])
         ran[0] = 0
-        build(request, dense, home / f"out-{case}-{number}", workspace)
+        build(request, dense, home / f"out-{number}", workspace)
         totals.append(ran[0] / 2)
-        assert 0.5 * foretold(cost) <= totals[-1] <= 1.25 * foretold(cost)
+        assert 0.5 * foretold(cost) <= totals[-1] <= 1.25 * foretold(cost), (scenario, budget)
     assert totals[1] < totals[0]
     assert "recognition: domain pools" in names[0] and not any("pools" in name for name in names[1])
-    assert not any(name.endswith("on the pools") for name in names[0])
-    if "size" in budget:
-        return
-    named = read_request(place, given | {"criterion": "fisher"}, {})
-    scored = any(stage.name == "fisher on the pools" for stage in cost_of(named, dense, workspace).stages)
-    assert scored == (not own), "a criterion that is named is cached for a sentence"
+    assert not any(name.endswith("on the pools") for some in names for name in some)
+
+
+def test_the_sentence_alone_has_the_pools_scored_by_a_criterion_that_is_named(home):
+    dense, workspace = open_dense(str(home / "model")), Workspace(home / "fresh")
+    given = {"model": str(home / "model"), "max_tokens": 64, "continuation_tokens": 4, "keep": 0.5}
+    given |= {"criterion": "fisher"}
+    for scenario, scored in ((str(home / "prompts.txt"), False), (SENTENCE, True)):
+        stages = cost_of(read_request(scenario, given, {}), dense, workspace).stages
+        names = {stage.name for stage in stages}
+        assert "recognition: domain pools" in names and ("fisher on the pools" in names) == scored
 
 
 def test_a_nested_build_runs_what_was_foretold_and_more_with_every_member(home, ran):
@@ -142,16 +136,11 @@ def test_a_recipe_that_states_its_domains_reads_no_pool_and_makes_no_toolkit(hom
 
 
 def test_the_command_prints_minutes_and_memory_and_writes_nothing(home):
-    before = sorted(home.iterdir())
-
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "sspcompile.cli.main", "plan", "--model", "model", "--cost", *words]
-        return subprocess.run(command, cwd=home, capture_output=True, text=True, check=False)
-
-    shown = run("--scenario", "prompts.txt")
-    assert shown.returncode == 0 and "at the peak" in shown.stdout and "domain pools" in shown.stdout
-    found = json.loads(run("--scenario", "prompts.txt", "--json").stdout)
+    before, plan = sorted(home.iterdir()), ("plan", "--model", "model", "--cost")
+    shown = shell(home, *plan, "--scenario", "prompts.txt")
+    assert shown.code == 0 and "at the peak" in shown.out and "domain pools" in shown.out
+    found = inside(home, *plan, "--scenario", "prompts.txt", "--json").json
     assert found["seconds"] > 0 and found["peak_bytes"] > 1e8 and len(found["stages"]) == len(found["stage_seconds"])
     assert sorted(home.iterdir()) == before
-    refused = run()
-    assert refused.returncode == 2 and "Give --scenario" in refused.stderr
+    refused = inside(home, *plan)
+    assert refused.code == 2 and "Give --scenario" in refused.err

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import inside
 from test_cli import refused, run  # noqa: F401 (a fixture)
 from test_prepare_tools import TEMPLATE, tiny
 
@@ -39,13 +40,12 @@ def home(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def artifacts(home) -> Path:
+def artifacts(home, toolkits) -> Path:
     """Two builds of one scenario: nothing cut, and nearly everything cut by random-like scores without repair."""
-    from test_cli import shell
-
+    toolkits.put(home, criteria=("fisher", "subspace"), max_tokens=48, continuation_tokens=2)
     for name, keep in (("full", "1"), ("cut", "0.25")):
         command = ("build", "--scenario", "mine.txt", "--keep", keep, *FAST, "--repair", "none")
-        done = shell(home, *command, "--layout", "uniform", "--out", f"artifacts/{name}")
+        done = inside(home, *command, "--layout", "uniform", "--out", f"artifacts/{name}")
         assert done.code == 0, done.err
     return home / "artifacts"
 

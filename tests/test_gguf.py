@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builders import stated
 from ggufs import TEXTS, source, write_gguf
 from refusals import refused
 from safetensors.torch import load_file
@@ -21,7 +22,7 @@ from sspcompile.errors import CheckpointError, UnsupportedModelError
 from sspcompile.model.dense import open_dense
 
 QUICK = ("--criterion", "magnitude", "--repair", "none", "--max-tokens", 16, "--continuation-tokens", 0, "--keep", 0.5)
-BUILD = ("build", "--scenario", "Questions about the chemistry of metals", *QUICK, "-q")
+BUILD = ("build", "--scenario", "sums.yaml", *QUICK, "-q")
 BLOCK, LEVELS = 32, 127
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "q8_0": torch.float16}
 HEAD_DIMS = {"llama": 32, "qwen2": 16, "qwen3": 128}
@@ -166,6 +167,7 @@ def test_a_file_is_planned_built_cut_and_found_again(models, home, run, monkeypa
     assert code == 0, err
     assert not (home / "artifacts").exists(), "sizes follow from the header"
     planned = json.loads(out)
+    stated(home / "sums.yaml")
     code, _, err = run(*BUILD, "--model", "m.gguf", "--out", "artifacts/small")
     assert code == 0, err
     assert "8 bits" not in err and "Reading m.gguf" in err and "the rounded model" in err

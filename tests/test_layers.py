@@ -335,8 +335,11 @@ def test_what_is_about_parts_of_layers_is_refused_beside_whole_ones(given):
 FAST = ("--continuation-tokens", "4", "--max-tokens", "48", "--repair", "none", "--quiet")
 
 
-def test_a_build_removes_whole_layers_and_says_so_everywhere(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_build_removes_whole_layers_and_says_so_everywhere(
+    run, toolkits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(tmp_path)
+    toolkits.put(tmp_path, max_tokens=48, continuation_tokens=4)
     monkeypatch.setenv("COLUMNS", "200")
     words = ("--units", "layers", "--size", 0.8)
     code, _, err = run("build", "--scenario", "finance-desk", *words, "--out", "cut", *FAST)

@@ -27,8 +27,10 @@ PROMPTS = [f"What is {n} plus {n + 1}?" for n in range(24)]
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("work")
+def root(tmp_path_factory, toolkits) -> Path:
+    root = tmp_path_factory.mktemp("work")
+    toolkits.put(root, criteria=("fisher", "subspace"), max_tokens=48, continuation_tokens=2)
+    return root
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,12 @@ import numpy as np
 import pytest
 from builders import Shape, make_checkpoint
 from safetensors.numpy import load_file, save_file
+from toolkits import SHARED
 
 from sspcompile.cli.main import main
 
 SENTENCE = "Questions about the chemistry of metals"
-FAST = ("--keep", "0.5", "--max-tokens", "24", "--continuation-tokens", "4", "--criterion", "fisher")
+FAST = ("--keep", "0.5", "--max-tokens", "16", "--continuation-tokens", "1", "--criterion", "fisher")
 PLAN = ("plan", "--model", "{in}/model")
 BUILD = ("build", "--scenario", SENTENCE, "--model", "{in}/model", *FAST)
 WITH_PROMPTS = ("build", "--scenario", "{in}/prompts.txt", "--model", "{in}/model", *FAST)
@@ -363,10 +364,10 @@ CASES: Mapping[str, Case] = {
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory) -> Path:
-    """A model, a build of it, its mask, prompts and a recipe."""
+def good(tmp_path_factory, toolkits) -> Path:
+    """A model with its toolkit, a build of it, its mask, prompts and a recipe."""
     home = tmp_path_factory.mktemp("good")
-    make_checkpoint(home / "model", Shape(family="qwen2", hidden=32, kv_heads=2, group_size=2, head_dim=8))
+    toolkits.put(home, make_checkpoint(home / "model", Shape()), **SHARED)
     (home / "prompts.txt").write_text("".join(f"What is {n} plus {n}?\n" for n in range(8)))
     (home / "recipe.yaml").write_text(_yaml())
     before = os.environ.get("SSPCOMPILE_HOME")

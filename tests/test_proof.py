@@ -152,6 +152,7 @@ def test_a_wrong_cut_is_refused_however_little_is_wrong(fault: Callable[[Claim],
     assert "published" not in str(error.value)
 
 
+@pytest.mark.usefixtures("cold")
 @pytest.mark.parametrize("compare", [compare_whole, compare_layerwise])
 def test_the_comparison_sees_what_fp32_takes_for_rounding(compare, tmp_path):
     claim = cut_of(tmp_path)

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from builders import Shape, family_config, make_checkpoint, save_random
+from builders import Shape, family_config, make_checkpoint, save_random, stated
+from commands import inside
 
 from sspcompile.api.cost import cost_of
 from sspcompile.checkpoint import check_manifest
@@ -24,7 +25,6 @@ from sspcompile.report.verdict import alarming, verdict
 from sspcompile.request.request import read_request
 from sspcompile.workspace import Workspace
 
-PROMPTS = [f"How much is {n} plus {n + 3}?" for n in range(32)]
 FAST = ("--max-tokens", "48", "--continuation-tokens", "4", "--baselines", "none", "-q")
 BUDGET = ("--keep", "0.5", "--criterion", "magnitude", "--layout", "per-layer")
 
@@ -33,19 +33,16 @@ BUDGET = ("--keep", "0.5", "--criterion", "magnitude", "--layout", "per-layer")
 def home(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("home")
     make_checkpoint(home / "model", Shape(layers=2, hidden=64, kv_heads=2, group_size=2, head_dim=16, tied=True))
-    (home / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    stated(home / "sums.yaml")
     return home
 
 
 @pytest.fixture(scope="module")
 def built(home) -> Path:
     """A build that was rounded to int4."""
-    from sspcompile.cli.main import main
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.chdir(home)
-        main(["build", "-s", "prompts.txt", "-m", "model", "--quantize", "int4", "--out", "cut", *BUDGET, *FAST])
-    assert not stop.value.code
+    built = ("build", "-s", "sums.yaml", "-m", "model", "--quantize", "int4", "--out", "cut", *BUDGET, *FAST)
+    done = inside(home, *built)
+    assert done.code == 0, done.err
     return home / "cut"
 
 
@@ -141,8 +138,8 @@ def test_a_finished_build_is_weighed_on_the_same_texts(home, built, run, monkeyp
     [
         (("eval", "cut/model", "--quantize", "int4"), 2, "does not take it"),
         (("eval", "cut", "--quantize", "int4", "--items", "3"), 2, "as the build read them"),
-        (("build", "-s", "prompts.txt", "-m", "model", "--quantize", "int4", "--out", "other/cut"), 2, "exists and is"),
-        (("build", "-s", "prompts.txt", "-m", "bent", "--quantize", "int4", "--out", "bent-cut"), 2, "ONNX"),
+        (("build", "-s", "sums.yaml", "-m", "model", "--quantize", "int4", "--out", "other/cut"), 2, "exists and is"),
+        (("build", "-s", "sums.yaml", "-m", "bent", "--quantize", "int4", "--out", "bent-cut"), 2, "ONNX"),
     ],
 )
 def test_what_cannot_be_rounded_is_refused_before_any_work(home, built, run, monkeypatch, words, code, told):
@@ -158,7 +155,7 @@ def test_the_cost_of_weighing_is_foretold(home):
     given = {"model": str(home / "model"), "keep": 0.5, "criterion": "magnitude", "baselines": "none"}
     dense, names = open_dense(str(home / "model")), []
     for more in ({}, {"quantize": "int4"}):
-        cost = cost_of(read_request(str(home / "prompts.txt"), given | more, {}), dense, Workspace(home / "cost"))
+        cost = cost_of(read_request(str(home / "sums.yaml"), given | more, {}), dense, Workspace(home / "cost"))
         names.append({stage.name for stage in cost.stages})
     assert names[1] - names[0] == {"weighing what is rounded"}
 

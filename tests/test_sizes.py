@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from builders import FAMILY_SETTINGS, family_config, save_random
+from builders import FAMILY_SETTINGS, family_config, save_random, stated
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from toolkits import Toolkits
 
 from sspcompile.checkpoint import Checkpoint
 from sspcompile.errors import BudgetError
@@ -213,7 +214,8 @@ def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("layout", ["uniform", "per-layer"])
-def test_a_build_by_size_keeps_no_more_and_is_what_was_proven(run: Run, at: Path, layout: str):
+def test_a_build_by_size_keeps_no_more_and_is_what_was_proven(run: Run, toolkits: Toolkits, at: Path, layout: str):
+    toolkits.put(at, max_tokens=48, continuation_tokens=4)
     code, _, err = run("build", "--scenario", "finance-desk", "--size", 0.8, "--layout", layout, "--out", "cut", *FAST)
     assert code == 0, err
     plan, mask = (json.loads((at / "cut" / name).read_text()) for name in ("plan.json", "mask.json"))
@@ -242,8 +244,7 @@ def test_a_size_of_heads_alone_leaves_the_mlps_whole(run: Run, at: Path):
 
 def test_a_mixture_of_experts_loses_heads_alone_or_is_refused_with_what_is_feasible(run: Run, at: Path):
     save_random(at / "model", family_config("mixtral", layers=2, kv_heads=4, group_size=2))
-    (at / "asked.txt").write_text("".join(f"What is {n} plus {3 * n + 1}?\n" for n in range(48)))
-    build = ("build", "--model", "model", "--scenario", "asked.txt", "--out", "cut", *FAST)
+    build = ("build", "--model", "model", "--scenario", stated(at / "sums.yaml"), "--out", "cut", *FAST)
     code, _, err = run(*build, "--size", 0.2)
     assert code == 3 and "a head and its whole MLP" in err and not (at / "cut").exists()
     nearest = float(err.split("--size ")[-1].strip().rstrip("."))

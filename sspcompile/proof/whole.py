@@ -8,7 +8,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -25,6 +25,8 @@ from sspcompile.startup import SLEEPING
 NEW_TOKENS = 24
 # Activations, the interpreter and what torch allocates beside the weights.
 MEMORY_SLACK = 1.2
+# What is started, and asked on its standard input.
+RELOAD: Iterable[str] = (sys.executable, "-P", "-m", "sspcompile.proof.reload")
 
 
 def compare_whole(
@@ -46,8 +48,7 @@ def compare_whole(
         "threads": torch.get_num_threads(),
         "device": device,
     }
-    command = [sys.executable, "-P", "-m", "sspcompile.proof.reload"]
-    code, answer, said = _ask(command, json.dumps(asked), progress)
+    code, answer, said = _ask([*RELOAD], json.dumps(asked), progress)
     if code:
         reason = said or f"exit code {code}"
         raise RunError(
