@@ -77,7 +77,7 @@ def test_a_case_is_one_that_a_gguf_holds(tmp_path):
 def test_vllm_is_started_as_plan_says(family, layout, options, refused, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(family_config(family).to_dict()))
     checkpoint = Checkpoint(tmp_path)
-    plan = make_plan(checkpoint, mask_for(checkpoint, 0.5, layout, 1))
+    plan = make_plan(checkpoint, mask_for(checkpoint, 0.75, layout, 1))
     assert set(WRITE["_for_vllm"](plan)) == ({"vllm-cpu"} if refused else set())
     assert WRITE["vllm_options"](plan) == options
 
