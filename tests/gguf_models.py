@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from builders import family_config, save_random
-from test_slicing_exact import mask_for
+from test_slicing_exact import mask_for, without
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
@@ -93,11 +93,20 @@ def dense(
     return folder
 
 
-def cut(source: Path, folder: Path, layout: str, *, width: float = 0.6, keep: float | None = None) -> SlicePlan:
-    """Heads and channels taken out at random; `width` 1 leaves the channels."""
+def cut(
+    source: Path,
+    folder: Path,
+    layout: str,
+    *,
+    width: float = 0.6,
+    keep: float | None = None,
+    removed: tuple[int, ...] = (),
+) -> SlicePlan:
+    """Heads and channels taken out at random, and the layers `removed`; `width` 1 leaves the channels."""
     checkpoint = Checkpoint(source)
     share = keep if keep is not None else (0.75 if layout == "per-layer" else 0.5)
-    plan = make_plan(checkpoint, mask_for(checkpoint, share, layout, 1, width=width))
+    mask = mask_for(checkpoint, share, layout, 1, width=width)
+    plan = make_plan(checkpoint, without(mask, *removed))
     folder.mkdir(parents=True, exist_ok=True)
     write_model(checkpoint, plan, folder)
     return plan

@@ -24,7 +24,7 @@ from sspcompile.proof.probes import random_probes
 
 pytestmark = pytest.mark.slow
 # Threads of llama.cpp spin, which beside others at work takes a hundred times as long.
-ONE_THREAD = Placement(device="cpu", threads=1)
+ONE_THREAD = Placement(device="cpu", dtype="float32", threads=1)
 PROBES = random_probes(400)
 ONE_WIDTH = 1.0
 SLOWER = {"rope_type": "default", "rope_theta": 2e4}
@@ -56,12 +56,25 @@ HELD = {
     "gemma3 uniform": ("gemma3_text", "uniform", {"tied": True}, 0.6, "gemma3"),
     "gemma3 per-layer": ("gemma3_text", "per-layer", {"tied": True}, 0.6, "gemma3"),
 }
+# Family, layout, settings, whether what stays is whole (`--units layers`), the layers that are removed -> architecture.
+# Of Gemma 3 stay a layer of each kind, those without windows, those with; of SmolLM3 all layers that turn.
+SHALLOWER = {
+    "llama": ("llama", "uniform", {}, True, (0, 2), "llama"),
+    "llama per-layer": ("llama", "per-layer", {}, False, (1,), "deci"),
+    "qwen2": ("qwen2", "uniform", {"tied": True}, True, (2,), "llama"),
+    "qwen3": ("qwen3", "uniform", {}, True, (0,), "qwen3"),
+    "qwen3 per-layer tied": ("qwen3", "per-layer", {"tied": True}, False, (3,), "openelm"),
+    "granite": ("granite", "uniform", {}, True, (1, 2), "granite"),
+    "smollm3": ("smollm3", "uniform", {"no_rope_layers": [1, 1, 1, 0]}, True, (3,), "smollm3"),
+    "gemma3 of both kinds": ("gemma3_text", "uniform", {"tied": True}, True, (0, 3), "gemma3"),
+    "gemma3 without windows": ("gemma3_text", "uniform", {"tied": True}, True, (0, 2), "gemma3"),
+    "gemma3 of windows": ("gemma3_text", "uniform", {"tied": True}, True, (1, 3), "gemma3"),
+}
 
 
 def exported(model: Path, out: Path, kind: str | None = None, *, custom: bool = False) -> GgufExport:
-    return export_gguf(model, out, kind=kind, probes=PROBES, origin={}, card=lambda done: "", trust_remote_code=custom)[
-        1
-    ]
+    asked = {"kind": kind, "probes": PROBES, "origin": {}, "trust_remote_code": custom, "placement": ONE_THREAD}
+    return export_gguf(model, out, card=lambda done: "", **asked)[1]
 
 
 @pytest.mark.parametrize("case", HELD)
@@ -71,6 +84,20 @@ def test_llama_cpp_computes_a_cut_as_transformers_does(case, tmp_path):
     plan = cut(source, tmp_path / "cut", layout, width=width)
     if layout == "per-layer":
         assert len(set(plan.counts)) > 1 and (width == ONE_WIDTH or len(set(plan.widths)) > 1), "the case in question"
+    verdict = next(one for one in plan.runtimes if one.runtime == "llama.cpp")
+    assert verdict.loads and f"architecture {architecture}" in verdict.reason
+    done = exported(tmp_path / "cut", tmp_path / "out", custom=plan.custom_code)
+    assert done.architecture == architecture and done.structure.same_text
+    assert done.structure.relative < (1e-2 if architecture == "gemma3" else 2e-5)
+
+
+@pytest.mark.parametrize("case", SHALLOWER)
+def test_llama_cpp_computes_a_cut_without_whole_layers_as_transformers_does(case, tmp_path):
+    family, layout, settings, whole, removed, architecture = SHALLOWER[case]
+    source = dense(tmp_path / "dense", config_for(family, **settings))
+    rest = {"width": ONE_WIDTH, "keep": 1.0} if whole else {}
+    plan = cut(source, tmp_path / "cut", layout, removed=removed, **rest)
+    assert plan.removed == removed and plan.custom_code == (layout == "per-layer")
     verdict = next(one for one in plan.runtimes if one.runtime == "llama.cpp")
     assert verdict.loads and f"architecture {architecture}" in verdict.reason
     done = exported(tmp_path / "cut", tmp_path / "out", custom=plan.custom_code)

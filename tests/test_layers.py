@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_export_onnx import assert_same, export
-from test_slicing_exact import IDS, PROMPTS, assert_equal_to_masked, mask_for, residual_error
+from test_slicing_exact import IDS, PROMPTS, assert_equal_to_masked, mask_for, residual_error, without
 from transformers import AutoModelForCausalLM
 
 from sspcompile.checkpoint import Checkpoint
@@ -47,16 +47,6 @@ from sspcompile.slicing.write import write_model
 PROBES = [IDS, IDS[:5], IDS[3:4]]
 # Two that name the windows of their layers, one that leaves some without positions, one with experts in some.
 BY_NUMBER = ("gemma3_text", "qwen2", "smollm3", "qwen3_moe")
-
-
-def without(mask: HeadMask, *removed: int) -> HeadMask:
-    """The mask with layers removed whole."""
-
-    def rows(given):
-        return tuple(() if layer in removed else row for layer, row in enumerate(given))
-
-    channels = None if mask.channels is None else rows(mask.channels)
-    return replace(mask, kept=rows(mask.kept), channels=channels, removed=removed)
 
 
 def written(source: Path, out: Path, mask: HeadMask, **options) -> Claim:

@@ -73,6 +73,16 @@ def mask_for(checkpoint: Checkpoint, keep: float, layout: str, seed: int, width:
     )
 
 
+def without(mask: HeadMask, *removed: int) -> HeadMask:
+    """The mask with layers removed whole."""
+
+    def rows(given):
+        return tuple(() if layer in removed else row for layer, row in enumerate(given))
+
+    channels = None if mask.channels is None else rows(mask.channels)
+    return replace(mask, kept=rows(mask.kept), channels=channels, removed=removed)
+
+
 def assert_equal_to_masked(source: Path, out: Path, mask: HeadMask, *, custom: bool) -> None:
     loaded = load(source, fingerprint="", dtype=torch.float64)
     sliced = load_cut(out, dtype=torch.float64, trust_remote_code=custom)

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from builders import CONFIGS, FAMILY_SETTINGS, Shape, family_config, make_checkpoint, save_random
 from stored import decoder_as, stacked, stored_as
-from test_slicing_exact import channels_for
+from test_slicing_exact import channels_for, without
 
 from sspcompile.checkpoint import Checkpoint
 from sspcompile.model.loading import load
@@ -88,7 +88,12 @@ def write_twice(folder: Path, family: str, what: str, layout: str) -> None:
     record(folder, dense, layout)
 
 
-def record(folder: Path, dense: Path, layout: str, host: str | None = None) -> None:
+def write_shallower(folder: Path, family: str, layout: str) -> None:
+    """A cut without its first and third layer; what a configuration says by number is said of the others."""
+    record(folder, save_random(folder / "dense", family_config(family, layers=5)), layout, removed=(0, 2))
+
+
+def record(folder: Path, dense: Path, layout: str, host: str | None = None, removed: tuple[int, ...] = ()) -> None:
     checkpoint = Checkpoint(dense)
     g = checkpoint.geometry
     scores = np.random.default_rng(1).random((g.layers, g.heads))
@@ -112,6 +117,7 @@ def record(folder: Path, dense: Path, layout: str, host: str | None = None) -> N
         intermediate=g.intermediate,
         channels=channels_for(checkpoint, 0.6, layout, 1),
     )
+    mask = without(mask, *removed)
     plan = make_plan(checkpoint, mask, host=host)
     write_model(checkpoint, plan, folder / "cut", max_shard_bytes=60_000)
     loaded = load(folder / "dense", fingerprint="")
@@ -132,6 +138,9 @@ def main(target: str) -> None:
     for family in FAMILY_SETTINGS:
         for layout in ("uniform", "per-layer"):
             write_family(Path(target) / f"{family}-{layout}-own", family, layout)
+    for family in ("llama", "qwen2", "gemma2", "gemma3_text", "smollm3", "qwen3_moe"):
+        for layout in ("uniform", "per-layer"):
+            write_shallower(Path(target) / f"{family}-{layout}-shallower", family, layout)
     for family in ("llama", "qwen2", "smollm3", "mixtral"):
         for what in TWICE:
             for layout in ("uniform", "per-layer"):

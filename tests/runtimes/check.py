@@ -1,7 +1,8 @@
 """Run the cases of write.py in every runtime of an environment: `python tests/runtimes/check.py ENVIRONMENT FOLDER`.
 
 Writes benchmarks/results/runtimes/ENVIRONMENT.json, and ends with 1 where a cut failed. A case is "same text" where
-the runtime loads it and writes what transformers wrote, up to the end token. Only main and gguf have sspcompile.
+the runtime loads it and writes what transformers wrote, up to the end token. Only main, oldest and gguf have
+sspcompile.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import multiprocessing
 import platform
 import runpy
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,6 +96,7 @@ def in_llama_cpp(folder: Path, case: Case) -> Texts:
     """The export compares greedy text with transformers' itself, before it publishes."""
     from sspcompile.errors import UnsupportedModelError
     from sspcompile.export.gguf.publish import export_gguf
+    from sspcompile.model.placement import Placement
 
     with tempfile.TemporaryDirectory() as place:
         try:
@@ -105,6 +108,7 @@ def in_llama_cpp(folder: Path, case: Case) -> Texts:
                 origin={},
                 card=lambda _: "card\n",
                 trust_remote_code=case["custom_code"],
+                placement=Placement(device="cpu", dtype="float32", threads=1),
             )
         except UnsupportedModelError as error:
             raise Refused(error.message.rstrip(".")) from error
@@ -114,24 +118,25 @@ def in_llama_cpp(folder: Path, case: Case) -> Texts:
 
 
 def in_vllm(folder: Path, case: Case) -> Texts:
-    """In a process of its own: vLLM holds one model for as long as its process lives."""
-    script = [sys.executable, "-P", __file__, "--vllm", str(folder)]
-    done = subprocess.run(script, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    found: Texts = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    """In a process of its own, because vLLM holds a model for as long as its process lives; forked from one that has
+    imported it, because that takes longer than a tiny model does."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["vllm"])
+    with ProcessPoolExecutor(1, mp_context=server) as pool:
+        return pool.submit(ask_vllm, folder, case).result()
 
 
-def ask_vllm(folder: Path) -> None:
+def ask_vllm(folder: Path, case: Case) -> Texts:
     from vllm import LLM, SamplingParams
 
-    case = json.loads((folder / "case.json").read_text())
-    custom = {"model_impl": "transformers", "trust_remote_code": True} if case["custom_code"] else {}
-    model = LLM(str(folder / "model"), dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=4, **custom)
+    how = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128, "max_num_seqs": 4, **case["vllm"]}
     asked = [{"prompt_token_ids": ids} for ids in case["prompts"]]
     greedy = SamplingParams(temperature=0, max_tokens=len(case["answers"][0]), ignore_eos=True, detokenize=False)
-    print(json.dumps([list(answer.outputs[0].token_ids) for answer in model.generate(asked, greedy, use_tqdm=False)]))
+    try:
+        answers = LLM(str(folder / "model"), **how).generate(asked, greedy, use_tqdm=False)
+    except Exception as error:  # noqa: BLE001 (of any class, and some of them cross to no other process)
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None
+    return [list(answer.outputs[0].token_ids) for answer in answers]
 
 
 class Refused(Exception):
@@ -155,8 +160,8 @@ RUNTIMES: dict[str, dict[str, tuple[Run, str]]] = {
 }
 
 
-def cell(run: Run, part: str, folder: Path, case: Case) -> dict[str, str]:
-    refused = case["refused"].get("model") or case["refused"].get(part)
+def cell(runtime: str, run: Run, part: str, folder: Path, case: Case) -> dict[str, str]:
+    refused = next((case["refused"][what] for what in ("model", part, runtime) if what in case["refused"]), None)
     if refused:
         return {"result": NOT_RUN, "reason": refused}
     try:
@@ -181,7 +186,7 @@ def main(environment: str, folder: Path) -> int:
     cells = []
     for runtime, (run, part) in RUNTIMES[environment].items():
         for place, case in cases:
-            found = cell(run, part, place, case)
+            found = cell(runtime, run, part, place, case)
             cells.append({"runtime": runtime, "family": case["family"], "layout": case["layout"], **found})
             if found["result"] == FAILED:
                 print(f"{runtime}, {place.name}: {found['reason']}", file=sys.stderr)
@@ -201,7 +206,4 @@ def main(environment: str, folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--vllm":
-        ask_vllm(Path(sys.argv[2]))
-    else:
-        sys.exit(main(sys.argv[1], Path(sys.argv[2])))
+    sys.exit(main(sys.argv[1], Path(sys.argv[2])))

@@ -20,7 +20,14 @@ PLANNED = {
     "gguf": "llama.cpp",
     "vllm": "vLLM",
 }
-LAYOUTS = ("dense", "uniform heads", "uniform heads and channels", "per-layer heads", "per-layer heads and channels")
+LAYOUTS = (
+    "dense",
+    "uniform heads",
+    "uniform heads and channels",
+    "per-layer heads",
+    "per-layer heads and channels",
+    "fewer layers",
+)
 
 
 def results() -> list[dict[str, Any]]:
@@ -41,21 +48,37 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     for family in families:
         cells = [_cell(one["cells"], runtime, family, notes) for one, runtime in columns]
         lines.append(f"| {family} | " + " | ".join(cells) + " |")
-    dates = ", ".join(f"{', '.join(one['versions'])} on {one['date']}" for one in found)
     ran = {one["environment"] for one in found}
     absent = [PLANNED[name] for name in ENVIRONMENTS if name not in ran]
+    absent += [f"{missing} in {', '.join(one['versions'])}" for one in found if (missing := _missing(one["cells"]))]
     told = [
-        f"Each cell was run: the model loads, and its greedy text is that of transformers. “5 of 5” are {_words()}; "
-        f"tiny random models of four layers ({dates}; `make test-runtimes`). The dense ones are as "
-        "transformers 5 saved them."
+        "Each cell was run: the model loads, and its greedy text is that of transformers. "
+        f"“{len(LAYOUTS)} of {len(LAYOUTS)}” are {_words()}; tiny random models of four layers ({_dates(found)}; "
+        "`make test-runtimes`). The dense ones are as transformers 5 saved them."
+        + (" vLLM is started as `plan` says." if "vllm" in ran else "")
     ]
     told += [f"Not run yet: {'; '.join(absent)}."] if absent else []
     told += [f"{number}. {reason}" for reason, number in notes.items()]
     return "\n".join([*told[: 1 + bool(absent)], "", *lines, "", *told[1 + bool(absent) :]]).rstrip() + "\n"
 
 
+def _dates(found: Sequence[Mapping[str, Any]]) -> str:
+    """When; and which runtimes then, where they were not all run on one day."""
+    days: dict[str, list[str]] = {}
+    for one in found:
+        days.setdefault(one["date"], []).extend(f"{name} {version}" for name, version in one["versions"].items())
+    if len(days) == 1:
+        return f"on {next(iter(days))}"
+    return "; ".join(f"{', '.join(names)} on {day}" for day, names in sorted(days.items()))
+
+
 def _words() -> str:
-    return ", ".join(LAYOUTS[:-1]) + f" and {LAYOUTS[-1]}"
+    return ", ".join(LAYOUTS[:-1]) + f", and {LAYOUTS[-1]}"
+
+
+def _missing(cells: Sequence[Mapping[str, str]]) -> str:
+    """The layouts that an earlier run did not have."""
+    return ", ".join(name for name in LAYOUTS if name not in {cell["layout"] for cell in cells})
 
 
 def _cell(cells: Sequence[Mapping[str, str]], runtime: str, family: str, notes: dict[str, int]) -> str:

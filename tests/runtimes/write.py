@@ -2,7 +2,8 @@
 
 A case per family and layout: a tiny random model, dense or cut (`model`), its ONNX export (`onnx`) where there is a
 graph for it, and in `case.json` prompts with what the masked dense model writes behind them in the transformers of
-this environment. Heads have a size of 64, which vLLM takes on a CPU.
+this environment, and with what options vLLM is said to load it. Heads have a size of 64, which vLLM takes on a CPU;
+the tokenizer is one that llama.cpp takes.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from builders import FAMILY_SETTINGS, family_config, save_random
-from test_slicing_exact import mask_for
+from builders import FAMILY_SETTINGS
+from gguf_models import config_for, dense
+from test_slicing_exact import mask_for, without
 
 from sspcompile.checkpoint import Checkpoint
 from sspcompile.errors import UnsupportedModelError
@@ -25,30 +27,35 @@ from sspcompile.export.onnx import PRECISIONS, Blocks, export_onnx
 from sspcompile.model.loading import load
 from sspcompile.proof.reload import respond
 from sspcompile.repair.repair import masked
-from sspcompile.slicing.plan import make_plan
+from sspcompile.slicing.plan import SlicePlan, make_plan
+from sspcompile.slicing.runtimes import Verdict
 from sspcompile.slicing.write import write_model
 
 PROMPTS = ([5, 17, 40, 99, 120, 7], [200, 3, 8, 61, 44, 12, 90, 31], [77, 76, 75, 74, 73])
 NEW_TOKENS = 16
-END = 257
-# Name -> layout, share of the heads, share of the channels. A half of the heads divides hidden_size, which some want.
+END = 1
+DENSE = "dense"
+# Name -> layout, share of the heads, share of the channels, layers that are removed whole. A half of the heads divides
+# hidden_size, which some want.
 LAYOUTS = {
-    "dense": ("uniform", 1.0, 1.0),
-    "uniform heads": ("uniform", 0.5, 1.0),
-    "uniform heads and channels": ("uniform", 0.5, 0.6),
-    "per-layer heads": ("per-layer", 0.75, 1.0),
-    "per-layer heads and channels": ("per-layer", 0.75, 0.6),
+    DENSE: ("uniform", 1.0, 1.0, ()),
+    "uniform heads": ("uniform", 0.5, 1.0, ()),
+    "uniform heads and channels": ("uniform", 0.5, 0.6, ()),
+    "per-layer heads": ("per-layer", 0.75, 1.0, ()),
+    "per-layer heads and channels": ("per-layer", 0.75, 0.6, ()),
+    "fewer layers": ("uniform", 1.0, 1.0, (0,)),
 }
+# Real ones leave every fourth layer without positions, the only pattern that llama.cpp has.
+SETTINGS = {"smollm3": {"no_rope_layers": [1, 1, 1, 0]}}
 
 
 def write(folder: Path, family: str, name: str) -> None:
     """One case. What cannot be written is `refused`, by the writer of cuts or by that of ONNX graphs."""
-    layout, keep, width = LAYOUTS[name]
+    layout, keep, width, removed = LAYOUTS[name]
     case: dict[str, object] = {"family": family, "layout": name, "end": END, "refused": {}}
-    config = family_config(family, layers=4, hidden=256, kv_heads=2, group_size=2, head_dim=64)
-    source = save_random(folder / "source", config)
+    source = dense(folder / "source", config_for(family, **SETTINGS.get(family, {})))
     checkpoint = Checkpoint(source)
-    mask = mask_for(checkpoint, keep, layout, 1, width)
+    mask = without(mask_for(checkpoint, keep, layout, 1, width), *removed)
     if width < 1 and mask.channels is None:
         refuse(folder, case, {"model": "its MLPs are experts, whose channels are not cut"})
         return
@@ -60,9 +67,26 @@ def write(folder: Path, family: str, name: str) -> None:
         for ids in PROMPTS:
             answers.append([int(logits[0, -1].argmax()) for logits in respond(loaded.model, [ids], NEW_TOKENS)])
     case |= {"custom_code": plan.custom_code, "attention": checkpoint.geometry.family.attention}
-    case |= {"prompts": PROMPTS, "answers": answers}
-    refuse(folder, case, _to_onnx(folder, custom_code=plan.custom_code))
+    case |= {"prompts": PROMPTS, "answers": answers, "vllm": {} if name == DENSE else vllm_options(plan)}
+    refuse(folder, case, _to_onnx(folder, custom_code=plan.custom_code) | _for_vllm(plan))
     shutil.rmtree(source)
+
+
+def vllm_options(plan: SlicePlan) -> dict[str, object]:
+    """What `plan` tells users to put behind `vllm serve`, as keywords of `LLM`."""
+    said = _verdict(plan).reason
+    found: dict[str, object] = {"model_impl": "transformers"} if "--model-impl transformers" in said else {}
+    return found | ({"trust_remote_code": True} if "--trust-remote-code" in said else {})
+
+
+def _for_vllm(plan: SlicePlan) -> dict[str, str]:
+    """Gives why not, where `plan` says that vLLM does not load it."""
+    verdict = _verdict(plan)
+    return {} if verdict.loads else {"vllm-cpu": verdict.reason}
+
+
+def _verdict(plan: SlicePlan) -> Verdict:
+    return next(one for one in plan.runtimes if one.runtime == "vLLM")
 
 
 def _to_onnx(folder: Path, *, custom_code: bool) -> dict[str, str]:
