@@ -53,7 +53,7 @@ def read_gradients(
     """
 
     def watch(index: int, x: Tensor) -> Tensor:
-        watched: Tensor = _Watched.apply(x, partial(read, index))  # type: ignore[no-untyped-call]
+        watched: Tensor = _Watched.apply(x, partial(read, index))
         return watched
 
     with torch.enable_grad(), _from_embeddings(loaded), recomputed(loaded.layers), reading(modules, what, watch):
