@@ -6,25 +6,28 @@
 The scenario is PROMPTS word problems with reference answers, as in `benchmarks.build`; JUDGED problems that no build
 has seen tell the KL from the dense model, the tokens that change hands and the perplexity of the answers. A case is a
 set of options of `sspcompile build` (CASES). The first build learns the model, later ones find it learned. `--speed`
-names cases that `sspcompile bench` measures against the dense model afterwards. Rows that OUT holds already are not
-measured again.
+names cases that `sspcompile bench` measures against the dense model afterwards. With `--folder` a second run goes on
+where the first one ended.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import click
 import torch
 
-from benchmarks.build import JUDGED, PROMPTS, lost, problems, run, write_prompts
+from benchmarks.build import JUDGED, PROMPTS, build, lost, problems, told, write_prompts
+from benchmarks.rows import Results, Row
+from sspcompile.workspace import MODEL, PLAN
 
+ASKED = "prompts.jsonl"
 CASES: Mapping[str, tuple[str, ...]] = {
     "default": (),
     "keep-0.75": ("--keep", "0.75", "--layout", "per-layer"),
@@ -41,17 +44,30 @@ CASES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def parameters(folder: Path) -> float:
-    """Share of the dense model's parameters that an artifact has."""
-    told = json.loads((folder / "plan.json").read_text("utf-8"))["parameters"]
-    return float(told["sliced"] / told["dense"])
+def built(model: str, name: str, home: Path, unseen: Sequence[tuple[str, str]]) -> Row:
+    """What a build of a case costs, and what is lost on problems that it has not seen."""
+    shutil.rmtree(home / name, ignore_errors=True)  # of a run that ended before its row was written
+    cost = build(model, ASKED, name, home, CASES[name])
+    counted = json.loads((home / name / PLAN).read_text("utf-8"))["parameters"]
+    figures = lost(model, home / name / MODEL, unseen).figures()
+    share = counted["sliced"] / counted["dense"]
+    return {"options": " ".join(CASES[name]), "parameters": share, **asdict(cost), **figures}
 
 
-def speed(folder: Path) -> dict[str, object]:
-    """What `sspcompile bench` prints of an artifact."""
-    command = [sys.executable, "-m", "sspcompile.cli.main", "bench", str(folder), "--json"]
-    told: dict[str, object] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
-    return told
+def told_build(name: str) -> Callable[[Row], str]:
+    return lambda row: (
+        f"{name}: {row['parameters']:.1%} of the parameters, {row['wall'] / 60:.1f} min, {row['peak'] / 1e9:.2f} GB; "
+        f"KL {row['kl']:.3f}, {row['same_token']:.1%} same token, perplexity {row['perplexity_ratio']:.3f} times dense"
+    )
+
+
+def told_speed(name: str) -> Callable[[Row], str]:
+    def line(row: Row) -> str:
+        timed = [one for one in row["ratios"] if one["load"] is not None]
+        shown = (f"{one['metric']} {one['improvement']:.2f} ({one['verdict']})" for one in timed)
+        return f"{name}, dense over cut: {', '.join(shown)}"
+
+    return line
 
 
 @click.command()
@@ -68,34 +84,18 @@ def main(
 ) -> None:
     """Build one scenario to many budgets."""
     model = str(Path(model).resolve()) if Path(model).is_dir() else model
-    head = {"model": Path(model).name, "prompts": prompts, "judged": JUDGED, "threads": torch.get_num_threads()}
-    rows: dict[str, object] = json.loads(out.read_text("utf-8")) if out.exists() else head
+    settings: Row = {"model": Path(model).name, "prompts": prompts, "threads": torch.get_num_threads()}
+    results = Results(out, settings, goes_on=folder is not None)
     with tempfile.TemporaryDirectory() as temporary:
-        home = folder or Path(temporary)
+        home = (folder or Path(temporary)).resolve()
         home.mkdir(parents=True, exist_ok=True)
-        write_prompts(home / "prompts.jsonl", problems(questions, 0, prompts))
+        write_prompts(home / ASKED, problems(questions, 0, prompts))
+        unseen = problems(judge, 0, JUDGED)
         for name in cases.split(","):
-            place = home / name
-            if name in rows and (name not in timed.split(",") or place.is_dir()):
-                continue
-            words = ["--scenario", "prompts.jsonl", "--model", model, "--out", name, "--quiet", "--overwrite"]
-            cost = run([sys.executable, "-m", "sspcompile.cli.main", "build", *words, *CASES[name]], home)
-            figures = lost(model, place / "model", problems(judge, 0, JUDGED))
-            rows[name] = {"options": " ".join(CASES[name]), "parameters": parameters(place), **asdict(cost), **figures}
-            click.echo(
-                f"{name}: {parameters(place):.1%} of the parameters, {cost.wall / 60:.1f} min, "
-                f"{cost.peak / 1e9:.2f} GB; KL {figures['kl']:.3f}, {figures['same_token']:.1%} same token, "
-                f"perplexity {figures['perplexity_ratio']:.3f} times dense"
-            )
-            _keep(rows, out)
+            results.row(name, partial(built, model, name, home, unseen), told_build(name))
         for name in filter(None, timed.split(",")):
-            rows[f"{name}, speed"] = speed(home / name)
-            _keep(rows, out)
-
-
-def _keep(rows: Mapping[str, object], out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+            measure = partial(told, ["bench", str(home / name), "--quiet"], home)
+            results.row(f"{name}, speed", measure, told_speed(name))
 
 
 if __name__ == "__main__":

@@ -153,7 +153,8 @@ def lost(model: str, cut: Path, asked: Sequence[tuple[str, str]]) -> Lost:
     for batch in batches_of(dense, items):
         owner = torch.tensor(batch.rows)[batch.score_mask.nonzero()[:, 0]]
         targets = batch.input_ids.roll(-1, 1)[batch.score_mask]
-        logits = [m.scored_logits(batch.input_ids, batch.attention_mask, batch.score_mask) for m in (dense, other)]
+        read = (batch.input_ids, batch.attention_mask, batch.score_mask)
+        logits = dense.scored_logits(*read), other.scored_logits(*read)
         collected.add(*logits, owner)
         tokens += len(targets)
         for place, one in enumerate(logits):

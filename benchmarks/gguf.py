@@ -162,7 +162,7 @@ def texts(folder: Path, kinds: list[str], scratch: Path) -> None:
                 scores = llama.read(found[-1:])
             same += found == tail
             alike += next((n for n, pair in enumerate(zip(found, tail, strict=True)) if pair[0] != pair[1]), len(tail))
-            shown = shown or model.tokenizer.decode(found)
+            shown = shown or str(model.tokenizer.decode(found))
         llama.close()
         size = path.stat().st_size / 2**20
         total = sum(map(len, wanted))
@@ -180,7 +180,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     if given.write:
-        print(json.dumps(write(*given.folders, None)))
+        source, target = given.folders
+        print(json.dumps(write(source, target, None)))
         return
     with tempfile.TemporaryDirectory(dir=os.environ.get("SCRATCH")) as scratch:
         for folder in given.folders:

@@ -34,6 +34,7 @@ import numpy as np
 import torch
 
 from benchmarks.build import COMMAND, JUDGED, PROMPTS, bare_pass, build, foretell, lost, problems, told, write_prompts
+from benchmarks.rows import Results, Row
 from benchmarks.slice import copied, measured, warm
 from sspcompile.api.arguments import named
 from sspcompile.api.drafts import load_nested
@@ -53,31 +54,6 @@ ROUNDS = 3
 SWITCHES = 200
 # What the issue of nested models asks for: of the dense model's bytes, and of a switch in microseconds.
 MOST_BYTES, MOST_MICROSECONDS = 1.15, 1000
-
-Row = dict[str, Any]
-
-
-class Results:
-    """Rows by name, in a file that holds all of them at any moment."""
-
-    def __init__(self, path: Path, settings: Row, *, goes_on: bool) -> None:
-        self._path = path
-        self._rows: Row = {"settings": settings}
-        if goes_on and path.is_file():
-            known = json.loads(path.read_text("utf-8"))
-            self._rows = known if known.get("settings") == settings else self._rows
-
-    def __getitem__(self, name: str) -> Row:
-        row: Row = self._rows[name]
-        return row
-
-    def row(self, name: str, measure: Callable[[], Row], line: Callable[[Row], str]) -> None:
-        """Measure a row unless it is known, keep it, and print what it says."""
-        if name not in self._rows:
-            self._rows[name] = measure()
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text(json.dumps(self._rows, indent=1) + "\n", "utf-8")
-        click.echo(line(self._rows[name]))
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,9 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -42,14 +44,14 @@ from rich.table import Table
 from benchmarks.slice import write_mask
 from sspcompile.checkpoint import Checkpoint, OutputTensor, write_checkpoint
 from sspcompile.intervals import ratio_interval
-from sspcompile.slicing.mask import load_mask
+from sspcompile.slicing.mask import Layout, load_mask
 from sspcompile.slicing.plan import make_plan
 from sspcompile.slicing.write import write_model
 
 RESULTS = Path("benchmarks/results/onnx")
 OPTIMUM = Path(".venv-optimum/bin/python")
 COMMON = {"torch_dtype": "float32", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "hidden_act": "silu"}
-SHAPES: Mapping[str, dict[str, object]] = {
+SHAPES: Mapping[str, dict[str, Any]] = {
     "207M": {
         "model_type": "qwen3",
         "architectures": ["Qwen3ForCausalLM"],
@@ -116,7 +118,7 @@ class Contender:
     folder: Path
 
 
-def make_model(folder: Path, shape: Mapping[str, object]) -> Path:
+def make_model(folder: Path, shape: Mapping[str, Any]) -> Path:
     """Normal weights of a small spread, streamed; norms are ones."""
     folder.mkdir(parents=True)
     config = {**shape, "rope_parameters": {"rope_type": "default", "rope_theta": shape["rope_theta"]}}
@@ -128,17 +130,17 @@ def make_model(folder: Path, shape: Mapping[str, object]) -> Path:
         for start in range(0, dims[0], step):
             size = (min(step, dims[0] - start), *dims[1:])
             values = np.ones(size, np.float32) if len(dims) == 1 else SPREAD * rng.standard_normal(size, np.float32)
-            yield memoryview(np.ascontiguousarray(values, dtype=np.float32)).cast("B")
+            yield np.ascontiguousarray(values, dtype=np.float32).data.cast("B")
 
     tensors = [
-        OutputTensor(name, "F32", dims, lambda dims=dims, seed=seed: content(dims, seed))
+        OutputTensor(name, "F32", dims, partial(content, dims, seed))
         for seed, (name, (dims, _)) in enumerate(Checkpoint(folder).expected().items())
     ]
     write_checkpoint(folder, tensors, max_shard_bytes=2 * 10**9)
     return folder
 
 
-def cut(model: Path, out: Path, layout: str) -> Path:
+def cut(model: Path, out: Path, layout: Layout) -> Path:
     """Half of the heads."""
     mask = load_mask(write_mask(model, out.with_suffix(".json"), 0.5, layout))
     checkpoint = Checkpoint(model)
@@ -184,7 +186,7 @@ def copied(model: Path, out: Path) -> float:
     return time.perf_counter() - start
 
 
-def export_rounds(model: Path, folder: Path, rounds: int) -> dict[str, object]:
+def export_rounds(model: Path, folder: Path, rounds: int) -> dict[str, Any]:
     """Seconds of exports and of `cp`, in turn; the files are removed after each."""
     kept: dict[str, list[float]] = {"export, copied": [], "export, linked": [], "cp": []}
     peaks: dict[str, int] = {}
@@ -229,7 +231,7 @@ def built(model: Path, out: Path, precision: str) -> Path | None:
 
 
 def contenders(
-    folder: Path, shape: Mapping[str, object], *, peers: bool, only: re.Pattern[str]
+    folder: Path, shape: Mapping[str, Any], *, peers: bool, only: re.Pattern[str]
 ) -> tuple[list[Contender], dict[str, list[float]]]:
     """Make the models and every form of them; and what the exports of others took, [seconds, peak bytes]."""
     costs: dict[str, list[float]] = {}
@@ -255,9 +257,9 @@ def contenders(
         for precision in ("fp32", "int4"):
             if not only.search(f"genai builder {precision}, pruned"):
                 continue
-            out = built(models["pruned"], folder / f"built-{precision}", precision)
-            if out is not None:
-                rows.append(Contender(f"genai builder {precision}, pruned", "onnx", out))
+            made = built(models["pruned"], folder / f"built-{precision}", precision)
+            if made is not None:
+                rows.append(Contender(f"genai builder {precision}, pruned", "onnx", made))
         for kind, name, python in (
             ("dynamo", "dense", sys.executable),
             ("dynamo", "pruned", sys.executable),
@@ -298,7 +300,7 @@ def _tokenizer(model: Path) -> None:
         shutil.copyfile(file, model / file.name)
 
 
-def timed(contender: Contender, **request: object) -> dict[str, object]:
+def timed(contender: Contender, **request: object) -> dict[str, Any]:
     """What the worker prints; `request` are the arguments of its kind."""
     threads = request["threads"]
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads)}
@@ -334,7 +336,7 @@ def main(
             rows, costs = contenders(Path(place), SHAPES[size], peers=peers, only=re.compile(only))
             bytes_of = {row.name: weight_bytes(row.folder) for row in rows}
             export = export_rounds(Path(place) / "dense", Path(place), rounds)
-            result: dict[str, object] = {
+            result: dict[str, Any] = {
                 "size": size,
                 "threads": threads,
                 "bytes": bytes_of,
@@ -362,12 +364,12 @@ def main(
         show(result)
 
 
-def ratios(result: Mapping[str, object], what: str, row: str, base: str = BASE) -> np.ndarray:
+def ratios(result: Mapping[str, Any], what: str, row: str, base: str = BASE) -> np.ndarray:
     """Per round: how many times faster than `base`."""
     return np.array([np.median(one[base][what]) / np.median(one[row][what]) for one in result["rounds"]])
 
 
-def show(result: Mapping[str, object]) -> None:
+def show(result: Mapping[str, Any]) -> None:
     """Print what README and docs quote."""
     console = Console(width=120)
     export = result["export"]
@@ -394,9 +396,10 @@ def show(result: Mapping[str, object]) -> None:
         predicted = result["bytes"][base] / result["bytes"][row]
         for context in CONTEXTS:
             ratio, interval = ratio_interval(*found[f"step {context}"])
+            between = "too few pairs" if interval is None else f"{interval.low:.3f} to {interval.high:.3f}, 99 %"
             console.print(
-                f"{row} against {base}, decode at {context}: {ratio:.3f} times as fast ({interval.low:.3f} to "
-                f"{interval.high:.3f}, 99 %); the bytes of their weights predict {predicted:.3f}"
+                f"{row} against {base}, decode at {context}: {ratio:.3f} times as fast ({between}); the bytes of their "
+                f"weights predict {predicted:.3f}"
             )
 
 

@@ -50,6 +50,8 @@ def dynamo(folder: Path, out: Path) -> None:
         verbose=False,
     )
     out.mkdir(parents=True)
+    if program is None:  # as without dynamo
+        raise RuntimeError("torch gave no program")
     program.save(out / "model.onnx", external_data=True)
 
 

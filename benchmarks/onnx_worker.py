@@ -13,8 +13,9 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -171,8 +172,13 @@ def growing_steps(folder: Path, threads: int, prompt: int, contexts: list[int], 
 
 
 def main(kind: str, folder: str, request: str) -> None:
-    run = {"transformers": transformers_steps, "onnx": onnx_steps, "growing": growing_steps, "pair": pair_steps}[kind]
-    found = run(Path(folder), **json.loads(request))
+    runs: dict[str, Callable[..., dict[str, Any]]] = {
+        "transformers": transformers_steps,
+        "onnx": onnx_steps,
+        "growing": growing_steps,
+        "pair": pair_steps,
+    }
+    found = runs[kind](Path(folder), **json.loads(request))
     # Not ru_maxrss: that one remembers the process which started this one.
     found["peak_bytes"] = 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
     print(json.dumps(found))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import click
 import numpy as np
@@ -54,7 +55,7 @@ def main(model: str | None, repeats: int) -> None:
 
     runs: dict[str, Callable[[], object]] = {"capture": lambda: features(loaded, prompts)}
     runs |= {
-        f"everything, {' and '.join(names)}": lambda names=names: prepare(loaded, pools, outside, criteria=names)
+        f"everything, {' and '.join(names)}": partial(prepare, loaded, pools, outside, criteria=names)
         for names in CRITERIA
     }
     table = Table("what", "s", "bare pass s", "ratio", "range", title=f"{len(prompts)} prompts, {repeats} repeats")

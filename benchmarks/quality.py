@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -183,7 +184,7 @@ def judge_job(seed: int, domain: str, count: int, out: Path) -> None:
                     seen[same] = answer(choice.units, repair, domain, seed, count)
                 add(cells, f"{row}/{layout}/{keep:g}/{name}", choice.ratio, seen[same])
     cells["counts"] = np.array([count, OFF_DOMAIN_ITEMS * (len(DOMAINS) - 1)])
-    _store(path, lambda part: np.savez_compressed(part, **cells))
+    _store(path, functools.partial(_packed, cells))
 
 
 def shortlisted(texts: Texts, seed: int) -> dict[Cell, Choice]:
@@ -207,10 +208,10 @@ def mixed_job(seed: int, out: Path) -> None:
     if path.exists():
         return
     found = shortlisted(mixed(seed), seed)
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for (layout, keep), choice in found.items():
         arrays |= {f"kept-{layout}-{keep:g}": choice.kept, f"shapes-{layout}-{keep:g}": np.array(choice.shapes)}
-    _store(path, lambda part: np.savez_compressed(part, **arrays))
+    _store(path, functools.partial(_packed, arrays))
 
 
 def mixed_masks(seed: int, out: Path) -> dict[Cell, Choice]:
@@ -237,12 +238,16 @@ def default_job(seed: int, domain: str, count: int, out: Path) -> None:
             for ((layout, keep), choice), repair in zip(chosen.items(), fitted, strict=True):
                 found = answer(choice.units, repair, domain, seed, count)
                 add(cells, f"{row}/{layout}/{keep:g}/{name}", choice.ratio, found)
-    _store(path, lambda part: np.savez_compressed(part, **cells))
+    _store(path, functools.partial(_packed, cells))
 
 
 def add(cells: dict[str, np.ndarray], key: str, ratio: float, found: Answers) -> None:
     cells[f"{key}/own"], cells[f"{key}/off"] = np.packbits(found.own), np.packbits(found.off)
     cells[f"{key}/facts"] = np.array([ratio, found.likelihood])
+
+
+def _packed(arrays: Mapping[str, Any], part: Path) -> None:
+    np.savez_compressed(part, **arrays)
 
 
 def _store(path: Path, write: Callable[[Path], object]) -> None:

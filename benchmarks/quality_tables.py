@@ -61,7 +61,7 @@ class Row:
 
 def load(results: Path) -> dict[str, Cells]:
     """All finished jobs, `domain/seed` -> cells with unpacked answers."""
-    found = {}
+    found: dict[str, Cells] = {}
     for path in sorted(results.glob("cells-*.npz")):
         _, seed, domain = path.stem.split("-", 2)
         cells = dict(np.load(path)) | dict(np.load(results / f"default-{seed}-{domain}.npz"))

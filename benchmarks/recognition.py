@@ -20,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -150,7 +151,7 @@ def main(model: str, data: Path, each: int, out: Path) -> None:
     found = features(loaded, [item.text for item in items], recognised_tokens(TOKENS), layers=layers, bare=True)
     unseen = judged(without, items, found)
     scenarios = shipped(toolkit, loaded)
-    rows = {
+    rows: dict[str, Any] = {
         "model": Path(model).name,
         "texts": len(items),
         **judged(toolkit, items, found),

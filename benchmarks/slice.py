@@ -20,7 +20,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -54,7 +56,7 @@ SHAPE = {
 }
 
 
-def sized_config(folder: Path, target: int, shape: dict[str, object]) -> dict[str, object]:
+def sized_config(folder: Path, target: int, shape: dict[str, Any]) -> dict[str, Any]:
     """A configuration whose weights come closest to `target` bytes: the number of layers follows from it."""
     sizes = []
     for layers in (1, 2):
@@ -72,14 +74,14 @@ def random_bytes(count: int, seed: int) -> Iterator[bytes]:
         yield np.roll(block, 64 * number)[: min(CHUNK, count - start)].tobytes()
 
 
-def make(folder: Path, target: int, shape: dict[str, object]) -> Path:
+def make(folder: Path, target: int, shape: dict[str, Any]) -> Path:
     """Write a checkpoint of about `target` bytes in shards of SHARD_BYTES at most."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(sized_config(folder, target, shape)))
     tensors = []
     for seed, (name, (dims, dtype)) in enumerate(Checkpoint(folder).expected().items()):
         count = int(np.prod(dims)) * WORD_BYTES[dtype]
-        tensors.append(OutputTensor(name, dtype, dims, lambda count=count, seed=seed: random_bytes(count, seed)))
+        tensors.append(OutputTensor(name, dtype, dims, partial(random_bytes, count, seed)))
     write_checkpoint(folder, tensors, max_shard_bytes=min(SHARD_BYTES, max(1, target // 4)))
     os.sync()
     return folder
@@ -90,7 +92,7 @@ def make_sparse(folder: Path, target: int) -> Path:
     shape = {**SHAPE, "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(sized_config(folder, target, shape)))
-    shards: list[dict[str, object]] = [{}]
+    shards: list[dict[str, Any]] = [{}]
     ends, places = [0], {}
     for name, (dims, dtype) in Checkpoint(folder).expected().items():
         count = int(np.prod(dims)) * WORD_BYTES[dtype]
@@ -160,7 +162,7 @@ def warm(folder: Path) -> None:
                 pass
 
 
-def slice_case(folder: Path, target: int, repeats: int, keep: float) -> dict[str, object]:
+def slice_case(folder: Path, target: int, repeats: int, keep: float) -> dict[str, Any]:
     model = make(folder / "dense", target, SHAPE)
     mask = write_mask(model, folder / "mask.json", keep)
     slicing = [
@@ -201,7 +203,7 @@ def slice_case(folder: Path, target: int, repeats: int, keep: float) -> dict[str
     return {"source_bytes": held, "written_bytes": written, **seconds, "ratios": ratios, "peak_bytes": peak}
 
 
-def plan_case(folder: Path, target: int, repeats: int) -> dict[str, object]:
+def plan_case(folder: Path, target: int, repeats: int) -> dict[str, Any]:
     model = make_sparse(folder / "large", target)
     command = [sys.executable, "-m", "sspcompile.cli.main", "plan", "--model", str(model), "--keep", "0.5", "--json"]
     samples = [measured(command) for _ in range(repeats + 1)][1:]
@@ -210,7 +212,7 @@ def plan_case(folder: Path, target: int, repeats: int) -> dict[str, object]:
     return {"bytes": held, "seconds": [took for took, _ in samples], "peak_bytes": max(peak for _, peak in samples)}
 
 
-def show(cases: list[dict[str, object]], plan: dict[str, object]) -> None:
+def show(cases: list[dict[str, Any]], plan: dict[str, Any]) -> None:
     memory = psutil.virtual_memory().total
     title = f"slice to keep 0.5 against cp of what it writes; {memory / GIGA:.0f} GB of memory, source read before each"
     table = Table("source", "written", "slice s", "cp s", "ratio", "range", "peak MB", title=title)

@@ -29,6 +29,7 @@ def pip(*words: str) -> None:
 def convert(source: Path, out: Path) -> None:
     """The GGUF in the folder `source` as a Hugging Face folder."""
     import torch
+    from torch import nn
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32)
@@ -36,7 +37,8 @@ def convert(source: Path, out: Path) -> None:
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
         vars(model).pop(name, None)
     vars(model.config).pop("quantization_config", None)
-    model.to(torch.bfloat16).save_pretrained(out)
+    nn.Module.to(model, torch.bfloat16)  # transformers hides the types of its own
+    model.save_pretrained(out)
     AutoTokenizer.from_pretrained(source, gguf_file=FILE).save_pretrained(out)
 
 
