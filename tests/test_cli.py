@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import pytest
 from builders import Shape, make_checkpoint
+from commands import Done, shell
 from safetensors.numpy import load_file
 
 from sspcompile.cli import main as cli_main
@@ -41,17 +40,6 @@ ARTIFACT_FILES = {
 }
 
 
-@dataclass(frozen=True)
-class Done:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self):
-        return json.loads(self.out)
-
-
 @pytest.fixture
 def run(capfd, monkeypatch):
     """Run the command line in this process: what it printed, and its exit code."""
@@ -69,13 +57,6 @@ def run(capfd, monkeypatch):
         return Done(int(stop.value.code or 0), captured.out, captured.err)
 
     return call
-
-
-def shell(home: Path, *args: object) -> Done:
-    """Run the command line as a program of its own, without a terminal."""
-    command = [sys.executable, "-m", "sspcompile.cli.main", *map(str, args)]
-    done = subprocess.run(command, cwd=home, capture_output=True, text=True, env=os.environ, timeout=300)
-    return Done(done.returncode, done.stdout, done.stderr)
 
 
 def listing(folder: Path) -> set[str]:

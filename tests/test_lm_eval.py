@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_cli import refused, run, shell  # noqa: F401 (a fixture)
+from commands import shell
+from test_cli import refused, run  # noqa: F401 (a fixture)
 
 from training.corpus import items
 

@@ -36,8 +36,6 @@ def open_member(artifact: Path, share: float, *, host: str | None = None) -> Mem
     Raises InputError for what is no share, ArtifactError for what is no nested artifact, and BudgetError below the
     smallest member.
     """
-    if not 0 < share <= 1:
-        raise InputError(f"--size {share:g} is no share of the parameters.", hint="Give one up to 1, as --size 0.8.")
     nested = read_nested(artifact)
     member = nested.member(share)
     mask = load_mask(artifact / member.mask)

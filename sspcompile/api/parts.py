@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -88,14 +88,14 @@ def parts_of(request: Request, lengths: Lengths) -> Parts:
     protect = protected_pools(options, np.zeros_like(even), given.candidates)
     splits = draw_splits(request.scenario.prompts, even, given.candidates, options.seed, protect)
     off = splits.off or tuple(text for one in given.candidates for text in one.prompts)[:OFF_PROMPTS]
+    splits = replace(splits, off=off)
     spared = [prompt for one in splits.protected for prompt in one.guard]
     told = [prompt for one in splits.protected for prompt in one.judge]
-    listed = (splits.fit, splits.guard, splits.judge, off, spared, told)
     fit, guard, judge, apart, decide, report = (
-        Part(len(one), continued(one, lengths, options.continuation_tokens)) for one in listed
+        Part(len(one), continued(one, lengths, options.continuation_tokens))
+        for one in (splits.fit, splits.guard, splits.judge, splits.off, spared, told)
     )
-    every = tuple(prompt for one in listed for prompt in one)
-    return Parts(fit, guard, judge, apart, decide, report, every, splits.judge)
+    return Parts(fit, guard, judge, apart, decide, report, splits.every, splits.judge)
 
 
 def continued(prompts: Sequence[Prompt], lengths: Lengths, new: int) -> int:

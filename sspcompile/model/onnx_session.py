@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sspcompile.errors import ArtifactError, BudgetError, InputError, RunError
+from sspcompile.errors import ArtifactError, InputError, RunError
 from sspcompile.machine import usable_cores
+from sspcompile.request.amounts import largest_within
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 GRAPH, SETTINGS = "model.onnx", "genai_config.json"
 # Which sizes an export of a nested model has graphs of.
 SIZES = "sizes.json"
-# A size that was typed is one of those in spite of rounding.
-CLOSE = 1e-9
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 NUMPY: Mapping[str, type[np.floating]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
@@ -211,7 +210,8 @@ def graph_name(share: float) -> str:
 def graph_of(folder: Path, size: float | None) -> str:
     """The file of the largest of an export's sizes of at most `size`; that of the whole where None is asked for.
 
-    Raises InputError for an export of one size, BudgetError below the smallest, ArtifactError for a damaged sizes.json.
+    Raises InputError for an export of one size, ArtifactError for a damaged sizes.json, and what `largest_within`
+    raises.
     """
     if size is None:
         return GRAPH
@@ -222,13 +222,7 @@ def graph_of(folder: Path, size: float | None) -> str:
         shares = [float(share) for share in json.loads(path.read_bytes())["sizes"]]
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} is damaged.", hint="Export it again.") from error
-    found = [share for share in shares if share <= size + CLOSE]
-    if not found:
-        raise BudgetError(
-            f"--size {size:g} is less than the smallest size of the export.",
-            hint=f"It holds {', '.join(f'{share:g}' for share in shares)}.",
-        )
-    return graph_name(max(found))
+    return graph_name(largest_within(shares, size, "the export"))
 
 
 def is_onnx(folder: Path) -> bool:

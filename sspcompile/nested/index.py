@@ -11,16 +11,15 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sspcompile.errors import ArtifactError, BudgetError
+from sspcompile.errors import ArtifactError
 from sspcompile.intervals import Estimate
 from sspcompile.nested.order import Order, Prefix
+from sspcompile.request.amounts import largest_within
 from sspcompile.workspace import MODEL, NESTED
 
 SCHEMA_VERSION = 1
 MEMBERS = "members"
 MASKS = "masks"
-# A share that was typed is a member's own in spite of rounding.
-CLOSE = 1e-9
 
 
 class _Section(BaseModel):
@@ -100,14 +99,9 @@ class Nested(_Section):
         return Order(self.groups, self.channels)
 
     def member(self, share: float) -> Member:
-        """The largest member of at most this share of the parameters. Raises BudgetError below the smallest."""
-        found = next((one for one in self.members if one.share <= share + CLOSE), None)
-        if found is None:
-            raise BudgetError(
-                f"--size {share:g} is less than the smallest member of the nested artifact.",
-                hint=f"It holds {', '.join(f'{one.share:g}' for one in self.members)}.",
-            )
-        return found
+        """The largest member of at most this share of the parameters. Raises what `largest_within` raises."""
+        found = largest_within([one.share for one in self.members], share, "the nested artifact")
+        return next(one for one in self.members if one.share == found)
 
 
 def dump_nested(nested: Nested) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
+from sspcompile.errors import BudgetError, InputError
 from sspcompile.request.documents import NAME_PATTERN, shown
 from sspcompile.request.sizes import COUNTS, UNITS, parsed
 
@@ -77,6 +78,8 @@ Losses = Annotated[
 ]
 
 MOST_SHARES = 12
+# A share that was typed is one of those that there are in spite of rounding.
+CLOSE = 1e-9
 
 
 def shares_of(text: str) -> tuple[float, ...]:
@@ -88,6 +91,22 @@ def shares_of(text: str) -> tuple[float, ...]:
     if not given or not all(0 < share <= 1 for share in given) or len(given | {1.0}) not in range(2, MOST_SHARES + 1):
         raise ValueError(f"must be shares above 0 and up to 1, as 1,0.9,0.8 ({MOST_SHARES} at most), not {shown(text)}")
     return tuple(sorted(given | {1.0}, reverse=True))
+
+
+def largest_within(shares: Sequence[float], size: float, what: str) -> float:
+    """The largest of `shares` that is at most `size`; `what` has them is said in errors.
+
+    Raises InputError for a `size` that is no share, and BudgetError below the smallest.
+    """
+    if not 0 < size <= 1:
+        raise InputError(f"--size {size:g} is not a share of the parameters.", hint="Give one up to 1, as --size 0.8.")
+    found = [share for share in shares if share <= size + CLOSE]
+    if not found:
+        raise BudgetError(
+            f"--size {size:g} is less than the smallest size of {what}.",
+            hint=f"It holds {', '.join(f'{share:g}' for share in shares)}.",
+        )
+    return max(found)
 
 
 def _settled(text: str) -> str:
