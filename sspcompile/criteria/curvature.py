@@ -129,28 +129,27 @@ def removal_costs(inputs: Tensor, writes: Tensor, units: int) -> np.ndarray:
     `inputs` and `writes` are [n, n] float64, a unit is n / units channels side by side. Each cost counts what the ones
     before it left behind, and never lies below an earlier one. What no text excites costs nothing.
     """
-    n = len(inputs)
     strength = RIDGE * inputs.diagonal().mean()
     if not strength > 0:
         return np.zeros(units)
-    inverse = torch.linalg.inv(inputs + strength * torch.eye(n, dtype=inputs.dtype, device=inputs.device))
-    writes = writes.clone()
-    channels = torch.arange(n, device=inputs.device).view(units, -1)
-    left, order, costs = list(range(units)), [], []
+    damped = inputs.clone()
+    damped.diagonal().add_(strength)
+    inverse, writes = torch.cholesky_inverse(torch.linalg.cholesky(damped)), writes.clone()
+    span, left, order, costs = len(inputs) // units, list(range(units)), [], []
     while left:
-        prices = [0.5 * float((torch.linalg.inv(inverse[c][:, c]) * writes[c][:, c]).sum()) for c in channels[left]]
+        places = [slice(at, at + span) for at in range(0, len(inverse), span)]
+        prices = [0.5 * float((torch.linalg.inv(inverse[c, c]) * writes[c, c]).sum()) for c in places]
         cheapest = int(np.argmin(prices))
-        unit = left.pop(cheapest)
-        order.append(unit)
+        order.append(left.pop(cheapest))
         costs.append(max(0.0, prices[cheapest]))
-        c = channels[unit]
-        change = torch.linalg.solve(inverse[c][:, c], inverse[c])  # [|c|, n]
-        inverse = inverse - inverse[:, c] @ change
-        rows = change.T @ writes[c]
-        writes = writes - rows - rows.T + change.T @ writes[c][:, c] @ change
-        # Rounding leaves something in the removed places, which an inverse would blow up.
-        for matrix in (inverse, writes):
-            matrix[c], matrix[:, c] = 0.0, 0.0
+        c = places[cheapest]
+        change = torch.linalg.solve(inverse[c, c], inverse[c])  # [span, n], as is the next
+        moved = writes[c] - 0.5 * writes[c, c] @ change
+        inverse.addmm_(inverse[:, c].clone(), change, alpha=-1)
+        writes.addmm_(change.T, moved, alpha=-1).addmm_(moved.T, change, alpha=-1)
+        # What was removed goes: every unit makes the rest cheaper, and rounding leaves nothing in its place.
+        rest = torch.cat([torch.arange(c.start), torch.arange(c.stop, len(inverse))]).to(inverse.device)
+        inverse, writes = inverse[rest][:, rest], writes[rest][:, rest]
     scores = np.empty(units)
     scores[order] = rising(costs)
     return scores
