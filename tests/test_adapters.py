@@ -383,11 +383,11 @@ PARTS = {
     "nothing": (lambda t: {}, "no tensors"),
     "an unknown layer": (
         lambda t: {n.replace("q_proj", "x_proj"): x for n, x in t.items()},
-        "no linear layer with weights of its own",
+        "is not a linear layer of",
     ),
     "an embedding as a matrix": (
         lambda t: {n.replace(Q, "model.embed_tokens"): x for n, x in t.items()},
-        "no linear layer with weights of its own",
+        "is not a linear layer of",
     ),
     "another size": (
         lambda t: t | {f"base_model.model.{Q}.lora_A.weight": torch.ones(4, 65)},
@@ -414,7 +414,7 @@ def test_parts_that_cannot_be_merged_are_named(case, peft, bases, run, tmp_path)
 
 def test_tied_head_is_no_layer_of_its_own(peft, bases, run, tmp_path):
     folder = adapter(tmp_path / "adapter", bases(), ("lm_head",), base_model_name_or_path=str(bases(tied=True)))
-    refused(run("prepare", "--model", folder), "changes lm_head", "no linear layer with weights of its own")
+    refused(run("prepare", "--model", folder), "changes lm_head", "is not a linear layer of")
 
 
 def test_base_that_is_not_to_be_had_is_named(peft, bases, run, tmp_path):

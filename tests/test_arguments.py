@@ -13,10 +13,10 @@ from ggufs import source, write_gguf
 from refusals import refused
 
 from sspcompile.api.arguments import demand, demand_transformers, named
-from sspcompile.api.members import open_member
 from sspcompile.cli.run import _read
 from sspcompile.errors import ArtifactError, InputError
 from sspcompile.report.json import read_report
+from sspcompile.request.amounts import largest_within
 from sspcompile.slicing.mask import dump_mask, whole_mask
 from sspcompile.workspace import MASK, Workspace
 
@@ -76,9 +76,9 @@ def test_the_hint_of_a_refusal_names_what_the_command_has(run, inside):
 
 
 @pytest.mark.parametrize("share", [0.0, -1.0, 70.0, float("nan")])
-def test_a_member_is_asked_for_by_a_share(share):
-    with pytest.raises(InputError, match="is no share of the parameters"):
-        open_member(Path("anywhere"), share)
+def test_one_of_several_sizes_is_asked_for_by_a_share(share):
+    with pytest.raises(InputError, match="is not a share of the parameters"):
+        largest_within([1.0, 0.9], share, "the nested artifact")
 
 
 def test_the_last_build_is_the_one_among_the_artifacts_not_a_folder_of_its_name(tmp_path, monkeypatch):

@@ -102,4 +102,4 @@ def _refuse(out: Path, *, overwrite: bool) -> None:
         )
         raise OutputExistsError(f"{out} is {kind}.", hint=hint)
     if not out.absolute().parent.is_dir():
-        raise InputError(f"{out.parent} is no folder.", hint="Make it first, or give another --out.")
+        raise InputError(f"{out.parent} is not a folder.", hint="Make it first, or give another --out.")

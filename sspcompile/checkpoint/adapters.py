@@ -99,7 +99,7 @@ class Adapter:
             name = f"{layer}.weight"
             if name not in tensors or name == EMBEDDING:
                 raise CheckpointError(
-                    f"{self.typed} changes {layer}, which is no linear layer with weights of its own in {self.base}.",
+                    f"{self.typed} changes {layer}, which is not a linear layer of {self.base}.",
                     hint=f"Name the model that it was trained on in its {ADAPTER_CONFIG}, or: {MERGE_ELSEWHERE}",
                 )
             if tensors[name].shape != (b.shape[0], a.shape[1]):

@@ -123,7 +123,7 @@ def read_nested(artifact: Path) -> Nested:
         nested = Nested.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:
         raise ArtifactError(
-            f"{artifact} is no nested artifact: it has no {MODEL}/{NESTED}.",
+            f"{artifact} is not a nested artifact: it has no {MODEL}/{NESTED}.",
             hint="Name a folder that `sspcompile build --nested` wrote.",
         ) from error
     except ValidationError as error:

@@ -112,7 +112,7 @@ def columns(mask: HeadMask, order: Order, prefix: Prefix, layer: int) -> tuple[t
 
 
 def _no_prefix() -> ArtifactError:
-    return ArtifactError("A member's mask is no prefix of the order of removal.", hint="Build the artifact again.")
+    return ArtifactError("A member's mask is not a prefix of the order of removal.", hint="Build the artifact again.")
 
 
 def demand_nestable(g: Geometry, options: Options) -> None:
