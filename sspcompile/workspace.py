@@ -12,6 +12,8 @@ MASK, PLAN, RECIPE, PROBES = "mask.json", "plan.json", "recipe.yaml", "parity.js
 MODEL, REPORT = "model", "report.json"
 # In the model folder of a nested artifact: its members, and what the class beside it reads.
 NESTED = "nested.json"
+# Of a model whose vocabulary was trimmed: which tokens stayed, and what that cost.
+TRIM = "trim.json"
 
 
 @dataclass(frozen=True)

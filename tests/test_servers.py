@@ -277,7 +277,11 @@ def test_a_file_that_is_there_is_kept(run, embedded, tmp_path):
     out = tmp_path / "servers.json"
     out.write_text("mine")
     with serving(embedded) as server:
-        for place, message in ((out, "there already.*--overwrite"), (tmp_path, "a folder"), (out / "x", "not a folder")):
+        for place, message in (
+            (out, "there already.*--overwrite"),
+            (tmp_path, "a folder"),
+            (out / "x", "not a folder"),
+        ):
             code, _, err = run("bench", "--server", server.url, *SHORT, "--out", place)
             assert code == 2 and re.search(message, err), err
         assert server.asked == [] and out.read_text() == "mine"

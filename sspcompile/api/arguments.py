@@ -23,22 +23,23 @@ from sspcompile.model.placement import ANYWHERE, Placement
 from sspcompile.model.vocabulary import same_tokens
 from sspcompile.request.request import built_request
 from sspcompile.slicing.configuration import MODELING_FILE, ships_code
-from sspcompile.workspace import MASK, MODEL, NESTED, RECIPE, Workspace
+from sspcompile.workspace import MASK, MODEL, NESTED, RECIPE, TRIM, Workspace
 
 if TYPE_CHECKING:
     from sspcompile.model.decoder import LanguageModel, LoadedModel
 
-Kind = Literal["build", "nested", "cut", "export", "model"]
+Kind = Literal["build", "nested", "cut", "trimmed", "export", "model"]
 KINDS: dict[Kind, str] = {
     "build": "a build",
     "nested": "a nested artifact, which holds several sizes",
     "cut": "a cut that `sspcompile slice` wrote",
+    "trimmed": "a model that `sspcompile trim` wrote",
     "export": "an export",
     "model": "a model folder",
 }
 
 # Everything that holds one model.
-ONE_SIZE: tuple[Kind, ...] = ("build", "cut", "export", "model")
+ONE_SIZE: tuple[Kind, ...] = ("build", "cut", "trimmed", "export", "model")
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Named:
     def custom_code(self) -> bool:
         """Whether it loads with the class that this version of sspcompile ships. Raises ArtifactError for an altered
         one; what a plain model folder brings along is not ours."""
-        if self.kind == "model" and not (self.model / MODELING_FILE).is_file():
+        if self.kind in ("model", "trimmed") and not (self.model / MODELING_FILE).is_file():
             return False
         return ships_code(self.model)
 
@@ -131,6 +132,11 @@ class CutModel:
         Raises InputError when their tokenizers differ, because their tokens could not be compared, and for an export
         that cannot score a text.
         """
+        if self.found.kind == "trimmed":
+            raise InputError(
+                f"{self.found.folder} has other tokens than {self.dense.name}, so next tokens cannot be compared.",
+                hint=f"What it lost was measured when it was written: {self.found.folder / TRIM}.",
+            )
         from sspcompile.model.llama_text import load_gguf
         from sspcompile.model.loading import load_cut
         from sspcompile.model.onnx_text import load_onnx
@@ -229,6 +235,8 @@ def _recognised(folder: Path) -> Named | None:
         return None
     if (folder / MASK).is_file():
         return Named("cut", folder, folder)
+    if (folder / TRIM).is_file():
+        return Named("trimmed", folder, folder)
     return Named("export" if (folder / MANIFEST).is_file() else "model", folder, folder)
 
 
@@ -236,7 +244,7 @@ def _refuse(argument: str) -> Named:
     foreign = other_format(Path(argument).expanduser(), argument)
     raise foreign or ArtifactError(
         f"{argument} is neither a build, a cut, an export nor a model folder.",
-        hint="Name a folder that `sspcompile build`, `slice` or `export` wrote, or one with config.json and weights.",
+        hint="Name what `build`, `slice`, `trim` or `export` wrote, or a folder with config.json and weights.",
     )
 
 

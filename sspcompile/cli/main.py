@@ -31,6 +31,7 @@ from sspcompile.cli.prepare import prepare
 from sspcompile.cli.recipe import recipe
 from sspcompile.cli.run import run
 from sspcompile.cli.slice import slice_command
+from sspcompile.cli.trim import trim
 from sspcompile.cli.verify import verify
 from sspcompile.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_TERMINATED, RunError, SspError
 from sspcompile.startup import let_threads_sleep, send_nothing_home, spare_the_collector
@@ -66,8 +67,9 @@ def cli(context: click.Context, debug: bool) -> None:
     context.ensure_object(Run).debug = debug
 
 
-for command in (build, plan, prepare, inspect, verify, export, run, bench, compare, evaluate, recipe, criteria, doctor):
+for command in (build, trim, plan, prepare, inspect, verify, export, run, bench, compare, evaluate, recipe, criteria):
     cli.add_command(command)
+cli.add_command(doctor)
 cli.add_command(slice_command, "slice")
 
 

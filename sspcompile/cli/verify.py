@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,6 +18,10 @@ from sspcompile.cli.options import (
     workspace,
 )
 
+if TYPE_CHECKING:
+    from sspcompile.api.arguments import Named
+    from sspcompile.model.placement import Placement
+
 
 @click.command(
     short_help="Check an artifact's bytes, and its model against the dense one.",
@@ -26,6 +30,7 @@ Examples:
   sspcompile verify
   sspcompile verify artifacts/chemistry-helpdesk --model /models/moved/elsewhere
   sspcompile verify ./Llama-3.1-70B-mine --layerwise        (a folder that `slice` wrote)
+  sspcompile verify ./Qwen2.5-0.5B-mine                     (a folder that `trim` wrote)
 """,
 )
 @click.argument("artifact", required=False)
@@ -51,9 +56,9 @@ def verify(
     """Check every file's sha256 and every weight that was kept, load the model in a fresh process, and compare it with
     the masked dense model in float64.
 
-    ARTIFACT is a build, or a folder that `sspcompile slice` wrote; without it, the last build. Models that do not fit
-    into memory are compared layer by layer, from their files. The dense model is looked for where the build found it;
-    --model names another place. It is computed on the CPU, or on the CUDA device that --device names.
+    ARTIFACT is a build, or a folder that `sspcompile slice` or `trim` wrote; without it, the last build. Models that do
+    not fit into memory are compared layer by layer, from their files. The dense model is looked for where the build
+    found it; --model names another place. It is computed on the CPU, or on the CUDA device that --device names.
     """
     from sspcompile.api.arguments import named
     from sspcompile.api.verify import verify as run
@@ -61,6 +66,9 @@ def verify(
     from sspcompile.cli.progress import stages
 
     placement, named_folder = placement_in(given), named(artifact, workspace())
+    if named_folder.kind == "trimmed":
+        _verify_trimmed(named_folder, at_revision(model, revision), placement, as_json=as_json, quiet=quiet)
+        return
     with stages(quiet) as progress:
         found = run(named_folder, at_revision(model, revision), progress, layerwise=layerwise, placement=placement)
     manifest, parity = found.manifest, found.parity
@@ -73,3 +81,16 @@ def verify(
         f"{parity.relative:.1e} of the scale in {parity.dtype}, "
         + ("same next tokens, layer by layer" if parity.layerwise else "same greedy text")
     )
+
+
+def _verify_trimmed(found: Named, model: str | None, placement: Placement, *, as_json: bool, quiet: bool) -> None:
+    from sspcompile.api.trim import verify_trimmed
+    from sspcompile.cli.progress import stages
+
+    with stages(quiet) as progress:
+        manifest, proof = verify_trimmed(found, found.dense(model), progress, placement=placement)
+    if as_json:
+        click.echo(json.dumps({"files": len(manifest.files), **asdict(proof)}))
+        return
+    click.echo(f"{found.folder}: {len(manifest.files)} files match their manifest")
+    click.echo(proof.told)

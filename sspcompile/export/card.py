@@ -49,6 +49,12 @@ def slice_card(plan: Mapping[str, Any], mask: HeadMask, origin: Mapping[str, Any
     return _card("sliced.md", origin, name=name, plan=plan, report=None, scenario=mask.scenario.get("name"))
 
 
+def trim_card(trimmed: Mapping[str, Any], places: Mapping[str, str], origin: Mapping[str, Any], name: str) -> str:
+    """The card of a model with fewer tokens. `trimmed` is trim.json, `places` says which texts judged it, in words."""
+    values = {"trimmed": trimmed, "places": places}
+    return _card("trimmed.md", origin, name=name, report=None, plan=None, pruned=False, **values)
+
+
 def nested_card(nested: Nested, origin: Mapping[str, Any], name: str, scenario: str) -> str:
     """The card of a nested model, by its nested.json: what every size takes and loses, and how sizes are switched."""
     return _card("nested.md", origin, name=name, nested=nested, scenario=scenario, report=None, plan=None, pruned=False)

@@ -204,17 +204,18 @@ def continued(
     max_tokens: int = MAX_TOKENS,
     batch_tokens: int = BATCH_TOKENS,
     progress: Steps = no_steps,
+    answer_tokens: int = ANSWER_TOKENS,
 ) -> list[Sentence]:
     """Prompts with their reference answers behind them, or the dense model's own greedy continuations where there are
     none, and passages as they are, in the caller's order.
 
     A continuation stops at an end-of-sequence token and keeps it, so that *when to stop* is scored too. Of an answer
-    ANSWER_TOKENS are read.
+    `answer_tokens` are read.
     """
     items = sentences(loaded.tokenizer, prompts, max_tokens, loaded.rendering)
     if new_tokens < 1:
         return items
-    world, answers = current(), _answers(loaded, prompts)
+    world, answers = current(), _answers(loaded, prompts, answer_tokens)
     unanswered = [row for row, prompt in enumerate(prompts) if row not in answers and not isinstance(prompt, Passage)]
     batches = batches_of(loaded, [items[row] for row in unanswered], batch_tokens)
     kept = journal.current().rows("continuations", loaded, [batches, new_tokens])
@@ -232,7 +233,7 @@ def continued(
     ]
 
 
-def _answers(loaded: LoadedModel, prompts: Sequence[Prompt]) -> dict[int, tuple[int, ...]]:
+def _answers(loaded: LoadedModel, prompts: Sequence[Prompt], most: int) -> dict[int, tuple[int, ...]]:
     """Token ids of the reference answers, by the place of their prompts, as the chat template closes them."""
     given = {row: answer for row, prompt in enumerate(prompts) if (answer := answer_of(prompt)) is not None}
     if not given:
@@ -242,7 +243,7 @@ def _answers(loaded: LoadedModel, prompts: Sequence[Prompt]) -> dict[int, tuple[
     texts = replies(tokenizer, asked, render(tokenizer, asked, rendering), [*given.values()], rendering)
     encoded = tokenizer(texts, add_special_tokens=False, padding=False)["input_ids"]
     # An answer of which the tokenizer leaves nothing is none.
-    return {row: tuple(ids[:ANSWER_TOKENS]) for row, ids in zip(given, encoded, strict=True) if ids}
+    return {row: tuple(ids[:most]) for row, ids in zip(given, encoded, strict=True) if ids}
 
 
 def _continuations(loaded: LoadedModel, items: Sequence[Sentence], new_tokens: int) -> np.ndarray:

@@ -1,0 +1,269 @@
+"""`trim`: a model with the part of its vocabulary that a scenario reads and writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import sspcompile
+from sspcompile.api.arguments import Named
+from sspcompile.checkpoint import Checkpoint, Manifest, staged, write_manifest
+from sspcompile.checkpoint.publish import refuse_existing
+from sspcompile.checkpoint.settings import read_json
+from sspcompile.checkpoint.source import not_carried
+from sspcompile.errors import ArtifactError, CheckpointError
+from sspcompile.export.card import CARD, licence_of, trim_card
+from sspcompile.model.chat import rendering_of
+from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.dense import DenseModel, open_dense
+from sspcompile.model.loading import load_tokenizer
+from sspcompile.model.placement import ANYWHERE, Placement
+from sspcompile.model.text import demand_readable, sentences
+from sspcompile.progress import Progress, silent, stage_of
+from sspcompile.request.options import Options
+from sspcompile.request.pools import pools_of
+from sspcompile.request.prompts import Prompt, told
+from sspcompile.request.request import Request
+from sspcompile.request.splits import Splits, draw_splits, fit_part
+from sspcompile.select.reading import mixture_through
+from sspcompile.select.scoring import toolkit_of
+from sspcompile.select.texts import Texts
+from sspcompile.trimming.judging import Judged, TextCost, costs_of_texts, judged, with_answers
+from sspcompile.trimming.proof import Trimmed, check_rows, check_tokenizer, compare_logits
+from sspcompile.trimming.tokenizer import Bpe, read_bpe
+from sspcompile.trimming.tokens import TokenLoss, TokenOrder, Use, token_order, use_of
+from sspcompile.trimming.write import mask_of, named_ids, write_trimmed
+from sspcompile.workspace import TRIM, Workspace
+
+MAX_LOSS = 0.01
+PARTS = ("judge", "off")
+# Which texts these are, in words.
+PLACES = {"judge": "on the scenario", "off": "off the scenario"}
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class TrimOutcome:
+    """`kept` of `of` tokens stay, by their old ids. `guard` is what decided, `judged` what is reported (see PLACES)."""
+
+    folder: Path
+    dense: DenseModel
+    kept: tuple[int, ...]
+    of: int
+    parameters: tuple[int, int]
+    guard: TokenLoss
+    judged: Mapping[str, Judged]
+    proof: Trimmed
+
+    def to_json(self) -> dict[str, Any]:
+        """What trim.json holds."""
+        return {
+            "schema": SCHEMA,
+            "tokens": {"dense": self.of, "trimmed": len(self.kept)},
+            "parameters": {"dense": self.parameters[0], "trimmed": self.parameters[1]},
+            "guard": asdict(self.guard),
+            "judged": {name: asdict(one) for name, one in self.judged.items()},
+            "proof": asdict(self.proof),
+            "kept": list(self.kept),
+        }
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What the dense model made of the texts, while it was in memory. `words`: those of PARTS, with their answers."""
+
+    kept: tuple[int, ...]
+    guard: TokenLoss
+    lost: Mapping[str, TokenLoss]
+    words: Mapping[str, Sequence[Prompt]]
+    costs: Mapping[str, Sequence[TextCost]]
+
+
+def refuse_untrimmable(dense: DenseModel) -> tuple[Bpe, frozenset[int]]:
+    """The tokenizer, and the tokens that any text and any file of the model needs.
+
+    Raises UnsupportedModelError, and CheckpointError for a configuration without weights.
+    """
+    checkpoint = dense.checkpoint
+    if not checkpoint.has_weights:
+        raise CheckpointError(
+            f"{checkpoint.path} holds a configuration without weights.", hint="Name a folder with model.safetensors."
+        )
+    bpe = read_bpe(checkpoint.path)
+    needed = bpe.needed() | named_ids(checkpoint)
+    return bpe, frozenset(number for number in needed if number < checkpoint.geometry.vocab)
+
+
+def trim(
+    request: Request,
+    dense: DenseModel,
+    out: Path,
+    workspace: Workspace,
+    progress: Progress = silent,
+    *,
+    tokens: int | None = None,
+    max_loss: float = MAX_LOSS,
+    overwrite: bool = False,
+    placement: Placement = ANYWHERE,
+) -> TrimOutcome:
+    """Read the scenario, choose tokens, write the model without the others, prove and judge it. Whole or absent.
+
+    `tokens` are kept, or as few as lose no more than `max_loss` on the guard texts: of the most probable next tokens,
+    and of the tokens that are read. Raises BudgetError for fewer tokens than any text needs, and what
+    `refuse_untrimmable` raises.
+    """
+    refuse_existing(out, overwrite=overwrite)
+    bpe, needed = refuse_untrimmable(dense)
+    checkpoint = dense.checkpoint
+    loaded = dense.load(placement=placement, rendering=rendering_of(request.options))
+    demand_readable(loaded, request.scenario.prompts, request.options.max_tokens)
+    needed |= {number for number in bpe.unnamed(loaded.tokenizer.get_vocab()) if number < loaded.vocab}
+    found = _read(request, dense, loaded, workspace, bpe, needed, progress, tokens=tokens, max_loss=max_loss)
+    del loaded  # the written model takes as much memory again
+    with staged(out, overwrite=overwrite) as folder:
+        done = 0
+
+        def wrote(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            progress("cutting", done, max(done, sum(info.nbytes for info in checkpoint.tensors.values())))
+
+        write_trimmed(checkpoint, bpe, found.kept, folder, wrote)
+        texts = [told(prompt) for part in PARTS for prompt in found.words[part]]
+        outcome = _judged(request.options, dense, folder, out, found, texts, progress, placement)
+        _describe(folder, outcome)
+    return outcome
+
+
+def _read(
+    request: Request,
+    dense: DenseModel,
+    loaded: LoadedModel,
+    workspace: Workspace,
+    bpe: Bpe,
+    needed: frozenset[int],
+    progress: Progress,
+    *,
+    tokens: int | None,
+    max_loss: float,
+) -> _Read:
+    """Everything that the dense model is needed for: which tokens stay, and what it makes of the texts."""
+    options = request.options
+    splits = _splits(request, dense, loaded, workspace, progress)
+    texts = Texts(loaded, options)
+    texts.continued(splits.every, stage_of(progress, "continuations"))
+    uses: dict[str, Use] = {}
+    parts: dict[str, Sequence[Prompt]] = {"fit": splits.fit, "guard": splits.guard, "judge": splits.judge}
+    parts["off"] = splits.off
+    for name, prompts in parts.items():
+        uses[name] = use_of(loaded, texts.continued(prompts), stage_of(progress, f"tokens ({name})"))
+    order = token_order(bpe, uses["fit"], _general(loaded, options), needed)
+    kept = _chosen(order, uses["guard"], tokens, max_loss)
+    mask = mask_of(kept, loaded.vocab)
+    words = {name: with_answers(loaded, parts[name], texts.continued(parts[name])) for name in PARTS}
+    return _Read(
+        kept=kept,
+        guard=uses["guard"].loss(mask),
+        lost={name: uses[name].loss(mask) for name in PARTS},
+        words=words,
+        costs={name: costs_of_texts(loaded, prompts, options.max_tokens) for name, prompts in words.items()},
+    )
+
+
+def _splits(
+    request: Request, dense: DenseModel, loaded: LoadedModel, workspace: Workspace, progress: Progress
+) -> Splits:
+    """The texts of a build of this scenario."""
+    toolkit = toolkit_of(request, dense, loaded, workspace, progress)
+    mixture = mixture_through(request, toolkit, loaded)
+    pools = pools_of(request.options).named(mixture.domains)
+    return draw_splits(request.scenario.prompts, mixture.parts, pools, request.options.seed)
+
+
+def _general(loaded: LoadedModel, options: Options) -> np.ndarray:
+    """How often each token stands in the pools' prompts that may choose, [V]."""
+    prompts = [prompt for pool in fit_part(pools_of(options).every) for prompt in pool.prompts]
+    items = sentences(loaded.tokenizer, prompts, options.max_tokens, loaded.rendering)
+    ids = [token for item in items for token in item.ids]
+    return np.bincount(np.array(ids, dtype=np.int64), minlength=loaded.vocab)[: loaded.vocab].astype(float)
+
+
+def _chosen(order: TokenOrder, guard: Use, tokens: int | None, max_loss: float) -> tuple[int, ...]:
+    count = order.demand(tokens) if tokens is not None else order.within(guard, max_loss)
+    return tuple(np.nonzero(order.first(count))[0].tolist())
+
+
+def _judged(
+    options: Options,
+    dense: DenseModel,
+    folder: Path,
+    out: Path,
+    found: _Read,
+    texts: Sequence[str],
+    progress: Progress,
+    placement: Placement,
+) -> TrimOutcome:
+    """Prove what was written, and judge it on held-out texts."""
+    checkpoint, written = dense.checkpoint, Checkpoint(folder)
+    tensors = check_rows(checkpoint, written, found.kept, stage_of(progress, "comparing weights"))
+    same, of = check_tokenizer(load_tokenizer(checkpoint.path), folder, found.kept, texts)
+    parity = compare_logits(checkpoint, folder, found.kept, stage_of(progress, "proving"), placement=placement)
+    progress("judging", 0, 1)
+    loaded = open_dense(str(folder)).load(placement=placement, rendering=rendering_of(options))
+    told = {
+        name: judged(
+            found.lost[name],
+            found.costs[name],
+            costs_of_texts(loaded, found.words[name], options.max_tokens),
+            seed=options.seed,
+        )
+        for name in PARTS
+    }
+    progress("judging", 1, 1)
+    sizes = [sum(int(np.prod(info.shape)) for info in one.tensors.values()) for one in (checkpoint, written)]
+    return TrimOutcome(
+        folder=out,
+        dense=dense,
+        kept=found.kept,
+        of=checkpoint.geometry.vocab,
+        parameters=(sizes[0], sizes[1]),
+        guard=found.guard,
+        judged={name: one for name, one in told.items() if one.texts},
+        proof=Trimmed(tensors, same, of, parity),
+    )
+
+
+def _describe(folder: Path, outcome: TrimOutcome) -> None:
+    """What is beside the model: trim.json, the card, and last the manifest over everything."""
+    path = outcome.dense.checkpoint.path
+    origin = {
+        "sspcompile": sspcompile.__version__,
+        **outcome.dense.origin,
+        "licence": licence_of(path),
+        "left_out": not_carried(path),
+    }
+    (folder / TRIM).write_text(json.dumps(outcome.to_json()) + "\n", "utf-8")
+    (folder / CARD).write_text(trim_card(outcome.to_json(), PLACES, origin, outcome.folder.name), "utf-8")
+    write_manifest(folder, origin)
+
+
+def verify_trimmed(
+    found: Named, dense: DenseModel, progress: Progress = silent, *, placement: Placement = ANYWHERE
+) -> tuple[Manifest, Trimmed]:
+    """Prove a folder that `trim` wrote again. Raises ParityError, and ArtifactError for a damaged trim.json."""
+    manifest = found.manifest()
+    kept = read_json(found.folder / TRIM).get("kept")
+    vocab = dense.checkpoint.geometry.vocab
+    if not isinstance(kept, list) or not all(type(one) is int and 0 <= one < vocab for one in kept) or not kept:
+        raise ArtifactError(f"{found.folder / TRIM} does not say which tokens stayed.", hint="Trim the model again.")
+    tensors = check_rows(dense.checkpoint, Checkpoint(found.folder), kept, stage_of(progress, "comparing weights"))
+    texts = [prompt for pool in pools_of(Options()).every for prompt in pool.prompts]
+    same, of = check_tokenizer(load_tokenizer(dense.checkpoint.path), found.folder, kept, texts)
+    proving = stage_of(progress, "proving")
+    parity = compare_logits(dense.checkpoint, found.folder, kept, proving, placement=placement)
+    return manifest, Trimmed(tensors, same, of, parity)

@@ -1,0 +1,99 @@
+"""What held-out texts lose with a trimmed vocabulary: the same words, in the tokens of each model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from sspcompile.intervals import Estimate, mean_estimate
+from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.logits import decoder_output, rows_at_once
+from sspcompile.model.text import Sentence, batches_of, continued
+from sspcompile.request.prompts import Passage, Prompt, answered, asked_of, passage
+from sspcompile.trimming.tokens import TokenLoss
+
+# A passage is cut to so many tokens of the dense model, and read whole by both.
+PASSAGE_READ = 128
+# No answer is cut a second time, in whatever tokens it is written.
+WHOLE = 1 << 20
+
+
+@dataclass(frozen=True)
+class TextCost:
+    """Of one text in one model's tokens: `nats` in all over the `scored` ones, and `tokens` with the prompt's."""
+
+    nats: float
+    scored: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What texts lose. `perplexity` of their answers, times the dense model's, per token of the dense model; `length`
+    in tokens, times that of the dense model. None without a text that has an answer."""
+
+    texts: int
+    tokens: TokenLoss
+    perplexity: Estimate | None
+    length: Estimate | None
+
+
+def with_answers(loaded: LoadedModel, prompts: Sequence[Prompt], items: Sequence[Sentence]) -> list[Prompt]:
+    """The prompts with what stands behind them as text, of a length that both models read whole.
+
+    `items` are what the dense model made of them: its own continuation where there is no answer. A prompt behind which
+    nothing stands is left out.
+    """
+    found: list[Prompt] = []
+    for prompt, item in zip(prompts, items, strict=True):
+        if isinstance(prompt, Passage):
+            found.append(passage(loaded.tokenizer.decode(item.ids[:PASSAGE_READ], skip_special_tokens=True)))
+            continue
+        tail = _plain(loaded.tokenizer.decode(item.ids[item.prompt :], skip_special_tokens=True))
+        if tail:
+            found.append(answered(asked_of(prompt), tail))
+    return found
+
+
+def _plain(text: str) -> str:
+    """Without what no prompt may hold: control characters, which models write, and half a character at the end."""
+    return (
+        "".join(one for one in text if one.isprintable() or one in "\n\t")
+        .replace("\N{REPLACEMENT CHARACTER}", "")
+        .strip()
+    )
+
+
+def costs_of_texts(loaded: LoadedModel, prompts: Sequence[Prompt], max_tokens: int) -> list[TextCost]:
+    """One pass over texts that have their answers. In the order of `prompts`."""
+    items = continued(loaded, prompts, 1, max_tokens, answer_tokens=WHOLE)
+    nats = np.zeros(len(items))
+    with torch.inference_mode():
+        for batch in batches_of(loaded, items):
+            hidden = decoder_output(loaded, batch)
+            states = hidden[batch.score_mask.to(hidden.device)]
+            wanted = batch.input_ids.roll(-1, dims=1)[batch.score_mask]
+            owner = np.array(batch.rows)[batch.score_mask.nonzero()[:, 0].cpu().numpy()]
+            step = rows_at_once(loaded)
+            for start in range(0, len(states), step):
+                part = slice(start, start + step)
+                logits = loaded.logits_of(states[part])
+                lost = cross_entropy(logits, wanted[part].to(logits.device), reduction="none")
+                np.add.at(nats, owner[part], lost.double().cpu().numpy())
+    return [TextCost(float(lost), item.scored, len(item.ids)) for lost, item in zip(nats, items, strict=True)]
+
+
+def judged(tokens: TokenLoss, dense: Sequence[TextCost], trimmed: Sequence[TextCost], *, seed: int) -> Judged:
+    """The same texts in both models, text by text."""
+    if not dense:
+        return Judged(0, tokens, None, None)
+    pairs = list(zip(dense, trimmed, strict=True))
+    above = mean_estimate([(two.nats - one.nats) / one.scored for one, two in pairs], seed=seed)
+    low, high = (None if end is None else float(np.exp(end)) for end in (above.low, above.high))
+    perplexity = replace(above, value=float(np.exp(above.value)), low=low, high=high)
+    length = mean_estimate([two.tokens / one.tokens for one, two in pairs], seed=seed)
+    return Judged(len(pairs), tokens, perplexity, length)
