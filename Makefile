@@ -18,7 +18,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 # Two test processes: as many as the smallest machine that this is meant for has cores.
 WORKERS ?= 2
 
-.PHONY: demo demo-llm test test-whole audit test-compat test-oldest test-pythons test-optimum test-vllm test-gguf test-runtimes test-browser screenshots fuzz test-kills test-wheel test-shapes test-lm-eval generated docs lint format train bench-compile bench-prepare \
+.PHONY: demo demo-llm test test-whole audit test-compat test-oldest test-pythons test-optimum test-vllm test-gguf test-runtimes test-browser screenshots fuzz test-kills test-wheel test-shapes test-lm-eval generated docs lint format train bench-compile bench-prepare bench-trimming \
 	bench-quality bench-slice bench-onnx bench-gguf bench-bench bench-build bench-budgets bench-nested bench-scores bench-real bench-repairs bench-rounding bench-recognition bench-large clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -232,6 +232,9 @@ bench-build: $(VENV)/.done  ## What builds of a real model cost: passes, minutes
 
 bench-budgets: $(VENV)/.done  ## Whole builds by budget, unit and layout: what is lost, and how fast the cut is.
 	$(BIN)/python -m benchmarks.budgets --model $(MODEL) --questions $(QUESTIONS) --judge $(JUDGE) --speed size-0.7
+
+bench-trimming: $(VENV)/.done  ## A trimmed vocabulary: sizes and losses, and beside cuts of the same size.
+	$(BIN)/python -m benchmarks.trimming --model $(MODEL) --questions $(QUESTIONS) --judge $(JUDGE)
 
 bench-nested: $(VENV)/.done  ## A nested artifact of a real model beside builds of one size: losses, bytes, switches, a draft.
 	$(BIN)/python -m benchmarks.nested --model $(MODEL) --questions $(QUESTIONS) --judge $(JUDGE)

@@ -18,10 +18,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sspcompile.api.artifact import Artifact
-    from sspcompile.api.library import build, frontier, load, plan
+    from sspcompile.api.library import build, frontier, load, plan, trim
     from sspcompile.api.several import NestedArtifact
 
-__all__ = ["Artifact", "NestedArtifact", "__version__", "build", "frontier", "load", "plan"]
+__all__ = ["Artifact", "NestedArtifact", "__version__", "build", "frontier", "load", "plan", "trim"]
 
 
 def __getattr__(name: str) -> Any:

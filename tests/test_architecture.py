@@ -31,6 +31,7 @@ ROOMS = (
     "repair",
     "select",
     "proof",
+    "trimming",
     "nested",
     "export",
     "evaluate",

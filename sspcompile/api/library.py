@@ -1,4 +1,4 @@
-"""What `import sspcompile` offers: `plan`, `frontier`, `build`, `load`, and what they give back.
+"""What `import sspcompile` offers: `plan`, `frontier`, `build`, `trim`, `load`, and what they give back.
 
 Everything runs in this process and prints nothing. `progress` is called with (stage, steps done, steps in all). Errors
 are those of `sspcompile.errors`, each with a message and a hint. Options are the keywords that `docs/options.md` lists;
@@ -28,6 +28,7 @@ from sspcompile.startup import let_threads_sleep
 from sspcompile.workspace import Workspace
 
 if TYPE_CHECKING:
+    from sspcompile.api.trim import TrimOutcome
     from sspcompile.slicing.frontier import Frontier
     from sspcompile.slicing.plan import SlicePlan
 
@@ -119,6 +120,46 @@ def build(
         return NestedArtifact(folder, workspace.root)
     run(request, dense, folder, workspace, progress, overwrite=overwrite, placement=placement)
     return Artifact(folder, workspace.root)
+
+
+def trim(
+    model: Place | None,
+    scenario: ScenarioLike,
+    *,
+    out: Place,
+    tokens: int | None = None,
+    overwrite: bool = False,
+    root: Place = ".",
+    progress: Progress = silent,
+    **options: Unpack[BuildKeywords],
+) -> TrimOutcome:
+    """Write a model with the part of its vocabulary that a scenario reads and writes, as an ordinary checkpoint.
+
+    `tokens` are kept, or as few as lose at most `max_loss` (0.01) of the next tokens and of the tokens read, on texts
+    that choose nothing. Of the options those of texts count: `pools`, `raw`, `chat_template`, `max_tokens`,
+    `continuation_tokens`, `seed`. Raises InputError for both bounds, UnsupportedModelError for a tokenizer that is not
+    a byte-pair encoding, and BudgetError for fewer tokens than any text needs.
+    """
+    from sspcompile.api.trim import MAX_LOSS
+    from sspcompile.api.trim import trim as run
+    from sspcompile.model.dense import open_dense
+
+    asked, placement = _parted(options)
+    max_loss = asked.pop("max_loss", None)
+    if tokens is not None and max_loss is not None:
+        raise InputError("tokens and max_loss do not go together.", hint="Give one of them.")
+    request = _request(model, scenario, asked)
+    return run(
+        request,
+        open_dense(request.options.source),
+        Path(out),
+        Workspace(Path(root)),
+        progress,
+        tokens=tokens,
+        max_loss=MAX_LOSS if max_loss is None else max_loss,
+        overwrite=overwrite,
+        placement=placement,
+    )
 
 
 def load(path: Place, *, root: Place = ".") -> Artifact:

@@ -204,18 +204,17 @@ def continued(
     max_tokens: int = MAX_TOKENS,
     batch_tokens: int = BATCH_TOKENS,
     progress: Steps = no_steps,
-    answer_tokens: int = ANSWER_TOKENS,
 ) -> list[Sentence]:
     """Prompts with their reference answers behind them, or the dense model's own greedy continuations where there are
     none, and passages as they are, in the caller's order.
 
     A continuation stops at an end-of-sequence token and keeps it, so that *when to stop* is scored too. Of an answer
-    `answer_tokens` are read.
+    ANSWER_TOKENS are read.
     """
     items = sentences(loaded.tokenizer, prompts, max_tokens, loaded.rendering)
     if new_tokens < 1:
         return items
-    world, answers = current(), _answers(loaded, prompts, answer_tokens)
+    world, answers = current(), _answers(loaded, prompts, ANSWER_TOKENS)
     unanswered = [row for row, prompt in enumerate(prompts) if row not in answers and not isinstance(prompt, Passage)]
     batches = batches_of(loaded, [items[row] for row in unanswered], batch_tokens)
     kept = journal.current().rows("continuations", loaded, [batches, new_tokens])
@@ -233,7 +232,16 @@ def continued(
     ]
 
 
-def _answers(loaded: LoadedModel, prompts: Sequence[Prompt], most: int) -> dict[int, tuple[int, ...]]:
+def with_references(loaded: LanguageModel, prompts: Sequence[Prompt], max_tokens: int = MAX_TOKENS) -> list[Sentence]:
+    """Prompts with their reference answers behind them, whole, in the caller's order; a prompt without one is alone."""
+    items, answers = sentences(loaded.tokenizer, prompts, max_tokens, loaded.rendering), _answers(loaded, prompts, None)
+    return [
+        Sentence(item.ids + answers[row], item.prompt, reference=True) if row in answers else item
+        for row, item in enumerate(items)
+    ]
+
+
+def _answers(loaded: LanguageModel, prompts: Sequence[Prompt], most: int | None) -> dict[int, tuple[int, ...]]:
     """Token ids of the reference answers, by the place of their prompts, as the chat template closes them."""
     given = {row: answer for row, prompt in enumerate(prompts) if (answer := answer_of(prompt)) is not None}
     if not given:

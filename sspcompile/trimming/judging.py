@@ -10,16 +10,13 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from sspcompile.intervals import Estimate, mean_estimate
-from sspcompile.model.decoder import LoadedModel
-from sspcompile.model.logits import decoder_output, rows_at_once
-from sspcompile.model.text import Sentence, batches_of, continued
+from sspcompile.model.decoder import LanguageModel
+from sspcompile.model.text import MAX_TOKENS, Sentence, batches_of, with_references
 from sspcompile.request.prompts import Passage, Prompt, answered, asked_of, passage
 from sspcompile.trimming.tokens import TokenLoss
 
 # A passage is cut to so many tokens of the dense model, and read whole by both.
 PASSAGE_READ = 128
-# No answer is cut a second time, in whatever tokens it is written.
-WHOLE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class Judged:
     length: Estimate | None
 
 
-def with_answers(loaded: LoadedModel, prompts: Sequence[Prompt], items: Sequence[Sentence]) -> list[Prompt]:
+def with_answers(model: LanguageModel, prompts: Sequence[Prompt], items: Sequence[Sentence]) -> list[Prompt]:
     """The prompts with what stands behind them as text, of a length that both models read whole.
 
     `items` are what the dense model made of them: its own continuation where there is no answer. A prompt behind which
@@ -51,9 +48,9 @@ def with_answers(loaded: LoadedModel, prompts: Sequence[Prompt], items: Sequence
     found: list[Prompt] = []
     for prompt, item in zip(prompts, items, strict=True):
         if isinstance(prompt, Passage):
-            found.append(passage(loaded.tokenizer.decode(item.ids[:PASSAGE_READ], skip_special_tokens=True)))
+            found.append(passage(model.tokenizer.decode(item.ids[:PASSAGE_READ], skip_special_tokens=True)))
             continue
-        tail = _plain(loaded.tokenizer.decode(item.ids[item.prompt :], skip_special_tokens=True))
+        tail = _plain(model.tokenizer.decode(item.ids[item.prompt :], skip_special_tokens=True))
         if tail:
             found.append(answered(asked_of(prompt), tail))
     return found
@@ -61,29 +58,21 @@ def with_answers(loaded: LoadedModel, prompts: Sequence[Prompt], items: Sequence
 
 def _plain(text: str) -> str:
     """Without what no prompt may hold: control characters, which models write, and half a character at the end."""
-    return (
-        "".join(one for one in text if one.isprintable() or one in "\n\t")
-        .replace("\N{REPLACEMENT CHARACTER}", "")
-        .strip()
-    )
+    kept = "".join(one for one in text if one.isprintable() or one in "\n\t")
+    return kept.replace("\N{REPLACEMENT CHARACTER}", "").strip()
 
 
-def costs_of_texts(loaded: LoadedModel, prompts: Sequence[Prompt], max_tokens: int) -> list[TextCost]:
+@torch.inference_mode()
+def costs_of_texts(model: LanguageModel, prompts: Sequence[Prompt], max_tokens: int = MAX_TOKENS) -> list[TextCost]:
     """One pass over texts that have their answers. In the order of `prompts`."""
-    items = continued(loaded, prompts, 1, max_tokens, answer_tokens=WHOLE)
+    items = with_references(model, prompts, max_tokens)
     nats = np.zeros(len(items))
-    with torch.inference_mode():
-        for batch in batches_of(loaded, items):
-            hidden = decoder_output(loaded, batch)
-            states = hidden[batch.score_mask.to(hidden.device)]
-            wanted = batch.input_ids.roll(-1, dims=1)[batch.score_mask]
-            owner = np.array(batch.rows)[batch.score_mask.nonzero()[:, 0].cpu().numpy()]
-            step = rows_at_once(loaded)
-            for start in range(0, len(states), step):
-                part = slice(start, start + step)
-                logits = loaded.logits_of(states[part])
-                lost = cross_entropy(logits, wanted[part].to(logits.device), reduction="none")
-                np.add.at(nats, owner[part], lost.double().cpu().numpy())
+    for batch in batches_of(model, items):
+        logits = model.scored_logits(batch.input_ids, batch.attention_mask, batch.score_mask)
+        wanted = batch.input_ids.roll(-1, dims=1)[batch.score_mask]
+        lost = cross_entropy(logits, wanted.to(logits.device), reduction="none")
+        owner = np.array(batch.rows)[batch.score_mask.nonzero()[:, 0].cpu().numpy()]
+        np.add.at(nats, owner, lost.double().cpu().numpy())
     return [TextCost(float(lost), item.scored, len(item.ids)) for lost, item in zip(nats, items, strict=True)]
 
 
