@@ -6,8 +6,8 @@
 The scenario is PROMPTS word problems with reference answers, as in `benchmarks.build`. A row *trim B* is `sspcompile
 trim --max-loss B`. A row *cut S* is a per-layer `build` to the share S of all parameters; *trim, cut S* trims first, by
 BOUND, and builds what is left to the same number of them. Each is judged on JUDGED problems that nothing has seen, and
-on texts of `--off` (lines with `question` and `answer`, or `text`): perplexity of the answers, times the dense model's, each model
-reading the same words in its own tokens, and the length of the texts in tokens.
+on texts of `--off` (lines with `question` and `answer`, or `text`): perplexity of the answers, times the dense model's,
+each model reading the same words in its own tokens, and the length of the texts in tokens.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ FOLDERS = ("additional_chat_templates",)
 CODE = ("*.py", "*.pyc", "*.so")
 NEVER = (*CODE, "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 # Written anew, or no part of the model.
-UNTOLD = ("config.json", "README.md", "manifest.json", ".*")
+UNTOLD = ("config.json", "README.md", "manifest.json", "trim.json", ".*")
 
 
 def copy_companions(source: Path, target: Path, *, wanted: Callable[[str], bool] = bool) -> list[str]:

@@ -77,6 +77,9 @@ def print_plan(plan: SlicePlan, serving: Serving | None = None, *, by_layer: boo
         console.print(f"Heads are {plan.prunable_share:.1%} of the parameters, channels {plan.channel_share:.1%}.")
     elif not plan.removed:
         console.print(f"Attention is {plan.prunable_share:.1%} of the parameters; heads alone are no more than that.")
+    g = plan.geometry
+    rows_held = g.vocab * g.hidden * (1 if g.tied else 2) / plan.dense.parameters
+    console.print(f"The vocabulary is {rows_held:.1%}; `sspcompile trim` takes from that.")
     verdicts = Table("runtime", "loads", "how, or why not")
     for verdict in plan.runtimes:
         verdicts.add_row(verdict.runtime, "yes" if verdict.loads else "no", verdict.reason)
