@@ -1,10 +1,10 @@
 """What a trimmed vocabulary is worth: sizes and losses by bound, and beside cuts of heads and channels, at equal size.
 
     python -m benchmarks.trimming --model SMOLLM2 --questions train.jsonl --judge test.jsonl [--off texts.jsonl]
-                                  [--bounds 0.003,0.01,0.03] [--sizes 0.9,0.8,0.7]
+                                  [--bounds 0.003/0.02,0.01/0.5] [--sizes 0.9,0.8,0.7]
 
-The scenario is PROMPTS word problems with reference answers, as in `benchmarks.build`. A row *trim B* is `sspcompile
-trim --max-loss B`. A row *cut S* is a per-layer `build` to the share S of all parameters; *trim, cut S* trims first, by
+The scenario is PROMPTS word problems with reference answers, as in `benchmarks.build`. A row *trim A/B* is `sspcompile
+trim --max-loss A --max-loss-off B`. A row *cut S* is a per-layer `build` to the share S of all parameters; *trim, cut S* trims first, by
 BOUND, and builds what is left to the same number of them. Each is judged on JUDGED problems that nothing has seen, and
 on texts of `--off` (lines with `question` and `answer`, or `text`): perplexity of the answers, times the dense model's,
 each model reading the same words in its own tokens, and the length of the texts in tokens.
@@ -33,7 +33,7 @@ from sspcompile.trimming.tokens import TokenLoss
 from sspcompile.workspace import MODEL, TRIM
 
 ASKED = "prompts.jsonl"
-BOUND = 0.01
+BOUND = "0.01/0.05"  # the default
 # Of a passage; a model reads no more than 256 tokens of one, in whatever tokens.
 WORDS = 90
 Texts = Mapping[str, Sequence[Prompt]]
@@ -59,23 +59,27 @@ def lost(folder: Path, texts: Texts, dense: Costs) -> Row:
     return found
 
 
+def folder_of(bound: str) -> str:
+    return f"trim-{bound.replace('/', '-')}"
+
+
 def parameters(folder: Path) -> int:
     checkpoint = open_dense(str(folder)).checkpoint
     return sum(torch.Size(info.shape).numel() for info in checkpoint.tensors.values())
 
 
-def trimmed(model: str, bound: float, home: Path, texts: Texts, dense: Costs) -> Row:
-    """`sspcompile trim` with a bound."""
-    name = f"trim-{bound:g}"
+def trimmed(model: str, bound: str, home: Path, texts: Texts, dense: Costs) -> Row:
+    """`sspcompile trim` with bounds."""
+    name, (own, off) = folder_of(bound), bound.split("/")
     shutil.rmtree(home / name, ignore_errors=True)
-    words = ["trim", "--scenario", ASKED, "--model", model, "--max-loss", str(bound), "--out", name, "--quiet"]
+    words = ["trim", "--scenario", ASKED, "--model", model, "--out", name, "--quiet"]
+    words += ["--max-loss", own, "--max-loss-off", off]
     cost = run([*COMMAND, *words], home)
     said = json.loads((home / name / TRIM).read_text("utf-8"))
-    own = said["judged"]
     return {
         "tokens": said["tokens"]["trimmed"],
         "parameters": said["parameters"]["trimmed"] / said["parameters"]["dense"],
-        "own_judge": {part: own[part] for part in own},
+        "own_judge": said["judged"],
         **asdict(cost),
         **lost(home / name, texts, dense),
     }
@@ -83,10 +87,11 @@ def trimmed(model: str, bound: float, home: Path, texts: Texts, dense: Costs) ->
 
 def cut(model: str, size: float, whole: int, home: Path, texts: Texts, dense: Costs, *, first: bool) -> Row:
     """A build to `size` of `whole` parameters, of the model or (`first`) of what `trim` left of it."""
-    name, start = f"{'trim-' if first else ''}cut-{size:g}", str(home / f"trim-{BOUND:g}") if first else model
+    start = str(home / folder_of(BOUND)) if first else model
+    name = f"{'trim-' if first else ''}cut-{size:g}"
     shutil.rmtree(home / name, ignore_errors=True)
     words = ["--max-params", str(int(size * whole)), "--layout", "per-layer", "--baselines", "none"]
-    if first and parameters(home / f"trim-{BOUND:g}") <= size * whole:
+    if first and parameters(home / folder_of(BOUND)) <= size * whole:
         return {"parameters": parameters(Path(start)) / whole, **lost(Path(start), texts, dense)}
     cost = build(start, ASKED, name, home, words)
     plan = json.loads((home / name / "plan.json").read_text("utf-8"))
@@ -114,7 +119,7 @@ def told(name: str, texts: Texts) -> Callable[[Row], str]:
 @click.option("--judge", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--off", type=click.Path(exists=True, path_type=Path), help="Texts of another kind.")
 @click.option("--prompts", default=PROMPTS, show_default=True)
-@click.option("--bounds", default="0.003,0.01,0.03", show_default=True)
+@click.option("--bounds", default="0.003/0.02,0.01/0.5", show_default=True)
 @click.option("--sizes", default="0.9,0.8,0.7", show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path), help="Where to build; a temporary folder by default.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/trimming.json"))
@@ -144,9 +149,9 @@ def main(
         dense = {name: costs_of_texts(loaded, asked) for name, asked in texts.items()}
         whole = parameters(loaded.path)
         del loaded
-        for bound in sorted({BOUND, *map(float, filter(None, bounds.split(",")))}):
+        for bound in dict.fromkeys((BOUND, *filter(None, bounds.split(",")))):
             results.row(
-                f"trim {bound:g}", partial(trimmed, model, bound, home, texts, dense), told(f"trim {bound:g}", texts)
+                f"trim {bound}", partial(trimmed, model, bound, home, texts, dense), told(f"trim {bound}", texts)
             )
         for size in map(float, filter(None, sizes.split(","))):
             for first, name in ((False, f"cut {size:g}"), (True, f"trim, cut {size:g}")):

@@ -244,7 +244,7 @@ def test_as_few_tokens_stay_as_the_bound_allows(bpes):
     bpe = bpes["bytes"]
     rows = len(bpe.tokens)
     chosen, rare = [bpe.ids[name] for name in ("Ġcounted", "Ġthere")]
-    order = token_order(bpe, use(rows, {chosen: 9, rare: 1}, {chosen: 1}), np.zeros(rows), bpe.needed())
+    order = token_order(bpe, use(rows, {chosen: 9, rare: 1}, {chosen: 1}), use(rows, {}, {}), bpe.needed())
     listed = order.order.tolist()
     assert sorted(listed) == sorted(bpe.tokens) and set(listed[: order.needed]) == set(bpe.needed())
     assert set(bpe.parts(chosen)) <= set(listed[: listed.index(chosen)])
@@ -325,6 +325,7 @@ def test_a_trimmed_model_is_an_ordinary_one(run, trimmed, home):
 def test_what_cannot_be_trimmed_is_refused(run, trimmed, home):
     words = ("trim", "--scenario", home / "sums.yaml", "--model", home / "dense", "--out")
     refused(run(*words, home / "x", "--tokens", "400", "--max-loss", "0.1"), "do not go together")
+    refused(run(*words, home / "x", "--tokens", "400", "--max-loss-off", "0.1"), "do not go together")
     refused(run(*words, trimmed, "--tokens", "400"), "--overwrite")
     code, _, err = run(*words, home / "x", "--tokens", "100", "--quiet")
     assert code == 3 and "any text needs" in err and not (home / "x").exists()

@@ -128,6 +128,7 @@ def trim(
     *,
     out: Place,
     tokens: int | None = None,
+    max_loss_off: float | None = None,
     overwrite: bool = False,
     root: Place = ".",
     progress: Progress = silent,
@@ -135,19 +136,18 @@ def trim(
 ) -> TrimOutcome:
     """Write a model with the part of its vocabulary that a scenario reads and writes, as an ordinary checkpoint.
 
-    `tokens` are kept, or as few as lose at most `max_loss` (0.01) of the next tokens and of the tokens read, on texts
-    that choose nothing. Of the options those of texts count: `pools`, `raw`, `chat_template`, `max_tokens`,
-    `continuation_tokens`, `seed`. Raises InputError for both bounds, UnsupportedModelError for a tokenizer that is not
-    a byte-pair encoding, and BudgetError for fewer tokens than any text needs.
+    `tokens` are kept, or as few as lose at most `max_loss` (0.01) of the next tokens and of the tokens read on the
+    scenario, and `max_loss_off` (0.05) in general, on texts that choose nothing. Of the options those of texts count:
+    `pools`, `raw`, `chat_template`, `max_tokens`, `continuation_tokens`, `seed`. Raises InputError for both kinds of
+    bounds, UnsupportedModelError for a tokenizer that is not a byte-pair encoding, and BudgetError for fewer tokens
+    than any text needs.
     """
-    from sspcompile.api.trim import MAX_LOSS
+    from sspcompile.api.trim import TrimBounds
     from sspcompile.api.trim import trim as run
     from sspcompile.model.dense import open_dense
 
     asked, placement = _parted(options)
-    max_loss = asked.pop("max_loss", None)
-    if tokens is not None and max_loss is not None:
-        raise InputError("tokens and max_loss do not go together.", hint="Give one of them.")
+    bounds = TrimBounds.of(tokens=tokens, max_loss=asked.pop("max_loss", None), max_loss_off=max_loss_off)
     request = _request(model, scenario, asked)
     return run(
         request,
@@ -155,8 +155,7 @@ def trim(
         Path(out),
         Workspace(Path(root)),
         progress,
-        tokens=tokens,
-        max_loss=MAX_LOSS if max_loss is None else max_loss,
+        bounds=bounds,
         overwrite=overwrite,
         placement=placement,
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from sspcompile.checkpoint import Checkpoint, Manifest, staged, write_manifest
 from sspcompile.checkpoint.publish import refuse_existing
 from sspcompile.checkpoint.settings import read_json
 from sspcompile.checkpoint.source import not_carried
-from sspcompile.errors import ArtifactError, CheckpointError
+from sspcompile.errors import ArtifactError, CheckpointError, InputError
 from sspcompile.export.card import CARD, licence_of, trim_card
 from sspcompile.model.chat import rendering_of
 from sspcompile.model.decoder import LoadedModel
@@ -29,7 +30,7 @@ from sspcompile.request.options import Options
 from sspcompile.request.pools import pools_of
 from sspcompile.request.prompts import Prompt, told
 from sspcompile.request.request import Request
-from sspcompile.request.splits import Splits, draw_splits, fit_part
+from sspcompile.request.splits import Splits, draw_splits, fit_part, split, thinned
 from sspcompile.select.reading import mixture_through
 from sspcompile.select.scoring import toolkit_of
 from sspcompile.select.texts import Texts
@@ -40,11 +41,35 @@ from sspcompile.trimming.tokens import TokenLoss, TokenOrder, Use, token_order, 
 from sspcompile.trimming.write import mask_of, named_ids, write_trimmed
 from sspcompile.workspace import TRIM, Workspace
 
-MAX_LOSS = 0.01
+MAX_LOSS, MAX_LOSS_OFF = 0.01, 0.05
 PARTS = ("judge", "off")
 # Which texts these are, in words.
 PLACES = {"judge": "on the scenario", "off": "off the scenario"}
 SCHEMA = 1
+# Prompts of each pool that are continued: to order what the scenario never mentions, and to guard it.
+FROM_POOL, GUARD_FROM_POOL = 6, 3
+
+
+@dataclass(frozen=True)
+class TrimBounds:
+    """How many `tokens` stay, or as few as lose at most `max_loss` on the scenario's guard texts and `max_loss_off` on
+    those of all domains: of the most probable next tokens, and of the tokens that are read."""
+
+    tokens: int | None = None
+    max_loss: float = MAX_LOSS
+    max_loss_off: float = MAX_LOSS_OFF
+
+    @classmethod
+    def of(cls, **given: Any) -> TrimBounds:
+        """From what was given; None means "not given". Raises InputError for shares beside a number of tokens."""
+        found = {name: value for name, value in given.items() if value is not None}
+        if "tokens" in found and len(found) > 1:
+            raise InputError(
+                "A number of tokens and a bound on the loss do not go together.", hint="Give --tokens, or --max-loss."
+            )
+        if not all(0 < found[name] < 1 for name in found if name != "tokens"):
+            raise InputError("A bound on the loss is a share above 0 and below 1.", hint="As --max-loss 0.01.")
+        return cls(**found)
 
 
 @dataclass(frozen=True)
@@ -106,15 +131,13 @@ def trim(
     workspace: Workspace,
     progress: Progress = silent,
     *,
-    tokens: int | None = None,
-    max_loss: float = MAX_LOSS,
+    bounds: TrimBounds = TrimBounds(),
     overwrite: bool = False,
     placement: Placement = ANYWHERE,
 ) -> TrimOutcome:
     """Read the scenario, choose tokens, write the model without the others, prove and judge it. Whole or absent.
 
-    `tokens` are kept, or as few as lose no more than `max_loss` on the guard texts: of the most probable next tokens,
-    and of the tokens that are read. Raises BudgetError for fewer tokens than any text needs, and what
+    Raises BudgetError for fewer tokens than any text needs, and what
     `refuse_untrimmable` raises.
     """
     refuse_existing(out, overwrite=overwrite)
@@ -123,7 +146,7 @@ def trim(
     loaded = dense.load(placement=placement, rendering=rendering_of(request.options))
     demand_readable(loaded, request.scenario.prompts, request.options.max_tokens)
     needed |= {number for number in bpe.unnamed(loaded.tokenizer.get_vocab()) if number < loaded.vocab}
-    found = _read(request, dense, loaded, workspace, bpe, needed, progress, tokens=tokens, max_loss=max_loss)
+    found = _read(request, dense, loaded, workspace, bpe, needed, progress, bounds)
     del loaded  # the written model takes as much memory again
     with staged(out, overwrite=overwrite) as folder:
         done = 0
@@ -148,9 +171,7 @@ def _read(
     bpe: Bpe,
     needed: frozenset[int],
     progress: Progress,
-    *,
-    tokens: int | None,
-    max_loss: float,
+    bounds: TrimBounds,
 ) -> _Read:
     """Everything that the dense model is needed for: which tokens stay, and what it makes of the texts."""
     options = request.options
@@ -160,10 +181,12 @@ def _read(
     uses: dict[str, Use] = {}
     parts: dict[str, Sequence[Prompt]] = {"fit": splits.fit, "guard": splits.guard, "judge": splits.judge}
     parts["off"] = splits.off
+    parts["general"], parts["general guard"] = _general(options)
     for name, prompts in parts.items():
         uses[name] = use_of(loaded, texts.continued(prompts), stage_of(progress, f"tokens ({name})"))
-    order = token_order(bpe, uses["fit"], _general(loaded, options), needed)
-    kept = _chosen(order, uses["guard"], tokens, max_loss)
+    general = replace(uses["general"], read=uses["general"].read + _read_in_pools(loaded, options))
+    order = token_order(bpe, uses["fit"], general, needed)
+    kept = _chosen(order, uses, bounds)
     mask = mask_of(kept, loaded.vocab)
     words = {name: with_answers(loaded, parts[name], texts.continued(parts[name])) for name in PARTS}
     return _Read(
@@ -185,7 +208,15 @@ def _splits(
     return draw_splits(request.scenario.prompts, mixture.parts, pools, request.options.seed)
 
 
-def _general(loaded: LoadedModel, options: Options) -> np.ndarray:
+def _general(options: Options) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
+    """Prompts of all pools, as many of each: some that choose, and some that guard."""
+    parts = [split(pool.prompts)[:2] for pool in pools_of(options).every]
+    chosen = chain.from_iterable(thinned(fit, FROM_POOL) for fit, _ in parts)
+    guard = chain.from_iterable(thinned(guard, GUARD_FROM_POOL) for _, guard in parts)
+    return tuple(chosen), tuple(guard)
+
+
+def _read_in_pools(loaded: LoadedModel, options: Options) -> np.ndarray:
     """How often each token stands in the pools' prompts that may choose, [V]."""
     prompts = [prompt for pool in fit_part(pools_of(options).every) for prompt in pool.prompts]
     items = sentences(loaded.tokenizer, prompts, options.max_tokens, loaded.rendering)
@@ -193,8 +224,12 @@ def _general(loaded: LoadedModel, options: Options) -> np.ndarray:
     return np.bincount(np.array(ids, dtype=np.int64), minlength=loaded.vocab)[: loaded.vocab].astype(float)
 
 
-def _chosen(order: TokenOrder, guard: Use, tokens: int | None, max_loss: float) -> tuple[int, ...]:
-    count = order.demand(tokens) if tokens is not None else order.within(guard, max_loss)
+def _chosen(order: TokenOrder, uses: Mapping[str, Use], bounds: TrimBounds) -> tuple[int, ...]:
+    if bounds.tokens is not None:
+        count = order.demand(bounds.tokens)
+    else:
+        guards = ((uses["guard"], bounds.max_loss), (uses["general guard"], bounds.max_loss_off))
+        count = max(order.within(use, bound) for use, bound in guards)
     return tuple(np.nonzero(order.first(count))[0].tolist())
 
 

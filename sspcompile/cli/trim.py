@@ -46,8 +46,14 @@ Examples:
     "--max-loss",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     metavar="SHARE",
-    help="Keep as few tokens as lose at most this share of the next tokens, and of those read, on texts that "
-    "choose nothing.  [default: 0.01]",
+    help="Keep as few tokens as lose at most this share of the next tokens, and of those read, on texts of the "
+    "scenario that choose nothing.  [default: 0.01]",
+)
+@click.option(
+    "--max-loss-off",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    metavar="SHARE",
+    help="And at most this share on texts of all domains; 0.5 for a deployment that meets none.  [default: 0.05]",
 )
 @click.option("--out", "-o", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @build_option("pools")
@@ -64,6 +70,7 @@ def trim(
     scenario: str | None,
     tokens: int | None,
     max_loss: float | None,
+    max_loss_off: float | None,
     out: Path,
     overwrite: bool,
     as_json: bool,
@@ -77,17 +84,15 @@ def trim(
     such token the model computes what it did; this is proven before anything is published. The folder is an ordinary
     checkpoint: `build`, `export` and every runtime take it.
     """
-    from sspcompile.api.trim import MAX_LOSS, refuse_untrimmable
+    from sspcompile.api.trim import TrimBounds, refuse_untrimmable
     from sspcompile.api.trim import trim as run
     from sspcompile.checkpoint.publish import refuse_existing
     from sspcompile.cli.progress import stages
-    from sspcompile.errors import InputError
     from sspcompile.model.dense import open_dense
     from sspcompile.request.options import NAMES
     from sspcompile.request.request import read_request
 
-    if tokens is not None and max_loss is not None:
-        raise InputError("--tokens and --max-loss do not go together.", hint="Give one of them.")
+    bounds = TrimBounds.of(tokens=tokens, max_loss=max_loss, max_loss_off=max_loss_off)
     placement = placement_in(given)
     request = read_request(scenario, {name: given[name] for name in NAMES if name in given}, os.environ)
     refuse_existing(out, overwrite=overwrite)
@@ -95,15 +100,7 @@ def trim(
     refuse_untrimmable(dense)
     with stages(quiet) as progress:
         outcome = run(
-            request,
-            dense,
-            out,
-            workspace(),
-            progress,
-            tokens=tokens,
-            max_loss=MAX_LOSS if max_loss is None else max_loss,
-            overwrite=overwrite,
-            placement=placement,
+            request, dense, out, workspace(), progress, bounds=bounds, overwrite=overwrite, placement=placement
         )
     if as_json:
         found = outcome.to_json()

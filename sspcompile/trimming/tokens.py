@@ -18,8 +18,9 @@ from sspcompile.trimming.tokenizer import Bpe, with_parts
 
 # Matrices with a number of rows that this divides are fast everywhere.
 MULTIPLE = 64
-# How much the pools of all domains count beside the scenario: enough to order what it never mentions.
-GENERAL = 0.01
+# How much texts of all domains count beside the scenario: a token that stands once in a hundred thousand of theirs goes
+# before one that the scenario would write once in a million.
+GENERAL = 0.1
 
 
 @dataclass(frozen=True)
@@ -125,20 +126,24 @@ class TokenOrder:
         return min(lower if lower >= self.needed else count, len(self.order))
 
 
-def token_order(bpe: Bpe, scenario: Use, general: np.ndarray, needed: frozenset[int]) -> TokenOrder:
-    """Order the tokens by what the scenario's texts make of them, and far behind by how often pools hold them.
+def token_order(bpe: Bpe, scenario: Use, general: Use, needed: frozenset[int]) -> TokenOrder:
+    """Order the tokens by what the scenario's texts make of them, and far behind by what texts of all domains do.
 
     A token counts by its share of what is read and of the probability of what is written; ties go to the smaller id,
-    which is the more frequent one in general. `general` [V]: counts in texts of all domains. Ids without a token (rows
-    that pad the table) are not in the order unless `needed`.
+    which is the more frequent one in general. Ids without a token (rows that pad the table) are not in the order unless
+    `needed`.
     """
-    worth = _shares(scenario.read) + _shares(scenario.mass) + GENERAL * _shares(general)
+    worth = _worth(scenario) + GENERAL * _worth(general)
     ranked = [number for number in np.lexsort((np.arange(len(worth)), -worth)).tolist() if number in bpe.tokens]
     found = dict.fromkeys(sorted(needed))
     for number in ranked:
         if number not in found:
             found.update(dict.fromkeys(with_parts(bpe, number, found)))
     return TokenOrder(np.array(list(found)), len(needed), len(worth))
+
+
+def _worth(use: Use) -> np.ndarray:
+    return _shares(use.read) + _shares(use.mass)
 
 
 def _shares(values: np.ndarray) -> np.ndarray:
