@@ -4,10 +4,10 @@
                                   [--bounds 0.003/0.02,0.01/0.5] [--sizes 0.9,0.8,0.7]
 
 The scenario is PROMPTS word problems with reference answers, as in `benchmarks.build`. A row *trim A/B* is `sspcompile
-trim --max-loss A --max-loss-off B`. A row *cut S* is a per-layer `build` to the share S of all parameters; *trim, cut S* trims first, by
-BOUND, and builds what is left to the same number of them. Each is judged on JUDGED problems that nothing has seen, and
-on texts of `--off` (lines with `question` and `answer`, or `text`): perplexity of the answers, times the dense model's,
-each model reading the same words in its own tokens, and the length of the texts in tokens.
+trim --max-loss A --max-loss-off B`. A row *cut S* is a per-layer `build` to the share S of all parameters; *trim, cut
+S* trims first, by BOUND, and builds what is left to the same number of them. Each is judged on JUDGED problems that
+nothing has seen, and on texts of `--off` (lines with `question` and `answer`, or `text`): perplexity of the answers,
+times the dense model's, each model reading the same words in its own tokens, and the length of the texts in tokens.
 """
 
 from __future__ import annotations
