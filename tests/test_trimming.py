@@ -232,6 +232,20 @@ def test_a_wrong_row_and_a_wrong_token_are_found(tmp_path):
         check_tokenizer(AutoTokenizer.from_pretrained(dense), out, kept, TEXTS)
 
 
+def test_tokens_behind_the_last_row_are_left_out(tmp_path):
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens(["<late>"])
+    dense = model(tmp_path / "dense", tokenizer, rows=-1)
+    checkpoint, bpe = Checkpoint(dense), read_bpe(dense)
+    late = tokenizer.token_to_id("<late>")
+    assert late == checkpoint.geometry.vocab and late in bpe.needed()
+    kept = [number for number in some(bpe, 0.4, seed=1) if number < late]
+    (out := tmp_path / "out").mkdir()
+    write_trimmed(checkpoint, bpe, kept, out)
+    assert check_tokenizer(AutoTokenizer.from_pretrained(dense), out, kept, TEXTS)[1] == len(TEXTS)
+    assert "<late>" not in AutoTokenizer.from_pretrained(out).get_vocab()
+
+
 def use(rows: int, first: dict[int, int], read: dict[int, int]) -> Use:
     arrays = [np.zeros(rows), np.zeros(rows)]
     for array, values in zip(arrays, (first, read), strict=True):

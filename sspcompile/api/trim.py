@@ -17,7 +17,7 @@ from sspcompile.checkpoint import Checkpoint, Manifest, staged, write_manifest
 from sspcompile.checkpoint.publish import refuse_existing
 from sspcompile.checkpoint.settings import read_json
 from sspcompile.checkpoint.source import not_carried
-from sspcompile.errors import ArtifactError, CheckpointError, InputError
+from sspcompile.errors import ArtifactError, CheckpointError, InputError, UnsupportedModelError
 from sspcompile.export.card import CARD, licence_of, trim_card
 from sspcompile.model.chat import rendering_of
 from sspcompile.model.decoder import LoadedModel
@@ -120,6 +120,11 @@ def refuse_untrimmable(dense: DenseModel) -> tuple[Bpe, frozenset[int]]:
             f"{checkpoint.path} holds a configuration without weights.", hint="Name a folder with model.safetensors."
         )
     bpe = read_bpe(checkpoint.path)
+    if any(number >= checkpoint.geometry.vocab for number in bpe.named):
+        raise UnsupportedModelError(
+            f"The tokenizer of {checkpoint.path} puts a token in front of texts that the model has no row for.",
+            hint="Use the tokenizer that the model was trained with.",
+        )
     needed = bpe.needed() | named_ids(checkpoint)
     return bpe, frozenset(number for number in needed if number < checkpoint.geometry.vocab)
 

@@ -51,8 +51,7 @@ def slice_card(plan: Mapping[str, Any], mask: HeadMask, origin: Mapping[str, Any
 
 def trim_card(trimmed: Mapping[str, Any], places: Mapping[str, str], origin: Mapping[str, Any], name: str) -> str:
     """The card of a model with fewer tokens. `trimmed` is trim.json, `places` says which texts judged it, in words."""
-    values = {"trimmed": trimmed, "places": places}
-    return _card("trimmed.md", origin, name=name, report=None, plan=None, pruned=False, **values)
+    return _card("trimmed.md", origin, name=name, report=None, plan=None, pruned=False, trimmed=trimmed, places=places)
 
 
 def nested_card(nested: Nested, origin: Mapping[str, Any], name: str, scenario: str) -> str:

@@ -48,16 +48,15 @@ def with_answers(model: LanguageModel, prompts: Sequence[Prompt], items: Sequenc
     found: list[Prompt] = []
     for prompt, item in zip(prompts, items, strict=True):
         if isinstance(prompt, Passage):
-            found.append(passage(model.tokenizer.decode(item.ids[:PASSAGE_READ], skip_special_tokens=True)))
-            continue
-        tail = _plain(model.tokenizer.decode(item.ids[item.prompt :], skip_special_tokens=True))
-        if tail:
+            found.append(passage(_text_of(model, item.ids[:PASSAGE_READ])))
+        elif tail := _text_of(model, item.ids[item.prompt :]):
             found.append(answered(asked_of(prompt), tail))
     return found
 
 
-def _plain(text: str) -> str:
+def _text_of(model: LanguageModel, ids: Sequence[int]) -> str:
     """Without what no prompt may hold: control characters, which models write, and half a character at the end."""
+    text = str(model.tokenizer.decode(list(ids), skip_special_tokens=True))
     kept = "".join(one for one in text if one.isprintable() or one in "\n\t")
     return kept.replace("\N{REPLACEMENT CHARACTER}", "").strip()
 

@@ -97,7 +97,8 @@ def check_tokenizer(
     written = load_tokenizer(folder)
     places = {number: place for place, number in enumerate(kept)}
     wanted = {token: places[number] for token, number in source.get_vocab().items() if number in places}
-    found = written.get_vocab()
+    # Some classes add a token of their own behind all others.
+    found = {token: number for token, number in written.get_vocab().items() if number < len(kept)}
     if found != wanted:
         strange = sorted(set(found.items()) ^ set(wanted.items()))[0]
         raise ParityError(f"The written tokenizer differs at the token {strange[0]!r}.", hint=REPORT)

@@ -54,12 +54,17 @@ class Bpe:
             found[left + right] = None if left + right in found else (left, right)
         return found
 
+    @cached_property
+    def named(self) -> frozenset[int]:
+        """The ids that a section beside the model and the added tokens names."""
+        return frozenset(_ids_in(self.document))
+
     def needed(self) -> frozenset[int]:
         """Tokens without which some text could not be read or some file would name a token that is gone: the added
         ones, the unknown token, and bytes or, where there are none, single characters."""
         kept = {one["id"] for one in self.document.get("added_tokens") or ()}
-        kept |= {self.ids[name] for name in (self.model.get("unk_token"),) if name in self.ids}
-        kept |= set(_ids_in(self.document))
+        kept |= {self.ids[name] for name in (str(self.model.get("unk_token")),) if name in self.ids}
+        kept |= self.named
         falls_back = self.model.get("byte_fallback") and all(name in self.ids for name in BYTES)
         kept |= {self.ids[name] for name in BYTES if name in self.ids}
         if not falls_back:
@@ -95,7 +100,8 @@ class Bpe:
         return found
 
     def written(self, places: Mapping[int, int]) -> dict[str, Any]:
-        """tokenizer.json with the tokens in `places` alone, old id -> new id."""
+        """tokenizer.json with the tokens in `places` alone, old id -> new id. Those of `needed` must be among them, as
+        far as the table has rows for them."""
         model = dict(self.model)
         model["vocab"] = {token: places[number] for token, number in model["vocab"].items() if number in places}
         there = model["vocab"].keys()
@@ -104,7 +110,9 @@ class Bpe:
             for given, (left, right) in zip(self.model["merges"], self.merges, strict=True)
             if left in there and right in there and left + right in there
         ]
-        added = [{**one, "id": places[one["id"]]} for one in self.document.get("added_tokens") or ()]
+        # An added token may have an id behind the last row of the table: no model of this table can read it.
+        added = self.document.get("added_tokens") or ()
+        added = [{**one, "id": places[one["id"]]} for one in added if one["id"] in places]
         document = {**self.document, "added_tokens": added, "model": model}
         return {key: _renumbered(value, places) if key in NUMBERED else value for key, value in document.items()}
 
@@ -122,8 +130,9 @@ def read_bpe(folder: Path) -> Bpe:
             hint="Save its tokenizer with transformers (`save_pretrained`), which writes one.",
         )
     document = read_json(folder / FILE)
-    model = document.get("model")
-    kind = model.get("type", "BPE" if "merges" in model else None) if isinstance(model, dict) else None
+    found = document.get("model")
+    model: Mapping[str, Any] = found if isinstance(found, dict) else {}
+    kind = model.get("type", "BPE" if "merges" in model else None)
     if kind != "BPE" or not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
         raise UnsupportedModelError(
             f"The tokenizer of {folder} is not a byte-pair encoding but {kind or 'unnamed'}.",

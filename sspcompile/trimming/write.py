@@ -21,8 +21,10 @@ from sspcompile.trimming.tokenizer import FILE, Bpe, dump_tokenizer
 
 TABLES = (EMBEDDING, LM_HEAD)
 # Other forms of the whole vocabulary: a reader that found one would number tokens in the old way.
-WHOLE = ("vocab*", "merges*", "*.model", "*.model.v*", "*.tiktoken", "*.spm", "*.bpe", "bpe.codes", "dict.txt")
-WHOLE = (*WHOLE, "encoder.json", "tekken*.json")
+WHOLE = (
+    *("vocab*", "merges*", "*.model", "*.model.v*", "*.tiktoken", "*.spm", "*.bpe"),
+    *("bpe.codes", "dict.txt", "encoder.json", "tekken*.json"),
+)
 ADDED, DECODER = "added_tokens.json", "added_tokens_decoder"
 # Lists of ids from which tokens that went may be missing.
 LISTS = ("suppress_tokens", "begin_suppress_tokens")
