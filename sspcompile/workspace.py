@@ -34,6 +34,11 @@ class Workspace:
     def toolkits(self) -> Path:
         return self.artifacts / "toolkits"
 
+    @property
+    def latency_tables(self) -> Path:
+        """What decoding was measured to take on this machine, a file for each model and load."""
+        return self.artifacts / "latency-tables"
+
     def toolkit(self, fingerprint: str) -> Path:
         return self.toolkits / fingerprint
 

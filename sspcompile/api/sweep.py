@@ -30,7 +30,7 @@ from sspcompile.workspace import RECIPE, REPORT, Workspace
 FRONTIER = "frontier"
 NUMBERS = ("size", "keep", "strength", "max_loss")
 # Taken as they are typed: names, and numbers with a unit.
-NAMES = ("criterion", "layout", "repair", "granularity", "max_params", "max_memory")
+NAMES = ("criterion", "layout", "repair", "granularity", "max_params", "max_memory", "max_latency")
 MOST = 40
 
 

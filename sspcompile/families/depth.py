@@ -19,12 +19,13 @@ PATTERNS = ("sliding_window_pattern", "_sliding_window_pattern")
 
 
 def without_layers(config: Mapping[str, Any], g: Geometry, staying: Sequence[int]) -> dict[str, Any]:
-    """The configuration of the layers `staying` (ascending numbers), which are numbered from 0 again.
+    """The configuration of the layers `staying` (ascending numbers; one may come several times), which are numbered
+    from 0 again.
 
     Raises CheckpointError like `windows_of` and `turned_layers`.
     """
     found = dict(config)
-    if len(staying) == g.layers:
+    if [*staying] == [*range(g.layers)]:
         return found
     found["num_hidden_layers"] = len(staying)
     kinds = config.get("layer_types")

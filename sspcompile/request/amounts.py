@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
 from sspcompile.errors import BudgetError, InputError
 from sspcompile.request.documents import NAME_PATTERN, shown
-from sspcompile.request.sizes import COUNTS, UNITS, parsed
+from sspcompile.request.sizes import COUNTS, TIMES, UNITS, parsed, time_text
 
 
 @dataclass(frozen=True, eq=False)  # pydantic hashes it, and a mapping has no hash
@@ -32,10 +32,20 @@ class Amount:
 
 _PARAMETERS = Amount(COUNTS, "a number as 120M, 1.1B or 120000000")
 _BYTES = Amount(UNITS, "a size as 6GB, 512MiB or a number of bytes")
+_NANOSECONDS = Amount(TIMES, "a time as 35ms, 800us or 1.5s")
 _TYPED = WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string"}]})
 
 Parameters = Annotated[int, Field(ge=1, le=10**15), BeforeValidator(_PARAMETERS.read), _TYPED, _PARAMETERS]
 Bytes = Annotated[int, Field(ge=1, le=10**18), BeforeValidator(_BYTES.read), _TYPED, _BYTES]
+# Text needs its unit; a bare number, which nobody types, is one of nanoseconds. A recipe has it as text.
+Time = Annotated[
+    int,
+    Field(ge=1, le=10**18),
+    BeforeValidator(_NANOSECONDS.read),
+    PlainSerializer(time_text, return_type=str, when_used="json"),
+    _TYPED,
+    _NANOSECONDS,
+]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ class Keywords(TypedDict, total=False):
     protect: Mapping[str, float] | None
     max_params: int | str | None
     max_memory: int | str | None
+    max_latency: int | str | None
+    latency_runtime: Literal["torch"] | None
     context: int | None
     batch: int | None
     nested: str | None

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from sspcompile.request.amounts import Amount, Bytes, Losses, Pairs, Parameters, Shares, shares_of
+from sspcompile.request.amounts import Amount, Bytes, Losses, Pairs, Parameters, Shares, Time, shares_of
 from sspcompile.request.documents import NAME_PATTERN, Text
 
 ENVIRONMENT_PREFIX = "SSPCOMPILE_"
@@ -22,9 +22,10 @@ ENVIRONMENT_PREFIX = "SSPCOMPILE_"
 AUTO = "auto"
 # Of a hundred next tokens at most so many are others than the dense model's, where no budget is given.
 DEFAULT_MAX_LOSS = 0.05
-# What --max-memory counts where nothing else is said: as many tokens as the model has positions, no more than these.
+# What --max-memory and --max-latency count where nothing else is said: as many tokens as the model has positions, no
+# more than these.
 DEFAULT_CONTEXT, DEFAULT_BATCH = 4096, 1
-BUDGETS = ("size", "keep", "strength", "max_loss", "max_params", "max_memory", "nested")
+BUDGETS = ("size", "keep", "strength", "max_loss", "max_params", "max_memory", "max_latency", "nested")
 # Budgets of heads stand alone, and so do several sizes at once; the others hold together.
 ALONE = ("keep", "strength", "nested")
 # Floors under what is off the scenario are no budget by themselves: they hold beside one.
@@ -48,6 +49,8 @@ ImportanceFrom = Literal["domains", "prompts", "auto"]
 Baselines = Literal["few", "all", "none"]
 Units = Literal["all", "heads", "layers"]
 Rounded = Literal["int8", "int4"]
+# What runs the model while --max-latency is measured: `torch` is transformers.
+LatencyRuntime = Literal["torch"]
 
 
 @dataclass(frozen=True)
@@ -135,19 +138,30 @@ class Options(BaseModel):
             "SIZE",
         ),
     ] = None
+    max_latency: Annotated[
+        Time | None,
+        Shown(
+            "Keep what decodes a token in at most this time, as 35ms, where the cache holds --batch sequences of "
+            "--context tokens: by a table that is measured here, on --device, in --dtype, with --threads.",
+            "TIME",
+        ),
+    ] = None
+    latency_runtime: Annotated[
+        LatencyRuntime | None, Shown("What --max-latency is measured in: torch, which is transformers, by default.")
+    ] = None
     context: Annotated[
         int | None,
         Field(ge=1, le=1 << 24),
         Shown(
-            f"Tokens of a sequence that memory is counted for: by default the model's positions, {DEFAULT_CONTEXT} at "
-            "most.",
+            f"Tokens of a sequence that memory and time are counted for: by default the model's positions, "
+            f"{DEFAULT_CONTEXT} at most.",
             "TOKENS",
         ),
     ] = None
     batch: Annotated[
         int | None,
         Field(ge=1, le=1 << 16),
-        Shown(f"Sequences at once that memory is counted for: by default {DEFAULT_BATCH}.", "N"),
+        Shown(f"Sequences at once that memory and time are counted for: by default {DEFAULT_BATCH}.", "N"),
     ] = None
     nested: Annotated[
         Shares | None,
@@ -265,7 +279,7 @@ class Options(BaseModel):
         about = [f"{name} {value}" for name, known in OF_LAYERS.items() if (value := getattr(self, name)) not in known]
         if self.removes_layers and about:
             problem = f"units layers removes whole layers, and {' and '.join(about)} is about parts of them"
-            raise ValueError(f"{problem}; give size, max_params, max_memory or max_loss")
+            raise ValueError(f"{problem}; give size, max_params, max_memory, max_latency or max_loss")
         return self
 
     @model_validator(mode="after")

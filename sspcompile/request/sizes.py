@@ -1,4 +1,4 @@
-"""Sizes as people type them."""
+"""Sizes and times as people type them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from sspcompile.errors import InputError
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+# In nanoseconds.
+TIMES = {"US": 10**3, "MS": 10**6, "S": 10**9}
 BYTES_HINT = "Type 5GB, 200MiB or a number of bytes."
 
 
@@ -31,3 +33,9 @@ def parsed(text: str, units: Mapping[str, int]) -> int | None:
     # A float would be one off for some sizes.
     number = Decimal(found[1].replace("_", "")) * units[found[2]]
     return max(1, int(number)) if number > 0 else None
+
+
+def time_text(nanoseconds: int) -> str:
+    """A time as it is typed, exactly: `35ms`, `812.5us`."""
+    unit = next((unit for unit in ("S", "MS") if nanoseconds >= TIMES[unit]), "US")
+    return f"{(Decimal(nanoseconds) / TIMES[unit]).normalize():f}{unit.lower()}"

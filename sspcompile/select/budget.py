@@ -14,8 +14,19 @@ from sspcompile.families import Geometry
 from sspcompile.model.context import positions_of
 from sspcompile.request.options import AUTO, DEFAULT_BATCH, DEFAULT_CONTEXT, Options
 from sspcompile.slicing.depth import shallowest
+from sspcompile.slicing.latency import LatencyTable, latency_of
 from sspcompile.slicing.layouts import Choice, smallest_keep
-from sspcompile.slicing.measures import Bound, Measure, Serving, Unit, at_most, memory_of, parameters_of, shared
+from sspcompile.slicing.measures import (
+    NANOSECOND,
+    Bound,
+    Measure,
+    Serving,
+    Unit,
+    at_most,
+    memory_of,
+    parameters_of,
+    shared,
+)
 from sspcompile.slicing.sizes import smallest_share
 
 # At strength 1 the narrowest scenario keeps a quarter of the heads and the broadest three quarters; label-free
@@ -57,7 +68,7 @@ class Budget:
 
     @property
     def serving(self) -> Serving | None:
-        """What a bound on memory counts it for."""
+        """What a bound on memory or time counts it for."""
         return next((bound.measure.serving for bound in self.bounds if bound.measure.serving is not None), None)
 
     def at(self, share: float) -> Budget:
@@ -87,7 +98,12 @@ class Budget:
         return smallest_share(self.measure, g, channels=channels, groups_only=groups_only)
 
 
-FLAGS: Mapping[Unit, str] = {"heads": "--keep", "parameters": "--size", "memory": "--max-memory"}
+FLAGS: Mapping[Unit, str] = {
+    "heads": "--keep",
+    "parameters": "--size",
+    "memory": "--max-memory",
+    "latency": "--max-latency",
+}
 
 
 def everything(measure: Measure) -> Bound:
@@ -96,8 +112,9 @@ def everything(measure: Measure) -> Bound:
 
 
 def bounded(options: Options) -> bool:
-    """Whether options state bounds on parameters or memory."""
-    return any(one is not None for one in (options.size, options.max_params, options.max_memory))
+    """Whether options state bounds on parameters, memory or time."""
+    stated = (options.size, options.max_params, options.max_memory, options.max_latency)
+    return any(one is not None for one in stated)
 
 
 def refuse_several(options: Options) -> None:
@@ -109,10 +126,25 @@ def refuse_several(options: Options) -> None:
         )
 
 
-def bounds_of(options: Options, checkpoint: Checkpoint) -> tuple[Bound, ...]:
-    """The bounds that options state on parameters and memory, as whole numbers; a host that was wished for counts with
-    what it adds. Raises what opening the headers of the checkpoint raises.
+def bounds_of(options: Options, checkpoint: Checkpoint, table: LatencyTable | None = None) -> tuple[Bound, ...]:
+    """The bounds that options state on parameters, memory and time, as whole numbers; a host that was wished for counts
+    with what it adds. `table` says what time parts of the model take here.
+
+    Raises what opening the headers of the checkpoint raises, and InputError for a bound on time without a table.
     """
+    found = counted_bounds(options, checkpoint)
+    if options.max_latency is None:
+        return found
+    if table is None:
+        raise InputError(
+            "--max-latency counts by a table that was not measured.", hint="`sspcompile.api.latency.table_for` does."
+        )
+    latency = latency_of(checkpoint.geometry, table)
+    return (*found, at_most(latency, options.max_latency * NANOSECOND, FLAGS["latency"]))
+
+
+def counted_bounds(options: Options, checkpoint: Checkpoint) -> tuple[Bound, ...]:
+    """As `bounds_of`, those that follow from the headers: on parameters and memory."""
     if not bounded(options):
         return ()
     host = options.wanted_host
@@ -129,8 +161,8 @@ def bounds_of(options: Options, checkpoint: Checkpoint) -> tuple[Bound, ...]:
 
 
 def serving_of(options: Options, config: Mapping[str, Any]) -> Serving:
-    """What memory is counted for: what the options say, or DEFAULT_CONTEXT tokens of one sequence, as far as the
-    model's positions go.
+    """What memory and time are counted for: what the options say, or DEFAULT_CONTEXT tokens of one sequence, as far as
+    the model's positions go.
     """
     longest = min(positions_of(config) or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
     return Serving(options.context or longest, options.batch or DEFAULT_BATCH)
@@ -151,8 +183,8 @@ def budget_of(options: Options, g: Geometry, bounds: tuple[Bound, ...], breadth:
 
 
 def cuts_channels(options: Options, geometry: Geometry) -> bool:
-    """Whether a build may remove channels of the MLPs beside heads: the budget counts parameters, memory or loss, and
-    one pass over texts scores both in one measure.
+    """Whether a build may remove channels of the MLPs beside heads: the budget counts parameters, memory, time or loss,
+    and one pass over texts scores both in one measure.
     """
     counted = options.keep is None and options.strength is None
     scored = options.criterion == AUTO and options.importance_from != "domains"

@@ -35,6 +35,7 @@ FIRST: Mapping[Unit, tuple[float, ...]] = {
     "heads": (0.9, 0.75, 0.5),
     "parameters": (0.95, 0.88, 0.75),
     "memory": (0.95, 0.88, 0.75),
+    "latency": (0.95, 0.88, 0.75),
 }
 AT_ONCE = 3
 ROUNDS = 3

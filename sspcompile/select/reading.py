@@ -31,6 +31,7 @@ from sspcompile.select.mixture import Mixture, ablated, given_mixture, mixture_o
 from sspcompile.select.scoring import HeadScores, Ranking, reads_cache, score_heads
 from sspcompile.select.texts import Texts
 from sspcompile.slicing.depth import least_influence
+from sspcompile.slicing.latency import LatencyTable
 from sspcompile.slicing.layouts import Choice, choose
 from sspcompile.slicing.mask import Layout
 from sspcompile.slicing.plan import host_of
@@ -83,9 +84,17 @@ class Reading:
 
 
 def read_through(
-    request: Request, toolkit: Toolkit, loaded: LoadedModel, texts: Texts, progress: Progress = silent, *, build: bool
+    request: Request,
+    toolkit: Toolkit,
+    loaded: LoadedModel,
+    texts: Texts,
+    progress: Progress = silent,
+    *,
+    build: bool,
+    table: LatencyTable | None = None,
 ) -> Reading:
-    """Read a scenario through the toolkit. Raises what `score_heads` and `protected_pools` raise.
+    """Read a scenario through the toolkit; `table` is what a bound on time counts by. Raises what `score_heads`,
+    `protected_pools` and `bounds_of` raise.
 
     Where texts score heads (`source_of`), the passes of the criterion come on top. For a `build` every text of it is
     continued here, those that decide and judge too.
@@ -101,7 +110,7 @@ def read_through(
     used = protecting(ablated(mixture, options.without), named, PROTECTED_SHARE)
     scores = score_heads(request, used, splits.fit, toolkit, loaded, texts, progress, protected=splits.of_protected)
     # Privilege comes with the pools' scores; a toolkit may hold it from another build that read them.
-    bounds = bounds_of(options, Checkpoint(loaded.path)) if bounded(options) else ()
+    bounds = bounds_of(options, Checkpoint(loaded.path), table) if bounded(options) else ()
     whitelist = toolkit.whitelist & ("whitelist" not in options.without) & reads_cache(scores.source)
     return Reading(
         request=request,

@@ -30,6 +30,7 @@ from sspcompile.select.scoring import Ranking, measured_rankings, reads_cache
 from sspcompile.select.search import Masks, Searched, Tried, best_of, masks_of
 from sspcompile.select.texts import Texts
 from sspcompile.slicing.depth import least_influence, least_runs
+from sspcompile.slicing.latency import LatencyTable
 from sspcompile.slicing.layouts import Choice
 from sspcompile.slicing.mask import HeadMask, Layout, kept_of
 from sspcompile.slicing.plan import host_of
@@ -83,16 +84,23 @@ class Selection:
 
 
 def select(
-    request: Request, toolkit: Toolkit, loaded: LoadedModel, *, dtype: torch.dtype, progress: Progress = silent
+    request: Request,
+    toolkit: Toolkit,
+    loaded: LoadedModel,
+    *,
+    dtype: torch.dtype,
+    progress: Progress = silent,
+    table: LatencyTable | None = None,
 ) -> Selection:
     """Decide what stays of a model for a scenario, by measuring masks against the dense model.
 
-    `dtype` is the one that refitted weights will be written in: what is measured is what is written. Raises BudgetError
+    `dtype` is the one that refitted weights will be written in: what is measured is what is written. `table`: what a
+    bound on time counts by. Raises BudgetError
     for a budget below the floors and for bounds on the loss that no mask is within, and what `read_through` and
     `choices_for` raise.
     """
     texts = Texts(loaded, request.options)
-    reading = read_through(request, toolkit, loaded, texts, progress, build=True)
+    reading = read_through(request, toolkit, loaded, texts, progress, build=True, table=table)
     judge = Judge(loaded, reading.splits, request.options, texts, dtype=dtype, progress=progress)
     reading, floor, found = _allowed(judge, reading, toolkit)
     best, chosen = found.best, found.chosen
@@ -251,7 +259,7 @@ def masks_for(reading: Reading, judge: Judge) -> dict[Layout, Masks]:
 
 
 def _sized_masks(reading: Reading, geometry: Geometry, layout: Layout) -> Masks:
-    """The masks of a layout that are compared within bounds on parameters or memory: per layer, heads against channels
+    """The masks of a layout that are compared within bounds on parameters, memory or time: per layer, heads against channels
     at several rates (which are one mask where heads go alone); uniform, several shapes.
     """
     if layout == "per-layer":
@@ -277,6 +285,12 @@ def _memory(reading: Reading) -> dict[str, int] | None:
     """The bound on memory that was asked for."""
     most, serving = reading.options.max_memory, reading.budget.serving
     return None if most is None or serving is None else {"bytes": most, **asdict(serving)}
+
+
+def _latency(reading: Reading) -> dict[str, int] | None:
+    """The bound on the time of a token that was asked for."""
+    most, serving = reading.options.max_latency, reading.budget.serving
+    return None if most is None or serving is None else {"nanoseconds": most, **asdict(serving)}
 
 
 def mask_of(
@@ -327,5 +341,6 @@ def mask_of(
         size_requested=reading.budget.size,
         params_requested=reading.options.max_params,
         memory_requested=_memory(reading),
+        latency_requested=_latency(reading),
         removed=choice.units.removed,
     )

@@ -12,7 +12,7 @@ from sspcompile.families import Geometry
 from sspcompile.slicing.depth import any_layers, shallowest
 from sspcompile.slicing.layouts import GONE
 from sspcompile.slicing.mask import Layout
-from sspcompile.slicing.measures import Bound, Measure, Serving, at_most, memory_of, parameters_of, shared
+from sspcompile.slicing.measures import SECOND, Bound, Measure, Serving, at_most, memory_of, parameters_of, shared
 from sspcompile.slicing.plan import host_of
 from sspcompile.slicing.sizes import (
     Counts,
@@ -30,7 +30,8 @@ SHARES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
 class Reach:
     """What is left at most at the `share` of all parameters that is asked for (None: the smallest possible model).
 
-    `size` is what is left of all parameters as a share, `memory_bytes` weights and KV cache while it serves.
+    `size` is what is left of all parameters as a share, `memory_bytes` weights and KV cache while it serves,
+    `token_seconds` the time of a decoded token where a table foretells it.
     """
 
     share: float | None
@@ -42,11 +43,12 @@ class Reach:
     memory_bytes: int
     heads: int
     channels: int
+    token_seconds: float | None = None
 
 
 @dataclass(frozen=True)
 class Frontier:
-    """Every size by layout, the largest first, and what memory is counted for."""
+    """Every size by layout, the largest first, and what memory and time are counted for."""
 
     serving: Serving
     points: tuple[Reach, ...]
@@ -65,8 +67,10 @@ def frontier_of(
     whole_layers: bool = False,
     host: str | None = None,
     groups_only: bool = False,
+    latency: Measure | None = None,
 ) -> Frontier:
     """The sizes that `plan_within` finds for SHARES and for the smallest model: the counts of any mask of that budget.
+    `latency` counts the time of a token (`slicing.latency`).
 
     A layout is left out where no class holds it. Raises what opening the headers of the checkpoint raises.
     """
@@ -81,7 +85,7 @@ def frontier_of(
     # With a host that adds biases even the whole model has more than it had.
     budgets = [(share, bound) for share, bound in budgets if bound.most > smallest]
     budgets.append((None, at_most(parameters, smallest, "--size")))
-    worth, memory = even_worth(g, channels=channels), _Memory.of(checkpoint, serving, host)
+    worth, counted = even_worth(g, channels=channels), _Counted.of(checkpoint, serving, host, latency)
     bounds = [(bound,) for _, bound in budgets]
     found: dict[Layout, list[Counts | None]] = {}
     if whole_layers:
@@ -93,7 +97,7 @@ def frontier_of(
     if "per-layer" in layouts and not whole_layers:
         found["per-layer"] = [*per_layer_counts(worth, g, bounds, groups_only=groups_only)]
     points = [
-        memory.reach(g, share, layout, parameters, counts)
+        counted.reach(g, share, layout, parameters, counts)
         for number, (share, _) in enumerate(budgets)
         for layout, some in found.items()
         if (counts := some[number]) is not None
@@ -102,32 +106,35 @@ def frontier_of(
 
 
 @dataclass(frozen=True)
-class _Memory:
-    """Bytes of weights alone, with the cache of one token, and while the model serves."""
+class _Counted:
+    """Bytes of weights alone, with the cache of one token, and while the model serves; and the time of a token."""
 
     weights: Measure
     with_token: Measure
     served: Measure
+    latency: Measure | None
 
     @staticmethod
-    def of(checkpoint: Checkpoint, serving: Serving, host: str | None) -> _Memory:
-        return _Memory(*(memory_of(checkpoint, one, host) for one in (Serving(0, 1), Serving(1, 1), serving)))
+    def of(checkpoint: Checkpoint, serving: Serving, host: str | None, latency: Measure | None) -> _Counted:
+        served = (memory_of(checkpoint, one, host) for one in (Serving(0, 1), Serving(1, 1), serving))
+        return _Counted(*served, latency)
 
     def reach(self, g: Geometry, share: float | None, layout: Layout, parameters: Measure, counts: Counts) -> Reach:
-        left, weights, with_token, served = (
-            one.kept(g, counts.shapes, counts.widths)
-            for one in (parameters, self.weights, self.with_token, self.served)
-        )
+        def kept(one: Measure) -> int:
+            return one.kept(g, counts.shapes, counts.widths)
+
+        left, weights = kept(parameters), kept(self.weights)
         return Reach(
             share=share,
             layout=layout,
             size=left / parameters.whole,
             parameters=left,
             weight_bytes=weights,
-            kv_bytes_per_token=with_token - weights,
-            memory_bytes=served,
+            kv_bytes_per_token=kept(self.with_token) - weights,
+            memory_bytes=kept(self.served),
             heads=sum(groups * each for groups, each in counts.shapes),
             channels=sum(counts.widths) if counts.widths else sum(s != GONE for s in counts.shapes) * g.intermediate,
+            token_seconds=None if self.latency is None else kept(self.latency) / SECOND,
         )
 
 

@@ -65,7 +65,8 @@ class HeadMask:
     is removed in any layer. `removed` are the layers that go whole, ascending; their rows are empty, and what they put
     out is what they were given. `size_requested` is the budget as a share of all parameters, None where it was another;
     `params_requested` the number of parameters that it was given as. `memory_requested`: the bytes that weights and KV
-    cache may take, and for how many sequences (`batch`) of how many tokens (`context`).
+    cache may take, and for how many sequences (`batch`) of how many tokens (`context`). `latency_requested`: the
+    nanoseconds that a decoded token may take, for as many.
     """
 
     model: str
@@ -85,6 +86,7 @@ class HeadMask:
     size_requested: float | None = None
     params_requested: int | None = None
     memory_requested: Mapping[str, int] | None = None
+    latency_requested: Mapping[str, int] | None = None
     removed: tuple[int, ...] = ()
 
     @property
@@ -134,6 +136,8 @@ def dump_mask(mask: HeadMask) -> str:
     value = {"schema_version": SCHEMA_VERSION if mask.removed else WITHOUT_LAYERS, **asdict(mask)}
     if not mask.removed:
         del value["removed"]
+    if mask.latency_requested is None:
+        del value["latency_requested"]
     lines = []
     for key, item in value.items():
         if key in ("kept", "scores", "channels") and item is not None:

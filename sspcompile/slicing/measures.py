@@ -1,8 +1,9 @@
-"""What a budget counts, in whole numbers: parameters, or bytes of weights and KV cache while the model serves.
+"""What a budget counts, in whole numbers: parameters, bytes of weights and KV cache while the model serves, or the time
+of a decoded token (`latency`).
 
-Both are linear in what a cut removes: in every layer a query head, a key/value head (a group) and a channel of the MLP
+All are linear in what a cut removes: in every layer a query head, a key/value head (a group) and a channel of the MLP
 have a price each, and the layer has one as a whole, norms and experts included. A group's is its rows of k_proj and
-v_proj and, in bytes, its keys and values of every cached token.
+v_proj and, in bytes, its keys and values of every cached token; in time, what reading them takes.
 """
 
 from __future__ import annotations
@@ -17,15 +18,20 @@ from sspcompile.checkpoint.source import Checkpoint
 from sspcompile.checkpoint.tensors import Shapes, attention_shapes, layer_of, mlp_shapes, tensor_shapes
 from sspcompile.families import Geometry, hosting, layer_prefix
 from sspcompile.families.windows import windows_of
+from sspcompile.request.sizes import time_text
 from sspcompile.slicing.layouts import GONE, Shape
 
 Tensors = Mapping[str, tuple[tuple[int, ...], str]]
-Unit = Literal["heads", "parameters", "memory"]
+Unit = Literal["heads", "parameters", "memory", "latency"]
+# Time is typed in nanoseconds and counted in picoseconds: a channel of a small model on a fast device takes thousands.
+NANOSECOND, SECOND = 10**3, 10**12
+# A time that is named to be typed has so many digits: the table is no better than that.
+DIGITS = 4
 
 
 @dataclass(frozen=True)
 class Serving:
-    """What memory is counted for: `batch` sequences of `context` tokens at once."""
+    """What memory and time are counted for: `batch` sequences of `context` tokens at once."""
 
     context: int
     batch: int
@@ -40,8 +46,8 @@ class Measure:
     """`whole` of the dense model, and by layer the price of a query `head`, a `group`, a `channel` of the MLP, and the
     `layer` as a whole.
 
-    `added`: what the class that was wished for has beside the source's tensors (zero biases). `serving`: what memory is
-    counted for.
+    `added`: what the class that was wished for has beside the source's tensors (zero biases). `serving`: what memory or
+    time is counted for.
     """
 
     unit: Unit
@@ -87,12 +93,15 @@ class Bound:
         """The option with the smallest value that allows `value`."""
         if self.flag == "--size":
             return f"--size {math.ceil(1e4 * value / self.measure.whole) / 1e4:g}"
+        if self.measure.unit == "latency":
+            return f"{self.flag} {time_text(_rounded_up(-(-value // NANOSECOND)))}"
         return f"{self.flag} {value}"
 
     def __str__(self) -> str:
         if self.flag == "--size":
             return f"--size {self.share:g}"
-        return f"{self.flag} {self.most}" + (f" for {self.measure.serving}" if self.measure.serving else "")
+        most = time_text(self.most // NANOSECOND) if self.measure.unit == "latency" else self.most
+        return f"{self.flag} {most}" + (f" for {self.measure.serving}" if self.measure.serving else "")
 
 
 def parameters_of(g: Geometry, tensors: Tensors | None = None, host: str | None = None) -> Measure:
@@ -134,6 +143,12 @@ def shared(measure: Measure, share: float, flag: str) -> Bound:
     # A share that was worked out from a count gives that count back: rounding loses less than this.
     lost = 1e-3 + math.ldexp(measure.whole, -51)
     return Bound(measure, math.floor(share * measure.whole + lost), share, flag)
+
+
+def _rounded_up(number: int) -> int:
+    """The next number with DIGITS digits, and zeros behind them."""
+    step = int(10 ** max(0, len(str(number)) - DIGITS))
+    return -(-number // step) * step
 
 
 def _stated(g: Geometry) -> Tensors:
