@@ -1,15 +1,16 @@
-"""What this process may use of the machine: cores and memory, a container's limits included."""
+"""What this process may use of the machine: cores and memory, a container's limits included; and what it is."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import sys
 from pathlib import Path
 
 import psutil
 
-CGROUP = Path("/sys/fs/cgroup")
+CGROUP, CPUINFO = Path("/sys/fs/cgroup"), Path("/proc/cpuinfo")
 # (limit, use, statistics, the statistic that counts pages of files which can be dropped) of cgroup versions 2 and 1.
 MEMORY_FILES = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
@@ -55,6 +56,15 @@ def _quota(cgroup: Path) -> float | None:
         text = " ".join(filter(None, parts))
     numbers = [int(word) for word in text.split() if word.isdecimal()]
     return numbers[0] / numbers[1] if len(numbers) == 2 and numbers[1] else None
+
+
+def processor_name() -> str:
+    """What the processor calls itself, or its architecture where it does not."""
+    for line in (_text(CPUINFO) or "").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return platform.processor() or platform.machine()
 
 
 def free_memory(cgroup: Path = CGROUP) -> int:

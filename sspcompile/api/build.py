@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from sspcompile.api.latency import table_for
 from sspcompile.api.outcome import Outcome
-from sspcompile.api.refusing import refuse_hopeless
+from sspcompile.api.refusing import demand_bounds, refuse_hopeless
 from sspcompile.api.reporting import origin_of, report_of
 from sspcompile.api.rounding import demand_rounding, export_rounded, rounding_of
+from sspcompile.api.token_time import token_time
 from sspcompile.api.unfinished import passes_folder, remove_old
 from sspcompile.checkpoint import staged, write_manifest
 from sspcompile.checkpoint.publish import refuse_existing
@@ -30,9 +32,10 @@ from sspcompile.report.model import RoundingSection
 from sspcompile.report.write import write_report
 from sspcompile.request.recipe import dump_recipe
 from sspcompile.request.request import Request
-from sspcompile.select.budget import serving_of
+from sspcompile.select.budget import bounds_of, serving_of
 from sspcompile.select.scoring import toolkit_of
 from sspcompile.select.selection import Selection, select
+from sspcompile.slicing.latency import LatencyTable, latency_json
 from sspcompile.slicing.mask import dump_mask
 from sspcompile.slicing.plan import SlicePlan, make_plan, plan_json
 from sspcompile.slicing.write import write_model
@@ -59,19 +62,23 @@ def build(
     refuse_existing(out, overwrite=overwrite)
     demand_rounding(request, dense, out, workspace, overwrite=overwrite)
     remove_old(workspace)
+    table = _timed(request, dense, workspace, progress, placement)
     with claimed(passes_folder(request, dense, workspace)) as journal, staged(out, overwrite=overwrite) as folder:
         loaded = dense.load(placement=placement, rendering=rendering_of(request.options))
         demand_readable(loaded, request.scenario.prompts, request.options.max_tokens)
         toolkit = toolkit_of(request, dense, loaded, workspace, progress)
         with keeping(journal):
-            selection = select(request, toolkit, loaded, dtype=refitted_dtype(dense.checkpoint), progress=progress)
+            dtype = refitted_dtype(dense.checkpoint)
+            selection = select(request, toolkit, loaded, dtype=dtype, progress=progress, table=table)
         del loaded  # the proof takes as much memory again
         plan = make_plan(dense.checkpoint, selection.mask, host=request.options.wanted_host)
         refitted = _write(folder / MODEL, dense, selection, plan, progress)
         claim = Claim(dense.checkpoint, selection.mask, folder / MODEL, plan.custom_code, refitted)
         parity = prove(claim, selection.probes, progress, placement=placement)
         rounding = _weighed(folder, request, dense, selection, plan, progress, placement)
-        outcome = Outcome(out, dense, request, toolkit, selection, plan, parity, place, rounding)
+        models = dense.checkpoint.path, folder / MODEL
+        took = token_time(request.options, plan, table, *models, placement, progress)
+        outcome = Outcome(out, dense, request, toolkit, selection, plan, parity, place, rounding, table, took)
         _describe(folder, outcome, refitted, progress)
     workspace.remember(out)
     if request.options.quantize is not None:
@@ -88,9 +95,20 @@ def take_part(
     placement: Placement = ANYWHERE,
 ) -> None:
     """What `build` does of the measuring in every further process of torchrun, step by step with it; writes nothing."""
+    table = _timed(request, dense, workspace, progress, placement)
     loaded = dense.load(placement=placement, rendering=rendering_of(request.options))
     toolkit = toolkit_of(request, dense, loaded, workspace, progress)
-    select(request, toolkit, loaded, dtype=refitted_dtype(dense.checkpoint), progress=progress)
+    select(request, toolkit, loaded, dtype=refitted_dtype(dense.checkpoint), progress=progress, table=table)
+
+
+def _timed(
+    request: Request, dense: DenseModel, workspace: Workspace, progress: Progress, placement: Placement
+) -> LatencyTable | None:
+    """What a bound on time counts by, None where there is none. Raises BudgetError where no mask can be within it."""
+    table = table_for(request.options, dense.checkpoint, workspace, placement, progress)
+    if table is not None:
+        demand_bounds(request.options, dense.checkpoint.geometry, bounds_of(request.options, dense.checkpoint, table))
+    return table
 
 
 def _write(
@@ -138,7 +156,8 @@ def _describe(folder: Path, outcome: Outcome, refitted: Iterable[str], progress:
     """Everything beside the weights: recipe, mask, plan, what the proof was made with, report, model card, manifest."""
     progress("describing", 0, 1)
     serving = serving_of(outcome.request.options, outcome.dense.checkpoint.config)
-    plan, origin = plan_json(outcome.plan, serving), origin_of(outcome)
+    plan = plan_json(outcome.plan, serving) | latency_json(outcome.plan, outcome.table)
+    origin = origin_of(outcome)
     (folder / RECIPE).write_text(dump_recipe(outcome.request.recipe()), "utf-8")
     (folder / MASK).write_text(dump_mask(outcome.selection.mask), "utf-8")
     (folder / PLAN).write_text(json.dumps(plan, indent=1) + "\n", "utf-8")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sspcompile.api.latency import in_parameters, table_for
 from sspcompile.api.member_stages import deciding_members
 from sspcompile.api.parts import Lengths
 from sspcompile.api.stages import (
@@ -79,10 +80,13 @@ class Cost:
 
 
 def cost_of(request: Request, dense: DenseModel, workspace: Workspace, *, placement: Placement = ANYWHERE) -> Cost:
-    """Count the stages of a build, and run one short pass and a few decoding steps to time them.
+    """Count the stages of a build, and run one short pass and a few decoding steps to time them. A bound on time is
+    counted as the size that it comes to; the layers that it is measured by are timed here already.
 
     Raises what loading the model and reading the prompts raise.
     """
+    table = table_for(request.options, dense.checkpoint, workspace, placement)
+    request = in_parameters(request, dense.checkpoint, table)
     begun = time.perf_counter()
     loaded = dense.load(placement=placement, rendering=rendering_of(request.options))
     loading = time.perf_counter() - begun

@@ -61,9 +61,11 @@ def plan(
     Without a `scenario` the plan follows from counts alone (a config.json is enough): which heads and channels stay is
     left open. With one, the model is read, and prepared first where that was not done under `root`; where `layout` is
     "auto", the plan is that of the uniform layout if a class can hold it. `mask` plans the cut of a mask.json instead.
+    With `max_latency`, layers are timed here first, once under `root`.
+
     Raises InputError, RecipeError, BudgetError, CheckpointError or UnsupportedModelError.
     """
-    from sspcompile.api.plan import plan_mask, plan_scenario, plan_sizes
+    from sspcompile.api.plan import plan_mask, plan_scenario, plan_sizes, table_of_plan
 
     if mask is not None and scenario is not None:
         raise InputError("mask and scenario exclude each other.", hint="A mask was compiled already; give one.")
@@ -71,20 +73,26 @@ def plan(
     request = _request(model, scenario if scenario is not None else _UNNAMED, asked)
     if mask is not None:
         return plan_mask(request.options.source, Path(mask), request.options.wanted_host)
+    workspace = Workspace(Path(root))
     if scenario is None:
-        return plan_sizes(request.options)
-    plans, _ = plan_scenario(request, Workspace(Path(root)), progress, placement=placement)
+        return plan_sizes(request.options, table_of_plan(request.options, workspace, placement, progress))
+    plans, _ = plan_scenario(request, workspace, progress, placement=placement)
     return plans[0]
 
 
-def frontier(model: Place | None = None, **options: Unpack[Keywords]) -> Frontier:
+def frontier(
+    model: Place | None = None, *, root: Place = ".", progress: Progress = silent, **options: Unpack[BuildKeywords]
+) -> Frontier:
     """What sizes a model can be cut to in the layouts that the options allow, down to the smallest, by counts alone.
 
-    Memory is counted for `batch` sequences of `context` tokens. Raises what `plan` raises.
+    Memory is counted for `batch` sequences of `context` tokens, and with `max_latency` the time of a decoded token, by
+    layers that are timed here, once under `root`. Raises what `plan` raises.
     """
-    from sspcompile.api.plan import reachable
+    from sspcompile.api.plan import reachable, table_of_plan
 
-    return reachable(_request(model, _UNNAMED, options).options)
+    asked, placement = _parted(options)
+    found = _request(model, _UNNAMED, asked).options
+    return reachable(found, table_of_plan(found, Workspace(Path(root)), placement, progress))
 
 
 def build(

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sspcompile.api.latency import table_for
 from sspcompile.api.slice import open_cut
 from sspcompile.checkpoint.source import Checkpoint
 from sspcompile.errors import InputError, UnsupportedModelError
@@ -15,9 +16,19 @@ from sspcompile.model.placement import ANYWHERE, Placement
 from sspcompile.progress import Progress, silent
 from sspcompile.request.options import Options, default_of
 from sspcompile.request.request import Request
-from sspcompile.select.budget import Budget, bounded, bounds_of, budget_of, cuts_channels, refuse_several, serving_of
+from sspcompile.select.budget import (
+    Budget,
+    bounded,
+    bounds_of,
+    budget_of,
+    counted_bounds,
+    cuts_channels,
+    refuse_several,
+    serving_of,
+)
 from sspcompile.slicing.depth import shallowest
 from sspcompile.slicing.frontier import Frontier, frontier_of
+from sspcompile.slicing.latency import LatencyTable, latency_of
 from sspcompile.slicing.mask import Layout
 from sspcompile.slicing.measures import Serving, of_size, parameters_of
 from sspcompile.slicing.plan import SlicePlan, make_plan, plan_counts, plan_within
@@ -55,8 +66,24 @@ def plan_mask(model: str | None, mask: Path, host: str | None) -> SlicePlan:
     return open_cut(model, mask, host=host).plan
 
 
-def plan_sizes(options: Options) -> SlicePlan:
-    """The cut by counts alone, from headers or a config.json: which heads and channels stay is left open.
+def table_of_plan(
+    options: Options, workspace: Workspace, placement: Placement = ANYWHERE, progress: Progress = silent
+) -> LatencyTable | None:
+    """What a bound on time counts by, measured where it was not before; None where there is none. Raises like
+    `table_for`, and BudgetError, before anything is measured, for another bound that no mask is within.
+    """
+    if options.max_latency is None:
+        return None
+    from sspcompile.api.refusing import demand_bounds
+
+    checkpoint = open_sizes(options.source)
+    demand_bounds(options, checkpoint.geometry, counted_bounds(options, checkpoint))
+    return table_for(options, checkpoint, workspace, placement, progress)
+
+
+def plan_sizes(options: Options, table: LatencyTable | None = None) -> SlicePlan:
+    """The cut by counts alone, from headers or a config.json: which heads and channels stay is left open. `table`: what
+    a bound on time counts by.
 
     Without a budget it is that of `assumed`. Raises InputError for a budget that follows from a scenario,
     UnsupportedModelError for a layout that no class holds, and BudgetError.
@@ -69,7 +96,7 @@ def plan_sizes(options: Options) -> SlicePlan:
             hint="Give --size or --keep to plan by counts alone.",
         )
     budget = assumed(options, checkpoint) or budget_of(
-        options, checkpoint.geometry, bounds_of(options, checkpoint), breadth=1.0
+        options, checkpoint.geometry, bounds_of(options, checkpoint, table), breadth=1.0
     )
     if options.layout != "auto":
         return _planned(checkpoint, options, budget, options.layout, host)
@@ -99,13 +126,13 @@ def _planned(checkpoint: Checkpoint, options: Options, budget: Budget, layout: L
 
 
 def served(options: Options) -> Serving:
-    """What memory is counted for."""
+    """What memory and time are counted for."""
     return serving_of(options, open_sizes(options.source).config)
 
 
-def reachable(options: Options) -> Frontier:
-    """What sizes a build can come to, in the layouts that it may take, whatever its budget. Raises CheckpointError and
-    its kin for what cannot be planned.
+def reachable(options: Options, table: LatencyTable | None = None) -> Frontier:
+    """What sizes a build can come to, in the layouts that it may take, whatever its budget, and the time of a token
+    where a `table` foretells it. Raises CheckpointError and its kin for what cannot be planned.
     """
     checkpoint, host = open_sizes(options.source), options.wanted_host
     layouts: tuple[Layout, ...] = ("uniform", "per-layer") if options.layout == "auto" else (options.layout,)
@@ -117,6 +144,7 @@ def reachable(options: Options) -> Frontier:
         whole_layers=options.removes_layers,
         host=host,
         groups_only=options.granularity == "group",
+        latency=None if table is None else latency_of(checkpoint.geometry, table),
     )
 
 
@@ -140,10 +168,11 @@ def plan_scenario(
     options = request.options
     dense = open_dense(options.source)
     refuse_hopeless(request, dense)
+    table = table_for(options, dense.checkpoint, workspace, placement, progress)
     loaded = dense.load(placement=placement, rendering=rendering_of(options))
     demand_readable(loaded, request.scenario.prompts, options.max_tokens)
     toolkit = toolkit_of(request, dense, loaded, workspace, progress)
-    reading = read_through(request, toolkit, loaded, Texts(loaded, options), progress, build=False)
+    reading = read_through(request, toolkit, loaded, Texts(loaded, options), progress, build=False, table=table)
     reading = replace(reading, budget=assumed(options, dense.checkpoint) or reading.budget)
     choices = choices_for(reading, loaded.geometry)
     masks = [mask_of(reading, loaded, choice, layout) for layout, choice in choices.items()]

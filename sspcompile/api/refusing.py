@@ -6,22 +6,25 @@ import numpy as np
 
 from sspcompile.criteria import of_key
 from sspcompile.errors import CheckpointError
+from sspcompile.families import Geometry
 from sspcompile.model.dense import DenseModel
 from sspcompile.repair.repair import demand_place, is_linear
+from sspcompile.request.options import Options
 from sspcompile.request.pools import pools_of
 from sspcompile.request.protecting import demand_protected
 from sspcompile.request.request import Request
-from sspcompile.select.budget import bounds_of, cuts_channels, refuse_several
+from sspcompile.select.budget import counted_bounds, cuts_channels, refuse_several
 from sspcompile.select.mixture import demand_known
 from sspcompile.select.scoring import demand_prompts, score_key
 from sspcompile.slicing.depth import demand_layer
 from sspcompile.slicing.hosts import demand_host
 from sspcompile.slicing.layouts import choose
-from sspcompile.slicing.sizes import demand
+from sspcompile.slicing.sizes import Bounds, demand
 
 
 def refuse_hopeless(request: Request, dense: DenseModel, *, weights: bool = True) -> None:
-    """Refuse what would be refused after much work. Raises InputError or BudgetError.
+    """Refuse what would be refused after much work. Raises InputError or BudgetError; a bound on time, which only a
+    measurement can refuse, is left open.
 
     `weights`: whether the checkpoint must hold some.
     """
@@ -38,16 +41,20 @@ def refuse_hopeless(request: Request, dense: DenseModel, *, weights: bool = True
     demand_protected(options)
     demand_place(geometry, options.repair)
     demand_host(geometry, options.layout, options.wanted_host)
-    groups_only = options.granularity == "group"
-    bounds = bounds_of(options, dense.checkpoint)
-    if options.removes_layers:
-        demand_layer(geometry, bounds)
-    else:
-        demand(geometry, bounds, channels=cuts_channels(options, geometry), groups_only=groups_only)
+    demand_bounds(options, geometry, counted_bounds(options, dense.checkpoint))
     if options.keep is not None:
         # Whether a budget is feasible follows from the counts alone, whatever the scores are.
         even = np.ones((geometry.layers, geometry.heads))
-        choose(even, geometry.kv_heads, options.keep, "per-layer", groups_only=groups_only)
+        choose(even, geometry.kv_heads, options.keep, "per-layer", groups_only=options.granularity == "group")
+
+
+def demand_bounds(options: Options, geometry: Geometry, bounds: Bounds) -> None:
+    """Raise BudgetError, naming the nearest feasible values, where no mask is within the bounds."""
+    if options.removes_layers:
+        demand_layer(geometry, bounds)
+        return
+    groups_only = options.granularity == "group"
+    demand(geometry, bounds, channels=cuts_channels(options, geometry), groups_only=groups_only)
 
 
 def warnings_of(request: Request, dense: DenseModel) -> list[str]:

@@ -32,6 +32,7 @@ from sspcompile.request.domains import pools_fingerprint
 from sspcompile.request.options import AUTO
 from sspcompile.request.pools import pools_of
 from sspcompile.request.prompts import told
+from sspcompile.slicing.latency import seconds_of
 from sspcompile.slicing.layouts import Choice
 from sspcompile.slicing.sizes import share_of
 from sspcompile.workspace import RECIPE
@@ -74,6 +75,7 @@ def report_of(outcome: Outcome) -> Report:
         protected=tuple(protected_row(one.domain, one.max_loss, one.guard, one.judge) for one in selection.spared),
         sizes=_sizes(outcome),
         rounding=outcome.rounding,
+        token_time=outcome.token_time,
         runtimes=tuple(RuntimeRow(name=v.runtime, loads=v.loads, note=v.reason) for v in outcome.plan.runtimes),
         notes=tuple(_notes(outcome)),
         # Sorted: a toolkit just made and the same one read back list them in different orders.
@@ -103,7 +105,11 @@ def _channels_may_go(outcome: Outcome) -> bool:
 def _budget(outcome: Outcome) -> BudgetSection:
     selection, options = outcome.selection, outcome.request.options
     floor, budget, mask = selection.floor, selection.reading.budget, selection.mask
-    memory = outcome.plan.memory(budget.serving) if budget.serving is not None else (None, None)
+    memory = latency = None
+    if budget.serving is not None and options.max_memory is not None:
+        memory = outcome.plan.memory(budget.serving)[1]
+    if outcome.table is not None:
+        latency = seconds_of(outcome.plan, outcome.table)[1]
     return BudgetSection(
         keep_requested=mask.keep_requested,
         keep_achieved=mask.keep_achieved,
@@ -115,7 +121,9 @@ def _budget(outcome: Outcome) -> BudgetSection:
         size_achieved=outcome.plan.size,
         params_requested=mask.params_requested,
         memory_requested=options.max_memory,
-        memory_achieved=memory[1],
+        memory_achieved=memory,
+        latency_requested=None if options.max_latency is None else options.max_latency / 1e9,
+        latency_achieved=latency,
         context=budget.serving.context if budget.serving is not None else None,
         batch=budget.serving.batch if budget.serving is not None else None,
     )

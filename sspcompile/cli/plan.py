@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sspcompile.model.placement import Placement
     from sspcompile.request.options import Options
     from sspcompile.request.request import Request
+    from sspcompile.slicing.latency import LatencyTable
     from sspcompile.slicing.plan import SlicePlan
 
 # Counts need no scenario, but options are resolved together with one.
@@ -41,6 +42,7 @@ Examples:
   sspcompile plan --model ./Llama-3.1-8B --size 0.8 --layout uniform     (a config.json is enough)
   sspcompile plan --model ./Llama-3.1-8B --keep 0.5                      (heads alone)
   sspcompile plan --model ./Llama-3.1-8B --max-memory 16GB --context 32768 --batch 4
+  sspcompile plan --model ./Llama-3.1-8B --max-latency 35ms --context 8192   (layers of other shapes are timed, once)
   sspcompile plan --model ./Qwen2.5-7B --scenario prompts.jsonl --cost   (one short pass is run)
   sspcompile plan --model ./Qwen2.5-7B --scenario prompts.jsonl --nested 1,0.9,0.8 --cost
   sspcompile plan --model ./Qwen2.5-7B --mask artifacts/mine/mask.json --host granite --by-layer
@@ -72,7 +74,7 @@ def plan(
     a moment whatever the size of the model: which heads and channels stay is then left open. With a scenario and
     --layout auto both layouts are shown, because `build` measures before it chooses; --json then has the uniform one at
     the top and both under "layouts". The last table is what other sizes come to, down to the smallest; memory is that
-    of weights and the KV cache of --batch sequences of --context tokens.
+    of weights and the KV cache of --batch sequences of --context tokens. With --max-latency it has the time of a token.
     """
     if nested_artifact is not None:
         _members(nested_artifact, as_json)
@@ -80,25 +82,27 @@ def plan(
     if cost:
         _cost(scenario, mask, as_json, given)
         return
-    request = request_of(scenario or UNNAMED, given)
-    plans = _plans(request, scenario, mask, quiet, placement_in(given))
+    request, placement = request_of(scenario or UNNAMED, given), placement_in(given)
+    plans = _plans(request, scenario, mask, quiet, placement)
+    table = _table(request.options, quiet, placement)
     if mask is None and not quiet:
         _say_budget(request.options)
     from sspcompile.api.plan import reachable, served
 
     serving = served(request.options)
-    frontier = reachable(request.options) if mask is None else None
+    frontier = reachable(request.options, table) if mask is None else None
     if as_json:
+        from sspcompile.slicing.latency import latency_json
         from sspcompile.slicing.plan import plan_json
 
-        shown = [plan_json(one, serving) for one in plans]
+        shown = [plan_json(one, serving) | latency_json(one, table) for one in plans]
         known = {"frontier": frontier.as_mapping()} if frontier is not None else {}
         click.echo(json.dumps({**shown[0], "layouts": shown, **known}, indent=1))
         return
     from sspcompile.cli.tables import print_frontier, print_plan
 
     for one in plans:
-        print_plan(one, serving, by_layer=by_layer)
+        print_plan(one, serving, by_layer=by_layer, table=table)
     if frontier is not None:
         print_frontier(frontier)
 
@@ -131,6 +135,17 @@ def _say_budget(options: Options) -> None:
         )
 
 
+def _table(options: Options, quiet: bool, placement: Placement) -> LatencyTable | None:
+    """What a bound on time counts by, measured where it was not before."""
+    if options.max_latency is None:
+        return None
+    from sspcompile.api.plan import table_of_plan
+    from sspcompile.cli.progress import stages
+
+    with stages(quiet) as progress:
+        return table_of_plan(options, workspace(), placement, progress)
+
+
 def _plans(
     request: Request, scenario: str | None, mask: Path | None, quiet: bool, placement: Placement
 ) -> list[SlicePlan]:
@@ -145,7 +160,7 @@ def _plans(
         return [plan_mask(options.source, mask, options.wanted_host)]
     sizes_only = scenario is None or not holds_weights(options.source)
     if sizes_only and not needs_model(options):
-        return [plan_sizes(options)]
+        return [plan_sizes(options, _table(options, quiet, placement))]
     from sspcompile.api.refusing import refuse_hopeless, warnings_of
     from sspcompile.model.dense import open_dense
 
@@ -154,7 +169,7 @@ def _plans(
     for warning in warnings_of(request, dense):
         warn(warning)
     if sizes_only:
-        return [plan_sizes(options)]
+        return [plan_sizes(options, _table(options, quiet, placement))]
     from sspcompile.cli.progress import stages
 
     with stages(quiet) as progress:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sspcompile.nested.index import Nested
     from sspcompile.report import Report
     from sspcompile.slicing.frontier import Frontier
+    from sspcompile.slicing.latency import LatencyTable
     from sspcompile.slicing.mask import HeadMask
     from sspcompile.slicing.measures import Serving
     from sspcompile.slicing.plan import SlicePlan
@@ -47,12 +48,16 @@ def print_members(name: str, nested: Nested, *, as_json: bool = False) -> None:
         render_text(members_page(name, nested), Console())
 
 
-def print_plan(plan: SlicePlan, serving: Serving | None = None, *, by_layer: bool = False) -> None:
-    """Sizes before and after, and a verdict per runtime; with `by_layer` a row for every layer."""
+def print_plan(
+    plan: SlicePlan, serving: Serving | None = None, *, by_layer: bool = False, table: LatencyTable | None = None
+) -> None:
+    """Sizes before and after, what a token takes by a `table`, and a verdict per runtime; with `by_layer` a row for
+    every layer.
+    """
     console = Console()
-    table = Table(title=_plan_title(plan), title_justify="left")
+    sizes = Table(title=_plan_title(plan), title_justify="left")
     for name in ("", "dense", "sliced", "ratio"):
-        table.add_column(name, justify="left" if not name else "right")
+        sizes.add_column(name, justify="left" if not name else "right")
     narrowed, whole = _narrowed(plan), plan.geometry.layers * plan.geometry.intermediate
     depth = [("layers", len(plan.layers), len(plan.staying), "{:,}")] if plan.removed else []
     memory = [] if serving is None else [(f"both for {serving} (MiB)", *(n / MEBI for n in plan.memory(serving)))]
@@ -66,9 +71,9 @@ def print_plan(plan: SlicePlan, serving: Serving | None = None, *, by_layer: boo
         ("FLOPs per token", plan.dense.flops_per_token, plan.sliced.flops_per_token, "{:,}"),
         ("  and position of the context", plan.dense.flops_per_position, plan.sliced.flops_per_position, "{:,}"),
     )
-    for label, dense, sliced, form in rows:
-        table.add_row(label, form.format(dense), form.format(sliced), f"{sliced / dense:.3f}")
-    console.print(table)
+    for label, dense, sliced, form in (*rows, *_token(plan, table)):
+        sizes.add_row(label, form.format(dense), form.format(sliced), f"{sliced / dense:.3f}")
+    console.print(sizes)
     if plan.removed:
         from sspcompile.report.format import layers_named
 
@@ -88,13 +93,24 @@ def print_plan(plan: SlicePlan, serving: Serving | None = None, *, by_layer: boo
         console.print(_layers(plan))
 
 
+def _token(plan: SlicePlan, table: LatencyTable | None) -> Iterator[tuple[str, float, float, str]]:
+    """The time of a decoded token, and how sure it is."""
+    if table is None:
+        return
+    from sspcompile.slicing.latency import seconds_of
+
+    dense, sliced = seconds_of(plan, table)
+    yield f"a decoded token (ms; fitted within {table.worst:.1%})", 1e3 * dense, 1e3 * sliced, "{:,.4g}"
+
+
 def print_frontier(frontier: Frontier) -> None:
     """A row for every size and layout, one for both where they come to the same."""
-    from sspcompile.report.format import size
+    from sspcompile.report.format import seconds, size
 
+    timed = any(point.token_seconds is not None for point in frontier.points)
     title = f"What can be reached; memory: weights and cache for {frontier.serving}"
     table = Table("--size", "layout", title=title, title_justify="left")
-    for name in ("parameters", "weights", "KV/token", "memory"):
+    for name in ("parameters", "weights", "KV/token", "memory", *(["a token"] if timed else [])):
         table.add_column(name, justify="right", no_wrap=True)
     rows: dict[tuple[str, ...], list[str]] = {}
     for point in frontier.points:
@@ -104,6 +120,7 @@ def print_frontier(frontier: Frontier) -> None:
             size(point.weight_bytes),
             size(point.kv_bytes_per_token),
             size(point.memory_bytes),
+            *([] if point.token_seconds is None else [seconds(point.token_seconds)]),
         )
         rows.setdefault(figures, []).append(point.layout)
     for row, layouts in rows.items():
@@ -237,6 +254,11 @@ def _asked(mask: HeadMask) -> Iterator[str]:
         yield f"{mask.size_requested:.1%} of the parameters"
     if (memory := mask.memory_requested) is not None:
         yield f"{memory['bytes']:,} bytes for {memory['batch']:,} sequences of {memory['context']:,} tokens"
+    if (time := mask.latency_requested) is not None:
+        from sspcompile.request.sizes import time_text
+
+        load = f"{time['batch']:,} sequences of {time['context']:,} tokens"
+        yield f"{time_text(time['nanoseconds'])} for a decoded token with {load} in the cache"
 
 
 def _channels_kept(mask: HeadMask) -> str:

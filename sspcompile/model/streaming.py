@@ -121,15 +121,20 @@ def skeleton(
         model = AutoModelForCausalLM.from_config(
             config, attn_implementation=attention, trust_remote_code=trust_remote_code, **computing_in(dtype)
         ).eval()
+    compute_buffers(model, device)
+    return model.double() if dtype == torch.float64 else model
+
+
+def compute_buffers(model: PreTrainedModel, device: torch.device | str) -> None:
+    """What a model on `meta` computes and never stores (rotary frequencies, embedding scales), on a device."""
     for module in model.modules():
         empty = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         for name in empty:
             module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
-        if empty:  # rotary frequencies, embedding scales
+        if empty:
             model._init_weights(module)
         for name in empty:
             module._buffers[name] = module._buffers[name].to(device)
-    return model.double() if dtype == torch.float64 else model
 
 
 def open_streaming(

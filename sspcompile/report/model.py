@@ -71,7 +71,7 @@ class MaskSection(Section):
         return self
 
 
-Unit = Literal["heads", "parameters", "memory"]
+Unit = Literal["heads", "parameters", "memory", "latency"]
 
 
 class BudgetSection(Section):
@@ -79,9 +79,10 @@ class BudgetSection(Section):
 
     `unit` says what the budget counts; `size_requested` is None where it is not parameters, and reports of earlier
     versions have no `size_achieved`. `params_requested`: the number that it was given as. `memory_*`: bytes of weights
-    and KV cache for `batch` sequences of `context` tokens, where those were bounded. `max_loss`: the bound on the share
-    of next tokens that change hands, where that was the budget; `measured` has what masks on the way to it lost on the
-    texts that decide, `(kept, loss)` by share of the unit.
+    and KV cache for `batch` sequences of `context` tokens, where those were bounded; `latency_*`: seconds of a decoded
+    token with as many in the cache, as foretold. `max_loss`: the bound on the share of next tokens that change hands,
+    where that was the budget; `measured` has what masks on the way to it lost on the texts that decide, `(kept, loss)`
+    by share of the unit.
     """
 
     keep_requested: float
@@ -95,6 +96,8 @@ class BudgetSection(Section):
     params_requested: int | None = None
     memory_requested: int | None = None
     memory_achieved: int | None = None
+    latency_requested: float | None = None
+    latency_achieved: float | None = None
     context: int | None = None
     batch: int | None = None
 
@@ -239,6 +242,54 @@ class RoundingSection(Section):
     rows: tuple[RoundingRow, ...]
 
 
+class StepTime(Section):
+    """Seconds of a decoded token, over rounds in which the models took turns."""
+
+    median: float
+    p10: float
+    p90: float
+
+
+class TimedShape(Section):
+    """A row of the table: a model of so many `layers` in one shape, `vocabulary` where its head is over all tokens.
+    `seconds` of a decoded token as measured, and as the fit has them (`foretold`). Layers that differ in more than
+    shape are of another `kind`.
+    """
+
+    kind: int
+    layers: int
+    groups: int
+    heads_per_group: int
+    width: int
+    vocabulary: bool
+    seconds: float
+    foretold: float
+
+
+class TokenTimeSection(Section):
+    """The bound on the seconds of a decoded token: what was `requested`, what the table foretold, and what `dense` and
+    `sliced` took once the cut was written, None where both did not fit into memory together.
+
+    `batch` sequences of `context` tokens are in the cache. `conditions` say where and in what it was measured, `rows`
+    what the table is made of, `worst` the largest relative error of its fit.
+    """
+
+    requested: float
+    foretold: Pair
+    dense: StepTime | None = None
+    sliced: StepTime | None = None
+    context: int
+    batch: int
+    conditions: dict[str, str]
+    worst: float
+    rows: tuple[TimedShape, ...]
+
+    @property
+    def missed(self) -> bool:
+        """Whether the cut took longer than was asked for."""
+        return self.sliced is not None and self.sliced.median > self.requested
+
+
 class RuntimeRow(Section):
     name: str
     loads: bool
@@ -336,6 +387,7 @@ class Report(Section):
     runtimes: tuple[RuntimeRow, ...] = ()
     latency: LatencySection | None = None
     rounding: RoundingSection | None = None
+    token_time: TokenTimeSection | None = None
     notes: tuple[str, ...] = ()
     versions: dict[str, str] = {}
     origin: dict[str, str] = {}

@@ -21,6 +21,7 @@ from sspcompile.report.format import (
 )
 from sspcompile.report.model import BudgetSection, LatencyRow, LatencySection, MaskSection, Pair, QualityRow, Report
 from sspcompile.report.rounding import rounding_table, rounding_verdict
+from sspcompile.report.token_time import token_time_table, token_time_verdict
 from sspcompile.report.verdict import alarming, verdict
 
 PROMPTS_SHOWN = 5
@@ -37,6 +38,7 @@ def report_page(report: Report) -> Page:
         _layout(report),
         _sizes(report),
         _rounding(report),
+        _token_time(report),
         _latency(report),
         _mask(report, first),
         _checks(report),
@@ -173,6 +175,13 @@ def _rounding(report: Report) -> Block | None:
     )
 
 
+def _token_time(report: Report) -> Block | None:
+    if (found := report.token_time) is None:
+        return None
+    tables, hint = (Table(*token_time_table(found)),), "what was asked for, foretold and measured"
+    return Block("token-time", "Time of a token", tuple(token_time_verdict(found)), tables, hint=hint)
+
+
 def _latency(report: Report) -> Block | None:
     latency = report.latency
     if latency is None:
@@ -303,6 +312,8 @@ def _budget_sentence(budget: BudgetSection) -> str:
         )
     if budget.memory_achieved is not None:
         kept = f"{size(budget.memory_achieved)} are taken, {kept}"
+    if budget.latency_achieved is not None:
+        kept = f"{seconds(budget.latency_achieved)} a token are foretold, {kept}"
     if budget.max_loss is not None:
         told = ", ".join(f"{percent(share)} of the {budget.unit} {percent(loss)}" for share, loss in budget.measured)
         beside = "".join(f" and {one}" for one in _numbers(budget))
@@ -322,21 +333,23 @@ def _allowed(budget: BudgetSection) -> Iterator[str]:
         number = budget.params_requested
         within = "" if number is None else f", no more than {count(number)},"
         yield f"{percent(budget.size_requested)} of the parameters{within}"
-    yield from _memory(budget)
+    yield from _served(budget)
 
 
 def _numbers(budget: BudgetSection) -> Iterator[str]:
     """The bounds that were given as numbers, not as shares."""
     if budget.params_requested is not None:
         yield f"{count(budget.params_requested)} parameters"
-    yield from _memory(budget)
+    yield from _served(budget)
 
 
-def _memory(budget: BudgetSection) -> Iterator[str]:
+def _served(budget: BudgetSection) -> Iterator[str]:
     if budget.memory_requested is not None and budget.context is not None and budget.batch is not None:
         several = "one sequence" if budget.batch == 1 else f"{count(budget.batch)} sequences"
         cache = f"the KV cache of {several} of {count(budget.context)} tokens"
         yield f"{size(budget.memory_requested)} of memory (weights and {cache})"
+    if budget.latency_requested is not None:
+        yield f"{seconds(budget.latency_requested)} for a decoded token"
 
 
 def _checks(report: Report) -> Block | None:

@@ -17,6 +17,7 @@ from sspcompile.report.model import (
     SizesSection,
 )
 from sspcompile.report.rounding import AS_GOOD, BETTER, rounding_verdict
+from sspcompile.report.token_time import MISSED, token_time_verdict
 
 # Below this share of agreement more than every tenth token differs: nobody would call that the same model.
 FEW_AGREE = 0.9
@@ -26,7 +27,7 @@ HEADLINE_METRICS = ("time to first token", "inter-token latency")
 SPOKEN_METRICS = (*HEADLINE_METRICS, "load", "peak resident memory", "peak device memory")
 ALARMS = (
     *("LOSS", "FAILED", "FURTHER", "DO NOT SHIP", "FOR THIS SCENARIO ONLY", "NO MEASURABLE GAIN"),
-    *(AS_GOOD, BETTER),
+    *(AS_GOOD, BETTER, MISSED),
 )
 
 
@@ -43,6 +44,7 @@ def verdict(report: Report) -> tuple[str, ...]:
         *_repair(report),
         *_sizes(report),
         *((rounding_verdict(report.rounding),) if report.rounding else ()),
+        *(token_time_verdict(report.token_time) if report.token_time else ()),
         *_latency(report),
         *_scenario(report),
     )
@@ -161,6 +163,8 @@ def _milder(budget: BudgetSection | None) -> str:
         return "a smaller --strength"
     if budget.unit == "memory":
         return "a larger --max-memory"
+    if budget.unit == "latency":
+        return "a larger --max-latency"
     if budget.params_requested is not None:
         return "a larger --max-params"
     return "a larger --size" if budget.unit == "parameters" else "a larger --keep"

@@ -51,6 +51,7 @@ Units = Literal["all", "heads", "layers"]
 Rounded = Literal["int8", "int4"]
 # What runs the model while --max-latency is measured: `torch` is transformers.
 LatencyRuntime = Literal["torch"]
+LATENCY_RUNTIME: LatencyRuntime = "torch"
 
 
 @dataclass(frozen=True)

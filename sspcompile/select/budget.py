@@ -136,9 +136,7 @@ def bounds_of(options: Options, checkpoint: Checkpoint, table: LatencyTable | No
     if options.max_latency is None:
         return found
     if table is None:
-        raise InputError(
-            "--max-latency counts by a table that was not measured.", hint="`sspcompile.api.latency.table_for` does."
-        )
+        raise InputError("--max-latency counts by a table, and none was measured.", hint="Measure it: `table_for`.")
     latency = latency_of(checkpoint.geometry, table)
     return (*found, at_most(latency, options.max_latency * NANOSECOND, FLAGS["latency"]))
 

@@ -259,8 +259,8 @@ def masks_for(reading: Reading, judge: Judge) -> dict[Layout, Masks]:
 
 
 def _sized_masks(reading: Reading, geometry: Geometry, layout: Layout) -> Masks:
-    """The masks of a layout that are compared within bounds on parameters, memory or time: per layer, heads against channels
-    at several rates (which are one mask where heads go alone); uniform, several shapes.
+    """The masks of a layout that are compared within bounds on parameters, memory or time: per layer, heads against
+    channels at several rates (which are one mask where heads go alone); uniform, several shapes.
     """
     if layout == "per-layer":
         found = [within(reading, geometry, layout, reading.worth(rate))[0] for rate in RATES]

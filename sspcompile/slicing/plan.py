@@ -202,8 +202,8 @@ def plan_within(
     host: str | None = None,
     groups_only: bool = False,
 ) -> SlicePlan:
-    """As `plan_counts`, within bounds on parameters, memory or time; `channels`: whether those of the MLPs may go beside
-    heads; `whole_layers`: those go and nothing else.
+    """As `plan_counts`, within bounds on parameters, memory or time; `channels`: whether those of the MLPs may go
+    beside heads; `whole_layers`: those go and nothing else.
 
     Of parameters, the same share of heads and of channels goes, as far as their steps allow. Raises BudgetError.
     """
