@@ -159,6 +159,7 @@ budgets = st.one_of(
         optional={
             "max_params": st.integers(1, 10**12),
             "max_memory": st.integers(1, 10**12),
+            "max_latency": st.integers(1, 10**18),
             "max_loss": losses,
             "protect": protected,
         },
@@ -209,6 +210,8 @@ def test_default_options() -> None:
             "protect": None,
             "max_params": None,
             "max_memory": None,
+            "max_latency": None,
+            "latency_runtime": None,
             "context": None,
             "batch": None,
             "nested": None,
@@ -296,7 +299,8 @@ def test_parts_that_are_switched_off_are_named_once_and_in_one_order(tmp_path: P
         ({"keep": 0.3, "strength": 0.3}, "keep and strength exclude each other"),
         ({"keep": 0.3, "max_loss": 0.3}, "keep and max_loss exclude each other"),
         ({"keep": 0.3, "max_memory": "6GB"}, "keep and max_memory exclude each other"),
-        ({"max_loss": None}, "one of size, keep, strength, max_loss, max_params, max_memory, nested is needed"),
+        ({"nested": "1,0.8", "max_latency": "6ms"}, "max_latency and nested exclude each other"),
+        ({"max_loss": None}, "one of size, keep, strength, max_loss, .*, max_memory, max_latency, nested is needed"),
     ],
 )
 def test_options_have_one_budget(given, expected: str) -> None:

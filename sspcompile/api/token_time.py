@@ -48,11 +48,11 @@ def token_time(
         batch=serving.batch,
         conditions={**told, **conditions.versions},
         worst=table.worst,
-        rows=tuple(_row(table, row) for row in table.rows),
+        rows=tuple(timed_shape(table, row) for row in table.rows),
     )
 
 
-def _row(table: LatencyTable, row: Timed) -> TimedShape:
+def timed_shape(table: LatencyTable, row: Timed) -> TimedShape:
     return TimedShape(
         kind=row.kind,
         layers=row.layers,

@@ -117,7 +117,7 @@ def layer_table(
     g, serving = geometry_of(config), conditions.serving
     by_layer, kinds = kinds_of(config, g, serving)
     rows = timed_models(g, depths_of(g, kinds, serving, place))
-    pools = [_Pool(place.device) for _ in kinds]
+    pools = [Pool(place.device) for _ in kinds]
     with readable(checkpoint.path):
         models = [model_of(config, g, row, kinds[row.kind], place, pools[row.kind]) for row in rows]
         rounds = step_rounds(models, serving, place.device, progress, STAGE)
@@ -159,7 +159,7 @@ def _numbers(g: Geometry, kind: Kind, shape: tuple[int, int, int]) -> int:
     return sum(math.prod(one) for one in tensors.values())
 
 
-def model_of(config: Mapping[str, Any], g: Geometry, row: Timed, kind: Kind, place: Place, pool: _Pool) -> Any:
+def model_of(config: Mapping[str, Any], g: Geometry, row: Timed, kind: Kind, place: Place, pool: Pool) -> Any:
     """A stock model as a row says, with random weights. Raises what transformers raises."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -185,7 +185,7 @@ def model_of(config: Mapping[str, Any], g: Geometry, row: Timed, kind: Kind, pla
     return model
 
 
-class _Pool:
+class Pool:
     """Random weights that models share: a smaller tensor is the beginning of the one of its name in the largest model,
     which comes first.
     """
