@@ -125,7 +125,7 @@ def skeleton(
     return model.double() if dtype == torch.float64 else model
 
 
-def compute_buffers(model: PreTrainedModel, device: torch.device | str) -> None:
+def compute_buffers(model: Any, device: torch.device | str) -> None:
     """What a model on `meta` computes and never stores (rotary frequencies, embedding scales), on a device."""
     for module in model.modules():
         empty = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]

@@ -116,8 +116,10 @@ class _Counted:
 
     @staticmethod
     def of(checkpoint: Checkpoint, serving: Serving, host: str | None, latency: Measure | None) -> _Counted:
-        served = (memory_of(checkpoint, one, host) for one in (Serving(0, 1), Serving(1, 1), serving))
-        return _Counted(*served, latency)
+        weights, with_token, served = (
+            memory_of(checkpoint, one, host) for one in (Serving(0, 1), Serving(1, 1), serving)
+        )
+        return _Counted(weights, with_token, served, latency)
 
     def reach(self, g: Geometry, share: float | None, layout: Layout, parameters: Measure, counts: Counts) -> Reach:
         def kept(one: Measure) -> int:
