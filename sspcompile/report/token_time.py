@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sspcompile.report.format import count, figures, percent, seconds
+from sspcompile.report.format import count, percent, seconds
 from sspcompile.report.model import StepTime, TokenTimeSection
 
 MISSED = "MISSED"
@@ -48,7 +48,7 @@ def token_time_table(section: TokenTimeSection) -> tuple[str, tuple[str, ...], t
             count(row.width),
             seconds(row.seconds),
             seconds(row.foretold),
-            f"{figures(100 * (row.foretold / row.seconds - 1))} %",
+            f"{100 * (row.foretold / row.seconds - 1):+.1f} %",
         )
         for row in section.rows
     ]
