@@ -119,20 +119,17 @@ def _print(outcome: TrimOutcome) -> None:
     sizes = f"{after / 1e6:,.1f} of {before / 1e6:,.1f} M parameters ({after / before:.1%})"
     click.echo(f"{outcome.folder}: {len(outcome.kept):,} of {outcome.of:,} tokens, {sizes}")
     for name, one in outcome.judged.items():
-        click.echo(f"  {PLACES[name]:<17} {_told(one)}")
-    click.echo(f"  {'proven':<17} {outcome.proof.told}")
+        click.echo(f"  {PLACES[name]:<16} {_told(one)}")
+    click.echo(f"  {'proven':<16} {outcome.proof.told}")
 
 
 def _told(one: Judged) -> str:
-    parts = [f"{one.tokens.changed:.1%} of next tokens are gone", f"{one.tokens.read:.1%} of what is read"]
+    parts = [f"{one.tokens.changed:.1%} of next tokens gone", f"{one.tokens.read:.1%} read in pieces"]
     if one.perplexity is not None and one.length is not None:
         low, high = one.perplexity.low, one.perplexity.high
-        interval = f" ({low:.3f} to {high:.3f})" if low is not None and high is not None else ""
-        parts += [
-            f"perplexity {one.perplexity.value:.3f} times{interval}",
-            f"texts {one.length.value:.2f} times as long",
-        ]
-    return f"{', '.join(parts)} ({one.texts} texts)"
+        interval = f" ({low:.3g} to {high:.3g})" if low is not None and high is not None else ""
+        parts += [f"perplexity {one.perplexity.value:.3f}x{interval}", f"length {one.length.value:.2f}x"]
+    return f"{', '.join(parts)}; {one.texts} texts"
 
 
 def _left_out(outcome: TrimOutcome) -> list[str]:

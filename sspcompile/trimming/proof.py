@@ -48,10 +48,10 @@ class Trimmed:
     @property
     def told(self) -> str:
         """In words."""
-        found = f"{self.tensors} tensors byte for byte; {self.texts} of {self.of} texts have the tokens that they had"
+        found = f"{self.tensors} tensors byte for byte, the tokens of {self.texts} of {self.of} texts"
         if self.parity is None:
             return f"{found}; no room to compare logits"
-        return f"{found}; logits differ by {self.parity.relative:.1e} of their scale in {self.parity.dtype}"
+        return f"{found}, logits within {self.parity.relative:.1e} of their scale ({self.parity.dtype})"
 
 
 def check_rows(source: Checkpoint, written: Checkpoint, kept: Sequence[int], progress: Steps = no_steps) -> int:
