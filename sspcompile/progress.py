@@ -27,3 +27,15 @@ def within(progress: Progress, whole: str) -> Progress:
 def stage_of(progress: Progress, stage: str) -> Steps:
     """The steps of `stage`, told to `progress`."""
     return lambda done, total: progress(stage, done, total)
+
+
+def adding(progress: Progress, stage: str, total: int) -> Callable[[int], None]:
+    """Called with steps just done; tells `progress` how many of `total` are done in all."""
+    done = 0
+
+    def more(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(stage, done, total)
+
+    return more

@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from sspcompile.checkpoint import Checkpoint
 from sspcompile.errors import BudgetError, ParityError, UnsupportedModelError
+from sspcompile.slicing.cut import runs
 from sspcompile.trimming.proof import check_rows, check_tokenizer
 from sspcompile.trimming.tokenizer import Bpe, read_bpe, with_parts
 from sspcompile.trimming.tokens import MULTIPLE, TokenOrder, Use, token_order
-from sspcompile.trimming.write import named_ids, runs, write_trimmed
+from sspcompile.trimming.write import named_ids, write_trimmed
 from sspcompile.workspace import TRIM
 
 SPECIAL = ["<s>", "</s>", "<pad>"]

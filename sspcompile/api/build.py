@@ -24,7 +24,7 @@ from sspcompile.model.dense import DenseModel
 from sspcompile.model.journal import claimed, keeping
 from sspcompile.model.placement import ANYWHERE, Placement, resolve
 from sspcompile.model.text import demand_readable
-from sspcompile.progress import Progress, silent
+from sspcompile.progress import Progress, adding, silent
 from sspcompile.proof.claim import Claim
 from sspcompile.proof.prove import prove
 from sspcompile.repair.repair import refitted_dtype
@@ -115,15 +115,16 @@ def _write(
     folder: Path, dense: DenseModel, selection: Selection, plan: SlicePlan, progress: Progress
 ) -> Mapping[str, np.ndarray]:
     """Cut the model out of the dense one's files; gives the tensors that a repair computed, by name."""
-    repair, done = selection.repair, 0
+    repair = selection.repair
     refitted = repair.replaced(selection.mask.units, plan.geometry) if repair is not None else {}
 
-    def wrote(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        progress("cutting", done, plan.sliced.weight_bytes)
-
-    write_model(dense.checkpoint, plan, folder, replaced=refitted, progress=wrote)
+    write_model(
+        dense.checkpoint,
+        plan,
+        folder,
+        replaced=refitted,
+        progress=adding(progress, "cutting", plan.sliced.weight_bytes),
+    )
     return refitted
 
 

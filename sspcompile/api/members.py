@@ -12,7 +12,7 @@ from sspcompile.errors import InputError
 from sspcompile.export.card import CARD, slice_card
 from sspcompile.nested.files import write_member
 from sspcompile.nested.index import Member, Nested, read_nested
-from sspcompile.progress import Progress, silent
+from sspcompile.progress import Progress, adding, silent
 from sspcompile.slicing.mask import HeadMask, dump_mask, load_mask
 from sspcompile.slicing.plan import SlicePlan, make_plan, plan_json
 from sspcompile.workspace import MASK, MODEL, PLAN, PROBES
@@ -53,13 +53,6 @@ def cut_member(
     progress: Progress = silent,
 ) -> Manifest:
     """Write a member as an ordinary cut of the dense model, repair included; `verify` proves it. Whole or absent."""
-    done = 0
-
-    def wrote(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        progress("cutting", done, cut.plan.sliced.weight_bytes)
-
     if out.resolve().is_relative_to(cut.artifact.resolve()):
         raise InputError(f"{out} lies inside the artifact.", hint="Give an --out outside of it.")
     with staged(out, overwrite=overwrite) as folder:
@@ -71,7 +64,7 @@ def cut_member(
             cut.plan,
             folder,
             max_shard_bytes=max_shard_bytes,
-            progress=wrote,
+            progress=adding(progress, "cutting", cut.plan.sliced.weight_bytes),
         )
         plan = plan_json(cut.plan)
         (folder / MASK).write_text(dump_mask(cut.mask), "utf-8")

@@ -27,7 +27,7 @@ from sspcompile.nested.index import Nested, read_nested
 from sspcompile.nested.order import demand_nestable
 from sspcompile.nested.proving import prove_whole
 from sspcompile.prepare.toolkit import Toolkit
-from sspcompile.progress import Progress, silent
+from sspcompile.progress import Progress, adding, silent
 from sspcompile.proof.claim import Claim
 from sspcompile.proof.parity import Parity
 from sspcompile.proof.prove import prove
@@ -101,14 +101,12 @@ def build_nested(
 
 
 def _write(folder: Path, dense: DenseModel, nested: Nested, progress: Progress) -> None:
-    done, total = 0, nested.members[0].weight_bytes
-
-    def wrote(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        progress("reordering", done, total)
-
-    write_whole(dense.checkpoint, nested.order, folder / MODEL, progress=wrote)
+    write_whole(
+        dense.checkpoint,
+        nested.order,
+        folder / MODEL,
+        progress=adding(progress, "reordering", nested.members[0].weight_bytes),
+    )
     write_index(folder, nested)
 
 

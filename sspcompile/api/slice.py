@@ -12,7 +12,7 @@ from sspcompile.checkpoint.source import not_carried
 from sspcompile.errors import ArtifactError, CheckpointError
 from sspcompile.export.card import licence_of, slice_card
 from sspcompile.model.dense import DenseModel, open_dense
-from sspcompile.progress import Progress, silent
+from sspcompile.progress import Progress, adding, silent
 from sspcompile.slicing.mask import HeadMask, dump_mask, load_mask
 from sspcompile.slicing.plan import SlicePlan, make_plan, plan_json
 from sspcompile.slicing.write import write_model
@@ -64,13 +64,6 @@ def write_cut(
             f"{cut.dense.checkpoint.path} holds a configuration without weights.",
             hint="`sspcompile plan` works without them.",
         )
-    done = 0
-
-    def wrote(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        progress("cutting", done, cut.plan.sliced.weight_bytes)
-
     with staged(out, overwrite=overwrite) as folder:
         write_model(
             cut.dense.checkpoint,
@@ -78,7 +71,7 @@ def write_cut(
             folder,
             max_shard_bytes=max_shard_bytes,
             link_unchanged=link_unchanged,
-            progress=wrote,
+            progress=adding(progress, "cutting", cut.plan.sliced.weight_bytes),
         )
         plan = plan_json(cut.plan)
         (folder / MASK).write_text(dump_mask(cut.mask), "utf-8")

@@ -25,7 +25,7 @@ from sspcompile.model.dense import DenseModel, open_dense
 from sspcompile.model.loading import load_tokenizer
 from sspcompile.model.placement import ANYWHERE, Placement
 from sspcompile.model.text import demand_readable, sentences
-from sspcompile.progress import Progress, silent, stage_of
+from sspcompile.progress import Progress, adding, silent, stage_of
 from sspcompile.request.options import Options
 from sspcompile.request.pools import pools_of
 from sspcompile.request.prompts import Prompt, told
@@ -38,7 +38,7 @@ from sspcompile.trimming.judging import Judged, TextCost, costs_of_texts, judged
 from sspcompile.trimming.proof import Trimmed, check_rows, check_tokenizer, compare_logits
 from sspcompile.trimming.tokenizer import Bpe, read_bpe
 from sspcompile.trimming.tokens import TokenLoss, TokenOrder, Use, token_order, use_of
-from sspcompile.trimming.write import mask_of, named_ids, write_trimmed
+from sspcompile.trimming.write import TABLES, mask_of, named_ids, write_trimmed
 from sspcompile.workspace import TRIM, Workspace
 
 MAX_LOSS, MAX_LOSS_OFF = 0.01, 0.05
@@ -142,8 +142,7 @@ def trim(
 ) -> TrimOutcome:
     """Read the scenario, choose tokens, write the model without the others, prove and judge it. Whole or absent.
 
-    Raises BudgetError for fewer tokens than any text needs, and what
-    `refuse_untrimmable` raises.
+    Raises BudgetError for fewer tokens than any text needs, and what `refuse_untrimmable` raises.
     """
     refuse_existing(out, overwrite=overwrite)
     bpe, needed = refuse_untrimmable(dense)
@@ -154,14 +153,9 @@ def trim(
     found = _read(request, dense, loaded, workspace, bpe, needed, progress, bounds)
     del loaded  # the written model takes as much memory again
     with staged(out, overwrite=overwrite) as folder:
-        done = 0
-
-        def wrote(nbytes: int) -> None:
-            nonlocal done
-            done += nbytes
-            progress("cutting", done, max(done, sum(info.nbytes for info in checkpoint.tensors.values())))
-
-        write_trimmed(checkpoint, bpe, found.kept, folder, wrote)
+        rows = len(found.kept) / checkpoint.geometry.vocab
+        sizes = [int(info.nbytes * (rows if name in TABLES else 1)) for name, info in checkpoint.tensors.items()]
+        write_trimmed(checkpoint, bpe, found.kept, folder, adding(progress, "cutting", sum(sizes)))
         texts = [told(prompt) for part in PARTS for prompt in found.words[part]]
         outcome = _judged(request.options, dense, folder, out, found, texts, progress, placement)
         _describe(folder, outcome)

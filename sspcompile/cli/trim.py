@@ -87,6 +87,7 @@ def trim(
     from sspcompile.api.trim import TrimBounds, refuse_untrimmable
     from sspcompile.api.trim import trim as run
     from sspcompile.checkpoint.publish import refuse_existing
+    from sspcompile.checkpoint.source import not_carried
     from sspcompile.cli.progress import stages
     from sspcompile.model.dense import open_dense
     from sspcompile.request.options import NAMES
@@ -108,7 +109,7 @@ def trim(
         return
     _print(outcome)
     if not quiet:
-        say_left_out(_left_out(outcome), quiet=quiet)
+        say_left_out(not_carried(dense.checkpoint.path), quiet=quiet)
         click.echo(f"Next: sspcompile build --model {out} --scenario ..., or serve it as it is", err=True)
 
 
@@ -130,9 +131,3 @@ def _told(one: Judged) -> str:
         interval = f" ({low:.3g} to {high:.3g})" if low is not None and high is not None else ""
         parts += [f"perplexity {one.perplexity.value:.3f}x{interval}", f"length {one.length.value:.2f}x"]
     return f"{', '.join(parts)}; {one.texts} texts"
-
-
-def _left_out(outcome: TrimOutcome) -> list[str]:
-    from sspcompile.checkpoint.source import not_carried
-
-    return not_carried(outcome.dense.checkpoint.path)

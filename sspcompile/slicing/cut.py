@@ -90,7 +90,7 @@ def _extents(extents: Sequence[Extent]) -> Content:
 def _rows(checkpoint: Checkpoint, name: str, part: Blocks) -> Content:
     """Kept blocks of rows; neighbouring blocks are one extent."""
     info = checkpoint.tensors[name]
-    return _extents([info.rows(start * part.size, stop * part.size) for start, stop in _runs(part.kept)])
+    return _extents([info.rows(start * part.size, stop * part.size) for start, stop in runs(part.kept)])
 
 
 def _columns(checkpoint: Checkpoint, name: str, part: Blocks) -> Content:
@@ -114,7 +114,7 @@ def _columns(checkpoint: Checkpoint, name: str, part: Blocks) -> Content:
     return content
 
 
-def _runs(kept: Sequence[int]) -> Iterator[tuple[int, int]]:
+def runs(kept: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Indices -> half-open runs of neighbours: (0, 1, 4) -> (0, 2), (4, 5)."""
     for _, group in groupby(enumerate(kept), key=lambda pair: pair[1] - pair[0]):
         members = [index for _, index in group]

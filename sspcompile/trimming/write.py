@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,12 @@ import numpy as np
 
 from sspcompile.checkpoint import Checkpoint, copy_companions, write_checkpoint
 from sspcompile.checkpoint.references import TOKENIZER_CONFIG, drop_references, read_settings
-from sspcompile.checkpoint.settings import END_TOKENS, GENERATION, ONE_TOKEN, read_json
+from sspcompile.checkpoint.settings import END_TOKENS, GENERATION, ONE_TOKEN, read_generation
 from sspcompile.checkpoint.tensors import EMBEDDING, LM_HEAD
 from sspcompile.checkpoint.transfer import Extent
 from sspcompile.checkpoint.writer import OutputTensor
 from sspcompile.errors import UnsupportedModelError
+from sspcompile.slicing.cut import runs
 from sspcompile.trimming.tokenizer import FILE, Bpe, dump_tokenizer
 
 TABLES = (EMBEDDING, LM_HEAD)
@@ -40,7 +40,7 @@ def named_ids(checkpoint: Checkpoint) -> frozenset[int]:
             f"{checkpoint.path} holds more than a decoder, and its other parts name tokens by id.",
             hint="`trim` takes language models. `build` cuts the decoder of this one.",
         )
-    generation = _generation(checkpoint.path)
+    generation = read_generation(checkpoint.path) or {}
     if strange := [key for key in UNTAKEN if generation.get(key)]:
         raise UnsupportedModelError(
             f"{checkpoint.path / GENERATION} names tokens under {strange[0]}, which `trim` does not take.",
@@ -63,7 +63,7 @@ def write_trimmed(
     _dump(folder / "config.json", config)
     copy_companions(checkpoint.path, folder, wanted=lambda name: not any(Path(name).match(one) for one in WHOLE))
     drop_references(folder)
-    if generation := _generation(folder):
+    if generation := read_generation(folder):
         _dump(folder / GENERATION, _renumbered(generation, places))
     (folder / FILE).write_text(dump_tokenizer(bpe.written(places)), "utf-8")
     if settings := read_settings(folder / TOKENIZER_CONFIG):
@@ -73,12 +73,6 @@ def write_trimmed(
         _dump(folder / TOKENIZER_CONFIG, settings)
     if added := read_settings(folder / ADDED):
         _dump(folder / ADDED, {token: places[number] for token, number in added.items() if number in places})
-
-
-def runs(kept: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Ascending numbers -> half-open runs of neighbours."""
-    breaks = [0, *(at for at, (one, two) in enumerate(pairwise(kept), 1) if two != one + 1), len(kept)]
-    yield from ((kept[start], kept[stop - 1] + 1) for start, stop in pairwise(breaks) if stop > start)
 
 
 def _tensors(checkpoint: Checkpoint, kept: Sequence[int]) -> list[OutputTensor]:
@@ -96,10 +90,6 @@ def _tensors(checkpoint: Checkpoint, kept: Sequence[int]) -> list[OutputTensor]:
 
 def _there(extents: list[Extent]) -> Callable[[], list[Extent]]:
     return lambda: extents
-
-
-def _generation(folder: Path) -> dict[str, Any]:
-    return read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
 
 
 def _is_special(key: str) -> bool:
