@@ -496,7 +496,12 @@ def test_one_conclusion_follows_from_the_numbers() -> None:
     assert concluded(quality=(ours,)).startswith("QUALITY HOLDS, speed is not known")
     broken = ParitySection(max_difference=1.0, logit_scale=1, tolerance=1e-5)
     assert concluded(quality=(ours,), parity=broken).startswith("DO NOT SHIP: the files")
-    assert concluded(quality=(quality("ours", 1.0, "ours", agreement=0.5),)).startswith("DO NOT SHIP: 50 %")
+    changed = quality("ours", 1.0, "ours", agreement=0.5)
+    assert concluded(quality=(changed,)).startswith("DO NOT SHIP: 50 %")
+    for times, word in ((1.05, "TEST BEFORE YOU SHIP: 50 %"), (1.06, "DO NOT SHIP: 50 %")):
+        answering = changed.model_copy(update={"answer_perplexity": Estimate(value=times, low=0.9, high=1.2)})
+        assert concluded(quality=(answering,)).startswith(word)
+        assert ("a different model in use" in verdict_of(quality=(answering,))) == (times > 1.05)
     off = {"off_kl": Estimate(value=0.5, low=0.4, high=0.6), "off_agreement": Estimate(value=0.7)}
     narrow = concluded(quality=(ours.model_copy(update=off),))
     assert narrow == (
