@@ -12,10 +12,14 @@ from commands import inside, shell
 from sspcompile.api.build import build
 from sspcompile.api.cost import cost_of
 from sspcompile.api.nested import build_nested
+from sspcompile.api.parts import Lengths
 from sspcompile.errors import RecipeError
 from sspcompile.model.dense import DenseModel, open_dense
 from sspcompile.model.modules import input_norm
 from sspcompile.request.request import read_request
+from sspcompile.select.reading import read_through
+from sspcompile.select.scoring import toolkit_of
+from sspcompile.select.texts import Texts
 from sspcompile.slicing.mask import load_mask
 from sspcompile.workspace import Workspace
 
@@ -70,6 +74,22 @@ def test_builds_run_what_was_foretold_and_the_first_alone_reads_the_pools(home, 
     assert totals[1] < totals[0]
     assert "recognition: domain pools" in names[0] and not any("pools" in name for name in names[1])
     assert not any(name.endswith("on the pools") for some in names for name in some)
+
+
+def test_a_sentence_is_counted_by_the_texts_that_its_mixture_draws_once_the_pools_are_read(home):
+    """Pools differ in length: all of them alike, as before their reading, would foretell another build."""
+    given = {"model": str(home / "model"), "max_tokens": 64, "continuation_tokens": 4, "keep": 0.5}
+    request, dense, workspace = read_request(SENTENCE, given, {}), open_dense(given["model"]), Workspace(home / "read")
+    loaded = dense.load()
+
+    def continued() -> tuple[int, int]:
+        (stage,) = [one for one in cost_of(request, dense, workspace).stages if one.name == "continuations"]
+        return stage.texts, stage.tokens
+
+    before = continued()
+    toolkit = toolkit_of(request, dense, loaded, workspace)
+    drawn = read_through(request, toolkit, loaded, Texts(loaded, request.options), build=False).splits.every
+    assert continued() == (len(drawn), Lengths(loaded, 64).sum(drawn)) != before
 
 
 def test_the_sentence_alone_has_the_pools_scored_by_a_criterion_that_is_named(home):

@@ -17,7 +17,7 @@ import torch
 
 from sspcompile.api.latency import in_parameters, table_for
 from sspcompile.api.member_stages import deciding_members
-from sspcompile.api.parts import Lengths
+from sspcompile.api.parts import Lengths, parts_of
 from sspcompile.api.stages import (
     Stage,
     deciding,
@@ -27,17 +27,20 @@ from sspcompile.api.stages import (
     recognition_tokens,
     refitted_width,
 )
-from sspcompile.model.chat import rendering_of
+from sspcompile.model.chat import rendering_of, template_digest
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.dense import DenseModel
 from sspcompile.model.logits import LOGITS_AT_ONCE
 from sspcompile.model.placement import ANYWHERE, Placement
 from sspcompile.model.text import BATCH_TOKENS, GRADIENT_TOKENS, Batch, Sentence, batches_of, greedy, sentences
 from sspcompile.nested.choose import one_size
+from sspcompile.prepare.toolkits import stored_toolkit
 from sspcompile.request.pools import pools_of
 from sspcompile.request.prompts import Prompt
 from sspcompile.request.request import Request
 from sspcompile.request.splits import thinned
+from sspcompile.select.mixture import Mixture
+from sspcompile.select.reading import mixture_through
 from sspcompile.select.scoring import source_of
 from sspcompile.workspace import Workspace
 
@@ -92,7 +95,8 @@ def cost_of(request: Request, dense: DenseModel, workspace: Workspace, *, placem
     loading = time.perf_counter() - begun
     lengths, shares = Lengths(loaded, request.options.max_tokens), request.options.shares
     decided = deciding_members if shares else deciding
-    decide = decided(request, dense, loaded, lengths, placement)
+    parts = parts_of(request, lengths, _mixture(request, dense, loaded, workspace))
+    decide = decided(request, dense, loaded, lengths, parts, placement)
     if shares:
         request = one_size(request, shares[1])  # the largest that is refitted
     stages = (*learning(request, dense, loaded, workspace, lengths), *decide)
@@ -120,6 +124,17 @@ def cost_of(request: Request, dense: DenseModel, workspace: Workspace, *, placem
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
     )
+
+
+def _mixture(request: Request, dense: DenseModel, loaded: LoadedModel, workspace: Workspace) -> Mixture | None:
+    """What the scenario is made of, where pools' texts stand in for its own and an earlier build has learned to tell
+    them apart; None otherwise.
+    """
+    if source_of(request) == "prompts":
+        return None
+    digest = template_digest(loaded.tokenizer, loaded.rendering)
+    toolkit = stored_toolkit(dense, request.options, workspace, digest)
+    return None if toolkit is None else mixture_through(request, toolkit, loaded)
 
 
 def _sample(prompts: Sequence[Prompt], lengths: Lengths) -> tuple[Prompt, ...]:

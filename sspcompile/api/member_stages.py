@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sspcompile.api.parts import Lengths, Part, parts_of
+from sspcompile.api.parts import Lengths, Part, Parts
 from sspcompile.api.stages import (
     DOUBLE,
     Stage,
@@ -27,11 +27,11 @@ EIGENVECTORS = 9
 
 
 def deciding_members(
-    request: Request, dense: DenseModel, loaded: LoadedModel, lengths: Lengths, placement: Placement
+    request: Request, dense: DenseModel, loaded: LoadedModel, lengths: Lengths, parts: Parts, placement: Placement
 ) -> Iterator[Stage]:
     """What `choose_members` and `measured` measure, and the proofs."""
     cut = [one_size(request, share) for share in request.options.shares[1:]]
-    middle, parts, members = cut[len(cut) // 2], parts_of(cut[-1], lengths), len(cut)
+    middle, members = cut[len(cut) // 2], len(cut)
     yield from reading(cut[-1], loaded, lengths, parts)
     yield from comparing(middle, dense, loaded, parts.fit)
     widths = [refitted_width(one, loaded) for one in cut]

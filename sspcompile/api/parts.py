@@ -15,6 +15,7 @@ from sspcompile.request.prompts import Prompt, answer_of, is_open
 from sspcompile.request.protecting import protected_pools
 from sspcompile.request.request import Request
 from sspcompile.request.splits import OFF_PROMPTS, draw_splits
+from sspcompile.select.mixture import Mixture
 
 
 class Lengths:
@@ -80,15 +81,16 @@ class Parts:
         return Part(self.judge.texts + self.off.texts, self.judge.tokens + self.off.tokens)
 
 
-def parts_of(request: Request, lengths: Lengths) -> Parts:
-    """What will be read, without knowing the mixture; the texts that stand in are as long as the pools' on average."""
+def parts_of(request: Request, lengths: Lengths, mixture: Mixture | None = None) -> Parts:
+    """What will be read. Without the `mixture` texts of all pools alike stand in for those that it would draw."""
     options, given = request.options, pools_of(request.options)
-    even = np.full(len(given.candidates), 1 / len(given.candidates))
+    pools = given.candidates if mixture is None else given.named(mixture.domains)
+    parts = np.full(len(pools), 1 / len(pools)) if mixture is None else mixture.parts
     # Without a mixture, what the scenario is not about stands for every domain.
-    protect = protected_pools(options, np.zeros_like(even), given.candidates)
-    splits = draw_splits(request.scenario.prompts, even, given.candidates, options.seed, protect)
-    off = splits.off or tuple(text for one in given.candidates for text in one.prompts)[:OFF_PROMPTS]
-    splits = replace(splits, off=off)
+    protect = protected_pools(options, np.zeros_like(parts) if mixture is None else parts, pools)
+    splits = draw_splits(request.scenario.prompts, parts, pools, options.seed, protect)
+    if mixture is None and not splits.off:
+        splits = replace(splits, off=tuple(text for one in pools for text in one.prompts)[:OFF_PROMPTS])
     spared = [prompt for one in splits.protected for prompt in one.guard]
     told = [prompt for one in splits.protected for prompt in one.judge]
     fit, guard, judge, apart, decide, report = (

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sspcompile.api.parts import Lengths, Part, Parts, continued, parts_of
+from sspcompile.api.parts import Lengths, Part, Parts, continued
 from sspcompile.checkpoint.source import Checkpoint
 from sspcompile.criteria.table import of_key
 from sspcompile.families import Geometry
@@ -134,10 +134,10 @@ def reading(request: Request, loaded: LoadedModel, lengths: Lengths, parts: Part
 
 
 def deciding(
-    request: Request, dense: DenseModel, loaded: LoadedModel, lengths: Lengths, placement: Placement
+    request: Request, dense: DenseModel, loaded: LoadedModel, lengths: Lengths, parts: Parts, placement: Placement
 ) -> Iterator[Stage]:
     """What `select` measures, and the proof."""
-    options, parts = request.options, parts_of(request, lengths)
+    options = request.options
     yield from reading(request, loaded, lengths, parts)
     layouts, width = _masks(request, loaded)[1], refitted_width(request, loaded)
     if options.max_loss is not None:
