@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from test_prepare_tools import tiny
 
-from sspcompile.criteria import CRITERIA, bonsai, chance, fisher, greedy_kl, greedy_output, probe_pruning
+from sspcompile.criteria import CRITERIA, bonsai, chance, dlp, fisher, greedy_kl, greedy_output, probe_pruning
 from sspcompile.criteria.measuring import drawn_rows, measure
 from sspcompile.criteria.page import page
 from sspcompile.criteria.units import CriterionInput, Units, rising
@@ -136,15 +136,16 @@ SILENT = (
     "llm-pruner",
     "wanda",
     "ria",
+    "tyr",
 )
 
 
-@pytest.mark.parametrize("name", [*SILENT, "probe-pruning", "greedy-output", "flap"])
+@pytest.mark.parametrize("name", [*SILENT, "probe-pruning", "greedy-output", "flap", "dlp"])
 def test_a_head_that_writes_nothing_is_needed_least(name):
     model_ = model(kv_heads=HEADS)
     model_.layers[1].self_attn.o_proj.weight[:, 8:12] = 0  # head 2 of layer 1
     found = measure(model_, name, continued(model_, PROMPTS, 2)).values.mean(0)
-    if name == "flap":  # standardised per layer: least of its layer
+    if name in ("flap", "dlp"):  # by layers: least of its layer
         assert found[1].argmin() == 2
         return
     assert found[1, 2] == pytest.approx(0, abs=1e-7 * found.max()) and found.argmin() == 6
@@ -329,6 +330,7 @@ def constant_model():
     return hand_model(values=values, embeddings=[[2.0, 0, 0, 0]] * 2)
 
 
+FIRST = 0.0675 * (5 + 5 / 25.0675) / 50
 # Column sums of |W_o|: 1, 1, 1, 2. Row sums: 3, 2, 0, 0. Column norms squared: 1, 1, 1, 4.
 BY_HAND = {
     "wanda": [1 * 3 + 1 * 4, 1 * 1 + 2 * 1],
@@ -342,6 +344,11 @@ BY_HAND = {
     "magnitude": [8.25**0.5, 5.5**0.5],
     # writes (3, 4) and (2, 1), Y = (5, 5): alone they explain 35^2 / 25 = 49 and 15^2 / 5 = 45 of 50
     "greedy-output": [49 / 50, 1 / 50],
+    # one layer, so no deviation of its rate: places 0 and 1 of wanda
+    "dlp": [1 - 0.5 / 2, 1 - 1.5 / 2],
+    # H = x x^T + r, r a hundredth of (9 + 16 + 1 + 1) / 4, is singular but for r: what head 1 costs, given head 0, is
+    # r (|c_2|^2 + |c_3|^2 + |c_2 + c_3|^2 / (25 + r)) of |W x|^2 = 50. Both together cost 50 + r |W|^2.
+    "tyr": [1 + 7 * 0.0675 / 50 - FIRST, FIRST],
 }
 
 
@@ -361,6 +368,42 @@ def test_flap_by_hand():
     model_ = hand_model(values=values, embeddings=[[2.0, 0, 0, 0], [0, 2.0, 0, 0]])
     found = CRITERIA["flap"].measure(model_, CriterionInput(encode(model_, ["war"]), 1))
     np.testing.assert_allclose(found, [[0, 3.75 / (46.1875 / 3) ** 0.5]], rtol=1e-4, atol=1e-9)
+
+
+@given(
+    hnp.arrays(np.float64, (5, 8), elements=st.floats(0, 9)),
+    hnp.arrays(np.float64, 5, elements=st.floats(0, 9)),
+    st.floats(0.31, 0.69),
+)
+def test_a_threshold_on_dlp_keeps_the_published_rate_of_every_layer(values, medians, rate):
+    """1 - u / sum u, stretched to 2 alpha and centred around the rate."""
+    medians[:2] = 10, 11  # so that they differ
+    importance = 1 - medians / medians.sum()
+    stretched = (importance - importance.min()) / np.ptp(importance) * 0.3
+    rates = stretched - stretched.mean() + rate
+    scores = dlp.by_rates(values, medians)
+    kept = scores >= 1 + stretched.mean() - rate - 1e-9
+    assert (abs(kept.sum(1) - 8 * rates) <= 0.5 + 1e-6).all() and (scores > 0).all()
+    worst, best = np.where(kept, values, np.inf).min(1), np.where(kept, -np.inf, values).max(1)
+    assert (worst >= best).all()
+
+
+def test_dlp_goes_by_the_median_of_a_layer_and_not_by_its_mean():
+    model_ = model()
+    quiet, even = (layer.self_attn.o_proj.weight for layer in model_.layers)
+    even.fill_(1.0)
+    quiet.fill_(0.01)
+    quiet[0] = 1000.0
+    found = np.sort(CRITERIA["dlp"].measure(model_, look(model_)), axis=1)
+    np.testing.assert_allclose(found, [[0.425, 0.675, 0.925, 1.175], [0.125, 0.375, 0.625, 0.875]])
+
+
+def test_layers_count_alike_in_tyr_however_loud_they_are(loaded):
+    given_, loud = look(loaded), copy.deepcopy(loaded)
+    loud.layers[1].self_attn.o_proj.weight *= 5
+    found, again = (CRITERIA["tyr"].measure(x, given_) for x in (loaded, loud))
+    np.testing.assert_allclose(again, found, rtol=1e-4)
+    assert (found.sum(1) >= 1).all(), "all heads together cost all of the output"
 
 
 def test_matching_pursuit_by_hand():

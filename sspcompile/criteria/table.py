@@ -241,6 +241,15 @@ _ALL = (
         "wanda.wanda",
     ),
     Criterion(
+        "dlp",
+        "wanda within a layer; layers keep more, the lower the median of their weights' scores is",
+        "Chen et al., arXiv 2505.23807, DLP with the median, alpha 0.15",
+        "medians are over o_proj, not over all weights of a block; score = 1 - rate at which a head comes in, by the "
+        "rates of layers and wanda's order",
+        "one forward pass",
+        "dlp.dlp",
+    ),
+    Criterion(
         "ria",
         "weight relative to its row and column, times the square root of the input activation's norm",
         "Zhang et al., Plug-and-Play, ICLR 2024, section 3",
@@ -291,6 +300,15 @@ _ALL = (
         "atoms are the heads' writes, factors fitted anew; the scores of a layer add up to 1, so layers count alike",
         "one forward pass",
         "greedy_output.greedy_output",
+    ),
+    Criterion(
+        "tyr",
+        "squared error of the layer's attention output when the head is removed after the best change of what stays",
+        "Li et al., Tyr-the-Pruner, arXiv 2503.09657, local pruning",
+        "the cheapest head of the layer first, one by one; cost = share of the layer's output energy, in the place of "
+        "the search for the rates of layers",
+        "one forward pass",
+        "tyr.tyr",
     ),
     Criterion(
         "magnitude",

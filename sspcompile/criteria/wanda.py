@@ -18,7 +18,10 @@ from sspcompile.model.decoder import LoadedModel
 
 def wanda(loaded: LoadedModel, given: CriterionInput) -> np.ndarray:
     """[L, U]"""
-    units = Units.of(loaded.geometry, given.granularity)
+    return unit_sums(loaded, Units.of(loaded.geometry, given.granularity), moments(loaded, given).root_mean_square)
+
+
+def unit_sums(loaded: LoadedModel, units: Units, norms: np.ndarray) -> np.ndarray:
+    """[L, U], the products summed over each unit's columns; `norms` [L, heads * D] are those of the input channels."""
     columns = [output_weight(loaded, layer).abs().sum(0, dtype=torch.float64) for layer in range(units.layers)]
-    norms = moments(loaded, given).root_mean_square
     return units.sum(head_sums(loaded, torch.stack(columns).cpu().numpy() * norms))
