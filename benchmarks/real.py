@@ -1,7 +1,7 @@
 """What a cut costs real deployments on a real model: own scenario against others, by score, budget and layout.
 
     python -m benchmarks.real --model SMOLLM2 --data DIR [--scenarios word-problems,...] [--seeds 1] [--keeps 0.75,0.5]
-                              [--sizes 0.9,0.8]
+                              [--sizes 0.9,0.8] [--scores obs,FLAP,...] [--repairs least-squares,none,published]
 
 DIR holds public sets (`gsm8k`, `openstax`, `squad2`, `tatqa`, `banking77`, `wikitext2`). A scenario is FIT texts of one
 of them; JUDGED others judge it, and as many of the other scenarios, together, what it costs off the scenario. Texts
@@ -10,7 +10,13 @@ with a reference answer are scored on it, others on the dense model's own contin
 A budget is a share of the heads (`--keeps`) or of all parameters (`--sizes`, heads and channels of the MLPs together).
 A row is a mask: by a score on the scenario's own texts (`obs`, `fisher`), by `obs` on texts of all scenarios alike
 (`domain-free`) or of another one (`wrong domain`), each repaired on the texts that chose it, and units at random with
-the first layer kept (repaired on the scenario's own). Rows that OUT holds already are not measured again.
+the first layer kept (repaired on the scenario's own). With a share of all parameters there are rows for published
+pruners of heads and channels too (`sspcompile/select/peers.py`), repaired alike. Rows that OUT holds already are not
+measured again.
+
+`--repairs published` measures those pruners with what their authors repair by: FLAP with its biases, the others without
+a repair (and LLM-Pruner without its fine-tuning). The gap of every row is to `obs` on the scenario's own texts with the
+same repair, of `published` rows with least squares.
 """
 
 from __future__ import annotations
@@ -18,8 +24,8 @@ from __future__ import annotations
 import csv
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import cast
@@ -33,17 +39,18 @@ from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.dense import open_dense
 from sspcompile.model.divergence import Divergence, compare_divergences
 from sspcompile.model.text import Sentence, batches_of, continued
-from sspcompile.progress import no_steps
-from sspcompile.repair.fitting import fit_repairs
-from sspcompile.repair.repair import refitted_dtype
+from sspcompile.progress import no_steps, silent
+from sspcompile.repair.fitting import fit_biases, fit_repairs
+from sspcompile.repair.repair import Repair, refitted_dtype
 from sspcompile.request.prompts import Prompt, answered
 from sspcompile.request.splits import thinned
 from sspcompile.select.judging import HeldOut
+from sspcompile.select.peers import FLAP, PEERS, peers
 from sspcompile.select.reading import RATE
 from sspcompile.select.scoring import Measured
 from sspcompile.select.scoring import measured as measured_costs
 from sspcompile.slicing.layouts import Choice, choose
-from sspcompile.slicing.mask import Layout
+from sspcompile.slicing.mask import Kept, Layout
 from sspcompile.slicing.measures import of_size
 from sspcompile.slicing.sizes import Worth, channel_parameters, choose_per_layer, head_share, share_of, uniform_sizes
 
@@ -101,6 +108,7 @@ SCENARIOS: Mapping[str, Callable[[Path], list[Prompt]]] = {
     "general": general,
 }
 NAMES = ("obs", "fisher", "domain-free", "wrong domain", "random")
+PUBLISHED = "published"
 
 
 class Ground:
@@ -110,6 +118,8 @@ class Ground:
         self.loaded = loaded
         self._held: dict[str, tuple[HeldOut, HeldOut]] = {}
         self._texts: dict[str, list[Sentence]] = {}
+        # What others are compared with, by scenario and budget.
+        self.ours: dict[tuple[str, Budget], Divergence] = {}
         for name, read in SCENARIOS.items():
             drawn = random.Random(seed).sample(read(data), FIT + JUDGED)
             self._texts[name] = continued(loaded, drawn, max_tokens=LONGEST)
@@ -129,8 +139,8 @@ class Ground:
         return self._held[name]
 
 
-def scored(ground: Ground, name: str, seed: int) -> Iterator[tuple[str, Worth, str]]:
-    """Names of NAMES with what units are worth, and whose texts repair."""
+def scored(ground: Ground, name: str, seed: int, wanted: Collection[str] = NAMES) -> Iterator[tuple[str, Worth, str]]:
+    """Names of `wanted` with what units are worth, and whose texts repair; `obs` always, and first."""
 
     def of(texts: Sequence[Sentence]) -> Measured:
         return measured_costs(ground.loaded, texts, 0, "head", no_steps)
@@ -142,13 +152,20 @@ def scored(ground: Ground, name: str, seed: int) -> Iterator[tuple[str, Worth, s
     found = of(ground.fit(name))
     heads, fisher = found.rankings
     yield heads.name, own(found), name
-    yield fisher.name, Worth(fisher.values / 2, found.channels), name
-    yield "domain-free", own(of(ground.fit("all"))), "all"
-    wrong = [*SCENARIOS][([*SCENARIOS].index(name) + 1) % len(SCENARIOS)]
-    yield "wrong domain", own(of(ground.fit(wrong))), wrong
-    g = ground.loaded.geometry
-    channels = channel_parameters(g) * first_layer_kept((g.layers, g.intermediate), seed)
-    yield "random", Worth(head_share(g) * first_layer_kept((g.layers, g.heads), seed), channels), name
+    if fisher.name in wanted:
+        yield fisher.name, Worth(fisher.values / 2, found.channels), name
+    if "domain-free" in wanted:
+        yield "domain-free", own(of(ground.fit("all"))), "all"
+    if "wrong domain" in wanted:
+        wrong = [*SCENARIOS][([*SCENARIOS].index(name) + 1) % len(SCENARIOS)]
+        yield "wrong domain", own(of(ground.fit(wrong))), wrong
+    if "random" in wanted:
+        g = ground.loaded.geometry
+        channels = channel_parameters(g) * first_layer_kept((g.layers, g.intermediate), seed)
+        yield "random", Worth(head_share(g) * first_layer_kept((g.layers, g.heads), seed), channels), name
+    asked = [peer for peer in PEERS if peer in wanted]
+    for peer, worth in peers(ground.loaded, ground.fit(name), silent, channels=True, names=asked):
+        yield peer, worth, name
 
 
 @dataclass(frozen=True)
@@ -167,27 +184,48 @@ class Budget:
             return uniform_sizes(worth, g, (of_size(g, self.size),))[0]
         return choose_per_layer(worth, g, (of_size(g, self.size),))
 
+    def names(self, asked: Sequence[str]) -> list[str]:
+        """Those of the scores that have a row: published ones count parameters, and alone are repaired in own ways."""
+        return [
+            one
+            for one in asked
+            if (one not in PEERS or self.size is not None) and (one in PEERS or self.repair != PUBLISHED)
+        ]
+
+    def fitted(self, score: str, kept: Kept, ground: Ground, whose: str, dtype: torch.dtype) -> Repair | None:
+        """The repair of a mask, on texts of whom it was chosen by."""
+        texts = batches_of(ground.loaded, thinned(ground.fit(whose), REPAIRED))
+        if self.repair == PUBLISHED and score in PEERS:
+            return fit_biases(ground.loaded, [kept], texts, dtype=dtype, anywhere=True)[0] if score == FLAP else None
+        if self.repair == "none":
+            return None
+        return next(iter(fit_repairs(ground.loaded, [kept], texts, dtype=dtype)))
+
 
 # What tells rows apart.
 KEY = ("model", "scenario", "seed", "repair", "layout", "keep", "size", "score")
+Ranked = Sequence[tuple[str, Worth, str]]
 
 
 def measured(
-    ground: Ground, name: str, ranked: Sequence[tuple[str, Worth, str]], budget: Budget, dtype: torch.dtype
+    ground: Ground, name: str, ranked: Ranked, budget: Budget, dtype: torch.dtype, wanted: Collection[str]
 ) -> Iterator[dict[str, object]]:
-    """A row for every mask of a budget, the first one's divergence being what others are compared with."""
+    """A row for every wanted mask of a budget, beside the first one, which others are compared with."""
     loaded, (own, off) = ground.loaded, ground.judged(name)
-    ours = None
-    for score, worth, whose in ranked:
+    compared = (name, replace(budget, repair="least-squares") if budget.repair == PUBLISHED else budget)
+    for place, (score, worth, whose) in enumerate(ranked):
+        if score not in wanted and (place or compared in ground.ours):
+            continue
         choice = budget.choice(worth, loaded.geometry)
         kept, left = choice.units, share_of(loaded.geometry, choice)
-        texts = batches_of(loaded, thinned(ground.fit(whose), REPAIRED))
-        fitted = next(iter(fit_repairs(loaded, [kept], texts, dtype=dtype))) if budget.repair != "none" else None
+        fitted = budget.fitted(score, kept, ground, whose, dtype)
         found = own.divergence(kept, fitted)
-        ours = found if ours is None else ours
-        gap = compare_divergences(found, ours)
-        row = {"score": score, "kept": choice.ratio, "parameters": left, **figures(found, off.divergence(kept, fitted))}
-        yield row | {"kl_above_obs": [gap.value, gap.low, gap.high]}
+        ours = ground.ours.setdefault(compared, found)
+        if score in wanted:
+            gap = compare_divergences(found, ours)
+            told = figures(found, off.divergence(kept, fitted))
+            row = {"score": score, "kept": choice.ratio, "parameters": left, **told}
+            yield row | {"kl_above_obs": [gap.value, gap.low, gap.high]}
 
 
 def figures(found: Divergence, off: Divergence) -> dict[str, object]:
@@ -209,9 +247,10 @@ def figures(found: Divergence, off: Divergence) -> dict[str, object]:
 @click.option("--keeps", default="0.75,0.5", show_default=True, help="Shares of the heads; empty for none.")
 @click.option("--sizes", default="0.9,0.8", show_default=True, help="Shares of all parameters; empty for none.")
 @click.option("--layouts", default="per-layer", show_default=True)
-@click.option("--repairs", default="least-squares", show_default=True, help="least-squares, none.")
+@click.option("--repairs", default="least-squares", show_default=True, help="least-squares, none, published.")
+@click.option("--scores", default=",".join((*NAMES, *PEERS)), show_default=True, help="Which rows.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/real.jsonl"))
-def main(model: str, data: Path, scenarios: str, seeds: int, out: Path, **budgeted: str) -> None:
+def main(model: str, data: Path, scenarios: str, seeds: int, out: Path, scores: str, **budgeted: str) -> None:
     """Compare masks on real deployments."""
     dense = open_dense(model)
     loaded, dtype = dense.load(), refitted_dtype(dense.checkpoint)
@@ -222,13 +261,15 @@ def main(model: str, data: Path, scenarios: str, seeds: int, out: Path, **budget
         ground = Ground(loaded, data, seed)
         for name in scenarios.split(","):
             case = (Path(dense.name).name, name, seed)
-            asked = [one for one in budgets if any((*case, *astuple(one), score) not in known for score in NAMES)]
-            ranked = [*scored(ground, name, seed)] if asked else []
-            for budget in asked:
-                for row in measured(ground, name, ranked, budget, dtype):
+            missing = {
+                one: [score for score in one.names(scores.split(",")) if (*case, *astuple(one), score) not in known]
+                for one in budgets
+            }
+            wanted = {score for some in missing.values() for score in some}
+            ranked = [*scored(ground, name, seed, wanted)] if wanted else []
+            for budget, some in missing.items():
+                for row in measured(ground, name, ranked if some else (), budget, dtype, some):
                     row = dict(zip(KEY, (*case, *astuple(budget), row["score"]), strict=True)) | row
-                    if tuple(row[part] for part in KEY) in known:
-                        continue
                     with out.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(row) + "\n")
                     click.echo(json.dumps(row))

@@ -21,6 +21,7 @@ from sspcompile.families import geometry_of
 from sspcompile.model.cache import cache_of
 from sspcompile.model.exact import in_float64
 from sspcompile.model.loading import load, load_cut
+from sspcompile.model.modules import down_proj
 from sspcompile.model.text import with_continuations
 from sspcompile.progress import silent
 from sspcompile.proof.claim import Claim, written_repair
@@ -251,10 +252,9 @@ def test_repair_of_narrower_mlps_brings_the_residual_closer(tmp_path):
     assert residual_error(loaded, kept, batches, repair) < 0.7 * plain
 
 
-def mean_output(loaded, batches, layer: int) -> torch.Tensor:
-    """Mean over real tokens of what o_proj puts out, [hidden]."""
+def mean_output(loaded, batches, projection: torch.nn.Module) -> torch.Tensor:
+    """Mean over real tokens of what a projection puts out, [hidden]."""
     seen: list[torch.Tensor] = []
-    projection = loaded.layers[layer].self_attn.o_proj
     handle = projection.register_forward_hook(lambda _module, _args, output: seen.append(output))
     with torch.inference_mode():
         for batch in batches:
@@ -272,12 +272,13 @@ def test_flap_bias_restores_the_mean_that_removed_heads_put_out(family, bias, tm
     batches = with_continuations(loaded, PROMPTS, 4)
     (repair,) = fit_biases(loaded, [Kept(kept)], batches, dtype=torch.float32)
     assert set(repair.biases) == {0} and not repair.weights
-    before, bias_before = mean_output(loaded, batches, 0), loaded.layers[0].self_attn.o_proj.bias
+    projection = loaded.layers[0].self_attn.o_proj
+    before, bias_before = mean_output(loaded, batches, projection), projection.bias
     with masked(loaded, Kept(kept)):
-        assert not torch.allclose(mean_output(loaded, batches, 0), before, atol=1e-3)
+        assert not torch.allclose(mean_output(loaded, batches, projection), before, atol=1e-3)
     with masked(loaded, Kept(kept), repair):
-        torch.testing.assert_close(mean_output(loaded, batches, 0), before, atol=1e-5, rtol=1e-4)
-    assert loaded.layers[0].self_attn.o_proj.bias is bias_before
+        torch.testing.assert_close(mean_output(loaded, batches, projection), before, atol=1e-5, rtol=1e-4)
+    assert projection.bias is bias_before
 
 
 def test_flap_bias_is_written_where_o_proj_has_one_and_equals_its_oracle(tmp_path):
@@ -293,6 +294,32 @@ def test_flap_bias_is_written_where_o_proj_has_one_and_equals_its_oracle(tmp_pat
     assert all(bias.equal(read_back.biases[layer]) for layer, bias in repair.biases.items())
     assert prove(claim, [IDS, IDS[:5]], silent).holds
     assert not compare_whole(replace(claim, refitted={}), [IDS]).holds
+
+
+@pytest.mark.parametrize(("family", "bias"), [("starcoder2", True), ("llama", True), ("qwen3", True), ("llama", False)])
+def test_flap_bias_of_channels_stands_where_down_proj_has_one_and_equals_its_oracle(family, bias, tmp_path):
+    """With `anywhere` it can be judged in every model: the first MLP puts out on average what it did."""
+    source = save_random(tmp_path / "dense", family_config(family, bias=bias))
+    checkpoint, loaded = Checkpoint(source), load(source, fingerprint="")
+    texts, mask = with_continuations(loaded, PROMPTS, 4), mask_for(checkpoint, 1.0, "per-layer", 3, width=0.6)
+    (repair,) = fit_biases(loaded, [mask.units], texts, dtype=torch.float32)
+    (everywhere,) = fit_biases(loaded, [mask.units], texts, dtype=torch.float32, anywhere=True)
+    has_place = family != "qwen3" and bias
+    assert not repair.biases and set(repair.down_biases) == ({0, 1, 2} if has_place else set())
+    projection = down_proj(loaded.layers[0])
+    before, bias_before = mean_output(loaded, texts, projection), projection.bias
+    with masked(loaded, mask.units):
+        assert not torch.allclose(mean_output(loaded, texts, projection), before, atol=1e-2)
+    with masked(loaded, mask.units, everywhere):
+        torch.testing.assert_close(mean_output(loaded, texts, projection), before, atol=1e-4, rtol=1e-3)
+    assert projection.bias is bias_before
+    if has_place:
+        plan, replaced = make_plan(checkpoint, mask), repair.replaced(mask.units, checkpoint.geometry)
+        write_model(checkpoint, plan, tmp_path / "cut", replaced=replaced)
+        claim = Claim(checkpoint, mask, tmp_path / "cut", plan.custom_code, replaced)
+        assert written_repair(claim).down_biases.keys() == repair.down_biases.keys()
+        assert prove(claim, [IDS, IDS[:5]], silent).holds
+        assert not compare_whole(replace(claim, refitted={}), [IDS]).holds
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "mistral"])

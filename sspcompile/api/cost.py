@@ -40,6 +40,7 @@ from sspcompile.request.prompts import Prompt
 from sspcompile.request.request import Request
 from sspcompile.request.splits import thinned
 from sspcompile.select.mixture import Mixture
+from sspcompile.select.peers import GRADIENTS
 from sspcompile.select.reading import mixture_through
 from sspcompile.select.scoring import source_of
 from sspcompile.workspace import Workspace
@@ -200,7 +201,9 @@ def _peak(
     logits = 6 * LOGITS_AT_ONCE * width
     backward = max(GRADIENT_TOKENS, lengths.longest) / batch
     gradients = backward * ((g.layers + 2) * batch * g.hidden * width + 2 * layer) + logits
-    curvature = 2 * g.layers * n * n * width
+    beside = 2 * g.layers * n * n * width  # curvature
+    if any(stage.name == GRADIENTS for stage in stages):
+        beside = max(beside, layer_parameters(loaded) * g.layers * width)
     repairs = [s for s in stages if s.masks]
     states = max((s.tokens * (3 + s.masks) for s in repairs), default=0) * g.hidden * width
     if refitted is not None:
@@ -208,4 +211,4 @@ def _peak(
         states += max((s.masks for s in repairs), default=0) * g.layers * g.hidden * g.intermediate * width
         states += 8 * (3 * refitted * refitted + 2 * g.hidden * g.intermediate)
     more = 1 if limited else ALLOCATOR
-    return int(LIBRARIES + weights + max(curvature + more * gradients, more * (layer + max(states, logits))))
+    return int(LIBRARIES + weights + max(beside + more * gradients, more * (layer + max(states, logits))))

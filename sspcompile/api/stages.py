@@ -13,6 +13,7 @@ import numpy as np
 
 from sspcompile.api.parts import Lengths, Part, Parts, continued
 from sspcompile.checkpoint.source import Checkpoint
+from sspcompile.criteria.llm_pruner import has_gradients
 from sspcompile.criteria.table import of_key
 from sspcompile.families import Geometry
 from sspcompile.model.chat import BARE, Rendering, template_digest
@@ -37,6 +38,7 @@ from sspcompile.select.baselines import most_rivals
 from sspcompile.select.budget import bounded, bounds_of, cuts_channels
 from sspcompile.select.floor import AT_ONCE, ROUNDS
 from sspcompile.select.judging import spread
+from sspcompile.select.peers import GRADIENT_PASSES, GRADIENTS, INPUTS
 from sspcompile.select.reading import MIXTURE_TEXTS
 from sspcompile.select.scoring import CURVATURE_TEXTS, cached_keys, reads_cache, source_of
 from sspcompile.select.search import COMPARED_FIT, COMPARED_HELD, HOLD_EVERY
@@ -151,7 +153,7 @@ def deciding(
     sized = bool(_bounds(request, loaded))
     rivals = most_rivals(options.baselines, source_of(request), sized=sized, layers=options.removes_layers)
     if options.baselines == "all" and sized and not options.removes_layers:
-        yield Stage("influence of layers (baseline)", *parts.fit.some(CURVATURE_TEXTS), 1)
+        yield from _rivalling(loaded, parts.fit.some(CURVATURE_TEXTS))
     yield repairing("repairing this build and its baselines", parts.fit, [width] * (1 + rivals), request, dense, loaded)
     yield Stage("judging the repair", *parts.guard, 2)
     yield Stage("judging this build and its baselines", *parts.reported, 2 + rivals)
@@ -159,6 +161,14 @@ def deciding(
     if options.quantize is not None:
         yield Stage("weighing what is rounded", *parts.judge, WEIGHED)
     yield proving(request, dense, lengths, parts, placement)
+
+
+def _rivalling(loaded: LoadedModel, read: Part) -> Iterator[Stage]:
+    """What scores all baselines within bounds on parameters."""
+    yield Stage(INPUTS, *read, 1)
+    if has_gradients(loaded):
+        yield Stage(GRADIENTS, *read, GRADIENT_PASSES)
+    yield Stage("influence of layers (baseline)", *read, 1)
 
 
 def comparing(request: Request, dense: DenseModel, loaded: LoadedModel, fit: Part) -> Iterator[Stage]:

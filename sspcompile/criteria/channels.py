@@ -1,25 +1,35 @@
-"""Moments of the input channels of every o_proj over real tokens, in one forward pass, and sums over a head's channels.
+"""Moments of the input channels of every o_proj over real tokens, in one forward pass, and sums over a head's channels;
+the same of every down_proj, whose input channels are those of the MLP.
 
 Channel h * D + c of a layer's o_proj input is coordinate c of query head h.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sspcompile.criteria.units import CriterionInput
+from sspcompile.model import journal
 from sspcompile.model.capture import capture
 from sspcompile.model.decoder import LoadedModel
-from sspcompile.model.modules import projection_weight
+from sspcompile.model.hooks import reading
+from sspcompile.model.modules import down_proj, o_proj, projection_weight
+from sspcompile.model.stored import in_double
+from sspcompile.model.text import Batch
+from sspcompile.model.weights import weight_of
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over `tokens` real tokens of the channels and of their squares, [L, heads * D] float64."""
+    """Sums over `tokens` real tokens of the channels and of their squares, [L, heads * D] (of an MLP [L, intermediate])
+    float64.
+    """
 
     tokens: int
     sums: np.ndarray
@@ -61,6 +71,48 @@ def moments(loaded: LoadedModel, given: CriterionInput) -> Moments:
         tokens += int(real.sum())
         given.report(index + 1, len(given.batches))
     return Moments(tokens, sums[0].numpy(), sums[1].numpy())
+
+
+def structure_moments(loaded: LoadedModel, given: CriterionInput) -> tuple[Moments, Moments | None]:
+    """Of what enters every o_proj, and every down_proj (None where layers choose between experts), in one forward pass
+    over all real tokens of the given.
+    """
+    g = loaded.geometry
+    places: list[nn.Module] = [o_proj(layer) for layer in loaded.layers]
+    places += [down_proj(layer) for layer in loaded.layers] if g.has_channels else []
+    kept = journal.current().rows("moments", loaded, [given.batches])
+    width = g.heads * g.head_dim
+    total = np.zeros((2, g.layers, width + g.intermediate * g.has_channels))
+    for number, batch in enumerate(given.batches):
+        total += kept.of(number, partial(_sums, loaded, batch, places))
+        given.report(number + 1, len(given.batches))
+    tokens = sum(int(batch.attention_mask.sum()) for batch in given.batches)
+    attention, mlp = (Moments(tokens, *part) for part in (total[..., :width], total[..., width:]))
+    return attention, mlp if g.has_channels else None
+
+
+@torch.inference_mode()
+def _sums(loaded: LoadedModel, batch: Batch, places: Sequence[nn.Module]) -> np.ndarray:
+    """Of what enters each of the places, and of its squares, summed over real tokens: [2, L, all channels of a layer];
+    places of one kind stand behind each other, a layer each.
+    """
+    real = batch.attention_mask.bool()
+    found: dict[int, Tensor] = {}
+
+    def read(place: int, x: Tensor) -> None:
+        values = in_double(x[real.to(x.device)])  # [tokens, channels]
+        found[place] = torch.stack([values.sum(0), values.square().sum(0)]).cpu()
+
+    with reading(places, "o_proj or down_proj", read):
+        loaded.model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    layers = loaded.geometry.layers
+    rows = [torch.cat([found[place] for place in range(layer, len(places), layers)], 1) for layer in range(layers)]
+    return torch.stack(rows, 1).numpy()
+
+
+def down_weight(loaded: LoadedModel, layer: int) -> Tensor:
+    """down_proj's weight, [d, intermediate] fp32: column j multiplies channel j of the MLP."""
+    return weight_of(down_proj(loaded.layers[layer])).float()
 
 
 def output_weight(loaded: LoadedModel, layer: int) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 
 from sspcompile.criteria.channels import moments, output_weight
 from sspcompile.criteria.units import CriterionInput, Units
-from sspcompile.criteria.wanda import unit_sums
+from sspcompile.criteria.wanda import head_products
 from sspcompile.model.decoder import LoadedModel
 
 ALPHA = 0.15
@@ -29,9 +29,9 @@ ALPHA = 0.15
 def dlp(loaded: LoadedModel, given: CriterionInput) -> np.ndarray:
     """[L, U]"""
     units = Units.of(loaded.geometry, given.granularity)
-    norms = moments(loaded, given).root_mean_square
-    medians = [_median(loaded, layer, norms[layer]) for layer in range(units.layers)]
-    return by_rates(unit_sums(loaded, units, norms), np.array(medians))
+    found = moments(loaded, given)
+    medians = [_median(loaded, layer, found.root_mean_square[layer]) for layer in range(units.layers)]
+    return by_rates(units.sum(head_products(loaded, found)), np.array(medians))
 
 
 def by_rates(values: np.ndarray, medians: np.ndarray) -> np.ndarray:

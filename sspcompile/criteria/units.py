@@ -39,6 +39,16 @@ class CriterionInput:
 
 
 @dataclass(frozen=True)
+class Structures:
+    """Scores of query heads [L, H] and of the channels of the MLPs [L, intermediate], float64, larger = more needed, in
+    the unit of a method; None where layers choose between experts.
+    """
+
+    heads: np.ndarray
+    channels: np.ndarray | None
+
+
+@dataclass(frozen=True)
 class Units:
     """What is kept or closed as a whole: `count` units per layer, of `size` query heads each, side by side."""
 

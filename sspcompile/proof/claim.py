@@ -16,7 +16,7 @@ from sspcompile.errors import ParityError
 from sspcompile.families import Geometry, layer_prefix
 from sspcompile.model.stored import read_tensor
 from sspcompile.proof.parity import REPORT
-from sspcompile.repair.repair import Repair, down_name
+from sspcompile.repair.repair import Repair, bias_name, down_name
 from sspcompile.slicing.mask import HeadMask
 
 WEIGHT, BIAS = "self_attn.o_proj.weight", "self_attn.o_proj.bias"
@@ -70,7 +70,7 @@ def any_refitted(g: Geometry, *, down: bool) -> dict[str, None]:
 def written_repair(claim: Claim) -> Repair:
     """The refitted tensors as the folder holds them, in their dense shapes, zero in removed columns."""
     g, written, kept = claim.geometry, claim.there, claim.mask.units
-    weights, biases, down = {}, {}, {}
+    weights, biases, down, down_biases = {}, {}, {}, {}
 
     def found(name: str) -> torch.Tensor | None:
         return read_tensor(written[name]) if name in claim.refitted else None
@@ -82,7 +82,9 @@ def written_repair(claim: Claim) -> Repair:
             biases[layer] = bias
         if (weight := found(down_name(g, layer))) is not None:
             down[layer] = weight if kept.channels is None else widened(weight, kept.channels[layer])
-    return Repair(weights, biases, down)
+        if (bias := found(bias_name(g, layer))) is not None:
+            down_biases[layer] = bias
+    return Repair(weights, biases, down, down_biases)
 
 
 def widened(weight: torch.Tensor, columns: np.ndarray) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sspcompile.model import journal
 from sspcompile.model.decoder import LoadedModel
@@ -331,36 +331,50 @@ def fit_biases(
     batches: Sequence[Batch],
     *,
     dtype: torch.dtype,
+    anywhere: bool = False,
     progress: Steps = no_steps,
 ) -> list[Repair]:
-    """FLAP's bias of o_proj for each mask, from one dense forward pass over the texts of `batches`.
+    """FLAP's biases of o_proj for each mask, from one dense forward pass over the texts of `batches`; for channels
+    those of down_proj, where the model has one, or with `anywhere` in every model.
 
     Works for every model in memory; only those whose o_proj has a bias can be written with it (`demand_place`).
     """
-    g = loaded.geometry
-    total = torch.zeros(g.layers, g.heads * g.head_dim, dtype=torch.float64)
+    places: list[nn.Linear] = [o_proj(layer) for layer in loaded.layers]
+    if loaded.geometry.has_channels and (anywhere or loaded.geometry.mlp_bias):
+        places += [down_proj(layer) for layer in loaded.layers]
+    totals = [torch.zeros(place.in_features, dtype=torch.float64) for place in places]
     tokens = 0
     for number, batch in enumerate(batches):
         real = batch.attention_mask.bool()
         tokens += int(real.sum())
         with contextlib.ExitStack() as stack:
-            entering = [stack.enter_context(input_of(o_proj(layer), "o_proj")) for layer in loaded.layers]
+            entering = [stack.enter_context(input_of(place, "o_proj or down_proj")) for place in places]
             loaded.model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        for index, seen in enumerate(entering):
-            total[index] += in_double(seen[0][real.to(seen[0].device)]).sum(0).cpu()
+        for total, seen in zip(totals, entering, strict=True):
+            total += in_double(seen[0][real.to(seen[0].device)]).sum(0).cpu()
         progress(number + 1, len(batches))
-    return [Repair({}, _biases(loaded, kept, total / tokens, dtype)) for kept in masks]
+    means = [total / tokens for total in totals]
+    size, layers = loaded.geometry.head_dim, loaded.geometry.layers
+    found = []
+    for kept in masks:
+        biases = _biases(kept, places[:layers], means, np.repeat(~kept.heads, size, axis=1), dtype)
+        channels = np.zeros((layers, 0), dtype=bool) if kept.channels is None else ~kept.channels
+        found.append(Repair({}, biases, down_biases=_biases(kept, places[layers:], means[layers:], channels, dtype)))
+    return found
 
 
-def _biases(loaded: LoadedModel, kept: Kept, mean: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
-    """Biases [hidden] of o_proj by layer, from the mean inputs of o_proj, [layers, heads * D]."""
+def _biases(
+    kept: Kept, places: Sequence[nn.Linear], means: Sequence[Tensor], removed: np.ndarray, dtype: torch.dtype
+) -> dict[int, Tensor]:
+    """Biases [hidden] by layer of projections (one a layer, or none), from what enters them on average and which of
+    their inputs are `removed`, bool [layers, inputs].
+    """
     biases: dict[int, Tensor] = {}
-    for index, layer in enumerate(loaded.layers):
-        removed = torch.from_numpy(np.repeat(~kept.heads[index], loaded.geometry.head_dim))
-        if removed.any() and kept.stays(index):
-            projection = o_proj(layer)
+    for index, (projection, mean) in enumerate(zip(places, means, strict=False)):
+        gone = torch.from_numpy(removed[index])
+        if gone.any() and kept.stays(index):
             bias = tensor_of(projection, "bias")
-            added = weight_of(projection).cpu().double()[:, removed] @ mean[index, removed]
+            added = weight_of(projection).cpu().double()[:, gone] @ mean[gone]
             before = 0.0 if bias is None else bias.cpu().double()
             biases[index] = (before + added).to(dtype)
     return biases

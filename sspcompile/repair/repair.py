@@ -20,7 +20,8 @@ heads were cut, at the price of rewriting weights that nothing was removed from.
 
 *FLAP's bias* (An et al. 2024, arXiv 2312.11983, section 3.3) leaves the weights alone and adds what the removed heads
 put out on average, b + W_removed mean(x_removed), the mean taken over the dense model's inputs of o_proj. It needs an
-o_proj with a bias; families says which architectures have one (`o_bias`).
+o_proj with a bias; families says which architectures have one (`o_bias`). What removed channels put out on average goes
+into the bias of down_proj in the same way, where there is one (`mlp_bias`).
 """
 
 from __future__ import annotations
@@ -54,12 +55,14 @@ class Repair:
 
     `weights`: o_proj, [hidden, heads * D] per layer in the dense shape, zero in removed columns. `biases`: of o_proj,
     [hidden] per layer, instead of the bias that was there or of none. `down`: down_proj, [hidden, intermediate] per
-    layer, zero in removed columns. The dtype is the checkpoint's own, so that what is measured is what is written.
+    layer, zero in removed columns; `down_biases`: of down_proj, like `biases`. The dtype is the checkpoint's own, so
+    that what is measured is what is written.
     """
 
     weights: Mapping[int, Tensor]
     biases: Mapping[int, Tensor] = field(default_factory=dict)
     down: Mapping[int, Tensor] = field(default_factory=dict)
+    down_biases: Mapping[int, Tensor] = field(default_factory=dict)
 
     def replaced(self, kept: Kept, g: Geometry) -> dict[str, np.ndarray]:
         """Tensor name in the dense model -> the kept columns as raw words, for `cut_tensors`."""
@@ -72,12 +75,19 @@ class Repair:
         for layer, weight in self.down.items():
             channels = None if kept.channels is None else torch.from_numpy(kept.channels[layer])
             found[down_name(g, layer)] = _words(weight if channels is None else weight[:, channels])
+        for layer, bias in self.down_biases.items():
+            found[bias_name(g, layer)] = _words(bias)
         return found
 
 
 def down_name(g: Geometry, layer: int) -> str:
     """The name of a layer's down_proj among the tensors."""
     return f"{layer_prefix(layer)}{g.family.down}.weight"
+
+
+def bias_name(g: Geometry, layer: int) -> str:
+    """The name of a layer's down_proj bias among the tensors."""
+    return f"{layer_prefix(layer)}{g.family.down}.bias"
 
 
 def _words(tensor: Tensor) -> np.ndarray:
@@ -147,7 +157,8 @@ def _parameters(repair: Repair | None) -> dict[int, tuple[dict[str, Tensor], dic
     if repair is None:
         return {}
     found: dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
-    for place, name, tensors in ((0, "weight", repair.weights), (0, "bias", repair.biases), (1, "weight", repair.down)):
+    of_attention = ((0, "weight", repair.weights), (0, "bias", repair.biases))
+    for place, name, tensors in (*of_attention, (1, "weight", repair.down), (1, "bias", repair.down_biases)):
         for layer, tensor in tensors.items():
             found.setdefault(layer, ({}, {}))[place][name] = tensor
     return found

@@ -18,6 +18,7 @@ from sspcompile.request.options import Baselines
 from sspcompile.select.budget import merit
 from sspcompile.select.judging import Judge, Reported
 from sspcompile.select.mixture import head_scores
+from sspcompile.select.peers import PEERS, peers
 from sspcompile.select.reading import Reading, within
 from sspcompile.select.scoring import CACHED_BASELINES, Source, layer_distances, reads_cache, score_key
 from sspcompile.slicing.depth import least_influence, shallowest
@@ -55,7 +56,7 @@ def rivals(reading: Reading, toolkit: Toolkit, judge: Judge, layout: Layout) -> 
     if reading.options.removes_layers:
         return [*_random_layers(reading, geometry)]
     if reading.budget.bounds:
-        worths = _worths(reading, geometry)
+        worths = _worths(reading, judge)
     else:
         worths = ((role, name, Worth(values, None)) for role, name, values in _scores(reading, toolkit))
     found = [Rival(role, name, within(reading, geometry, layout, worth)[0]) for role, name, worth in worths]
@@ -86,9 +87,9 @@ def _whole_layers(reading: Reading, judge: Judge) -> Iterator[Rival]:
     yield Rival("criterion", WHOLE_LAYERS, least_influence(influence, g, bounds))
 
 
-def _worths(reading: Reading, g: Geometry) -> Iterator[tuple[Role, str, Worth]]:
+def _worths(reading: Reading, judge: Judge) -> Iterator[tuple[Role, str, Worth]]:
     """Role, name and worth of every baseline within the same bounds."""
-    wanted, ours = reading.options.baselines, reading.worth()
+    wanted, ours, g = reading.options.baselines, reading.worth(), judge.loaded.geometry
     if wanted == "none":
         return
     draws = SEEDS if wanted == "all" else 1
@@ -103,6 +104,9 @@ def _worths(reading: Reading, g: Geometry) -> Iterator[tuple[Role, str, Worth]]:
         for ranking in reading.scores.others:
             # Both in one unit, as the pass measured them: half of the Fisher information of a gate.
             yield "criterion", f"criterion {ranking.name}", Worth(ranking.values / 2, reading.worth(1.0).channels)
+    if wanted == "all":
+        for name, worth in peers(judge.loaded, judge.sentences, judge.progress, channels=ours.channels is not None):
+            yield "criterion", name, worth
 
 
 def _scores(reading: Reading, toolkit: Toolkit) -> Iterator[tuple[Role, str, np.ndarray]]:
@@ -137,7 +141,7 @@ def most_rivals(wanted: Baselines, source: Source, *, sized: bool = False, layer
     if layers:
         return {"none": 0, "few": 1, "all": SEEDS}[wanted]
     if sized:
-        return {"none": 0, "few": 1, "all": SEEDS + 2}[wanted]
+        return {"none": 0, "few": 1, "all": SEEDS + 2 + len(PEERS)}[wanted]
     free = 1 if wanted == "all" or reads_cache(source) else 0
     return {"none": 0, "few": 1 + free, "all": SEEDS + free + len(CACHED_BASELINES) + 1}[wanted]
 

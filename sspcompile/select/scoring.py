@@ -31,7 +31,7 @@ from sspcompile.request.options import AUTO, Granularity, Options, Repairing
 from sspcompile.request.prompts import Prompt
 from sspcompile.request.request import Request
 from sspcompile.request.splits import own_fit_part, thinned
-from sspcompile.select.budget import cuts_channels
+from sspcompile.select.budget import bounded, cuts_channels
 from sspcompile.select.mixture import Mixture, head_scores
 from sspcompile.select.shrinkage import shrink
 from sspcompile.select.texts import Texts
@@ -107,9 +107,11 @@ def source_of(request: Request) -> Source:
 
 
 def cached_keys(request: Request) -> tuple[str, ...]:
-    """The scores that the toolkit must hold for this request: none where texts alone score heads."""
+    """The scores that the toolkit must hold for this request: none where texts alone score heads. Within bounds no
+    baseline comes from the pools.
+    """
     options = request.options
-    if options.baselines == "all" and not options.removes_layers:
+    if options.baselines == "all" and not options.removes_layers and not bounded(options):
         return tuple(dict.fromkeys((*CACHED_BASELINES, score_key(options))))
     return tuple(dict.fromkeys((CACHED, score_key(options)))) if reads_cache(source_of(request)) else ()
 
