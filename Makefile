@@ -241,6 +241,8 @@ bench-nested: $(VENV)/.done  ## A nested artifact of a real model beside builds 
 
 bench-scores: $(VENV)/.done  ## Masks of a real model by several scores, repaired alike, judged on unseen texts.
 	$(BIN)/python -m benchmarks.scores --model $(MODEL) --questions $(QUESTIONS) --judge $(JUDGE)
+	$(BIN)/python -m benchmarks.scores --model $(MODEL) --questions $(QUESTIONS) --judge $(JUDGE) --per-layer --prompts 32 \
+		--judged 16 --scores tyr,dlp,obs,fisher,wanda,flap --tilted obs --out benchmarks/results/scores-published.json
 
 # A folder of public sets: gsm8k, openstax, squad2, tatqa, banking77, wikitext2, mmlu, xdomainbench.
 DATA ?= data
