@@ -18,12 +18,12 @@ from sspcompile.progress import Progress, stage_of
 from sspcompile.request.domains import DomainPool
 from sspcompile.request.splits import thinned
 
-# What a text is about shows in so many tokens, and a domain in so many of its prompts: more cost time and name nothing
-# better (benchmarks/recognition.py).
+# What a text is about shows in so many tokens: more cost time and name nothing better (docs/quality.md).
 RECOGNITION_TOKENS = 64
-RECOGNITION_PROMPTS = 64
+# Of each domain. Twice as many as were read of narrower pools cost half as many tokens again (docs/quality.md).
+RECOGNITION_PROMPTS = 128
 # Of each outside subject.
-OUTSIDE_PROMPTS = 50
+OUTSIDE_PROMPTS = 80
 # The middles of so many equal parts of the model. Ending two thirds up would save a third of the pass and name domains
 # as well, but find less of what is unknown (docs/quality.md).
 LAYERS_READ = 5
