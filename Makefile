@@ -247,7 +247,7 @@ bench-scores: $(VENV)/.done  ## Masks of a real model by several scores, repaire
 # A folder of public sets: gsm8k, openstax, squad2, tatqa, banking77, wikitext2, mmlu, xdomainbench.
 DATA ?= data
 
-bench-real: $(VENV)/.done  ## Own scenario against others on a real model: scores, budgets, layouts, repairs.
+bench-real: $(VENV)/.done  ## Own scenario against others on a real model: scores, published pruners, budgets, layouts, repairs.
 	$(BIN)/python -m benchmarks.real --model $(MODEL) --data $(DATA)
 
 bench-repairs: $(VENV)/.done  ## How firmly a repair holds weights, and what late layers cost more than early ones.

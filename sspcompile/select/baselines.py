@@ -18,7 +18,7 @@ from sspcompile.request.options import Baselines
 from sspcompile.select.budget import merit
 from sspcompile.select.judging import Judge, Reported
 from sspcompile.select.mixture import head_scores
-from sspcompile.select.peers import PEERS, peers
+from sspcompile.select.peers import PEERS
 from sspcompile.select.reading import Reading, within
 from sspcompile.select.scoring import CACHED_BASELINES, Source, layer_distances, reads_cache, score_key
 from sspcompile.slicing.depth import least_influence, shallowest
@@ -105,7 +105,7 @@ def _worths(reading: Reading, judge: Judge) -> Iterator[tuple[Role, str, Worth]]
             # Both in one unit, as the pass measured them: half of the Fisher information of a gate.
             yield "criterion", f"criterion {ranking.name}", Worth(ranking.values / 2, reading.worth(1.0).channels)
     if wanted == "all":
-        for name, worth in peers(judge.loaded, judge.sentences, judge.progress, channels=ours.channels is not None):
+        for name, worth in judge.peers(channels=ours.channels is not None):
             yield "criterion", name, worth
 
 

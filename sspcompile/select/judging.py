@@ -23,9 +23,11 @@ from sspcompile.repair.repair import MIN_PROMPTS, Repair, is_linear, masked
 from sspcompile.request.options import Options
 from sspcompile.request.prompts import Prompt
 from sspcompile.request.splits import Splits
+from sspcompile.select.peers import peers
 from sspcompile.select.texts import Texts
 from sspcompile.slicing.layouts import Choice
 from sspcompile.slicing.mask import Kept, Layout
+from sspcompile.slicing.sizes import Worth
 
 T = TypeVar("T")
 
@@ -104,6 +106,7 @@ class Judge:
         self._held = {part: held(prompts) for part, prompts in parts if prompts}
         self._protected = {one.name: {"guard": held(one.guard), "judge": held(one.judge)} for one in splits.protected}
         self._plain: dict[bytes, Divergence] = {}
+        self._peers: tuple[tuple[str, Worth], ...] = ()
 
     def guarded(self, kept: Kept, repair: Repair | None = None) -> Divergence:
         """Of the masked model on the texts that decide."""
@@ -151,6 +154,12 @@ class Judge:
         """The repairs of masks on all texts that may fit one; `what` they are is shown meanwhile."""
         batches = batches_of(self.loaded, self.sentences)
         return self.fitted(masks, batches, stage_of(self.progress, f"repair ({what})"))
+
+    def peers(self, *, channels: bool) -> tuple[tuple[str, Worth], ...]:
+        """`select.peers` on the texts that choose, measured once however often a budget is settled."""
+        if not self._peers:
+            self._peers = tuple(peers(self.loaded, self.sentences, self.progress, channels=channels))
+        return self._peers
 
     def candidate(self, layout: Layout, choice: Choice, repair: Repair | None) -> Candidate:
         """A mask, measured on the guard texts with and without its repair; without one, once per mask."""
