@@ -1,9 +1,9 @@
 """DLP: layers whose weights are mostly unimportant give more heads; within a layer, heads go by Wanda.
 
 Chen et al., DLP: Dynamic Layerwise Pruning in Large Language Models, arXiv 2505.23807 (formulas as in copies of the
-authors' code, strategy "median"; the paper's text was not at hand): the unimportance u of a layer is the median of Wanda's |W_ij| * |X_j|_2 over its
-weights, its importance 1 - u / sum of u. Importance is stretched to lie between 0 and 2 alpha, alpha = 0.15, and
-centred: so much more than the mean rate does a layer keep, whatever the budget.
+authors' code, strategy "median"; the paper's text was not at hand): the unimportance u of a layer is the median of
+Wanda's |W_ij| * |X_j|_2 over its weights, its importance 1 - u / sum of u. Importance is stretched to lie between 0 and
+2 alpha, alpha = 0.15, and centred: so much more than the mean rate does a layer keep, whatever the budget.
 Adapted: the weights are those of o_proj, which are Wanda's here; the paper takes all linear weights of a block, and
 prunes all of them. A score has no budget, so the rates are part of it: with `share` in [0, 1] the stretched importance
 of the layer, and `place` (0 = best) that of a unit among the layer's `count` by `wanda`,
