@@ -58,7 +58,9 @@ def shrink(
     # Law of total variance over the domains that the prompts come from.
     relative = ((spread + 1) * domains**2 @ parts - (domains @ parts) ** 2) / prior**2
     variance = np.log1p(np.maximum(relative, 0.0) / (prompts or len(values)))
-    between = float(np.log(domains).var(-1, ddof=1).mean())
+    logs = np.log(domains)
+    # Around the first domain: those that agree have no variance at all, however a machine rounds their mean.
+    between = float((logs - logs[..., :1]).var(-1, ddof=1).mean())
     weight = between / np.maximum(between + variance, np.finfo(np.float64).tiny)
     shares = np.maximum(prior * (evidence / prior) ** weight - floor, 0.0)
     mean = weight.mean()
