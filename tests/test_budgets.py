@@ -416,3 +416,6 @@ def test_a_build_within_numbers_and_a_loss_says_what_was_asked(
         "asked for: at most 1,400,000 parameters, 21,000,000 bytes for 8 sequences of 512 tokens"
         in run("inspect", "cut")[1]
     )
+    assert run("slice", "--mask", "cut/mask.json", "--out", "elsewhere")[0] == 0
+    again = json.loads((tmp_path / "elsewhere" / "plan.json").read_text())
+    assert again["memory"] == plan["memory"], "a cut elsewhere serves what the build was asked for"

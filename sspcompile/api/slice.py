@@ -14,6 +14,7 @@ from sspcompile.export.card import licence_of, slice_card
 from sspcompile.model.dense import DenseModel, open_dense
 from sspcompile.progress import Progress, adding, silent
 from sspcompile.slicing.mask import HeadMask, dump_mask, load_mask
+from sspcompile.slicing.measures import Serving
 from sspcompile.slicing.plan import SlicePlan, make_plan, plan_json
 from sspcompile.slicing.write import write_model
 from sspcompile.workspace import MASK, PLAN
@@ -73,7 +74,7 @@ def write_cut(
             link_unchanged=link_unchanged,
             progress=adding(progress, "cutting", cut.plan.sliced.weight_bytes),
         )
-        plan = plan_json(cut.plan)
+        plan = plan_json(cut.plan, _serving(cut.mask))
         (folder / MASK).write_text(dump_mask(cut.mask), "utf-8")
         (folder / PLAN).write_text(json.dumps(plan, indent=1) + "\n", "utf-8")
         origin = {
@@ -84,3 +85,9 @@ def write_cut(
         }
         (folder / "README.md").write_text(slice_card(plan, cut.mask, origin, out.name), "utf-8")
         return write_manifest(folder, origin, hash_weights=checksums)
+
+
+def _serving(mask: HeadMask) -> Serving | None:
+    """What the bound on memory or time counted for that the mask was compiled within."""
+    asked = mask.memory_requested or mask.latency_requested
+    return None if asked is None else Serving(context=asked["context"], batch=asked["batch"])
