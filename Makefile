@@ -19,7 +19,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 WORKERS ?= 2
 
 .PHONY: demo demo-llm test test-whole audit test-compat test-oldest test-pythons test-optimum test-vllm test-gguf test-runtimes test-browser screenshots fuzz test-kills test-wheel test-shapes test-lm-eval generated docs lint format train bench-compile bench-prepare bench-trimming \
-	bench-quality bench-slice bench-onnx bench-gguf bench-bench bench-build bench-budgets bench-trimming bench-nested bench-scores bench-real bench-repairs bench-rounding bench-recognition bench-large clean
+	bench-quality bench-slice bench-onnx bench-gguf bench-bench bench-build bench-budgets bench-nested bench-scores bench-real bench-repairs bench-rounding bench-recognition bench-large clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
