@@ -216,8 +216,8 @@ class Options(BaseModel):
     repair: Annotated[
         Repairing,
         Shown(
-            "Refit o_proj to what is left (least-squares), or down_proj as well (least-squares-mlp), or add FLAP's "
-            "bias where o_proj has one."
+            "Refit what lost an input, o_proj and down_proj (least-squares), or every down_proj as well "
+            "(least-squares-mlp), or add FLAP's bias where o_proj or down_proj has one."
         ),
     ] = "least-squares"
     quantize: Annotated[
