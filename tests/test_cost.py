@@ -12,7 +12,7 @@ from commands import inside, shell
 from sspcompile.api.build import build
 from sspcompile.api.cost import cost_of
 from sspcompile.api.nested import build_nested
-from sspcompile.api.parts import Lengths
+from sspcompile.api.parts import Lengths, continued
 from sspcompile.errors import RecipeError
 from sspcompile.model.dense import DenseModel, open_dense
 from sspcompile.model.modules import input_norm
@@ -82,14 +82,14 @@ def test_a_sentence_is_counted_by_the_texts_that_its_mixture_draws_once_the_pool
     request, dense, workspace = read_request(SENTENCE, given, {}), open_dense(given["model"]), Workspace(home / "read")
     loaded = dense.load()
 
-    def continued() -> tuple[int, int]:
+    def written_on() -> tuple[int, int]:
         (stage,) = [one for one in cost_of(request, dense, workspace).stages if one.name == "continuations"]
         return stage.texts, stage.tokens
 
-    before = continued()
+    before = written_on()
     toolkit = toolkit_of(request, dense, loaded, workspace)
     drawn = read_through(request, toolkit, loaded, Texts(loaded, request.options), build=False).splits.every
-    assert continued() == (len(drawn), Lengths(loaded, 64).sum(drawn)) != before
+    assert written_on() == (len(drawn), Lengths(loaded, 64).sum(drawn)) != before
 
 
 def test_the_sentence_alone_has_the_pools_scored_by_a_criterion_that_is_named(home):
@@ -134,11 +134,16 @@ def test_a_recipe_that_states_its_domains_reads_no_pool_and_makes_no_toolkit(hom
     path.write_text(json.dumps(recipe))
     request, dense = read_request(str(path), given, {}), open_dense(str(home / "model"))
     workspace = Workspace(home / "stated")
-    assert not any(stage.name.startswith("recognition") for stage in cost_of(request, dense, workspace).stages)
+    stages = {stage.name: stage for stage in cost_of(request, dense, workspace).stages}
+    assert not any(name.startswith("recognition") for name in stages)
     seen = set()
     outcome = build(request, dense, home / "stated-out", workspace, lambda name, _done, _total: seen.add(name))
     assert seen and not any("features" in name or "recognition" in name for name in seen)
     assert not workspace.toolkit(dense.fingerprint).parent.exists()
+    # Off the scenario the texts are those that the stated domains leave, not of all pools alike.
+    splits, judged = outcome.selection.reading.splits, stages["judging this build and its baselines"]
+    read = continued((*splits.judge, *splits.off), Lengths(dense.load(), 64), 4)
+    assert (judged.texts, judged.tokens) == (len(splits.judge) + len(splits.off), read)
     mixture = load_mask(home / "stated-out" / "mask.json").scenario["mixture"]
     assert {name: weight for name, weight in mixture.items() if weight} == {"law": 0.25, "math": 0.75}
     report = (home / "stated-out" / "report.md").read_text("utf-8")

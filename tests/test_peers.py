@@ -209,6 +209,13 @@ def test_every_peer_is_within_the_budget_in_both_layouts(share: float):
             assert share - 0.1 < share_of(g, choice) <= share, name
 
 
+def test_gradients_that_have_no_room_cost_a_row_and_no_build(monkeypatch: pytest.MonkeyPatch):
+    loaded = tiny("qwen2")
+    texts = continued(loaded, PROMPTS, 2)
+    monkeypatch.setattr("sspcompile.select.peers.free_memory", lambda: 1000)
+    assert [name for name, _ in peers(loaded, texts, silent, channels=True)] == [n for n in PEERS if n != "LLM-Pruner"]
+
+
 def test_a_build_by_size_with_all_baselines_has_a_row_for_every_peer(tmp_path: Path):
     make_checkpoint(tmp_path / "model", Random(hidden=64, kv_heads=2, group_size=2, head_dim=16))
     options = {"max_tokens": 32, "continuation_tokens": 2, "layout": "per-layer", "baselines": "all", "size": 0.8}

@@ -502,6 +502,11 @@ def test_one_conclusion_follows_from_the_numbers() -> None:
         answering = changed.model_copy(update={"answer_perplexity": Estimate(value=times, low=0.9, high=1.2)})
         assert concluded(quality=(answering,)).startswith(word)
         assert ("a different model in use" in verdict_of(quality=(answering,))) == (times > 1.05)
+    few = changed.model_copy(update={"answer_perplexity": Estimate(value=1.0)})
+    assert concluded(quality=(few,)).startswith("DO NOT SHIP: 50 %"), "two answers without an interval say nothing"
+    off = {"off_kl": Estimate(value=5.0, low=4.0, high=6.0), "off_agreement": Estimate(value=0.3)}
+    elsewhere = few.model_copy(update={"answer_perplexity": Estimate(value=1.0, low=0.9, high=1.1), **off})
+    assert "it loses quality off domain, where 70 % of the next tokens differ" in concluded(quality=(elsewhere,))
     off = {"off_kl": Estimate(value=0.5, low=0.4, high=0.6), "off_agreement": Estimate(value=0.7)}
     narrow = concluded(quality=(ours.model_copy(update=off),))
     assert narrow == (

@@ -34,15 +34,16 @@ from sspcompile.model.logits import LOGITS_AT_ONCE
 from sspcompile.model.placement import ANYWHERE, Placement
 from sspcompile.model.text import BATCH_TOKENS, GRADIENT_TOKENS, Batch, Sentence, batches_of, greedy, sentences
 from sspcompile.nested.choose import one_size
-from sspcompile.prepare.toolkits import stored_toolkit
+from sspcompile.prepare import unlearned
+from sspcompile.prepare.toolkits import is_stated, stored_toolkit
 from sspcompile.request.pools import pools_of
 from sspcompile.request.prompts import Prompt
 from sspcompile.request.request import Request
 from sspcompile.request.splits import thinned
-from sspcompile.select.mixture import Mixture
+from sspcompile.select.mixture import Mixture, given_mixture
 from sspcompile.select.peers import GRADIENTS
 from sspcompile.select.reading import mixture_through
-from sspcompile.select.scoring import source_of
+from sspcompile.select.scoring import cached_keys, source_of
 from sspcompile.workspace import Workspace
 
 # The short pass, in tokens: long enough to be bound by what a real batch is bound by, and of a large model as many as
@@ -128,13 +129,16 @@ def cost_of(request: Request, dense: DenseModel, workspace: Workspace, *, placem
 
 
 def _mixture(request: Request, dense: DenseModel, loaded: LoadedModel, workspace: Workspace) -> Mixture | None:
-    """What the scenario is made of, where pools' texts stand in for its own and an earlier build has learned to tell
-    them apart; None otherwise.
+    """What the scenario is made of, where it says so itself, or where pools' texts stand in for its own and an earlier
+    build has learned to tell them apart; None otherwise.
     """
+    scenario, options = request.scenario, request.options
+    if scenario.domains is not None and is_stated(scenario, options, cached_keys(request)):
+        return given_mixture(unlearned(loaded, pools_of(options).candidates), scenario.domains, source=scenario.name)
     if source_of(request) == "prompts":
         return None
     digest = template_digest(loaded.tokenizer, loaded.rendering)
-    toolkit = stored_toolkit(dense, request.options, workspace, digest)
+    toolkit = stored_toolkit(dense, options, workspace, digest)
     return None if toolkit is None else mixture_through(request, toolkit, loaded)
 
 

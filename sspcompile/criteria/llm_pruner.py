@@ -79,38 +79,41 @@ def llm_pruner_structures(loaded: LoadedModel, given: CriterionInput) -> Structu
         assert gradient is not None  # noqa: S101 (every one of these weights is trainable inside)
         return (gradient[rows].to(weight.device) * weight).abs()
 
-    layers = range(g.layers)
+    layers, tokens = range(g.layers), sum(int(batch.attention_mask[:, 1:].sum()) for batch in given.batches)
     with _trainable(weights):
         _add_gradients(loaded, given)
-        heads = np.stack([attention_sums(loaded, layer, partial(product, layer)) for layer in layers])
+        heads = np.stack([attention_sums(loaded, layer, partial(product, layer)) for layer in layers]) / tokens
         if not g.has_channels:
             return Structures(heads, None)
-        return Structures(heads, np.stack([channel_sums(loaded, layer, partial(product, layer)) for layer in layers]))
+        channels = np.stack([channel_sums(loaded, layer, partial(product, layer)) for layer in layers])
+        return Structures(heads, channels / tokens)
 
 
 def _add_gradients(loaded: LoadedModel, given: CriterionInput) -> None:
-    """Of the mean loss over all next tokens of the texts, into `grad` of every weight that is trainable."""
-    tokens = sum(int(batch.attention_mask[:, 1:].sum()) for batch in given.batches)
+    """Of the loss summed over all next tokens of the texts, into `grad` of every weight that is trainable.
+
+    A mean would divide what 16 bits can hold before the backward pass, and small gradients would be lost.
+    """
     for index, batch in enumerate(given.batches):
         foretold = torch.zeros_like(batch.attention_mask, dtype=torch.bool)
         foretold[:, :-1] = batch.attention_mask[:, 1:].bool()  # sequences are padded behind
         with torch.enable_grad(), recomputed(loaded.layers):
             hidden = decoder_output(loaded, batch)
             states = hidden[foretold.to(hidden.device)]
-            towards = state_gradients(loaded, states, _missing(batch, foretold, tokens))
+            towards = state_gradients(loaded, states, _missing(batch, foretold))
             torch.autograd.backward(states, towards)
         given.report(index + 1, len(given.batches))
 
 
-def _missing(batch: Batch, foretold: Tensor, tokens: int) -> Cotangent:
-    """Prediction minus next token: the gradient of the loss with respect to logits, one part of them after another."""
+def _missing(batch: Batch, foretold: Tensor) -> Cotangent:
+    """Prediction minus next token: the gradient of the summed loss with respect to logits, part of them after part."""
     left = batch.input_ids.roll(-1, 1)[foretold]
 
     def cotangent(logits: Tensor) -> Tensor:
         nonlocal left
         following, left = left[: len(logits)].to(logits.device), left[len(logits) :]
         p = torch.softmax(logits, dim=-1)
-        return p.scatter_add_(1, following[:, None], torch.full_like(p[:, :1], -1.0)) / tokens
+        return p.scatter_add_(1, following[:, None], torch.full_like(p[:, :1], -1.0))
 
     return cotangent
 

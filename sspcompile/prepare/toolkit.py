@@ -14,7 +14,7 @@ from sspcompile.checkpoint.publish import staged
 from sspcompile.errors import ToolkitError
 from sspcompile.prepare.recogniser import Recogniser
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 TENSORS_FILE = "toolkit.safetensors"
 DESCRIPTION_FILE = "toolkit.json"

@@ -28,7 +28,7 @@ from sspcompile.model.streaming import skeleton
 from sspcompile.progress import Steps, no_steps
 from sspcompile.proof.claim import BIAS, WEIGHT, Claim, widened
 from sspcompile.proof.parity import BOUND, DTYPE, PROBE_PROMPTS, PROBE_TOKENS, REPORT, Distance, Parity
-from sspcompile.repair.repair import down_name
+from sspcompile.repair.repair import bias_name, down_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -157,7 +157,7 @@ def _mask(dense: dict[str, Tensor], cut: Mapping[str, Tensor], index: int, claim
     down = down_name(g, index).removeprefix(prefix)
     if kept.channels is not None:
         columns[down] = kept.channels[index]
-    for part in (WEIGHT, BIAS, down):
+    for part in (WEIGHT, BIAS, down, bias_name(g, index).removeprefix(prefix)):
         refitted, there = prefix + part in claim.refitted, columns.get(part)
         if there is None:
             dense |= {part: cut[part]} if refitted else {}

@@ -5,7 +5,6 @@ Masks are fitted together: half of what one mask needs are passes of the dense m
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from sspcompile.model import journal
 from sspcompile.model.decoder import LoadedModel
-from sspcompile.model.hooks import answered, input_of, passed_over, recorded_calls
+from sspcompile.model.hooks import answered, input_of, passed_over, reading, recorded_calls
 from sspcompile.model.journal import Arrays
 from sspcompile.model.modules import attention, down_proj, layer_output, o_proj, residual_norm
 from sspcompile.model.stored import in_double
@@ -347,11 +346,12 @@ def fit_biases(
     for number, batch in enumerate(batches):
         real = batch.attention_mask.bool()
         tokens += int(real.sum())
-        with contextlib.ExitStack() as stack:
-            entering = [stack.enter_context(input_of(place, "o_proj or down_proj")) for place in places]
+
+        def read(place: int, x: Tensor, real: Tensor = real) -> None:
+            totals[place] += in_double(x[real.to(x.device)]).sum(0).cpu()
+
+        with reading(places, "o_proj or down_proj", read):  # summed as they pass by: no layer's inputs are held
             loaded.model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        for total, seen in zip(totals, entering, strict=True):
-            total += in_double(seen[0][real.to(seen[0].device)]).sum(0).cpu()
         progress(number + 1, len(batches))
     means = [total / tokens for total in totals]
     size, layers = loaded.geometry.head_dim, loaded.geometry.layers

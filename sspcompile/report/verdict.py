@@ -65,12 +65,12 @@ def headline(report: Report) -> str | None:
         return None
     if parity is not None and not parity.holds:
         return "DO NOT SHIP: the files do not compute what the masked model computes."
-    if ours.top1_agreement.value < FEW_AGREE:
-        return _few_agree(ours)
     narrow = _narrow(ours)
     loss = f"loses quality off domain, {narrow}" if narrow is not None else ""
     if broken := [one.domain for one in report.protected if one.broken]:
         loss = f"loses more of {' and '.join(broken)} than --protect allows"
+    if ours.top1_agreement.value < FEW_AGREE:
+        return _few_agree(ours, loss)
     faster = _faster(report.latency) if report.latency is not None else ""
     if report.latency is not None and not faster:
         return f"NO MEASURABLE GAIN IN SPEED{_smaller(report)}{loss and f'; {loss}'}."
@@ -81,7 +81,8 @@ def headline(report: Report) -> str | None:
     return f"SHIP: faster where it was measured ({faster}){_smaller(report)}."
 
 
-def _few_agree(ours: QualityRow) -> str:
+def _few_agree(ours: QualityRow, loss: str) -> str:
+    """`loss`: what else is lost, in words, or nothing."""
     differs = percent(1 - ours.top1_agreement.value)
     told = f"{differs} of the next tokens on the scenario's own domain differ from the dense model's"
     if not _answers_hold(ours):
@@ -89,12 +90,14 @@ def _few_agree(ours: QualityRow) -> str:
     times = with_interval(ours.answer_perplexity) if ours.answer_perplexity else ""
     return (
         f"TEST BEFORE YOU SHIP: {told}, and the reference answers are about as likely as before (perplexity {times} "
-        "times): `sspcompile eval` asks both models."
+        f"times){loss and f'; it {loss}'}. Ask both models what your users ask, as `sspcompile eval` does."
     )
 
 
 def _answers_hold(ours: QualityRow) -> bool:
-    return ours.answer_perplexity is not None and ours.answer_perplexity.value <= ANSWERS_HOLD
+    """Of texts too few for an interval nothing is concluded."""
+    found = ours.answer_perplexity
+    return found is not None and found.low is not None and found.value <= ANSWERS_HOLD
 
 
 def _narrow(ours: QualityRow) -> str | None:

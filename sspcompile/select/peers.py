@@ -17,10 +17,12 @@ leave the first and the last layers of LLaMA alone by hand; nothing of that kind
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
+import torch
 
 from sspcompile.criteria.channels import structure_moments
 from sspcompile.criteria.flap import flap_structures
@@ -29,6 +31,7 @@ from sspcompile.criteria.magnitude import magnitude_structures
 from sspcompile.criteria.units import CriterionInput, Structures
 from sspcompile.criteria.wanda import wanda_structures
 from sspcompile.families import Geometry
+from sspcompile.machine import free_memory
 from sspcompile.model import journal
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.text import BATCH_TOKENS, GRADIENT_TOKENS, Sentence, batches_of
@@ -45,6 +48,10 @@ INPUTS, GRADIENTS = "inputs of heads and channels (baselines)", "gradients of we
 GRADIENT_PASSES = 4
 # Of a price, by how much that of the outermost layers is higher than that of one in the middle: a tie-break.
 MIDDLE_FIRST = 1e-6
+# Of what is free, gradients of weights may take so much; activations need the rest.
+ROOM = 0.7
+
+log = logging.getLogger("sspcompile")
 
 
 def peers(
@@ -54,7 +61,7 @@ def peers(
     those of heads alone.
 
     One forward pass serves FLAP and Wanda-sp, magnitude needs none. LLM-Pruner is left out of a model some of whose
-    weights lie outside of the device.
+    weights lie outside of the device, and where gradients of all weights would leave no room.
     """
     read = thinned(texts, CURVATURE_TEXTS)
 
@@ -68,11 +75,22 @@ def peers(
             yield FLAP, priced(standardised(flap_structures(loaded, *found)))
         if WANDA in names:
             yield WANDA, priced(shared_evenly(wanda_structures(loaded, *found), loaded.geometry))
-    if LLM_PRUNER in names and has_gradients(loaded):
+    if LLM_PRUNER in names and has_gradients(loaded) and _room_for_gradients(loaded):
         scores = _kept(loaded, given(GRADIENT_TOKENS, GRADIENTS))
         yield LLM_PRUNER, priced(shared_evenly(scores, loaded.geometry))
     if MAGNITUDE in names:
         yield MAGNITUDE, priced(shared_evenly(magnitude_structures(loaded), loaded.geometry))
+
+
+def _room_for_gradients(loaded: LoadedModel) -> bool:
+    """Whether as much as all layers weigh is free: a row of a table may not end a build that has decided already."""
+    needed = sum(p.numel() * p.element_size() for layer in loaded.layers for p in layer.parameters())
+    on_cuda = loaded.device.type == "cuda"
+    free = torch.cuda.mem_get_info(loaded.device)[0] if on_cuda else free_memory()
+    if needed > ROOM * free:
+        log.info(f"{LLM_PRUNER} is left out of the baselines: gradients of {needed / 1e9:.1f} GB have no room.")
+        return False
+    return True
 
 
 def standardised(scores: Structures) -> Structures:
