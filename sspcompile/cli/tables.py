@@ -174,7 +174,7 @@ def print_cost(cost: Cost) -> None:
     """A row per stage, then the whole of it."""
     console = Console()
     table = Table("stage", title="A build here, in forward passes over the tokens of each stage", title_justify="left")
-    for name in ("texts", "tokens", "passes", "decoding steps", "share"):
+    for name in ("texts", "tokens", "passes", "decoding", "share"):
         table.add_column(name, justify="right")
     whole = sum(cost.stage_seconds)
     for stage, seconds in zip(cost.stages, cost.stage_seconds, strict=True):
