@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from sspcompile.criteria.units import CriterionInput
 from sspcompile.model import journal
-from sspcompile.model.capture import capture
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.hooks import reading
 from sspcompile.model.modules import down_proj, o_proj, projection_weight
@@ -55,40 +54,31 @@ class Moments:
 
 
 def moments(loaded: LoadedModel, given: CriterionInput) -> Moments:
-    """Over all real tokens of the given, prompts and continuations alike."""
-    g = loaded.geometry
-    sums = torch.zeros(2, g.layers, g.heads * g.head_dim, dtype=torch.float64)
-    tokens = 0
-    for index, batch in enumerate(given.batches):
-        real = batch.attention_mask.bool()
-
-        def read(layer: int, x: Tensor, real: Tensor = real) -> None:
-            values = x[real.to(x.device)].double()  # [tokens, channels]
-            sums[0, layer] += values.sum(0).cpu()
-            sums[1, layer] += values.square().sum(0).cpu()
-
-        capture(loaded, batch, read)
-        tokens += int(real.sum())
-        given.report(index + 1, len(given.batches))
-    return Moments(tokens, sums[0].numpy(), sums[1].numpy())
+    """Of what enters every o_proj, over all real tokens of the given, prompts and continuations alike."""
+    return _moments(loaded, given, [o_proj(layer) for layer in loaded.layers])
 
 
 def structure_moments(loaded: LoadedModel, given: CriterionInput) -> tuple[Moments, Moments | None]:
-    """Of what enters every o_proj, and every down_proj (None where layers choose between experts), in one forward pass
-    over all real tokens of the given.
-    """
+    """The same, and of what enters every down_proj (None where layers choose between experts), in one forward pass."""
     g = loaded.geometry
-    places: list[nn.Module] = [o_proj(layer) for layer in loaded.layers]
+    places = [o_proj(layer) for layer in loaded.layers]
     places += [down_proj(layer) for layer in loaded.layers] if g.has_channels else []
-    kept = journal.current().rows("moments", loaded, [given.batches])
-    width = g.heads * g.head_dim
-    total = np.zeros((2, g.layers, width + g.intermediate * g.has_channels))
-    for number, batch in enumerate(given.batches):
-        total += kept.of(number, partial(_sums, loaded, batch, places))
-        given.report(number + 1, len(given.batches))
-    tokens = sum(int(batch.attention_mask.sum()) for batch in given.batches)
-    attention, mlp = (Moments(tokens, *part) for part in (total[..., :width], total[..., width:]))
+    both, width = _moments(loaded, given, places), g.heads * g.head_dim
+    attention, mlp = (
+        Moments(both.tokens, both.sums[:, part], both.squares[:, part]) for part in (slice(width), slice(width, None))
+    )
     return attention, mlp if g.has_channels else None
+
+
+def _moments(loaded: LoadedModel, given: CriterionInput, places: Sequence[nn.Module]) -> Moments:
+    """Of what enters each of the places, those of a layer side by side; kept by the journal batch by batch."""
+    kept = journal.current().rows("moments", loaded, [given.batches, len(places)])
+    total: np.ndarray | float = 0.0
+    for number, batch in enumerate(given.batches):
+        total = total + kept.of(number, partial(_sums, loaded, batch, places))
+        given.report(number + 1, len(given.batches))
+    sums, squares = np.asarray(total)
+    return Moments(sum(int(batch.attention_mask.sum()) for batch in given.batches), sums, squares)
 
 
 @torch.inference_mode()
