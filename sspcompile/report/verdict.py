@@ -85,19 +85,20 @@ def _few_agree(ours: QualityRow, loss: str) -> str:
     """`loss`: what else is lost, in words, or nothing."""
     differs = percent(1 - ours.top1_agreement.value)
     told = f"{differs} of the next tokens on the scenario's own domain differ from the dense model's"
-    if not _answers_hold(ours):
+    answers = _holding_answers(ours)
+    if answers is None:
         return f"DO NOT SHIP: {told}."
-    times = with_interval(ours.answer_perplexity) if ours.answer_perplexity else ""
     return (
-        f"TEST BEFORE YOU SHIP: {told}, and the reference answers are about as likely as before (perplexity {times} "
-        f"times){loss and f'; it {loss}'}. Ask both models what your users ask, as `sspcompile eval` does."
+        f"TEST BEFORE YOU SHIP: {told}, and the reference answers are about as likely as before (perplexity "
+        f"{with_interval(answers)} times){loss and f'; it {loss}'}. Ask both models what your users ask, as "
+        "`sspcompile eval` does."
     )
 
 
-def _answers_hold(ours: QualityRow) -> bool:
-    """Of texts too few for an interval nothing is concluded."""
+def _holding_answers(ours: QualityRow) -> Estimate | None:
+    """The perplexity of reference answers, where they hold; of texts too few for an interval nothing is concluded."""
     found = ours.answer_perplexity
-    return found is not None and found.low is not None and found.value <= ANSWERS_HOLD
+    return found if found is not None and found.low is not None and found.value <= ANSWERS_HOLD else None
 
 
 def _narrow(ours: QualityRow) -> str | None:
@@ -165,7 +166,7 @@ def _quality(report: Report) -> Iterator[str]:
             f"{percent(1 - agreement.value)} of the positions{_turned(agreement)}"
         )
     yield f"{found}, with a mean KL of {with_interval(ours.mean_kl)} nats."
-    if agreement.value < FEW_AGREE and not _answers_hold(ours):
+    if agreement.value < FEW_AGREE and _holding_answers(ours) is None:
         yield f"That is a different model in use, not a smaller copy: try {_milder(report.budget)} before shipping it."
     if ours.answer_perplexity is not None:
         times = with_interval(ours.answer_perplexity)
