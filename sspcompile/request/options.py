@@ -217,7 +217,7 @@ class Options(BaseModel):
         Repairing,
         Shown(
             "Refit what lost an input, o_proj and down_proj (least-squares), or every down_proj as well "
-            "(least-squares-mlp), or add FLAP's bias where o_proj or down_proj has one."
+            "(least-squares-mlp), or add FLAP's bias where o_proj has one, and to down_proj where that has one too."
         ),
     ] = "least-squares"
     quantize: Annotated[
