@@ -39,7 +39,8 @@ from sspcompile.model.text import MAX_TOKENS, Batch, Sentence, batches_of, conti
 from sspcompile.prepare.directions import probe_directions
 from sspcompile.prepare.stages import Stages
 from sspcompile.progress import no_steps, silent
-from sspcompile.repair.fitting import fit_biases, fit_repairs
+from sspcompile.repair.biases import fit_biases
+from sspcompile.repair.fitting import fit_repairs
 from sspcompile.repair.repair import Repair, masked
 from sspcompile.request.domains import load_pools
 from sspcompile.request.options import Options

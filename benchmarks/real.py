@@ -2,10 +2,12 @@
 
     python -m benchmarks.real --model SMOLLM2 --data DIR [--scenarios word-problems,...] [--seeds 1] [--keeps 0.75,0.5]
                               [--sizes 0.9,0.8] [--scores obs,FLAP,...] [--repairs least-squares,none,published]
+                              [--questions 64]
 
-DIR holds public sets (`gsm8k`, `openstax`, `squad2`, `tatqa`, `banking77`, `wikitext2`). A scenario is FIT texts of one
-of them; JUDGED others judge it, and as many of the other scenarios, together, what it costs off the scenario. Texts
-with a reference answer are scored on it, others on the dense model's own continuation.
+DIR holds public sets (`gsm8k`, `openstax`, `squad2`, `tatqa`, `banking77`, `wikitext2`; for questions `arc_csqa` and
+`mmlu`). A scenario is FIT texts of one of them; JUDGED others judge it, and as many of the other scenarios, together,
+what it costs off the scenario. Texts with a reference answer are scored on it, others on the dense model's own
+continuation.
 
 A budget is a share of the heads (`--keeps`) or of all parameters (`--sizes`, heads and channels of the MLPs together).
 A row is a mask: by a score on the scenario's own texts (`obs`, `fisher`), by `obs` on texts of all scenarios alike
@@ -17,6 +19,10 @@ measured again.
 `--repairs published` measures those pruners with what their authors repair by: FLAP with its biases, the others without
 a repair (and LLM-Pruner without its fine-tuning). The gap of every row is to `obs` on the scenario's own texts with the
 same repair, of `published` rows with least squares.
+
+With `--questions N` every row answers N questions of ARC-Easy, and of MMLU where the scenario has a subject there, by
+the likelihood of their options (exams.py); of the scenario's judging texts with a reference answer it says how many
+greedy decoding would write as they are.
 """
 
 from __future__ import annotations
@@ -31,8 +37,11 @@ from pathlib import Path
 from typing import cast
 
 import click
+import numpy as np
 import torch
 
+from benchmarks.exams import Exam, exams_of
+from benchmarks.exams import figures as graded
 from sspcompile.criteria.chance import first_layer_kept
 from sspcompile.families import Geometry
 from sspcompile.model.decoder import LoadedModel
@@ -40,7 +49,8 @@ from sspcompile.model.dense import open_dense
 from sspcompile.model.divergence import Divergence, compare_divergences
 from sspcompile.model.text import Sentence, batches_of, continued
 from sspcompile.progress import no_steps, silent
-from sspcompile.repair.fitting import fit_biases, fit_repairs
+from sspcompile.repair.biases import fit_biases
+from sspcompile.repair.fitting import fit_repairs
 from sspcompile.repair.repair import Repair, refitted_dtype
 from sspcompile.request.prompts import Prompt, answered
 from sspcompile.request.splits import thinned
@@ -116,19 +126,29 @@ class Ground:
 
     def __init__(self, loaded: LoadedModel, data: Path, seed: int) -> None:
         self.loaded = loaded
+        self._data, self._seed = data, seed
         self._held: dict[str, tuple[HeldOut, HeldOut]] = {}
         self._texts: dict[str, list[Sentence]] = {}
+        self._asked: dict[str, list[Prompt]] = {}
         # What others are compared with, by scenario and budget.
         self.ours: dict[tuple[str, Budget], Divergence] = {}
         for name, read in SCENARIOS.items():
             drawn = random.Random(seed).sample(read(data), FIT + JUDGED)
             self._texts[name] = continued(loaded, drawn, max_tokens=LONGEST)
+            self._asked[name] = drawn[FIT:]
 
     def fit(self, name: str) -> list[Sentence]:
         """Texts that choose and repair: of one scenario, or of all alike."""
         if name in self._texts:
             return self._texts[name][:FIT]
         return [text for texts in self._texts.values() for text in thinned(texts[:FIT], FIT // len(self._texts))]
+
+    def exams(self, name: str, count: int) -> Exams:
+        """What every mask of a scenario is asked: nothing for a `count` of 0."""
+        if not count:
+            return Exams({}, {})
+        exams = exams_of(self.loaded, self._data, name, self._asked[name], count, self._seed)
+        return Exams(exams, {title: exam.found() for title, exam in exams.items()})
 
     def judged(self, name: str) -> tuple[HeldOut, HeldOut]:
         """Held-out texts of a scenario, and of the others together."""
@@ -137,6 +157,19 @@ class Ground:
             off = [text for texts in others for text in thinned(texts, JUDGED // len(others))]
             self._held = {name: (HeldOut(self.loaded, self._texts[name][FIT:]), HeldOut(self.loaded, off))}
         return self._held[name]
+
+
+@dataclass(frozen=True)
+class Exams:
+    """Exams by name, and what the dense model gets right."""
+
+    exams: Mapping[str, Exam]
+    dense: Mapping[str, np.ndarray]
+
+    def told(self, kept: Kept, repair: Repair | None) -> dict[str, object]:
+        """What a mask gets right, of every exam."""
+        found = {name: exam.found(kept, repair) for name, exam in self.exams.items()}
+        return {"exams": graded(found, self.dense)} if found else {}
 
 
 def scored(ground: Ground, name: str, seed: int, wanted: Collection[str] = NAMES) -> Iterator[tuple[str, Worth, str]]:
@@ -208,7 +241,7 @@ Ranked = Sequence[tuple[str, Worth, str]]
 
 
 def measured(
-    ground: Ground, name: str, ranked: Ranked, budget: Budget, dtype: torch.dtype, wanted: Collection[str]
+    ground: Ground, name: str, ranked: Ranked, budget: Budget, dtype: torch.dtype, wanted: Collection[str], exams: Exams
 ) -> Iterator[dict[str, object]]:
     """A row for every wanted mask of a budget, beside the first one, which others are compared with."""
     loaded, (own, off) = ground.loaded, ground.judged(name)
@@ -223,7 +256,7 @@ def measured(
         ours = ground.ours.setdefault(compared, found)
         if score in wanted:
             gap = compare_divergences(found, ours)
-            told = figures(found, off.divergence(kept, fitted))
+            told = figures(found, off.divergence(kept, fitted)) | exams.told(kept, fitted)
             row = {"score": score, "kept": choice.ratio, "parameters": left, **told}
             yield row | {"kl_above_obs": [gap.value, gap.low, gap.high]}
 
@@ -249,8 +282,11 @@ def figures(found: Divergence, off: Divergence) -> dict[str, object]:
 @click.option("--layouts", default="per-layer", show_default=True)
 @click.option("--repairs", default="least-squares", show_default=True, help="least-squares, none, published.")
 @click.option("--scores", default=",".join((*NAMES, *PEERS)), show_default=True, help="Which rows.")
+@click.option("--questions", default=0, show_default=True, help="Of every exam; 0 for no exams.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/real.jsonl"))
-def main(model: str, data: Path, scenarios: str, seeds: int, out: Path, scores: str, **budgeted: str) -> None:
+def main(
+    model: str, data: Path, scenarios: str, seeds: int, out: Path, scores: str, questions: int, **budgeted: str
+) -> None:
     """Compare masks on real deployments."""
     dense = open_dense(model)
     loaded, dtype = dense.load(), refitted_dtype(dense.checkpoint)
@@ -267,8 +303,9 @@ def main(model: str, data: Path, scenarios: str, seeds: int, out: Path, scores: 
             }
             wanted = {score for some in missing.values() for score in some}
             ranked = [*scored(ground, name, seed, wanted)] if wanted else []
+            exams = ground.exams(name, questions if wanted else 0)
             for budget, some in missing.items():
-                for row in measured(ground, name, ranked if some else (), budget, dtype, some):
+                for row in measured(ground, name, ranked if some else (), budget, dtype, some, exams):
                     row = dict(zip(KEY, (*case, *astuple(budget), row["score"]), strict=True)) | row
                     with out.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(row) + "\n")

@@ -16,6 +16,7 @@ from sspcompile.criteria.measuring import measure
 from sspcompile.errors import InputError, ParityError, RunError
 from sspcompile.model import capture, journal, text
 from sspcompile.model.journal import Journal, claimed, holds_work, keeping, remove_old
+from sspcompile.model.rounding import Rounding
 from sspcompile.repair.fitting import fit_repairs
 from sspcompile.slicing.mask import Kept
 
@@ -58,13 +59,14 @@ def texts_of(model):
     return text.encode(model, PROMPTS, 32)
 
 
-def refit(dtype, mlp, model, progress):
+def refit(dtype, mlp, model, progress, rounding=None):
     masks = np.random.default_rng(1).random((3, 4, 4)) < 0.6
     masks[:, :, 0] = True
     masks[0, :2] = True  # nothing is cut in the first layers of the first mask
     kept = [Kept(mask) for mask in masks]
     kept[2] = Kept(masks[2], np.random.default_rng(2).random((4, model.geometry.intermediate)) < 0.7)
-    found = list(fit_repairs(model, kept, texts_of(model), dtype=dtype, mlp=mlp, progress=progress))
+    texts = texts_of(model)
+    found = list(fit_repairs(model, kept, texts, dtype=dtype, mlp=mlp, rounding=rounding, progress=progress))
     return [
         weight.view(torch.int16).numpy() if dtype == torch.bfloat16 else weight.numpy()
         for repair in found
@@ -182,13 +184,15 @@ FITS = {
     "bf16": (torch.bfloat16, False),
     "mlp": (torch.float32, True),
     "mlp in bf16": (torch.bfloat16, True),
+    "rounded": (torch.float32, False, Rounding(4)),
 }
 
 
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.75, 1.0])
 @pytest.mark.parametrize("fit", FITS)
 def test_an_interrupted_repair_goes_on_behind_its_layer_and_fits_the_same_bits(fit, share, model, tmp_path):
-    run, layers = partial(refit, *FITS[fit]), len(model.layers)
+    dtype, mlp, *rounding = FITS[fit]
+    run, layers = partial(refit, dtype, mlp, rounding=rounding[0] if rounding else None), len(model.layers)
     done = max(1, int(share * layers))
     expected = run(model, lambda *_: None)
     with contextlib.ExitStack() as stack:
@@ -201,8 +205,10 @@ def test_an_interrupted_repair_goes_on_behind_its_layer_and_fits_the_same_bits(f
         found = run(model, lambda *_: None)
     same(found, expected)
     for layer in range(layers):
-        # Each batch passes once, to learn how layers are called; those behind the interrupt are fitted.
-        assert calls[layer] == (usual[layer] if layer >= done else [len(texts_of(model))]), layer
+        # Each batch passes once, to learn how layers are called (and what rounded embeddings give them); those behind
+        # the interrupt are fitted.
+        learned = len(texts_of(model)) * (2 if rounding else 1)
+        assert calls[layer] == (usual[layer] if layer >= done else [learned]), layer
 
 
 def test_the_newest_states_are_kept_as_far_as_there_is_room(model, tmp_path, monkeypatch):

@@ -36,7 +36,8 @@ from sspcompile.proof.claim import Claim, written_repair
 from sspcompile.proof.contents import check_contents
 from sspcompile.proof.layerwise import compare_layerwise
 from sspcompile.proof.prove import prove
-from sspcompile.repair.fitting import fit_biases, fit_repairs
+from sspcompile.repair.biases import fit_biases
+from sspcompile.repair.fitting import fit_repairs
 from sspcompile.request.options import Options
 from sspcompile.slicing.depth import any_layers, least_influence, least_runs, left_of
 from sspcompile.slicing.mask import HeadMask, dump_mask, load_mask, parse_mask

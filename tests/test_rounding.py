@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from builders import Shape, family_config, make_checkpoint, save_random, stated
 from commands import inside
+from safetensors.torch import save_file
 
 from sspcompile.api.cost import cost_of
 from sspcompile.checkpoint import check_manifest
+from sspcompile.errors import ArtifactError
 from sspcompile.evaluate.rounding import COARSER, USUAL, forms_of
 from sspcompile.export.onnx.decoder import read_decoder
 from sspcompile.export.onnx.weights import DATA_FILE
-from sspcompile.export.onnx.write import PRECISIONS, Blocks, rounded_bytes, write_graph
+from sspcompile.export.onnx.write import PRECISIONS, REFITTED, Blocks, rounded_bytes, write_graph
+from sspcompile.export.refitted import FOLDER, read_refitted
 from sspcompile.intervals import Estimate
 from sspcompile.model.dense import open_dense
+from sspcompile.model.modules import down_proj, o_proj
+from sspcompile.model.rounding import Rounding, rounded_embedding, rounded_inside
+from sspcompile.model.text import batches_of, continued
+from sspcompile.repair.fitting import fit_repairs
+from sspcompile.repair.repair import Repair
+from sspcompile.repair.rounded import rounded
 from sspcompile.report.json import read_report
 from sspcompile.report.model import Report, RoundingRow, RoundingSection
 from sspcompile.report.page import report_page
 from sspcompile.report.rounding import AS_GOOD, BETTER, rounding_table, rounding_verdict
 from sspcompile.report.verdict import alarming, verdict
 from sspcompile.request.request import read_request
+from sspcompile.select.judging import HeldOut
+from sspcompile.slicing.mask import Kept
 from sspcompile.workspace import Workspace
+from training.corpus import DOMAINS, items
 
 FAST = ("--max-tokens", "48", "--continuation-tokens", "4", "--baselines", "none", "-q")
 BUDGET = ("--keep", "0.5", "--criterion", "magnitude", "--layout", "per-layer")
@@ -93,6 +108,10 @@ def test_a_build_rounds_its_cut_and_weighs_what_it_wrote(home, built):
     assert check_manifest(exported).origin["precision"] == "int4"
     assert row_of(section, "cut", "int4").weight_bytes == (exported / DATA_FILE).stat().st_size
     assert not list(built.glob("tmp*")), "what was written to be weighed is gone"
+    names = [cells[0] for cells in rounding_table(section)[2]]
+    assert (
+        section.refitted and "cut, int4, refitted for it" in names and "dense, int4" in names and "cut, int8" in names
+    )
 
 
 def test_unrounded_rows_are_what_transformers_measured_on_the_same_texts(built):
@@ -151,13 +170,128 @@ def test_what_cannot_be_rounded_is_refused_before_any_work(home, built, run, mon
     assert not (home / "other").exists() and not (home / "bent-cut").exists()
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("inputs", "block"), [(64, 32), (80, 32), (24, 32), (96, 16)])
+def test_what_a_repair_takes_for_rounded_is_what_onnx_runtime_rounds_to(tmp_path, bits, inputs, block):
+    """Rows that are no whole blocks, a block of zeros, and blocks of one sign included."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig as Config
+    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantizer
+
+    weight = torch.randn(40, inputs, generator=torch.Generator().manual_seed(0))
+    weight[3, :16], weight[4], weight[5] = 0, weight[4].abs() + 1, -weight[5].abs() - 1
+    turned = np.ascontiguousarray(weight.numpy().T)
+    config = Config(block_size=block, is_symmetric=False, bits=bits)
+    codes, scales, zeros = DefaultWeightOnlyQuantizer(config).qbits_block_quant(turned)
+    numbers = unpacked(codes.reshape(40, -1), bits).reshape(40, -1, block)
+    points = unpacked(zeros.reshape(40, -1), bits)[:, : numbers.shape[1], None]
+    expected = ((numbers - points) * scales.reshape(40, -1)[..., None]).reshape(40, -1)[:, :inputs]
+    found = Rounding(bits, block).of(weight).numpy()
+    # A number halfway between two codes may go either way.
+    close = np.isclose(found, expected, atol=1e-5)
+    assert close.mean() > 0.999 and np.abs(found - expected).max() <= scales.max() * 1.001
+
+
+def unpacked(codes: np.ndarray, bits: int) -> np.ndarray:
+    if bits == 8:
+        return codes.astype(np.float32)
+    return np.stack([codes & 15, codes >> 4], -1).reshape(len(codes), -1).astype(np.float32)
+
+
+def by_hand(loaded, kept: Kept, repair: Repair, rounding: Rounding, held: HeldOut) -> float:
+    """KL of the masked, repaired model whose matrices were rounded one by one, as they will be written."""
+    g, weights, down = loaded.geometry, {}, {}
+    channels = np.ones((g.layers, g.intermediate), dtype=bool) if kept.channels is None else kept.channels
+    for index, layer in enumerate(loaded.layers):
+        own = repair.weights.get(index, o_proj(layer).weight), repair.down.get(index, down_proj(layer).weight)
+        heads = torch.from_numpy(np.repeat(kept.heads[index], g.head_dim))
+        weights[index] = rounding.of_columns(own[0].detach(), heads)
+        down[index] = rounding.of_columns(own[1].detach(), torch.from_numpy(channels[index]))
+    with contextlib.ExitStack() as stack:
+        for layer in loaded.layers:
+            stack.enter_context(rounded_inside(layer, rounding))
+        stack.enter_context(rounded_embedding(loaded, rounding))
+        return held.divergence(kept, Repair(weights, down=down)).mean_kl.value
+
+
+@pytest.mark.parametrize("share", [None, 0.75])
+def test_a_repair_that_knows_the_rounding_loses_less_once_rounded(embedded, share):
+    """With nothing cut, and with heads and channels cut; the other repair knows of the cut alone."""
+    g, rounding = embedded.geometry, Rounding(3)  # coarse, so that there is something to mend
+    drawn = zip(*(items(domain, "heldout", 7, 16) for domain in DOMAINS), strict=True)
+    questions = [item.prompt for row in drawn for item in row]
+    texts = continued(embedded, questions, max_tokens=64)
+    batches, held = batches_of(embedded, texts[:64]), HeldOut(embedded, texts[64:])
+    draw = np.random.default_rng(0)
+    kept = Kept(np.ones((g.layers, g.heads), dtype=bool))
+    if share is not None:
+        heads = np.ones((g.layers, g.heads), dtype=bool)
+        heads[:, -1] = False
+        kept = Kept(heads, draw.random((g.layers, g.intermediate)) < share)
+    usual = next(fit_repairs(embedded, [kept], batches, dtype=torch.float32)) if share is not None else Repair({})
+    knowing = next(fit_repairs(embedded, [kept], batches, dtype=torch.float32, rounding=rounding))
+    with rounded(embedded, kept, rounding):
+        lost = [held.divergence(kept, one).mean_kl.value for one in (usual, knowing)]
+    assert lost[1] < 0.9 * lost[0]
+    assert lost == pytest.approx([by_hand(embedded, kept, one, rounding, held) for one in (usual, knowing)], rel=1e-4)
+    assert held.divergence(Kept(np.ones((g.layers, g.heads), dtype=bool))).mean_kl.value == 0, "nothing stays rounded"
+    assert set(knowing.weights) == set(knowing.down) == set(range(g.layers)), "every matrix that can make up for it"
+    closed = torch.from_numpy(~np.repeat(kept.heads[0], g.head_dim))
+    assert not knowing.weights[0][:, closed].any(), "what was removed stays removed"
+
+
+def test_a_build_refits_for_its_rounding_beside_a_model_that_stays_as_it_is(home, built):
+    """And the export holds what was refitted: rounded again from those files, its weights are the same bytes."""
+    plain = inside(home, "build", "-s", "sums.yaml", "-m", "model", "--out", "plain", *BUDGET, *FAST)
+    assert plain.code == 0, plain.err
+    same = [(home / name / "model" / "model.safetensors").read_bytes() for name in ("cut", "plain")]
+    assert same[0] == same[1]
+    decoder = read_decoder(built / "model")
+    fitted = read_refitted(built, "int4", decoder.tensors)
+    matrices = {name for name in decoder.tensors if name.endswith(("o_proj.weight", "down_proj.weight"))}
+    assert set(fitted) == matrices
+    exported = home / "exported" / "cut-onnx-int4"
+    assert check_manifest(exported).origin[REFITTED]
+    assert "refitted `o_proj` and `down_proj` for int4" in (exported / "README.md").read_text("utf-8")
+    for number, one in enumerate((decoder, decoder.with_tensors(fitted))):
+        (home / f"again-{number}").mkdir()
+        write_graph(one, home / f"again-{number}", PRECISIONS["int4"], USUAL)
+    stored = [(folder / DATA_FILE).read_bytes() for folder in (exported, home / "again-0", home / "again-1")]
+    assert stored[0] == stored[2] != stored[1]
+
+
+def test_only_the_rounding_that_was_fitted_for_takes_what_was_refitted(home, built):
+    for name, words in (("coarse", ("--precision", "int4", "--block-size", "64")), ("eight", ("--precision", "int8"))):
+        done = inside(home, "export", "cut", "--format", "onnx", *words, "--out", name, "-q")
+        assert done.code == 0, done.err
+        assert REFITTED not in check_manifest(home / name).origin
+        assert "refitted" not in (home / name / "README.md").read_text("utf-8")
+
+
+def test_without_a_refit_there_is_nothing_beside_the_model(home):
+    words = ("-s", "sums.yaml", "-m", "model", "--quantize", "int4", "--repair", "none", "--out", "bare")
+    done = inside(home, "build", *words, *BUDGET, *FAST)
+    assert done.code == 0, done.err
+    assert not (home / "bare" / FOLDER).exists() and not section_of(home / "bare").refitted
+    assert REFITTED not in check_manifest(home / "exported" / "bare-onnx-int4").origin
+
+
+def test_refitted_matrices_of_another_model_are_refused(built, tmp_path):
+    tensors = read_decoder(built / "model").tensors
+    name = next(name for name in tensors if name.endswith("o_proj.weight"))
+    place = tmp_path / FOLDER / "int4"
+    place.mkdir(parents=True)
+    save_file({name: torch.zeros(3, 3)}, place / "model.safetensors")
+    with pytest.raises(ArtifactError, match="does not belong to the model beside it"):
+        read_refitted(tmp_path, "int4", tensors)
+
+
 def test_the_cost_of_weighing_is_foretold(home):
     given = {"model": str(home / "model"), "keep": 0.5, "criterion": "magnitude", "baselines": "none"}
     dense, names = open_dense(str(home / "model")), []
     for more in ({}, {"quantize": "int4"}):
         cost = cost_of(read_request(str(home / "sums.yaml"), given | more, {}), dense, Workspace(home / "cost"))
         names.append({stage.name for stage in cost.stages})
-    assert names[1] - names[0] == {"weighing what is rounded"}
+    assert names[1] - names[0] == {"repairing what will be rounded", "judging that repair", "weighing what is rounded"}
 
 
 def row(of: str, precision: str, nbytes: int, kl: float, gap: tuple[float, float] | None = None, block: int = 32):

@@ -30,7 +30,8 @@ from sspcompile.proof.prove import prove
 from sspcompile.proof.reload import respond
 from sspcompile.proof.whole import compare_whole
 from sspcompile.repair import fitting
-from sspcompile.repair.fitting import fit_biases, fit_repairs
+from sspcompile.repair.biases import fit_biases
+from sspcompile.repair.fitting import fit_repairs
 from sspcompile.repair.repair import demand_place, is_linear, masked
 from sspcompile.slicing.layouts import choose
 from sspcompile.slicing.mask import HeadMask, Kept, kept_of

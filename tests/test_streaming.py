@@ -24,7 +24,8 @@ from sspcompile.model.placement import ON_CPU, Place, Placement, resolve
 from sspcompile.model.streaming import in_memory, layers_that_fit, open_streaming
 from sspcompile.model.text import continued, with_continuations
 from sspcompile.model.weights import replaced, tensor_of
-from sspcompile.repair.fitting import fit_biases, fit_repairs
+from sspcompile.repair.biases import fit_biases
+from sspcompile.repair.fitting import fit_repairs
 from sspcompile.repair.repair import masked
 from sspcompile.slicing.mask import Kept
 from sspcompile.slicing.plan import make_plan

@@ -19,6 +19,7 @@ from sspcompile.api.unfinished import passes_folder, remove_old
 from sspcompile.checkpoint import staged, write_manifest
 from sspcompile.checkpoint.publish import refuse_existing
 from sspcompile.export.card import CARD, model_card
+from sspcompile.export.refitted import write_refitted
 from sspcompile.model.chat import rendering_of
 from sspcompile.model.dense import DenseModel
 from sspcompile.model.journal import claimed, keeping
@@ -74,6 +75,9 @@ def build(
         plan = make_plan(dense.checkpoint, selection.mask, host=request.options.wanted_host)
         refitted = _write(folder / MODEL, dense, selection, plan, progress)
         claim = Claim(dense.checkpoint, selection.mask, folder / MODEL, plan.custom_code, refitted)
+        if request.options.quantize is not None and selection.rounded is not None:
+            words = selection.rounded.replaced(selection.mask.units, plan.geometry)
+            write_refitted(folder, request.options.quantize, plan, words)
         parity = prove(claim, selection.probes, progress, placement=placement)
         rounding = _weighed(folder, request, dense, selection, plan, progress, placement)
         models = dense.checkpoint.path, folder / MODEL
@@ -146,6 +150,7 @@ def _weighed(
         selection.judged,
         request.options.quantize,
         folder,
+        refitted=folder,
         custom_code=plan.custom_code,
         seed=request.options.seed,
         placement=placement,

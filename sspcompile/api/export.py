@@ -10,6 +10,7 @@ from typing import Any
 
 from sspcompile.api.arguments import KINDS, ONE_SIZE, Named, demand
 from sspcompile.checkpoint import Manifest
+from sspcompile.checkpoint.headers import TensorInfo
 from sspcompile.checkpoint.publish import refuse_existing
 from sspcompile.checkpoint.source import not_carried
 from sspcompile.errors import InputError
@@ -21,8 +22,10 @@ from sspcompile.export.hf import export_hf
 from sspcompile.export.onnx import PRECISIONS, Blocks, Exported, Precision, export_onnx
 from sspcompile.export.onnx.decoder import read_decoder
 from sspcompile.export.onnx.weights import ROTARY_FILE
+from sspcompile.export.refitted import read_refitted
 from sspcompile.model.dense import open_dense
 from sspcompile.model.placement import ANYWHERE, Placement
+from sspcompile.model.rounding import ROUNDINGS, Rounding
 from sspcompile.progress import Progress, silent
 from sspcompile.proof.probes import random_probes
 from sspcompile.request.options import flag
@@ -38,7 +41,9 @@ OPTIONS_OF: Mapping[str, tuple[str, ...]] = {"hf": ("host",), "onnx": ONNX_ONLY,
 
 @dataclass(frozen=True)
 class Source:
-    """A model folder to export, and what is known of it. `report` and `plan` are an artifact's own files, or None."""
+    """A model folder to export, and what is known of it. `report` and `plan` are an artifact's own files, or None, as
+    is the folder of the `artifact` itself.
+    """
 
     model: Path
     origin: Mapping[str, Any]
@@ -46,6 +51,7 @@ class Source:
     report: Mapping[str, Any] | None = None
     plan: Mapping[str, Any] | None = None
     custom_code: bool = False
+    artifact: Path | None = None
 
 
 def source_of(found: Named, *, vocab_of: Callable[[Path], int] | None = None) -> Source:
@@ -64,6 +70,7 @@ def source_of(found: Named, *, vocab_of: Callable[[Path], int] | None = None) ->
             report=read_json(found.folder / REPORT),
             plan=read_json(found.folder / PLAN),
             custom_code=found.custom_code,
+            artifact=found.folder,
         )
     if found.kind == "model":
         dense = open_dense(found.typed or str(found.folder))
@@ -263,7 +270,12 @@ def to_onnx(
     progress: Progress = silent,
     placement: Placement = ANYWHERE,
 ) -> Exported:
-    """Write, run and publish. Raises what `export_onnx` raises."""
+    """Write, run and publish; what a build refitted for this rounding is what is rounded. Raises what `export_onnx` and
+    `read_refitted` raise.
+    """
+    refitted: Mapping[str, TensorInfo] = {}
+    if source.artifact is not None and ROUNDINGS.get(precision.name) == Rounding(precision.bits or 0, blocks.size):
+        refitted = read_refitted(source.artifact, precision.name, read_decoder(source.model).tensors)
     return export_onnx(
         source.model,
         out,
@@ -278,6 +290,7 @@ def to_onnx(
             precision,
             context_length=context_length,
             last_logits=last_logits,
+            refitted=bool(refitted),
             report=source.report,
             plan=source.plan,
         ),
@@ -285,6 +298,7 @@ def to_onnx(
         positions=positions,
         last_logits=last_logits,
         link=link,
+        refitted=refitted,
         overwrite=overwrite,
         progress=progress,
         placement=replace(placement, device="cpu", dtype="float32", device_map=None),

@@ -16,6 +16,7 @@ from sspcompile.checkpoint import check_manifest, write_manifest
 from sspcompile.checkpoint.publish import refuse_existing, scratch
 from sspcompile.evaluate.rounding import Weighed, weigh
 from sspcompile.export.onnx.decoder import read_decoder
+from sspcompile.export.refitted import read_refitted
 from sspcompile.model.chat import rendering_of
 from sspcompile.model.dense import DenseModel
 from sspcompile.model.divergence import compare_divergences
@@ -57,17 +58,20 @@ def rounding_of(
     precision: Rounded,
     beside: Path,
     *,
+    refitted: Path | None = None,
     custom_code: bool,
     seed: int,
     placement: Placement = ANYWHERE,
     progress: Progress = silent,
 ) -> RoundingSection:
-    """Weigh the model folder `cut`, rounded, against the dense model, in a scratch folder in `beside`.
+    """Weigh the model folder `cut`, rounded, against the dense model, in a scratch folder in `beside`. `refitted`: the
+    artifact that holds what was fitted for that rounding, where there is one.
 
     Raises what `weigh` raises.
     """
     import onnxruntime
 
+    fitted = read_refitted(refitted, precision, read_decoder(cut).tensors) if refitted is not None else {}
     with tempfile.TemporaryDirectory(dir=beside) as place:
         found = weigh(
             dense.checkpoint.path,
@@ -75,6 +79,7 @@ def rounding_of(
             texts,
             precision,
             Path(place),
+            refitted=fitted,
             custom_code=custom_code,
             seed=seed,
             placement=replace(placement, device="cpu", dtype="float32", device_map=None),
@@ -85,6 +90,7 @@ def rounding_of(
         precision=precision,
         runtime=f"ONNX Runtime {onnxruntime.__version__}",
         texts=len(asked.divergence.prompts),
+        refitted=bool(fitted),
         rows=tuple(_row(one, asked, seed) for one in found),
     )
 
@@ -145,6 +151,7 @@ def weigh_build(
             texts,
             precision,
             place,
+            refitted=built.folder,
             custom_code=built.custom_code,
             seed=request.options.seed,
             placement=placement,

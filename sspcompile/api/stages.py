@@ -37,7 +37,7 @@ from sspcompile.request.splits import fit_part, thinned
 from sspcompile.select.baselines import most_rivals
 from sspcompile.select.budget import bounded, bounds_of, cuts_channels
 from sspcompile.select.floor import AT_ONCE, ROUNDS
-from sspcompile.select.judging import spread
+from sspcompile.select.judging import REFITS, spread
 from sspcompile.select.peers import GRADIENT_PASSES, GRADIENTS, INPUTS
 from sspcompile.select.reading import MIXTURE_TEXTS
 from sspcompile.select.scoring import CURVATURE_TEXTS, cached_keys, reads_cache, source_of
@@ -159,6 +159,10 @@ def deciding(
     yield Stage("judging this build and its baselines", *parts.reported, 2 + rivals)
     yield from _sparing(parts, ROUNDS * AT_ONCE if options.max_loss is not None else 0, layouts)
     if options.quantize is not None:
+        if options.repair in REFITS:
+            every = loaded.geometry.intermediate if width is None else width
+            yield repairing("repairing what will be rounded", parts.fit, [every], request, dense, loaded)
+            yield Stage("judging that repair", *parts.guard, 2)
         yield Stage("weighing what is rounded", *parts.judge, WEIGHED)
     yield proving(request, dense, lengths, parts, placement)
 

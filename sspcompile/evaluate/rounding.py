@@ -6,7 +6,7 @@ weights as they are stored, computed in fp32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sspcompile.checkpoint.headers import TensorInfo
 from sspcompile.checkpoint.tensors import EMBEDDING
 from sspcompile.errors import InputError
 from sspcompile.export.onnx.check import check_runs
@@ -82,12 +83,14 @@ def weigh(
     precision: str,
     scratch: Path,
     *,
+    refitted: Mapping[str, TensorInfo] | None = None,
     custom_code: bool = False,
     seed: int = 0,
     placement: Placement = ON_CPU,
     progress: Progress = silent,
 ) -> tuple[Weighed, ...]:
-    """Write both model folders in all forms into the empty folder `scratch`, and read the texts with each.
+    """Write both model folders in all forms into the empty folder `scratch`, and read the texts with each. `refitted`:
+    matrices of the cut that were fitted for that `precision`, which are rounded in the place of its own.
 
     The unrounded graphs must compute what transformers does before anything is compared. Texts longer than the models'
     positions are left out. Raises InputError where none is left or ONNX Runtime is not installed,
@@ -109,7 +112,8 @@ def weigh(
     places, sizes = [scratch / str(number) for number in range(len(forms))], []
     for number, (form, place) in enumerate(zip(forms, places, strict=True)):
         progress("rounding", number, len(forms))
-        sizes.append(_write(decoders[form.of], place, form))
+        asked = (form.of, form.precision) == ("cut", precision)
+        sizes.append(_write(decoders[form.of].with_tensors((asked and refitted) or {}), place, form))
     progress("rounding", len(forms), len(forms))
     by_length = sorted(read, key=lambda text: len(text.ids))
     for form, place in list(zip(forms, places, strict=True))[: len(folders)]:

@@ -69,12 +69,13 @@ def onnx_card(
     report: Mapping[str, Any] | None,
     plan: Mapping[str, Any] | None,
     last_logits: bool = False,
+    refitted: bool = False,
     sizes: Sequence[float] = (),
 ) -> str:
     """The card of an export for ONNX Runtime. `report` and `plan` are an artifact's, None for a plain checkpoint.
 
-    `context_length`: tokens of the longest text. `sizes`: of a nested model, which has a graph for each. An `origin`
-    without an artifact is that of a model that was not cut.
+    `context_length`: tokens of the longest text. `refitted`: whether a build refitted it for this rounding. `sizes`: of
+    a nested model, which has a graph for each. An `origin` without an artifact is that of a model that was not cut.
     """
     return _card(
         "onnx.md",
@@ -88,6 +89,7 @@ def onnx_card(
         plan=plan,
         pruned="artifact" in origin,
         last_logits=last_logits,
+        refitted=refitted,
         sizes=[(share, graph_name(share)) for share in sizes],
     )
 

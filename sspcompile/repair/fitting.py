@@ -1,10 +1,11 @@
-"""Fitting repairs: least squares on o_proj (and down_proj), and FLAP's bias; repair/repair.py has the formulas.
+"""Fitting repairs: least squares on o_proj (and down_proj); repair/repair.py has the formulas.
 
 Masks are fitted together: half of what one mask needs are passes of the dense model, which do not depend on it.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,33 +13,39 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sspcompile.model import journal
 from sspcompile.model.decoder import LoadedModel
-from sspcompile.model.hooks import answered, input_of, passed_over, reading, recorded_calls
+from sspcompile.model.hooks import LayerCall, answered, input_of, passed_over, recorded_calls
 from sspcompile.model.journal import Arrays
 from sspcompile.model.modules import attention, down_proj, layer_output, o_proj, residual_norm
-from sspcompile.model.stored import in_double
+from sspcompile.model.rounding import Rounding, rounded_embedding, rounded_inside
 from sspcompile.model.streaming import in_memory
 from sspcompile.model.text import Batch
 from sspcompile.model.weights import tensor_of, weight_of
 from sspcompile.progress import Steps, no_steps
 from sspcompile.repair.repair import Repair, repaired
-from sspcompile.repair.systems import Normal, System, system_of
+from sspcompile.repair.systems import LEAST_ENERGY, Normal, System, system_of
 from sspcompile.slicing.mask import Kept
 
 
 class Ridges(NamedTuple):
-    """How firmly weights are held where they were, relative to the energy of each input."""
+    """How firmly weights are held where they were, relative to the energy of each input, of which so much of the mean
+    counts at `least`.
+    """
 
     o_proj: float
     down_proj: float
+    least: float = LEAST_ENERGY
 
 
 # On SmolLM2-135M 6,000 tokens and 19,000 alike are served best by about these; down_proj has more inputs than they
 # excite, so what it was counts for more (benchmarks/repairs.py, docs/quality.md).
 RIDGES = Ridges(o_proj=0.3, down_proj=1.0)
+# What rounding misses is noise: it would be made out of the faintest inputs, whose weights, grown large, make the scale
+# of a whole block coarse.
+ROUNDED_RIDGES = RIDGES._replace(least=0.1)
 # Of the weight of all positions. On the embedded model, unweighted positions (about a tenth) leave up to 15 points of
 # exact match behind, and a share near 1 forgets how the prompt is read.
 SCORED_SHARE = 0.5
@@ -53,17 +60,22 @@ def fit_repairs(
     *,
     dtype: torch.dtype,
     mlp: bool = False,
-    ridges: Ridges = RIDGES,
+    rounding: Rounding | None = None,
+    ridges: Ridges | None = None,
     progress: Steps = no_steps,
 ) -> Iterator[Repair]:
     """Refit what lost an input for each mask on the texts of `batches`: o_proj, down_proj where channels or the whole
-    layer behind it went, and with `mlp` every down_proj.
+    layer behind it went, and with `mlp` every down_proj. With a `rounding` both are refitted in every layer, to states
+    of the model whose matrices are rounded, so that they make up for that too; they come back as they are before they
+    are rounded themselves.
 
     Held are the hidden states of all batches, [B, T, d], twice for the dense model, once per mask and once for the
     layer that is fitted, and the weights of the masks of a round. In each round every layer runs once dense and once
     per mask, its MLP once more where down_proj is fitted. A round begins when the first of its repairs is asked for.
     `dtype` is the dtype that the weights will be written in.
     """
+    mlp = mlp or rounding is not None
+    ridges = ridges or (RIDGES if rounding is None else ROUNDED_RIDGES)
     down = mlp or any(kept.channels is not None or kept.removed for kept in masks)
     at_once = masks_at_once(loaded, sum(batch.input_ids.numel() for batch in batches), dtype, mlp=down)
     rounds = [masks[start : start + at_once] for start in range(0, len(masks), at_once)]
@@ -74,7 +86,7 @@ def fit_repairs(
         def report(done: int, before: int = before) -> None:
             progress(before + done, len(rounds) * layers)
 
-        yield from _fit_round(loaded, together, batches, dtype, ridges, mlp=mlp, report=report)
+        yield from _fit_round(loaded, together, batches, dtype, ridges, mlp=mlp, rounding=rounding, report=report)
 
 
 def masks_at_once(loaded: LoadedModel, tokens: int, dtype: torch.dtype, *, mlp: bool = False) -> int:
@@ -94,11 +106,14 @@ def _fit_round(
     ridges: Ridges,
     *,
     mlp: bool,
+    rounding: Rounding | None,
     report: Callable[[int], None],
 ) -> list[Repair]:
     dense = _Dense(loaded, batches)
-    streams = [_Stream(kept, list(dense.hidden)) for kept in masks]
-    kept_state = journal.current().state("repair", loaded, [batches, list(masks), str(dtype), list(ridges), mlp])
+    entered = dense.hidden if rounding is None else _entered(loaded, batches, rounding)
+    streams = [_Stream(kept, list(entered), rounding) for kept in masks]
+    about = [batches, list(masks), str(dtype), list(ridges), mlp, *([] if rounding is None else [str(rounding)])]
+    kept_state = journal.current().state("repair", loaded, about)
     stand = kept_state.read()
     begun = 0
     if stand is not None:
@@ -157,6 +172,19 @@ def _tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(array).clone().view(dtype)
 
 
+def _calls_of(loaded: LoadedModel, batch: Batch) -> Mapping[int, LayerCall]:
+    """How the model calls its layers for a batch."""
+    with passed_over(loaded.layers), recorded_calls(loaded.layers) as recorded:
+        loaded.model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    return recorded
+
+
+def _entered(loaded: LoadedModel, batches: Sequence[Batch], rounding: Rounding) -> list[Tensor]:
+    """What enters the first layer, [B, T, d] per batch, where embeddings are looked up in a rounded table."""
+    with rounded_embedding(loaded, rounding):
+        return [_calls_of(loaded, batch)[0].hidden for batch in batches]
+
+
 class _Dense:
     """The dense model on the texts, one layer at a time; all hidden states are [B, T, d] per batch.
 
@@ -172,8 +200,7 @@ class _Dense:
         self.weights = [w[real] for w, real in zip(position_weights(batches), self.real, strict=True)]
         self._calls: list[list[tuple[tuple[Any, ...], Mapping[str, Any]]]] = []
         for batch in batches:
-            with passed_over(loaded.layers), recorded_calls(loaded.layers) as recorded:
-                loaded.model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            recorded = _calls_of(loaded, batch)
             self.hidden.append(recorded[0].hidden)
             self._calls.append([(recorded[index].rest, recorded[index].options) for index in range(len(recorded))])
 
@@ -204,6 +231,7 @@ class _Stream:
 
     kept: Kept
     hidden: list[Tensor]
+    rounding: Rounding | None = None
     weights: dict[int, Tensor] = field(default_factory=dict)
     down: dict[int, Tensor] = field(default_factory=dict)
 
@@ -219,30 +247,41 @@ class _Stream:
         columns = torch.from_numpy(np.repeat(self.kept.heads[index], loaded.geometry.head_dim))
         channels = None if self.kept.channels is None else torch.from_numpy(self.kept.channels[index])
         narrower = channels is not None and not channels.all()
-        refits = self.began(index) or not bool(columns.all())
+        refits = self.rounding is not None or self.began(index) or not bool(columns.all())
         removed = self._removed_behind(index)
         mends = removed > 0 and loaded.geometry.has_channels
         if not refits and not narrower and not mends:
             self.hidden = list(dense.hidden)
             return
         layer = loaded.layers[index]
-        attended = self._attend(index, dense)
-        if refits:
-            self.weights[index] = self._refit_attention(index, dense, attended, columns, ridges.o_proj).to(dtype)
-        with repaired(loaded, Repair({index: self.weights[index]} if refits else {})):
-            # Inputs of o_proj up to here, and outputs from here on: each batch in the place of the other.
-            for number, x in enumerate(attended):
-                attended[number] = o_proj(layer)(x)
-        if narrower or mlp or mends:
-            targets = dense.beyond(index, removed)
-            full = self._refit_mlp(index, dense, attended, channels, targets, ridges.down_proj)
-            self.down[index] = full.to(dtype).contiguous()
-        if layer is loaded.layers[-1]:
-            return
-        with repaired(loaded, Repair({}, down={index: self.down[index]} if index in self.down else {})):
-            for number, output in enumerate(attended):
-                with answered(attention(layer), output):
+        targets = dense.beyond(index, removed) if narrower or mlp or mends else []
+        with rounded_inside(layer, self.rounding) if self.rounding is not None else contextlib.nullcontext():
+            attended = self._attend(index, dense)
+            if refits:
+                self.weights[index] = self._refit_attention(index, dense, attended, columns, ridges).to(dtype)
+            with repaired(loaded, Repair({index: self._read(self.weights[index], columns)} if refits else {})):
+                # Inputs of o_proj up to here, and outputs from here on: each batch in the place of the other.
+                for number, x in enumerate(attended):
+                    attended[number] = o_proj(layer)(x)
+            if targets:
+                full = self._refit_mlp(index, dense, attended, channels, targets, ridges)
+                self.down[index] = full.to(dtype).contiguous()
+            if layer is not loaded.layers[-1]:
+                self._leave(index, dense, attended, channels)
+
+    def _leave(self, index: int, dense: _Dense, outputs: Sequence[Tensor], channels: Tensor | None) -> None:
+        """Take the hidden states out of a layer whose attention puts out `outputs`."""
+        down = {index: self._read(self.down[index], channels)} if index in self.down else {}
+        with repaired(dense.loaded, Repair({}, down=down)):
+            for number, output in enumerate(outputs):
+                with answered(attention(dense.loaded.layers[index]), output):
                     self.hidden[number] = dense.run(index, number, self.hidden[number])
+
+    def _read(self, weight: Tensor, columns: Tensor | None) -> Tensor:
+        """A refitted matrix as the model that runs has it: rounded, where it will be. `columns`: bool, those kept."""
+        if self.rounding is None:
+            return weight
+        return self.rounding.of(weight) if columns is None else self.rounding.of_columns(weight, columns)
 
     def _removed_behind(self, index: int) -> int:
         """How many layers right behind one are removed."""
@@ -259,7 +298,7 @@ class _Stream:
         return found
 
     def _refit_attention(
-        self, index: int, dense: _Dense, inputs: Sequence[Tensor], columns: Tensor, ridge: float
+        self, index: int, dense: _Dense, inputs: Sequence[Tensor], columns: Tensor, ridges: Ridges
     ) -> Tensor:
         """o_proj [hidden, heads * D] with refitted kept columns and zeros elsewhere: a removed head adds nothing."""
         projection = o_proj(dense.loaded.layers[index])
@@ -269,7 +308,7 @@ class _Stream:
         for number, (x, hidden) in enumerate(zip(inputs, self.hidden, strict=True)):
             self._add(system, x[..., columns], hidden, bias, number, dense, dense.after[number])
         full = torch.zeros(weight.shape, dtype=torch.float64)
-        full[:, columns.cpu()] = system.solve(weight[:, columns].T, ridge).T.cpu()
+        full[:, columns.cpu()] = system.solve(weight[:, columns].T, ridges.o_proj, ridges.least).T.cpu()
         return full
 
     def _refit_mlp(
@@ -279,7 +318,7 @@ class _Stream:
         outputs: Sequence[Tensor],
         channels: Tensor | None,
         targets: Sequence[Tensor],
-        ridge: float,
+        ridges: Ridges,
     ) -> Tensor:
         """down_proj [hidden, intermediate] of a layer whose attention puts out `outputs` and which should put out
         `targets`, [B, T, d] per batch; zeros in the columns of channels that do not stay.
@@ -300,7 +339,7 @@ class _Stream:
                 dense.run(index, number, hidden)
             self._add(system, seen[0][..., there], after[0], bias, number, dense, targets[number])
         full = torch.zeros(weight.shape, dtype=torch.float64)
-        full[:, columns] = system.solve(weight[:, there].T, ridge).T.cpu()
+        full[:, columns] = system.solve(weight[:, there].T, ridges.down_proj, ridges.least).T.cpu()
         return full
 
     def _add(
@@ -321,63 +360,6 @@ class _Stream:
             missing = missing - bias
         real = dense.real[number].to(inputs.device)
         system.add(inputs[real], missing[real], dense.weights[number])
-
-
-@torch.inference_mode()
-def fit_biases(
-    loaded: LoadedModel,
-    masks: Sequence[Kept],
-    batches: Sequence[Batch],
-    *,
-    dtype: torch.dtype,
-    anywhere: bool = False,
-    progress: Steps = no_steps,
-) -> list[Repair]:
-    """FLAP's biases of o_proj for each mask, from one dense forward pass over the texts of `batches`; for channels
-    those of down_proj, where the model has one, or with `anywhere` in every model.
-
-    Works for every model in memory; only those whose o_proj has a bias can be written with it (`demand_place`).
-    """
-    places: list[nn.Linear] = [o_proj(layer) for layer in loaded.layers]
-    if loaded.geometry.has_channels and (anywhere or loaded.geometry.mlp_bias):
-        places += [down_proj(layer) for layer in loaded.layers]
-    totals = [torch.zeros(place.in_features, dtype=torch.float64) for place in places]
-    tokens = 0
-    for number, batch in enumerate(batches):
-        real = batch.attention_mask.bool()
-        tokens += int(real.sum())
-
-        def read(place: int, x: Tensor, real: Tensor = real) -> None:
-            totals[place] += in_double(x[real.to(x.device)]).sum(0).cpu()
-
-        with reading(places, "o_proj or down_proj", read):  # summed as they pass by: no layer's inputs are held
-            loaded.model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        progress(number + 1, len(batches))
-    means = [total / tokens for total in totals]
-    size, layers = loaded.geometry.head_dim, loaded.geometry.layers
-    found = []
-    for kept in masks:
-        biases = _biases(kept, places[:layers], means, np.repeat(~kept.heads, size, axis=1), dtype)
-        channels = np.zeros((layers, 0), dtype=bool) if kept.channels is None else ~kept.channels
-        found.append(Repair({}, biases, down_biases=_biases(kept, places[layers:], means[layers:], channels, dtype)))
-    return found
-
-
-def _biases(
-    kept: Kept, places: Sequence[nn.Linear], means: Sequence[Tensor], removed: np.ndarray, dtype: torch.dtype
-) -> dict[int, Tensor]:
-    """Biases [hidden] by layer of projections (one a layer, or none), from what enters them on average and which of
-    their inputs are `removed`, bool [layers, inputs].
-    """
-    biases: dict[int, Tensor] = {}
-    for index, (projection, mean) in enumerate(zip(places, means, strict=False)):
-        gone = torch.from_numpy(removed[index])
-        if gone.any() and kept.stays(index):
-            bias = tensor_of(projection, "bias")
-            added = weight_of(projection).cpu().double()[:, gone] @ mean[gone]
-            before = 0.0 if bias is None else bias.cpu().double()
-            biases[index] = (before + added).to(dtype)
-    return biases
 
 
 def position_weights(batches: Sequence[Batch]) -> list[Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sspcompile.model.stored import double_device, in_double
 
-# Of the mean over inputs.
+# Of the mean over inputs, for one that no text excites.
 LEAST_ENERGY = 1e-6
 
 
@@ -31,8 +31,10 @@ class System(Protocol):
     def add(self, x: Tensor, y: Tensor, weights: Tensor) -> None:
         """Rows x [N, inputs] and y [N, outputs], with a weight [N] each."""
 
-    def solve(self, start: Tensor, ridge: float) -> Tensor:
-        """W^T [inputs, outputs] that minimises the ridge problem around `start`, of the same shape, in float64."""
+    def solve(self, start: Tensor, ridge: float, least: float = LEAST_ENERGY) -> Tensor:
+        """W^T [inputs, outputs] that minimises the ridge problem around `start`, of the same shape, in float64.
+        `least`: of the mean energy, what counts at least as the energy of an input.
+        """
 
 
 def system_of(rows: int, inputs: int, outputs: int, device: torch.device) -> System:
@@ -62,12 +64,12 @@ class Normal:
         self.xx += weighted.T @ x
         self.xy += weighted.T @ y
 
-    def solve(self, start: Tensor, ridge: float) -> Tensor:
+    def solve(self, start: Tensor, ridge: float, least: float = LEAST_ENERGY) -> Tensor:
         start = in_double(start).to(self.xx.device)
         energy = self.xx.diagonal()
         if not energy.mean() > 0:
             return start
-        strength = ridge * _audible(energy)
+        strength = ridge * _audible(energy, least)
         return torch.linalg.solve(self.xx + torch.diag(strength), self.xy + strength[:, None] * start)
 
 
@@ -82,7 +84,7 @@ class Dual:
         x, y, root = (one.to(self._device).float() for one in (x, y, weights.sqrt()))
         self._rows.append((x * root.unsqueeze(1), y * root.unsqueeze(1)))
 
-    def solve(self, start: Tensor, ridge: float) -> Tensor:
+    def solve(self, start: Tensor, ridge: float, least: float = LEAST_ENERGY) -> Tensor:
         start = in_double(start).to(self._device)
         x, y = (torch.cat(parts) for parts in zip(*self._rows, strict=True))
         energy = in_double(x.square().sum(0))
@@ -90,13 +92,13 @@ class Dual:
             return start
         missing = in_double(y) - in_double(x @ start.float())
         # With inputs and weights in units of the root of an input's energy all are damped alike.
-        unit = _audible(energy).sqrt()
+        unit = _audible(energy, least).sqrt()
         x = x / unit.float()
         system = in_double(x @ x.T) + ridge * torch.eye(len(x), dtype=torch.float64, device=self._device)
         change = in_double(x.T @ torch.linalg.solve(system, missing).float())
         return start + change / unit[:, None]
 
 
-def _audible(energy: Tensor) -> Tensor:
+def _audible(energy: Tensor, least: float) -> Tensor:
     """Energies of inputs, with the least that counts for one that no text excites: its weights stay as they were."""
-    return energy.clamp_min(LEAST_ENERGY * float(energy.mean()))
+    return energy.clamp_min(least * float(energy.mean()))

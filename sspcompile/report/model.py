@@ -234,11 +234,14 @@ class RoundingRow(Section):
 
 
 class RoundingSection(Section):
-    """Cutting against rounding, in `runtime`, on so many `texts` that decided nothing. `precision`: what was asked."""
+    """Cutting against rounding, in `runtime`, on so many `texts` that decided nothing. `precision`: what was asked;
+    `refitted`: whether the cut was refitted for it.
+    """
 
     precision: Literal["int8", "int4"]
     runtime: str
     texts: int
+    refitted: bool = False
     rows: tuple[RoundingRow, ...]
 
 

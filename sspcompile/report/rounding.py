@@ -59,17 +59,21 @@ def rounding_table(section: RoundingSection) -> tuple[str, tuple[str, ...], tupl
         f"Bytes against loss, from the dense model as it is stored; {section.texts} texts that decided nothing, "
         f"{section.runtime}",
         (*headers, "perplexity of answers, times") if answers else headers,
-        tuple(_cells(row, answers=answers) for row in rows),
+        tuple(_cells(row, _name(row, section), answers=answers) for row in rows),
     )
 
 
-def _cells(row: RoundingRow, *, answers: bool) -> tuple[str, ...]:
+def _name(row: RoundingRow, section: RoundingSection) -> str:
+    return named(row) + (", refitted for it" if section.refitted and row is asked(section) else "")
+
+
+def _cells(row: RoundingRow, name: str, *, answers: bool) -> tuple[str, ...]:
     if row.of == "dense" and row.block_size is None:
-        cells: tuple[str, ...] = (named(row), size(row.weight_bytes), "the reference", "-", "-")
+        cells: tuple[str, ...] = (name, size(row.weight_bytes), "the reference", "-", "-")
         return (*cells, "1") if answers else cells
     above, times = row.kl_above_asked, row.answer_perplexity
     cells = (
-        named(row),
+        name,
         size(row.weight_bytes),
         with_interval(row.mean_kl),
         with_interval(row.changed, percent),

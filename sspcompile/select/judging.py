@@ -16,10 +16,13 @@ from sspcompile.intervals import Estimate
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.divergence import Divergence, DivergenceAccumulator, compare_divergences
 from sspcompile.model.logits import rows_at_once, scored_states
+from sspcompile.model.rounding import Rounding
 from sspcompile.model.text import Batch, Sentence, batches_of
 from sspcompile.progress import Progress, Steps, no_steps, silent, stage_of
-from sspcompile.repair.fitting import fit_biases, fit_repairs
+from sspcompile.repair.biases import fit_biases
+from sspcompile.repair.fitting import fit_repairs
 from sspcompile.repair.repair import MIN_PROMPTS, Repair, is_linear, masked
+from sspcompile.repair.rounded import rounded
 from sspcompile.request.options import Options
 from sspcompile.request.prompts import Prompt
 from sspcompile.request.splits import Splits
@@ -31,11 +34,11 @@ from sspcompile.slicing.sizes import Worth
 
 T = TypeVar("T")
 
-FITS: Mapping[str, Callable[..., Iterable[Repair]]] = {
+REFITS: Mapping[str, Callable[..., Iterable[Repair]]] = {
     "least-squares": fit_repairs,
     "least-squares-mlp": partial(fit_repairs, mlp=True),
-    "flap-bias": fit_biases,
 }
+FITS: Mapping[str, Callable[..., Iterable[Repair]]] = {**REFITS, "flap-bias": fit_biases}
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,20 @@ class Judge:
         """The repairs of masks on all texts that may fit one; `what` they are is shown meanwhile."""
         batches = batches_of(self.loaded, self.sentences)
         return self.fitted(masks, batches, stage_of(self.progress, f"repair ({what})"))
+
+    def rounded(self, kept: Kept, repair: Repair | None, rounding: Rounding) -> Repair | None:
+        """The repair of a mask, on all texts that may fit one, that makes up for a rounding too. None where weights are
+        not refitted, and where the guard texts lose more by it, once rounded, than with the usual `repair`.
+        """
+        if self.repair not in REFITS:
+            return None
+        report = stage_of(self.progress, "repair (rounded)")
+        batches = batches_of(self.loaded, self.sentences)
+        fit = fit_repairs(self.loaded, [kept], batches, dtype=self.dtype, rounding=rounding, progress=report)
+        knowing = next(fit)
+        with rounded(self.loaded, kept, rounding):
+            usual, other = self.guarded(kept, repair), self.guarded(kept, knowing)
+        return None if _costs_more(compare_divergences(other, usual)) else knowing
 
     def peers(self, *, channels: bool) -> tuple[tuple[str, Worth], ...]:
         """`select.peers` on the texts that choose, measured once however often a budget is settled."""

@@ -15,11 +15,12 @@ from sspcompile.errors import InputError, UnsupportedModelError
 from sspcompile.families import Geometry
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.divergence import Divergence
+from sspcompile.model.rounding import ROUNDINGS
 from sspcompile.model.text import Sentence
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.progress import Progress, silent, stage_of
 from sspcompile.repair.repair import Repair
-from sspcompile.request.options import AUTO
+from sspcompile.request.options import AUTO, Rounded
 from sspcompile.request.request import Request
 from sspcompile.select.baselines import Baseline, Rival, baselines_of, rivals
 from sspcompile.select.budget import Budget
@@ -65,7 +66,7 @@ class Selection:
     that were measured, `tried` the masks that were compared on the way (best first, empty
     where there was one), `baselines` what else could have been cut at this budget. `judged` are the texts that
     decided nothing, `probes` token ids [prompts][tokens] of some of them, to prove the cut with. `spared` has a value
-    for every protected domain.
+    for every protected domain. `rounded` is what the kept ones are refitted to where the cut will be rounded.
     """
 
     reading: Reading
@@ -81,6 +82,7 @@ class Selection:
     judged: tuple[Sentence, ...]
     probes: tuple[tuple[int, ...], ...]
     spared: tuple[Spared, ...] = ()
+    rounded: Repair | None = None
 
 
 def select(
@@ -122,7 +124,14 @@ def select(
         judged=judge.judged(),
         probes=tuple(map(tuple, judge.probes())),
         spared=_spared(judge, chosen, request.options.protect or {}),
+        rounded=_rounded(judge, chosen, request.options.quantize),
     )
+
+
+def _rounded(judge: Judge, chosen: Candidate, precision: Rounded | None) -> Repair | None:
+    if precision is None:
+        return None
+    return judge.rounded(chosen.choice.units, chosen.final_repair, ROUNDINGS[precision])
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,10 @@ class Decoder:
     attention: float
     residual: float
     logits: float
+
+    def with_tensors(self, others: Mapping[str, TensorInfo]) -> Decoder:
+        """The same with `others` in the places of its own tensors of those names and shapes."""
+        return replace(self, tensors={**self.tensors, **others})
 
     @property
     def rotates_apart(self) -> bool:

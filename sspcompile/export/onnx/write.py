@@ -39,11 +39,14 @@ from sspcompile.export.onnx.weights import (
 from sspcompile.model.context import positions_of
 from sspcompile.model.onnx_session import GRAPH, SETTINGS, demand_runtime
 from sspcompile.model.placement import ON_CPU, Placement
+from sspcompile.model.rounding import BLOCK
 from sspcompile.progress import Progress, silent
 
 CHECKS = "check.json"
 # How optimum, which lives in another environment, opens the folder.
 OPTIMUM = "optimum_model.py"
+# What the manifest calls matrices that a build refitted for this rounding.
+REFITTED = "refitted_for_rounding"
 # Matrices of one input, in the order in which they lie below each other.
 JOINED: Mapping[str, str] = {
     "q_proj": "qkv_proj",
@@ -88,7 +91,7 @@ class Blocks:
     A table that is embedding and head at once is rounded for both unless `keep_embeddings`.
     """
 
-    size: int = 32
+    size: int = BLOCK
     accuracy_level: int = 4
     keep_embeddings: bool = False
 
@@ -115,6 +118,7 @@ def export_onnx(
     positions: int | None = None,
     last_logits: bool = False,
     link: bool = False,
+    refitted: Mapping[str, TensorInfo] | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
     placement: Placement = ON_CPU,
@@ -149,12 +153,13 @@ def export_onnx(
         if precision != EXACT:
             unrounded = partial(run, gate=EXACT.gate, dtype=EXACT.dtype)
             prove_structure(decoder, folder, PROBE_TOKENS + NEW_TOKENS, unrounded, last_logits=last_logits)
-        write_graph(decoder, folder, precision, blocks, last_logits=last_logits, link=link, progress=progress)
+        written = decoder.with_tensors(refitted or {})
+        write_graph(written, folder, precision, blocks, last_logits=last_logits, link=link, progress=progress)
         check_graph(folder)
         agreement = run(folder, gate=precision.gate, dtype=precision.dtype)
         (folder / CHECKS).write_text(json.dumps(asdict(agreement), indent=1) + "\n", "utf-8")
         (folder / "README.md").write_text(card(agreement, decoder.positions), "utf-8")
-        told = described(decoder, precision, blocks, last_logits=last_logits)
+        told = described(decoder, precision, blocks, last_logits=last_logits) | ({REFITTED: True} if refitted else {})
         return Exported(write_manifest(folder, {**origin, **told}), agreement, decoder.positions)
 
 
