@@ -52,13 +52,13 @@ def interrupting(place: str, told: list[str] | None = None):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A model, and an artifact whose build was interrupted when all members were repaired, and went on from Python."""
+    """A model, and an artifact whose build was interrupted in the middle of its repairs, and went on from Python."""
     home = tmp_path_factory.mktemp("home")
     make_checkpoint(home / "model", Shape(family="qwen2", layers=3, hidden=64, kv_heads=4, group_size=2, head_dim=8))
     with contextlib.chdir(home), pytest.MonkeyPatch.context() as patch:
         patch.setattr(journal, "SECONDS", 0.0)
         with pytest.raises(KeyboardInterrupt):
-            build(progress=interrupting("repair (members)"))
+            build(progress=interrupting("repair (member 0.8)"))
         assert not Path("nested").exists() and not list(Path().glob(".partial-*"))
         (left,) = Path("artifacts").glob(".unfinished-*")
         assert journal.holds_work(left)

@@ -21,6 +21,7 @@ from sspcompile.model.dense import DenseModel
 from sspcompile.model.placement import Placement
 from sspcompile.nested.choose import one_size
 from sspcompile.request.request import Request
+from sspcompile.select.search import COMPARED_FIT
 
 # Multiplications of all eigenvectors of a symmetric matrix [n, n], by n^3.
 EIGENVECTORS = 9
@@ -35,11 +36,14 @@ def deciding_members(
     yield from reading(cut[-1], loaded, lengths, parts)
     yield from comparing(middle, dense, loaded, parts.fit)
     widths = [refitted_width(one, loaded) for one in cut]
-    repairs = repairing("repairing the members", parts.fit, widths, request, dense, loaded)
+    some = parts.fit.some(COMPARED_FIT)
+    repairs = repairing("room for repairs of the members", some, widths, request, dense, loaded)
     yield repairs
     if repairs.passes:
-        yield Stage("inputs of the repaired members", *parts.fit, members)
-        yield Stage("low-rank repairs", *parts.fit, members * _decomposing(loaded, widths, parts.fit))
+        yield Stage("inputs of the repaired members", *some, members)
+        yield Stage("low-rank repairs", *some, 2 * members * _decomposing(loaded, widths, some))
+        for share, width in zip(request.options.shares[1:], widths, strict=True):
+            yield repairing(f"repairing the member of {share:g}", parts.fit, [width], request, dense, loaded)
     yield Stage("judging the repairs", *parts.guard, 1 + (2 if repairs.passes else 1) * members)
     yield Stage("judging the members", *parts.reported, 1 + members)
     yield proving(request, dense, lengths, parts, placement)

@@ -19,6 +19,9 @@ from sspcompile.slicing.mask import dump_mask
 from sspcompile.slicing.plan import make_plan
 from sspcompile.workspace import MODEL, NESTED
 
+# Of the factors of a difference, in a safetensors file.
+BYTE = "I8"
+
 
 def add_member(
     folder: Path, checkpoint: Checkpoint, size: Size, repair: Mapping[str, Stored], cost: Reported
@@ -63,7 +66,7 @@ def write_repair(folder: Path, share: float, repair: Mapping[str, Stored], dtype
     file = repair_file(share)
     (folder / file).parent.mkdir(parents=True)
     tensors = [
-        OutputTensor(name, dtypes[matrix], words.shape, _content(words))
+        OutputTensor(name, BYTE if words.dtype == np.int8 else dtypes[matrix], words.shape, _content(words))
         for matrix, stored in repair.items()
         for name, words in file_tensors({matrix: stored}).items()
     ]

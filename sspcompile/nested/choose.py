@@ -17,14 +17,15 @@ from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.text import batches_of
 from sspcompile.nested.low_rank import Stored
 from sspcompile.nested.order import Order, Size, order_of, prefix_of
-from sspcompile.nested.truncating import Place, Pool, budget_of, energies_of, places_of, repair_of
+from sspcompile.nested.truncating import Energies, Place, Pool, Truncated, budget_of, energies_of, places_of, repair_of
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.progress import Progress, silent, stage_of
 from sspcompile.request.request import Request
+from sspcompile.request.splits import thinned
 from sspcompile.select.budget import Budget, bounds_of
 from sspcompile.select.judging import Judge, Reported
 from sspcompile.select.reading import RATE, Reading, read_through
-from sspcompile.select.search import best_of
+from sspcompile.select.search import COMPARED_FIT, best_of
 from sspcompile.select.selection import RATES, mask_of
 from sspcompile.select.texts import Texts
 from sspcompile.slicing.layouts import Choice
@@ -122,22 +123,37 @@ def measured(chosen: Chosen, judge: Judge, checkpoint: Checkpoint) -> Iterator[M
     build of its own. `checkpoint` is the dense one.
     """
     places = [places_of(checkpoint, chosen.order, size.prefix) for size in chosen.sizes]
-    pool = _pooled(chosen, judge, checkpoint, places)
-    for member, choice in enumerate(chosen.choices):
-        stored = pool.stored(member)
+    rooms = _rooms(chosen, judge, checkpoint, places)
+    for member, (choice, room) in enumerate(zip(chosen.choices, rooms, strict=True)):
+        stored: Mapping[str, Stored] = {}
+        if room is not None and room.room:
+            name = f"repair (member {chosen.sizes[member].share:g})"
+            stored = room.stored(judge.fitted_as(choice.units, room, name))
         repair = repair_of(stored, places[member], checkpoint)
         if not judge.candidate("per-layer", choice, repair).keeps_repair:
             stored, repair = {}, None
         yield Measured(stored, judge.reported(choice.units, repair))
 
 
-def _pooled(chosen: Chosen, judge: Judge, checkpoint: Checkpoint, places: Sequence[Sequence[Place]]) -> Pool:
-    """The repairs of all members within their budget; in full there is one in memory at a time."""
-    pool, batches = Pool(checkpoint, budget_of(checkpoint)), batches_of(judge.loaded, judge.sentences)
-    repairs = judge.fitted_to_all([choice.units for choice in chosen.choices], "members")
+def _rooms(
+    chosen: Chosen, judge: Judge, checkpoint: Checkpoint, places: Sequence[Sequence[Place]]
+) -> list[Truncated | None]:
+    """How much of each member's repair there is room for, from a fit to some of the texts; None where there is none.
+    In full one repair is in memory at a time.
+    """
+    pool, device = Pool(checkpoint, budget_of(checkpoint)), judge.loaded.device
+    batches = batches_of(judge.loaded, thinned(judge.sentences, COMPARED_FIT))
+    report = stage_of(judge.progress, "repair (room for members)")
+    repairs = judge.fitted([choice.units for choice in chosen.choices], batches, report)
+    energies: dict[int, Energies] = {}
     for member, (choice, repair) in enumerate(zip(chosen.choices, repairs, strict=True)):
         if repair is not None:
-            energies = energies_of(judge.loaded, choice.units, repair, batches)
+            energies[member] = energies_of(judge.loaded, choice.units, repair, batches)
             report = stage_of(judge.progress, f"low-rank repair ({chosen.sizes[member].share:g})")
-            pool.add(member, places[member], repair, energies, judge.loaded.device, report)
-    return pool
+            pool.add(member, places[member], repair, energies[member], device, report)
+    return [
+        Truncated(checkpoint, places[member], pool.stored(member), energies[member], device)
+        if member in energies
+        else None
+        for member in range(len(chosen.choices))
+    ]

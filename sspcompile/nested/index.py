@@ -17,7 +17,7 @@ from sspcompile.nested.order import Order, Prefix
 from sspcompile.request.amounts import largest_within
 from sspcompile.workspace import MODEL, NESTED
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MEMBERS = "members"
 MASKS = "masks"
 
@@ -86,7 +86,7 @@ class Nested(_Section):
     of `head_dim` rows each.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     head_dim: int
     group_size: int
     parts: tuple[Part, ...]

@@ -24,8 +24,8 @@ INDEX = "nested.json"
 PLACE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 # A size that was typed is a member's own in spite of rounding.
 CLOSE = 1e-9
-# What the factors of a difference are called behind the name of their module: weight + lora_B lora_A.
-WEIGHT, OUTPUTS, INPUTS = ".weight", ".lora_B.weight", ".lora_A.weight"
+# What the factors of a difference are called behind the name of their module: weight + lora_B diag(scale) lora_A.
+WEIGHT, OUTPUTS, INPUTS, SCALES = ".weight", ".lora_B.weight", ".lora_A.weight", ".lora_scale"
 
 
 class _Nested:
@@ -91,9 +91,10 @@ class _Nested:
         """Make the parameters of every member once, so that a switch only puts them in their places."""
         for repair in self._repairs:
             for name, tensor in repair.items():
-                module = name.removesuffix(WEIGHT).removesuffix(".lora_A").removesuffix(".lora_B")
+                module = name.removesuffix(SCALES).removesuffix(WEIGHT).removesuffix(".lora_A").removesuffix(".lora_B")
                 own = self.get_parameter(module + WEIGHT)
-                repair[name] = tensor.to(own.device, own.dtype)
+                # Factors are whole numbers of one byte, and stay so in memory.
+                repair[name] = tensor.to(own.device, own.dtype if tensor.is_floating_point() else tensor.dtype)
         members = self._index["members"]
         self._states = [self._state(*both) for both in zip(members, self._repairs, strict=True)]
 
@@ -108,7 +109,8 @@ class _Nested:
                 module, count = layer.get_submodule(part["module"]), counts[part["unit"]]
                 own = dict(module._parameters)
                 name = f"model.layers.{number}.{part['module']}"
-                difference = (repair[name + INPUTS], repair[name + OUTPUTS]) if name + OUTPUTS in repair else None
+                factors = (INPUTS, SCALES, OUTPUTS)
+                difference = tuple(repair[name + one] for one in factors) if name + OUTPUTS in repair else None
                 if name + WEIGHT in repair:
                     own["weight"] = _fixed(repair[name + WEIGHT])
                 elif count < own["weight"].shape[part["axis"]]:
@@ -139,12 +141,15 @@ class _Nested:
 
 
 def _with_difference(module, args, output):
-    """A forward hook of o_proj and down_proj. `difference`: [rank, inputs] and [outputs, rank], None without any."""
+    """A forward hook of o_proj and down_proj. `difference`: int8 [rank, inputs], scales [rank] and int8 [outputs,
+    rank], None without any.
+    """
     difference = module.__dict__.get("difference")
     if difference is None:
         return output
-    linear = torch.nn.functional.linear
-    return output + linear(linear(args[0], difference[0]), difference[1])
+    (inputs, scales, outputs), linear = difference, torch.nn.functional.linear
+    low = linear(args[0], inputs.to(args[0].dtype)) * scales.to(args[0].dtype)
+    return output + linear(low, outputs.to(low.dtype))
 
 
 def _fixed(tensor):

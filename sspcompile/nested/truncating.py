@@ -4,7 +4,8 @@ With D [out, in] what a refit changed in the columns that a member keeps, and s_
 difference of rank r in the metric sum_c s_c |D_c|^2 projects outputs onto the first r left singular vectors U of
 D diag(sqrt(s)): it is U (U^T D) (Eckart and Young 1936; scaling by activations as in ASVD, Yuan et al. 2023,
 arXiv 2312.05821). A direction is worth what it adds to that sum; directions of all matrices of all members are taken by
-worth per byte until the budget is full.
+worth per byte until the budget is full. That says how many directions each matrix gets. The fit that counts comes
+after it, and sees in every layer what truncation missed in those before (`Truncated`).
 
 s_c = sum_n w_n x_nc^2 / |h_n|^2 over the fit texts, with x the inputs in the masked, repaired model, h the residual
 stream that the layer puts out, and w as in the fit. Norms read shares of the stream, so layers are comparable.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,7 @@ from sspcompile.model.hooks import reading
 from sspcompile.model.modules import down_proj, layer_output, o_proj
 from sspcompile.model.stored import as_tensor, double_device, in_double
 from sspcompile.model.text import Batch
-from sspcompile.nested.low_rank import LowRank, Stored, numbers, refitted, words_of
+from sspcompile.nested.low_rank import LowRank, Stored, low_rank, numbers, rank_bytes, refitted
 from sspcompile.nested.order import Order, Prefix
 from sspcompile.progress import Steps, no_steps
 from sspcompile.repair.fitting import position_weights
@@ -134,6 +135,63 @@ def _columns(g: Geometry, order: Order, prefix: Prefix, layer: int) -> tuple[np.
     return (groups[:, None] * span + np.arange(span)).ravel(), channels
 
 
+@dataclass(frozen=True)
+class Truncated:
+    """What is written of a member's refitted matrices (`repair.fitting.Written`): of each as many directions as `room`
+    has of that of an earlier fit, or the matrix in full where it has that; without room, the dense one's columns.
+
+    So a fit sees what truncation misses in the layers before, and makes up for it. `places` are of the member,
+    `energies` those of its inputs in the earlier fit; it is worked out on `device`.
+    """
+
+    checkpoint: Checkpoint
+    places: Sequence[Place]
+    room: Mapping[str, Stored]
+    energies: Energies
+    device: torch.device
+    _found: dict[str, Stored] = field(default_factory=dict)
+
+    @property
+    def key(self) -> object:
+        return [[name, one.rank if isinstance(one, LowRank) else None] for name, one in sorted(self.room.items())]
+
+    def of(self, layer: int, weight: Tensor, *, down: bool, kept: Tensor | None) -> Tensor:
+        place = next(one for one in self.places if (one.layer, one.down) == (layer, down))
+        stored = self._stored(place, weight)
+        return _put(self.checkpoint, place, stored).to(weight.device, weight.dtype)
+
+    def stored(self, repair: Repair) -> dict[str, Stored]:
+        """What is written of a repair, by name, columns in the order of removal."""
+        for place in self.places:
+            weight = (repair.down if place.down else repair.weights).get(place.layer)
+            if weight is not None:
+                self._stored(place, weight)
+        return {place.name: self._found[place.name] for place in self.places if place.name in self._found}
+
+    def _stored(self, place: Place, weight: Tensor) -> Stored | None:
+        room = self.room.get(place.name)
+        if room is not None and place.name not in self._found:
+            columns = torch.from_numpy(place.columns)
+            if isinstance(room, LowRank):
+                energy = (self.energies.down if place.down else self.energies.o_proj)[place.layer][columns]
+                prefix = read_words(self.checkpoint.tensors[place.name])[:, place.columns]
+                found = _difference(0, place, weight[:, columns].cpu(), prefix, energy, double_device(self.device))
+                found.trim(min(room.rank, len(found.low.inputs)))
+                self._found[place.name] = found.low
+            else:
+                self._found[place.name] = _words(weight[:, columns].cpu())
+        return self._found.get(place.name)
+
+
+def _put(checkpoint: Checkpoint, place: Place, stored: Stored | None) -> Tensor:
+    """A member's matrix in the dense shape, zeros in the columns that it has not."""
+    dense = read_words(checkpoint.tensors[place.name])
+    words = dense[:, place.columns]
+    full = np.zeros_like(dense)
+    full[:, place.columns] = words if stored is None else refitted(words, stored, place.dtype)
+    return as_tensor(full, place.dtype)
+
+
 def repair_of(stored: Mapping[str, Stored], places: Sequence[Place], checkpoint: Checkpoint) -> Repair | None:
     """What a member's stored matrices put into the masked model: what is judged is what will be cut out."""
     weights: dict[int, Tensor] = {}
@@ -141,11 +199,7 @@ def repair_of(stored: Mapping[str, Stored], places: Sequence[Place], checkpoint:
     for place in places:
         if place.name not in stored:
             continue
-        dense = read_words(checkpoint.tensors[place.name])
-        words = refitted(dense[:, place.columns], stored[place.name], place.dtype)
-        full = np.zeros_like(dense)
-        full[:, place.columns] = words
-        (down if place.down else weights)[place.layer] = as_tensor(full, place.dtype)
+        (down if place.down else weights)[place.layer] = _put(checkpoint, place, stored[place.name])
     return Repair(weights, down=down) if stored else None
 
 
@@ -157,8 +211,7 @@ class _Difference:
 
     member: int
     name: str
-    outputs: np.ndarray
-    inputs: np.ndarray
+    low: LowRank
     full: np.ndarray | None
     density: np.ndarray
     cost: np.ndarray
@@ -167,12 +220,13 @@ class _Difference:
         if taken == len(self.cost):
             return
         self.full = None
-        self.outputs, self.inputs = self.outputs[:, :taken].copy(), self.inputs[:taken].copy()
+        low = self.low
+        self.low = LowRank(low.outputs[:, :taken].copy(), low.inputs[:taken].copy(), low.scales[:taken].copy())
         self.density, self.cost = self.density[:taken], self.cost[:taken]
 
     @property
     def stored(self) -> Stored:
-        return self.full if self.full is not None else LowRank(self.outputs, self.inputs)
+        return self.full if self.full is not None else self.low
 
 
 class Pool:
@@ -232,20 +286,21 @@ def _difference(
     total = float(gains.sum())
     missing = total - np.cumsum(gains)
     needed = 0 if not total > 0 else int(np.argmax(missing <= NEGLIGIBLE * total)) + 1
-    smaller = max(0, rows * columns - 1) // (rows + columns)  # the highest rank that takes less than the matrix
+    word = prefix.dtype.itemsize
+    each = rank_bytes(rows, columns, word)
+    smaller = max(0, rows * columns * word - 1) // each  # the highest rank that takes less than the matrix
     rank, whole = min(needed, smaller), needed > smaller
     outputs = vectors.flip(1)[:, :rank]
     inputs = outputs.T @ delta
-    word = prefix.dtype.itemsize
-    cost = np.full(rank, (rows + columns) * word, dtype=np.int64)
+    cost = np.full(rank, each, dtype=np.int64)
     worth = gains[:rank]
     full = None
     if whole:
         full = _words(weight)
-        cost = np.append(cost, (rows * columns - rank * (rows + columns)) * word)
+        cost = np.append(cost, rows * columns * word - rank * each)
         worth = np.append(worth, gains[rank:].sum())
-    left, right = (words_of(one.cpu().numpy(), place.dtype) for one in (outputs, inputs))
-    return _Difference(member, place.name, left, right, full, np.minimum.accumulate(worth / cost), cost)
+    low = low_rank(outputs.cpu().numpy(), inputs.cpu().numpy(), place.dtype)
+    return _Difference(member, place.name, low, full, np.minimum.accumulate(worth / cost), cost)
 
 
 def _words(weight: Tensor) -> np.ndarray:

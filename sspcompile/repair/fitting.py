@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -53,6 +53,31 @@ SCORED_SHARE = 0.5
 ROUND_BYTES = 1 << 30
 
 
+class Written(Protocol):
+    """What becomes of a refitted matrix when it is written, where that is not the matrix itself.
+
+    `key` tells one such from others. `of` gives the numbers that a `weight` [out, in], o_proj's or `down`_proj's, then
+    stands for; `kept`, bool [in], are the columns that are written, None for all.
+    """
+
+    @property
+    def key(self) -> object: ...
+
+    def of(self, layer: int, weight: Tensor, *, down: bool, kept: Tensor | None) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class _RoundedMatrices:
+    rounding: Rounding
+
+    @property
+    def key(self) -> object:
+        return str(self.rounding)
+
+    def of(self, layer: int, weight: Tensor, *, down: bool, kept: Tensor | None) -> Tensor:
+        return self.rounding.of(weight) if kept is None else self.rounding.of_columns(weight, kept)
+
+
 def fit_repairs(
     loaded: LoadedModel,
     masks: Sequence[Kept],
@@ -61,13 +86,14 @@ def fit_repairs(
     dtype: torch.dtype,
     mlp: bool = False,
     rounding: Rounding | None = None,
+    written: Written | None = None,
     ridges: Ridges | None = None,
     progress: Steps = no_steps,
 ) -> Iterator[Repair]:
     """Refit what lost an input for each mask on the texts of `batches`: o_proj, down_proj where channels or the whole
     layer behind it went, and with `mlp` every down_proj. With a `rounding` both are refitted in every layer, to states
-    of the model whose matrices are rounded, so that they make up for that too; they come back as they are before they
-    are rounded themselves.
+    of the model whose matrices are rounded, so that they make up for that too. What is `written` of a refitted matrix
+    is what later layers see. Either way matrices come back as they are before they are rounded or written.
 
     Held are the hidden states of all batches, [B, T, d], twice for the dense model, once per mask and once for the
     layer that is fitted, and the weights of the masks of a round. In each round every layer runs once dense and once
@@ -76,6 +102,7 @@ def fit_repairs(
     """
     mlp = mlp or rounding is not None
     ridges = ridges or (RIDGES if rounding is None else ROUNDED_RIDGES)
+    written = written if rounding is None else _RoundedMatrices(rounding)
     down = mlp or any(kept.channels is not None or kept.removed for kept in masks)
     at_once = masks_at_once(loaded, sum(batch.input_ids.numel() for batch in batches), dtype, mlp=down)
     rounds = [masks[start : start + at_once] for start in range(0, len(masks), at_once)]
@@ -86,7 +113,8 @@ def fit_repairs(
         def report(done: int, before: int = before) -> None:
             progress(before + done, len(rounds) * layers)
 
-        yield from _fit_round(loaded, together, batches, dtype, ridges, mlp=mlp, rounding=rounding, report=report)
+        streams = [_Stream(kept, rounding, written) for kept in together]
+        yield from _fit_round(loaded, streams, batches, dtype, ridges, mlp=mlp, report=report)
 
 
 def masks_at_once(loaded: LoadedModel, tokens: int, dtype: torch.dtype, *, mlp: bool = False) -> int:
@@ -100,20 +128,20 @@ def masks_at_once(loaded: LoadedModel, tokens: int, dtype: torch.dtype, *, mlp: 
 @torch.inference_mode()
 def _fit_round(
     loaded: LoadedModel,
-    masks: Sequence[Kept],
+    streams: Sequence[_Stream],
     batches: Sequence[Batch],
     dtype: torch.dtype,
     ridges: Ridges,
     *,
     mlp: bool,
-    rounding: Rounding | None,
     report: Callable[[int], None],
 ) -> list[Repair]:
     dense = _Dense(loaded, batches)
-    entered = dense.hidden if rounding is None else _entered(loaded, batches, rounding)
-    streams = [_Stream(kept, list(entered), rounding) for kept in masks]
-    about = [batches, list(masks), str(dtype), list(ridges), mlp, *([] if rounding is None else [str(rounding)])]
-    kept_state = journal.current().state("repair", loaded, about)
+    for stream in streams:
+        rounding = stream.rounding
+        stream.hidden = list(dense.hidden) if rounding is None else _entered(loaded, batches, rounding)
+    masks, written = [stream.kept for stream in streams], [stream.written.key for stream in streams if stream.written]
+    kept_state = journal.current().state("repair", loaded, [batches, masks, str(dtype), list(ridges), mlp, *written])
     stand = kept_state.read()
     begun = 0
     if stand is not None:
@@ -230,8 +258,9 @@ class _Stream:
     """One mask on its way through the layers: its hidden states, and the weights that were fitted so far."""
 
     kept: Kept
-    hidden: list[Tensor]
     rounding: Rounding | None = None
+    written: Written | None = None
+    hidden: list[Tensor] = field(default_factory=list)
     weights: dict[int, Tensor] = field(default_factory=dict)
     down: dict[int, Tensor] = field(default_factory=dict)
 
@@ -259,7 +288,8 @@ class _Stream:
             attended = self._attend(index, dense)
             if refits:
                 self.weights[index] = self._refit_attention(index, dense, attended, columns, ridges).to(dtype)
-            with repaired(loaded, Repair({index: self._read(self.weights[index], columns)} if refits else {})):
+            seen = {index: self._seen(index, self.weights[index], columns, down=False)} if refits else {}
+            with repaired(loaded, Repair(seen)):
                 # Inputs of o_proj up to here, and outputs from here on: each batch in the place of the other.
                 for number, x in enumerate(attended):
                     attended[number] = o_proj(layer)(x)
@@ -271,17 +301,15 @@ class _Stream:
 
     def _leave(self, index: int, dense: _Dense, outputs: Sequence[Tensor], channels: Tensor | None) -> None:
         """Take the hidden states out of a layer whose attention puts out `outputs`."""
-        down = {index: self._read(self.down[index], channels)} if index in self.down else {}
+        down = {index: self._seen(index, self.down[index], channels, down=True)} if index in self.down else {}
         with repaired(dense.loaded, Repair({}, down=down)):
             for number, output in enumerate(outputs):
                 with answered(attention(dense.loaded.layers[index]), output):
                     self.hidden[number] = dense.run(index, number, self.hidden[number])
 
-    def _read(self, weight: Tensor, columns: Tensor | None) -> Tensor:
-        """A refitted matrix as the model that runs has it: rounded, where it will be. `columns`: bool, those kept."""
-        if self.rounding is None:
-            return weight
-        return self.rounding.of(weight) if columns is None else self.rounding.of_columns(weight, columns)
+    def _seen(self, index: int, weight: Tensor, kept: Tensor | None, *, down: bool) -> Tensor:
+        """A refitted matrix as what comes behind it sees it: as it will be written."""
+        return weight if self.written is None else self.written.of(index, weight, down=down, kept=kept)
 
     def _removed_behind(self, index: int) -> int:
         """How many layers right behind one are removed."""

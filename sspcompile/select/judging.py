@@ -20,7 +20,7 @@ from sspcompile.model.rounding import Rounding
 from sspcompile.model.text import Batch, Sentence, batches_of
 from sspcompile.progress import Progress, Steps, no_steps, silent, stage_of
 from sspcompile.repair.biases import fit_biases
-from sspcompile.repair.fitting import fit_repairs
+from sspcompile.repair.fitting import Written, fit_repairs
 from sspcompile.repair.repair import MIN_PROMPTS, Repair, is_linear, masked
 from sspcompile.repair.rounded import rounded
 from sspcompile.request.options import Options
@@ -157,6 +157,12 @@ class Judge:
         """The repairs of masks on all texts that may fit one; `what` they are is shown meanwhile."""
         batches = batches_of(self.loaded, self.sentences)
         return self.fitted(masks, batches, stage_of(self.progress, f"repair ({what})"))
+
+    def fitted_as(self, kept: Kept, written: Written, what: str) -> Repair:
+        """The repair of a mask on all texts that may fit one, of which less will be written; see `fit_repairs`."""
+        report, batches = stage_of(self.progress, what), batches_of(self.loaded, self.sentences)
+        fit = REFITS[self.repair]
+        return next(iter(fit(self.loaded, [kept], batches, dtype=self.dtype, written=written, progress=report)))
 
     def rounded(self, kept: Kept, repair: Repair | None, rounding: Rounding) -> Repair | None:
         """The repair of a mask, on all texts that may fit one, that makes up for a rounding too. None where weights are

@@ -14,8 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sspcompile.checkpoint import Manifest, staged, write_manifest
-from sspcompile.checkpoint.headers import TensorInfo, read_header
+from sspcompile.checkpoint.headers import TensorInfo
 from sspcompile.errors import InputError
 from sspcompile.export.agreement import Agreement
 from sspcompile.export.onnx.decoder import Decoder, read_decoder
@@ -26,8 +28,9 @@ from sspcompile.export.onnx.write import CHECKS, EXACT, Blocks, check_graph, des
 from sspcompile.families import layer_prefix
 from sspcompile.model.onnx_session import SIZES, demand_runtime, graph_name
 from sspcompile.model.placement import Placement
-from sspcompile.nested.files import demand_class
+from sspcompile.nested.files import demand_class, read_repair
 from sspcompile.nested.index import Member, Nested, read_nested
+from sspcompile.nested.low_rank import INPUTS, OUTPUTS, LowRank, Stored, difference, file_tensors, numbers
 from sspcompile.progress import Progress
 from sspcompile.workspace import MODEL
 
@@ -111,8 +114,10 @@ def _placed(
 ) -> list[dict[str, Placed]]:
     """Where the weights of every size lie in the file, which is written here."""
     tensors = used_tensors(decoder.tensors, tied=decoder.geometry.tied)
-    repairs = [_repair(artifact, member) for member in nested.members]
-    total, done = sum(info.nbytes for found in (tensors, *repairs) for info in found.values()), 0
+    repairs = [read_repair(artifact, member) for member in nested.members]
+    total = sum(info.nbytes for info in tensors.values())
+    total += sum(words.nbytes for stored in repairs for words in file_tensors(stored).values())
+    done = 0
 
     def wrote(count: int) -> None:
         nonlocal done
@@ -121,19 +126,35 @@ def _placed(
 
     sides = {f"{part.module}{WEIGHT}" for part in nested.parts if part.axis == 1}
     with DataFile(folder / DATA_FILE, wrote) as data:
-        whole, *others = (_store(found, sides, data) for found in (tensors, *repairs))
+        whole = _store(tensors, sides, data)
+        dtypes = {name: info.dtype for name, info in tensors.items()}
+        others = [_store_repair(stored, dtypes, data) for stored in repairs]
     return [_prefixes(whole, nested, member) | own for member, own in zip(nested.members, others, strict=True)]
 
 
-def _repair(artifact: Path, member: Member) -> Mapping[str, TensorInfo]:
-    return {} if member.repair is None else read_header(artifact / MODEL / member.repair)
-
-
 def _store(tensors: Mapping[str, TensorInfo], sides: set[str], data: DataFile) -> dict[str, Placed]:
-    """Matrices of the `sides` transposed, everything else, factors of differences among it, as it is."""
+    """Matrices of the `sides` transposed, everything else as it is."""
     turned = {name: info for name, info in tensors.items() if name.partition(".layers.")[2].partition(".")[2] in sides}
     rest = {name: info for name, info in tensors.items() if name not in turned}
     return convert(rest, data, EXACT.dtype) | transpose(turned, data, EXACT.dtype)
+
+
+def _store_repair(stored: Mapping[str, Stored], dtypes: Mapping[str, str], data: DataFile) -> dict[str, Placed]:
+    """A size's refitted matrices: the factors of differences, or a matrix transposed. `dtypes`: of the dense ones."""
+    found: dict[str, Placed] = {}
+
+    def put(name: str, matrix: np.ndarray, *, turned: bool = False) -> None:
+        matrix = np.ascontiguousarray(matrix.T if turned else matrix, dtype=np.float32)
+        found[name] = replace(data.append([matrix], EXACT.dtype, matrix.shape), turned=turned)
+
+    for name, one in stored.items():
+        if isinstance(one, LowRank):
+            module = name.removesuffix(WEIGHT)
+            for factor, values in zip((OUTPUTS, INPUTS), difference(one, dtypes[name]), strict=True):
+                put(module + factor, values)
+        else:
+            put(name, numbers(one, dtypes[name]), turned=True)
+    return found
 
 
 def _prefixes(whole: Mapping[str, Placed], nested: Nested, member: Member) -> dict[str, Placed]:
