@@ -27,13 +27,16 @@ from test_slicing_exact import (
 from transformers import AutoModelForCausalLM
 
 from sspcompile.checkpoint import Checkpoint
-from sspcompile.errors import ArtifactError, InputError, ParityError, UnsupportedModelError
+from sspcompile.criteria.block_influence import attention_influence
+from sspcompile.errors import ArtifactError, BudgetError, InputError, ParityError, UnsupportedModelError
 from sspcompile.export.gguf.source import read_source
 from sspcompile.families import FAMILIES
 from sspcompile.model.cache import cache_of
 from sspcompile.model.decoder import TextModel
+from sspcompile.model.hooks import input_of
 from sspcompile.model.journal import Journal, keeping
 from sspcompile.model.loading import load, load_cut
+from sspcompile.model.modules import residual_norm
 from sspcompile.model.onnx_session import OnnxModel
 from sspcompile.model.placement import ON_CPU, resolve
 from sspcompile.model.streaming import open_streaming
@@ -46,9 +49,11 @@ from sspcompile.proof.prove import prove
 from sspcompile.proof.reload import respond
 from sspcompile.repair.fitting import fit_biases, fit_repairs
 from sspcompile.repair.repair import masked
+from sspcompile.request.options import Options
+from sspcompile.slicing.depth import any_layers, least_influence, left_of, shallowest
 from sspcompile.slicing.layouts import SILENT
 from sspcompile.slicing.mask import dump_mask, parse_mask
-from sspcompile.slicing.measures import Serving, memory_of, parameters_of
+from sspcompile.slicing.measures import Serving, at_most, memory_of, parameters_of
 from sspcompile.slicing.plan import make_plan, plan_json
 
 
@@ -321,3 +326,133 @@ def test_heads_alone_are_no_reason_to_lose_an_attention(tiny):
     whole = mask_for(Checkpoint(source), 1.0, "per-layer", 0)
     assert whole.silent == whole.units.silent == () == without(whole, 1).units.silent
     assert np.array_equal(without(whole, 1).units.heads.any(1), [True, False, True, True, True])
+
+
+# --- Which ones ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
+def test_influence_is_one_minus_the_cosine_around_the_attention(family, tmp_path):
+    loaded = load(save_random(tmp_path, family_config(family, layers=3), seed=1), fingerprint="")
+    batches = with_continuations(loaded, PROMPTS[:6], 2)
+    found = attention_influence(loaded, batches)
+    for layer in range(3):
+        pairs = []
+        for batch in batches:
+            with (
+                torch.inference_mode(),
+                input_of(loaded.layers[layer], "layer") as before,
+                input_of(residual_norm(loaded.layers[layer]), "residual norm") as behind,
+            ):
+                loaded.model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            real = batch.attention_mask.bool()
+            pairs.append((before[0][real].double(), behind[0][real].double()))
+        cosines = torch.cat([torch.cosine_similarity(*pair, dim=-1) for pair in pairs])
+        assert found[layer] == pytest.approx(1 - float(cosines.mean()), abs=1e-5)
+
+
+def test_an_attention_that_writes_nothing_has_no_influence_and_goes_first(tmp_path):
+    loaded = load(make_checkpoint(tmp_path, Shape(layers=4)), fingerprint="")
+    loaded.layers[2].get_submodule("self_attn.o_proj").weight.data.zero_()
+    found = attention_influence(loaded, with_continuations(loaded, PROMPTS[:4], 2))
+    assert found.argmin() == 2 and found[2] < 1e-6
+    g, measure = loaded.geometry, parameters_of(loaded.geometry)
+    choice = least_influence(found, g, (at_most(measure, measure.whole - 1, "--max-params"),), "attention")
+    assert choice.units.silent == (2,) and choice.units.removed == () and choice.channels is None
+
+
+@settings(max_examples=60)
+@given(
+    family=st.sampled_from(["llama", "gemma2", "qwen3_moe", "starcoder2"]),
+    layers=st.integers(1, 7),
+    share=st.floats(0, 1),
+    memory=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_a_budget_is_kept_and_no_attention_that_went_could_have_stayed(
+    family, layers, share, memory, seed, tmp_path_factory
+):
+    folder = tmp_path_factory.mktemp("bare")
+    (folder / "config.json").write_text(json.dumps(family_config(family, layers=layers).to_dict()))
+    checkpoint = Checkpoint(folder)
+    g = checkpoint.geometry
+    measure = memory_of(checkpoint, Serving(300, 2)) if memory else parameters_of(g)
+    least = min(left_of(measure, one, "attention") for one in np.eye(layers, dtype=bool))
+    assert least == shallowest(measure, "attention")
+    bounds = (at_most(measure, least + round(share * (measure.whole - least)), "--max-params"),)
+    influence = np.random.default_rng(seed).random(layers)
+    alone = least_influence(influence, g, bounds, "attention")
+    for choice in (alone, any_layers(g, bounds, "attention")):
+        staying = choice.kept.all(1)
+        assert measure.kept(g, choice.shapes) == left_of(measure, staying, "attention") <= bounds[0].most
+        assert not choice.kept[~staying].any()
+    for layer in alone.units.silent:
+        staying = alone.kept.all(1) | (np.arange(layers) == layer)
+        assert left_of(measure, staying, "attention") > bounds[0].most
+    with pytest.raises(BudgetError, match="attention of one layer") as refused:
+        least_influence(influence, g, (at_most(measure, least - 1, "--max-params"),), "attention")
+    assert refused.value.hint == f"The nearest feasible value is --max-params {least}."
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"keep": 0.5}, "removes the whole attention of layers, and keep 0.5 is about parts"),
+        ({"nested": "0.9,0.8"}, "nested 1,0.9,0.8 is about parts"),
+        ({"size": 0.9, "criterion": "wanda"}, "criterion wanda is about parts"),
+        ({"size": 0.9, "layout": "uniform"}, "layout uniform has not; leave it out"),
+        ({"max_latency": "5ms"}, "no price of attention as a whole.*give size, max_params, max_memory or max_loss"),
+    ],
+)
+def test_what_whole_attention_cannot_be_asked_for_is_refused_in_words(given, told):
+    with pytest.raises(ValueError, match=told):
+        Options(units="attention", **given)
+    assert Options(units="attention", max_params="1M", layout="per-layer").whole == "attention"
+    assert Options(units="attention").max_loss is not None
+
+
+# --- A build ---------------------------------------------------------------------------------------------------------
+
+FAST = ("--continuation-tokens", "4", "--max-tokens", "48", "--quiet")
+
+
+def test_a_build_removes_whole_attention_and_says_so_everywhere(
+    run, toolkits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    toolkits.put(tmp_path, max_tokens=48, continuation_tokens=4)
+    monkeypatch.setenv("COLUMNS", "200")
+    words = ("--units", "attention", "--size", 0.9)
+    code, _, err = run("build", "--scenario", "finance-desk", *words, "--out", "cut", *FAST)
+    assert code == 0, err
+    mask, plan, report = (
+        json.loads((tmp_path / "cut" / name).read_text()) for name in ("mask.json", "plan.json", "report.json")
+    )
+    gone = plan["removed_attention"]
+    assert gone == [layer for layer, row in enumerate(mask["kept"]) if not row] and "removed" not in mask
+    assert all(len(row) in (0, mask["heads"]) for row in mask["kept"]) and mask["channels"] is None
+    planned = json.loads(run("plan", *words, "--json")[1])
+    assert planned["parameters"] == plan["parameters"] and len(planned["removed_attention"]) == len(gone)
+    assert {one["layout"] for one in planned["frontier"]["points"]} == {"per-layer"}
+    assert plan["parameters"]["sliced"] <= 0.9 * plan["parameters"]["dense"]
+    assert plan["custom_code"] and mask["criterion"] == "attention-influence" and mask["layout"] == "per-layer"
+    assert report["layout"]["reason"] == "layers with and without attention differ"
+    assert {row["name"] for row in report["quality"]} >= {"this build", "random attention, first layer kept"}
+    page = (tmp_path / "cut" / "report.md").read_text()
+    assert "Attention removed, MLP kept: layer" in page and f"the attention of {len(gone)} is gone (layer" in page
+    assert f"the attention of {8 - len(gone)} of 8 layers are kept" in page
+    assert "attention removed" in run("inspect", "cut")[1]
+    assert "attention removed" in (tmp_path / "cut" / "mask.svg").read_text()
+    assert f"the whole attention of {len(gone)} layer" in (tmp_path / "cut" / "model" / "README.md").read_text()
+    assert run("verify", "cut", "--layerwise")[0] == 0
+    code, _, err = run("export", "cut", "--format", "gguf")
+    assert code != 0 and "layers without attention were not tried" in err
+
+
+def test_budgets_that_leave_no_attention_exit_with_3(run):
+    code, out, err = run("plan", "--units", "attention", "--size", 0.01, "--json")
+    assert code == 3 and out == "" and "with the attention of one layer" in err
+    named = err.split("--size ")[-1].strip().rstrip(".")
+    assert len(json.loads(run("plan", "--units", "attention", "--size", named, "--json")[1])["removed_attention"]) == 7
+    code, _, err = run("plan", "--units", "attention", "--keep", 0.5)
+    assert code == 2 and "keep 0.5 is about parts" in err

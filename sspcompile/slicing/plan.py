@@ -27,6 +27,7 @@ from sspcompile.families import (
     without_layers,
 )
 from sspcompile.families.windows import windows_of
+from sspcompile.request.options import WHOLE_LAYOUTS, Whole
 from sspcompile.slicing.counts import Sizes, sizes_by_layer, sizes_of
 from sspcompile.slicing.depth import any_layers
 from sspcompile.slicing.hosts import per_layer_host, uniform_host
@@ -181,18 +182,18 @@ def plan_within(
     layout: Layout,
     *,
     channels: bool,
-    whole_layers: bool = False,
+    whole: Whole | None = None,
     host: str | None = None,
     groups_only: bool = False,
 ) -> SlicePlan:
     """As `plan_counts`, within bounds on parameters, memory or time; `channels`: whether those of the MLPs may go
-    beside heads; `whole_layers`: those go and nothing else.
+    beside heads; `whole`: layers, or their attention, go whole and nothing else does.
 
     Of parameters, the same share of heads and of channels goes, as far as their steps allow. Raises BudgetError.
     """
     g = checkpoint.geometry
-    if whole_layers:
-        return _plan(checkpoint, cuts_of(g, any_layers(g, bounds)), "uniform", host)
+    if whole is not None:
+        return _plan(checkpoint, cuts_of(g, any_layers(g, bounds, whole)), WHOLE_LAYOUTS[whole], host)
     worth = even_worth(g, channels=channels)
     if layout == "per-layer":
         choice = choose_per_layer(worth, g, bounds, groups_only=groups_only)
