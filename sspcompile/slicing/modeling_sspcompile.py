@@ -71,9 +71,11 @@ class _GlobalCounts:
 class _NoAttention(torch.nn.Module):
     """In the place of an attention that is gone: a zero, which broadcasts."""
 
-    def __init__(self, config):
+    def __init__(self, attention, config):
         super().__init__()
         self.config = config
+        # A layer of Gemma 3 in transformers 4.57 asks its attention which of two kinds of positions to hand on.
+        self.is_sliding = getattr(attention, "is_sliding", False)
 
     def forward(self, hidden_states, *args, **kwargs):
         return hidden_states.new_zeros(()), None
@@ -81,7 +83,7 @@ class _NoAttention(torch.nn.Module):
 
 def _without_attention(layer, config):
     """Take the attention out of a layer, and the norms around it."""
-    layer.self_attn = _NoAttention(config)
+    layer.self_attn = _NoAttention(layer.self_attn, config)
     setattr(layer, NORM_BEFORE, torch.nn.Identity())
     if hasattr(layer, NORM_OF_MLP):
         setattr(layer, NORM_BEHIND, torch.nn.Identity())
