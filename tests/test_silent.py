@@ -26,6 +26,8 @@ from test_slicing_exact import (
 )
 from transformers import AutoModelForCausalLM
 
+from sspcompile.bench.memory import kv_bytes_per_token
+from sspcompile.bench.step_times import step_seconds
 from sspcompile.checkpoint import Checkpoint
 from sspcompile.criteria.block_influence import attention_influence
 from sspcompile.errors import ArtifactError, BudgetError, InputError, ParityError, UnsupportedModelError
@@ -199,6 +201,8 @@ def test_sizes_of_a_plan_are_those_of_the_files_and_the_cache(tmp_path):
     held = [one for one in cache.layers if one.is_initialized]
     assert len(held) == 2
     assert sum(one.keys.nbytes + one.values.nbytes for one in held) == plan.sliced.kv_bytes_per_token * len(IDS)
+    assert kv_bytes_per_token(cache) == plan.sliced.kv_bytes_per_token
+    assert step_seconds(model, Serving(8, 2), torch.device("cpu")) > 0
     said = plan_json(plan, Serving(64, 1))
     assert said["removed_attention"] == [0, 2] and "removed_layers" not in said
     assert said["counts"][0] == [0, 0] and said["widths"][0] > 0
