@@ -444,7 +444,7 @@ def test_a_build_removes_whole_attention_and_says_so_everywhere(
     assert {row["name"] for row in report["quality"]} >= {"this build", "random attention, first layer kept"}
     page = (tmp_path / "cut" / "report.md").read_text()
     assert "Attention removed, MLP kept: layer" in page and f"the attention of {len(gone)} is gone (layer" in page
-    assert f"the attention of {8 - len(gone)} of 8 layers are kept" in page
+    assert f"All heads of {8 - len(gone)} of 8 layers are kept" in page
     assert "attention removed" in run("inspect", "cut")[1]
     assert "attention removed" in (tmp_path / "cut" / "mask.svg").read_text()
     assert f"the whole attention of {len(gone)} layer" in (tmp_path / "cut" / "model" / "README.md").read_text()

@@ -75,11 +75,11 @@ def kept_units(mask: MaskSection) -> str:
     told = f"{sum(map(len, mask.kept))} of {mask.layers * mask.heads} query heads"
     if mask.removed:
         layers = f"{mask.layers - len(mask.removed)} of {mask.layers} layers"
-        told = layers if _only_whole(mask) else f"{layers}, {told}"
+        told = layers if _only_whole(mask) and not mask.silent else f"{layers}, {told}"
     if mask.silent:
         there = mask.layers - len(mask.removed)
-        attending = f"the attention of {there - len(mask.silent)} of {there} layers"
-        told = attending if _only_whole(mask) and not mask.removed else f"{told} ({attending})"
+        attending = f"{there - len(mask.silent)} of {there} layers"
+        told = f"All heads of {attending}" if _only_whole(mask) and not mask.removed else f"{told} in {attending}"
     if mask.widths is None or mask.intermediate is None:
         return told
     return f"{told} and {count(sum(mask.widths))} of {count(mask.layers * mask.intermediate)} channels of the MLPs"
