@@ -15,7 +15,7 @@ from test_slicing_exact import mask_for
 from transformers import AutoModelForCausalLM
 
 from sspcompile.checkpoint import Checkpoint, fingerprint
-from sspcompile.errors import ArtifactError, InputError
+from sspcompile.errors import InputError
 from sspcompile.request.sizes import byte_size
 from sspcompile.slicing.mask import HeadMask, dump_mask, load_mask
 
@@ -149,17 +149,22 @@ def test_host_is_written_and_proven(run, model, tmp_path):
     )
 
 
-def test_mask_with_an_empty_layer_is_cut_with_a_silent_head(run, tmp_path):
+def test_a_mask_with_an_empty_layer_takes_its_attention_out(run, tmp_path):
     model = save_random(tmp_path / "dense", family_config("llama", bias=True), seed=2)
     made = mask_for(Checkpoint(model), 0.5, "per-layer", 3)
     made = replace(made, kept=((), *made.kept[1:]))
     mask = written(made, tmp_path / "mask.json")
-    with pytest.raises(ArtifactError, match="layer 0 keeps no head"):
-        load_mask(mask)
+    assert load_mask(mask).silent == (0,)
     assert run("slice", "--model", model, "--mask", mask, "--out", tmp_path / "cut")[0] == 0
     for way in ("--layerwise", "--whole"):
         assert run("verify", tmp_path / "cut", way)[0] == 0
-    assert "silent" in run("plan", "--model", model, "--mask", mask, "--by-layer")[1]
+    planned = run("plan", "--model", model, "--mask", mask, "--by-layer")[1]
+    assert "Attention removed, MLP kept: layer 0." in planned
+    assert json.loads((tmp_path / "cut" / "plan.json").read_text())["removed_attention"] == [0]
+    assert "the whole attention of 1 layer" in (tmp_path / "cut" / "README.md").read_text()
+    assert "attention removed" in run("inspect", tmp_path / "cut")[1]
+    none = written(replace(made, kept=((),) * made.layers), tmp_path / "none.json")
+    refused(run("slice", "--model", model, "--mask", none, "--out", tmp_path / "x"), 2, "no layer keeps a head")
 
 
 def test_sizes_are_read_as_they_are_typed():

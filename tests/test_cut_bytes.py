@@ -98,7 +98,7 @@ some_channels = st.sets(st.integers(0, CONFIG["intermediate_size"] - 1), min_siz
 @settings(max_examples=60)
 @given(
     dtype=st.sampled_from(FLOATS),
-    kept=st.lists(st.one_of(st.just(()), regular_rows()), min_size=2, max_size=2),
+    kept=st.lists(st.one_of(st.just(()), regular_rows()), min_size=2, max_size=2).filter(any),
     channels=st.one_of(st.none(), st.lists(some_channels, min_size=2, max_size=2)),
     source_shard=st.sampled_from([None, 1, 700, 4000]),
     target_shard=st.sampled_from([None, 1, 900]),
@@ -119,6 +119,9 @@ def test_cut_is_what_indexing_the_whole_tensors_gives(
     finally:
         cutting.BAND_BYTES = whole
     before, after = words(source), words(folder / "cut")
+    for layer in plan.silent:
+        for name in [n for n in before if n.startswith(f"model.layers.{layer}.") and ("attn" in n or "input" in n)]:
+            del before[name]
     assert set(before) == set(after)
     for layer, cut in enumerate(plan.layers):
         for name, (axis, blocks, size) in attention_blocks(plan.geometry, layer, cut.heads, cut.groups).items():
@@ -126,7 +129,7 @@ def test_cut_is_what_indexing_the_whole_tensors_gives(
             if name in before:
                 index = np.concatenate([np.arange(4 * block, 4 * block + 4) for block in blocks])
                 expected = np.take(before.pop(name), index, axis=axis)
-                assert np.array_equal(after[name], expected * 0 if cut.dummy and axis == 1 else expected), name
+                assert np.array_equal(after[name], expected), name
         if channels is None:
             continue
         mlp, wide, stays = f"model.layers.{layer}.mlp.", config["intermediate_size"], list(channels[layer])
@@ -138,12 +141,13 @@ def test_cut_is_what_indexing_the_whole_tensors_gives(
     assert all(np.array_equal(after[name], value) for name, value in before.items())
 
 
-def test_layer_without_heads_keeps_one_that_writes_nothing(tmp_path):
+def test_of_a_layer_without_heads_the_mlp_and_its_norm_are_all_that_is_written(tmp_path):
     source = raw_checkpoint(tmp_path / "dense", CONFIG, "BF16")
     plan = make_plan(Checkpoint(source), mask_of(CONFIG, [(), (0, 1, 2, 3, 4, 5)]))
-    assert plan.counts == ((1, 1), (6, 3)) and plan.layers[0].dummy and plan.custom_code
+    assert plan.counts == ((0, 0), (6, 3)) and plan.silent == (0,) and plan.custom_code
     write_model(Checkpoint(source), plan, tmp_path / "cut")
-    assert not words(tmp_path / "cut")["model.layers.0.self_attn.o_proj.weight"].any()
+    left = {name.split(".", 3)[3] for name in words(tmp_path / "cut") if name.startswith("model.layers.0.")}
+    assert left == {f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")} | {"post_attention_layernorm.weight"}
 
 
 def test_a_mask_of_the_first_schema_is_read_as_one_that_keeps_every_channel():

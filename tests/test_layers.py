@@ -318,7 +318,7 @@ def test_a_budget_is_kept_and_no_layer_that_went_could_have_stayed(
 def test_what_is_about_parts_of_layers_is_refused_beside_whole_ones(given):
     with pytest.raises(ValueError, match=f"units layers removes whole layers, and {[*given][-1]}"):
         Options(units="layers", **given)
-    assert Options(units="layers", max_params="1M", importance_from="prompts").removes_layers
+    assert Options(units="layers", max_params="1M", importance_from="prompts").whole == "layers"
 
 
 # --- A build ---------------------------------------------------------------------------------------------------------

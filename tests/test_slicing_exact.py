@@ -85,6 +85,12 @@ def without(mask: HeadMask, *removed: int) -> HeadMask:
     return replace(mask, kept=rows(mask.kept), channels=channels, removed=removed)
 
 
+def without_attention(mask: HeadMask, *silent: int) -> HeadMask:
+    """The mask with the attention of layers removed whole."""
+    rows = tuple(() if layer in silent else row for layer, row in enumerate(mask.kept))
+    return replace(mask, kept=rows, layout="per-layer")
+
+
 def assert_equal_to_masked(source: Path, out: Path, mask: HeadMask, *, custom: bool) -> None:
     loaded = load(source, fingerprint="", dtype=torch.float64)
     sliced = load_cut(out, dtype=torch.float64, trust_remote_code=custom)
@@ -117,9 +123,10 @@ shapes = st.builds(
     keep=st.floats(0.3, 1.0),
     width=st.sampled_from([0.1, 0.5, 0.8, 1.0]),
     layout=st.sampled_from(["uniform", "per-layer"]),
+    silent=st.sets(st.integers(0, 2)),
     seed=st.integers(0, 99),
 )
-def test_sliced_model_equals_masked_model(family, tmp_path_factory, shape, keep, width, layout, seed):
+def test_sliced_model_equals_masked_model(family, tmp_path_factory, shape, keep, width, layout, silent, seed):
     folder = tmp_path_factory.mktemp("exact")
     shape = Shape(**{**shape.__dict__, "family": family})
     # A head count that does not divide hidden_size is only possible after the cut in Llama's own class.
@@ -129,6 +136,8 @@ def test_sliced_model_equals_masked_model(family, tmp_path_factory, shape, keep,
     source = make_checkpoint(folder / "dense", shape, seed)
     checkpoint = Checkpoint(source)
     mask = mask_for(checkpoint, keep, layout, seed, width)
+    if layout == "per-layer" and not silent >= {*range(shape.layers)}:
+        mask = without_attention(mask, *silent)
     plan = make_plan(checkpoint, mask)
     write_model(checkpoint, plan, folder / "cut", max_shard_bytes=30_000)
     assert_equal_to_masked(source, folder / "cut", mask, custom=plan.custom_code)

@@ -109,7 +109,7 @@ def in_parameters(request: Request, checkpoint: Checkpoint, table: LatencyTable 
         bounds_of(options, checkpoint, table),
         "per-layer",
         channels=cuts_channels(options, g),
-        whole_layers=options.removes_layers,
+        whole=options.whole,
         groups_only=options.granularity == "group",
     )
     return replace(request, options=options.model_copy(update={"max_latency": None, "size": plan.size}))

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from sspcompile.select.reading import Reading
 
 # What is planned where the budget is a bound on the loss: only a build, which measures, knows what that leaves. Of all
-# parameters where channels of the MLPs or whole layers may go, of the heads otherwise.
+# parameters where channels of the MLPs or whole units may go, of the heads otherwise.
 PLANNED_SIZE = 0.9
 PLANNED_KEEP = 0.75
 
@@ -50,9 +50,9 @@ def assumed(options: Options, checkpoint: Checkpoint) -> Budget | None:
     if options.max_loss is None or bounded(options):
         return None
     # Of a small model with a large vocabulary more than that stays whatever is cut.
-    if options.removes_layers:
+    if options.whole is not None:
         parameters = parameters_of(geometry, checkpoint.expected(), options.wanted_host)
-        smallest = shallowest(parameters) / parameters.whole
+        smallest = shallowest(parameters, options.whole) / parameters.whole
     elif cuts_channels(options, geometry):
         smallest = smallest_size(geometry, channels=True, groups_only=options.granularity == "group")
     else:
@@ -118,7 +118,7 @@ def _planned(checkpoint: Checkpoint, options: Options, budget: Budget, layout: L
             budget.bounds,
             layout,
             channels=channels,
-            whole_layers=options.removes_layers,
+            whole=options.whole,
             host=host,
             groups_only=groups_only,
         )
@@ -141,7 +141,7 @@ def reachable(options: Options, table: LatencyTable | None = None) -> Frontier:
         serving_of(options, checkpoint.config),
         layouts if host is None else ("uniform",),
         channels=cuts_channels(options, checkpoint.geometry),
-        whole_layers=options.removes_layers,
+        whole=options.whole,
         host=host,
         groups_only=options.granularity == "group",
         latency=None if table is None else latency_of(checkpoint.geometry, table),

@@ -9,7 +9,7 @@ from sspcompile.errors import CheckpointError
 from sspcompile.families import Geometry
 from sspcompile.model.dense import DenseModel
 from sspcompile.repair.repair import demand_place, is_linear
-from sspcompile.request.options import Options
+from sspcompile.request.options import WHOLE_LAYOUTS, Options
 from sspcompile.request.pools import pools_of
 from sspcompile.request.protecting import demand_protected
 from sspcompile.request.request import Request
@@ -40,7 +40,7 @@ def refuse_hopeless(request: Request, dense: DenseModel, *, weights: bool = True
     demand_known(request.scenario.domains or (), known, source=request.scenario.name)
     demand_protected(options)
     demand_place(geometry, options.repair)
-    demand_host(geometry, options.layout, options.wanted_host)
+    demand_host(geometry, WHOLE_LAYOUTS[options.whole] if options.whole else options.layout, options.wanted_host)
     demand_bounds(options, geometry, counted_bounds(options, dense.checkpoint))
     if options.keep is not None:
         # Whether a budget is feasible follows from the counts alone, whatever the scores are.
@@ -50,8 +50,8 @@ def refuse_hopeless(request: Request, dense: DenseModel, *, weights: bool = True
 
 def demand_bounds(options: Options, geometry: Geometry, bounds: Bounds) -> None:
     """Raise BudgetError, naming the nearest feasible values, where no mask is within the bounds."""
-    if options.removes_layers:
-        demand_layer(geometry, bounds)
+    if options.whole is not None:
+        demand_layer(geometry, bounds, options.whole)
         return
     groups_only = options.granularity == "group"
     demand(geometry, bounds, channels=cuts_channels(options, geometry), groups_only=groups_only)

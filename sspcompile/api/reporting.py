@@ -94,7 +94,7 @@ def _kept(outcome: Outcome) -> str:
 
 def _counts_parameters(outcome: Outcome) -> bool:
     """Whether more than heads could go."""
-    return _channels_may_go(outcome) or outcome.request.options.removes_layers
+    return _channels_may_go(outcome) or outcome.request.options.whole is not None
 
 
 def _channels_may_go(outcome: Outcome) -> bool:
@@ -163,8 +163,10 @@ def _layout(outcome: Outcome) -> LayoutSection:
         for layout, candidate in decision.candidates.items()
     )
     cost = decision.uniform_cost
-    if outcome.request.options.removes_layers:
+    if outcome.request.options.whole == "layers":
         reason = "layers that stay whole have one shape"
+    elif outcome.request.options.whole == "attention":
+        reason = "layers with and without attention differ"
     elif cost is None and _no_uniform(outcome):
         reason = "no uniform cut that a class can hold keeps more than the per-layer cuts that lost too much"
     elif cost is None:
@@ -253,9 +255,10 @@ def _importance(outcome: Outcome) -> str:
     scores = outcome.selection.reading.scores
     if scores.source == "domains":
         return "Heads were scored by the domains' cached importance, mixed in the proportion of the scenario."
-    if scores.distances is not None:
+    if (whole := outcome.request.options.whole) is not None:
         own = "of the scenario's own prompts" if scores.source == "prompts" else "of the texts that chose"
-        return f"Layers were ranked by their influence on {scores.prompts} {own}."
+        what = "Layers were ranked by their" if whole == "layers" else "Attention was ranked layer by layer by its"
+        return f"{what} influence on {scores.prompts} {own}."
     scored = "Heads" if not _channels_may_go(outcome) else "Heads and channels of the MLPs"
     if scores.source == "prompts":
         beside = "and prompts of what is protected" if outcome.selection.spared else "alone"

@@ -36,7 +36,7 @@ def open_cut(model: str | None, mask: Path, *, host: str | None, any_model: bool
     another machine fits a copy of its model.
     """
     dense = open_dense(model)
-    read = load_mask(mask, empty_layers=True)
+    read = load_mask(mask)
     plan = make_plan(dense.checkpoint, read, host=host)
     if read.model and read.model != dense.fingerprint and not any_model:
         raise ArtifactError(

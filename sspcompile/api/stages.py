@@ -40,7 +40,7 @@ from sspcompile.select.floor import AT_ONCE, ROUNDS
 from sspcompile.select.judging import REFITS, spread
 from sspcompile.select.peers import GRADIENT_PASSES, GRADIENTS, INPUTS
 from sspcompile.select.reading import MIXTURE_TEXTS
-from sspcompile.select.scoring import CURVATURE_TEXTS, cached_keys, reads_cache, source_of
+from sspcompile.select.scoring import CURVATURE_TEXTS, INFLUENCES, cached_keys, reads_cache, source_of
 from sspcompile.select.search import COMPARED_FIT, COMPARED_HELD, HOLD_EVERY
 from sspcompile.select.selection import RATES, RUNS, SHAPES
 from sspcompile.slicing.layouts import uniform_choices
@@ -151,8 +151,8 @@ def deciding(
     if layouts > 1:
         yield Stage("comparing layouts", *parts.guard, 2 * layouts)
     sized = bool(_bounds(request, loaded))
-    rivals = most_rivals(options.baselines, source_of(request), sized=sized, layers=options.removes_layers)
-    if options.baselines == "all" and sized and not options.removes_layers:
+    rivals = most_rivals(options.baselines, source_of(request), sized=sized, whole=options.whole is not None)
+    if options.baselines == "all" and sized and options.whole is None:
         yield from _rivalling(loaded, parts.fit.some(CURVATURE_TEXTS))
     yield repairing("repairing this build and its baselines", parts.fit, [width] * (1 + rivals), request, dense, loaded)
     yield Stage("judging the repair", *parts.guard, 2)
@@ -208,8 +208,8 @@ def probe_tokens(request: Request, lengths: Lengths, parts: Parts) -> list[int]:
 def _scoring(request: Request, loaded: LoadedModel, fit: Part) -> Iterator[Stage]:
     """Of the texts that choose, some are read where one pass scores all units."""
     options, some = request.options, fit.some(CURVATURE_TEXTS)
-    if options.removes_layers:
-        yield Stage("influence of layers", *some, 1)
+    if options.whole is not None:
+        yield Stage(INFLUENCES[options.whole], *some, 1)
     elif options.criterion == AUTO:
         yield Stage("head scores", *some, _gradient_passes(loaded, some.tokens))
     elif source_of(request) != "domains":
@@ -273,7 +273,7 @@ def _passes_of(key: str, loaded: LoadedModel) -> float:
 def refitted_width(request: Request, loaded: LoadedModel) -> int | None:
     """Channels of an MLP that a repair fits its down_proj to, on average over layers; None where it stays as it was."""
     g, bounds = loaded.geometry, _bounds(request, loaded)
-    if request.options.removes_layers and g.has_channels:
+    if request.options.whole is not None and g.has_channels:
         return g.intermediate
     if bounds and cuts_channels(request.options, g):
         groups_only = request.options.granularity == "group"
@@ -287,7 +287,7 @@ def _bounds(request: Request, loaded: LoadedModel) -> tuple[Bound, ...]:
     options, g = request.options, loaded.geometry
     if bounded(options):
         return bounds_of(options, Checkpoint(loaded.path))
-    if options.max_loss is not None and options.removes_layers:
+    if options.max_loss is not None and options.whole is not None:
         return (of_size(g, UNKNOWN_SIZE),)
     if options.max_loss is None or not cuts_channels(options, g):
         return ()
@@ -329,8 +329,8 @@ def _masks(request: Request, loaded: LoadedModel) -> tuple[int, int]:
     layouts = {"auto": ("uniform", "per-layer"), "uniform": ("uniform",), "per-layer": ("per-layer",)}[options.layout]
     if options.layout == "auto" and options.wanted_host is not None:
         layouts = ("uniform",)
-    if options.removes_layers:
-        return 1 + RUNS, 1
+    if options.whole is not None:
+        return 1 + (RUNS if options.whole == "layers" else 0), 1
     if _bounds(request, loaded) and options.criterion == AUTO:
         per_layer = len(RATES) if cuts_channels(options, g) else 1
         return sum(SHAPES if name == "uniform" else per_layer for name in layouts), len(layouts)

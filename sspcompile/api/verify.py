@@ -50,7 +50,7 @@ def verify(
     if found.kind == "nested":
         parity = verify_nested(found.folder, dense, progress, layerwise=layerwise, placement=placement)
         return Verified(manifest, parity)
-    mask = load_mask(found.folder / MASK, empty_layers=True)
+    mask = load_mask(found.folder / MASK)
     probes, refitted = _probes(found.folder, dense)
     claim = Claim(dense.checkpoint, mask, found.model, found.custom_code, refitted)
     return Verified(manifest, prove(claim, probes, progress, layerwise=layerwise, placement=placement))

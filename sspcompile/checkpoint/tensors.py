@@ -82,6 +82,15 @@ def attention_shapes(g: Geometry, layer: int, heads: int, kv_heads: int) -> Shap
     return shapes
 
 
+def of_attention(g: Geometry, name: str) -> bool:
+    """Whether a tensor belongs to the attention of a layer: its matrices, its norms, and the norms around it."""
+    layer = layer_of(name)
+    if layer is None:
+        return False
+    part = name.removeprefix(layer_prefix(layer))
+    return part.startswith("self_attn.") or part.rpartition(".")[0] in g.family.attention_norms
+
+
 def attention_blocks(g: Geometry, layer: int, heads: Sequence[int], groups: Sequence[int]) -> dict[str, Blocks]:
     """Tensor name -> what stays of it with these query heads and key/value heads."""
     a = layer_prefix(layer) + "self_attn."

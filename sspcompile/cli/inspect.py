@@ -38,7 +38,7 @@ def inspect(artifact: str | None, svg: Path | None, overwrite: bool, as_json: bo
     if found.kind == "nested":
         _members(found, svg, as_json)
         return
-    mask = load_mask(found.folder / MASK, empty_layers=True)
+    mask = load_mask(found.folder / MASK)
     if svg is not None:
         from sspcompile.checkpoint.publish import write_atomically
         from sspcompile.errors import InputError, OutputExistsError

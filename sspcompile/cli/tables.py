@@ -74,10 +74,7 @@ def print_plan(
     for label, dense, sliced, form in (*rows, *_token(plan, table)):
         sizes.add_row(label, form.format(dense), form.format(sliced), f"{sliced / dense:.3f}")
     console.print(sizes)
-    if plan.removed:
-        from sspcompile.report.format import layers_named
-
-        console.print(f"Removed whole: {layers_named(plan.removed)}; what stays is numbered from 0 in the output.")
+    _print_gone(plan, console)
     if narrowed:
         console.print(f"Heads are {plan.prunable_share:.1%} of the parameters, channels {plan.channel_share:.1%}.")
     elif not plan.removed:
@@ -91,6 +88,16 @@ def print_plan(
     console.print(verdicts)
     if by_layer:
         console.print(_layers(plan))
+
+
+def _print_gone(plan: SlicePlan, console: Console) -> None:
+    """Which layers go whole, and which lose their attention."""
+    from sspcompile.report.format import layers_named
+
+    if plan.removed:
+        console.print(f"Removed whole: {layers_named(plan.removed)}; what stays is numbered from 0 in the output.")
+    if plan.silent:
+        console.print(f"Attention removed, MLP kept: {layers_named(plan.silent)}.")
 
 
 def _token(plan: SlicePlan, table: LatencyTable | None) -> Iterator[tuple[str, float, float, str]]:
@@ -143,6 +150,8 @@ def _plan_title(plan: SlicePlan) -> str:
         counted = f"{plan.size:.1%} of the parameters, {counted}, MLPs {widths} of {plan.geometry.intermediate:,} wide"
     if plan.removed:
         counted = f"{len(plan.staying)} of {len(plan.layers)} layers, {counted}"
+    if plan.silent:
+        counted += f", {len(plan.silent)} of {len(plan.staying)} layers without attention"
     custom = " (custom class in the folder)" if plan.custom_code else ""
     return f"{plan.layout} layout: {counted}, loads as {plan.host.architecture}{custom}"
 
@@ -156,7 +165,8 @@ def _layers(plan: SlicePlan) -> Table:
         table.add_column(name, justify="right")
     g = plan.geometry
     for index, (cut, width, (dense, sliced)) in enumerate(zip(plan.layers, plan.widths, plan.by_layer, strict=True)):
-        heads = "none (1 silent)" if cut.dummy else "layer removed" if cut.removed else str(len(cut.heads))
+        none = "layer removed" if cut.removed else "attention removed"
+        heads = str(len(cut.heads)) if cut.heads else none
         table.add_row(
             str(index),
             f"{g.heads} → {heads}",
@@ -226,9 +236,10 @@ def print_mask(mask: HeadMask) -> None:
     ranked = sorted(score for row in mask.scores for score in row)
     for layer, kept in enumerate(mask.kept):
         line = Text()
-        if layer in mask.removed:
-            line.append("layer removed", style="dim")
-            table.add_row(str(layer), line, "0", "0", *([] if mask.channels is None else ["0"]))
+        width = [] if mask.channels is None else [f"{len(mask.channels[layer]):,}"]
+        if not kept:
+            line.append("layer removed" if layer in mask.removed else "attention removed", style="dim")
+            table.add_row(str(layer), line, "0", "0", *width)
             continue
         for head in range(mask.heads):
             if head and head % mask.group_size == 0:
@@ -239,7 +250,6 @@ def print_mask(mask: HeadMask) -> None:
             place = ranked.index(mask.scores[layer][head]) / max(1, len(ranked) - 1)
             style = "underline" if (layer, head) in mask.whitelist else ""
             line.append(SHADES[1 + min(3, int(place * 4))], style=style)
-        width = [] if mask.channels is None else [f"{len(mask.channels[layer]):,}"]
         table.add_row(str(layer), line, str(len(kept)), str(len(mask.kept_groups(layer))), *width)
     console.print(table)
     if asked := [*_asked(mask)]:

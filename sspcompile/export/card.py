@@ -151,7 +151,7 @@ def _card(
 
 def _removed(plan: Mapping[str, Any]) -> tuple[int, int, int]:
     """Whole layers that a plan.json takes out, and heads and channels out of those that stay; plans of earlier versions
-    say nothing of channels.
+    say nothing of channels. Heads of an attention that goes whole are among them.
     """
     widths, whole, gone = plan.get("widths", []), plan.get("dense_width", 0), len(plan.get("removed_layers", ()))
     heads = plan["total_heads"] - plan["kept_heads"] - (gone * plan["total_heads"] // len(widths) if gone else 0)
@@ -163,6 +163,8 @@ def _cut(plan: Mapping[str, Any]) -> str:
     layers, heads, channels = _removed(plan)
     told = [f"{layers} of its {len(plan['counts'])} layers"] if layers else []
     told += [f"{heads} of its {plan['total_heads']} attention heads"] if heads or not (channels or layers) else []
+    if silent := plan.get("removed_attention"):
+        told[-1] += f" (the whole attention of {len(silent)} layer{'s' if len(silent) > 1 else ''} among them)"
     if channels:
         told.append(f"{channels:,} of its {plan['dense_width'] * len(plan['widths']):,} MLP channels")
     return " and ".join(told)

@@ -3,7 +3,7 @@
 Nothing in this room touches weights or imports torch; `checkpoint.tensors` turns a geometry into names and shapes.
 """
 
-from sspcompile.families.depth import shallower, without_layers
+from sspcompile.families.depth import shallower, without_attention, without_layers
 from sspcompile.families.geometry import LARGEST, LARGEST_SIZE, Geometry, family_of, geometry_of, layer_prefix
 from sspcompile.families.gguf import GgufModel, gguf_model
 from sspcompile.families.graphs import graph_refusal
@@ -39,5 +39,6 @@ __all__ = [
     "shallower",
     "stand_in",
     "windows_of",
+    "without_attention",
     "without_layers",
 ]

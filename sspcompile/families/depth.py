@@ -1,4 +1,5 @@
-"""A model without some of its layers: what its configuration says of layers by their number, said of those that stay.
+"""A model without some of its layers, or without the attention of some: what its configuration says of layers by
+their number, said of those that stay.
 
 Every fact of the table that depends on the number of a layer can be stated for each layer by itself in a stock
 configuration: windows in `layer_types`, positions in `no_rope_layers`, dense layers between sparse ones in
@@ -45,6 +46,21 @@ def without_layers(config: Mapping[str, Any], g: Geometry, staying: Sequence[int
         dense = [place for place, layer in enumerate(staying) if layer not in g.sparse]
         found |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
     return found
+
+
+def without_attention(config: Mapping[str, Any], g: Geometry, attending: Sequence[int]) -> dict[str, Any]:
+    """The configuration of a model in which the layers `attending` alone attend; not empty, ascending.
+
+    A cache has a place for every layer, of the kind that `layer_types` says. A layer without attention is said to be of
+    the kind of the next one that attends (behind the last: of that one), so that the first place of every kind is
+    taken: transformers reads there how long the text is. Raises CheckpointError like `windows_of`.
+    """
+    windows = windows_of(config, g.family, g.layers)
+    if g.family.window != "layer_types" or len(attending) == g.layers or not any(windows):
+        return dict(config)
+    kinds = [FULL if window is None else SLIDING for window in windows]
+    said = [kinds[next((at for at in attending if at >= layer), attending[-1])] for layer in range(g.layers)]
+    return {**{key: value for key, value in config.items() if key not in PATTERNS}, "layer_types": said}
 
 
 def shallower(g: Geometry, staying: Sequence[int]) -> Geometry:

@@ -135,6 +135,8 @@ def _refused(why: str, hint: str = f"{INSTEAD}.") -> UnsupportedModelError:
 def _form(g: Geometry, counts: Sequence[tuple[int, int]], widths: Sequence[int]) -> Gguf:
     uniform = len(set(counts)) == 1 and len(set(widths)) == 1
     kind = g.family.model_type
+    if not all(heads for heads, _ in counts):
+        raise _refused("layers without attention were not tried in llama.cpp", f"{INSTEAD}.")
     if g.family.experts is not None:
         raise _refused("mixtures of experts were not tried in llama.cpp", "Use --format hf.")
     if g.layers > MOST_LAYERS:

@@ -28,8 +28,8 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class GraphLayer:
-    """One layer: its attention, and the channels of its MLP. `window`: how many keys a query sees, itself included;
-    None for all before it.
+    """One layer: its attention (none of no heads), and the channels of its MLP. `window`: how many keys a query sees,
+    itself included; None for all before it.
     """
 
     heads: int
@@ -100,7 +100,7 @@ def graph_layers(
             hint="Use --format hf.",
         )
     for index, layer in enumerate(layers):
-        if layer.heads % layer.kv_heads:
+        if layer.heads and layer.heads % layer.kv_heads:
             raise UnsupportedModelError(
                 f"Layer {index} has {layer.heads} query heads for {layer.kv_heads} key/value heads.",
                 hint="Build the artifact again.",

@@ -146,6 +146,11 @@ class Family:
         return self.architecture.removesuffix("ForCausalLM") + own
 
     @property
+    def attention_norms(self) -> tuple[str, ...]:
+        """The norms around the attention of a layer, which go with it where it is removed whole."""
+        return self.norms[: self.norms.index(self.residual_norm)]
+
+    @property
     def down(self) -> str:
         """The matrix of the MLP that writes into the residual stream; its columns are the channels."""
         return next(linear.name for linear in self.mlp if linear.rows == "hidden")

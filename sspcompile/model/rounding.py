@@ -47,7 +47,8 @@ class Rounding:
         """The same of a matrix [out, in] of which the `kept` columns, bool [in], will be written; zeros elsewhere."""
         full = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         kept = kept.to(weight.device)
-        full[:, kept] = self.of(weight[:, kept])
+        if kept.any():
+            full[:, kept] = self.of(weight[:, kept])
         return full
 
 

@@ -16,8 +16,9 @@ from sspcompile.errors import ArtifactError, InputError, UnsupportedModelError
 from sspcompile.families import Geometry
 from sspcompile.request.options import Options
 from sspcompile.slicing.layouts import Choice
+from sspcompile.slicing.left import LayerCut
 from sspcompile.slicing.mask import HeadMask
-from sspcompile.slicing.plan import LayerCut, SlicePlan
+from sspcompile.slicing.plan import SlicePlan
 from sspcompile.slicing.sizes import Worth
 
 

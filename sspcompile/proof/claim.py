@@ -11,7 +11,7 @@ import torch
 
 from sspcompile.checkpoint.headers import TensorInfo
 from sspcompile.checkpoint.source import Checkpoint, tensor_table
-from sspcompile.checkpoint.tensors import layer_of, moved
+from sspcompile.checkpoint.tensors import layer_of, moved, of_attention
 from sspcompile.errors import ParityError
 from sspcompile.families import Geometry, layer_prefix
 from sspcompile.model.stored import read_tensor
@@ -37,21 +37,24 @@ class Claim:
     custom_code: bool
     refitted: Mapping[str, np.ndarray | None] = field(default_factory=dict)
 
-    @property
-    def silent(self) -> set[str]:
-        """The tensors that are zeros: o_proj of a layer that keeps no head."""
-        return {layer_prefix(layer) + WEIGHT for layer in self.mask.staying if not self.mask.kept[layer]}
+    def goes(self, name: str) -> bool:
+        """Whether the mask removes a tensor of the source whole: with its layer, or with the attention of that."""
+        layer = layer_of(name)
+        if layer is None:
+            return False
+        return layer in self.mask.removed or (layer in self.mask.silent and of_attention(self.geometry, name))
 
     @property
     def there(self) -> dict[str, TensorInfo]:
         """Every tensor of the written folder, under the name that it has in the source: layers count from 0 again
-        where some were removed. Raises ParityError for a layer that should not be there.
+        where some were removed. Raises ParityError for a layer, or an attention, that should not be there.
         """
         numbers, found = dict(enumerate(self.mask.staying)), {}
         for name, info in tensor_table(self.written).items():
-            if (layer := layer_of(name)) is not None and layer not in numbers:
+            layer = layer_of(name)
+            if (layer is not None and layer not in numbers) or self.goes(source := moved(name, numbers)):
                 raise ParityError(f"The written model has {name}, which the mask removes.", hint=REPORT)
-            found[moved(name, numbers)] = info
+            found[source] = info
         return found
 
     @property
@@ -76,9 +79,10 @@ def written_repair(claim: Claim) -> Repair:
         return read_tensor(written[name]) if name in claim.refitted else None
 
     for layer in claim.mask.staying:
-        if (weight := found(layer_prefix(layer) + WEIGHT)) is not None:
+        attends = kept.attends(layer)
+        if attends and (weight := found(layer_prefix(layer) + WEIGHT)) is not None:
             weights[layer] = widened(weight, np.repeat(kept.heads[layer], g.head_dim))
-        if (bias := found(layer_prefix(layer) + BIAS)) is not None:
+        if attends and (bias := found(layer_prefix(layer) + BIAS)) is not None:
             biases[layer] = bias
         if (weight := found(down_name(g, layer))) is not None:
             down[layer] = weight if kept.channels is None else widened(weight, kept.channels[layer])

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from sspcompile.checkpoint.headers import TensorInfo, read_words
-from sspcompile.checkpoint.tensors import Blocks, attention_blocks, channel_blocks, layer_of
+from sspcompile.checkpoint.tensors import Blocks, attention_blocks, channel_blocks
 from sspcompile.errors import ParityError
 from sspcompile.progress import Steps, no_steps
 from sspcompile.proof.claim import Claim
@@ -23,8 +23,7 @@ BAND_BYTES = 16 << 20
 
 def check_contents(claim: Claim, progress: Steps = no_steps) -> None:
     """Read both folders once. Raises ParityError naming the first tensor that is not what the mask leaves of it."""
-    removed = set(claim.mask.removed)
-    source = {name: info for name, info in claim.checkpoint.tensors.items() if layer_of(name) not in removed}
+    source = {name: info for name, info in claim.checkpoint.tensors.items() if not claim.goes(name)}
     written = claim.there
     if lost := sorted(set(source) - set(written)):
         raise ParityError(f"The written model lacks {lost[0]}.", hint=REPORT)
@@ -40,13 +39,13 @@ def check_contents(claim: Claim, progress: Steps = no_steps) -> None:
 
 
 def _kept(claim: Claim) -> dict[str, Blocks]:
-    """What stays of the tensors that lose a part. A layer without heads keeps a silent one, head 0."""
+    """What stays of the tensors that lose a part."""
     blocks: dict[str, Blocks] = {}
     mask = claim.mask
     for layer in mask.staying:
         if mask.channels is not None:
             blocks |= channel_blocks(claim.geometry, layer, mask.channels[layer])
-        blocks |= attention_blocks(claim.geometry, layer, mask.kept[layer] or (0,), mask.kept_groups(layer) or (0,))
+        blocks |= attention_blocks(claim.geometry, layer, mask.kept[layer], mask.kept_groups(layer))
     return blocks
 
 
@@ -59,8 +58,6 @@ def _is_left_of(original: TensorInfo, blocks: Blocks | None, claim: Claim, name:
     if name in claim.refitted:
         words = claim.refitted[name]
         return words is None or np.array_equal(words, read_words(info))
-    if name in claim.silent:
-        return _is_zero(info)
     return all(np.array_equal(left, found) for left, found in _pairs(original, blocks, info))
 
 

@@ -153,11 +153,14 @@ def _mask(dense: dict[str, Tensor], cut: Mapping[str, Tensor], index: int, claim
     """Leave in the dense layer's o_proj and down_proj the columns of what is kept, and put in what was refitted."""
     g, kept = claim.geometry, claim.mask.units
     prefix = layer_prefix(index)
+    if not kept.attends(index):
+        dense |= {part: torch.zeros_like(dense[part]) for part in (WEIGHT, BIAS) if part in dense}
     columns = {WEIGHT: np.repeat(kept.heads[index], g.head_dim)}
     down = down_name(g, index).removeprefix(prefix)
     if kept.channels is not None:
         columns[down] = kept.channels[index]
-    for part in (WEIGHT, BIAS, down, bias_name(g, index).removeprefix(prefix)):
+    of_attention = (WEIGHT, BIAS) if kept.attends(index) else ()
+    for part in (*of_attention, down, bias_name(g, index).removeprefix(prefix)):
         refitted, there = prefix + part in claim.refitted, columns.get(part)
         if there is None:
             dense |= {part: cut[part]} if refitted else {}

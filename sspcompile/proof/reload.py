@@ -46,7 +46,7 @@ def main() -> None:
     asked = json.load(sys.stdin)
     torch.set_num_threads(asked["threads"])
     try:
-        mask = parse_mask(asked["mask"], empty_layers=True)
+        mask = parse_mask(asked["mask"])
         claim = Claim(
             Checkpoint(Path(asked["dense"])),
             mask,

@@ -53,7 +53,9 @@ def fit_biases(
     size, layers = loaded.geometry.head_dim, loaded.geometry.layers
     found = []
     for kept in masks:
-        biases = _biases(kept, places[:layers], means, np.repeat(~kept.heads, size, axis=1), dtype)
+        # An attention that is gone has no place for a bias.
+        gone = ~kept.heads & kept.heads.any(1, keepdims=True)
+        biases = _biases(kept, places[:layers], means, np.repeat(gone, size, axis=1), dtype)
         channels = np.zeros((layers, 0), dtype=bool) if kept.channels is None else ~kept.channels
         found.append(Repair({}, biases, down_biases=_biases(kept, places[layers:], means[layers:], channels, dtype)))
     return found

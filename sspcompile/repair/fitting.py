@@ -90,10 +90,11 @@ def fit_repairs(
     ridges: Ridges | None = None,
     progress: Steps = no_steps,
 ) -> Iterator[Repair]:
-    """Refit what lost an input for each mask on the texts of `batches`: o_proj, down_proj where channels or the whole
-    layer behind it went, and with `mlp` every down_proj. With a `rounding` both are refitted in every layer, to states
-    of the model whose matrices are rounded, so that they make up for that too. What is `written` of a refitted matrix
-    is what later layers see. Either way matrices come back as they are before they are rounded or written.
+    """Refit what lost an input for each mask on the texts of `batches`: o_proj, down_proj where channels went, or the
+    attention in front of it or the whole layer behind it, and with `mlp` every down_proj. With a `rounding` both are
+    refitted in every layer, to states of the model whose matrices are rounded, so that they make up for that too. What
+    is `written` of a refitted matrix is what later layers see. Either way matrices come back as they are before they
+    are rounded or written.
 
     Held are the hidden states of all batches, [B, T, d], twice for the dense model, once per mask and once for the
     layer that is fitted, and the weights of the masks of a round. In each round every layer runs once dense and once
@@ -103,7 +104,8 @@ def fit_repairs(
     mlp = mlp or rounding is not None
     ridges = ridges or (RIDGES if rounding is None else ROUNDED_RIDGES)
     written = written if rounding is None else _RoundedMatrices(rounding)
-    down = mlp or any(kept.channels is not None or kept.removed for kept in masks)
+    down = mlp or any(kept.channels is not None or kept.removed or kept.silent for kept in masks)
+    down = down and loaded.geometry.has_channels
     at_once = masks_at_once(loaded, sum(batch.input_ids.numel() for batch in batches), dtype, mlp=down)
     rounds = [masks[start : start + at_once] for start in range(0, len(masks), at_once)]
     layers = len(loaded.layers)
@@ -266,7 +268,7 @@ class _Stream:
 
     def began(self, index: int) -> bool:
         """Whether something was cut in front of a layer. Before, all states are the dense model's own."""
-        return bool(self.weights or self.down) or not all(map(self.kept.stays, range(index)))
+        return bool(self.weights or self.down) or not all(map(self.kept.attends, range(index)))
 
     def advance(self, index: int, dense: _Dense, dtype: torch.dtype, ridges: Ridges, *, mlp: bool) -> None:
         """Fit a layer to the dense one, and take the hidden states through what came out; around a removed one."""
@@ -276,22 +278,22 @@ class _Stream:
         columns = torch.from_numpy(np.repeat(self.kept.heads[index], loaded.geometry.head_dim))
         channels = None if self.kept.channels is None else torch.from_numpy(self.kept.channels[index])
         narrower = channels is not None and not channels.all()
-        refits = self.rounding is not None or self.began(index) or not bool(columns.all())
-        removed = self._removed_behind(index)
-        mends = removed > 0 and loaded.geometry.has_channels
-        if not refits and not narrower and not mends:
+        attends, removed = self.kept.attends(index), self._removed_behind(index)
+        refits = attends and (self.rounding is not None or self.began(index) or not bool(columns.all()))
+        mends = (removed > 0 or not attends) and loaded.geometry.has_channels
+        if attends and not refits and not narrower and not mends:
             self.hidden = list(dense.hidden)
             return
         layer = loaded.layers[index]
         targets = dense.beyond(index, removed) if narrower or mlp or mends else []
         with rounded_inside(layer, self.rounding) if self.rounding is not None else contextlib.nullcontext():
-            attended = self._attend(index, dense)
+            attended = self._attend(index, dense) if attends else [torch.zeros_like(hidden) for hidden in self.hidden]
             if refits:
                 self.weights[index] = self._refit_attention(index, dense, attended, columns, ridges).to(dtype)
             seen = {index: self._seen(index, self.weights[index], columns, down=False)} if refits else {}
             with repaired(loaded, Repair(seen)):
                 # Inputs of o_proj up to here, and outputs from here on: each batch in the place of the other.
-                for number, x in enumerate(attended):
+                for number, x in enumerate(attended if attends else ()):
                     attended[number] = o_proj(layer)(x)
             if targets:
                 full = self._refit_mlp(index, dense, attended, channels, targets, ridges)

@@ -13,7 +13,8 @@ are solved in order, so each sees the errors that the ones before it could not m
 
 Where channels of an MLP were removed, the kept columns of its down_proj are refitted in the same way: its inputs are
 the pruned model's, its target is what is missing of the dense residual stream after the whole layer. In front of layers
-that were removed whole it is refitted too, and aims at the dense residual stream behind them.
+that were removed whole it is refitted too, and aims at the dense residual stream behind them. So it is in a layer whose
+attention was removed: the MLP has to make up for it.
 
 *Least squares with the MLP* refits down_proj in every layer, whether it lost channels or not. It mends more where many
 heads were cut, at the price of rewriting weights that nothing was removed from.
@@ -137,13 +138,18 @@ def repaired(loaded: LoadedModel, repair: Repair | None) -> Iterator[None]:
 @contextlib.contextmanager
 def masked(loaded: LoadedModel, kept: Kept, repair: Repair | None = None) -> Iterator[None]:
     """Run the masked model: removed heads zeroed at the input of o_proj, removed channels at that of down_proj, removed
-    layers passed by, with a repair in place. It is the oracle that everything written is compared with.
+    layers passed by, with a repair in place. Of a layer that keeps no head o_proj has no bias either: its attention
+    adds nothing. It is the oracle that everything written is compared with.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(without([loaded.layers[layer] for layer in kept.removed]))
         stack.enter_context(head_gates(loaded, _gates(kept.heads, loaded)))
         if kept.channels is not None:
             stack.enter_context(channel_gates(loaded, _gates(kept.channels, loaded)))
+        if loaded.geometry.o_bias:
+            nothing = {"bias": torch.zeros(loaded.geometry.hidden)}
+            for layer in kept.silent:
+                stack.enter_context(replaced(o_proj(loaded.layers[layer]), nothing))
         stack.enter_context(repaired(loaded, repair))
         yield
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sspcompile.report.format import clean, count
+from sspcompile.report.format import clean, count, layers_named, ranges
 from sspcompile.report.model import MaskSection, Report
 from sspcompile.report.panels import Panel, panels_of
 from sspcompile.report.panels_svg import render_panels
@@ -51,6 +51,23 @@ def heat_map(report: Report) -> Picture | None:
     return Picture("mask.svg", render_svg(mask), label)
 
 
+def gone_told(mask: MaskSection) -> list[str]:
+    """Sentences on what is gone whole: layers, and the attention of layers."""
+    told = []
+    if mask.removed:
+        told.append(f"Removed whole: {layers_named(mask.removed)}; what stays is numbered from 0 in the model.")
+    if mask.silent:
+        told.append(f"Attention removed, MLP kept: {layers_named(mask.silent)}.")
+    return told
+
+
+def heads_told(mask: MaskSection, layer: int) -> str:
+    """The kept heads of a layer, or why there are none."""
+    if layer in mask.removed:
+        return "layer removed"
+    return ranges(mask.kept[layer]) if mask.kept[layer] else "attention removed"
+
+
 def kept_units(mask: MaskSection) -> str:
     """How many heads, and where channels were cut how many of those, out of how many; of layers where some were removed
     whole, and of parts only where those that stay lost some.
@@ -58,8 +75,16 @@ def kept_units(mask: MaskSection) -> str:
     told = f"{sum(map(len, mask.kept))} of {mask.layers * mask.heads} query heads"
     if mask.removed:
         layers = f"{mask.layers - len(mask.removed)} of {mask.layers} layers"
-        whole = all(len(row) in (0, mask.heads) for row in mask.kept) and mask.widths is None
-        told = layers if whole else f"{layers}, {told}"
+        told = layers if _only_whole(mask) and not mask.silent else f"{layers}, {told}"
+    if mask.silent:
+        there = mask.layers - len(mask.removed)
+        attending = f"{there - len(mask.silent)} of {there} layers"
+        told = f"All heads of {attending}" if _only_whole(mask) and not mask.removed else f"{told} in {attending}"
     if mask.widths is None or mask.intermediate is None:
         return told
     return f"{told} and {count(sum(mask.widths))} of {count(mask.layers * mask.intermediate)} channels of the MLPs"
+
+
+def _only_whole(mask: MaskSection) -> bool:
+    """Whether nothing but whole layers and whole attention was removed."""
+    return all(len(row) in (0, mask.heads) for row in mask.kept) and mask.widths is None

@@ -35,7 +35,7 @@ class MaskSection(Section):
     """`kept`: per layer the kept query heads, ascending. `scores` and `whitelist` are [layers][heads].
 
     `widths`: per layer the kept channels of its MLP, out of `intermediate`; both None where no channel was cut.
-    `removed`: the layers that were removed whole, whose rows are empty.
+    `removed`: the layers that were removed whole, whose rows are empty. An empty row of another: its attention was.
     """
 
     layers: int = Field(gt=0)
@@ -69,6 +69,11 @@ class MaskSection(Section):
             if len(self.widths) != self.layers or not inside:
                 raise ValueError("widths do not fit layers and intermediate")
         return self
+
+    @property
+    def silent(self) -> tuple[int, ...]:
+        """The layers that stay without their attention."""
+        return tuple(n for n, row in enumerate(self.kept) if not row and n not in self.removed)
 
 
 Unit = Literal["heads", "parameters", "memory", "latency"]

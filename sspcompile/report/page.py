@@ -5,20 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from sspcompile.report.blocks import Block, Page, Table, page
-from sspcompile.report.first import FirstScreen, first_screen, heat_map, kept_units
-from sspcompile.report.format import (
-    change,
-    clean,
-    count,
-    figures,
-    layers_named,
-    percent,
-    quantity,
-    ranges,
-    seconds,
-    size,
-    with_interval,
-)
+from sspcompile.report.first import FirstScreen, first_screen, gone_told, heads_told, heat_map, kept_units
+from sspcompile.report.format import change, clean, count, figures, percent, quantity, seconds, size, with_interval
 from sspcompile.report.model import BudgetSection, LatencyRow, LatencySection, MaskSection, Pair, QualityRow, Report
 from sspcompile.report.rounding import rounding_table, rounding_verdict
 from sspcompile.report.token_time import token_time_table, token_time_verdict
@@ -269,9 +257,7 @@ def _mask(report: Report, first: FirstScreen | None) -> Block | None:
     mask, budget = report.mask, report.budget
     if mask is None:
         return _budget_block(report)
-    sentences = [f"{kept_units(mask)} are kept, chosen by {mask.criterion}."]
-    if mask.removed:
-        sentences.append(f"Removed whole: {layers_named(mask.removed)}; what stays is numbered from 0 in the model.")
+    sentences = [f"{kept_units(mask)} are kept, chosen by {mask.criterion}.", *gone_told(mask)]
     if budget:
         sentences.append(_budget_sentence(budget))
     picture = None if first else heat_map(report)
@@ -282,10 +268,7 @@ def _mask(report: Report, first: FirstScreen | None) -> Block | None:
 
 def _kept_table(mask: MaskSection) -> Table:
     """A row per layer; the widths of the MLPs where one is narrower than it was."""
-    rows = [
-        (str(layer), str(len(row)), "layer removed" if layer in mask.removed else ranges(row))
-        for layer, row in enumerate(mask.kept)
-    ]
+    rows = [(str(layer), str(len(row)), heads_told(mask, layer)) for layer, row in enumerate(mask.kept)]
     if mask.widths is None or mask.intermediate is None:
         return Table("Kept query heads per layer", ("layer", "kept", "heads"), tuple(rows))
     whole = mask.intermediate

@@ -72,6 +72,8 @@ def _label(mask: MaskSection) -> str:
     label = f"{kept} of {mask.layers * mask.heads} heads kept, in {mask.layers} layers of {mask.heads} heads"
     if mask.removed:
         label += f"; removed whole: {layers_named(mask.removed)}"
+    if mask.silent:
+        label += f"; attention removed: {layers_named(mask.silent)}"
     if mask.widths is None or mask.intermediate is None:
         return label
     share = sum(mask.widths) / (mask.layers * mask.intermediate)
@@ -103,7 +105,7 @@ def _separators(mask: MaskSection, cell: int, group: int) -> Iterator[str]:
 def _cells(mask: MaskSection, cell: int, group: int) -> Iterator[str]:
     shades = _shades(mask.scores, mask.layers, mask.heads)
     for layer in range(mask.layers):
-        if layer in mask.removed:
+        if not mask.kept[layer]:
             yield _gone(mask, layer, cell, group)
             continue
         kept = frozenset(mask.kept[layer])
@@ -117,9 +119,10 @@ def _cells(mask: MaskSection, cell: int, group: int) -> Iterator[str]:
 
 
 def _gone(mask: MaskSection, layer: int, cell: int, group: int) -> str:
-    """A layer that was removed whole: one hollow bar, struck through, in the place of its heads."""
+    """In the place of the heads of a layer that was removed whole, or its attention: a hollow bar, struck through."""
     left, right, y = LEFT + 1, _x(mask.heads - 1, cell, group) + cell - 1, TOP + layer * cell
-    return f"<g><title>layer {layer}: removed whole</title>{_struck(left, y, right - left, cell)}</g>"
+    told = "removed whole" if layer in mask.removed else "attention removed"
+    return f"<g><title>layer {layer}: {told}</title>{_struck(left, y, right - left, cell)}</g>"
 
 
 def _struck(x: float, y: float, width: float, cell: float) -> str:
@@ -207,8 +210,10 @@ def _signs(mask: MaskSection) -> Iterator[tuple[Callable[[int, int], str], int, 
             "kept (low, high score)",
         )
     yield lambda x, y: _removed(x, y, SIGN), 24, 90, "removed"
-    if mask.removed:
-        yield lambda x, y: _struck(x, y, 30, SIGN), 38, 150, "layer removed whole"
+    if mask.removed or mask.silent:
+        words = "layer removed whole" if not mask.silent else "attention, or layer, removed"
+        words = words if mask.removed else "attention removed"
+        yield lambda x, y: _struck(x, y, 30, SIGN), 38, 190 if mask.removed and mask.silent else 150, words
     if mask.whitelist and any(map(any, mask.whitelist)):
         yield lambda x, y: _dot(x + 6, y + SIGN / 2, 4), 18, 100, "whitelisted"
     if mask.widths is not None:

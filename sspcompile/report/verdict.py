@@ -267,7 +267,11 @@ def _sizes(report: Report) -> Iterator[str]:
 
 def _prunable(mask: MaskSection | None, sizes: SizesSection) -> str:
     if mask is not None and mask.removed:
-        return f"of {mask.layers} layers {len(mask.removed)} are gone whole ({layers_named(mask.removed)})"
+        whole = f"of {mask.layers} layers {len(mask.removed)} are gone whole ({layers_named(mask.removed)})"
+        return whole + (f", and of {layers_named(mask.silent)} the attention" if mask.silent else "")
+    if mask is not None and mask.silent:
+        attention = f"the attention of {len(mask.silent)} is gone ({layers_named(mask.silent)})"
+        return f"of {mask.layers} layers {attention}; all heads are {percent(sizes.prunable_share)} of the parameters"
     return f"heads are {percent(sizes.prunable_share)} of this model's parameters, {_rest(sizes)}"
 
 

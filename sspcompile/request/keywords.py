@@ -22,7 +22,7 @@ class Keywords(TypedDict, total=False):
     context: int | None
     batch: int | None
     nested: str | None
-    units: Literal["all", "heads", "layers"] | None
+    units: Literal["all", "heads", "layers", "attention"] | None
     layout: Literal["auto", "uniform", "per-layer"] | None
     host: str | None
     pools: str | None

@@ -30,11 +30,10 @@ BUDGETS = ("size", "keep", "strength", "max_loss", "max_params", "max_memory", "
 ALONE = ("keep", "strength", "nested")
 # Floors under what is off the scenario are no budget by themselves: they hold beside one.
 LIMITS = (*BUDGETS, "protect")
-# What leaves a say to whole layers; anything else is about parts of them.
-OF_LAYERS: Mapping[str, tuple[str | None, ...]] = {
+# What leaves a say to units that go whole; anything else is about parts of them.
+OF_WHOLE: Mapping[str, tuple[str | None, ...]] = {
     **dict.fromkeys(ALONE, (None,)),
     **{"criterion": (AUTO,), "granularity": ("head",), "importance_from": ("auto", "prompts")},
-    "layout": ("auto", "uniform"),
 }
 
 # What `--without` switches off, to see what it is worth: `axes` (no selection: every pool is a domain), `whitelist` (no
@@ -47,7 +46,10 @@ AskedLayout = Literal["auto", "uniform", "per-layer"]
 Granularity = Literal["head", "group"]
 ImportanceFrom = Literal["domains", "prompts", "auto"]
 Baselines = Literal["few", "all", "none"]
-Units = Literal["all", "heads", "layers"]
+Units = Literal["all", "heads", "layers", "attention"]
+# Units that go whole: layers, or the attention of layers.
+Whole = Literal["layers", "attention"]
+WHOLE_LAYOUTS: Mapping[Whole, Literal["uniform", "per-layer"]] = {"layers": "uniform", "attention": "per-layer"}
 Rounded = Literal["int8", "int4"]
 # What runs the model while --max-latency is measured: `torch` is transformers.
 LatencyRuntime = Literal["torch"]
@@ -175,8 +177,9 @@ class Options(BaseModel):
     units: Annotated[
         Units,
         Shown(
-            "What budgets but --keep and --strength may remove: heads and channels of the MLPs (all), heads alone, or "
-            "whole layers alone (layers), which are ranked by their influence on the scenario's texts."
+            "What budgets but --keep and --strength may remove: heads and channels of the MLPs (all), heads alone, "
+            "whole layers alone (layers), or the whole attention of layers alone, whose MLPs stay (attention). What "
+            "goes whole is ranked by its influence on the scenario's texts."
         ),
     ] = "all"
     layout: Annotated[AskedLayout, Shown("Counts equal in every layer, or not; auto measures both.")] = "auto"
@@ -276,11 +279,21 @@ class Options(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _layers_are_whole(self) -> Options:
-        about = [f"{name} {value}" for name, known in OF_LAYERS.items() if (value := getattr(self, name)) not in known]
-        if self.removes_layers and about:
-            problem = f"units layers removes whole layers, and {' and '.join(about)} is about parts of them"
-            raise ValueError(f"{problem}; give size, max_params, max_memory, max_latency or max_loss")
+    def _units_are_whole(self) -> Options:
+        if self.whole is None:
+            return self
+        layout, instead = WHOLE_LAYOUTS[self.whole], "size, max_params, max_memory or max_loss"
+        known_of = {**OF_WHOLE, "layout": (AUTO, layout)}
+        about = [f"{name} {value}" for name, known in known_of.items() if (value := getattr(self, name)) not in known]
+        if self.whole == "attention" and self.layout == "uniform":
+            raise ValueError("units attention leaves layers that differ, which layout uniform has not; leave it out")
+        if self.whole == "attention" and self.max_latency is not None:
+            raise ValueError(f"max_latency has no price of attention as a whole, with units attention; give {instead}")
+        if about:
+            what = "whole layers" if self.whole == "layers" else "the whole attention of layers"
+            problem = f"units {self.whole} removes {what}, and {' and '.join(about)} is about parts of them"
+            instead = instead.replace(" or", ", max_latency or") if self.whole == "layers" else instead
+            raise ValueError(f"{problem}; give {instead}")
         return self
 
     @model_validator(mode="after")
@@ -292,9 +305,9 @@ class Options(BaseModel):
         return self
 
     @property
-    def removes_layers(self) -> bool:
-        """Whether whole layers are what a budget removes."""
-        return self.units == "layers"
+    def whole(self) -> Whole | None:
+        """What a budget removes whole; None where it removes parts of layers."""
+        return self.units if self.units in ("layers", "attention") else None
 
     @property
     def source(self) -> str | None:

@@ -14,7 +14,7 @@ from sspcompile.families import Geometry
 from sspcompile.model.divergence import average
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.progress import stage_of
-from sspcompile.request.options import Baselines
+from sspcompile.request.options import Baselines, Whole
 from sspcompile.select.budget import merit
 from sspcompile.select.judging import Judge, Reported
 from sspcompile.select.mixture import head_scores
@@ -53,8 +53,8 @@ class Rival:
 def rivals(reading: Reading, toolkit: Toolkit, judge: Judge, layout: Layout) -> list[Rival]:
     """Nothing, a few that need no pass for their scores, or all, as the options say."""
     geometry = judge.loaded.geometry
-    if reading.options.removes_layers:
-        return [*_random_layers(reading, geometry)]
+    if reading.options.whole is not None:
+        return [*_random_layers(reading, geometry, reading.options.whole)]
     if reading.budget.bounds:
         worths = _worths(reading, judge)
     else:
@@ -63,14 +63,14 @@ def rivals(reading: Reading, toolkit: Toolkit, judge: Judge, layout: Layout) -> 
     return [*found, *_whole_layers(reading, judge)]
 
 
-def _random_layers(reading: Reading, g: Geometry) -> Iterator[Rival]:
-    """Within the same bounds, layers by chance behind the first."""
+def _random_layers(reading: Reading, g: Geometry, whole: Whole) -> Iterator[Rival]:
+    """Within the same bounds, layers, or their attention, by chance behind the first."""
     wanted = reading.options.baselines
     draws = {"none": 0, "few": 1, "all": SEEDS}[wanted]
     for number in range(draws):
         scores = first_layer_kept((g.layers, 1), reading.options.seed + number)[:, 0]
-        name = "random layers, first layer kept" + (f" ({draws}x)" if draws > 1 else "")
-        yield Rival("random", name, least_influence(scores, g, reading.budget.bounds))
+        name = f"random {whole}, first layer kept" + (f" ({draws}x)" if draws > 1 else "")
+        yield Rival("random", name, least_influence(scores, g, reading.budget.bounds, whole))
 
 
 def _whole_layers(reading: Reading, judge: Judge) -> Iterator[Rival]:
@@ -134,11 +134,11 @@ def _scores(reading: Reading, toolkit: Toolkit) -> Iterator[tuple[Role, str, np.
             yield "criterion", f"criterion {ranking.name}", merit(ranking.values, reading.whitelist)
 
 
-def most_rivals(wanted: Baselines, source: Source, *, sized: bool = False, layers: bool = False) -> int:
+def most_rivals(wanted: Baselines, source: Source, *, sized: bool = False, whole: bool = False) -> int:
     """How many masks `rivals` names at most, before any score is known; `sized`: within bounds on parameters or
-    memory; `layers`: where whole layers are removed.
+    memory; `whole`: where layers, or their attention, go whole.
     """
-    if layers:
+    if whole:
         return {"none": 0, "few": 1, "all": SEEDS}[wanted]
     if sized:
         return {"none": 0, "few": 1, "all": SEEDS + 2 + len(PEERS)}[wanted]

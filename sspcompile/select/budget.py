@@ -12,7 +12,7 @@ from sspcompile.checkpoint.source import Checkpoint
 from sspcompile.errors import InputError
 from sspcompile.families import Geometry
 from sspcompile.model.context import positions_of
-from sspcompile.request.options import AUTO, DEFAULT_BATCH, DEFAULT_CONTEXT, Options
+from sspcompile.request.options import AUTO, DEFAULT_BATCH, DEFAULT_CONTEXT, Options, Whole
 from sspcompile.slicing.depth import shallowest
 from sspcompile.slicing.latency import LatencyTable, latency_of
 from sspcompile.slicing.layouts import Choice, smallest_keep
@@ -89,10 +89,10 @@ class Budget:
             return choice.ratio
         return self.measure.kept(g, choice.shapes, choice.widths) / self.measure.whole
 
-    def least(self, g: Geometry, *, channels: bool, groups_only: bool, layers: bool = False) -> float:
-        """The smallest share of the unit that any mask keeps; `layers`: of those that remove whole layers alone."""
-        if self.measure is not None and layers:
-            return shallowest(self.measure) / self.measure.whole
+    def least(self, g: Geometry, *, channels: bool, groups_only: bool, whole: Whole | None = None) -> float:
+        """The smallest share of the unit that any mask keeps; `whole`: of those that remove such units alone."""
+        if self.measure is not None and whole is not None:
+            return shallowest(self.measure, whole) / self.measure.whole
         if self.measure is None:
             return smallest_keep(g.heads, g.kv_heads, groups_only=groups_only)
         return smallest_share(self.measure, g, channels=channels, groups_only=groups_only)
@@ -168,12 +168,12 @@ def serving_of(options: Options, config: Mapping[str, Any]) -> Serving:
 
 def budget_of(options: Options, g: Geometry, bounds: tuple[Bound, ...], breadth: float) -> Budget:
     """What a build may keep before anything is measured: what the `bounds` of the options allow; where they bound the
-    loss alone, everything, counted in parameters where channels of the MLPs or whole layers may go and in heads
+    loss alone, everything, counted in parameters where channels of the MLPs or whole units may go and in heads
     otherwise.
     """
     if bounds:
         return Budget(bounds=bounds)
-    if options.max_loss is not None and (cuts_channels(options, g) or options.removes_layers):
+    if options.max_loss is not None and (cuts_channels(options, g) or options.whole is not None):
         return Budget(bounds=(everything(parameters_of(g, host=options.wanted_host)),))
     if options.keep is not None:
         return Budget(options.keep)

@@ -163,7 +163,7 @@ class _Ladder:
         reading = self._reading
         channels = reading.worth().channels is not None
         return reading.budget.least(
-            self._g, channels=channels, groups_only=reading.groups_only, layers=reading.options.removes_layers
+            self._g, channels=channels, groups_only=reading.groups_only, whole=reading.options.whole
         )
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from sspcompile.checkpoint.source import Checkpoint
-from sspcompile.criteria.block_influence import influence_of
 from sspcompile.errors import UnsupportedModelError
 from sspcompile.families import Geometry
 from sspcompile.model.capture import features
@@ -20,7 +19,7 @@ from sspcompile.model.decoder import LoadedModel
 from sspcompile.prepare.recognition import recognised_tokens
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.progress import Progress, silent, stage_of
-from sspcompile.request.options import Options
+from sspcompile.request.options import WHOLE_LAYOUTS, Options
 from sspcompile.request.pools import pools_of
 from sspcompile.request.prompts import pasted
 from sspcompile.request.protecting import protected_pools
@@ -143,8 +142,8 @@ def choices_for(reading: Reading, geometry: Geometry) -> Mapping[Layout, Choice]
     """
     options = reading.options
     asked: tuple[Layout, ...]
-    if options.removes_layers:
-        asked = ("uniform",)
+    if options.whole is not None:
+        asked = (WHOLE_LAYOUTS[options.whole],)
     elif options.layout != "auto":
         asked = (options.layout,)
     else:
@@ -176,11 +175,12 @@ def held(reading: Reading, geometry: Geometry, layout: Layout) -> Iterator[Choic
 
 def within(reading: Reading, geometry: Geometry, layout: Layout, worth: Worth | None = None) -> tuple[Choice, ...]:
     """The masks of a layout within the reading's budget, by its own worth of units or by another, or by the influence
-    of layers; raises BudgetError when there is none.
+    of what goes whole; raises BudgetError when there is none.
     """
     budget, groups_only = reading.budget, reading.groups_only
-    if reading.scores.distances is not None:
-        return (least_influence(influence_of(reading.scores.distances), geometry, budget.bounds),)
+    if reading.scores.influence is not None:
+        whole = reading.options.whole or "layers"
+        return (least_influence(reading.scores.influence, geometry, budget.bounds, whole),)
     worth = worth or reading.worth()
     if not budget.bounds:
         return (choose(worth.heads, geometry.kv_heads, budget.keep, layout, groups_only=groups_only),)

@@ -7,7 +7,7 @@ that is named is cached per domain, as published: mixed for a sentence, and join
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,19 +15,19 @@ import numpy as np
 
 from sspcompile.criteria import key_of, of_key
 from sspcompile.criteria.block_influence import NAME as INFLUENCE
-from sspcompile.criteria.block_influence import influence_of, state_distances
+from sspcompile.criteria.block_influence import OF_ATTENTION, attention_influence, influence_of, state_distances
 from sspcompile.criteria.curvature import costs_of, curvature
 from sspcompile.criteria.units import CriterionInput, Units
 from sspcompile.errors import ScenarioError, ToolkitError
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.dense import DenseModel
-from sspcompile.model.text import GRADIENT_TOKENS, Sentence, batches_of
+from sspcompile.model.text import GRADIENT_TOKENS, Batch, Sentence, batches_of
 from sspcompile.prepare.direct import importance_per_prompt
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.prepare.toolkits import toolkit_for
 from sspcompile.progress import Progress, Steps, silent, stage_of
 from sspcompile.repair.repair import is_linear
-from sspcompile.request.options import AUTO, Granularity, Options, Repairing
+from sspcompile.request.options import AUTO, Granularity, Options, Repairing, Whole
 from sspcompile.request.prompts import Prompt
 from sspcompile.request.request import Request
 from sspcompile.request.splits import own_fit_part, thinned
@@ -53,6 +53,9 @@ TILT = 1.0
 
 Source = Literal["domains", "prompts", "both", "texts"]
 
+# What the pass is called that says what goes whole.
+INFLUENCES: Mapping[Whole, str] = {"layers": "influence of layers", "attention": "influence of attention"}
+
 
 @dataclass(frozen=True)
 class Ranking:
@@ -68,8 +71,8 @@ class HeadScores:
     heads, in [0, 1]) against the domains' cached scores: the scenario's own, or with the source `texts` pool prompts
     among them. `others`: what the same pass said in other terms. `channels` [L, intermediate]: what removing a channel
     of an MLP costs by itself, nats per scored position; None where a build may remove none (`cuts_channels`).
-    `distances`: where whole layers go, what `state_distances` says of the states between them; `values` are then the
-    influence of the layers, the same for every head of one.
+    `influence` [L]: where layers, or their attention, go whole, that of each; `values` are then the same for every head
+    of a layer. `distances`: where whole layers go, what `state_distances` says of the states between them.
     """
 
     criterion: str
@@ -79,6 +82,7 @@ class HeadScores:
     prompt_weight: float
     others: tuple[Ranking, ...] = ()
     channels: np.ndarray | None = None
+    influence: np.ndarray | None = None
     distances: np.ndarray | None = None
 
     def as_mapping(self) -> dict[str, object]:
@@ -94,7 +98,7 @@ def source_of(request: Request) -> Source:
     """Where the head scores of a scenario come from."""
     options = request.options
     asked, own = options.importance_from, own_fit_part(request.scenario.prompts)
-    if options.removes_layers:
+    if options.whole is not None:
         return "prompts" if own and (asked == "prompts" or len(own) >= ENOUGH_PROMPTS) else "texts"
     if asked == "domains" or "scenario" in options.without:
         return "domains"
@@ -111,7 +115,7 @@ def cached_keys(request: Request) -> tuple[str, ...]:
     baseline comes from the pools.
     """
     options = request.options
-    if options.baselines == "all" and not options.removes_layers and not bounded(options):
+    if options.baselines == "all" and options.whole is None and not bounded(options):
         return tuple(dict.fromkeys((*CACHED_BASELINES, score_key(options))))
     return tuple(dict.fromkeys((CACHED, score_key(options)))) if reads_cache(source_of(request)) else ()
 
@@ -177,7 +181,25 @@ def measured(
 
 def layer_distances(loaded: LoadedModel, texts: Sequence[Sentence], progress: Steps) -> np.ndarray:
     """`state_distances` on as many of the texts as score heads elsewhere."""
-    return state_distances(loaded, batches_of(loaded, thinned(texts, CURVATURE_TEXTS), GRADIENT_TOKENS), progress)
+    return state_distances(loaded, _scoring_batches(loaded, texts), progress)
+
+
+def _scoring_batches(loaded: LoadedModel, texts: Sequence[Sentence]) -> Sequence[Batch]:
+    return batches_of(loaded, thinned(texts, CURVATURE_TEXTS), GRADIENT_TOKENS)
+
+
+def _whole_scores(
+    whole: Whole, loaded: LoadedModel, written: Sequence[Sentence], source: Source, progress: Progress
+) -> HeadScores:
+    """The influence of what goes whole on these texts."""
+    report, distances = stage_of(progress, INFLUENCES[whole]), None
+    if whole == "layers":
+        distances = layer_distances(loaded, written, report)
+        name, influence = INFLUENCE, influence_of(distances)
+    else:
+        name, influence = OF_ATTENTION, attention_influence(loaded, _scoring_batches(loaded, written), report)
+    values, read = np.repeat(influence[:, None], loaded.geometry.heads, axis=1), min(len(written), CURVATURE_TEXTS)
+    return HeadScores(name, values, source, read, 1.0, influence=influence, distances=distances)
 
 
 def tilted(layers: int, tilt: float = TILT) -> np.ndarray:
@@ -227,11 +249,8 @@ def score_heads(
     if source == "prompts":
         prompts = (*prompts, *protected)
     written = texts.continued(prompts, stage_of(progress, "continuations"))
-    if options.removes_layers:
-        distances = layer_distances(loaded, written, stage_of(progress, "influence of layers"))
-        values = np.repeat(influence_of(distances)[:, None], loaded.geometry.heads, axis=1)
-        read = min(len(prompts), CURVATURE_TEXTS)
-        return HeadScores(INFLUENCE, values, source, read, 1.0, distances=distances)
+    if options.whole is not None:
+        return _whole_scores(options.whole, loaded, written, source, progress)
     report = stage_of(progress, "head scores")
     if options.criterion == AUTO and not reads_cache(source):
         found = measured(loaded, written, options.seed, options.granularity, report, repair=options.repair)

@@ -236,6 +236,8 @@ def masks_for(reading: Reading, judge: Judge) -> dict[Layout, Masks]:
         return masks
     if reading.scores.distances is not None:
         return masks | {layout: _shallow_masks(reading, geometry, reading.scores.distances) for layout in cut}
+    if reading.scores.influence is not None:
+        return masks
     if reading.budget.bounds:
         return masks | {layout: _sized_masks(reading, geometry, layout) for layout in cut}
     ranked = [reading.ranking]

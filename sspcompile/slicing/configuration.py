@@ -10,7 +10,16 @@ from typing import Any
 
 from sspcompile.checkpoint.references import without_code
 from sspcompile.errors import ArtifactError
-from sspcompile.families import Family, Host, Positions, hosted_config, rope_of, without_layers
+from sspcompile.families import (
+    Family,
+    Host,
+    Positions,
+    hosted_config,
+    rope_of,
+    shallower,
+    without_attention,
+    without_layers,
+)
 from sspcompile.families.positions import FULL, LOCAL_THETA, ORIGINAL, SLIDING
 from sspcompile.slicing.plan import SlicePlan
 
@@ -30,6 +39,8 @@ def sliced_config(source: Mapping[str, Any], plan: SlicePlan) -> dict[str, Any]:
         return config
     g = plan.geometry
     config = without_layers(config, g, plan.staying)
+    attending = [place for place, layer in enumerate(plan.staying) if layer not in plan.silent]
+    config = without_attention(config, shallower(g, plan.staying), attending)
     rope = rope_of(source, g.family)
     if plan.host is not g.family:
         config = hosted_config(config, g, Host(plan.host, plan.settings))

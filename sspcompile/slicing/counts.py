@@ -37,7 +37,7 @@ def sizes_by_layer(
     tensors: Tensors, g: Geometry, counts: Sequence[tuple[int, int]], widths: Sequence[int]
 ) -> list[Sizes]:
     """Of the layers whose `tensors` these are, with (query, key/value) head counts and widths of the MLPs per layer. A
-    layer without heads is removed whole and has nothing.
+    layer without heads has no attention, and one without channels too is removed whole.
     """
     parameters, weight_bytes = [0] * g.layers, [0] * g.layers
     for name, (shape, dtype) in tensors.items():
@@ -50,14 +50,11 @@ def sizes_by_layer(
     width = next(dtype_bytes(tensors[o_proj_of(layer)][1]) for layer, (heads, _) in enumerate(counts) if heads)
     found = []
     for layer, (heads, kv_heads) in enumerate(counts):
-        if not heads:
+        if not widths[layer]:
             found.append(Sizes(0, 0, 0))
             continue
-        attention = sum(
-            math.prod(shape)
-            for name, shape in attention_shapes(g, layer, heads, kv_heads).items()
-            if name.endswith("_proj.weight")
-        )
+        shapes = attention_shapes(g, layer, heads, kv_heads) if heads else {}
+        attention = sum(math.prod(shape) for name, shape in shapes.items() if name.endswith("_proj.weight"))
         found.append(
             Sizes(
                 parameters=parameters[layer],

@@ -31,7 +31,7 @@ def cut_tensors(
     `replaced` holds tensors that a repair computed, by the source's names, as raw words in the output's shape.
     """
     replaced = replaced or {}
-    blocks, silent = _roles(plan)
+    blocks = _roles(plan)
     outputs = []
     for name, (shape, dtype) in plan.tensors.items():
         source = plan.sources[name]
@@ -39,7 +39,7 @@ def cut_tensors(
         whole = None
         if source in replaced:
             content = _computed(replaced, source)
-        elif info is None or source in silent:
+        elif info is None:
             content = _constant(np.zeros(shape, dtype=WORD_DTYPE[dtype_bytes(dtype)]))
         elif info.shape == shape and _in_order(blocks.get(name)):
             content = _extents([info.extent])
@@ -54,19 +54,15 @@ def cut_tensors(
     return outputs
 
 
-def _roles(plan: SlicePlan) -> tuple[dict[str, Blocks], set[str]]:
-    """Tensor name -> what stays of it; and the tensors written as zeros."""
+def _roles(plan: SlicePlan) -> dict[str, Blocks]:
+    """Tensor name -> what stays of it."""
     blocks: dict[str, Blocks] = {}
-    silent: set[str] = set()
     for index in plan.staying:
         layer = plan.layers[index]
-        found = attention_blocks(plan.geometry, index, layer.heads, layer.groups)
-        blocks |= found
-        if layer.dummy:
-            silent |= {name for name, part in found.items() if part.axis == 1}
+        blocks |= attention_blocks(plan.geometry, index, layer.heads, layer.groups)
         if layer.channels is not None:
             blocks |= channel_blocks(plan.geometry, index, layer.channels)
-    return blocks, silent
+    return blocks
 
 
 def _in_order(part: Blocks | None) -> bool:

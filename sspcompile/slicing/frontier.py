@@ -9,6 +9,7 @@ from typing import Any
 from sspcompile.checkpoint.source import Checkpoint
 from sspcompile.errors import InputError, UnsupportedModelError
 from sspcompile.families import Geometry
+from sspcompile.request.options import WHOLE_LAYOUTS, Whole
 from sspcompile.slicing.depth import any_layers, shallowest
 from sspcompile.slicing.layouts import GONE
 from sspcompile.slicing.mask import Layout
@@ -64,7 +65,7 @@ def frontier_of(
     layouts: Sequence[Layout],
     *,
     channels: bool,
-    whole_layers: bool = False,
+    whole: Whole | None = None,
     host: str | None = None,
     groups_only: bool = False,
     latency: Measure | None = None,
@@ -76,8 +77,8 @@ def frontier_of(
     """
     g = checkpoint.geometry
     parameters = parameters_of(g, checkpoint.expected(), host)
-    if whole_layers:
-        smallest = shallowest(parameters)
+    if whole is not None:
+        smallest = shallowest(parameters, whole)
     else:
         least = smallest_counts(g, channels=channels, groups_only=groups_only)
         smallest = parameters.kept(g, least.shapes, least.widths)
@@ -88,13 +89,13 @@ def frontier_of(
     worth, counted = even_worth(g, channels=channels), _Counted.of(checkpoint, serving, host, latency)
     bounds = [(bound,) for _, bound in budgets]
     found: dict[Layout, list[Counts | None]] = {}
-    if whole_layers:
-        found["uniform"] = [Counts(any_layers(g, one).shapes) for one in bounds]
+    if whole is not None:
+        found[WHOLE_LAYOUTS[whole]] = [Counts(any_layers(g, one, whole).shapes) for one in bounds]
     elif "uniform" in layouts:
         value = uniform_worth(worth, g)
         every = (uniform_counts(g, one, channels=channels, groups_only=groups_only) for one in bounds)
         found["uniform"] = [_held(g, sorted(counts, key=value, reverse=True), host) for counts in every]
-    if "per-layer" in layouts and not whole_layers:
+    if "per-layer" in layouts and whole is None:
         found["per-layer"] = [*per_layer_counts(worth, g, bounds, groups_only=groups_only)]
     points = [
         counted.reach(g, share, layout, parameters, counts)

@@ -23,7 +23,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from sspcompile.errors import ArtifactError
 from sspcompile.families import Geometry
-from sspcompile.slicing.layouts import GONE
 from sspcompile.slicing.measures import SECOND, Measure, Serving
 from sspcompile.slicing.plan import SlicePlan
 
@@ -153,12 +152,13 @@ def latency_of(g: Geometry, table: LatencyTable) -> Measure:
     head = tuple(_picoseconds(one.head) if g.group_size > 1 else 0 for one in prices)
     group = tuple(_picoseconds(one.group) for one in prices)
     channel = tuple(_picoseconds(one.channel) if g.has_channels else 0 for one in prices)
+    # What a layer takes in any shape is not told apart by its parts: it stays with the MLP.
+    attention = tuple(g.kv_heads * (group[at] + g.group_size * head[at]) for at in range(g.layers))
     layer = tuple(
-        _picoseconds(one.layer) + g.kv_heads * (group[at] + g.group_size * head[at]) + g.intermediate * channel[at]
-        for at, one in enumerate(prices)
+        _picoseconds(one.layer) + attention[at] + g.intermediate * channel[at] for at, one in enumerate(prices)
     )
     whole = _picoseconds(table.step) + _picoseconds(table.vocabulary) + sum(layer)
-    return Measure("latency", whole, head, group, channel, layer, serving=table.conditions.serving)
+    return Measure("latency", whole, head, group, channel, layer, attention, serving=table.conditions.serving)
 
 
 def _picoseconds(seconds: float) -> int:
@@ -168,7 +168,7 @@ def _picoseconds(seconds: float) -> int:
 def seconds_of(plan: SlicePlan, table: LatencyTable) -> tuple[float, float]:
     """Seconds of a decoded token by the table, (dense, sliced)."""
     measure = latency_of(plan.geometry, table)
-    shapes = [(groups, heads // groups) if groups else GONE for heads, groups in plan.counts]
+    shapes = [layer.shape for layer in plan.layers]
     return measure.whole / SECOND, measure.kept(plan.geometry, shapes, plan.widths) / SECOND
 
 

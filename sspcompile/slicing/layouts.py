@@ -22,15 +22,17 @@ from sspcompile.errors import BudgetError
 from sspcompile.slicing.mask import Kept, Layout, kept_of
 
 Shape = tuple[int, int]
-# Of a layer that is removed whole.
+# No groups: of a layer that is removed whole, and of one that stays without its attention.
 GONE: Shape = (0, 0)
+SILENT: Shape = (0, 1)
 
 
 @dataclass(frozen=True)
 class Choice:
     """A mask: `kept` heads, bool [layers, heads], the shape (groups, heads per group) of every layer, and the kept
     `channels` of its MLPs, bool [layers, intermediate] (None: all of them). `layers`, bool [layers]: those that are
-    there at all (None: all); the others have the shape GONE.
+    there at all (None: all); the others have the shape GONE. One that
+    is there and keeps no head has lost its attention, and has the shape SILENT.
     """
 
     kept: np.ndarray

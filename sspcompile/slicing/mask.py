@@ -26,7 +26,8 @@ class Kept:
     [layers, intermediate], None where all of them do.
 
     `layers` bool [layers]: false where a whole layer is removed, so that what it puts out is what it was given; None
-    where all stay. The other rows of a removed layer are false.
+    where all stay. The other rows of a removed layer are false. A layer that is there and keeps no head has lost its
+    attention: nothing of it, no bias either, joins the residual stream.
     """
 
     heads: np.ndarray
@@ -52,13 +53,23 @@ class Kept:
         """The numbers of the layers that are removed whole."""
         return () if self.layers is None else tuple(np.flatnonzero(~self.layers).tolist())
 
+    def attends(self, layer: int) -> bool:
+        """Whether a layer is there with any of its heads."""
+        return bool(self.heads[layer].any())
+
+    @property
+    def silent(self) -> tuple[int, ...]:
+        """The numbers of the layers that stay without their attention."""
+        return tuple(layer for layer in range(len(self.heads)) if self.stays(layer) and not self.attends(layer))
+
 
 @dataclass(frozen=True)
 class HeadMask:
     """The kept units of every layer, with what they were chosen by.
 
     `kept[layer]` is ascending. In a layer every key/value group that keeps a head keeps the same number of them, so
-    that kept heads / kept groups is a whole number. `scores` is `[layers][heads]` in the criterion's own unit;
+    that kept heads / kept groups is a whole number. A layer that stays and keeps no head loses its attention whole;
+    only the per-layer layout has such. `scores` is `[layers][heads]` in the criterion's own unit;
     `whitelist` lists [layer, head] pairs that were kept before any score. `scenario` holds the name, the mixture over
     domains, its breadth in [0, 1] and the unknown share. `model` is the fingerprint of the dense checkpoint.
     `channels[layer]` are the kept channels of the layer's MLP out of `intermediate`, ascending; None where no channel
@@ -118,6 +129,11 @@ class HeadMask:
         """The layers that are left, ascending: where they stand in the dense model."""
         return tuple(layer for layer in range(self.layers) if layer not in self.removed)
 
+    @property
+    def silent(self) -> tuple[int, ...]:
+        """The layers that stay without their attention, ascending."""
+        return tuple(layer for layer in self.staying if not self.kept[layer])
+
     def kept_groups(self, layer: int) -> tuple[int, ...]:
         """Ascending key/value heads of a layer that keep at least one of their query heads."""
         return tuple(sorted({head // self.group_size for head in self.kept[layer]}))
@@ -148,19 +164,16 @@ def dump_mask(mask: HeadMask) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def load_mask(path: Path, *, empty_layers: bool = False) -> HeadMask:
-    """Open a mask.json. Raises ArtifactError when it is unreadable, of another schema or contradicts itself.
-
-    `empty_layers` accepts layers that keep no head: never compiled here, but a mask from elsewhere may have them.
-    """
+def load_mask(path: Path) -> HeadMask:
+    """Open a mask.json. Raises ArtifactError when it is unreadable, of another schema or contradicts itself."""
     try:
         text = path.read_bytes()
     except FileNotFoundError as error:
         raise ArtifactError(f"There is no mask {path}.", hint="Run `sspcompile build` first.") from error
-    return parse_mask(text, source=str(path), empty_layers=empty_layers)
+    return parse_mask(text, source=str(path))
 
 
-def parse_mask(text: str | bytes, *, source: str = "The mask", empty_layers: bool = False) -> HeadMask:
+def parse_mask(text: str | bytes, *, source: str = "The mask") -> HeadMask:
     """The mask that the content of a mask.json describes, called `source` in errors. Raises as `load_mask` does."""
     try:
         value = json.loads(text)
@@ -171,7 +184,7 @@ def parse_mask(text: str | bytes, *, source: str = "The mask", empty_layers: boo
         mask = _MASK.validate_json(json.dumps(value, allow_nan=False), strict=True)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{source} is not a mask.json.", hint="Run `sspcompile build` again.") from error
-    check_mask(mask, source=source, empty_layers=empty_layers)
+    check_mask(mask, source=source)
     return mask
 
 
@@ -181,7 +194,7 @@ def whole_mask(layers: int, heads: int, kv_heads: int) -> HeadMask:
     return HeadMask("", layers, heads, kv_heads, kept, "uniform", 1.0, 1.0, ((1.0,) * heads,) * layers, (), "", {})
 
 
-def check_mask(mask: HeadMask, *, source: str = "The mask", empty_layers: bool = False) -> None:
+def check_mask(mask: HeadMask, *, source: str = "The mask") -> None:
     """Raise ArtifactError unless indices are in range, ascending, and regular within every layer that stays."""
 
     def refuse(problem: str) -> ArtifactError:
@@ -192,12 +205,14 @@ def check_mask(mask: HeadMask, *, source: str = "The mask", empty_layers: bool =
     if len(mask.kept) != mask.layers or mask.heads % mask.kv_heads:
         raise refuse(f"{len(mask.kept)} rows for {mask.layers} layers of {mask.heads} heads ({mask.kv_heads} kv)")
     _check_removed(mask, refuse)
+    if mask.silent == mask.staying:
+        raise refuse("no layer keeps a head; the attention of one is needed at least")
     for layer in mask.staying:
         kept = mask.kept[layer]
-        if not kept and empty_layers:
+        if not kept and mask.layout == "per-layer":
             continue
         if not kept:
-            raise refuse(f"layer {layer} keeps no head; at least one is needed")
+            raise refuse(f"layer {layer} keeps no head, which the layout per-layer alone may have")
         if list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= mask.heads:
             raise refuse(f"layer {layer} lists heads that are out of range, double or unsorted")
         groups = [head // mask.group_size for head in kept]

@@ -2,7 +2,8 @@
 of a decoded token (`latency`).
 
 All are linear in what a cut removes: in every layer a query head, a key/value head (a group) and a channel of the MLP
-have a price each, and the layer has one as a whole, norms and experts included. A group's is its rows of k_proj and
+have a price each. So have the layer as a whole, norms and experts included, and its attention as a whole, the norms
+around it included. A group's is its rows of k_proj and
 v_proj and, in bytes, its keys and values of every cached token; in time, what reading them takes.
 """
 
@@ -15,11 +16,11 @@ from typing import Literal
 
 from sspcompile.checkpoint.headers import dtype_bytes
 from sspcompile.checkpoint.source import Checkpoint
-from sspcompile.checkpoint.tensors import Shapes, attention_shapes, layer_of, mlp_shapes, tensor_shapes
+from sspcompile.checkpoint.tensors import Shapes, attention_shapes, layer_of, mlp_shapes, of_attention, tensor_shapes
 from sspcompile.families import Geometry, hosting, layer_prefix
 from sspcompile.families.windows import windows_of
 from sspcompile.request.sizes import time_text
-from sspcompile.slicing.layouts import GONE, Shape
+from sspcompile.slicing.layouts import GONE, SILENT, Shape
 
 Tensors = Mapping[str, tuple[tuple[int, ...], str]]
 Unit = Literal["heads", "parameters", "memory", "latency"]
@@ -43,8 +44,8 @@ class Serving:
 
 @dataclass(frozen=True)
 class Measure:
-    """`whole` of the dense model, and by layer the price of a query `head`, a `group`, a `channel` of the MLP, and the
-    `layer` as a whole.
+    """`whole` of the dense model, and by layer the price of a query `head`, a `group`, a `channel` of the MLP, the
+    `layer` as a whole, and its `attention_whole`.
 
     `added`: what the class that was wished for has beside the source's tensors (zero biases). `serving`: what memory or
     time is counted for.
@@ -56,6 +57,7 @@ class Measure:
     group: tuple[int, ...]
     channel: tuple[int, ...]
     layer: tuple[int, ...]
+    attention_whole: tuple[int, ...]
     added: int = 0
     serving: Serving | None = None
 
@@ -66,14 +68,17 @@ class Measure:
 
     def kept(self, g: Geometry, shapes: Sequence[Shape], widths: Sequence[int] = ()) -> int:
         """Of the model with these shapes and widths of its layers; without widths every channel stays. A layer of the
-        shape GONE is not there.
+        shape GONE is not there, one of the shape SILENT has no attention.
         """
         full, removed = (g.kv_heads, g.group_size), 0
         for layer, shape in enumerate(shapes):
             if shape == GONE:
                 removed += self.layer[layer]
                 continue
-            removed += self.attention(layer, full) - self.attention(layer, shape)
+            if shape == SILENT:
+                removed += self.attention_whole[layer]
+            else:
+                removed += self.attention(layer, full) - self.attention(layer, shape)
             removed += self.channel[layer] * (g.intermediate - widths[layer]) if widths else 0
         return self.whole + self.added - removed
 
@@ -167,9 +172,11 @@ def _measure(
     cached = 2 * g.head_dim * width_of(tensors[output[0]][1])
     head, group, channel, added = [], [], [], [0] * g.layers
     layers = [g.kv_heads * cached * tokens for tokens in held]
+    attention = [*layers]
     for name, (shape, dtype) in tensors.items():
         if (at := layer_of(name)) is not None:
             layers[at] += math.prod(shape) * width_of(dtype)
+            attention[at] += math.prod(shape) * width_of(dtype) if of_attention(g, name) else 0
     for layer in range(g.layers):
 
         def total(shapes: Shapes, own: str = output[layer]) -> int:
@@ -188,5 +195,6 @@ def _measure(
             whole_layer = (layer, g.heads, g.kv_heads)
             added[layer] = total(attention_shapes(hosted, *whole_layer)) - total(attention_shapes(g, *whole_layer))
     whole += sum(g.kv_heads * cached * tokens for tokens in held)
-    layers = [one + more for one, more in zip(layers, added, strict=True)]
-    return Measure(unit, whole, tuple(head), tuple(group), tuple(channel), tuple(layers), sum(added))
+    layers, attention = ([one + more for one, more in zip(some, added, strict=True)] for some in (layers, attention))
+    units = tuple(head), tuple(group), tuple(channel)
+    return Measure(unit, whole, *units, tuple(layers), tuple(attention), sum(added))

@@ -1,9 +1,10 @@
 # Copyright the sspcompile authors. Licensed under the Apache License, Version 2.0.
 """Decoder classes whose layers differ in their numbers of heads and MLP channels (`per_layer_config` in config.json).
+A layer of no heads has no attention: nothing is added to the residual stream in its place.
 
 `PerLayerMistralForCausalLM` is `MistralForCausalLM` with each decoder layer built from its own counts, and so on for
 every stock class; `PerLayerMistralModel` is the decoder without its head, which vLLM's Transformers backend asks for.
-Only the sizes of the projections differ; every forward is inherited. Works with transformers 4.57 and 5.
+Only the sizes of the projections differ; every other forward is inherited. Works with transformers 4.57 and 5.
 
 `Gemma2Config` and so on are the stock configurations, with global head counts that can be read without a warning.
 """
@@ -11,12 +12,15 @@ Only the sizes of the projections differ; every forward is inherited. Works with
 import copy
 import functools
 
+import torch
 import transformers
 
 PREFIX = "PerLayer"
 COUNTS = ("num_attention_heads", "num_key_value_heads")
 # Stated per layer where layers differ in it.
 WIDTH = "intermediate_size"
+# A norm in front of attention, and the one behind it where the MLP has another in front of it.
+NORM_BEFORE, NORM_BEHIND, NORM_OF_MLP = "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm"
 
 
 class _LayerView:
@@ -64,6 +68,37 @@ class _GlobalCounts:
         return object.__getattribute__(self, name) if name in (*COUNTS, WIDTH) else super().__getattribute__(name)
 
 
+class _NoAttention(torch.nn.Module):
+    """In the place of an attention that is gone: a zero, which broadcasts."""
+
+    def __init__(self, attention, config):
+        super().__init__()
+        self.config = config
+        # A layer of Gemma 3 in transformers 4.57 asks its attention which of two kinds of positions to hand on.
+        self.is_sliding = getattr(attention, "is_sliding", False)
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return hidden_states.new_zeros(()), None
+
+
+def _without_attention(layer, config):
+    """Take the attention out of a layer, and the norms around it."""
+    layer.self_attn = _NoAttention(layer.self_attn, config)
+    setattr(layer, NORM_BEFORE, torch.nn.Identity())
+    if hasattr(layer, NORM_OF_MLP):
+        setattr(layer, NORM_BEHIND, torch.nn.Identity())
+
+
+def _places(config, attending):
+    """Where each of the layers that attend keeps its keys and values in a cache: in the first free place of its kind.
+
+    A cache has a place for every layer, and how long the text is, is read from the first one (of a kind).
+    """
+    kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
+    free = {kind: [place for place, other in enumerate(kinds) if other == kind] for kind in kinds}
+    return {layer: free[kinds[layer]].pop(0) for layer in attending}
+
+
 class _PerLayerHeads:
     """Builds the stock model, then each decoder layer again from its own counts."""
 
@@ -74,17 +109,27 @@ class _PerLayerHeads:
             if hasattr(self.config, name):
                 setattr(config, name, getattr(self.config, name))
         decoder = getattr(self, "model", self)  # or this is the decoder itself
-        for index, stock_layer in enumerate(decoder.layers):
-            counts = _counts(config, index)
-            layer_config = copy.copy(self.config)
+        every = [_counts(config, index) for index in range(len(decoder.layers))]
+        places = _places(self.config, [index for index, counts in enumerate(every) if counts[COUNTS[0]]])
+        for index, counts in enumerate(every):
+            attends, layer_config = index in places, copy.copy(self.config)
             for key, value in counts.items():
-                setattr(layer_config, key, value)
-            layer = type(stock_layer)(layer_config, index)
-            layer.self_attn.config = _LayerView(config, counts)
+                if attends or key == WIDTH:  # no attention can be made of no heads
+                    setattr(layer_config, key, value)
+            layer = type(decoder.layers[index])(layer_config, index)
+            if attends:
+                layer.self_attn.config = _LayerView(config, counts)
+                layer.self_attn.layer_idx = places[index]
+            else:
+                _without_attention(layer, config)
             decoder.layers[index] = layer
         self.config = config
         decoder.config = config
         self.post_init()
+
+    def _get_static_cache_init_shape(self):
+        """Keys and values of another layer may lie in a layer's place: what transformers 5 would lay out by counts."""
+        return None
 
 
 @functools.cache

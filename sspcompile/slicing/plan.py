@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sspcompile.checkpoint.source import Checkpoint
-from sspcompile.checkpoint.tensors import attention_shapes, layer_of, mlp_shapes, moved
+from sspcompile.checkpoint.tensors import attention_shapes, moved
 from sspcompile.errors import ArtifactError, CheckpointError, UnsupportedModelError
 from sspcompile.families import (
     Family,
@@ -27,32 +27,18 @@ from sspcompile.families import (
     without_layers,
 )
 from sspcompile.families.windows import windows_of
-from sspcompile.slicing.counts import Sizes, o_proj_of, sizes_by_layer, sizes_of
+from sspcompile.request.options import WHOLE_LAYOUTS, Whole
+from sspcompile.slicing.counts import Sizes, sizes_by_layer, sizes_of
 from sspcompile.slicing.depth import any_layers
 from sspcompile.slicing.hosts import per_layer_host, uniform_host
-from sspcompile.slicing.layouts import Choice, choose
-from sspcompile.slicing.mask import HeadMask, Layout, check_mask, kept_of
+from sspcompile.slicing.layouts import GONE, SILENT, choose
+from sspcompile.slicing.left import REMOVED, LayerCut, cuts_of, tensors_left, widths_left
+from sspcompile.slicing.mask import HeadMask, Layout, check_mask
 from sspcompile.slicing.measures import Serving, Tensors, tokens_held
 from sspcompile.slicing.runtimes import Verdict, verdicts
 from sspcompile.slicing.sizes import Bounds, channel_parameters, choose_per_layer, even_worth, realised, uniform_ranked
 
 SCHEMA_VERSION = 1
-
-
-@dataclass(frozen=True)
-class LayerCut:
-    """Kept query heads and kept key/value heads of one layer, indices of the source in the order of the output.
-
-    `dummy`: the layer lost all its heads; head 0 stays as the portable form of "no attention", its o_proj columns zero.
-    `channels`: kept channels of the MLP; None for all of them. A mask's are ascending, only nested models reorder.
-    `removed`: the whole layer goes.
-    """
-
-    heads: tuple[int, ...]
-    groups: tuple[int, ...]
-    dummy: bool = False
-    channels: tuple[int, ...] | None = None
-    removed: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,7 +70,9 @@ class SlicePlan:
 
     @property
     def counts(self) -> tuple[tuple[int, int], ...]:
-        """(query heads, key/value heads) of every layer of the dense model after the cut; (0, 0) of a removed one."""
+        """(query heads, key/value heads) of every layer of the dense model after the cut; (0, 0) of a layer that is
+        removed, or has lost its attention.
+        """
         return tuple((len(layer.heads), len(layer.groups)) for layer in self.layers)
 
     @property
@@ -98,9 +86,14 @@ class SlicePlan:
         return tuple(index for index, layer in enumerate(self.layers) if layer.removed)
 
     @property
+    def silent(self) -> tuple[int, ...]:
+        """The layers that stay without their attention."""
+        return tuple(index for index, layer in enumerate(self.layers) if layer.shape == SILENT)
+
+    @property
     def widths(self) -> tuple[int, ...]:
         """Channels of every layer's MLP after the cut; 0 of a removed layer."""
-        return tuple(_widths(self.geometry, self.layers))
+        return tuple(widths_left(self.geometry, self.layers))
 
     @property
     def size(self) -> float:
@@ -131,14 +124,7 @@ class SlicePlan:
     @property
     def _all_units(self) -> bool:
         g = self.geometry
-        return (
-            set(self.counts) == {(g.heads, g.kv_heads)}
-            and set(self.widths) == {g.intermediate}
-            and not any(layer.dummy for layer in self.layers)
-        )
-
-
-REMOVED = LayerCut((), (), removed=True)
+        return set(self.counts) == {(g.heads, g.kv_heads)} and set(self.widths) == {g.intermediate}
 
 
 def make_plan(checkpoint: Checkpoint, mask: HeadMask, *, host: str | None = None) -> SlicePlan:
@@ -148,7 +134,7 @@ def make_plan(checkpoint: Checkpoint, mask: HeadMask, *, host: str | None = None
     InputError when `host` does not.
     """
     g = checkpoint.geometry
-    check_mask(mask, empty_layers=True)
+    check_mask(mask)
     if (mask.layers, mask.heads, mask.kv_heads) != (g.layers, g.heads, g.kv_heads):
         raise ArtifactError(
             f"The mask is for {mask.layers} layers of {mask.heads} heads ({mask.kv_heads} kv); the model has "
@@ -159,9 +145,7 @@ def make_plan(checkpoint: Checkpoint, mask: HeadMask, *, host: str | None = None
         _demand_channels(g, mask)
     rows = mask.channels or (None,) * g.layers
     layers = tuple(
-        REMOVED
-        if layer in mask.removed
-        else LayerCut(kept or (0,), mask.kept_groups(layer) or (0,), dummy=not kept, channels=channels)
+        REMOVED if layer in mask.removed else LayerCut(kept, mask.kept_groups(layer), channels=channels)
         for layer, (kept, channels) in enumerate(zip(mask.kept, rows, strict=True))
     )
     return _plan(checkpoint, layers, mask.layout, host)
@@ -189,7 +173,7 @@ def plan_counts(
     """
     g = checkpoint.geometry
     choice = choose(np.ones((g.layers, g.heads)), g.kv_heads, keep, layout, groups_only=groups_only)
-    return _plan(checkpoint, _cuts(g, choice), layout, host)
+    return _plan(checkpoint, cuts_of(g, choice), layout, host)
 
 
 def plan_within(
@@ -198,34 +182,27 @@ def plan_within(
     layout: Layout,
     *,
     channels: bool,
-    whole_layers: bool = False,
+    whole: Whole | None = None,
     host: str | None = None,
     groups_only: bool = False,
 ) -> SlicePlan:
     """As `plan_counts`, within bounds on parameters, memory or time; `channels`: whether those of the MLPs may go
-    beside heads; `whole_layers`: those go and nothing else.
+    beside heads; `whole`: layers, or their attention, go whole and nothing else does.
 
     Of parameters, the same share of heads and of channels goes, as far as their steps allow. Raises BudgetError.
     """
     g = checkpoint.geometry
-    if whole_layers:
-        return _plan(checkpoint, _cuts(g, any_layers(g, bounds)), "uniform", host)
+    if whole is not None:
+        return _plan(checkpoint, cuts_of(g, any_layers(g, bounds, whole)), WHOLE_LAYOUTS[whole], host)
     worth = even_worth(g, channels=channels)
     if layout == "per-layer":
         choice = choose_per_layer(worth, g, bounds, groups_only=groups_only)
-        return _plan(checkpoint, _cuts(g, choice), layout, host)
+        return _plan(checkpoint, cuts_of(g, choice), layout, host)
     every = uniform_ranked(worth, g, bounds, groups_only=groups_only)
     for counts in every[:-1]:
         with contextlib.suppress(UnsupportedModelError):  # another shape may fit a class
-            return _plan(checkpoint, _cuts(g, realised(worth, g, counts, per_layer=False)), layout, host)
-    return _plan(checkpoint, _cuts(g, realised(worth, g, every[-1], per_layer=False)), layout, host)
-
-
-def _cuts(g: Geometry, choice: Choice) -> tuple[LayerCut, ...]:
-    return tuple(
-        LayerCut(kept, tuple(sorted({head // g.group_size for head in kept})), channels=channels) if kept else REMOVED
-        for kept, channels in zip(kept_of(choice.kept), choice.kept_channels or (None,) * g.layers, strict=True)
-    )
+            return _plan(checkpoint, cuts_of(g, realised(worth, g, counts, per_layer=False)), layout, host)
+    return _plan(checkpoint, cuts_of(g, realised(worth, g, every[-1], per_layer=False)), layout, host)
 
 
 def host_of(
@@ -237,7 +214,7 @@ def host_of(
     widths: Sequence[int] = (),
 ) -> Host:
     """The class that holds layers of these shapes (groups, heads per group) and widths of their MLPs, custom or stock.
-    Layers that are removed whole, of no groups, do not count.
+    Layers that are removed whole do not count, and no stock class has layers without attention.
 
     The `layout` per-layer asks for the custom class where layers of one shape fit no stock class. Raises
     UnsupportedModelError when there is none, and InputError when the one `wanted` cannot.
@@ -249,9 +226,9 @@ def _placed(
     geometry: Geometry, shapes: Sequence[tuple[int, int]], widths: Sequence[int], wanted: str | None, layout: Layout
 ) -> tuple[Host, bool]:
     """The class, and whether it is the custom one."""
-    there = [bool(groups) for groups, _ in shapes]
+    there = [shape != GONE for shape in shapes]
     shapes, widths = [*compress(shapes, there)], [*compress(widths, there)]
-    if len(set(shapes)) > 1 or len(set(widths)) > 1:
+    if len(set(shapes)) > 1 or len(set(widths)) > 1 or SILENT in shapes:
         return per_layer_host(geometry, wanted), True
     try:
         return uniform_host(geometry, shapes[0][0] * shapes[0][1], wanted), False
@@ -264,13 +241,13 @@ def _placed(
 def _plan(checkpoint: Checkpoint, layers: tuple[LayerCut, ...], layout: Layout, wanted: str | None) -> SlicePlan:
     g = checkpoint.geometry
     counts = [(len(layer.heads), len(layer.groups)) for layer in layers]
-    shapes = tuple((kv_heads, heads // kv_heads if kv_heads else 0) for heads, kv_heads in counts)
-    widths = _widths(g, layers)
+    shapes = tuple(layer.shape for layer in layers)
+    widths = widths_left(g, layers)
     staying = [index for index, layer in enumerate(layers) if not layer.removed]
     host, custom_code = _placed(g, shapes, widths, wanted, layout)
     expected = checkpoint.expected()
     dtypes = {dtype for _, dtype in expected.values()}
-    tensors = _left(g, layers, host, expected)
+    tensors = tensors_left(g, layers, host, expected)
     places = {layer: place for place, layer in enumerate(staying)}
     names = {moved(name, places): name for name in tensors}
     config = without_layers(checkpoint.config, g, staying)
@@ -302,27 +279,6 @@ def _plan(checkpoint: Checkpoint, layers: tuple[LayerCut, ...], layout: Layout, 
         ),
         windows=windows_of(checkpoint.config, g.family, g.layers),
     )
-
-
-def _widths(g: Geometry, layers: Sequence[LayerCut]) -> list[int]:
-    whole = [0 if layer.removed else g.intermediate for layer in layers]
-    return [all_ if layer.channels is None else len(layer.channels) for all_, layer in zip(whole, layers, strict=True)]
-
-
-def _left(g: Geometry, layers: Sequence[LayerCut], host: Host, expected: Tensors) -> Tensors:
-    """What is written, under the names of the source, in its order."""
-    tensors = {name: one for name, one in expected.items() if (at := layer_of(name)) is None or not layers[at].removed}
-    hosted = replace(g, qkv_bias=g.qkv_bias or "qkv" in host.zero_biases, o_bias=g.o_bias or "o" in host.zero_biases)
-    for layer, cut in enumerate(layers):
-        if cut.removed:
-            continue
-        dtype = expected[o_proj_of(layer)][1]
-        for name, shape in attention_shapes(hosted, layer, len(cut.heads), len(cut.groups)).items():
-            tensors[name] = (shape, expected[name][1] if name in expected else dtype)
-        if cut.channels is not None:
-            narrower = mlp_shapes(g, layer, len(cut.channels))
-            tensors |= {name: (shape, expected[name][1]) for name, shape in narrower.items()}
-    return tensors
 
 
 def _prunable(g: Geometry, expected: Tensors) -> int:
@@ -375,8 +331,8 @@ def plan_json(plan: SlicePlan, serving: Serving | None = None) -> dict[str, Any]
         "total_heads": plan.geometry.total_heads,
         "widths": list(plan.widths),
         "dense_width": plan.geometry.intermediate,
-        "dummy_layers": [index for index, layer in enumerate(plan.layers) if layer.dummy],
         **({"removed_layers": [*plan.removed]} if plan.removed else {}),
+        **({"removed_attention": [*plan.silent]} if plan.silent else {}),
         **_pairs(plan.dense, plan.sliced),
         **memory,
         "prunable_share": plan.prunable_share,

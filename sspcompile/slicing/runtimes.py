@@ -68,6 +68,8 @@ def _transformers(host: Family, custom: bool) -> Iterator[Verdict]:
 def _vllm(
     geometry: Geometry, host: Family, counts: Sequence[tuple[int, int]], widths: Sequence[int], custom: bool
 ) -> Verdict:
+    if not all(heads for heads, _ in counts):
+        return Verdict("vLLM", False, "layers without attention were not tried in it; transformers loads them")
     degrees = {degree: _unsplittable(counts, degree) or _unsplittable_mlp(widths, degree) for degree in DEGREES}
     fine = [str(degree) for degree in USUAL_DEGREES if not degrees[degree]]
     bad = [f"not {degree} ({degrees[degree]})" for degree in USUAL_DEGREES if degrees[degree]]

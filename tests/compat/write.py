@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from builders import CONFIGS, FAMILY_SETTINGS, Shape, family_config, make_checkpoint, save_random
 from stored import decoder_as, stacked, stored_as
-from test_slicing_exact import channels_for, without
+from test_slicing_exact import channels_for, without, without_attention
 
 from sspcompile.checkpoint import Checkpoint
 from sspcompile.model.loading import load
@@ -93,7 +93,19 @@ def write_shallower(folder: Path, family: str, layout: str) -> None:
     record(folder, save_random(folder / "dense", family_config(family, layers=5)), layout, removed=(0, 2))
 
 
-def record(folder: Path, dense: Path, layout: str, host: str | None = None, removed: tuple[int, ...] = ()) -> None:
+def write_silent(folder: Path, family: str, silent: tuple[int, ...]) -> None:
+    """A cut in which some layers have no attention: others keep their keys in the first places of a cache."""
+    record(folder, save_random(folder / "dense", family_config(family, layers=5)), "per-layer", silent=silent)
+
+
+def record(
+    folder: Path,
+    dense: Path,
+    layout: str,
+    host: str | None = None,
+    removed: tuple[int, ...] = (),
+    silent: tuple[int, ...] = (),
+) -> None:
     checkpoint = Checkpoint(dense)
     g = checkpoint.geometry
     scores = np.random.default_rng(1).random((g.layers, g.heads))
@@ -118,6 +130,7 @@ def record(folder: Path, dense: Path, layout: str, host: str | None = None, remo
         channels=channels_for(checkpoint, 0.6, layout, 1),
     )
     mask = without(mask, *removed)
+    mask = without_attention(mask, *silent) if silent else mask
     plan = make_plan(checkpoint, mask, host=host)
     write_model(checkpoint, plan, folder / "cut", max_shard_bytes=60_000)
     loaded = load(folder / "dense", fingerprint="")
@@ -141,6 +154,9 @@ def main(target: str) -> None:
     for family in ("llama", "qwen2", "gemma2", "gemma3_text", "smollm3", "qwen3_moe"):
         for layout in ("uniform", "per-layer"):
             write_shallower(Path(target) / f"{family}-{layout}-shallower", family, layout)
+    for family in FAMILY_SETTINGS:
+        for silent in ((0, 2), (1, 4)):
+            write_silent(Path(target) / f"{family}-per-layer-silent-{'-'.join(map(str, silent))}", family, silent)
     for family in ("llama", "qwen2", "smollm3", "mixtral"):
         for what in TWICE:
             for layout in ("uniform", "per-layer"):

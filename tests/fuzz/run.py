@@ -58,7 +58,7 @@ def index(data: bytes) -> None:
 
 
 def mask(data: bytes) -> None:
-    load_mask(_write("mask.json", data), empty_layers=True)
+    load_mask(_write("mask.json", data))
 
 
 def manifest(data: bytes) -> None:

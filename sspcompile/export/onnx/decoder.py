@@ -58,6 +58,15 @@ class Decoder:
         return replace(self, tensors={**self.tensors, **others})
 
     @property
+    def caches(self) -> Mapping[int, int]:
+        """Layer -> the number of its keys and values among the inputs; one without attention has none.
+
+        onnxruntime-genai counts them from 0 without a gap.
+        """
+        attending = (index for index, layer in enumerate(self.layers) if layer.heads)
+        return {layer: number for number, layer in enumerate(attending)}
+
+    @property
     def rotates_apart(self) -> bool:
         """Whether queries and keys are rotated before the attention, which does not rotate heads of this size."""
         return self.geometry.head_dim % ROTARY_MULTIPLE != 0
@@ -150,7 +159,7 @@ def _check(tensors: Mapping[str, TensorInfo], g: Geometry, layers: tuple[GraphLa
     if not g.tied:
         wanted[LM_HEAD] = (g.vocab, g.hidden)
     for index, layer in enumerate(layers):
-        wanted |= attention_shapes(g, index, layer.heads, layer.kv_heads)
+        wanted |= attention_shapes(g, index, layer.heads, layer.kv_heads) if layer.heads else {}
         wanted |= mlp_shapes(g, index, layer.width)
     demand_shapes(folder, tensors, wanted)
 

@@ -29,7 +29,8 @@ SEARCH: dict[str, Any] = {
 
 
 def genai_config(decoder: Decoder) -> dict[str, Any]:
-    """The settings as plain data. Counts of key/value heads that differ by layer are read from the graph's inputs.
+    """The settings as plain data. Counts of key/value heads that differ by layer are read from the graph's inputs. A
+    layer without attention is none of its layers: it asks for the keys and values of every layer that it knows of.
 
     Special tokens are those that transformers' `generate` takes.
     """
@@ -51,7 +52,7 @@ def genai_config(decoder: Decoder) -> dict[str, Any]:
                 "hidden_size": g.hidden,
                 "num_attention_heads": max(layer.heads for layer in decoder.layers),
                 "num_key_value_heads": max(layer.kv_heads for layer in decoder.layers),
-                "num_hidden_layers": g.layers,
+                "num_hidden_layers": len(decoder.caches),
                 "inputs": {
                     "input_ids": "input_ids",
                     "attention_mask": "attention_mask",

@@ -1,8 +1,9 @@
 """The graph of a decoder for ONNX Runtime, node by node; weights are references into files.
 
 Inputs `input_ids` [B, S], `attention_mask` [B, T] (int64; ones at the last S columns that are read, zeros at padding)
-and `past_key_values.N.key/value` [B, kv heads, P, D]; outputs `logits` in fp32, [B, S, vocabulary] or, of every row's
-last real token, [B, 1, vocabulary], and `present.N.key/value` [B, kv heads, T, D].
+and `past_key_values.N.key/value` [B, kv heads, P, D], N counting the layers that attend from 0; outputs `logits` in
+fp32, [B, S, vocabulary] or, of every row's last real token, [B, 1, vocabulary], and `present.N.key/value` [B, kv heads,
+T, D].
 
 com.microsoft.GroupQueryAttention computes the positions itself, from how many tokens of a row are real, and expects
 every row to start at once. Rows that are padded on the left are therefore rolled to the left on the way in, and their
@@ -195,16 +196,17 @@ def emit(
     ids = _rolled(graph, start)
     stream = graph.lookup(ids, EMBEDDING, "embedded")
     stream = graph.times(stream, decoder.embedding, "embedded.scaled")
-    normed = graph.norm(stream, layer_prefix(0) + "input_layernorm", decoder.epsilon)
+    normed = graph.norm(stream, _first_norm(decoder, 0), decoder.epsilon)
     for index, layer in enumerate(decoder.layers):
         prefix = layer_prefix(index)
-        attended = _attention(graph, decoder, layer, index, normed, (lengths, total))
-        attended = graph.times(attended, decoder.residual, prefix + "attention.scaled")
-        normed, stream = graph.joined_norm(stream, attended, prefix + "post_attention_layernorm", decoder.epsilon)
+        if layer.heads:
+            attended = _attention(graph, decoder, layer, index, normed, (lengths, total))
+            attended = graph.times(attended, decoder.residual, prefix + "attention.scaled")
+            normed, stream = graph.joined_norm(stream, attended, prefix + "post_attention_layernorm", decoder.epsilon)
         changed = _mlp(graph, decoder, layer.width, prefix + "mlp.", normed)
         changed = graph.times(changed, decoder.residual, prefix + "mlp.scaled")
         last = index + 1 == len(decoder.layers)
-        following = FINAL_NORM if last else layer_prefix(index + 1) + "input_layernorm"
+        following = FINAL_NORM if last else _first_norm(decoder, index + 1)
         normed, stream = graph.joined_norm(stream, changed, following, decoder.epsilon)
     hidden = _last(graph, normed, tail) if last_logits else _rolled_back(graph, normed, start)
     head = (EMBEDDING if g.tied else LM_HEAD).removesuffix(".weight")
@@ -215,6 +217,12 @@ def emit(
     else:
         graph.node("Cast", [logits], "logits", to=TensorProto.FLOAT)
     return _model(graph, decoder, last_logits=last_logits)
+
+
+def _first_norm(decoder: Decoder, index: int) -> str:
+    """The norm that a layer begins with: without attention it is the one of its MLP."""
+    norm = "input_layernorm" if decoder.layers[index].heads else "post_attention_layernorm"
+    return layer_prefix(index) + norm
 
 
 def _positions(graph: Graph) -> tuple[str, str, str, str]:
@@ -282,8 +290,10 @@ def _attention(
         queries = _rotated(graph, queries, prefix + "q_rotated", layer.heads)
         keys = _rotated(graph, keys, prefix + "k_rotated", layer.kv_heads)
     rotated_inside = layer.rotary and not rotated_before
-    past = [f"past_key_values.{index}.{part}" for part in ("key", "value")]
-    present = [f"present.{index}.{part}" for part in ("key", "value")]
+    number = decoder.caches[index]
+    past, present = (
+        [f"{side}.{number}.{part}" for part in ("key", "value")] for side in ("past_key_values", "present")
+    )
     inputs = [queries, keys, values, *past, *lengths, *((COSINES, SINES) if rotated_inside else ())]
     window: dict[str, Any] = {} if layer.window is None else {"local_window_size": layer.window}
     graph.nodes.append(
@@ -368,12 +378,12 @@ def _model(graph: Graph, decoder: Decoder, *, last_logits: bool) -> ModelProto:
     ]
     read = 1 if last_logits else "new"
     outputs = [_value("logits", TensorProto.FLOAT, "batch", read, decoder.geometry.vocab)]
-    for index, layer in enumerate(decoder.layers):
+    for layer, number in decoder.caches.items():
         for part in ("key", "value"):
-            shape = ("batch", layer.kv_heads, "{}", decoder.geometry.head_dim)
+            shape = ("batch", decoder.layers[layer].kv_heads, "{}", decoder.geometry.head_dim)
             for side, length, values in (("past_key_values", "past", inputs), ("present", "total", outputs)):
                 dims = [length if size == "{}" else size for size in shape]
-                values.append(_value(f"{side}.{index}.{part}", ELEMENT[graph.dtype], *dims))
+                values.append(_value(f"{side}.{number}.{part}", ELEMENT[graph.dtype], *dims))
     built = helper.make_graph(graph.nodes, "decoder", inputs, outputs, initializer=list(graph.initializers.values()))
     return helper.make_model(
         built,
