@@ -49,7 +49,8 @@ from sspcompile.proof.contents import check_contents
 from sspcompile.proof.layerwise import compare_layerwise
 from sspcompile.proof.prove import prove
 from sspcompile.proof.reload import respond
-from sspcompile.repair.fitting import fit_biases, fit_repairs
+from sspcompile.repair.biases import fit_biases
+from sspcompile.repair.fitting import fit_repairs
 from sspcompile.repair.repair import masked
 from sspcompile.request.options import Options
 from sspcompile.slicing.depth import any_layers, least_influence, left_of, shallowest
