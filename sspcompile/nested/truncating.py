@@ -137,7 +137,7 @@ def _columns(g: Geometry, order: Order, prefix: Prefix, layer: int) -> tuple[np.
 
 @dataclass(frozen=True)
 class Truncated:
-    """What is written of a member's refitted matrices (`repair.fitting.Written`): of each as many directions as `room`
+    """What is written of a member's refitted matrices (`repair.written.Written`): of each as many directions as `room`
     has of that of an earlier fit, or the matrix in full where it has that; without room, the dense one's columns.
 
     So a fit sees what truncation misses in the layers before, and makes up for it. `places` are of the member,

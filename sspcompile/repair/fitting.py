@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from sspcompile.model.weights import tensor_of, weight_of
 from sspcompile.progress import Steps, no_steps
 from sspcompile.repair.repair import Repair, repaired
 from sspcompile.repair.systems import LEAST_ENERGY, Normal, System, system_of
+from sspcompile.repair.written import RoundedMatrices, Written
 from sspcompile.slicing.mask import Kept
 
 
@@ -51,31 +52,6 @@ ROUNDED_RIDGES = RIDGES._replace(least=0.1)
 SCORED_SHARE = 0.5
 # That the hidden states and weights of the masks of one round may take; what does not fit is fitted in further rounds.
 ROUND_BYTES = 1 << 30
-
-
-class Written(Protocol):
-    """What becomes of a refitted matrix when it is written, where that is not the matrix itself.
-
-    `key` tells one such from others. `of` gives the numbers that a `weight` [out, in], o_proj's or `down`_proj's, then
-    stands for; `kept`, bool [in], are the columns that are written, None for all.
-    """
-
-    @property
-    def key(self) -> object: ...
-
-    def of(self, layer: int, weight: Tensor, *, down: bool, kept: Tensor | None) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class _RoundedMatrices:
-    rounding: Rounding
-
-    @property
-    def key(self) -> object:
-        return str(self.rounding)
-
-    def of(self, layer: int, weight: Tensor, *, down: bool, kept: Tensor | None) -> Tensor:
-        return self.rounding.of(weight) if kept is None else self.rounding.of_columns(weight, kept)
 
 
 def fit_repairs(
@@ -103,7 +79,7 @@ def fit_repairs(
     """
     mlp = mlp or rounding is not None
     ridges = ridges or (RIDGES if rounding is None else ROUNDED_RIDGES)
-    written = written if rounding is None else _RoundedMatrices(rounding)
+    written = written if rounding is None else RoundedMatrices(rounding)
     down = mlp or any(kept.channels is not None or kept.removed or kept.silent for kept in masks)
     down = down and loaded.geometry.has_channels
     at_once = masks_at_once(loaded, sum(batch.input_ids.numel() for batch in batches), dtype, mlp=down)
@@ -139,9 +115,10 @@ def _fit_round(
     report: Callable[[int], None],
 ) -> list[Repair]:
     dense = _Dense(loaded, batches)
+    rounding = streams[0].rounding  # the same for all
+    entered = dense.hidden if rounding is None else _entered(loaded, batches, rounding)
     for stream in streams:
-        rounding = stream.rounding
-        stream.hidden = list(dense.hidden) if rounding is None else _entered(loaded, batches, rounding)
+        stream.hidden = list(entered)
     masks, written = [stream.kept for stream in streams], [stream.written.key for stream in streams if stream.written]
     kept_state = journal.current().state("repair", loaded, [batches, masks, str(dtype), list(ridges), mlp, *written])
     stand = kept_state.read()

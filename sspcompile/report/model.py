@@ -239,9 +239,7 @@ class RoundingRow(Section):
 
 
 class RoundingSection(Section):
-    """Cutting against rounding, in `runtime`, on so many `texts` that decided nothing. `precision`: what was asked;
-    `refitted`: whether the cut was refitted for it.
-    """
+    """Cutting against rounding to `precision`, for which the cut was `refitted` or not; `texts` decided nothing."""
 
     precision: Literal["int8", "int4"]
     runtime: str

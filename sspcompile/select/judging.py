@@ -20,9 +20,10 @@ from sspcompile.model.rounding import Rounding
 from sspcompile.model.text import Batch, Sentence, batches_of
 from sspcompile.progress import Progress, Steps, no_steps, silent, stage_of
 from sspcompile.repair.biases import fit_biases
-from sspcompile.repair.fitting import Written, fit_repairs
+from sspcompile.repair.fitting import fit_repairs
 from sspcompile.repair.repair import MIN_PROMPTS, Repair, is_linear, masked
 from sspcompile.repair.rounded import rounded
+from sspcompile.repair.written import Written
 from sspcompile.request.options import Options
 from sspcompile.request.prompts import Prompt
 from sspcompile.request.splits import Splits
