@@ -291,7 +291,8 @@ def main(
     dense = open_dense(model)
     loaded, dtype = dense.load(), refitted_dtype(dense.checkpoint)
     lines = out.read_text("utf-8").splitlines() if out.exists() else []
-    known = {tuple(json.loads(line).get(part) for part in KEY) for line in lines}
+    rows = [json.loads(line) for line in lines]
+    known = {tuple(row.get(part) for part in KEY) for row in rows if not questions or "exams" in row}
     budgets = [*_budgets(**budgeted)]
     for seed in range(seeds):
         ground = Ground(loaded, data, seed)

@@ -222,7 +222,7 @@ def unrounded(made, at):
             dense = read_tensor(checkpoint.tensors[place.name]).double().numpy()
             full = np.zeros_like(dense)
             if isinstance(one, LowRank):
-                outputs, inputs = difference(one, place.dtype)
+                outputs, inputs = difference(one)
                 full[:, place.columns] = dense[:, place.columns] + outputs @ inputs
             else:
                 full[:, place.columns] = numbers(one, place.dtype)

@@ -88,7 +88,7 @@ def _cosines_around(loaded: LoadedModel, batch: Batch) -> np.ndarray:
         layer, behind = divmod(place, 2)
         state = normalize(x[real.to(x.device)].float(), dim=-1)
         if behind:
-            found[layer] = float((before.pop(layer) * state).sum())
+            found[layer] = float((before.pop(layer).to(state.device) * state).sum())
         else:
             before[layer] = state
 

@@ -19,8 +19,8 @@ from sspcompile.slicing.mask import dump_mask
 from sspcompile.slicing.plan import make_plan
 from sspcompile.workspace import MODEL, NESTED
 
-# Of the factors of a difference, in a safetensors file.
-BYTE = "I8"
+# Of the factors of a difference and their scales, in a safetensors file; a matrix in full comes in raw words.
+DTYPES: Mapping[type, str] = {np.int8: "I8", np.float32: "F32"}
 
 
 def add_member(
@@ -66,7 +66,7 @@ def write_repair(folder: Path, share: float, repair: Mapping[str, Stored], dtype
     file = repair_file(share)
     (folder / file).parent.mkdir(parents=True)
     tensors = [
-        OutputTensor(name, BYTE if words.dtype == np.int8 else dtypes[matrix], words.shape, _content(words))
+        OutputTensor(name, DTYPES.get(words.dtype.type, dtypes[matrix]), words.shape, _content(words))
         for matrix, stored in repair.items()
         for name, words in file_tensors({matrix: stored}).items()
     ]

@@ -124,7 +124,8 @@ def measured(chosen: Chosen, judge: Judge, checkpoint: Checkpoint) -> Iterator[M
     """
     places = [places_of(checkpoint, chosen.order, size.prefix) for size in chosen.sizes]
     rooms = _rooms(chosen, judge, checkpoint, places)
-    for member, (choice, room) in enumerate(zip(chosen.choices, rooms, strict=True)):
+    for member, choice in enumerate(chosen.choices):
+        room, rooms[member] = rooms[member], None  # what it has stored goes with it
         stored: Mapping[str, Stored] = {}
         if room is not None and room.room:
             name = f"repair (member {chosen.sizes[member].share:g})"
@@ -152,7 +153,7 @@ def _rooms(
             report = stage_of(judge.progress, f"low-rank repair ({chosen.sizes[member].share:g})")
             pool.add(member, places[member], repair, energies[member], device, report)
     return [
-        Truncated(checkpoint, places[member], pool.stored(member), energies[member], device)
+        Truncated(checkpoint, places[member], pool.room(member), energies[member], device)
         if member in energies
         else None
         for member in range(len(chosen.choices))

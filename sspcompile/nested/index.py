@@ -120,6 +120,7 @@ def read_nested(artifact: Path) -> Nested:
     """Of the folder of a nested artifact. Raises ArtifactError for anything else, or what is damaged."""
     path = artifact / MODEL / NESTED
     try:
+        _demand_version(path)
         nested = Nested.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:
         raise ArtifactError(
@@ -131,6 +132,20 @@ def read_nested(artifact: Path) -> Nested:
     if not _agrees(nested):
         raise ArtifactError(f"{path} contradicts itself.", hint="Run `sspcompile build --nested` again.")
     return nested
+
+
+def _demand_version(path: Path) -> None:
+    """Raise ArtifactError for an index of another schema. What is not JSON at all is left to the reader."""
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError:
+        return
+    version = found.get("schema_version") if isinstance(found, dict) else SCHEMA_VERSION
+    if version != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{path} is of schema version {version!r:.20}; this version reads {SCHEMA_VERSION}.",
+            hint="Run `sspcompile build --nested` again.",
+        )
 
 
 def _agrees(nested: Nested) -> bool:

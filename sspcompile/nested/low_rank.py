@@ -16,6 +16,7 @@ from sspcompile.errors import ArtifactError
 # What the factors are called behind the name of their module: `weight + lora_B diag(scale) lora_A`, as in LoRA (Hu et
 # al. 2021, arXiv 2106.09685), whose layout adapters are known by. Nothing here was trained.
 WEIGHT, OUTPUTS, INPUTS, SCALES = ".weight", ".lora_B.weight", ".lora_A.weight", ".lora_scale"
+PARTS = (OUTPUTS, INPUTS, SCALES)
 # The largest number that a factor holds.
 HIGHEST = 127
 # Of float64 at a time.
@@ -24,8 +25,8 @@ BAND_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class LowRank:
-    """A difference `outputs` [out, rank] times diag(`scales`) times `inputs` [rank, in]: whole numbers of one byte, and
-    a scale [rank] for each direction in raw words of the dtype of the dense matrix.
+    """A difference `outputs` [out, rank] times diag(`scales`) times `inputs` [rank, in]: int8, and a scale [rank] for
+    each direction in fp32, since products of two small steps are below what 16 bits hold.
 
     A byte is enough: what a direction misses by it is a ten-thousandth of its energy, and the next direction, which
     there is room for instead, is worth more.
@@ -49,13 +50,11 @@ class LowRank:
 Stored = np.ndarray | LowRank
 
 
-def low_rank(outputs: np.ndarray, inputs: np.ndarray, dtype: str) -> LowRank:
-    """The difference `outputs` [out, rank] times `inputs` [rank, in], float64, of a matrix of safetensors `dtype`."""
+def low_rank(outputs: np.ndarray, inputs: np.ndarray) -> LowRank:
+    """The difference `outputs` [out, rank] times `inputs` [rank, in], float64."""
     of_outputs, of_inputs = _step(outputs.T), _step(inputs)
-    scales = words_of(of_outputs * of_inputs, dtype)
-    # What the scale is rounded by goes into the inputs.
-    of_inputs = numbers(scales, dtype) / of_outputs
-    return LowRank(_whole(outputs / of_outputs), _whole(inputs / of_inputs[:, None]), scales)
+    whole = _whole(outputs / of_outputs), _whole(inputs / of_inputs[:, None])
+    return LowRank(*whole, (of_outputs * of_inputs).astype(np.float32))
 
 
 def _step(rows: np.ndarray) -> np.ndarray:
@@ -68,14 +67,14 @@ def _whole(values: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(values), -HIGHEST, HIGHEST).astype(np.int8)
 
 
-def rank_bytes(rows: int, columns: int, word: int) -> int:
-    """Of one direction of a matrix [rows, columns] whose numbers take `word` bytes."""
-    return rows + columns + word
+def rank_bytes(rows: int, columns: int) -> int:
+    """Of one direction of a matrix [rows, columns]: a byte for each number, and its scale."""
+    return rows + columns + 4
 
 
-def difference(stored: LowRank, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+def difference(stored: LowRank) -> tuple[np.ndarray, np.ndarray]:
     """Its factors [out, rank] and [rank, in] in float64, scales in the second one."""
-    return stored.outputs.astype(np.float64), stored.inputs * numbers(stored.scales, dtype)[:, None]
+    return stored.outputs.astype(np.float64), stored.inputs * stored.scales.astype(np.float64)[:, None]
 
 
 def refitted(prefix: np.ndarray, stored: Stored, dtype: str) -> np.ndarray:
@@ -85,7 +84,7 @@ def refitted(prefix: np.ndarray, stored: Stored, dtype: str) -> np.ndarray:
     """
     if not isinstance(stored, LowRank):
         return stored
-    outputs, inputs = difference(stored, dtype)
+    outputs, inputs = difference(stored)
     rows = max(1, BAND_BYTES // (8 * max(1, prefix.shape[1])))
     bands = [
         words_of(numbers(prefix[at : at + rows], dtype) + outputs[at : at + rows] @ inputs, dtype)
@@ -115,7 +114,9 @@ _FLOATS = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
 
 
 def file_tensors(stored: Mapping[str, Stored]) -> dict[str, np.ndarray]:
-    """Names and raw words in a member's file, from the names of matrices in the model; factors are int8."""
+    """Names and contents of a member's file, from the names of matrices in the model: raw words of matrices in full,
+    factors in int8 and scales in fp32.
+    """
     found: dict[str, np.ndarray] = {}
     for name, one in stored.items():
         if isinstance(one, LowRank):
@@ -130,16 +131,15 @@ def from_file(names: Mapping[str, object], read: Callable[[str], np.ndarray]) ->
     """The way back: `read` gives the raw words of one of the `names`. Raises ArtifactError for half a difference."""
     found: dict[str, Stored] = {}
     for name in names:
-        if name.endswith((INPUTS, SCALES)):
-            continue
-        if not name.endswith(OUTPUTS):
+        part = next((part for part in PARTS if name.endswith(part)), None)
+        if part is None:
             found[name] = read(name)
             continue
-        module = name.removesuffix(OUTPUTS)
-        for other in (module + INPUTS, module + SCALES):
-            if other not in names:
-                raise ArtifactError(f"{name} has no {other} beside it.", hint="Build the artifact again.")
-        found[module + WEIGHT] = LowRank(
-            read(name).view(np.int8), read(module + INPUTS).view(np.int8), read(module + SCALES)
-        )
+        module = name.removesuffix(part)
+        missing = next((module + other for other in PARTS if module + other not in names), None)
+        if missing is not None:
+            raise ArtifactError(f"{name} has no {missing} beside it.", hint="Build the artifact again.")
+        if part == OUTPUTS:
+            outputs, inputs = (read(module + one).view(np.int8) for one in (OUTPUTS, INPUTS))
+            found[module + WEIGHT] = LowRank(outputs, inputs, read(module + SCALES).view(np.float32))
     return found

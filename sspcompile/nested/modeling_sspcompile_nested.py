@@ -93,8 +93,8 @@ class _Nested:
             for name, tensor in repair.items():
                 module = name.removesuffix(SCALES).removesuffix(WEIGHT).removesuffix(".lora_A").removesuffix(".lora_B")
                 own = self.get_parameter(module + WEIGHT)
-                # Factors are whole numbers of one byte, and stay so in memory.
-                repair[name] = tensor.to(own.device, own.dtype if tensor.is_floating_point() else tensor.dtype)
+                # Factors of one byte and their scales stay what they are.
+                repair[name] = tensor.to(own.device, own.dtype if name == module + WEIGHT else tensor.dtype)
         members = self._index["members"]
         self._states = [self._state(*both) for both in zip(members, self._repairs, strict=True)]
 
@@ -148,8 +148,10 @@ def _with_difference(module, args, output):
     if difference is None:
         return output
     (inputs, scales, outputs), linear = difference, torch.nn.functional.linear
-    low = linear(args[0], inputs.to(args[0].dtype)) * scales.to(args[0].dtype)
-    return output + linear(low, outputs.to(low.dtype))
+    # Whole numbers times inputs are beyond what float16 holds, and scales below it.
+    kind = torch.float32 if output.dtype == torch.float16 else output.dtype
+    low = linear(args[0].to(kind), inputs.to(kind)) * scales.to(kind)
+    return output + linear(low, outputs.to(kind)).to(output.dtype)
 
 
 def _fixed(tensor):

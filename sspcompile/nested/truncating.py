@@ -137,8 +137,8 @@ def _columns(g: Geometry, order: Order, prefix: Prefix, layer: int) -> tuple[np.
 
 @dataclass(frozen=True)
 class Truncated:
-    """What is written of a member's refitted matrices (`repair.written.Written`): of each as many directions as `room`
-    has of that of an earlier fit, or the matrix in full where it has that; without room, the dense one's columns.
+    """What is written of a member's refitted matrices (`repair.written.Written`): of each as many directions as there
+    was `room` for in an earlier fit, by name, or the matrix in full where that is None; of others the dense columns.
 
     So a fit sees what truncation misses in the layers before, and makes up for it. `places` are of the member,
     `energies` those of its inputs in the earlier fit; it is worked out on `device`.
@@ -146,14 +146,14 @@ class Truncated:
 
     checkpoint: Checkpoint
     places: Sequence[Place]
-    room: Mapping[str, Stored]
+    room: Mapping[str, int | None]
     energies: Energies
     device: torch.device
     _found: dict[str, Stored] = field(default_factory=dict)
 
     @property
     def key(self) -> object:
-        return [[name, one.rank if isinstance(one, LowRank) else None] for name, one in sorted(self.room.items())]
+        return sorted(self.room.items())
 
     def of(self, layer: int, weight: Tensor, *, down: bool, kept: Tensor | None) -> Tensor:
         place = next(one for one in self.places if (one.layer, one.down) == (layer, down))
@@ -169,17 +169,17 @@ class Truncated:
         return {place.name: self._found[place.name] for place in self.places if place.name in self._found}
 
     def _stored(self, place: Place, weight: Tensor) -> Stored | None:
-        room = self.room.get(place.name)
-        if room is not None and place.name not in self._found:
-            columns = torch.from_numpy(place.columns)
-            if isinstance(room, LowRank):
+        if place.name in self.room and place.name not in self._found:
+            room, columns = self.room[place.name], torch.from_numpy(place.columns)
+            if room is None:
+                self._found[place.name] = _words(weight[:, columns].cpu())
+            else:
                 energy = (self.energies.down if place.down else self.energies.o_proj)[place.layer][columns]
                 prefix = read_words(self.checkpoint.tensors[place.name])[:, place.columns]
                 found = _difference(0, place, weight[:, columns].cpu(), prefix, energy, double_device(self.device))
-                found.trim(min(room.rank, len(found.low.inputs)))
-                self._found[place.name] = found.low
-            else:
-                self._found[place.name] = _words(weight[:, columns].cpu())
+                found.trim(min(room, found.low.rank))
+                if found.low.rank:
+                    self._found[place.name] = found.low
         return self._found.get(place.name)
 
 
@@ -262,6 +262,10 @@ class Pool:
         """What there is room for of a member's repair, by name, columns in the order of removal."""
         return {one.name: one.stored for one in self._found if one.member == member}
 
+    def room(self, member: int) -> dict[str, int | None]:
+        """The same as numbers of directions; None for a matrix in full."""
+        return {one.name: one.low.rank if one.full is None else None for one in self._found if one.member == member}
+
     def _trim(self) -> None:
         """By worth per byte. The order of directions of one matrix is kept, because their density never rises."""
         if not self._found:
@@ -287,7 +291,7 @@ def _difference(
     missing = total - np.cumsum(gains)
     needed = 0 if not total > 0 else int(np.argmax(missing <= NEGLIGIBLE * total)) + 1
     word = prefix.dtype.itemsize
-    each = rank_bytes(rows, columns, word)
+    each = rank_bytes(rows, columns)
     smaller = max(0, rows * columns * word - 1) // each  # the highest rank that takes less than the matrix
     rank, whole = min(needed, smaller), needed > smaller
     outputs = vectors.flip(1)[:, :rank]
@@ -299,7 +303,7 @@ def _difference(
         full = _words(weight)
         cost = np.append(cost, rows * columns * word - rank * each)
         worth = np.append(worth, gains[rank:].sum())
-    low = low_rank(outputs.cpu().numpy(), inputs.cpu().numpy(), place.dtype)
+    low = low_rank(outputs.cpu().numpy(), inputs.cpu().numpy())
     return _Difference(member, place.name, low, full, np.minimum.accumulate(worth / cost), cost)
 
 

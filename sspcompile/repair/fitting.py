@@ -79,6 +79,8 @@ def fit_repairs(
     """
     mlp = mlp or rounding is not None
     ridges = ridges or (RIDGES if rounding is None else ROUNDED_RIDGES)
+    if rounding is not None and written is not None:
+        raise ValueError("a rounding says itself what is written")
     written = written if rounding is None else RoundedMatrices(rounding)
     down = mlp or any(kept.channels is not None or kept.removed or kept.silent for kept in masks)
     down = down and loaded.geometry.has_channels
@@ -252,6 +254,8 @@ class _Stream:
         if not self.kept.stays(index):
             return
         loaded = dense.loaded
+        # A layer computes where its weights are; the one before may lie on another device.
+        self.hidden = [one.to(after.device) for one, after in zip(self.hidden, dense.after, strict=True)]
         columns = torch.from_numpy(np.repeat(self.kept.heads[index], loaded.geometry.head_dim))
         channels = None if self.kept.channels is None else torch.from_numpy(self.kept.channels[index])
         narrower = channels is not None and not channels.all()

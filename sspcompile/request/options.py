@@ -226,8 +226,8 @@ class Options(BaseModel):
     quantize: Annotated[
         Rounded | None,
         Shown(
-            "Round the finished cut too: export it to ONNX in this precision, and weigh it, byte by byte, against the "
-            "dense model that is only rounded."
+            "Round the finished cut too: refit o_proj and down_proj for the rounding, export to ONNX in this "
+            "precision, and weigh it, byte by byte, against the dense model that is only rounded."
         ),
     ] = None
     baselines: Annotated[
@@ -289,6 +289,10 @@ class Options(BaseModel):
             raise ValueError("units attention leaves layers that differ, which layout uniform has not; leave it out")
         if self.whole == "attention" and self.max_latency is not None:
             raise ValueError(f"max_latency has no price of attention as a whole, with units attention; give {instead}")
+        if self.repair == "flap-bias":
+            raise ValueError(
+                f"units {self.whole} leaves no heads of a layer that flap-bias stands in for; leave it out"
+            )
         if about:
             what = "whole layers" if self.whole == "layers" else "the whole attention of layers"
             problem = f"units {self.whole} removes {what}, and {' and '.join(about)} is about parts of them"

@@ -13,10 +13,10 @@ from pydantic import TypeAdapter
 
 from sspcompile.errors import ArtifactError
 
-# Version 1 named heads alone, version 2 channels too. Version 3 names removed layers, and is written where there are
-# some: a reader that knows none of them must not take such a mask for one of silent layers.
-READS = (1, 2, 3)
-WITHOUT_LAYERS, SCHEMA_VERSION = READS[1:]
+# Version 1 named heads alone, version 2 channels too. Version 3 names removed layers, version 4 has layers without
+# attention; each is written where there are some: a reader that knows less must not take such a mask for another.
+READS = (1, 2, 3, 4)
+WITHOUT_LAYERS, WITH_LAYERS, WITHOUT_ATTENTION = READS[1:]
 Layout = Literal["uniform", "per-layer"]
 
 
@@ -149,7 +149,8 @@ def kept_of(array: np.ndarray) -> tuple[tuple[int, ...], ...]:
 
 def dump_mask(mask: HeadMask) -> str:
     """mask.json as text: one line per layer, so that a person can read it and a diff can show it."""
-    value = {"schema_version": SCHEMA_VERSION if mask.removed else WITHOUT_LAYERS, **asdict(mask)}
+    version = WITHOUT_ATTENTION if mask.silent else WITH_LAYERS if mask.removed else WITHOUT_LAYERS
+    value = {"schema_version": version, **asdict(mask)}
     if not mask.removed:
         del value["removed"]
     if mask.latency_requested is None:

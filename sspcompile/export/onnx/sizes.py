@@ -30,7 +30,7 @@ from sspcompile.model.onnx_session import SIZES, demand_runtime, graph_name
 from sspcompile.model.placement import Placement
 from sspcompile.nested.files import demand_class, read_repair
 from sspcompile.nested.index import Member, Nested, read_nested
-from sspcompile.nested.low_rank import INPUTS, OUTPUTS, LowRank, Stored, difference, file_tensors, numbers
+from sspcompile.nested.low_rank import INPUTS, OUTPUTS, LowRank, Stored, difference, numbers
 from sspcompile.progress import Progress
 from sspcompile.workspace import MODEL
 
@@ -114,9 +114,7 @@ def _placed(
 ) -> list[dict[str, Placed]]:
     """Where the weights of every size lie in the file, which is written here."""
     tensors = used_tensors(decoder.tensors, tied=decoder.geometry.tied)
-    repairs = [read_repair(artifact, member) for member in nested.members]
-    total = sum(info.nbytes for info in tensors.values())
-    total += sum(words.nbytes for stored in repairs for words in file_tensors(stored).values())
+    total = sum(info.nbytes for info in tensors.values()) + sum(member.repair_bytes for member in nested.members)
     done = 0
 
     def wrote(count: int) -> None:
@@ -128,7 +126,7 @@ def _placed(
     with DataFile(folder / DATA_FILE, wrote) as data:
         whole = _store(tensors, sides, data)
         dtypes = {name: info.dtype for name, info in tensors.items()}
-        others = [_store_repair(stored, dtypes, data) for stored in repairs]
+        others = [_store_repair(read_repair(artifact, member), dtypes, data) for member in nested.members]
     return [_prefixes(whole, nested, member) | own for member, own in zip(nested.members, others, strict=True)]
 
 
@@ -150,7 +148,7 @@ def _store_repair(stored: Mapping[str, Stored], dtypes: Mapping[str, str], data:
     for name, one in stored.items():
         if isinstance(one, LowRank):
             module = name.removesuffix(WEIGHT)
-            for factor, values in zip((OUTPUTS, INPUTS), difference(one, dtypes[name]), strict=True):
+            for factor, values in zip((OUTPUTS, INPUTS), difference(one), strict=True):
                 put(module + factor, values)
         else:
             put(name, numbers(one, dtypes[name]), turned=True)
