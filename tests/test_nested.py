@@ -36,6 +36,7 @@ from sspcompile.nested.choose import choices_within
 from sspcompile.nested.files import write_whole
 from sspcompile.nested.index import Nested, read_nested
 from sspcompile.nested.low_rank import SCALES, LowRank, Stored, difference, file_tensors, numbers, refitted
+from sspcompile.nested.modeling_sspcompile_nested import _with_difference
 from sspcompile.nested.order import Order, Size, demand_nestable, order_of, prefix_of
 from sspcompile.nested.proving import check_order
 from sspcompile.nested.truncating import Energies, Pool, places_of, repair_of
@@ -232,6 +233,28 @@ def unrounded(made, at):
 
 def same(found, expected):
     return float((found - expected).abs().max()) <= BOUND * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_difference_is_added_in_every_dtype_whatever_enters(dtype):
+    """Whole numbers times loud inputs are beyond what float16 holds, and scales below it."""
+    draw = torch.Generator().manual_seed(0)
+    inputs, outputs = (torch.randint(-127, 128, shape, generator=draw, dtype=torch.int8) for shape in ((3, 64), (8, 3)))
+    scales, x = torch.tensor([3e-8, 1e-6, 2e-7]), 2000 * torch.rand(2, 64, generator=draw).to(dtype)
+    module = torch.nn.Linear(64, 8)
+    module.__dict__["difference"] = (inputs, scales, outputs)
+    found = _with_difference(module, (x,), torch.ones(2, 8, dtype=dtype))
+    expected = 1 + x.double() @ inputs.double().T * scales.double() @ outputs.double().T
+    assert found.dtype == dtype
+    assert (found.double() - expected).abs().max() <= 0.02 * (expected - 1).abs().max()
+
+
+def test_an_index_of_another_version_is_named_and_not_called_damaged(made, tmp_path):
+    (tmp_path / "model").mkdir()
+    index = json.loads((made.folder / "model" / "nested.json").read_text("utf-8"))
+    (tmp_path / "model" / "nested.json").write_text(json.dumps({**index, "schema_version": 1}), "utf-8")
+    with pytest.raises(ArtifactError, match="schema version 1; this version reads 2"):
+        read_nested(tmp_path)
 
 
 def test_the_whole_is_the_dense_model_with_its_units_permuted(made):

@@ -252,6 +252,7 @@ def test_masks_without_attention_are_read_back_and_impossible_ones_refused(tmp_p
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "dense", Shape(layers=3)))
     mask = without_attention(mask_for(checkpoint, 0.6, "per-layer", 3, 0.7), 0, 2)
     assert parse_mask(dump_mask(mask)) == mask
+    assert json.loads(dump_mask(mask))["schema_version"] == 4, "a reader that knows less would keep a silent head"
     for wrong, problem in (
         (without_attention(mask, 0, 1, 2), "no layer keeps a head"),
         (without(mask, 1), "no layer keeps a head"),
@@ -461,3 +462,9 @@ def test_budgets_that_leave_no_attention_exit_with_3(run):
     assert len(json.loads(run("plan", "--units", "attention", "--size", named, "--json")[1])["removed_attention"]) == 7
     code, _, err = run("plan", "--units", "attention", "--keep", 0.5)
     assert code == 2 and "keep 0.5 is about parts" in err
+
+
+@pytest.mark.parametrize("units", ["attention", "layers"])
+def test_a_bias_that_nothing_could_hold_is_refused_before_any_work(run, units):
+    code, _, err = run("plan", "-s", "homework-tutor", "--units", units, "--size", "0.8", "--repair", "flap-bias")
+    assert code == 2 and "flap-bias" in err and "least-squares" in err and err.count("\n") == 1

@@ -291,7 +291,7 @@ class Options(BaseModel):
             raise ValueError(f"max_latency has no price of attention as a whole, with units attention; give {instead}")
         if self.repair == "flap-bias":
             raise ValueError(
-                f"units {self.whole} leaves no heads of a layer that flap-bias stands in for; leave it out"
+                f"units {self.whole} removes what flap-bias would be written to; give repair least-squares or none"
             )
         if about:
             what = "whole layers" if self.whole == "layers" else "the whole attention of layers"
