@@ -22,9 +22,9 @@ import click
 from benchmarks.real import REPAIRED, Budget, Ground, scored
 from sspcompile.api.rounding import rounding_of
 from sspcompile.export.refitted import write_refitted
+from sspcompile.model.blocks import ROUNDINGS
 from sspcompile.model.dense import DenseModel, open_dense
 from sspcompile.model.placement import Placement
-from sspcompile.model.rounding import ROUNDINGS
 from sspcompile.model.text import batches_of
 from sspcompile.repair.fitting import fit_repairs
 from sspcompile.repair.repair import Repair, refitted_dtype

@@ -15,8 +15,8 @@ from test_prepare_tools import pools, tiny
 from sspcompile.criteria.measuring import measure
 from sspcompile.errors import InputError, ParityError, RunError
 from sspcompile.model import capture, journal, text
+from sspcompile.model.blocks import Rounding
 from sspcompile.model.journal import Journal, claimed, holds_work, keeping, remove_old
-from sspcompile.model.rounding import Rounding
 from sspcompile.repair.fitting import fit_repairs
 from sspcompile.slicing.mask import Kept
 

@@ -22,9 +22,10 @@ from sspcompile.export.onnx.weights import DATA_FILE
 from sspcompile.export.onnx.write import PRECISIONS, REFITTED, Blocks, rounded_bytes, write_graph
 from sspcompile.export.refitted import FOLDER, read_refitted
 from sspcompile.intervals import Estimate
+from sspcompile.model.blocks import Rounding
 from sspcompile.model.dense import open_dense
 from sspcompile.model.modules import down_proj, o_proj
-from sspcompile.model.rounding import Rounding, rounded_embedding, rounded_inside
+from sspcompile.model.rounding import rounded_embedding, rounded_inside
 from sspcompile.model.text import batches_of, continued
 from sspcompile.repair.fitting import fit_repairs
 from sspcompile.repair.repair import Repair

@@ -23,9 +23,9 @@ from sspcompile.export.onnx import PRECISIONS, Blocks, Exported, Precision, expo
 from sspcompile.export.onnx.decoder import read_decoder
 from sspcompile.export.onnx.weights import ROTARY_FILE
 from sspcompile.export.refitted import read_refitted
+from sspcompile.model.blocks import ROUNDINGS, Rounding
 from sspcompile.model.dense import open_dense
 from sspcompile.model.placement import ANYWHERE, Placement
-from sspcompile.model.rounding import ROUNDINGS, Rounding
 from sspcompile.progress import Progress, silent
 from sspcompile.proof.probes import random_probes
 from sspcompile.request.options import flag

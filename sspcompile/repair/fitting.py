@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from sspcompile.model import journal
+from sspcompile.model.blocks import Rounding
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.hooks import LayerCall, answered, input_of, passed_over, recorded_calls
 from sspcompile.model.journal import Arrays
 from sspcompile.model.modules import attention, down_proj, layer_output, o_proj, residual_norm
-from sspcompile.model.rounding import Rounding, rounded_embedding, rounded_inside
+from sspcompile.model.rounding import rounded_embedding, rounded_inside
 from sspcompile.model.streaming import in_memory
 from sspcompile.model.text import Batch
 from sspcompile.model.weights import tensor_of, weight_of

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from sspcompile.model.blocks import Rounding
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.modules import down_proj, o_proj
-from sspcompile.model.rounding import Rounding, rounded_embedding
+from sspcompile.model.rounding import rounded_embedding
 from sspcompile.slicing.mask import Kept
 
 

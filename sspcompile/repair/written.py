@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from sspcompile.model.rounding import Rounding
+from sspcompile.model.blocks import Rounding
 
 
 class Written(Protocol):

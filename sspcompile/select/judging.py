@@ -13,10 +13,10 @@ from typing import Literal, TypeVar
 import torch
 
 from sspcompile.intervals import Estimate
+from sspcompile.model.blocks import Rounding
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.divergence import Divergence, DivergenceAccumulator, compare_divergences
 from sspcompile.model.logits import rows_at_once, scored_states
-from sspcompile.model.rounding import Rounding
 from sspcompile.model.text import Batch, Sentence, batches_of
 from sspcompile.progress import Progress, Steps, no_steps, silent, stage_of
 from sspcompile.repair.biases import fit_biases

@@ -13,9 +13,9 @@ import torch
 from sspcompile.criteria.block_influence import influence_of
 from sspcompile.errors import InputError, UnsupportedModelError
 from sspcompile.families import Geometry
+from sspcompile.model.blocks import ROUNDINGS
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.divergence import Divergence
-from sspcompile.model.rounding import ROUNDINGS
 from sspcompile.model.text import Sentence
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.progress import Progress, silent, stage_of

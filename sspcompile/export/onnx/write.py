@@ -36,10 +36,10 @@ from sspcompile.export.onnx.weights import (
     used_tensors,
     write_rotary,
 )
+from sspcompile.model.blocks import BLOCK
 from sspcompile.model.context import positions_of
 from sspcompile.model.onnx_session import GRAPH, SETTINGS, demand_runtime
 from sspcompile.model.placement import ON_CPU, Placement
-from sspcompile.model.rounding import BLOCK
 from sspcompile.progress import Progress, silent
 
 CHECKS = "check.json"
