@@ -229,15 +229,20 @@ def test_a_repaired_cut_without_layers_equals_its_oracle(tiny, tmp_path):
 def test_an_interrupted_repair_goes_on_behind_removed_layers(tiny, tmp_path):
     source, loaded, batches = tiny
     masks = [without(mask_for(Checkpoint(source), 1.0, "uniform", 0), *removed).units for removed in ((0,), (1, 2))]
+    demand_resumed(loaded, masks, batches, tmp_path)
+
+
+def demand_resumed(loaded, masks, batches, folder: Path) -> None:
+    """An interrupted fit of masks goes on to the bits of one that was not."""
     whole = [*fit_repairs(loaded, masks, batches, dtype=torch.float32)]
 
     def stop(done: int, _total: int) -> None:
         if done == 2:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), keeping(Journal(tmp_path, every=0)):
+    with pytest.raises(KeyboardInterrupt), keeping(Journal(folder, every=0)):
         list(fit_repairs(loaded, masks, batches, dtype=torch.float32, progress=stop))
-    with keeping(Journal(tmp_path, every=0)):
+    with keeping(Journal(folder, every=0)):
         again = [*fit_repairs(loaded, masks, batches, dtype=torch.float32)]
     for one, other in zip(whole, again, strict=True):
         for mine, theirs in ((one.weights, other.weights), (one.down, other.down)):

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_export_onnx import assert_same, export, genai_text
-from test_layers import PROBES, written
+from test_layers import PROBES, demand_resumed, written
 from test_slicing_exact import (
     IDS,
     PROMPTS,
@@ -36,7 +36,6 @@ from sspcompile.families import FAMILIES
 from sspcompile.model.cache import cache_of
 from sspcompile.model.decoder import TextModel
 from sspcompile.model.hooks import input_of
-from sspcompile.model.journal import Journal, keeping
 from sspcompile.model.loading import load, load_cut
 from sspcompile.model.modules import residual_norm
 from sspcompile.model.onnx_session import OnnxModel
@@ -311,19 +310,7 @@ def test_experts_have_nothing_to_make_up_with_and_later_attention_is_refitted(tm
 def test_an_interrupted_repair_goes_on_behind_attention_that_is_gone(tiny, tmp_path):
     source, loaded, batches = tiny
     masks = [without_attention(mask_for(Checkpoint(source), 1.0, "per-layer", 0), *gone).units for gone in ((0,), (1,))]
-    whole = [*fit_repairs(loaded, masks, batches, dtype=torch.float32)]
-
-    def stop(done: int, _total: int) -> None:
-        if done == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt), keeping(Journal(tmp_path, every=0)):
-        list(fit_repairs(loaded, masks, batches, dtype=torch.float32, progress=stop))
-    with keeping(Journal(tmp_path, every=0)):
-        again = [*fit_repairs(loaded, masks, batches, dtype=torch.float32)]
-    for one, other in zip(whole, again, strict=True):
-        for mine, theirs in ((one.weights, other.weights), (one.down, other.down)):
-            assert mine.keys() == theirs.keys() and all(mine[layer].equal(theirs[layer]) for layer in mine)
+    demand_resumed(loaded, masks, batches, tmp_path)
 
 
 def test_heads_alone_are_no_reason_to_lose_an_attention(tiny):

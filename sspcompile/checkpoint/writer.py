@@ -50,6 +50,11 @@ class OutputTensor:
         return math.prod(self.shape) * WORD_BYTES[self.dtype]
 
 
+def content_of(words: np.ndarray) -> Callable[[], Iterable[Piece]]:
+    """Raw words in memory as the content of a tensor."""
+    return lambda: [(words if words.flags.c_contiguous else words.copy(order="C")).data.cast("B")]
+
+
 def write_checkpoint(
     folder: Path,
     tensors: Sequence[OutputTensor],

@@ -5,14 +5,13 @@ export to that precision rounds them in the place of the model's own.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from sspcompile.checkpoint.headers import TensorInfo, read_header
 from sspcompile.checkpoint.source import SINGLE_NAME
-from sspcompile.checkpoint.writer import OutputTensor, write_checkpoint
+from sspcompile.checkpoint.writer import OutputTensor, content_of, write_checkpoint
 from sspcompile.errors import ArtifactError
 from sspcompile.slicing.plan import SlicePlan
 
@@ -27,12 +26,8 @@ def write_refitted(artifact: Path, precision: str, plan: SlicePlan, replaced: Ma
     for name, source in plan.sources.items():
         if source in replaced:
             shape, dtype = plan.tensors[name]
-            tensors.append(OutputTensor(name, dtype, shape, partial(_content, replaced[source])))
+            tensors.append(OutputTensor(name, dtype, shape, content_of(replaced[source])))
     write_checkpoint(folder, tensors)
-
-
-def _content(words: np.ndarray) -> list[memoryview]:
-    return [np.ascontiguousarray(words).data.cast("B")]
 
 
 def read_refitted(artifact: Path, precision: str, tensors: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from sspcompile.checkpoint import Checkpoint, OutputTensor, write_checkpoint
+from sspcompile.checkpoint.writer import content_of
 from sspcompile.families import Geometry
 from sspcompile.model.divergence import Divergence
 from sspcompile.nested.files import digest_of, parts_of
@@ -66,16 +67,12 @@ def write_repair(folder: Path, share: float, repair: Mapping[str, Stored], dtype
     file = repair_file(share)
     (folder / file).parent.mkdir(parents=True)
     tensors = [
-        OutputTensor(name, DTYPES.get(words.dtype.type, dtypes[matrix]), words.shape, _content(words))
+        OutputTensor(name, DTYPES.get(words.dtype.type, dtypes[matrix]), words.shape, content_of(words))
         for matrix, stored in repair.items()
         for name, words in file_tensors({matrix: stored}).items()
     ]
     write_checkpoint((folder / file).parent, tensors)
     return file
-
-
-def _content(words: np.ndarray) -> Callable[[], Iterable[memoryview]]:
-    return lambda: [np.ascontiguousarray(words).data.cast("B")]
 
 
 def index_of(g: Geometry, order: Order, members: Sequence[Member]) -> Nested:

@@ -15,7 +15,7 @@ from sspcompile.checkpoint.headers import WORD_DTYPE, dtype_bytes, fill
 from sspcompile.checkpoint.source import Checkpoint
 from sspcompile.checkpoint.tensors import Blocks, attention_blocks, channel_blocks
 from sspcompile.checkpoint.transfer import Extent
-from sspcompile.checkpoint.writer import OutputTensor, Piece
+from sspcompile.checkpoint.writer import OutputTensor, Piece, content_of
 from sspcompile.slicing.plan import SlicePlan
 
 # Large enough for sequential reads at full speed, small enough to stay in the processor's cache between read and write.
@@ -40,7 +40,7 @@ def cut_tensors(
         if source in replaced:
             content = _computed(replaced, source)
         elif info is None:
-            content = _constant(np.zeros(shape, dtype=WORD_DTYPE[dtype_bytes(dtype)]))
+            content = content_of(np.zeros(shape, dtype=WORD_DTYPE[dtype_bytes(dtype)]))
         elif info.shape == shape and _in_order(blocks.get(name)):
             content = _extents([info.extent])
             # A file with this tensor under another name, or inside of a stack, is not the file to be written.
@@ -68,10 +68,6 @@ def _roles(plan: SlicePlan) -> dict[str, Blocks]:
 def _in_order(part: Blocks | None) -> bool:
     """Whether nothing moves in a tensor that keeps its shape: a nested model reorders what it keeps."""
     return part is None or part.kept == tuple(range(len(part.kept)))
-
-
-def _constant(words: np.ndarray) -> Content:
-    return lambda: [np.ascontiguousarray(words).data.cast("B")]
 
 
 def _computed(replaced: Mapping[str, np.ndarray], name: str) -> Content:
