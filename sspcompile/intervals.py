@@ -52,6 +52,17 @@ class Estimate:
         return cls(value) if interval is None else cls(value, interval.low, interval.high)
 
     @property
+    def most(self) -> float:
+        """The upper end of the interval; the value itself where too few samples gave none."""
+        return self.value if self.high is None else self.high
+
+    @property
+    def rest(self) -> Estimate:
+        """1 minus it, of a share."""
+        low, high = (None if end is None else max(0.0, 1 - end) for end in (self.high, self.low))
+        return Estimate(1 - self.value, low, high)
+
+    @property
     def measurable(self) -> bool:
         """Whether the interval leaves 0 out."""
         return self.low is not None and self.high is not None and not self.low <= 0.0 <= self.high

@@ -19,6 +19,7 @@ from sspcompile.api.slice import open_cut, write_cut
 from sspcompile.checkpoint import Checkpoint, embedded_model
 from sspcompile.checkpoint.source import tensor_table
 from sspcompile.errors import BudgetError
+from sspcompile.intervals import Estimate
 from sspcompile.report.json import read_report
 from sspcompile.request.options import Options
 from sspcompile.select.budget import Budget, bounds_of, serving_of
@@ -310,7 +311,7 @@ def test_beside_a_bound_the_walk_begins_at_the_largest_mask_that_it_allows(most,
 
     def measured(choices, number):
         asked.extend(choice.ratio for choice in choices)
-        return [Rung(choice.ratio, 0.05 + edge - choice.ratio) for choice in choices]
+        return [Rung(choice.ratio, Estimate(0.05 + edge - choice.ratio)) for choice in choices]
 
     largest = choice_of(1.0).ratio
     bounds = (at_most(measure, 1000, "--max-params"),)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sspcompile.errors import BudgetError
+from sspcompile.intervals import Estimate
 from sspcompile.report.json import read_report
 from sspcompile.request.options import DEFAULT_MAX_LOSS, Options
 from sspcompile.select.floor import AT_ONCE, ROUNDS, Allowed, Floor, Rung, descend, nothing_within
@@ -30,7 +31,7 @@ def walk(loss_at, max_loss: float) -> tuple[Floor, list[float]]:
 
     def measure(choices, number):
         asked.extend(choice.ratio for choice in choices)
-        return [Rung(choice.ratio, loss_at(choice.ratio)) for choice in choices]
+        return [Rung(choice.ratio, Estimate(loss_at(choice.ratio))) for choice in choices]
 
     allowed = Allowed(max_loss)
     tried, keep, failed = descend(choice_of, measure, lambda choice: choice.ratio, 1 / HEADS, allowed)
@@ -56,7 +57,7 @@ def test_where_more_than_the_first_shares_must_stay_the_walk_begins_there(least)
 
     def measure(choices, number):
         asked.extend(choice.ratio for choice in choices)
-        return [Rung(choice.ratio, 0.0) for choice in choices]
+        return [Rung(choice.ratio, Estimate(0.0)) for choice in choices]
 
     _, keep, _ = descend(choice_of, measure, lambda choice: choice.ratio, least, Allowed(0.05))
     assert keep and asked and least - 1 / (LAYERS * HEADS) <= keep < 1 and min(asked) >= least - 1 / (LAYERS * HEADS)
@@ -70,8 +71,8 @@ def test_a_lucky_mask_below_one_that_failed_is_not_taken(seed):
     except BudgetError:
         return
     larger = [one for one in found.tried if one.kept >= found.keep]
-    assert larger and all(one.loss <= 0.5 for one in larger)
-    assert all(one.kept < found.keep or one.loss <= 0.5 for one in found.tried)
+    assert larger and all(one.loss.value <= 0.5 for one in larger)
+    assert all(one.kept < found.keep or one.loss.value <= 0.5 for one in found.tried)
 
 
 def test_where_nothing_is_within_the_bound_the_nearest_is_named():
@@ -83,7 +84,8 @@ def test_where_nothing_is_within_the_bound_the_nearest_is_named():
 
 
 def test_refitted_to_all_texts_a_mask_that_is_over_the_bound_gives_way_to_the_next_larger():
-    floor = Floor(0.02, 0.5, 0.4, (Rung(0.4, 0.03), Rung(0.5, 0.01), Rung(0.6, 0.03), Rung(0.7, 0.005)))
+    rungs = ((0.4, Estimate(0.03)), (0.5, Estimate(0.01)), (0.6, Estimate(0.03)), (0.7, Estimate(0.005)))
+    floor = Floor(0.02, 0.5, 0.4, tuple(Rung(*pair) for pair in rungs))
     assert floor.larger(0.5) == 0.7
     assert floor.larger(0.7) is None
 
@@ -112,14 +114,15 @@ def test_a_build_without_a_budget_stays_within_the_bound_where_it_decides_and_sa
     )
     floor = mask["scenario"]["floor"]
     assert report.budget.max_loss == floor["max_loss"] == DEFAULT_MAX_LOSS
-    assert [list(pair) for pair in report.budget.measured] == [[one["kept"], one["loss"]] for one in floor["tried"]]
+    tried = [(one["kept"], one["loss"]["value"], one["loss"]["high"]) for one in floor["tried"]]
+    assert [(*pair, most) for pair, most in zip(report.budget.measured, report.budget.at_most, strict=True)] == tried
     plan = json.loads((tmp_path / "cut" / "plan.json").read_text())
     left = plan["parameters"]["sliced"] / plan["parameters"]["dense"]
     assert floor["unit"] == "parameters" and mask["size_requested"] == floor["keep"]
     assert floor["keep"] - 0.03 < left <= floor["keep"] < 1 and floor["failed"] < floor["keep"]
     assert len(set(plan["widths"])) > 1
     at = next(one for one in floor["tried"] if one["kept"] == floor["keep"])
-    assert at["loss"] <= DEFAULT_MAX_LOSS
+    assert at["loss"]["value"] <= at["loss"]["high"] <= DEFAULT_MAX_LOSS
     assert "The smallest mask within a loss of 5 %" in (tmp_path / "cut" / "report.md").read_text()
 
 
@@ -133,7 +136,11 @@ def test_where_heads_alone_may_go_the_bound_is_kept_by_heads(run, tmp_path: Path
     floor = mask["scenario"]["floor"]
     assert floor["unit"] == "heads" and mask["channels"] is None and mask["size_requested"] is None
     assert 0 < mask["keep_achieved"] <= floor["keep"] < 1 and len(set(plan["widths"])) == 1
-    assert floor["failed"] < floor["keep"] in [one["kept"] for one in floor["tried"] if one["loss"] <= DEFAULT_MAX_LOSS]
+    assert (
+        floor["failed"]
+        < floor["keep"]
+        in [one["kept"] for one in floor["tried"] if one["loss"]["high"] <= DEFAULT_MAX_LOSS]
+    )
 
 
 def test_a_bound_that_no_mask_holds_writes_nothing(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -144,3 +151,30 @@ def test_a_bound_that_no_mask_holds_writes_nothing(run, tmp_path: Path, monkeypa
     code, _, err = run("build", "--scenario", "asked.txt", *wanted, "--out", "cut", *FAST)
     assert code == 3 and not (tmp_path / "cut").exists()
     assert "No mask changes at most 0.01 % of the next tokens" in err and "--max-loss 0." in err
+
+
+def rung(share: float, loss: float, width: float) -> Rung:
+    return Rung(share, Estimate(loss, loss - width, loss + width))
+
+
+@given(edge=st.floats(0.3, 0.9), width=st.floats(0.001, 0.04))
+def test_the_bound_is_for_the_upper_end_of_the_interval(edge, width):
+    """A mask is taken where its loss, with what chance may hide of it, is within the bound."""
+
+    def measure(choices, number):
+        return [rung(choice.ratio, 0.05 - width + (edge - choice.ratio), width) for choice in choices]
+
+    tried, keep, failed = descend(choice_of, measure, lambda choice: choice.ratio, 1 / HEADS, Allowed(0.05))
+    assert keep is not None and failed < edge <= keep  # by the mean alone it would be `width` below that
+    passed = {one.kept for one in tried if one.loss.most <= 0.05}
+    assert keep == min(passed)
+
+
+def test_the_error_names_both_ends_and_a_bound_that_would_do():
+    error = nothing_within(Allowed(0.05), (rung(0.95, 0.0421, 0.02),), "parameters")
+    assert "changes 4.2 % (6.2 % at most)" in error.message
+    assert error.hint is not None and "--max-loss 0.063" in error.hint
+
+
+def test_without_enough_texts_for_an_interval_the_loss_itself_is_bounded():
+    assert Allowed(0.05).excess(Rung(0.9, Estimate(0.04))) < 0 < Allowed(0.05).excess(rung(0.9, 0.04, 0.02))

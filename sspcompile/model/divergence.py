@@ -42,6 +42,11 @@ class Divergence:
     reference_per_prompt: tuple[float, ...] = ()
 
     @property
+    def changed(self) -> Estimate:
+        """The share of next tokens that are not the dense model's."""
+        return self.top1_agreement.rest
+
+    @property
     def perplexity(self) -> Estimate | None:
         """Of the reference answers, times the dense model's."""
         found = self.reference_loss

@@ -18,7 +18,6 @@ from sspcompile.report.model import (
     QualityRow,
     Role,
     RooflineRow,
-    turned,
 )
 
 
@@ -53,7 +52,7 @@ def protected_row(domain: str, max_loss: float, guard: Divergence, judge: Diverg
         domain=domain,
         max_loss=max_loss,
         guard_loss=1 - guard.top1_agreement.value,
-        loss=turned(judge.top1_agreement),
+        loss=judge.changed,
         texts=len(judge.prompts),
     )
 

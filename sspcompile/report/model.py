@@ -87,7 +87,8 @@ class BudgetSection(Section):
     and KV cache for `batch` sequences of `context` tokens, where those were bounded; `latency_*`: seconds of a decoded
     token with as many in the cache, as foretold. `max_loss`: the bound on the share of next tokens that change hands,
     where that was the budget; `measured` has what masks on the way to it lost on the texts that decide, `(kept, loss)`
-    by share of the unit.
+    by share of the unit, and `at_most` the upper ends of those losses' intervals, which the bound is for (reports of
+    earlier versions have none, and their bound was for the losses).
     """
 
     keep_requested: float
@@ -95,6 +96,7 @@ class BudgetSection(Section):
     strength: float | None = None
     max_loss: float | None = None
     measured: tuple[tuple[float, float], ...] = ()
+    at_most: tuple[float, ...] = ()
     unit: Unit = "heads"
     size_requested: float | None = None
     size_achieved: float | None = None
@@ -129,12 +131,6 @@ class QualityRow(Section):
     off_kl: Estimate | None = None
     off_agreement: Estimate | None = None
     answer_perplexity: Estimate | None = None
-
-
-def turned(agreement: Estimate) -> Estimate:
-    """The share of next tokens that are others, from the share that are the same."""
-    low, high = (None if end is None else max(0.0, 1 - end) for end in (agreement.high, agreement.low))
-    return Estimate(1 - agreement.value, low, high)
 
 
 class ProtectedRow(Section):
@@ -235,7 +231,7 @@ class RoundingRow(Section):
     @property
     def changed(self) -> Estimate:
         """The share of next tokens that are others than the dense model's."""
-        return turned(self.top1_agreement)
+        return self.top1_agreement.rest
 
 
 class RoundingSection(Section):

@@ -298,7 +298,7 @@ def _budget_sentence(budget: BudgetSection) -> str:
     if budget.latency_achieved is not None:
         kept = f"{seconds(budget.latency_achieved)} a token are foretold, {kept}"
     if budget.max_loss is not None:
-        told = ", ".join(f"{percent(share)} of the {budget.unit} {percent(loss)}" for share, loss in budget.measured)
+        told = ", ".join(_measured(budget))
         beside = "".join(f" and {one}" for one in _numbers(budget))
         return (
             f"The smallest mask within a loss of {percent(budget.max_loss)} of the next tokens{beside}: {kept}. "
@@ -306,6 +306,13 @@ def _budget_sentence(budget: BudgetSection) -> str:
         )
     strength = f" (strength {figures(budget.strength)})" if budget.strength is not None else ""
     return f"At most {' and '.join(_allowed(budget))} were allowed{strength}; {kept}."
+
+
+def _measured(budget: BudgetSection) -> Iterator[str]:
+    """What every mask on the way lost, and at most, by the interval that the bound is for."""
+    for place, (share, loss) in enumerate(budget.measured):
+        most = f" (at most {percent(budget.at_most[place])})" if budget.at_most else ""
+        yield f"{percent(share)} of the {budget.unit} {percent(loss)}{most}"
 
 
 def _allowed(budget: BudgetSection) -> Iterator[str]:

@@ -166,12 +166,20 @@ def _quality(report: Report) -> Iterator[str]:
             f"{percent(1 - agreement.value)} of the positions{_turned(agreement)}"
         )
     yield f"{found}, with a mean KL of {with_interval(ours.mean_kl)} nats."
+    yield from _bound(ours.top1_agreement.rest, report.budget)
     if agreement.value < FEW_AGREE and _holding_answers(ours) is None:
         yield f"That is a different model in use, not a smaller copy: try {_milder(report.budget)} before shipping it."
     if ours.answer_perplexity is not None:
         times = with_interval(ours.answer_perplexity)
         yield f"The perplexity of the reference answers is {times} times the dense model's."
     yield from _exact_match(report, ours)
+
+
+def _bound(changed: Estimate, budget: BudgetSection | None) -> Iterator[str]:
+    """Where texts that decided nothing lose more than was allowed on those that did."""
+    if budget is not None and budget.max_loss is not None and changed.value > budget.max_loss:
+        chance = "" if changed.low is not None and changed.low > budget.max_loss else ", by no more than chance may do"
+        yield f"That is above the {percent(budget.max_loss)} that --max-loss allows{chance}."
 
 
 def _milder(budget: BudgetSection | None) -> str:

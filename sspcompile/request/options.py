@@ -115,8 +115,8 @@ class Options(BaseModel):
         float | None,
         Field(gt=0, lt=1, allow_inf_nan=False),
         Shown(
-            "Without another budget: keep as little as changes at most this share of the next tokens, as measured on "
-            "held-out prompts; the report has it on others.",
+            "Without another budget: keep as little as changes at most this share of the next tokens, by the upper end "
+            "of the interval that held-out prompts give; the report has the loss on others.",
             "SHARE",
         ),
     ] = DEFAULT_MAX_LOSS

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from sspcompile.errors import BudgetError
-from sspcompile.model.divergence import Divergence
+from sspcompile.intervals import Estimate
 from sspcompile.model.text import batches_of
 from sspcompile.progress import stage_of
 from sspcompile.request.options import Options
@@ -48,13 +48,17 @@ class Rung:
     """
 
     kept: float
-    loss: float
-    protected: tuple[float, ...] = ()
+    loss: Estimate
+    protected: tuple[Estimate, ...] = ()
 
 
 @dataclass(frozen=True)
 class Allowed:
-    """The share of next tokens that may change hands: on the scenario's texts (None: any), and by protected domain."""
+    """The share of next tokens that may change hands: on the scenario's texts (None: any), and by protected domain.
+
+    A bound is for the upper end of the interval that the texts give: of masks that are searched for the smallest, the
+    one that is taken owes a part of its figure to chance.
+    """
 
     max_loss: float | None
     protect: Mapping[str, float] = field(default_factory=dict)
@@ -66,8 +70,8 @@ class Allowed:
 
     def excess(self, one: Rung) -> float:
         """By how much a mask is above the bound that it is furthest above; 0 or less where all hold."""
-        over = [lost - most for lost, most in zip(one.protected, self.protect.values(), strict=True)]
-        return max(over if self.max_loss is None else [one.loss - self.max_loss, *over])
+        over = [lost.most - most for lost, most in zip(one.protected, self.protect.values(), strict=True)]
+        return max(over if self.max_loss is None else [one.loss.most - self.max_loss, *over])
 
     def __str__(self) -> str:
         """As what is said of a mask: `changes at most ...`."""
@@ -78,17 +82,22 @@ class Allowed:
 
     def told(self, one: Rung) -> str:
         """What a mask changes, in the order of the bounds."""
-        own = [] if self.max_loss is None else [f"{100 * one.loss:.1f} %"]
+        own = [] if self.max_loss is None else [_percent(one.loss)]
         of = zip(self.protect, one.protected, strict=True)
-        return " and ".join([*own, *(f"{100 * lost:.1f} % of those of {name}" for name, lost in of)])
+        return " and ".join([*own, *(f"{_percent(lost)} of those of {name}" for name, lost in of)])
 
     def looser(self, one: Rung) -> Iterator[str]:
         """The options that would let a mask pass, for the bounds that it is above."""
-        if self.max_loss is not None and (one.loss > self.max_loss or not self.protect):
-            yield f"--max-loss {_up(one.loss)}"
+        if self.max_loss is not None and (one.loss.most > self.max_loss or not self.protect):
+            yield f"--max-loss {_up(one.loss.most)}"
         for (name, most), lost in zip(self.protect.items(), one.protected, strict=True):
-            if lost > most:
-                yield f"--protect {name}={_up(lost)}"
+            if lost.most > most:
+                yield f"--protect {name}={_up(lost.most)}"
+
+
+def _percent(loss: Estimate) -> str:
+    """As measured, and at most."""
+    return f"{100 * loss.value:.1f} %" + (f" ({100 * loss.high:.1f} % at most)" if loss.high is not None else "")
 
 
 def _up(loss: float) -> str:
@@ -114,7 +123,7 @@ class Floor:
         found = asdict(self)
         if not self.protect:
             del found["protect"]
-            found["tried"] = tuple({"kept": one.kept, "loss": one.loss} for one in self.tried)
+            found["tried"] = tuple({"kept": one.kept, "loss": asdict(one.loss)} for one in self.tried)
         return found
 
     def larger(self, keep: float) -> float | None:
@@ -123,15 +132,10 @@ class Floor:
         return min((one.kept for one in self.tried if one.kept > keep and allowed.excess(one) <= 0), default=None)
 
 
-def loss_of(divergence: Divergence) -> float:
-    """The share of next tokens that are not the dense model's, mean over prompts."""
-    return 1.0 - divergence.top1_agreement.value
-
-
 def lost(judge: Judge, candidate: Candidate, kept: float) -> Rung:
     """What a candidate, which keeps so much of the unit, loses on the guard texts."""
     protected = judge.protected("guard", candidate.choice.units, candidate.final_repair)
-    return Rung(kept, loss_of(candidate.final), tuple(map(loss_of, protected.values())))
+    return Rung(kept, candidate.final.changed, tuple(one.changed for one in protected.values()))
 
 
 class _Ladder:
