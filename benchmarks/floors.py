@@ -1,0 +1,141 @@
+"""Whether builds that are given a bound on the loss hold it, and how much smaller they could have been.
+
+    python -m benchmarks.floors --model SMOLLM2 --data DIR [--scenarios word-problems,...] [--seeds 4] [--prompts 96]
+                                [--max-loss 0.05] [--fine word-problems] [--steps -0.03,-0.02,-0.01,0]
+
+A row is a whole build by `--max-loss`, of one of the scenarios of `benchmarks.real` with PROMPTS texts drawn by a seed.
+It has the share of the parameters that was found, the share of the next tokens that changes on the build's own judging
+texts and on UNSEEN others, which the build never saw, with their intervals. `--fine` builds that scenario of seed 0
+again by `--size`, so far from what was found: the smallest of them whose loss on the same judging texts is within the
+bound is the best that a fine sweep finds. With `--folder` a second run goes on where the first one ended.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import click
+import torch
+
+from benchmarks.build import build
+from benchmarks.real import SCENARIOS
+from benchmarks.rows import Results, Row
+from sspcompile.model.dense import open_dense
+from sspcompile.model.divergence import Divergence, DivergenceAccumulator
+from sspcompile.model.loading import load_cut
+from sspcompile.model.text import batches_of, continued
+from sspcompile.report.json import read_report
+from sspcompile.request.prompts import Passage, Prompt
+from sspcompile.workspace import MODEL, REPORT
+
+UNSEEN = 48
+MAX_TOKENS = 256
+OPTIONS = ("--baselines", "none", "--layout", "per-layer", "--max-tokens", str(MAX_TOKENS))
+
+
+def write_texts(path: Path, prompts: Sequence[Prompt]) -> None:
+    """A prompts file, answers included."""
+
+    def line(prompt: Prompt) -> dict[str, object]:
+        if isinstance(prompt, Passage):
+            return {"text": prompt.text}
+        if isinstance(prompt, str):
+            return {"prompt": prompt}
+        return {"messages": [{"role": one.role, "content": one.content} for one in prompt]}
+
+    path.write_text("".join(json.dumps(line(prompt)) + "\n" for prompt in prompts), "utf-8")
+
+
+@torch.inference_mode()
+def divergence(model: str, cut: Path, prompts: Sequence[Prompt]) -> Divergence:
+    """Of a cut from its dense model, on texts that no build has seen."""
+    dense, other = open_dense(model).load(), load_cut(cut, trust_remote_code=True)
+    collected = DivergenceAccumulator()
+    for batch in batches_of(dense, continued(dense, prompts, max_tokens=MAX_TOKENS)):
+        owner = torch.tensor(batch.rows)[batch.score_mask.nonzero()[:, 0]]
+        read = (batch.input_ids, batch.attention_mask, batch.score_mask)
+        collected.add(dense.scored_logits(*read), other.scored_logits(*read), owner)
+    return collected.result()
+
+
+def built(model: str, name: str, home: Path, asked: str, words: Sequence[str], unseen: Sequence[Prompt]) -> Row:
+    """What a build found, and what it loses on its own judging texts and on others."""
+    shutil.rmtree(home / name, ignore_errors=True)  # of a run that ended before its row was written
+    cost = build(model, asked, name, home, (*words, *OPTIONS))
+    report = read_report(home / name / REPORT)
+    ours, budget = next(row for row in report.quality if row.role == "ours"), report.budget
+    assert budget is not None
+    return {
+        "parameters": budget.size_achieved,
+        "tried": [*zip(*zip(*budget.measured, strict=True), budget.at_most, strict=True)] if budget.measured else [],
+        "judge": asdict(ours.top1_agreement.rest),
+        "unseen": asdict(divergence(model, home / name / MODEL, unseen).changed),
+        **asdict(cost),
+    }
+
+
+def told(name: str, bound: float) -> Callable[[Row], str]:
+    def line(row: Row) -> str:
+        judge, unseen = (
+            f"{row[part]['value']:.1%} ({row[part]['low']:.1%} to {row[part]['high']:.1%})"
+            for part in ("judge", "unseen")
+        )
+        held = "held" if row["judge"]["value"] <= bound else "NOT HELD"
+        return f"{name}: {row['parameters']:.1%} of the parameters; changed {judge}, unseen {unseen}: {held}"
+
+    return line
+
+
+@click.command()
+@click.option("--model", required=True, help="A model folder or a hub name.")
+@click.option("--data", type=click.Path(exists=True, path_type=Path), required=True)
+@click.option("--scenarios", default=",".join(SCENARIOS), show_default=True)
+@click.option("--seeds", default=4, show_default=True)
+@click.option("--prompts", default=96, show_default=True)
+@click.option("--max-loss", "bound", default=0.05, show_default=True)
+@click.option("--fine", default="", help="A scenario that is built again by size.")
+@click.option("--steps", default="-0.03,-0.02,-0.01,0", show_default=True, help="From the size that was found.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Where to build; a temporary folder by default.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/floors.json"))
+def main(
+    model: str,
+    data: Path,
+    scenarios: str,
+    seeds: int,
+    prompts: int,
+    bound: float,
+    fine: str,
+    steps: str,
+    folder: Path | None,
+    out: Path,
+) -> None:
+    """Build to a bound on the loss, many times."""
+    model = str(Path(model).resolve()) if Path(model).is_dir() else model
+    results = Results(out, {"model": Path(model).name, "prompts": prompts, "bound": bound}, goes_on=folder is not None)
+    with tempfile.TemporaryDirectory() as temporary:
+        home = (folder or Path(temporary)).resolve()
+        home.mkdir(parents=True, exist_ok=True)
+        for seed in range(seeds):
+            for scenario in scenarios.split(","):
+                drawn = random.Random(seed).sample(SCENARIOS[scenario](data), prompts + UNSEEN)
+                name, asked, unseen = f"{scenario}-{seed}", f"{scenario}-{seed}.jsonl", drawn[prompts:]
+                write_texts(home / asked, drawn[:prompts])
+                measure = partial(built, model, name, home, asked, ("--max-loss", str(bound)), unseen)
+                results.row(name, measure, told(name, bound))
+                if (scenario, seed) != (fine, 0):
+                    continue
+                for step in steps.split(","):
+                    size = round(results[name]["parameters"] + float(step), 3)
+                    measure = partial(built, model, f"{name}-{size:g}", home, asked, ("--size", str(size)), unseen)
+                    results.row(f"{name}, size {size:g}", measure, told(f"{name}, size {size:g}", bound))
+
+
+if __name__ == "__main__":
+    main()
