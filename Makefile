@@ -88,7 +88,9 @@ $(GGUF)/.done: pyproject.toml constraints.txt constraints-gguf.txt
 	$(PYTHON) -m venv $(GGUF)
 	CFLAGS="$(WITHOUT_AMX)" CXXFLAGS="$(WITHOUT_AMX)" CMAKE_BUILD_PARALLEL_LEVEL=$(WORKERS) CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
 	    -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_COMMON=OFF" \
-	    $(GGUF)/bin/pip install $(PIP_FLAGS) --constraint constraints.txt --constraint constraints-gguf.txt \
+	    $(GGUF)/bin/pip install $(PIP_FLAGS) --no-cache-dir --constraint constraints.txt --constraint constraints-gguf.txt \
+	    llama-cpp-python  # a wheel in pip's cache may be of another machine, or with AMX
+	$(GGUF)/bin/pip install $(PIP_FLAGS) --constraint constraints.txt --constraint constraints-gguf.txt \
 	    --editable '.[dev,gguf]'
 	touch $@
 

@@ -69,7 +69,7 @@ def _vllm(
     geometry: Geometry, host: Family, counts: Sequence[tuple[int, int]], widths: Sequence[int], custom: bool
 ) -> Verdict:
     if not all(heads for heads, _ in counts):
-        return Verdict("vLLM", False, "layers without attention were not tried in it; transformers loads them")
+        return Verdict("vLLM", False, "it takes no layer without attention; transformers loads them")
     degrees = {degree: _unsplittable(counts, degree) or _unsplittable_mlp(widths, degree) for degree in DEGREES}
     fine = [str(degree) for degree in USUAL_DEGREES if not degrees[degree]]
     bad = [f"not {degree} ({degrees[degree]})" for degree in USUAL_DEGREES if degrees[degree]]

@@ -27,6 +27,7 @@ LAYOUTS = (
     "per-layer heads",
     "per-layer heads and channels",
     "fewer layers",
+    "a layer without attention",
 )
 
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from builders import FAMILY_SETTINGS
 from gguf_models import config_for, dense
-from test_slicing_exact import mask_for, without
+from test_slicing_exact import mask_for, without, without_attention
 
 from sspcompile.checkpoint import Checkpoint
 from sspcompile.errors import UnsupportedModelError
@@ -35,6 +35,7 @@ PROMPTS = ([5, 17, 40, 99, 120, 7], [200, 3, 8, 61, 44, 12, 90, 31], [77, 76, 75
 NEW_TOKENS = 16
 END = 1
 DENSE = "dense"
+SILENT = "a layer without attention"
 # Name -> layout, share of the heads, share of the channels, layers that are removed whole. A half of the heads divides
 # hidden_size, which some want.
 LAYOUTS = {
@@ -44,6 +45,7 @@ LAYOUTS = {
     "per-layer heads": ("per-layer", 0.75, 1.0, ()),
     "per-layer heads and channels": ("per-layer", 0.75, 0.6, ()),
     "fewer layers": ("uniform", 1.0, 1.0, (0,)),
+    SILENT: ("per-layer", 1.0, 1.0, ()),
 }
 # Real ones leave every fourth layer without positions, the only pattern that llama.cpp has.
 SETTINGS = {"smollm3": {"no_rope_layers": [1, 1, 1, 0]}}
@@ -56,6 +58,8 @@ def write(folder: Path, family: str, name: str) -> None:
     source = dense(folder / "source", config_for(family, **SETTINGS.get(family, {})))
     checkpoint = Checkpoint(source)
     mask = without(mask_for(checkpoint, keep, layout, 1, width), *removed)
+    if name == SILENT:
+        mask = without_attention(mask, 1)
     if width < 1 and mask.channels is None:
         refuse(folder, case, {"model": "its MLPs are experts, whose channels are not cut"})
         return
