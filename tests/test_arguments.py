@@ -13,8 +13,11 @@ from ggufs import source, write_gguf
 from refusals import refused
 
 from sspcompile.api.arguments import demand, demand_transformers, named
+from sspcompile.api.bench import BenchRequest
+from sspcompile.bench.latency import Contender, check
 from sspcompile.cli.run import _read
 from sspcompile.errors import ArtifactError, InputError
+from sspcompile.model.llama_session import has_llama_cpp
 from sspcompile.report.json import read_report
 from sspcompile.request.amounts import largest_within
 from sspcompile.slicing.mask import dump_mask, whole_mask
@@ -63,6 +66,22 @@ def test_the_file_of_a_gguf_export_stands_for_the_export(run, inside):
     with pytest.raises(InputError, match="is a GGUF export, and eval --lm-eval runs models in transformers"):
         demand_transformers(found, "eval --lm-eval")
     refused(run("export", str(file), "--format", "onnx"), "is a GGUF export already")
+
+
+@pytest.mark.skipif(has_llama_cpp(), reason="llama.cpp is here")
+def test_without_llama_cpp_nothing_is_timed_in_it(run, inside):
+    code, _, err = run("export", "--model", "tiny.f32.gguf", "--format", "gguf", "--out", "timed", "-q")
+    assert code == 0, err
+    refused(run("bench", "timed"), "llama.cpp is not installed", "sspcompile[gguf]")
+    refused(run("bench", "cut", "--model", "model", "--runtimes", "hf,gguf"), "llama.cpp is not installed")
+    refused(run("bench", "cut", "--runtimes", "llama.cpp"), "There is no runtime 'llama.cpp'", "hf, onnx, gguf")
+
+
+def test_llama_cpp_is_timed_on_the_processor_one_text_at_a_time(inside):
+    assert BenchRequest().settings(512, {"hf", "gguf"}).device == "cpu"
+    with pytest.raises(InputError, match="one text at a time"):
+        settings = BenchRequest(batch=(1, 2)).settings(512, {"gguf"})
+        check([Contender("dense", inside / "model", "gguf")], settings)
 
 
 def test_the_hint_of_a_refusal_names_what_the_command_has(run, inside):

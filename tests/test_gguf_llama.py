@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,11 @@ import torch
 
 pytest.importorskip("llama_cpp")
 
+from commands import inside
 from gguf_models import PRE_TOKENIZERS, config_for, cut, dense, tokenizer
+from test_slicing_exact import mask_for
 
+from sspcompile.checkpoint import Checkpoint
 from sspcompile.checkpoint.manifest import read_manifest
 from sspcompile.errors import InputError, ParityError
 from sspcompile.export.gguf.check import TEXTS, compare, demand_tokens, read_reference
@@ -21,6 +26,7 @@ from sspcompile.model.loading import load_cut
 from sspcompile.model.placement import Placement
 from sspcompile.progress import silent
 from sspcompile.proof.probes import random_probes
+from sspcompile.slicing.mask import dump_mask
 
 pytestmark = pytest.mark.slow
 # Threads of llama.cpp spin, which beside others at work takes a hundred times as long.
@@ -174,3 +180,53 @@ def test_an_export_answers_as_its_model_does(tmp_path):
     assert len(long[0]) <= 56
     with pytest.raises(InputError, match="exceed the 256"):
         ours.continuations(torch.tensor([[5] * 200]), torch.ones(1, 200, dtype=torch.long), 57)
+
+
+SHORT = ("--prompt-tokens", "8", "--new-tokens", "3", "--repeats", "3", "--processes", "3", "--threads", "1", "-q")
+
+
+@pytest.fixture(scope="module")
+def timed(tmp_path_factory) -> Path:
+    """A per-layer cut and its exports in two types."""
+    home = tmp_path_factory.mktemp("timed")
+    source = dense(home / "dense", config_for("llama"))
+    mask = mask_for(Checkpoint(source), 0.75, "per-layer", 1, 0.6)
+    kept = tuple(row if layer else row[: mask.heads // mask.kv_heads] for layer, row in enumerate(mask.kept))
+    (home / "mask.json").write_text(dump_mask(replace(mask, kept=kept)))
+    for words in (
+        ("slice", "--model", "dense", "--mask", "mask.json", "--out", "cut"),
+        ("export", "cut", "--format", "gguf", "--type", "f32", "--out", "exact"),
+        ("export", "cut", "--format", "gguf", "--type", "q8_0", "--out", "rounded"),
+    ):
+        done = inside(home, *words, "-q")
+        assert done.code == 0, done.err
+    return home
+
+
+def test_an_export_is_timed_beside_the_dense_model_in_its_type(timed):
+    done = inside(timed, "bench", "rounded", "--json", *SHORT)
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    whole, cut = found["contenders"]
+    assert (whole["name"], cut["name"]) == ("dense, gguf", "sliced, gguf")
+    assert whole["dtype"] == cut["dtype"] and "Q8_0" in cut["dtype"] and cut["architecture"] == "llama.cpp deci"
+    plan = json.loads((timed / "cut" / "plan.json").read_text())
+    for side, one in (("dense", whole), ("sliced", cut)):
+        # The cache is in fp16, the checkpoint in fp32.
+        assert 2 * one["metrics"]["kv_bytes_per_token"]["median"] == plan["kv_bytes_per_token"][side]
+        assert len(one["loads"][0]["metrics"]["inter_token_seconds"]["samples"]) == 3
+    assert cut["metrics"]["weight_bytes"]["median"] < whole["metrics"]["weight_bytes"]["median"]
+    assert {ratio["metric"] for ratio in found["ratios"]} >= {"prefill_seconds", "inter_token_seconds", "weight_bytes"}
+    assert "llama-cpp-python" in found["versions"]
+
+
+def test_types_are_timed_against_each_other_and_runtimes_in_one_run(timed):
+    done = inside(timed, "bench", "rounded", "--against", "exact", "--json", *SHORT)
+    assert done.code == 0, done.err
+    assert [one["name"] for one in json.loads(done.out)["contenders"]] == ["exact, gguf", "sliced, gguf"]
+    done = inside(timed, "bench", "cut", "--runtimes", "hf,gguf", "--json", *SHORT)
+    assert done.code == 0, done.err
+    named = [one["name"] for one in json.loads(done.out)["contenders"]]
+    assert named == ["dense, hf", "dense, gguf", "sliced, hf", "sliced, gguf"]
+    refused = inside(timed, "bench", "rounded", "exact", *SHORT)
+    assert refused.code == 2 and "are GGUF exports of different types" in refused.err and "--against" in refused.err

@@ -22,9 +22,11 @@ from sspcompile.checkpoint.manifest import NAME as MANIFEST
 from sspcompile.checkpoint.manifest import check_manifest, write_manifest
 from sspcompile.checkpoint.publish import scratch, write_atomically
 from sspcompile.errors import ArtifactError, InputError
+from sspcompile.export.gguf.publish import write_to_time
 from sspcompile.machine import usable_cores
 from sspcompile.model.context import shortest_context
 from sspcompile.model.dense import DenseModel
+from sspcompile.model.llama_session import demand_llama_cpp, gguf_type
 from sspcompile.model.placement import Placement, resolve
 from sspcompile.progress import Progress, silent
 from sspcompile.report.build import latency_section
@@ -37,7 +39,9 @@ from sspcompile.workspace import PLAN, REPORT, Workspace
 
 SAMPLES = "bench.json"
 DENSE = "dense"
-RUNTIMES: tuple[Runtime, ...] = ("hf", "onnx")
+RUNTIMES: tuple[Runtime, ...] = ("hf", "onnx", "gguf")
+# They run on the processor here, whatever device there is.
+ON_PROCESSOR: tuple[Runtime, ...] = ("onnx", "gguf")
 
 
 # A quick look has short texts. Processes narrow the intervals most; a large model is loaded anew in each, so only a
@@ -73,16 +77,17 @@ class BenchRequest:
         said = {name: value for name, value in given.items() if value is not None}
         return cls(**{**(QUICK if quick else {}), **said}, stated=frozenset(said))
 
-    def settings(self, positions: int | None, *, onnx: bool = False) -> Settings:
-        """Loads that fit models of so many positions; the report states what was used. `auto` is the CPU where `onnx`
-        says that ONNX Runtime takes part. Raises InputError for a device that is not there."""
+    def settings(self, positions: int | None, runtimes: Collection[Runtime] = ()) -> Settings:
+        """Loads that fit models of so many positions; the report states what was used. `auto` is the CPU where ONNX
+        Runtime or llama.cpp takes part. Raises InputError for a device that is not there, and for any but the CPU with
+        llama.cpp."""
         new_tokens, prompts = self.new_tokens, self.prompt_tokens
         if positions is not None and "new_tokens" not in self.stated:
             new_tokens = max(FEWEST_NEW_TOKENS, min(new_tokens, positions // 2))
         if positions is not None and "prompt_tokens" not in self.stated:
             prompts = tuple(max(1, min(tokens, positions - new_tokens)) for tokens in prompts)
         sessions = min(self.sessions, self.repeats)
-        device = _device(self.device, onnx=onnx)
+        device = _device(self.device, runtimes)
         return Settings(
             loads=tuple(Load(b, p, new_tokens) for b in self.batch for p in prompts),
             sessions=sessions,
@@ -97,9 +102,14 @@ class BenchRequest:
         )
 
 
-def _device(asked: str, *, onnx: bool) -> str:
-    if asked == "cpu" or (onnx and asked == AUTO):
+def _device(asked: str, runtimes: Collection[Runtime]) -> str:
+    if asked == "cpu" or (asked == AUTO and any(runtime in ON_PROCESSOR for runtime in runtimes)):
         return "cpu"
+    if "gguf" in runtimes:
+        raise InputError(
+            f"llama.cpp is timed on the processor here, not on {asked}.",
+            hint="Give --device cpu, or measure its server with `sspcompile bench --server`.",
+        )
     return str(resolve(Placement(device=asked)).device)
 
 
@@ -141,15 +151,13 @@ def bench(
     """
     entries = [cut_model(one, model, workspace, option="--model") for one in given]
     reference = None if against in (None, DENSE) else cut_model(against, model, workspace, option="--model")
-    if timed := next((one for one in (*entries, *filter(None, [reference])) if one.found.gguf), None):
-        raise InputError(
-            f"{timed.found.folder} is a GGUF export, which bench does not time.",
-            hint="llama.cpp brings llama-bench; name what it was exported from to time that.",
-        )
-    dense = _one_dense([*entries, *([reference] if reference else [])])
-    models = [dense.checkpoint.path, *(entry.found.model for entry in (*entries, *([reference] if reference else [])))]
-    onnx = any(entry.found.onnx for entry in entries) or "onnx" in request.runtimes
-    settings = request.settings(shortest_context(models), onnx=onnx)
+    every = [*entries, *([reference] if reference else [])]
+    dense = _one_dense(every)
+    runtimes = {runtime for entry in every for runtime in _runtimes(entry, request)}
+    if "gguf" in runtimes:
+        demand_llama_cpp()
+    models = [dense.checkpoint.path, *(entry.found.model for entry in every)]
+    settings = request.settings(shortest_context(models), runtimes)
     # Graphs that only this measurement needs lie where weights can be linked.
     with scratch(workspace.artifacts, "bench") as place:
         own = [list(_of(entry, _name(entry, entries), request, place)) for entry in entries]
@@ -207,6 +215,9 @@ def _reference(
         if runtime == "onnx":
             path = place / DENSE
             _as_onnx(Named("model", dense.checkpoint.path, dense.checkpoint.path), path)
+        if runtime == "gguf":
+            path = place / f"{DENSE}-gguf"
+            write_to_time(dense.checkpoint.path, path, kind=_type(entries), threads=request.threads)
         yield Contender(_labelled(DENSE, runtime, len(runtimes)), path, runtime, flops=flops)
 
 
@@ -221,11 +232,28 @@ def _of(entry: CutModel, name: str, request: BenchRequest, place: Path) -> Itera
         if runtime == "onnx" and not entry.found.onnx:
             path = place / hashlib.sha256(name.encode()).hexdigest()[:8]
             _as_onnx(entry.found, path)
+        if runtime == "gguf" and not entry.found.gguf:
+            path = place / f"{hashlib.sha256(name.encode()).hexdigest()[:8]}-gguf"
+            write_to_time(entry.found.model, path, kind=None, threads=request.threads)
         yield Contender(_labelled(name, runtime, len(runtimes)), path, runtime, entry.found.custom_code, flops)
 
 
 def _runtimes(entry: CutModel, request: BenchRequest) -> tuple[Runtime, ...]:
-    return ("onnx",) if entry.found.onnx else request.runtimes
+    return ("onnx",) if entry.found.onnx else ("gguf",) if entry.found.gguf else request.runtimes
+
+
+def _type(entries: Sequence[CutModel]) -> str | None:
+    """The type of the GGUF exports among these, in which the dense model is timed beside them; None: as it is stored.
+
+    Raises InputError where they differ.
+    """
+    found = {gguf_type(entry.found.model): entry.name for entry in entries if entry.found.gguf}
+    if len(found) > 1:
+        raise InputError(
+            f"{' and '.join(found.values())} are GGUF exports of different types.",
+            hint="Measure them one by one, or name one of them with --against.",
+        )
+    return next(iter(found), None)
 
 
 def _labelled(name: str, runtime: Runtime, count: int) -> str:

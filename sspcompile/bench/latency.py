@@ -31,16 +31,17 @@ from sspcompile.progress import Progress, silent
 SCHEMA_VERSION = 2
 # What the bandwidth is measured on is at most this large; beyond, no cache of any machine plays a part.
 LARGEST_READ = 1 << 30
-WEIGHT_FILES = (".safetensors", ".onnx", ".data")
+WEIGHT_FILES = (".safetensors", ".onnx", ".data", ".gguf")
 
-Runtime = Literal["hf", "onnx"]
+Runtime = Literal["hf", "onnx", "gguf"]
 # Everything that one session measured: contender name -> facts, trials by load, memory; and the bandwidth.
 Session = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A folder and what runs it: a Hugging Face model folder in transformers, or an ONNX export in ONNX Runtime.
+    """A folder and what runs it: a Hugging Face model folder in transformers, an ONNX export in ONNX Runtime, or a GGUF
+    export in llama.cpp.
 
     `trust_remote_code` lets it run the code that it ships. `flops`: operations for one token, and what each position
     of its context adds; None when they are not known.
@@ -138,6 +139,8 @@ def _check_folder(contender: Contender, settings: Settings) -> None:
     # Other code that a folder names is not run: the stock class of its model_type loads it.
     if contender.runtime == "hf" and config.get("per_layer_config") and not contender.trust_remote_code:
         raise InputError(f"{contender.path} is loaded by the class in it.", hint="Name the artifact, or its export.")
+    if contender.runtime == "gguf" and any(load.batch > 1 for load in settings.loads):
+        raise InputError("llama.cpp is measured with one text at a time.", hint="Give --batch 1.")
     limit = context_of(contender.path)
     for load in settings.loads:
         if limit is not None and load.positions > limit:
@@ -206,6 +209,7 @@ def _load(worker: Worker, contender: Contender, settings: Settings) -> dict[str,
         device=settings.device,
         dtype=settings.dtype,
         device_map=settings.device_map,
+        positions=max(load.positions for load in settings.loads),
     )
 
 
@@ -317,7 +321,7 @@ def _timed(trial: Mapping[str, Any], load: Load) -> Iterator[tuple[str, float]]:
 
 
 def _versions(contenders: Sequence[Contender]) -> dict[str, str]:
-    used = {"hf": ("torch", "transformers"), "onnx": ("onnxruntime",)}
+    used = {"hf": ("torch", "transformers"), "onnx": ("onnxruntime",), "gguf": ("llama-cpp-python",)}
     names = [name for runtime in dict.fromkeys(c.runtime for c in contenders) for name in used[runtime]]
     return {"python": platform.python_version()} | {name: _version(name) for name in names}
 

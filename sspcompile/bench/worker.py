@@ -42,6 +42,9 @@ def import_libraries(runtime: str) -> None:
 
         # The package itself is lazy; what takes long comes with these two.
         from transformers import GenerationMixin, PreTrainedModel  # noqa: F401
+    elif runtime == "gguf":
+        import gguf  # noqa: F401
+        import llama_cpp  # noqa: F401
     else:
         import onnx  # noqa: F401
 
@@ -52,6 +55,10 @@ def load(runtime: str, request: Mapping[str, Any]) -> Runner:
         from sspcompile.bench.torch_runner import TorchRunner
 
         return TorchRunner(request)
+    if runtime == "gguf":
+        from sspcompile.bench.llama_runner import LlamaRunner
+
+        return LlamaRunner(request)
     from sspcompile.bench.onnx_runner import OnnxRunner
 
     return OnnxRunner(request)

@@ -29,6 +29,7 @@ Examples:
   sspcompile bench artifacts/chemistry-helpdesk --prompt-tokens 128,512 --new-tokens 64 --batch 1,8
   sspcompile bench artifacts/chemistry-helpdesk --runtimes hf,onnx
   sspcompile bench exported/chemistry-helpdesk-onnx-int4
+  sspcompile bench exported/chemistry-helpdesk-gguf-q4_0
   sspcompile bench keep-half keep-third --json > samples.json
   sspcompile bench artifacts/nested --new-tokens 128                 (a small member drafts for the whole)
   sspcompile bench --server dense=http://localhost:8000 --server cut=http://localhost:8001
@@ -49,7 +50,7 @@ Examples:
     metavar="LIST",
     default="hf",
     show_default=True,
-    help="Run artifacts in transformers (hf), in ONNX Runtime (onnx), or in both (hf,onnx).",
+    help="Run artifacts in transformers (hf), in ONNX Runtime (onnx), in llama.cpp (gguf), or in several (hf,onnx).",
 )
 @click.option("--quick", is_flag=True, help="Few tokens and repeats: seconds instead of minutes on a small model.")
 @click.option("--prompt-tokens", type=COUNTS, metavar="N[,N...]", help="Tokens of each prompt (512).")
@@ -142,5 +143,7 @@ def _runtimes(given: str) -> tuple[str, ...]:
     wanted = tuple(dict.fromkeys(part.strip() for part in given.split(",")))
     for name in wanted:
         if name not in RUNTIMES:
-            raise InputError(f"There is no runtime {name!r}.", hint=f"Accepted: {', '.join(RUNTIMES)}, or both.")
+            raise InputError(
+                f"There is no runtime {name!r}.", hint=f"Accepted: {', '.join(RUNTIMES)}, or several of them."
+            )
     return wanted

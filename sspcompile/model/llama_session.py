@@ -39,6 +39,13 @@ def gguf_context(folder: Path) -> int | None:
     return said if isinstance(said, int) else None
 
 
+def gguf_type(folder: Path) -> str | None:
+    """The type of an export as `--type` names it, from its manifest; None where that does not say."""
+    found = read_settings(folder / MANIFEST).get("origin", {})
+    said = found.get("type") if isinstance(found, dict) else None
+    return said if isinstance(said, str) else None
+
+
 def has_llama_cpp() -> bool:
     """Whether llama.cpp can be run here."""
     return importlib.util.find_spec(PACKAGE) is not None
@@ -53,15 +60,24 @@ def demand_llama_cpp() -> None:
 class LlamaModel:
     """One file, open in llama.cpp on the processor.
 
-    `exact` keeps keys and values in fp32 instead of fp16. `scoring` keeps the logits of every token.
+    `exact` keeps keys and values in fp32 instead of fp16. `scoring` keeps the logits of every token. `context`: tokens
+    that there is room for; more makes room anew.
     """
 
-    def __init__(self, path: Path, *, threads: int | None = None, exact: bool = False, scoring: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        threads: int | None = None,
+        exact: bool = False,
+        scoring: bool = False,
+        context: int = LEAST_CONTEXT,
+    ) -> None:
         """Open a file. Raises InputError without llama.cpp, and ArtifactError for a file that it does not take."""
         demand_llama_cpp()
         self._path, self._exact, self._scoring = path, exact, scoring
         self._threads = threads or usable_cores()
-        self._llama = self._opened(LEAST_CONTEXT)
+        self._llama = self._opened(context)
 
     def _opened(self, context: int) -> Llama:
         import llama_cpp

@@ -104,6 +104,17 @@ def export_gguf(
         return write_manifest(folder, {**origin, **_described(done)}), done
 
 
+def write_to_time(model: Path, folder: Path, *, kind: str | None, threads: int | None = None) -> None:
+    """Write the model folder `model` into the new folder `folder`, as `export_gguf` does, to be timed: nothing is
+    proven or published. Needs llama.cpp. Raises as `export_gguf` does.
+    """
+    source = read_source(model)
+    vocabulary = read_vocabulary(model, source.geometry.vocab, source.geometry.family)
+    folder.mkdir(parents=True)
+    _Work(source, vocabulary, kind_of(kind, source.dtypes), folder.name, {}, silent).unproven(folder, threads)
+    (folder / "config.json").write_text(json.dumps(source.carried) + "\n", "utf-8")
+
+
 def _dict(agreement: Agreement | None) -> dict[str, Any] | None:
     return None if agreement is None else asdict(agreement)
 
@@ -134,6 +145,21 @@ class _Work:
     def write(self, path: Path, kind: Kind) -> None:
         write_gguf(self.source, self.vocabulary, path, kind, name=self.name, origin=self.origin, progress=self.progress)
 
+    def finish(self, exact: Path, folder: Path, threads: int | None) -> None:
+        """Write the file, where the type is rounded from the one in fp32."""
+        if self.kind.rounded:
+            quantise(exact, folder / MODEL, self.kind.file_type, threads=threads)
+        else:
+            self.write(folder / MODEL, self.kind)
+
+    def unproven(self, folder: Path, threads: int | None) -> None:
+        """Write the file as a proven one is written, and run nothing."""
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            exact = Path(scratch) / MODEL
+            if self.kind.rounded:
+                self.write(exact, EXACT)
+            self.finish(exact, folder, threads)
+
     def proven(
         self, folder: Path, probes: list[list[int]], placement: Placement, *, trust_remote_code: bool
     ) -> tuple[Agreement, Agreement]:
@@ -156,10 +182,7 @@ class _Work:
             structure = compare(exact, reference, gate, self.progress)
             if self.kind == EXACT:
                 return structure, structure
-            if self.kind.rounded:
-                quantise(exact, folder / MODEL, self.kind.file_type, threads=placement.threads)
-            else:
-                self.write(folder / MODEL, self.kind)
+            self.finish(exact, folder, placement.threads)
         return structure, compare(folder / MODEL, reference, None, self.progress)
 
 
