@@ -11,6 +11,7 @@ import datetime
 import importlib.metadata
 import json
 import multiprocessing
+import os
 import platform
 import runpy
 import sys
@@ -119,9 +120,10 @@ def in_llama_cpp(folder: Path, case: Case) -> Texts:
 
 def in_vllm(folder: Path, case: Case) -> Texts:
     """In a process of its own, because vLLM holds a model for as long as its process lives; forked from one that has
-    imported it, because that takes longer than a tiny model does."""
+    imported it, because that takes longer than a tiny model does, and without the processes that it starts itself."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["vllm"])
+    server.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker"])
     with ProcessPoolExecutor(1, mp_context=server) as pool:
         return pool.submit(ask_vllm, folder, case).result()
 
