@@ -19,7 +19,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 WORKERS ?= 2
 
 .PHONY: demo demo-llm test test-whole audit test-compat test-oldest test-pythons test-optimum test-vllm test-gguf test-runtimes test-browser screenshots fuzz test-kills test-wheel test-shapes test-lm-eval generated docs lint format train bench-compile bench-prepare bench-trimming \
-	bench-quality bench-slice bench-onnx bench-gguf bench-bench bench-build bench-budgets bench-floors bench-nested bench-scores bench-real bench-repairs bench-rounding bench-recognition bench-large clean
+	bench-quality bench-slice bench-onnx bench-gguf bench-bench bench-build bench-budgets bench-floors bench-nested bench-packages bench-scores bench-real bench-repairs bench-rounding bench-recognition bench-large clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -257,6 +257,10 @@ DATA ?= data
 
 bench-real: $(VENV)/.done  ## Own scenario against others on a real model: scores, published pruners, budgets, layouts, repairs.
 	$(BIN)/python -m benchmarks.real --model $(MODEL) --data $(DATA)
+
+bench-packages: $(VENV)/.done  ## Pruners of the package index as they are installed, at equal sizes.
+	$(BIN)/pip install $(PIP_FLAGS) --no-deps optipfair==0.4.2
+	$(BIN)/python -m benchmarks.packages --model $(MODEL) --data $(DATA)
 
 bench-repairs: $(VENV)/.done  ## How firmly a repair holds weights, and what late layers cost more than early ones.
 	$(BIN)/python -m benchmarks.repairs --model $(MODEL) --data $(DATA) --ridges 0.03/0.03,0.3/1,1/1 --tilts 0,1
