@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
+
 from sspcompile.families import Geometry, Linear, layer_prefix
 
 Shapes = dict[str, tuple[int, ...]]
@@ -123,11 +125,9 @@ def channel_blocks(g: Geometry, layer: int, channels: Sequence[int]) -> dict[str
 
 def by_mlp(g: Geometry, channels: Sequence[int]) -> list[tuple[int, ...]]:
     """Channels of a layer as those of each of its MLPs, counted from 0 in each; the order stays."""
-    found: list[list[int]] = [[] for _ in range(g.mlps)]
-    for channel in channels:
-        number, place = divmod(channel, g.width)
-        found[number].append(place)
-    return [*map(tuple, found)]
+    numbers, places = np.divmod(np.array(channels, dtype=np.int64), g.width)
+    ends = np.cumsum(np.bincount(numbers, minlength=g.mlps))[:-1]
+    return [tuple(part.tolist()) for part in np.split(places[np.argsort(numbers, kind="stable")], ends)]
 
 
 def mlp_parts(g: Geometry, layer: int, number: int) -> list[Linear]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -159,7 +159,7 @@ def dump_mask(mask: HeadMask) -> str:
     """mask.json as text: one line per layer, so that a person can read it and a diff can show it."""
     version = WITHOUT_ATTENTION if mask.silent else WITH_LAYERS if mask.removed else WITHOUT_LAYERS
     version = OF_EXPERTS if mask.experts > 1 else version
-    value = {"schema_version": version, **asdict(mask)}
+    value = {"schema_version": version, **vars(mask)}
     if not mask.removed:
         del value["removed"]
     if mask.experts == 1:

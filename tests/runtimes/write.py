@@ -57,7 +57,7 @@ def write(folder: Path, family: str, name: str) -> None:
     checkpoint = Checkpoint(source)
     mask = without(mask_for(checkpoint, keep, layout, 1, width), *removed)
     if width < 1 and mask.channels is None:
-        refuse(folder, case, {"model": "its MLPs are experts, whose channels are not cut"})
+        refuse(folder, case, {"model": "some of its layers have experts and some one MLP: no channels are cut"})
         return
     plan = make_plan(checkpoint, mask)
     write_model(checkpoint, plan, folder / "model")
