@@ -154,6 +154,25 @@ def test_a_cut_whose_layers_lie_on_disk_computes_the_same(dense, mask, tmp_path)
         assert torch.allclose(dense_stored.model(ids).logits, whole.model(ids).logits, atol=1e-4)
 
 
+def test_experts_that_another_library_moves_are_masked_and_read_too(dense, mask, tmp_path):
+    """accelerate reads them from disk around the forward pass of their module."""
+    room = {"max_memory": {"cpu": 100_000}, "offload_folder": tmp_path / "offload"}
+    spread = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32, device_map="auto", **room).eval()
+    whole = load(dense, fingerprint="")
+    assert experts(spread.model.layers[2]).down_proj.is_meta and hasattr(
+        experts(spread.model.layers[2]), "_old_forward"
+    )
+    moved = replace(whole, model=spread.requires_grad_(False))
+    answers = []
+    for model in (whole, moved):
+        with torch.inference_mode(), masked(model, mask.units):
+            answers.append(model.model(torch.tensor([IDS])).logits)
+    assert torch.allclose(*answers, atol=1e-4)
+    batches = with_continuations(whole, PROMPTS[:3], 2)
+    found = [curvature(model, CriterionInput(batches, 3)).channels for model in (whole, moved)]
+    np.testing.assert_allclose(*found, rtol=1e-3, atol=1e-6 * found[0].max())
+
+
 def test_what_a_token_computes_with_falls_by_the_experts_that_it_visits(dense, mask):
     checkpoint = Checkpoint(dense)
     g, plan = checkpoint.geometry, make_plan(checkpoint, mask)

@@ -100,7 +100,8 @@ def curvature(loaded: LoadedModel, given: CriterionInput) -> Curvature:
                 channels[layer, number * g.width : (number + 1) * g.width] += _information(closing, positions)
 
         cotangent = partial(logit_cotangent, targets="normal", generator=generator)
-        with contextlib.nullcontext() if g.is_dense else _closing_experts(loaded, batch, read_expert):
+        sparse = channels is not None and not g.is_dense
+        with _closing_experts(loaded, batch, read_expert) if sparse else contextlib.nullcontext():
             read_gradients(loaded, batch, places, "o_proj or down_proj", cotangent, read)
         tokens += int(real.sum())
         scored += int(positions.sum())
