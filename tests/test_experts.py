@@ -53,7 +53,7 @@ from sspcompile.repair.repair import masked
 from sspcompile.report.json import read_report
 from sspcompile.slicing.mask import HeadMask, dump_mask, load_mask, parse_mask
 from sspcompile.slicing.plan import make_plan, plan_json
-from sspcompile.slicing.sizes import EXPERT_STEP, channel_step, even_worth
+from sspcompile.slicing.sizes import EXPERT_STEP, Counts, Worth, channel_step, even_worth, realised
 
 FAMILIES = ("mixtral", "qwen3_moe")
 Run = Callable[..., tuple[int, str, str]]
@@ -300,6 +300,21 @@ def test_texts_of_a_batch_count_each_by_itself(loaded):
     for gradient, count in zip(gradients, positions.tolist(), strict=True):
         wanted = wanted + gradient.double().square().numpy() / count / 4
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-6 * wanted.max())
+
+
+def test_channels_of_least_information_cost_least(loaded):
+    """Of every expert a third goes, by information, at random, or by information the wrong way round."""
+    batches, g = with_continuations(loaded, PROMPTS, 2), loaded.geometry
+    channels = curvature(loaded, CriterionInput(batches, len(PROMPTS))).channels
+    whole = np.ones((g.layers, g.heads))
+    counts = Counts(((g.kv_heads, g.group_size),) * g.layers, (g.width * 2 // 3,) * g.layers)
+
+    def lost(worth: np.ndarray) -> float:
+        kept = realised(Worth(whole, worth), g, counts, per_layer=False).units
+        return residual_error(loaded, kept, batches, None)
+
+    chance = np.mean([lost(np.random.default_rng(seed).random(channels.shape)) for seed in range(3)])
+    assert 1.5 * lost(channels) < chance < lost(-channels)
 
 
 def test_attention_behind_narrower_experts_is_refitted_and_the_experts_stay(loaded, dense, tmp_path):

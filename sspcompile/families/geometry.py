@@ -61,20 +61,24 @@ class Geometry:
 
     @property
     def has_channels(self) -> bool:
-        """Whether channels of MLPs can be cut: all layers have one MLP, or all have experts. A configuration with both
-        has two widths.
+        """Whether channels of MLPs can be cut: all layers have one MLP, or all have experts. With both there are two
+        widths.
         """
-        return self.is_dense or len(self.sparse) == self.layers
+        return self.is_dense or self._all_sparse
+
+    @property
+    def _all_sparse(self) -> bool:
+        return len(self.sparse) == self.layers
 
     @property
     def mlps(self) -> int:
         """The MLPs that stand beside each other in a layer and are equally wide: its experts, or one."""
-        return 1 if self.is_dense or not self.has_channels else self.experts
+        return self.experts if self._all_sparse else 1
 
     @property
     def width(self) -> int:
         """Channels of each of the `mlps` of a layer."""
-        return self.intermediate if self.is_dense or not self.has_channels else self.expert_intermediate
+        return self.expert_intermediate if self._all_sparse else self.intermediate
 
     @property
     def visited(self) -> int:
