@@ -52,6 +52,7 @@ from sspcompile.repair.fitting import fit_repairs
 from sspcompile.repair.repair import masked
 from sspcompile.report.json import read_report
 from sspcompile.slicing.mask import HeadMask, dump_mask, load_mask, parse_mask
+from sspcompile.slicing.measures import Serving
 from sspcompile.slicing.plan import make_plan, plan_json
 from sspcompile.slicing.sizes import EXPERT_STEP, Counts, Worth, channel_step, even_worth, realised
 
@@ -375,6 +376,19 @@ def test_a_build_by_size_narrows_experts(run: Run, at: Path, dense: Path, layout
     model = AutoModelForCausalLM.from_pretrained(at / "cut" / "model", trust_remote_code=plan["custom_code"])
     ids = AutoTokenizer.from_pretrained(at / "cut" / "model")("How much is 3 times 4?", return_tensors="pt")
     assert model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] > ids["input_ids"].shape[1]
+
+
+def test_bounds_hold_together_beside_a_loss(run: Run, at: Path, dense: Path):
+    whole = make_plan(Checkpoint(dense), mask_for(Checkpoint(dense), 1.0, "uniform", 0))
+    memory = round(0.75 * whole.memory(Serving(100, 2))[0])
+    bounds = ("--max-params", round(0.8 * whole.dense.parameters), "--max-memory", memory, "--max-loss", 0.95)
+    asked = (*bounds, "--context", 100, "--batch", 2, "--layout", "per-layer", "--baselines", "none")
+    code, _, err = run("build", "--model", dense, "--scenario", stated(at / "sums.yaml"), "--out", "cut", *asked, *FAST)
+    assert code == 0, err
+    plan, mask = json.loads((at / "cut" / "plan.json").read_text()), load_mask(at / "cut" / "mask.json")
+    assert plan["parameters"]["sliced"] <= bounds[1] and plan["memory"]["sliced"] <= memory
+    assert mask.experts == whole.geometry.experts and min(mask.widths) < whole.geometry.width
+    assert run("verify", "cut", "-q")[0] == 0
 
 
 def test_slice_and_plan_take_a_mask_of_experts(run: Run, at: Path, dense: Path, mask: HeadMask):
