@@ -141,6 +141,14 @@ def family_config(
     )
 
 
+def expert_config(family: str, **sizes: int | bool) -> PretrainedConfig:
+    """A small configuration of a family whose every layer has experts."""
+    config = family_config(family, **sizes)
+    if family == "qwen3_moe":
+        config.mlp_only_layers = []
+    return config
+
+
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte, and bos, eos, pad; encodes any text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from builders import FAMILY_SETTINGS, family_config, save_random
+from builders import FAMILY_SETTINGS, expert_config, family_config, save_random
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -42,7 +42,7 @@ from sspcompile.slicing.sizes import (
 
 Run = Callable[..., tuple[int, str, str]]
 # Full attention, windows in every layer, in some, and heads without grouped queries among them.
-FAMILIES = ("llama", "qwen2", "phi3", "ministral", "gemma2", "gemma3_text", "starcoder2")
+FAMILIES = ("llama", "qwen2", "phi3", "ministral", "gemma2", "gemma3_text", "starcoder2", "mixtral", "qwen3_moe")
 
 
 class Case(NamedTuple):
@@ -95,9 +95,11 @@ def cases(draw: st.DrawFn) -> Callable[[Callable[[dict], Checkpoint]], Case]:
         "kv_heads": draw(st.integers(1, 4)),
         "group_size": draw(st.integers(1, 3)),
     }
-    config = family_config(draw(st.sampled_from(FAMILIES)), bias=draw(st.booleans()), hidden=72, **shape).to_dict()
+    config = expert_config(draw(st.sampled_from(FAMILIES)), bias=draw(st.booleans()), hidden=72, **shape).to_dict()
+    width = draw(st.sampled_from((16, 100, 1024)))
     config |= {
-        "intermediate_size": draw(st.sampled_from((16, 100, 1024))),
+        "intermediate_size": width,
+        "moe_intermediate_size": width,
         "vocab_size": draw(st.sampled_from((10, 4000))),
     }
     config["torch_dtype"] = config["dtype"] = draw(st.sampled_from(("float32", "bfloat16")))
@@ -109,7 +111,7 @@ def cases(draw: st.DrawFn) -> Callable[[Callable[[dict], Checkpoint]], Case]:
         checkpoint = opened(config)
         checkpoint.expected()
         g = checkpoint.geometry
-        channels = rng.lognormal(0, 2, (g.layers, g.intermediate)) * 0.01 if cut else None
+        channels = rng.lognormal(0, 2, (g.layers, g.channels)) * 0.01 if cut else None
         return Case(checkpoint, Worth(rng.lognormal(0, 1, (g.layers, g.heads)), channels), serving, groups_only)
 
     return made
@@ -137,7 +139,7 @@ def test_a_number_is_never_exceeded_and_met_within_one_step(opened, made, unit, 
     widths = widths_of(g)
     for choice in uniform:
         assert kept(bound, choice, case) <= bound.most
-        if choice.widths and choice.widths[0] < g.intermediate:
+        if choice.widths and choice.widths[0] < g.width:
             wider = widths[widths.index(choice.widths[0]) - 1]
             assert bound.measure.kept(g, choice.shapes, (wider,) * g.layers) > bound.most
 

@@ -176,15 +176,19 @@ def test_channels_that_make_no_sense_are_refused(channels, said):
         parse_mask(dump_mask(mask_of(CONFIG, whole, channels)))
 
 
-def test_channels_of_another_width_or_of_experts_are_refused(tmp_path):
+def test_channels_of_another_width_or_of_no_experts_are_refused(tmp_path):
     checkpoint = Checkpoint(raw_checkpoint(tmp_path / "dense", CONFIG, "F16"))
     mask = mask_of(CONFIG | {"intermediate_size": 30}, [tuple(range(6))] * 2, [(0, 1), (2, 29)])
-    with pytest.raises(ArtifactError, match="MLPs of 30 channels; the model has 20"):
+    with pytest.raises(ArtifactError, match="MLPs of 30 channels; the model has MLPs of 20"):
         make_plan(checkpoint, mask)
     experts = CONFIG | {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1}
     sparse = Checkpoint(raw_checkpoint(tmp_path / "sparse", experts, "F16"))
-    with pytest.raises(UnsupportedModelError, match="experts of MixtralForCausalLM cannot be cut"):
+    with pytest.raises(ArtifactError, match="MLPs of 20 channels; the model has 2 experts of 20 channels"):
         make_plan(sparse, mask_of(experts, [tuple(range(6))] * 2, [(0, 1), (2, 3)]))
+    mixed = experts | {"model_type": "qwen3_moe", "moe_intermediate_size": 20, "mlp_only_layers": [1]}
+    some = Checkpoint(raw_checkpoint(tmp_path / "mixed", mixed, "F16"))
+    with pytest.raises(UnsupportedModelError, match="experts in some layers and one MLP in others"):
+        make_plan(some, mask_of(mixed, [tuple(range(6))] * 2, [(0, 1), (2, 3)]))
 
 
 def test_ragged_mask_is_refused(tmp_path):

@@ -145,7 +145,7 @@ def test_exact_times_give_back_their_prices_for_every_shape(opened, family):
     for kind in range(len(table.prices)):
         for groups in range(1, g.kv_heads + 1):
             for each in range(1, g.group_size + 1):
-                for width in (8, g.intermediate) if g.has_channels else (g.intermediate,):
+                for width in (8, g.width) if g.has_channels else (g.width,):
                     row = Timed(kind, 3, groups, each, width, vocabulary=True, rounds=())
                     assert table.foretold(row) == pytest.approx(truth.foretold(row), rel=1e-6)
 
@@ -192,7 +192,7 @@ def counted(g: Geometry, table: LatencyTable, choice: Choice) -> int:
     total = price(table.step) + price(table.vocabulary)
     for layer in range(g.layers):
         one, heads = table.prices[table.kinds[layer]], np.flatnonzero(choice.kept[layer]).tolist()
-        channels = g.intermediate if choice.channels is None else int(choice.channels[layer].sum())
+        channels = g.width if choice.channels is None else int(choice.channels[layer].sum()) // g.mlps
         total += price(one.layer) + sum(price(one.channel) for _ in range(channels))
         total += sum(price(one.group) for _ in {head // g.group_size for head in heads})
         total += sum(price(one.head) for _ in heads) if g.group_size > 1 else 0

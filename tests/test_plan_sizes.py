@@ -49,8 +49,8 @@ def test_heads_alone_are_planned_where_heads_alone_may_go(run):
     assert set(plan["widths"]) == {256} and plan["kept_heads"] == plan["total_heads"] / 2
 
 
-def test_experts_are_planned_by_heads_alone(run, tmp_path):
-    folder = bare(tmp_path / "mixtral", family_config("mixtral"))
+def test_experts_beside_dense_layers_are_planned_by_heads_alone(run, tmp_path):
+    folder = bare(tmp_path / "mixed", family_config("qwen3_moe"))
     code, _, err = run("plan", "--model", folder, "--size", 0.5, "--json")
     assert code == 3 and "a head and its whole MLP" in err
     nearest = err.split("--size ")[-1].strip().rstrip(".")

@@ -167,7 +167,7 @@ def test_the_comparison_sees_what_fp32_takes_for_rounding(compare, tmp_path):
 
 @pytest.mark.parametrize("layout", ["uniform", "per-layer"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", ["llama", "phi3", "starcoder2", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "starcoder2", "mixtral", "qwen3_moe"])
 def test_every_flipped_bit_is_found_and_its_tensor_named(family, dtype, layout, tmp_path):
     claim = cut_of(tmp_path, family, layout, dtype=dtype)
     check_contents(claim)

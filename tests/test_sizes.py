@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from builders import FAMILY_SETTINGS, family_config, save_random, stated
+from builders import FAMILY_SETTINGS, expert_config, family_config, save_random, stated
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from toolkits import Toolkits
@@ -36,8 +36,8 @@ from sspcompile.slicing.sizes import (
     widths_of,
 )
 
-FAMILIES = ("llama", "qwen2", "qwen3", "phi3", "starcoder2", "gemma2")
-BASES = {family: geometry_of(family_config(family).to_dict()) for family in FAMILIES}
+FAMILIES = ("llama", "qwen2", "qwen3", "phi3", "starcoder2", "gemma2", "mixtral", "qwen3_moe")
+BASES = {family: geometry_of(expert_config(family).to_dict()) for family in FAMILIES}
 
 # The shape of Qwen2.5-72B.
 LARGE = {
@@ -86,18 +86,22 @@ class Case(NamedTuple):
 @st.composite
 def cases(draw: st.DrawFn, *, channels: bool | None = None) -> Case:
     kv_heads, group_size = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    base, layers = BASES[draw(st.sampled_from(FAMILIES))], draw(st.integers(1, 4))
+    width = draw(st.sampled_from((16, 48, 100, 255, 1024, 1536)))
     geometry = replace(
-        BASES[draw(st.sampled_from(FAMILIES))],
-        layers=draw(st.integers(1, 4)),
+        base,
+        layers=layers,
+        sparse=frozenset() if base.is_dense else frozenset(range(layers)),
         kv_heads=kv_heads,
         heads=kv_heads * group_size,
-        intermediate=draw(st.sampled_from((16, 48, 100, 255, 1024, 1536))),
+        intermediate=width,
+        expert_intermediate=width,
         vocab=draw(st.sampled_from((10, 260, 4000))),
     )
     rng = np.random.default_rng(draw(st.integers(0, 1 << 16)))
     # Real scores spread over orders of magnitude, and some tie.
     heads = np.round(rng.lognormal(0, draw(st.sampled_from((0.0, 1.0, 4.0))), (geometry.layers, geometry.heads)), 3)
-    worth = rng.lognormal(0, 2, (geometry.layers, geometry.intermediate)) * draw(st.sampled_from((1e-6, 1e-2, 1.0)))
+    worth = rng.lognormal(0, 2, (geometry.layers, geometry.channels)) * draw(st.sampled_from((1e-6, 1e-2, 1.0)))
     cut = draw(st.booleans()) if channels is None else channels
     return Case(geometry, Worth(heads, worth if cut else None), draw(st.booleans()))
 
@@ -124,7 +128,7 @@ def test_every_uniform_mask_has_the_widest_mlps_that_its_heads_leave(case, size)
     for choice in case.uniform(size):
         assert len(set(choice.shapes)) == 1 and len(set(choice.widths)) == 1
         width = choice.widths[0]
-        if width < g.intermediate:
+        if width < g.width:
             wider = widths[widths.index(width) - 1]
             more = g.layers * channel_parameters(g) * (wider - width) / all_parameters(g)
             assert share_of(g, choice) + more > size
@@ -154,6 +158,8 @@ def test_layers_are_regular_and_none_is_emptied(case, size):
             assert choice.channels is None and choice.widths == ()
         else:
             assert all(width in widths_of(g) for width in choice.widths)
+            of_each = choice.channels.reshape(g.layers, g.mlps, g.width).sum(2)
+            assert (of_each == np.array(choice.widths)[:, None]).all(), "all experts of a layer stay equally wide"
 
 
 @given(cases(channels=True), sizes)
@@ -161,7 +167,8 @@ def test_of_every_layer_the_channels_stay_that_are_worth_most(case, size):
     assume(size >= case.smallest)
     choice, values = case.per_layer(size), case.worth.channels
     assert choice.channels is not None
-    for kept, layer in zip(choice.channels, values, strict=True):
+    mlps = (-1, case.geometry.width)
+    for kept, layer in zip(choice.channels.reshape(mlps), values.reshape(mlps), strict=True):
         assert kept.all() or layer[kept].min() >= layer[~kept].max()
 
 
@@ -242,8 +249,8 @@ def test_a_size_of_heads_alone_leaves_the_mlps_whole(run: Run, at: Path):
     assert run("verify", "cut", "-q")[0] == 0
 
 
-def test_a_mixture_of_experts_loses_heads_alone_or_is_refused_with_what_is_feasible(run: Run, at: Path):
-    save_random(at / "model", family_config("mixtral", layers=2, kv_heads=4, group_size=2))
+def test_a_mixture_with_dense_layers_loses_heads_alone_or_is_refused_with_what_is_feasible(run: Run, at: Path):
+    save_random(at / "model", family_config("qwen3_moe", layers=2, kv_heads=4, group_size=2))
     build = ("build", "--model", "model", "--scenario", stated(at / "sums.yaml"), "--out", "cut", *FAST)
     code, _, err = run(*build, "--size", 0.2)
     assert code == 3 and "a head and its whole MLP" in err and not (at / "cut").exists()

@@ -36,6 +36,7 @@ from sspcompile.repair.repair import demand_place, is_linear, masked
 from sspcompile.slicing.layouts import choose
 from sspcompile.slicing.mask import HeadMask, Kept, kept_of
 from sspcompile.slicing.plan import make_plan, plan_counts
+from sspcompile.slicing.sizes import EXPERT_STEP
 from sspcompile.slicing.write import write_model
 
 IDS = [(7 * n) % 250 for n in range(24)]
@@ -43,20 +44,29 @@ PROMPTS = [f"How much is {n} times {n + 3}?" for n in range(20)]
 
 
 def channels_for(checkpoint: Checkpoint, width: float, layout: str, seed: int) -> tuple[tuple[int, ...], ...] | None:
-    """Random channels of every layer's MLP, about `width` of them; None where all stay or there are none to cut."""
+    """Random channels of every layer's MLP, or of each expert, about `width` of them; None where all stay or there are
+    none to cut.
+    """
     g, rng = checkpoint.geometry, np.random.default_rng(seed)
     if width == 1 or not g.has_channels:
         return None
-    counts = np.full(g.layers, max(1, int(width * g.intermediate)))
+    step = 1 if g.mlps == 1 else EXPERT_STEP
+    counts = np.full(g.layers, max(1, int(width * g.width) // step))
     if layout == "per-layer":
         counts = rng.integers(1, counts[0] + 1, g.layers)
-    return tuple(tuple(sorted(rng.permutation(g.intermediate)[:count].tolist())) for count in counts)
+
+    def row(count: int) -> tuple[int, ...]:
+        of_each = [sorted(rng.permutation(g.width)[:count].tolist()) for _ in range(g.mlps)]
+        return tuple(number * g.width + channel for number, kept in enumerate(of_each) for channel in kept)
+
+    return tuple(map(row, step * counts))
 
 
 def mask_for(checkpoint: Checkpoint, keep: float, layout: str, seed: int, width: float = 1.0) -> HeadMask:
     g = checkpoint.geometry
     scores = np.random.default_rng(seed).random((g.layers, g.heads))
     choice = choose(scores, g.kv_heads, keep, layout)
+    channels = channels_for(checkpoint, width, layout, seed)
     return HeadMask(
         model="",
         layers=g.layers,
@@ -70,8 +80,9 @@ def mask_for(checkpoint: Checkpoint, keep: float, layout: str, seed: int, width:
         whitelist=(),
         criterion="random",
         scenario={},
-        intermediate=g.intermediate,
-        channels=channels_for(checkpoint, width, layout, seed),
+        intermediate=g.width,
+        channels=channels,
+        experts=g.mlps if channels is not None else 1,
     )
 
 

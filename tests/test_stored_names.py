@@ -97,7 +97,7 @@ def test_identity_does_not_depend_on_stored_names(pair):
 @pytest.mark.parametrize("layout", ["uniform", "per-layer"])
 def test_cut_has_the_bytes_and_the_configuration_of_the_usual_one(layout, pair, tmp_path):
     for number, source in enumerate(map(Checkpoint, pair)):
-        write_model(source, make_plan(source, mask_for(source, 0.5, layout, 3)), tmp_path / f"cut-{number}")
+        write_model(source, make_plan(source, mask_for(source, 0.5, layout, 3, 0.7)), tmp_path / f"cut-{number}")
     assert written(tmp_path / "cut-0") == written(tmp_path / "cut-1")
     assert (tmp_path / "cut-0" / "config.json").read_bytes() == (tmp_path / "cut-1" / "config.json").read_bytes()
 

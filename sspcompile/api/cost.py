@@ -201,7 +201,7 @@ def _peak(
     if any(p.is_meta for p in loaded.model.parameters()):
         weights += layer_parameters(loaded) * width
     batch = max(BATCH_TOKENS, lengths.longest)
-    layer = batch * (3 * g.intermediate + 6 * g.hidden + 4 * n) * width
+    layer = batch * (3 * g.visited + 6 * g.hidden + 4 * n) * width
     logits = 6 * LOGITS_AT_ONCE * width
     backward = max(GRADIENT_TOKENS, lengths.longest) / batch
     gradients = backward * ((g.layers + 2) * batch * g.hidden * width + 2 * layer) + logits

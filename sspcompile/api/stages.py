@@ -38,7 +38,7 @@ from sspcompile.select.baselines import most_rivals
 from sspcompile.select.budget import bounded, bounds_of, cuts_channels
 from sspcompile.select.floor import AT_ONCE, ROUNDS
 from sspcompile.select.judging import REFITS, spread
-from sspcompile.select.peers import GRADIENT_PASSES, GRADIENTS, INPUTS
+from sspcompile.select.peers import GRADIENT_PASSES, GRADIENTS, INPUTS, scored_by_peers
 from sspcompile.select.reading import MIXTURE_TEXTS
 from sspcompile.select.scoring import CURVATURE_TEXTS, INFLUENCES, cached_keys, reads_cache, source_of
 from sspcompile.select.search import COMPARED_FIT, COMPARED_HELD, HOLD_EVERY
@@ -152,7 +152,8 @@ def deciding(
         yield Stage("comparing layouts", *parts.guard, 2 * layouts)
     sized = bool(_bounds(request, loaded))
     rivals = most_rivals(options.baselines, source_of(request), sized=sized, whole=options.whole is not None)
-    if options.baselines == "all" and sized and options.whole is None:
+    channels = cuts_channels(options, loaded.geometry)
+    if options.baselines == "all" and sized and options.whole is None and scored_by_peers(loaded.geometry, channels):
         yield from _rivalling(loaded, parts.fit.some(CURVATURE_TEXTS))
     yield repairing("repairing this build and its baselines", parts.fit, [width] * (1 + rivals), request, dense, loaded)
     yield Stage("judging the repair", *parts.guard, 2)
@@ -273,7 +274,9 @@ def _passes_of(key: str, loaded: LoadedModel) -> float:
 def refitted_width(request: Request, loaded: LoadedModel) -> int | None:
     """Channels of an MLP that a repair fits its down_proj to, on average over layers; None where it stays as it was."""
     g, bounds = loaded.geometry, _bounds(request, loaded)
-    if request.options.whole is not None and g.has_channels:
+    if not g.is_dense:
+        return None
+    if request.options.whole is not None:
         return g.intermediate
     if bounds and cuts_channels(request.options, g):
         groups_only = request.options.granularity == "group"
@@ -310,7 +313,7 @@ def _mask_passes(g: Geometry, width: int | None, tokens: int) -> float:
 
 def layer_multiplications(g: Geometry) -> int:
     """Of a token that passes a layer."""
-    return (2 * g.heads + 2 * g.kv_heads) * g.head_dim * g.hidden + 3 * g.hidden * g.intermediate
+    return (2 * g.heads + 2 * g.kv_heads) * g.head_dim * g.hidden + 3 * g.hidden * g.visited
 
 
 def _normal(inputs: int, outputs: int) -> int:

@@ -73,8 +73,8 @@ def timed_shapes(g: Geometry) -> list[tuple[int, int, int]]:
     plain = replace(g, fixed_heads=False)  # positions are left unscaled
     groups = [n for n in range(1, g.kv_heads) if holds(plain, g.family, n * g.group_size)]
     each = [n for n in range(1, g.group_size) if holds(plain, g.family, g.kv_heads * n)]
-    widths = [width for width in widths_of(g) if width < g.intermediate] if g.has_channels else []
-    whole = (g.kv_heads, g.group_size, g.intermediate)
+    widths = [width for width in widths_of(g) if width < g.width] if g.has_channels else []
+    whole = (g.kv_heads, g.group_size, g.width)
     half, half_each, half_width = (
         _nearest(groups, 0.5 * whole[0]),
         _nearest(each, 0.5 * whole[1]),
@@ -172,7 +172,7 @@ def model_of(config: Mapping[str, Any], g: Geometry, row: Timed, kind: Kind, pla
         "num_attention_heads": row.groups * row.each,
         "num_key_value_heads": row.groups,
         "head_dim": g.head_dim,
-        "intermediate_size": row.width,
+        **({g.family.width: row.width} if g.has_channels else {}),
         "tie_word_embeddings": g.tied,
         "vocab_size": g.vocab if row.vocabulary else FEW_TOKENS,
         **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),

@@ -3,7 +3,8 @@
 Rows of q/k/v and columns of o belong to heads: head h owns q_proj rows h*D .. (h+1)*D and the same columns of o_proj;
 key/value head g owns k_proj and v_proj rows g*D .. (g+1)*D (D = head_dim). A fused qkv_proj stacks q, k and v.
 Channel c of an MLP owns row c of the matrices that read the residual stream (gate and up, one above the other where
-they are fused) and column c of the one that writes into it.
+they are fused) and column c of the one that writes into it. Of experts each is such an MLP; the channels of a layer are
+those of all its experts, one expert behind the other.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
+
+import numpy as np
 
 from sspcompile.families import Geometry, Linear, layer_prefix
 
@@ -107,29 +110,57 @@ def attention_blocks(g: Geometry, layer: int, heads: Sequence[int], groups: Sequ
 
 
 def channel_blocks(g: Geometry, layer: int, channels: Sequence[int]) -> dict[str, Blocks]:
-    """Tensor name -> what stays of it with these channels of the layer's MLP."""
-    kept = tuple(channels)
-    both = (*kept, *(g.intermediate + channel for channel in kept))
+    """Tensor name -> what stays of it with these channels of the layer's MLP, or of its experts."""
     blocks: dict[str, Blocks] = {}
-    for linear in g.family.mlp:
-        name = f"{layer_prefix(layer)}{linear.name}."
-        if linear.columns == "intermediate":
-            blocks[name + "weight"] = Blocks(1, kept, 1)
-        else:
-            rows = both if linear.rows == "twice_intermediate" else kept
-            blocks |= {name + kind: Blocks(0, rows, 1) for kind in ("weight", "bias")}
+    for number, kept in enumerate(by_mlp(g, channels)):
+        both = (*kept, *(g.width + channel for channel in kept))
+        for linear in mlp_parts(g, layer, number):
+            if linear.rows == "hidden":
+                blocks[f"{linear.name}.weight"] = Blocks(1, kept, 1)
+            else:
+                rows = both if linear.rows == "twice_intermediate" else kept
+                blocks |= {f"{linear.name}.{kind}": Blocks(0, rows, 1) for kind in ("weight", "bias")}
     return blocks
 
 
+def by_mlp(g: Geometry, channels: Sequence[int]) -> list[tuple[int, ...]]:
+    """Channels of a layer as those of each of its MLPs, counted from 0 in each; the order stays."""
+    numbers, places = np.divmod(np.array(channels, dtype=np.int64), g.width)
+    ends = np.cumsum(np.bincount(numbers, minlength=g.mlps))[:-1]
+    return [tuple(part.tolist()) for part in np.split(places[np.argsort(numbers, kind="stable")], ends)]
+
+
+def mlp_parts(g: Geometry, layer: int, number: int) -> list[Linear]:
+    """The matrices of one MLP of a layer under their whole names: of an expert, or with number 0 of the only one."""
+    prefix, parts = layer_prefix(layer), g.family.mlp
+    if layer in g.sparse and g.family.experts is not None:
+        prefix += g.family.experts.expert.format(number) + "."
+        parts = g.family.experts.parts
+    return [replace(linear, name=prefix + linear.name) for linear in parts]
+
+
+def down_names(g: Geometry, layer: int) -> list[str]:
+    """The names of the matrices that a layer's MLPs write with: one, or one of every expert."""
+    numbers = range(g.experts if layer in g.sparse else 1)
+    parts = (part for number in numbers for part in mlp_parts(g, layer, number))
+    return [f"{part.name}.weight" for part in parts if part.rows == "hidden"]
+
+
 def mlp_shapes(g: Geometry, layer: int, width: int | None = None) -> Shapes:
-    """Name -> shape of one layer's MLP: matrices of `width` channels (None: all), or router and experts."""
-    g = g if width is None else replace(g, intermediate=width)
-    return {name: shape for name, shape, _ in _mlp(g, layer)}
+    """Name -> shape of one layer's MLP: matrices of `width` channels (None: all), or router and experts of that."""
+    return {name: shape for name, shape, _ in _mlp(_narrowed(g, width), layer)}
+
+
+def _narrowed(g: Geometry, width: int | None) -> Geometry:
+    """With MLPs, or experts, of another width; as it is where a configuration has both, of which none is cut."""
+    if width is None or not g.has_channels:
+        return g
+    return replace(g, intermediate=width) if g.is_dense else replace(g, expert_intermediate=width)
 
 
 def mlp_multiplied(g: Geometry, layer: int, width: int | None = None) -> int:
     """Elements of the MLP matrices that one token is multiplied with: of the experts, only those it visits."""
-    g = g if width is None else replace(g, intermediate=width)
+    g = _narrowed(g, width)
     experts = g.experts if layer in g.sparse else 1
     visited = g.active_experts if layer in g.sparse else 1
     weights = [(shape, shared) for name, shape, shared in _mlp(g, layer) if name.endswith(".weight")]
@@ -139,19 +170,17 @@ def mlp_multiplied(g: Geometry, layer: int, width: int | None = None) -> int:
 
 def _mlp(g: Geometry, layer: int) -> Iterator[tuple[str, tuple[int, ...], bool]]:
     """(name, shape, whether every token visits it)."""
-    prefix = layer_prefix(layer)
     if layer not in g.sparse or g.family.experts is None:
-        for linear in g.family.mlp:
+        for linear in mlp_parts(g, layer, 0):
             shape = linear_shape(g, linear)
-            yield f"{prefix}{linear.name}.weight", shape, True
+            yield f"{linear.name}.weight", shape, True
             if g.mlp_bias:
-                yield f"{prefix}{linear.name}.bias", shape[:1], True
+                yield f"{linear.name}.bias", shape[:1], True
         return
-    experts = g.family.experts
-    yield f"{prefix}{experts.router}.weight", (g.experts, g.hidden), True
+    yield f"{layer_prefix(layer)}{g.family.experts.router}.weight", (g.experts, g.hidden), True
     for number in range(g.experts):
-        for linear in experts.parts:
-            yield f"{prefix}{experts.expert.format(number)}.{linear.name}.weight", linear_shape(g, linear), False
+        for linear in mlp_parts(g, layer, number):
+            yield f"{linear.name}.weight", linear_shape(g, linear), False
 
 
 def linear_shape(g: Geometry, linear: Linear) -> tuple[int, int]:

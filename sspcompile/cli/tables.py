@@ -12,6 +12,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from sspcompile.api.cost import Cost
     from sspcompile.criteria import Criterion
+    from sspcompile.families import Geometry
     from sspcompile.nested.index import Nested
     from sspcompile.report import Report
     from sspcompile.slicing.frontier import Frontier
@@ -58,14 +59,15 @@ def print_plan(
     sizes = Table(title=_plan_title(plan), title_justify="left")
     for name in ("", "dense", "sliced", "ratio"):
         sizes.add_column(name, justify="left" if not name else "right")
-    narrowed, whole = _narrowed(plan), plan.geometry.layers * plan.geometry.intermediate
+    g, narrowed = plan.geometry, _narrowed(plan)
+    channels = f"channels of the {_mlps(g)}", g.layers * g.channels, g.mlps * sum(plan.widths), "{:,}"
     depth = [("layers", len(plan.layers), len(plan.staying), "{:,}")] if plan.removed else []
     memory = [] if serving is None else [(f"both for {serving} (MiB)", *(n / MEBI for n in plan.memory(serving)))]
     rows = (
         ("parameters", plan.dense.parameters, plan.sliced.parameters, "{:,}"),
         ("weights (MiB)", plan.dense.weight_bytes / MEBI, plan.sliced.weight_bytes / MEBI, "{:,.1f}"),
         *depth,
-        *((("channels of the MLPs", whole, sum(plan.widths), "{:,}"),) if narrowed else ()),
+        *((channels,) if narrowed else ()),
         ("KV cache (bytes per token)", plan.dense.kv_bytes_per_token, plan.sliced.kv_bytes_per_token, "{:,}"),
         *((*row, "{:,.1f}") for row in memory),
         ("FLOPs per token", plan.dense.flops_per_token, plan.sliced.flops_per_token, "{:,}"),
@@ -79,7 +81,6 @@ def print_plan(
         console.print(f"Heads are {plan.prunable_share:.1%} of the parameters, channels {plan.channel_share:.1%}.")
     elif not plan.removed:
         console.print(f"Attention is {plan.prunable_share:.1%} of the parameters; heads alone are no more than that.")
-    g = plan.geometry
     rows_held = g.vocab * g.hidden * (1 if g.tied else 2) / plan.dense.parameters
     console.print(f"The vocabulary is {rows_held:.1%}; `sspcompile trim` takes from that.")
     verdicts = Table("runtime", "loads", "how, or why not")
@@ -137,7 +138,11 @@ def print_frontier(frontier: Frontier) -> None:
 
 def _narrowed(plan: SlicePlan) -> bool:
     """Whether an MLP of a layer that stays loses channels."""
-    return min(plan.widths[layer] for layer in plan.staying) < plan.geometry.intermediate
+    return min(plan.widths[layer] for layer in plan.staying) < plan.geometry.width
+
+
+def _mlps(g: Geometry) -> str:
+    return "MLPs" if g.mlps == 1 else "experts"
 
 
 def _plan_title(plan: SlicePlan) -> str:
@@ -147,7 +152,8 @@ def _plan_title(plan: SlicePlan) -> str:
         left = [plan.widths[layer] for layer in plan.staying]
         least, most = min(left), max(left)
         widths = f"{least:,}" if least == most else f"{least:,} to {most:,}"
-        counted = f"{plan.size:.1%} of the parameters, {counted}, MLPs {widths} of {plan.geometry.intermediate:,} wide"
+        g = plan.geometry
+        counted = f"{plan.size:.1%} of the parameters, {counted}, {_mlps(g)} {widths} of {g.width:,} wide"
     if plan.removed:
         counted = f"{len(plan.staying)} of {len(plan.layers)} layers, {counted}"
     if plan.silent:
@@ -160,7 +166,7 @@ def _layers(plan: SlicePlan) -> Table:
     table = Table(title="By layer, MLP and norms included (dense → sliced)", title_justify="left")
     columns = ["layer", "query heads", "kv heads", "parameters", "weights (MiB)", "KV bytes per token", "FLOPs"]
     if _narrowed(plan):
-        columns.insert(3, "MLP width")
+        columns.insert(3, "MLP width" if plan.geometry.mlps == 1 else "width of experts")
     for name in columns:
         table.add_column(name, justify="right")
     g = plan.geometry
@@ -171,7 +177,7 @@ def _layers(plan: SlicePlan) -> Table:
             str(index),
             f"{g.heads} → {heads}",
             f"{g.kv_heads} → {len(cut.groups)}",
-            *([f"{g.intermediate:,} → {width:,}"] if _narrowed(plan) else []),
+            *([f"{g.width:,} → {width:,}"] if _narrowed(plan) else []),
             f"{dense.parameters:,} → {sliced.parameters:,}",
             f"{dense.weight_bytes / MEBI:,.1f} → {sliced.weight_bytes / MEBI:,.1f}",
             f"{dense.kv_bytes_per_token:,} → {sliced.kv_bytes_per_token:,}",
@@ -218,7 +224,7 @@ def print_criteria(criteria: Iterable[Criterion]) -> None:
 
 def print_mask(mask: HeadMask) -> None:
     """One row per layer: kept heads as blocks shaded by score, removed heads as dots, whitelist underlined; where
-    channels were cut the width of the MLP.
+    channels were cut the width of the MLP, or of each expert.
     """
     console = Console()
     kept_heads = f"{mask.keep_achieved:.1%} of {mask.layers * mask.heads} heads"
@@ -231,12 +237,12 @@ def print_mask(mask: HeadMask) -> None:
     table.add_column("heads (│ between key/value groups)")
     table.add_column("query", justify="right")
     table.add_column("kv", justify="right")
-    if mask.channels is not None:
-        table.add_column(f"MLP (of {mask.intermediate:,})", justify="right")
+    if mask.widths is not None:
+        table.add_column(f"{'MLP' if mask.experts == 1 else 'experts'} (of {mask.intermediate:,})", justify="right")
     ranked = sorted(score for row in mask.scores for score in row)
     for layer, kept in enumerate(mask.kept):
         line = Text()
-        width = [] if mask.channels is None else [f"{len(mask.channels[layer]):,}"]
+        width = [] if mask.widths is None else [f"{mask.widths[layer]:,}"]
         if not kept:
             line.append("layer removed" if layer in mask.removed else "attention removed", style="dim")
             table.add_row(str(layer), line, "0", "0", *width)
@@ -274,5 +280,5 @@ def _asked(mask: HeadMask) -> Iterator[str]:
 def _channels_kept(mask: HeadMask) -> str:
     if mask.channels is None:
         return ""
-    whole = mask.layers * mask.intermediate
-    return f" and {sum(map(len, mask.channels)) / whole:.1%} of {whole:,} channels of the MLPs"
+    whole, mlps = mask.layers * mask.experts * mask.intermediate, "MLPs" if mask.experts == 1 else "experts"
+    return f" and {sum(map(len, mask.channels)) / whole:.1%} of {whole:,} channels of the {mlps}"

@@ -62,12 +62,12 @@ def structure_moments(loaded: LoadedModel, given: CriterionInput) -> tuple[Momen
     """The same, and of what enters every down_proj (None where layers choose between experts), in one forward pass."""
     g = loaded.geometry
     places = [o_proj(layer) for layer in loaded.layers]
-    places += [down_proj(layer) for layer in loaded.layers] if g.has_channels else []
+    places += [down_proj(layer) for layer in loaded.layers] if g.is_dense else []
     both, width = _moments(loaded, given, places), g.heads * g.head_dim
     attention, mlp = (
         Moments(both.tokens, both.sums[:, part], both.squares[:, part]) for part in (slice(width), slice(width, None))
     )
-    return attention, mlp if g.has_channels else None
+    return attention, mlp if g.is_dense else None
 
 
 def _moments(loaded: LoadedModel, given: CriterionInput, places: Sequence[nn.Module]) -> Moments:

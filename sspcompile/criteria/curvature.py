@@ -15,11 +15,13 @@ sum of y y^T, and a change of W is one of both sides of it. Units of a layer are
 
 The same pass gives the Fisher information of gates on the heads (`fisher`): the gradient of a gate is x . y over the
 head's channels, summed over a text; and of gates on the channels of the MLPs, at the input of down_proj, in the same
-way.
+way. A channel of an expert has a gate for the tokens that visit the expert; to others it adds nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -31,8 +33,10 @@ from sspcompile.criteria.fisher import batch_generator, logit_cotangent
 from sspcompile.criteria.units import CriterionInput, Units, rising
 from sspcompile.model import journal
 from sspcompile.model.decoder import LoadedModel
-from sspcompile.model.gradients import read_gradients
-from sspcompile.model.modules import down_proj, o_proj
+from sspcompile.model.experts import one_by_one
+from sspcompile.model.gradients import read_gradients, watched
+from sspcompile.model.modules import down_proj, experts, o_proj
+from sspcompile.model.text import Batch
 
 # Of the mean of H's diagonal.
 RIDGE = 1e-2
@@ -44,8 +48,8 @@ class Curvature:
 
     `inputs` [L, n, n]: E[x x^T] over tokens, n = heads * head_dim; `writes` [L, n, n]: W^T G W, nats per scored
     position; both fp32. `gates` [N, L, U] float64: Fisher information of the units' gates per text and scored position.
-    `channels` [L, intermediate] float64: the same of gates on the channels of the MLPs, mean over texts; None where
-    layers choose between experts.
+    `channels` [L, mlps * width] float64: the same of gates on the channels of the MLPs, or of all experts, mean over
+    texts; None where some layers have experts and some have none.
     """
 
     inputs: Tensor
@@ -61,9 +65,9 @@ def curvature(loaded: LoadedModel, given: CriterionInput) -> Curvature:
     inputs, writes = (torch.zeros(g.layers, n, n) for _ in range(2))
     units = Units.of(g, given.granularity)
     gates = np.zeros((given.prompts, g.layers, units.count))
-    channels = np.zeros((g.layers, g.intermediate)) if g.has_channels else None
+    channels = np.zeros((g.layers, g.channels)) if g.has_channels else None
     places = [o_proj(layer) for layer in loaded.layers]
-    places += [down_proj(layer) for layer in loaded.layers] if channels is not None else []
+    places += [down_proj(layer) for layer in loaded.layers] if g.is_dense else []
     tokens = scored = 0
     walk = journal.current().state("curvature", loaded, [given.batches, given.seed, given.granularity])
     begun = 0
@@ -83,8 +87,7 @@ def curvature(loaded: LoadedModel, given: CriterionInput) -> Curvature:
         ) -> None:
             layer = place % g.layers
             if place >= g.layers and channels is not None:
-                closing = (x * y).float().sum(1).cpu().double()
-                channels[layer] += (closing.square() / positions.cpu()[:, None]).sum(0).numpy()
+                channels[layer] += _information((x * y).float().sum(1), positions)
                 return
             closing = (x * y).float().unflatten(-1, (units.count, -1)).sum((1, 3))  # padding has no gradient
             gates[rows, layer] = (closing.cpu().double().square() / positions.cpu()[:, None]).numpy()
@@ -92,8 +95,14 @@ def curvature(loaded: LoadedModel, given: CriterionInput) -> Curvature:
             inputs[layer] += (x.T @ x).cpu()
             writes[layer] += (y.T @ y).cpu()
 
+        def read_expert(layer: int, number: int, closing: Tensor, positions: Tensor = positions) -> None:
+            if channels is not None:
+                channels[layer, number * g.width : (number + 1) * g.width] += _information(closing, positions)
+
         cotangent = partial(logit_cotangent, targets="normal", generator=generator)
-        read_gradients(loaded, batch, places, "o_proj or down_proj", cotangent, read)
+        sparse = channels is not None and not g.is_dense
+        with _closing_experts(loaded, batch, read_expert) if sparse else contextlib.nullcontext():
+            read_gradients(loaded, batch, places, "o_proj or down_proj", cotangent, read)
         tokens += int(real.sum())
         scored += int(positions.sum())
         counts = np.array([index + 1, tokens, scored])
@@ -102,6 +111,31 @@ def curvature(loaded: LoadedModel, given: CriterionInput) -> Curvature:
     mean = None if channels is None else channels / max(1, given.prompts)
     # In place: a pair of these is as much as a layer's weights, for every layer.
     return Curvature(inputs.div_(max(1, tokens)), writes.div_(max(1, scored)), gates, mean)
+
+
+def _information(closing: Tensor, positions: Tensor) -> np.ndarray:
+    """Of gates whose gradients are `closing` [texts, gates], per scored position and summed over the texts."""
+    return np.asarray((closing.cpu().double().square() / positions.cpu()[:, None]).sum(0))
+
+
+@contextlib.contextmanager
+def _closing_experts(loaded: LoadedModel, batch: Batch, read: Callable[[int, int, Tensor], None]) -> Iterator[None]:
+    """A backward pass inside hands `read` (layer, number of an expert, gradients of the gates on its channels
+    [texts, width]) for every expert that some token of the batch visits.
+    """
+    texts, length = batch.input_ids.shape
+
+    def watch(layer: int, number: int, tokens: Tensor, x: Tensor) -> Tensor:
+        def closing(x: Tensor, y: Tensor) -> None:
+            sums = torch.zeros(texts, x.shape[1], device=x.device)
+            read(layer, number, sums.index_add_(0, tokens // length, (x * y).float()))
+
+        return watched(x, closing)
+
+    with contextlib.ExitStack() as stack:
+        for index in loaded.geometry.sparse:
+            stack.enter_context(one_by_one(experts(loaded.layers[index]), partial(watch, index)))
+        yield
 
 
 def _stand(

@@ -69,7 +69,7 @@ def llm_pruner_structures(loaded: LoadedModel, given: CriterionInput) -> Structu
     g = loaded.geometry
     places = {name: projection_place(g, name) for name in PROJECTIONS}
     names = {f"self_attn.{module}" for module, _ in places.values()}
-    names |= {linear.name for linear in g.family.mlp} if g.has_channels else set()
+    names |= {linear.name for linear in g.family.mlp} if g.is_dense else set()
     weights = [layer.get_submodule(name).get_parameter("weight") for layer in loaded.layers for name in sorted(names)]
 
     def product(layer: int, name: str, weight: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def llm_pruner_structures(loaded: LoadedModel, given: CriterionInput) -> Structu
     with _trainable(weights):
         _add_gradients(loaded, given)
         heads = np.stack([attention_sums(loaded, layer, partial(product, layer)) for layer in layers]) / tokens
-        if not g.has_channels:
+        if not g.is_dense:
             return Structures(heads, None)
         channels = np.stack([channel_sums(loaded, layer, partial(product, layer)) for layer in layers])
         return Structures(heads, channels / tokens)

@@ -34,7 +34,7 @@ def magnitude_structures(loaded: LoadedModel) -> Structures:
     """Norms of all weights that a head, or a channel, would take with it; no text is read."""
     layers = range(loaded.geometry.layers)
     heads = np.sqrt([attention_sums(loaded, layer, _squares) for layer in layers])
-    if not loaded.geometry.has_channels:
+    if not loaded.geometry.is_dense:
         return Structures(heads, None)
     return Structures(heads, np.sqrt([channel_sums(loaded, layer, _squares) for layer in layers]))
 

@@ -154,8 +154,9 @@ def _removed(plan: Mapping[str, Any]) -> tuple[int, int, int]:
     say nothing of channels. Heads of an attention that goes whole are among them.
     """
     widths, whole, gone = plan.get("widths", []), plan.get("dense_width", 0), len(plan.get("removed_layers", ()))
+    mlps = plan.get("experts", 1)
     heads = plan["total_heads"] - plan["kept_heads"] - (gone * plan["total_heads"] // len(widths) if gone else 0)
-    return gone, heads, whole * (len(widths) - gone) - sum(widths) if whole else 0
+    return gone, heads, mlps * (whole * (len(widths) - gone) - sum(widths)) if whole else 0
 
 
 def _cut(plan: Mapping[str, Any]) -> str:
@@ -166,7 +167,8 @@ def _cut(plan: Mapping[str, Any]) -> str:
     if silent := plan.get("removed_attention"):
         told[-1] += f" (the whole attention of {len(silent)} layer{'s' if len(silent) > 1 else ''} among them)"
     if channels:
-        told.append(f"{channels:,} of its {plan['dense_width'] * len(plan['widths']):,} MLP channels")
+        of_all = plan.get("experts", 1) * plan["dense_width"] * len(plan["widths"])
+        told.append(f"{channels:,} of its {of_all:,} MLP channels")
     return " and ".join(told)
 
 

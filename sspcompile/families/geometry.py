@@ -55,9 +55,40 @@ class Geometry:
         return self.layers * self.heads
 
     @property
-    def has_channels(self) -> bool:
-        """Whether the MLP of every layer is one whose channels can be cut: no layer chooses between experts."""
+    def is_dense(self) -> bool:
+        """Whether the MLP of every layer is the family's own: no layer chooses between experts."""
         return self.family.experts is None
+
+    @property
+    def has_channels(self) -> bool:
+        """Whether channels of MLPs can be cut: all layers have one MLP, or all have experts. With both there are two
+        widths.
+        """
+        return self.is_dense or self._all_sparse
+
+    @property
+    def _all_sparse(self) -> bool:
+        return len(self.sparse) == self.layers
+
+    @property
+    def mlps(self) -> int:
+        """The MLPs that stand beside each other in a layer and are equally wide: its experts, or one."""
+        return self.experts if self._all_sparse else 1
+
+    @property
+    def width(self) -> int:
+        """Channels of each of the `mlps` of a layer."""
+        return self.expert_intermediate if self._all_sparse else self.intermediate
+
+    @property
+    def visited(self) -> int:
+        """Channels of MLPs that a token passes in a layer: of the experts, those of the few that it visits."""
+        return self.active_experts * self.expert_intermediate if self.sparse else self.intermediate
+
+    @property
+    def channels(self) -> int:
+        """Channels of a layer. Those of its MLPs stand behind each other: channel c of expert e is e * width + c."""
+        return self.mlps * self.width
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

@@ -151,6 +151,11 @@ class Family:
         return self.norms[: self.norms.index(self.residual_norm)]
 
     @property
+    def width(self) -> str:
+        """The configuration key of the inner size of an MLP, or of an expert."""
+        return self.experts.width if self.experts is not None else "intermediate_size"
+
+    @property
     def down(self) -> str:
         """The matrix of the MLP that writes into the residual stream; its columns are the channels."""
         return next(linear.name for linear in self.mlp if linear.rows == "hidden")

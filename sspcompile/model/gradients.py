@@ -53,13 +53,18 @@ def read_gradients(
     """
 
     def watch(index: int, x: Tensor) -> Tensor:
-        watched: Tensor = _Watched.apply(x, partial(read, index))
-        return watched
+        return watched(x, partial(read, index))
 
     with torch.enable_grad(), _from_embeddings(loaded), recomputed(loaded.layers), reading(modules, what, watch):
         hidden = decoder_output(loaded, batch)
         states = hidden[batch.score_mask.to(hidden.device)]
         torch.autograd.backward(states, state_gradients(loaded, states, cotangent))
+
+
+def watched(x: Tensor, read: Callable[[Tensor, Tensor], None]) -> Tensor:
+    """The same numbers; a backward pass through them hands `read` them and the gradient with respect to them."""
+    same: Tensor = _Watched.apply(x, read)
+    return same
 
 
 class _Watched(torch.autograd.Function):

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from sspcompile.errors import RunError
 from sspcompile.model.decoder import LoadedModel
-from sspcompile.model.modules import down_proj, o_proj
+from sspcompile.model.experts import one_by_one
+from sspcompile.model.modules import down_proj, experts, o_proj
 
 # Called with (index of the module, its positional arguments, its keyword arguments); what it returns, unless None,
 # replaces the positional arguments.
@@ -117,17 +118,36 @@ def head_gates(loaded: LoadedModel, gates: Tensor) -> Iterator[None]:
 
 @contextlib.contextmanager
 def channel_gates(loaded: LoadedModel, gates: Tensor) -> Iterator[None]:
-    """Multiply every channel of the MLPs by its gate, at the input of down_proj, for the duration of the context.
+    """Multiply every channel of the MLPs by its gate, at the input of down_proj, or of every expert's, for the duration
+    of the context.
 
-    `gates` is [layers, intermediate].
+    `gates` is [layers, mlps * width].
     """
-    if gates.shape != (loaded.geometry.layers, loaded.geometry.intermediate):
-        raise ValueError(f"gates {tuple(gates.shape)} for {loaded.geometry.layers} layers")
+    g = loaded.geometry
+    if gates.shape != (g.layers, g.channels):
+        raise ValueError(f"gates {tuple(gates.shape)} for {g.layers} layers of {g.channels} channels")
+    if not g.is_dense:
+        with contextlib.ExitStack() as stack:
+            for layer, row in zip(loaded.layers, gates, strict=True):
+                stack.enter_context(expert_gates(layer, row.view(g.mlps, g.width)))
+            yield
+        return
 
     def watch(index: int, args: tuple[Any, ...], _options: dict[str, Any]) -> tuple[Any, ...]:
         return args[0] * gates[index].to(args[0]), *args[1:]  # layers may lie on several devices
 
     with _watched([down_proj(layer) for layer in loaded.layers], watch):
+        yield
+
+
+@contextlib.contextmanager
+def expert_gates(layer: nn.Module, gates: Tensor) -> Iterator[None]:
+    """The same of one layer that has experts: `gates` is [experts, width]."""
+
+    def gated(number: int, _tokens: Tensor, channels: Tensor) -> Tensor:
+        return channels * gates[number].to(channels)
+
+    with one_by_one(experts(layer), gated):
         yield
 
 

@@ -3,7 +3,7 @@
 `residual norm`: its positional input is the residual stream after attention is added and before the MLP; the family
 table names it (`post_attention_layernorm` in most, not in all). `o_proj`: at its input the heads still stand side by
 side; it is the only place where closing a head is a multiplication by zero. `down_proj`: the same for the channels of
-the MLP.
+the MLP; `experts` are in the place of it where a layer chooses between some.
 """
 
 from __future__ import annotations
@@ -61,6 +61,11 @@ def down_proj(layer: nn.Module) -> nn.Linear:
     """The MLP's output projection; its input is [batch, tokens, intermediate]. The family table names it."""
     config: Any = layer.get_submodule("self_attn").config
     return cast(nn.Linear, layer.get_submodule(FAMILIES[config.model_type].down))
+
+
+def experts(layer: nn.Module) -> nn.Module:
+    """All experts of a sparse layer as one module, their matrices stacked; a router says which tokens each sees."""
+    return layer.get_submodule("mlp.experts")
 
 
 def layer_output(output: Tensor | tuple[Any, ...]) -> Tensor:

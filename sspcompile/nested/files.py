@@ -35,7 +35,7 @@ def parts_of(g: Geometry) -> tuple[Part, ...]:
     """The matrices of a layer that hold its units."""
     found = [Part(module="self_attn.q_proj", axis=0, unit="query"), Part(module=O_PROJ, axis=1, unit="query")]
     found += [Part(module=f"self_attn.{name}", axis=0, unit="group") for name in ("k_proj", "v_proj")]
-    for linear in g.family.mlp if g.has_channels else ():
+    for linear in g.family.mlp if g.is_dense else ():
         found.append(Part(module=linear.name, axis=1 if linear.columns == "intermediate" else 0, unit="channel"))
     return tuple(found)
 

@@ -2,7 +2,8 @@
 
 Both models are built without weights. Layer by layer, the weights are read, both layers are run on their own hidden
 states, the states are compared, and the weights are dropped. Masking a head at the input of o_proj is the same as
-zeroing its columns of o_proj, and so are channels and down_proj: that is how the dense model is masked here.
+zeroing its columns of o_proj, and so are channels and down_proj, or that of an expert: that is how the dense model is
+masked here.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from sspcompile.checkpoint.headers import TensorInfo, read_words
-from sspcompile.checkpoint.tensors import EMBEDDING, EXPERTS_DOWN, EXPERTS_GATE_UP, FINAL_NORM, LM_HEAD, ROUTER
+from sspcompile.checkpoint.tensors import (
+    EMBEDDING,
+    EXPERTS_DOWN,
+    EXPERTS_GATE_UP,
+    FINAL_NORM,
+    LM_HEAD,
+    ROUTER,
+    down_names,
+)
 from sspcompile.errors import ParityError
 from sspcompile.families import Geometry, layer_prefix
 from sspcompile.model.exact import in_float64
@@ -28,7 +37,7 @@ from sspcompile.model.streaming import skeleton
 from sspcompile.progress import Steps, no_steps
 from sspcompile.proof.claim import BIAS, WEIGHT, Claim, widened
 from sspcompile.proof.parity import BOUND, DTYPE, PROBE_PROMPTS, PROBE_TOKENS, REPORT, Distance, Parity
-from sspcompile.repair.repair import bias_name, down_name
+from sspcompile.repair.repair import bias_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -150,17 +159,19 @@ def _in_memory(state: dict[str, Tensor], index: int, g: Geometry) -> dict[str, T
 
 
 def _mask(dense: dict[str, Tensor], cut: Mapping[str, Tensor], index: int, claim: Claim) -> None:
-    """Leave in the dense layer's o_proj and down_proj the columns of what is kept, and put in what was refitted."""
+    """Leave in the dense layer's o_proj and every down_proj the columns of what is kept, and put in what was
+    refitted.
+    """
     g, kept = claim.geometry, claim.mask.units
     prefix = layer_prefix(index)
     if not kept.attends(index):
         dense |= {part: torch.zeros_like(dense[part]) for part in (WEIGHT, BIAS) if part in dense}
     columns = {WEIGHT: np.repeat(kept.heads[index], g.head_dim)}
-    down = down_name(g, index).removeprefix(prefix)
+    downs = [name.removeprefix(prefix) for name in down_names(g, index)]
     if kept.channels is not None:
-        columns[down] = kept.channels[index]
+        columns |= zip(downs, kept.channels[index].reshape(g.mlps, g.width), strict=True)
     of_attention = (WEIGHT, BIAS) if kept.attends(index) else ()
-    for part in (*of_attention, down, bias_name(g, index).removeprefix(prefix)):
+    for part in (*of_attention, *downs, bias_name(g, index).removeprefix(prefix)):
         refitted, there = prefix + part in claim.refitted, columns.get(part)
         if there is None:
             dense |= {part: cut[part]} if refitted else {}

@@ -30,12 +30,12 @@ def fit_biases(
     progress: Steps = no_steps,
 ) -> list[Repair]:
     """FLAP's biases of o_proj for each mask, from one dense forward pass over the texts of `batches`; for channels
-    those of down_proj, where the model has one, or with `anywhere` in every model.
+    those of down_proj, where the model has one, or with `anywhere` in every model. Experts have none.
 
     Works for every model in memory; only those whose o_proj has a bias can be written with it (`demand_place`).
     """
     places: list[nn.Linear] = [o_proj(layer) for layer in loaded.layers]
-    if loaded.geometry.has_channels and (anywhere or loaded.geometry.mlp_bias):
+    if loaded.geometry.is_dense and (anywhere or loaded.geometry.mlp_bias):
         places += [down_proj(layer) for layer in loaded.layers]
     totals = [torch.zeros(place.in_features, dtype=torch.float64) for place in places]
     tokens = 0

@@ -18,7 +18,7 @@ from torch import Tensor
 from sspcompile.model import journal
 from sspcompile.model.blocks import Rounding
 from sspcompile.model.decoder import LoadedModel
-from sspcompile.model.hooks import LayerCall, answered, input_of, passed_over, recorded_calls
+from sspcompile.model.hooks import LayerCall, answered, expert_gates, input_of, passed_over, recorded_calls
 from sspcompile.model.journal import Arrays
 from sspcompile.model.modules import attention, down_proj, layer_output, o_proj, residual_norm
 from sspcompile.model.rounding import rounded_embedding, rounded_inside
@@ -84,7 +84,7 @@ def fit_repairs(
         raise ValueError("a rounding says itself what is written")
     written = written if rounding is None else RoundedMatrices(rounding)
     down = mlp or any(kept.channels is not None or kept.removed or kept.silent for kept in masks)
-    down = down and loaded.geometry.has_channels
+    down = down and loaded.geometry.is_dense
     at_once = masks_at_once(loaded, sum(batch.input_ids.numel() for batch in batches), dtype, mlp=down)
     rounds = [masks[start : start + at_once] for start in range(0, len(masks), at_once)]
     layers = len(loaded.layers)
@@ -248,7 +248,9 @@ class _Stream:
 
     def began(self, index: int) -> bool:
         """Whether something was cut in front of a layer. Before, all states are the dense model's own."""
-        return bool(self.weights or self.down) or not all(map(self.kept.attends, range(index)))
+        if self.weights or self.down or not all(map(self.kept.attends, range(index))):
+            return True
+        return self.kept.channels is not None and not bool(self.kept.channels[:index].all())
 
     def advance(self, index: int, dense: _Dense, dtype: torch.dtype, ridges: Ridges, *, mlp: bool) -> None:
         """Fit a layer to the dense one, and take the hidden states through what came out; around a removed one."""
@@ -262,12 +264,13 @@ class _Stream:
         narrower = channels is not None and not channels.all()
         attends, removed = self.kept.attends(index), self._removed_behind(index)
         refits = attends and (self.rounding is not None or self.began(index) or not bool(columns.all()))
-        mends = (removed > 0 or not attends) and loaded.geometry.has_channels
+        mends = (removed > 0 or not attends) and loaded.geometry.is_dense
         if attends and not refits and not narrower and not mends:
             self.hidden = list(dense.hidden)
             return
         layer = loaded.layers[index]
-        targets = dense.beyond(index, removed) if narrower or mlp or mends else []
+        fits_down = loaded.geometry.is_dense and (narrower or mlp or mends)
+        targets = dense.beyond(index, removed) if fits_down else []
         with rounded_inside(layer, self.rounding) if self.rounding is not None else contextlib.nullcontext():
             attended = self._attend(index, dense) if attends else [torch.zeros_like(hidden) for hidden in self.hidden]
             if refits:
@@ -285,10 +288,16 @@ class _Stream:
 
     def _leave(self, index: int, dense: _Dense, outputs: Sequence[Tensor], channels: Tensor | None) -> None:
         """Take the hidden states out of a layer whose attention puts out `outputs`."""
+        g, layer = dense.loaded.geometry, dense.loaded.layers[index]
         down = {index: self._seen(index, self.down[index], channels, down=True)} if index in self.down else {}
-        with repaired(dense.loaded, Repair({}, down=down)):
+        # A refitted down_proj has zeros in the place of channels that went; those of experts stay as they are.
+        gates = None if g.is_dense or channels is None else channels.view(g.mlps, g.width)
+        with (
+            repaired(dense.loaded, Repair({}, down=down)),
+            expert_gates(layer, gates) if gates is not None else contextlib.nullcontext(),
+        ):
             for number, output in enumerate(outputs):
-                with answered(attention(dense.loaded.layers[index]), output):
+                with answered(attention(layer), output):
                     self.hidden[number] = dense.run(index, number, self.hidden[number])
 
     def _seen(self, index: int, weight: Tensor, kept: Tensor | None, *, down: bool) -> Tensor:

@@ -82,7 +82,8 @@ def kept_units(mask: MaskSection) -> str:
         told = f"All heads of {attending}" if _only_whole(mask) and not mask.removed else f"{told} in {attending}"
     if mask.widths is None or mask.intermediate is None:
         return told
-    return f"{told} and {count(sum(mask.widths))} of {count(mask.layers * mask.intermediate)} channels of the MLPs"
+    kept, whole = mask.experts * sum(mask.widths), mask.experts * mask.layers * mask.intermediate
+    return f"{told} and {count(kept)} of {count(whole)} channels of the {'MLPs' if mask.experts == 1 else 'experts'}"
 
 
 def _only_whole(mask: MaskSection) -> bool:

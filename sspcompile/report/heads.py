@@ -19,7 +19,8 @@ def mask_section(mask: HeadMask) -> MaskSection:
         scores=mask.scores,
         whitelist=tuple(map(tuple, protected.tolist())),
         criterion=mask.criterion,
-        widths=tuple(map(len, mask.channels)) if mask.channels is not None else None,
+        widths=mask.widths,
         intermediate=mask.intermediate if mask.channels is not None else None,
         removed=mask.removed,
+        experts=mask.experts,
     )

@@ -32,10 +32,9 @@ class ScenarioSection(Section):
 
 
 class MaskSection(Section):
-    """`kept`: per layer the kept query heads, ascending. `scores` and `whitelist` are [layers][heads].
-
-    `widths`: per layer the kept channels of its MLP, out of `intermediate`; both None where no channel was cut.
-    `removed`: the layers that were removed whole, whose rows are empty. An empty row of another: its attention was.
+    """`kept`: per layer the kept query heads, ascending. `scores` and `whitelist` are [layers][heads]. `widths`: per
+    layer the kept channels of its MLP, or of each of its `experts`, out of `intermediate`; both None where no channel
+    was cut. `removed`: the layers that were removed whole. Their rows are empty, as of those without attention.
     """
 
     layers: int = Field(gt=0)
@@ -48,6 +47,7 @@ class MaskSection(Section):
     widths: tuple[int, ...] | None = None
     intermediate: int | None = None
     removed: tuple[int, ...] = ()
+    experts: int = 1
 
     @model_validator(mode="after")
     def _shapes(self) -> MaskSection:

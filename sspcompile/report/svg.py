@@ -77,7 +77,8 @@ def _label(mask: MaskSection) -> str:
     if mask.widths is None or mask.intermediate is None:
         return label
     share = sum(mask.widths) / (mask.layers * mask.intermediate)
-    return f"{label}; {percent(share)} of the channels of the MLPs kept, of {count(mask.intermediate)} in each layer"
+    where = "layer" if mask.experts == 1 else "expert"
+    return f"{label}; {percent(share)} of the channels of the MLPs kept, of {count(mask.intermediate)} in each {where}"
 
 
 def _x(head: int, cell: int, group: int) -> int:

@@ -18,7 +18,7 @@ from sspcompile.request.options import Baselines, Whole
 from sspcompile.select.budget import merit
 from sspcompile.select.judging import Judge, Reported
 from sspcompile.select.mixture import head_scores
-from sspcompile.select.peers import PEERS
+from sspcompile.select.peers import PEERS, scored_by_peers
 from sspcompile.select.reading import Reading, within
 from sspcompile.select.scoring import CACHED_BASELINES, Source, layer_distances, reads_cache, score_key
 from sspcompile.slicing.depth import least_influence, shallowest
@@ -98,13 +98,13 @@ def _worths(reading: Reading, judge: Judge) -> Iterator[tuple[Role, str, Worth]]
         heads = head_share(g) * first_layer_kept(reading.merit.shape, seed)
         channels = None
         if ours.channels is not None:
-            channels = channel_parameters(g) * first_layer_kept(ours.channels.shape, seed)
+            channels = channel_parameters(g) / g.mlps * first_layer_kept(ours.channels.shape, seed)
         yield "random", "random, first layer kept" + (f" ({draws}x)" if draws > 1 else ""), Worth(heads, channels)
     if wanted == "all" and ours.channels is not None:
         for ranking in reading.scores.others:
             # Both in one unit, as the pass measured them: half of the Fisher information of a gate.
             yield "criterion", f"criterion {ranking.name}", Worth(ranking.values / 2, reading.worth(1.0).channels)
-    if wanted == "all":
+    if wanted == "all" and scored_by_peers(g, ours.channels is not None):
         for name, worth in judge.peers(channels=ours.channels is not None):
             yield "criterion", name, worth
 

@@ -12,7 +12,8 @@ unit is its parameters times a price:
   to lose least by it.
 
 Texts are those that chose the build. Layouts, bounds and repairs are those of whoever asks. The authors of LLM-Pruner
-leave the first and the last layers of LLaMA alone by hand; nothing of that kind is done here.
+leave the first and the last layers of LLaMA alone by hand; nothing of that kind is done here. Channels of experts have
+no score of theirs, so none of them is asked where such may go.
 """
 
 from __future__ import annotations
@@ -82,6 +83,11 @@ def peers(
         yield MAGNITUDE, priced(shared_evenly(magnitude_structures(loaded), loaded.geometry))
 
 
+def scored_by_peers(g: Geometry, channels: bool) -> bool:
+    """Whether the methods say what the units are worth that may go: none has a score for channels of experts."""
+    return g.is_dense or not channels
+
+
 def _room_for_gradients(loaded: LoadedModel) -> bool:
     """Whether as much as all layers weigh is free: a row of a table may not end a build that has decided already."""
     needed = sum(p.numel() * p.element_size() for layer in loaded.layers for p in layer.parameters())
@@ -137,4 +143,4 @@ def _kept(loaded: LoadedModel, given: CriterionInput) -> Structures:
         return found.heads if found.channels is None else np.concatenate([found.heads, found.channels], axis=1)
 
     both = rows.of(0, measure)
-    return Structures(both[:, : g.heads], both[:, g.heads :] if g.has_channels else None)
+    return Structures(both[:, : g.heads], both[:, g.heads :] if g.is_dense else None)

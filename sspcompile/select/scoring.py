@@ -69,7 +69,7 @@ class Ranking:
 class HeadScores:
     """`values` [L, H] of `criterion`, in its unit. `prompts` texts were looked at, and had `prompt_weight` (mean over
     heads, in [0, 1]) against the domains' cached scores: the scenario's own, or with the source `texts` pool prompts
-    among them. `others`: what the same pass said in other terms. `channels` [L, intermediate]: what removing a channel
+    among them. `others`: what the same pass said in other terms. `channels` [L, mlps * width]: what removing a channel
     of an MLP costs by itself, nats per scored position; None where a build may remove none (`cuts_channels`).
     `influence` [L]: where layers, or their attention, go whole, that of each; `values` are then the same for every head
     of a layer. `distances`: where whole layers go, what `state_distances` says of the states between them.

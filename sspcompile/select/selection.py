@@ -347,11 +347,12 @@ def mask_of(
         whitelist=tuple((int(layer), int(head)) for layer, head in privileged),
         criterion=ranking.name,
         scenario=facts,
-        intermediate=g.intermediate,
+        intermediate=g.width,
         channels=choice.kept_channels,
         size_requested=reading.budget.size,
         params_requested=reading.options.max_params,
         memory_requested=_memory(reading),
         latency_requested=_latency(reading),
         removed=choice.units.removed,
+        experts=g.mlps if choice.kept_channels is not None else 1,
     )

@@ -47,7 +47,8 @@ def sliced_config(source: Mapping[str, Any], plan: SlicePlan) -> dict[str, Any]:
     config["head_dim"] = g.head_dim
     config["num_attention_heads"] = max(heads for heads, _ in plan.counts)
     config["num_key_value_heads"] = max(groups for _, groups in plan.counts)
-    config["intermediate_size"] = max(plan.widths)
+    if g.has_channels:
+        config[g.family.width] = max(plan.widths)
     config["architectures"] = [plan.host.architecture]
     # Silent defaults differ between families and versions.
     config["tie_word_embeddings"] = g.tied
@@ -75,7 +76,7 @@ def _per_layer(plan: SlicePlan) -> dict[str, Any]:
         "auto_map": classes,
         "per_layer_config": {
             str(layer): {"num_attention_heads": heads, "num_key_value_heads": groups}
-            | ({"intermediate_size": width} if apart else {})
+            | ({plan.host.width: width} if apart else {})
             for layer, ((heads, groups), width) in enumerate(zip(counts, widths, strict=True))
         },
     }

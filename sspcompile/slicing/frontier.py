@@ -136,7 +136,7 @@ class _Counted:
             kv_bytes_per_token=kept(self.with_token) - weights,
             memory_bytes=kept(self.served),
             heads=sum(groups * each for groups, each in counts.shapes),
-            channels=sum(counts.widths) if counts.widths else sum(s != GONE for s in counts.shapes) * g.intermediate,
+            channels=sum(counts.widths) if counts.widths else sum(s != GONE for s in counts.shapes) * g.width,
             token_seconds=None if self.latency is None else kept(self.latency) / SECOND,
         )
 

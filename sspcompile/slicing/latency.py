@@ -154,9 +154,7 @@ def latency_of(g: Geometry, table: LatencyTable) -> Measure:
     channel = tuple(_picoseconds(one.channel) if g.has_channels else 0 for one in prices)
     # What a layer takes in any shape is not told apart by its parts: it stays with the MLP.
     attention = tuple(g.kv_heads * (group[at] + g.group_size * head[at]) for at in range(g.layers))
-    layer = tuple(
-        _picoseconds(one.layer) + attention[at] + g.intermediate * channel[at] for at, one in enumerate(prices)
-    )
+    layer = tuple(_picoseconds(one.layer) + attention[at] + g.width * channel[at] for at, one in enumerate(prices))
     whole = _picoseconds(table.step) + _picoseconds(table.vocabulary) + sum(layer)
     return Measure("latency", whole, head, group, channel, layer, attention, serving=table.conditions.serving)
 

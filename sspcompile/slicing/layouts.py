@@ -30,15 +30,16 @@ SILENT: Shape = (0, 1)
 @dataclass(frozen=True)
 class Choice:
     """A mask: `kept` heads, bool [layers, heads], the shape (groups, heads per group) of every layer, and the kept
-    `channels` of its MLPs, bool [layers, intermediate] (None: all of them). `layers`, bool [layers]: those that are
-    there at all (None: all); the others have the shape GONE. One that
-    is there and keeps no head has lost its attention, and has the shape SILENT.
+    `channels` of its MLPs, bool [layers, mlps * width] (None: all of them), as many of each of the `mlps` of a layer.
+    `layers`, bool [layers]: those that are there at all (None: all); the others have the shape GONE. One that is there
+    and keeps no head has lost its attention, and has the shape SILENT.
     """
 
     kept: np.ndarray
     shapes: tuple[Shape, ...]
     channels: np.ndarray | None = None
     layers: np.ndarray | None = None
+    mlps: int = 1
 
     @property
     def units(self) -> Kept:
@@ -46,8 +47,8 @@ class Choice:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Kept channels of every layer; nothing where all stay."""
-        return () if self.channels is None else tuple(self.channels.sum(1).tolist())
+        """Kept channels of each MLP of every layer; nothing where all stay."""
+        return () if self.channels is None else tuple((self.channels.sum(1) // self.mlps).tolist())
 
     @property
     def kept_channels(self) -> tuple[tuple[int, ...], ...] | None:

@@ -18,7 +18,8 @@ class LayerCut:
     """Kept query heads and kept key/value heads of one layer, indices of the source in the order of the output.
 
     No heads: the attention goes whole, and of a layer that is not `removed`, which goes whole, the MLP stays.
-    `channels`: kept channels of the MLP; None for all of them. A mask's are ascending, only nested models reorder.
+    `channels`: kept channels of the MLP, or of all experts; None for all of them. A mask's are ascending, only nested
+    models reorder.
     """
 
     heads: tuple[int, ...]
@@ -49,9 +50,10 @@ def cuts_of(g: Geometry, choice: Choice) -> tuple[LayerCut, ...]:
 
 
 def widths_left(g: Geometry, layers: Sequence[LayerCut]) -> list[int]:
-    """Channels of every layer's MLP; 0 of a removed layer."""
-    whole = [0 if layer.removed else g.intermediate for layer in layers]
-    return [all_ if layer.channels is None else len(layer.channels) for all_, layer in zip(whole, layers, strict=True)]
+    """Channels of each MLP of every layer; 0 of a removed layer."""
+    whole = [0 if layer.removed else g.channels for layer in layers]
+    kept = [all_ if cut.channels is None else len(cut.channels) for all_, cut in zip(whole, layers, strict=True)]
+    return [count // g.mlps for count in kept]
 
 
 def tensors_left(g: Geometry, layers: Sequence[LayerCut], host: Host, expected: Tensors) -> Tensors:
@@ -66,7 +68,7 @@ def tensors_left(g: Geometry, layers: Sequence[LayerCut], host: Host, expected: 
         for name, shape in kept.items():
             tensors[name] = (shape, expected[name][1] if name in expected else dtype)
         if cut.channels is not None:
-            narrower = mlp_shapes(g, layer, len(cut.channels))
+            narrower = mlp_shapes(g, layer, len(cut.channels) // g.mlps)
             tensors |= {name: (shape, expected[name][1]) for name, shape in narrower.items()}
     return tensors
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,16 +14,17 @@ from pydantic import TypeAdapter
 from sspcompile.errors import ArtifactError
 
 # Version 1 named heads alone, version 2 channels too. Version 3 names removed layers, version 4 has layers without
-# attention; each is written where there are some: a reader that knows less must not take such a mask for another.
-READS = (1, 2, 3, 4)
-WITHOUT_LAYERS, WITH_LAYERS, WITHOUT_ATTENTION = READS[1:]
+# attention, version 5 channels of experts; each is written where there are some: a reader that knows less must not take
+# such a mask for another.
+READS = (1, 2, 3, 4, 5)
+WITHOUT_LAYERS, WITH_LAYERS, WITHOUT_ATTENTION, OF_EXPERTS = READS[1:]
 Layout = Literal["uniform", "per-layer"]
 
 
 @dataclass(frozen=True, eq=False)
 class Kept:
     """Which units stay, true where one does: `heads` bool [layers, heads], and `channels` of the MLPs bool
-    [layers, intermediate], None where all of them do.
+    [layers, mlps * width], None where all of them do.
 
     `layers` bool [layers]: false where a whole layer is removed, so that what it puts out is what it was given; None
     where all stay. The other rows of a removed layer are false. A layer that is there and keeps no head has lost its
@@ -73,11 +74,12 @@ class HeadMask:
     `whitelist` lists [layer, head] pairs that were kept before any score. `scenario` holds the name, the mixture over
     domains, its breadth in [0, 1] and the unknown share. `model` is the fingerprint of the dense checkpoint.
     `channels[layer]` are the kept channels of the layer's MLP out of `intermediate`, ascending; None where no channel
-    is removed in any layer. `removed` are the layers that go whole, ascending; their rows are empty, and what they put
-    out is what they were given. `size_requested` is the budget as a share of all parameters, None where it was another;
-    `params_requested` the number of parameters that it was given as. `memory_requested`: the bytes that weights and KV
-    cache may take, and for how many sequences (`batch`) of how many tokens (`context`). `latency_requested`: the
-    nanoseconds that a decoded token may take, for as many.
+    is removed in any layer. Where a layer has `experts` of `intermediate` channels each, channel c of expert e has the
+    number e * intermediate + c, and every expert of a layer keeps as many. `removed` are the layers that go whole,
+    ascending; their rows are empty, and what they put out is what they were given. `size_requested` is the budget as a
+    share of all parameters, None where it was another; `params_requested` the number of parameters that it was given
+    as. `memory_requested`: the bytes that weights and KV cache may take, and for how many sequences (`batch`) of how
+    many tokens (`context`). `latency_requested`: the nanoseconds that a decoded token may take, for as many.
     """
 
     model: str
@@ -99,6 +101,7 @@ class HeadMask:
     memory_requested: Mapping[str, int] | None = None
     latency_requested: Mapping[str, int] | None = None
     removed: tuple[int, ...] = ()
+    experts: int = 1
 
     @property
     def group_size(self) -> int:
@@ -116,7 +119,7 @@ class HeadMask:
         """Heads, channels and layers as arrays."""
         channels = layers = None
         if self.channels is not None:
-            channels = np.zeros((self.layers, self.intermediate), dtype=bool)
+            channels = np.zeros((self.layers, self.experts * self.intermediate), dtype=bool)
             for layer, kept in enumerate(self.channels):
                 channels[layer, list(kept)] = True
         if self.removed:
@@ -134,6 +137,11 @@ class HeadMask:
         """The layers that stay without their attention, ascending."""
         return tuple(layer for layer in self.staying if not self.kept[layer])
 
+    @property
+    def widths(self) -> tuple[int, ...] | None:
+        """Kept channels of each MLP (or expert) of every layer; None where all stay."""
+        return None if self.channels is None else tuple(len(kept) // self.experts for kept in self.channels)
+
     def kept_groups(self, layer: int) -> tuple[int, ...]:
         """Ascending key/value heads of a layer that keep at least one of their query heads."""
         return tuple(sorted({head // self.group_size for head in self.kept[layer]}))
@@ -150,9 +158,12 @@ def kept_of(array: np.ndarray) -> tuple[tuple[int, ...], ...]:
 def dump_mask(mask: HeadMask) -> str:
     """mask.json as text: one line per layer, so that a person can read it and a diff can show it."""
     version = WITHOUT_ATTENTION if mask.silent else WITH_LAYERS if mask.removed else WITHOUT_LAYERS
-    value = {"schema_version": version, **asdict(mask)}
+    version = OF_EXPERTS if mask.experts > 1 else version
+    value = {"schema_version": version, **vars(mask)}
     if not mask.removed:
         del value["removed"]
+    if mask.experts == 1:
+        del value["experts"]
     if mask.latency_requested is None:
         del value["latency_requested"]
     lines = []
@@ -238,13 +249,16 @@ def _check_removed(mask: HeadMask, refuse: Callable[[str], ArtifactError]) -> No
 
 def _check_channels(mask: HeadMask, refuse: Callable[[str], ArtifactError]) -> None:
     rows = mask.channels or ()
-    if len(rows) != mask.layers or mask.intermediate < 1:
+    if len(rows) != mask.layers or min(mask.intermediate, mask.experts) < 1:
         raise refuse(f"{len(rows)} rows of channels (of {mask.intermediate}) for {mask.layers} layers")
     for layer in mask.staying:
         kept = rows[layer]
         if not kept:
             raise refuse(f"layer {layer} keeps no channel of its MLP; at least one is needed")
-        if list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= mask.intermediate:
+        if list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= mask.experts * mask.intermediate:
             raise refuse(f"layer {layer} lists channels that are out of range, double or unsorted")
+        _, of_each = np.unique(np.array(kept) // mask.intermediate, return_counts=True)
+        if len(of_each) != mask.experts or len({*of_each.tolist()}) != 1:
+            raise refuse(f"layer {layer} keeps different numbers of channels in its experts")
     if mask.layout == "uniform" and len({len(rows[layer]) for layer in mask.staying}) != 1:
         raise refuse("a uniform mask must keep the same number of channels in every layer")

@@ -2,9 +2,9 @@
 of a decoded token (`latency`).
 
 All are linear in what a cut removes: in every layer a query head, a key/value head (a group) and a channel of the MLP
-have a price each. So have the layer as a whole, norms and experts included, and its attention as a whole, the norms
-around it included. A group's is its rows of k_proj and
-v_proj and, in bytes, its keys and values of every cached token; in time, what reading them takes.
+(where there are experts, one in each) have a price each. So have the layer as a whole, norms and experts included, and
+its attention as a whole, the norms around it included. A group's is its rows of k_proj and v_proj and, in bytes, its
+keys and values of every cached token; in time, what reading them takes.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Measure:
                 removed += self.attention_whole[layer]
             else:
                 removed += self.attention(layer, full) - self.attention(layer, shape)
-            removed += self.channel[layer] * (g.intermediate - widths[layer]) if widths else 0
+            removed += self.channel[layer] * (g.width - widths[layer]) if widths else 0
         return self.whole + self.added - removed
 
 

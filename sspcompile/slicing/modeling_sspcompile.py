@@ -17,8 +17,8 @@ import transformers
 
 PREFIX = "PerLayer"
 COUNTS = ("num_attention_heads", "num_key_value_heads")
-# Stated per layer where layers differ in it.
-WIDTH = "intermediate_size"
+# Stated per layer where layers differ in it: the width of an MLP, or of an expert.
+WIDTHS = ("intermediate_size", "moe_intermediate_size")
 # A norm in front of attention, and the one behind it where the MLP has another in front of it.
 NORM_BEFORE, NORM_BEHIND, NORM_OF_MLP = "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm"
 
@@ -55,7 +55,7 @@ def _counts(config, layer):
     entries = config.per_layer_config
     if isinstance(entries, dict):
         return dict(entries[str(layer)])
-    return {key: getattr(entries[layer], key) for key in (*COUNTS, WIDTH)}
+    return {key: getattr(entries[layer], key) for key in (*COUNTS, *WIDTHS) if hasattr(entries[layer], key)}
 
 
 class _GlobalCounts:
@@ -65,7 +65,7 @@ class _GlobalCounts:
     """
 
     def __getattribute__(self, name):
-        return object.__getattribute__(self, name) if name in (*COUNTS, WIDTH) else super().__getattribute__(name)
+        return object.__getattribute__(self, name) if name in (*COUNTS, *WIDTHS) else super().__getattribute__(name)
 
 
 class _NoAttention(torch.nn.Module):
@@ -114,7 +114,7 @@ class _PerLayerHeads:
         for index, counts in enumerate(every):
             attends, layer_config = index in places, copy.copy(self.config)
             for key, value in counts.items():
-                if attends or key == WIDTH:  # no attention can be made of no heads
+                if attends or key in WIDTHS:  # no attention can be made of no heads
                     setattr(layer_config, key, value)
             layer = type(decoder.layers[index])(layer_config, index)
             if attends:

@@ -36,7 +36,15 @@ from sspcompile.slicing.left import REMOVED, LayerCut, cuts_of, tensors_left, wi
 from sspcompile.slicing.mask import HeadMask, Layout, check_mask
 from sspcompile.slicing.measures import Serving, Tensors, tokens_held
 from sspcompile.slicing.runtimes import Verdict, verdicts
-from sspcompile.slicing.sizes import Bounds, channel_parameters, choose_per_layer, even_worth, realised, uniform_ranked
+from sspcompile.slicing.sizes import (
+    EXPERT_STEP,
+    Bounds,
+    channel_parameters,
+    choose_per_layer,
+    even_worth,
+    realised,
+    uniform_ranked,
+)
 
 SCHEMA_VERSION = 1
 
@@ -92,7 +100,7 @@ class SlicePlan:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels of every layer's MLP after the cut; 0 of a removed layer."""
+        """Channels of each MLP (or expert) of every layer after the cut; 0 of a removed layer."""
         return tuple(widths_left(self.geometry, self.layers))
 
     @property
@@ -113,7 +121,7 @@ class SlicePlan:
     def channel_share(self) -> float:
         """The share of the dense parameters that belongs to channels of the MLPs; 0 where none can be cut."""
         g = self.geometry
-        channels = g.layers * g.intermediate * channel_parameters(g) if g.has_channels else 0
+        channels = g.layers * g.width * channel_parameters(g) if g.has_channels else 0
         return channels / self.dense.parameters
 
     @property
@@ -124,7 +132,7 @@ class SlicePlan:
     @property
     def _all_units(self) -> bool:
         g = self.geometry
-        return set(self.counts) == {(g.heads, g.kv_heads)} and set(self.widths) == {g.intermediate}
+        return set(self.counts) == {(g.heads, g.kv_heads)} and set(self.widths) == {g.width}
 
 
 def make_plan(checkpoint: Checkpoint, mask: HeadMask, *, host: str | None = None) -> SlicePlan:
@@ -154,14 +162,24 @@ def make_plan(checkpoint: Checkpoint, mask: HeadMask, *, host: str | None = None
 def _demand_channels(g: Geometry, mask: HeadMask) -> None:
     if not g.has_channels:
         raise UnsupportedModelError(
-            f"The channels of the experts of {g.family.architecture} cannot be cut.",
+            f"This {g.family.architecture} has experts in some layers and one MLP in others: no channels are cut.",
             hint="Give a budget of heads alone, such as --keep 0.75.",
         )
-    if mask.intermediate != g.intermediate:
+    if (mask.experts, mask.intermediate) != (g.mlps, g.width):
         raise ArtifactError(
-            f"The mask is for MLPs of {mask.intermediate} channels; the model has {g.intermediate}.",
+            f"The mask is for {_mlps(mask.experts, mask.intermediate)}; the model has {_mlps(g.mlps, g.width)}.",
             hint="Compile a mask for this model with `sspcompile build`.",
         )
+    odd = [width for width in mask.widths or () if width % EXPERT_STEP and width != g.width]
+    if odd and not g.is_dense:
+        raise ArtifactError(
+            f"The mask leaves experts of {odd[0]} channels, which kernels that run all experts at once do not take.",
+            hint=f"Keep a multiple of {EXPERT_STEP} channels in every expert.",
+        )
+
+
+def _mlps(experts: int, width: int) -> str:
+    return f"MLPs of {width} channels" if experts == 1 else f"{experts} experts of {width} channels in every layer"
 
 
 def plan_counts(
@@ -253,7 +271,7 @@ def _plan(checkpoint: Checkpoint, layers: tuple[LayerCut, ...], layout: Layout, 
     config = without_layers(checkpoint.config, g, staying)
     written = [counts[layer] for layer in staying], [widths[layer] for layer in staying]
     dense_counts = [(g.heads, g.kv_heads)] * g.layers
-    dense = sizes_by_layer(expected, g, dense_counts, [g.intermediate] * g.layers)
+    dense = sizes_by_layer(expected, g, dense_counts, [g.width] * g.layers)
     sliced = sizes_by_layer(tensors, g, counts, widths)
     dense_total, sliced_total = sizes_of(expected, g, dense), sizes_of(tensors, g, sliced)
     return SlicePlan(
@@ -330,7 +348,8 @@ def plan_json(plan: SlicePlan, serving: Serving | None = None) -> dict[str, Any]
         "kept_heads": sum(heads for heads, _ in plan.counts),
         "total_heads": plan.geometry.total_heads,
         "widths": list(plan.widths),
-        "dense_width": plan.geometry.intermediate,
+        "dense_width": plan.geometry.width,
+        **({"experts": plan.geometry.mlps} if plan.geometry.mlps > 1 else {}),
         **({"removed_layers": [*plan.removed]} if plan.removed else {}),
         **({"removed_attention": [*plan.silent]} if plan.silent else {}),
         **_pairs(plan.dense, plan.sliced),

@@ -1,9 +1,10 @@
 """Which heads and channels a budget buys, in parameters or bytes: one shape for all layers, or one per layer.
 
 Heads of a layer go along its staircase of regular shapes (`layouts`), channels of its MLP in steps of a width that
-kernels like, the least worth first. *Per layer*, every layer has two ladders, and the next rung is taken where it
-costs the least per parameter (or byte): masks are nested in the budget. *Uniform*, a shape of heads leaves what the
-channels of all layers may share. Of several bounds all hold, and the tightest says what a step is priced by.
+kernels like, the least worth first. Where a layer has experts a step is one of every expert: each loses the channels
+that it needs least, and all stay equally wide. *Per layer*, every layer has two ladders, and the next rung is taken
+where it costs the least per parameter (or byte): masks are nested in the budget. *Uniform*, a shape of heads leaves
+what the channels of all layers may share. Of several bounds all hold, and the tightest says what a step is priced by.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ from sspcompile.slicing.measures import Bound, Measure, parameters_of
 # Channels go in steps of this many, or of fewer where an MLP has not LEAST_STEPS of them.
 STEP = 64
 LEAST_STEPS = 16
+# All experts of a layer are multiplied by one kernel, which takes rows of a multiple of 16 bytes: so many numbers of 16
+# bits (torch's grouped_mm, by which transformers 5 runs experts).
+EXPERT_STEP = 8
 Bounds = Sequence[Bound]
 
 
 @dataclass(frozen=True)
 class Worth:
-    """What losing units costs, in one unit: `heads` [layers, heads] and `channels` [layers, intermediate], None where
+    """What losing units costs, in one unit: `heads` [layers, heads] and `channels` [layers, mlps * width], None where
     all of them stay.
     """
 
@@ -38,7 +42,7 @@ class Worth:
 
 @dataclass(frozen=True)
 class Counts:
-    """What stays of every layer: a shape (groups, heads per group), and a width of its MLP (nothing: all channels)."""
+    """What stays of every layer: a shape (groups, heads per group), and a width of its MLPs (nothing: all channels)."""
 
     shapes: tuple[Shape, ...]
     widths: tuple[int, ...] = ()
@@ -73,11 +77,11 @@ class Ladder:
 
 
 def channel_step(g: Geometry) -> int:
-    """In which steps channels are removed: a power of two."""
+    """In which steps channels are removed: a power of two, and of experts no less than EXPERT_STEP."""
     step = STEP
-    while step > 1 and g.intermediate < LEAST_STEPS * step:
+    while step > 1 and g.width < LEAST_STEPS * step:
         step //= 2
-    return step
+    return step if g.is_dense else max(step, EXPERT_STEP)
 
 
 def head_parameters(g: Geometry, shape: Shape) -> int:
@@ -87,7 +91,7 @@ def head_parameters(g: Geometry, shape: Shape) -> int:
 
 
 def channel_parameters(g: Geometry) -> int:
-    """Of one channel of an MLP."""
+    """Of one channel of an MLP, or of one of every expert of a layer."""
 
     def whole(width: int) -> int:
         return sum(math.prod(size) for size in mlp_shapes(g, 0, width).values())
@@ -113,7 +117,7 @@ def share_of(g: Geometry, choice: Choice) -> float:
 def widths_of(g: Geometry) -> list[int]:
     """The widths that an MLP may be left with, falling."""
     step = channel_step(g)
-    return [g.intermediate, *range((g.intermediate - 1) // step * step, 0, -step)]
+    return [g.width, *range((g.width - 1) // step * step, 0, -step)]
 
 
 def smallest_counts(g: Geometry, *, channels: bool, groups_only: bool = False) -> Counts:
@@ -140,7 +144,8 @@ def even_worth(g: Geometry, *, channels: bool) -> Worth:
     in channels, and in every layer alike, so that a budget takes about the same share of each.
     """
     heads = np.tile(head_share(g) * _falling(g.heads), (g.layers, 1))
-    return Worth(heads, np.tile(channel_parameters(g) * _falling(g.intermediate), (g.layers, 1)) if channels else None)
+    each = channel_parameters(g) / g.mlps * _falling(g.width)
+    return Worth(heads, np.tile(each, (g.layers, g.mlps)) if channels else None)
 
 
 def _falling(units: int) -> np.ndarray:
@@ -173,7 +178,7 @@ def per_layer_counts(
     ]
     widths = widths_of(g)
     if worth.channels is not None:
-        sums = _kept_values(worth.channels)[:, np.array(widths) - 1]
+        sums = _kept_values(worth.channels, g)[:, np.array(widths) - 1]
         ladders += [
             Ladder(tuple(tuple(m.channel[layer] * width for width in widths) for m in measures), value)
             for layer, value in enumerate(sums)
@@ -194,7 +199,8 @@ def realised(worth: Worth, g: Geometry, counts: Counts, *, per_layer: bool, rank
     kept = shaped(worth.heads, g.kv_heads, counts.shapes, per_layer=per_layer)
     if worth.channels is None:
         return Choice(kept, counts.shapes)
-    return Choice(kept, counts.shapes, _top(_ranks(worth.channels) if ranks is None else ranks, counts.widths))
+    ranks = _ranks(worth.channels, g) if ranks is None else ranks
+    return Choice(kept, counts.shapes, _top(ranks, counts.widths), mlps=g.mlps)
 
 
 def uniform_sizes(worth: Worth, g: Geometry, bounds: Bounds, *, groups_only: bool = False) -> tuple[Choice, ...]:
@@ -202,7 +208,7 @@ def uniform_sizes(worth: Worth, g: Geometry, bounds: Bounds, *, groups_only: boo
     worth first. Raises BudgetError like `choose_per_layer`.
     """
     ranked = uniform_ranked(worth, g, bounds, groups_only=groups_only)
-    ranks = _ranks(worth.channels) if worth.channels is not None else None
+    ranks = _ranks(worth.channels, g) if worth.channels is not None else None
     return tuple(realised(worth, g, counts, per_layer=False, ranks=ranks) for counts in ranked)
 
 
@@ -216,7 +222,7 @@ def uniform_ranked(worth: Worth, g: Geometry, bounds: Bounds, *, groups_only: bo
 def uniform_worth(worth: Worth, g: Geometry) -> Callable[[Counts], float]:
     """What the best units in uniform counts are worth."""
     heads = uniform_values(worth.heads, g.kv_heads)
-    channels = None if worth.channels is None else _kept_values(worth.channels).sum(0)
+    channels = None if worth.channels is None else _kept_values(worth.channels, g).sum(0)
 
     def value(counts: Counts) -> float:
         groups, each = counts.shapes[0]
@@ -226,9 +232,14 @@ def uniform_worth(worth: Worth, g: Geometry) -> Callable[[Counts], float]:
     return value
 
 
-def _kept_values(channels: np.ndarray) -> np.ndarray:
-    """[layers, channels]: what the best 1, 2, ... channels of every layer are worth."""
-    return np.cumsum(-np.sort(-channels, axis=1), axis=1)
+def _kept_values(channels: np.ndarray, g: Geometry) -> np.ndarray:
+    """[layers, width]: what the best 1, 2, ... channels of every MLP are worth, summed over the MLPs of a layer."""
+    return np.cumsum(-np.sort(-_by_mlp(channels, g), axis=2), axis=2).sum(1)
+
+
+def _by_mlp(channels: np.ndarray, g: Geometry) -> np.ndarray:
+    """[layers, mlps * width] -> [layers, mlps, width]"""
+    return channels.reshape(len(channels), g.mlps, g.width)
 
 
 def uniform_counts(g: Geometry, bounds: Bounds, *, channels: bool, groups_only: bool = False) -> Iterator[Counts]:
@@ -236,15 +247,15 @@ def uniform_counts(g: Geometry, bounds: Bounds, *, channels: bool, groups_only: 
     `choose_per_layer`.
     """
     demand(g, bounds, channels=channels, groups_only=groups_only)
-    widths = widths_of(g) if channels else [g.intermediate]
+    widths = widths_of(g) if channels else [g.width]
     for shape in _shapes(g, groups_only=groups_only):
         shapes = (shape,) * g.layers
-        room = g.intermediate
+        room = g.width
         for bound in bounds:
             surplus = bound.measure.kept(g, shapes) - bound.most
             if surplus > 0:
                 price = sum(bound.measure.channel)
-                room = min(room, g.intermediate + -surplus // price if price else -1)
+                room = min(room, g.width + -surplus // price if price else -1)
         width = next((width for width in widths if width <= room), None)
         if width is not None:
             yield Counts(shapes, (width,) * g.layers if channels else ())
@@ -256,7 +267,8 @@ def demand(g: Geometry, bounds: Bounds, *, channels: bool, groups_only: bool = F
     smallest = {bound: bound.measure.kept(g, least.shapes, least.widths) for bound in bounds}
     failed = [bound for bound in bounds if bound.most < smallest[bound]]
     if failed:
-        needs = f"a head and {widths_of(g)[-1]} channels of its MLP" if channels else "a head and its whole MLP"
+        width, mlp = widths_of(g)[-1], "its MLP" if g.mlps == 1 else "each of its experts"
+        needs = f"a head and {width} channels of {mlp}" if channels else "a head and its whole MLP"
         verb, values = ("is", "value is") if len(failed) == 1 else ("are", "values are")
         raise BudgetError(
             f"{' and '.join(map(str, failed))} {verb} less than what every layer needs: {needs}.",
@@ -291,14 +303,14 @@ def _walk(ladders: Sequence[Ladder], surpluses: Sequence[Sequence[int]]) -> Iter
         yield np.bincount(taken, minlength=len(ladders)).tolist()
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """[layers, channels]: the place of every channel in its layer by worth, ties to the lower number."""
-    order = np.argsort(-values, axis=1, kind="stable")
+def _ranks(channels: np.ndarray, g: Geometry) -> np.ndarray:
+    """[layers, mlps * width]: the place of every channel in its MLP by worth, ties to the lower number."""
+    order = np.argsort(-_by_mlp(channels, g), axis=2, kind="stable")
     ranks = np.empty_like(order)
-    np.put_along_axis(ranks, order, np.arange(values.shape[1])[None], axis=1)
-    return ranks
+    np.put_along_axis(ranks, order, np.arange(g.width)[None, None], axis=2)
+    return ranks.reshape(channels.shape)
 
 
 def _top(ranks: np.ndarray, widths: Sequence[int]) -> np.ndarray:
-    """Bool [layers, channels]: the `widths` channels of every layer that are worth most."""
+    """Bool [layers, mlps * width]: the `widths` channels of every MLP that are worth most."""
     return np.asarray(ranks < np.array(widths)[:, None])

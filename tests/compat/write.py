@@ -15,7 +15,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from builders import CONFIGS, FAMILY_SETTINGS, Shape, family_config, make_checkpoint, save_random
+from builders import CONFIGS, FAMILY_SETTINGS, Shape, expert_config, family_config, make_checkpoint, save_random
 from stored import decoder_as, stacked, stored_as
 from test_slicing_exact import channels_for, without, without_attention
 
@@ -79,6 +79,11 @@ def write_family(folder: Path, family: str, layout: str, host: str | None = None
     record(folder, save_random(folder / "dense", family_config(family, bias=host is None)), layout, host)
 
 
+def write_experts(folder: Path, family: str, layout: str) -> None:
+    """A cut of experts in every layer."""
+    record(folder, save_random(folder / "dense", expert_config(family)), layout)
+
+
 def write_twice(folder: Path, family: str, what: str, layout: str) -> None:
     """Settings that contradict each other, or say nothing; a null here takes the key out."""
     dense = save_random(folder / "dense", family_config(family))
@@ -113,6 +118,7 @@ def record(
     divides = layout == "uniform" and g.family.hidden_must_divide and not g.family.hosts
     keep = 0.5 if divides else 0.75
     choice = choose(scores, g.kv_heads, keep, layout)
+    channels = channels_for(checkpoint, 0.6, layout, 1)
     mask = HeadMask(
         "",
         g.layers,
@@ -126,8 +132,9 @@ def record(
         (),
         "random",
         {},
-        intermediate=g.intermediate,
-        channels=channels_for(checkpoint, 0.6, layout, 1),
+        intermediate=g.width,
+        channels=channels,
+        experts=g.mlps if channels is not None else 1,
     )
     mask = without(mask, *removed)
     mask = without_attention(mask, *silent) if silent else mask
@@ -151,6 +158,8 @@ def main(target: str) -> None:
     for family in FAMILY_SETTINGS:
         for layout in ("uniform", "per-layer"):
             write_family(Path(target) / f"{family}-{layout}-own", family, layout)
+    for layout in ("uniform", "per-layer"):  # Mixtral's have experts in every layer anyway
+        write_experts(Path(target) / f"qwen3_moe-{layout}-experts", "qwen3_moe", layout)
     for family in ("llama", "qwen2", "gemma2", "gemma3_text", "smollm3", "qwen3_moe"):
         for layout in ("uniform", "per-layer"):
             write_shallower(Path(target) / f"{family}-{layout}-shallower", family, layout)

@@ -61,7 +61,7 @@ def write(folder: Path, family: str, name: str) -> None:
     if name == SILENT:
         mask = without_attention(mask, 1)
     if width < 1 and mask.channels is None:
-        refuse(folder, case, {"model": "its MLPs are experts, whose channels are not cut"})
+        refuse(folder, case, {"model": "some of its layers have experts and some one MLP: no channels are cut"})
         return
     plan = make_plan(checkpoint, mask)
     write_model(checkpoint, plan, folder / "model")

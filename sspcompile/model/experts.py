@@ -1,0 +1,48 @@
+"""Experts one by one, so that what enters the down projection of each can be read and changed.
+
+transformers stacks the experts of a layer and runs them by one of several implementations, some of which are a single
+kernel. What it calls eager is written out here, with a place for whoever looks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+# Called with (number of an expert, the tokens [n] that visit it, counted through the batch, and their channels
+# [n, width]); what it returns enters the expert's down projection instead.
+Change = Callable[[int, Tensor, Tensor], Tensor]
+
+
+@contextlib.contextmanager
+def one_by_one(module: nn.Module, change: Change) -> Iterator[None]:
+    """Run the stacked experts of a layer one by one for the duration of the context, their channels as `change` says.
+
+    Experts that no token visits are not run.
+    """
+    # accelerate puts a forward of its own around this one where it moves weights.
+    place = "_old_forward" if hasattr(module, "_old_forward") else "forward"
+    own = getattr(module, place)
+    setattr(module, place, partial(_run, module, change))
+    try:
+        yield
+    finally:
+        setattr(module, place, own)
+
+
+def _run(module: Any, change: Change, hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+    """What tokens [tokens, d] get of the experts `chosen` [tokens, k], whose outputs count by `shares` [tokens, k]."""
+    output = torch.zeros_like(hidden)
+    for number in sorted(set(chosen.flatten().tolist())):
+        tokens, place = torch.where(chosen == number)
+        gate, up = linear(hidden[tokens], module.gate_up_proj[number]).chunk(2, dim=-1)
+        channels = change(number, tokens, module.act_fn(gate) * up)
+        written = linear(channels, module.down_proj[number]) * shares[tokens, place, None]
+        output.index_add_(0, tokens, written.to(output.dtype))
+    return output
