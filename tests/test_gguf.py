@@ -19,7 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sspcompile.checkpoint import check_manifest
 from sspcompile.checkpoint.gguf import read_gguf
 from sspcompile.errors import CheckpointError, UnsupportedModelError
+from sspcompile.model.context import context_of
 from sspcompile.model.dense import open_dense
+from sspcompile.model.llama_session import MODEL
 
 QUICK = ("--criterion", "magnitude", "--repair", "none", "--max-tokens", 16, "--continuation-tokens", 0, "--keep", 0.5)
 BUILD = ("build", "--scenario", "sums.yaml", *QUICK, "-q")
@@ -285,3 +287,12 @@ def test_a_folder_of_gguf_files_says_how_one_is_given(models, home, run):
     (home / "folder").mkdir()
     write_gguf(models("qwen2"), home / "folder" / "m.gguf")
     refused(run("plan", "--model", home / "folder", "--keep", 0.5), "holds GGUF weights", "by its path to --model")
+
+
+def test_the_longest_text_of_a_file_that_is_only_timed_is_its_configurations(tmp_path):
+    """A published export says it in its manifest; what bench writes for the occasion has none."""
+    (tmp_path / MODEL).write_bytes(b"")
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 96}')
+    assert context_of(tmp_path) == 96
+    (tmp_path / "manifest.json").write_text('{"origin": {"context_length": 64}}')
+    assert context_of(tmp_path) == 64

@@ -15,7 +15,7 @@ import psutil
 import sspcompile
 from sspcompile.api.arguments import CutModel, Named, cut_model
 from sspcompile.api.export import source_of, to_onnx
-from sspcompile.bench.latency import BenchResult, Contender, Runtime, check
+from sspcompile.bench.latency import BenchResult, Contender, Runtime, check, versions_of
 from sspcompile.bench.latency import bench as measure
 from sspcompile.bench.load import Load, Settings
 from sspcompile.checkpoint.manifest import NAME as MANIFEST
@@ -79,8 +79,10 @@ class BenchRequest:
 
     def settings(self, positions: int | None, runtimes: Collection[Runtime] = ()) -> Settings:
         """Loads that fit models of so many positions; the report states what was used. `auto` is the CPU where ONNX
-        Runtime or llama.cpp takes part. Raises InputError for a device that is not there, and for any but the CPU with
-        llama.cpp."""
+        Runtime or llama.cpp takes part. Raises InputError for a device that is not there, and with llama.cpp for any
+        but the CPU, and for several texts at once."""
+        if "gguf" in runtimes and max(self.batch) > 1:
+            raise InputError("llama.cpp is measured with one text at a time.", hint="Give --batch 1.")
         new_tokens, prompts = self.new_tokens, self.prompt_tokens
         if positions is not None and "new_tokens" not in self.stated:
             new_tokens = max(FEWEST_NEW_TOKENS, min(new_tokens, positions // 2))
@@ -160,10 +162,12 @@ def bench(
     settings = request.settings(shortest_context(models), runtimes)
     # Graphs that only this measurement needs lie where weights can be linked.
     with scratch(workspace.artifacts, "bench") as place:
-        own = [list(_of(entry, _name(entry, entries), request, place)) for entry in entries]
-        contenders = [*_reference(reference, dense, entries, request, place), *(c for part in own for c in part)]
+        kind = _type(entries, reference)
+        own = [list(_of(entry, _name(entry, entries), request, place, kind)) for entry in entries]
+        first = _reference(reference, dense, entries, request, place, kind)
+        contenders = [*first, *(c for part in own for c in part)]
         check(contenders, settings)
-        notes = _Notes(workspace, _key(contenders, entries, dense, settings))
+        notes = _Notes(workspace, _key(contenders, every, dense, settings))
         result = measure(
             contenders,
             settings,
@@ -202,10 +206,15 @@ def _name(entry: CutModel, entries: Sequence[CutModel]) -> str:
 
 
 def _reference(
-    reference: CutModel | None, dense: DenseModel, entries: Sequence[CutModel], request: BenchRequest, place: Path
+    reference: CutModel | None,
+    dense: DenseModel,
+    entries: Sequence[CutModel],
+    request: BenchRequest,
+    place: Path,
+    kind: str | None,
 ) -> Iterator[Contender]:
     if reference is not None:
-        yield from _of(reference, reference.name, request, place)
+        yield from _of(reference, reference.name, request, place, kind)
         return
     runtimes = dict.fromkeys(runtime for entry in entries for runtime in _runtimes(entry, request))
     sizes = plan_counts(dense.checkpoint, 1.0, "per-layer").dense
@@ -217,11 +226,12 @@ def _reference(
             _as_onnx(Named("model", dense.checkpoint.path, dense.checkpoint.path), path)
         if runtime == "gguf":
             path = place / f"{DENSE}-gguf"
-            write_to_time(dense.checkpoint.path, path, kind=_type(entries), threads=request.threads)
+            write_to_time(dense.checkpoint.path, path, kind=kind, threads=request.threads)
         yield Contender(_labelled(DENSE, runtime, len(runtimes)), path, runtime, flops=flops)
 
 
-def _of(entry: CutModel, name: str, request: BenchRequest, place: Path) -> Iterator[Contender]:
+def _of(entry: CutModel, name: str, request: BenchRequest, place: Path, kind: str | None) -> Iterator[Contender]:
+    """`kind`: the type of a GGUF that is written for the occasion."""
     runtimes = _runtimes(entry, request)
     flops = None
     if (entry.found.folder / PLAN).is_file():
@@ -234,7 +244,7 @@ def _of(entry: CutModel, name: str, request: BenchRequest, place: Path) -> Itera
             _as_onnx(entry.found, path)
         if runtime == "gguf" and not entry.found.gguf:
             path = place / f"{hashlib.sha256(name.encode()).hexdigest()[:8]}-gguf"
-            write_to_time(entry.found.model, path, kind=None, threads=request.threads)
+            write_to_time(entry.found.model, path, kind=kind, threads=request.threads)
         yield Contender(_labelled(name, runtime, len(runtimes)), path, runtime, entry.found.custom_code, flops)
 
 
@@ -242,8 +252,9 @@ def _runtimes(entry: CutModel, request: BenchRequest) -> tuple[Runtime, ...]:
     return ("onnx",) if entry.found.onnx else ("gguf",) if entry.found.gguf else request.runtimes
 
 
-def _type(entries: Sequence[CutModel]) -> str | None:
-    """The type of the GGUF exports among these, in which the dense model is timed beside them; None: as it is stored.
+def _type(entries: Sequence[CutModel], reference: CutModel | None) -> str | None:
+    """The type in which models are written for llama.cpp: that of the GGUF exports among the entries, or else of the
+    reference; None: as they are stored.
 
     Raises InputError where they differ.
     """
@@ -253,6 +264,8 @@ def _type(entries: Sequence[CutModel]) -> str | None:
             f"{' and '.join(found.values())} are GGUF exports of different types.",
             hint="Measure them one by one, or name one of them with --against.",
         )
+    if not found and reference is not None and reference.found.gguf:
+        return gguf_type(reference.found.model)
     return next(iter(found), None)
 
 
@@ -277,7 +290,7 @@ def _key(
         "dense": dense.fingerprint,
         "settings": asdict(settings),
         "machine": [platform.node(), platform.machine()],
-        "sspcompile": sspcompile.__version__,
+        "versions": versions_of(contenders) | {"sspcompile": sspcompile.__version__},
     }
 
 

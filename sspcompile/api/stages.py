@@ -151,10 +151,11 @@ def deciding(
     if layouts > 1:
         yield Stage("comparing layouts", *parts.guard, 2 * layouts)
     sized = bool(_bounds(request, loaded))
-    rivals = most_rivals(options.baselines, source_of(request), sized=sized, whole=options.whole is not None)
-    channels = cuts_channels(options, loaded.geometry)
-    if options.baselines == "all" and sized and options.whole is None and scored_by_peers(loaded.geometry, channels):
-        yield from _rivalling(loaded, parts.fit.some(CURVATURE_TEXTS))
+    peers = scored_by_peers(loaded.geometry, cuts_channels(options, loaded.geometry))
+    whole = options.whole is not None
+    rivals = most_rivals(options.baselines, source_of(request), sized=sized, whole=whole, peers=peers)
+    if options.baselines == "all" and sized and not whole:
+        yield from _rivalling(loaded, parts.fit.some(CURVATURE_TEXTS), peers=peers)
     yield repairing("repairing this build and its baselines", parts.fit, [width] * (1 + rivals), request, dense, loaded)
     yield Stage("judging the repair", *parts.guard, 2)
     yield Stage("judging this build and its baselines", *parts.reported, 2 + rivals)
@@ -168,10 +169,11 @@ def deciding(
     yield proving(request, dense, lengths, parts, placement)
 
 
-def _rivalling(loaded: LoadedModel, read: Part) -> Iterator[Stage]:
-    """What scores all baselines within bounds on parameters."""
-    yield Stage(INPUTS, *read, 1)
-    if has_gradients(loaded):
+def _rivalling(loaded: LoadedModel, read: Part, *, peers: bool) -> Iterator[Stage]:
+    """What scores all baselines within bounds on parameters; published pruners where they score what may go."""
+    if peers:
+        yield Stage(INPUTS, *read, 1)
+    if peers and has_gradients(loaded):
         yield Stage(GRADIENTS, *read, GRADIENT_PASSES)
     yield Stage("influence of layers (baseline)", *read, 1)
 

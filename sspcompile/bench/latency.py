@@ -139,8 +139,6 @@ def _check_folder(contender: Contender, settings: Settings) -> None:
     # Other code that a folder names is not run: the stock class of its model_type loads it.
     if contender.runtime == "hf" and config.get("per_layer_config") and not contender.trust_remote_code:
         raise InputError(f"{contender.path} is loaded by the class in it.", hint="Name the artifact, or its export.")
-    if contender.runtime == "gguf" and any(load.batch > 1 for load in settings.loads):
-        raise InputError("llama.cpp is measured with one text at a time.", hint="Give --batch 1.")
     limit = context_of(contender.path)
     for load in settings.loads:
         if limit is not None and load.positions > limit:
@@ -223,7 +221,7 @@ def _result(contenders: Sequence[Contender], settings: Settings, sessions: Seque
     ratios = [ratio for pair in pairs for ratio in _ratios(*pair, settings.sessions)]
     predictions = [found for pair in pairs for found in _predictions(*pair, ratios)]
     fits = tuple(_capacity(result, settings) for result in results)
-    return BenchResult(settings, results, tuple(ratios), tuple(predictions), fits, bandwidth, _versions(contenders))
+    return BenchResult(settings, results, tuple(ratios), tuple(predictions), fits, bandwidth, versions_of(contenders))
 
 
 def _capacity(result: ContenderResult, settings: Settings) -> Capacity:
@@ -320,7 +318,8 @@ def _timed(trial: Mapping[str, Any], load: Load) -> Iterator[tuple[str, float]]:
     yield "decode_tokens_per_second", load.batch / inter_token
 
 
-def _versions(contenders: Sequence[Contender]) -> dict[str, str]:
+def versions_of(contenders: Sequence[Contender]) -> dict[str, str]:
+    """Of Python, and of the packages that run the contenders."""
     used = {"hf": ("torch", "transformers"), "onnx": ("onnxruntime",), "gguf": ("llama-cpp-python",)}
     names = [name for runtime in dict.fromkeys(c.runtime for c in contenders) for name in used[runtime]]
     return {"python": platform.python_version()} | {name: _version(name) for name in names}

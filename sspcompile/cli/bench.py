@@ -90,10 +90,10 @@ def bench(
 ) -> None:
     """Measure prefill, decode, memory and KV bytes of artifacts against their dense model, and write their reports.
 
-    Each contender runs in processes of its own, in alternation, with equal threads; every sample is kept in bench.json.
-    ARTIFACT may also be an exported folder. Without one, the last build is measured. Models compute in the numbers that
-    they are stored in unless --dtype says otherwise; --memory says for how much the largest context and batch are
-    worked out, by default for all that the device has.
+    Each contender runs in processes of its own, in alternation, with equal threads; every sample is kept in
+    bench.json. ARTIFACT may also be an exported folder. Without one, the last build is measured. Models compute in
+    the numbers that they are stored in unless --dtype says otherwise (in transformers alone); --memory says for how
+    much the largest context and batch are worked out, by default for all that the device has.
 
     Of a nested artifact it measures the smallest member as a draft for the whole model: the share of proposed tokens
     that is accepted, and greedy decoding with the draft against greedy decoding alone.

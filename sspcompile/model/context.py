@@ -38,9 +38,8 @@ def context_of(folder: Path) -> int | None:
     if (folder / GRAPH).is_file():
         settings = read_settings(folder)
         return None if settings is None else settings.context_length
-    if is_gguf(folder):
-        return gguf_context(folder)
-    return positions_of(read_json(folder / "config.json"))
+    said = gguf_context(folder) if is_gguf(folder) else None
+    return said if said is not None else positions_of(read_json(folder / "config.json"))
 
 
 def shortest_context(folders: Iterable[Path]) -> int | None:

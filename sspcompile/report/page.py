@@ -273,9 +273,10 @@ def _kept_table(mask: MaskSection) -> Table:
         return Table("Kept query heads per layer", ("layer", "kept", "heads"), tuple(rows))
     whole = mask.intermediate
     shares = [(count(width), percent(width / whole)) for width in mask.widths]
+    mlp = "the MLP" if mask.experts == 1 else "each expert"
     return Table(
-        f"Kept query heads, and kept channels of the MLP (of {count(whole)}), per layer",
-        ("layer", "heads kept", "heads", "MLP width", "of the MLP"),
+        f"Kept query heads, and kept channels of {mlp} (of {count(whole)}), per layer",
+        ("layer", "heads kept", "heads", "MLP width" if mask.experts == 1 else "width", f"of {mlp}"),
         tuple((*row, *share) for row, share in zip(rows, shares, strict=True)),
     )
 

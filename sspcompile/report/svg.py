@@ -136,14 +136,15 @@ def _bars(mask: MaskSection, cell: int, left: int) -> Iterator[str]:
     """What is left of every layer's MLP, from `left` on."""
     if mask.widths is None or mask.intermediate is None:
         return
-    yield f'<text class="t" x="{left}" y="14">MLP</text>'
+    name = "MLP" if mask.experts == 1 else "each expert"
+    yield f'<text class="t" x="{left}" y="14">{name}</text>'
     yield f'<text x="{left}" y="{TOP - 6}">0</text>'
     yield f'<text x="{left + BAR_WIDTH}" y="{TOP - 6}" text-anchor="end">{count(mask.intermediate)}</text>'
     for layer, width in enumerate(mask.widths):
         share = width / mask.intermediate
         if layer in mask.removed:
             continue
-        told = f"layer {layer}, MLP: {count(width)} of {count(mask.intermediate)} channels kept ({percent(share)})"
+        told = f"layer {layer}, {name}: {count(width)} of {count(mask.intermediate)} channels kept ({percent(share)})"
         yield f"<g><title>{told}</title>{_bar(left, TOP + layer * cell, BAR_WIDTH, cell, share)}</g>"
 
 

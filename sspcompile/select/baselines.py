@@ -134,14 +134,16 @@ def _scores(reading: Reading, toolkit: Toolkit) -> Iterator[tuple[Role, str, np.
             yield "criterion", f"criterion {ranking.name}", merit(ranking.values, reading.whitelist)
 
 
-def most_rivals(wanted: Baselines, source: Source, *, sized: bool = False, whole: bool = False) -> int:
+def most_rivals(
+    wanted: Baselines, source: Source, *, sized: bool = False, whole: bool = False, peers: bool = True
+) -> int:
     """How many masks `rivals` names at most, before any score is known; `sized`: within bounds on parameters or
-    memory; `whole`: where layers, or their attention, go whole.
+    memory; `whole`: where layers, or their attention, go whole; `peers`: where published pruners have scores.
     """
     if whole:
         return {"none": 0, "few": 1, "all": SEEDS}[wanted]
     if sized:
-        return {"none": 0, "few": 1, "all": SEEDS + 2 + len(PEERS)}[wanted]
+        return {"none": 0, "few": 1, "all": SEEDS + 2 + peers * len(PEERS)}[wanted]
     free = 1 if wanted == "all" or reads_cache(source) else 0
     return {"none": 0, "few": 1 + free, "all": SEEDS + free + len(CACHED_BASELINES) + 1}[wanted]
 

@@ -127,6 +127,7 @@ class _Counted:
             return one.kept(g, counts.shapes, counts.widths)
 
         left, weights = kept(parameters), kept(self.weights)
+        whole = sum(shape != GONE for shape in counts.shapes) * g.width
         return Reach(
             share=share,
             layout=layout,
@@ -136,7 +137,7 @@ class _Counted:
             kv_bytes_per_token=kept(self.with_token) - weights,
             memory_bytes=kept(self.served),
             heads=sum(groups * each for groups, each in counts.shapes),
-            channels=sum(counts.widths) if counts.widths else sum(s != GONE for s in counts.shapes) * g.width,
+            channels=g.mlps * (sum(counts.widths) if counts.widths else whole),
             token_seconds=None if self.latency is None else kept(self.latency) / SECOND,
         )
 

@@ -109,6 +109,11 @@ def write_to_time(model: Path, folder: Path, *, kind: str | None, threads: int |
     proven or published. Needs llama.cpp. Raises as `export_gguf` does.
     """
     source = read_source(model)
+    if kind is None and len(source.dtypes) != 1:
+        raise InputError(
+            f"{model} is stored in {' and '.join(sorted(source.dtypes))}, and a GGUF has one type.",
+            hint="Export it with `--format gguf --type f32`, say, and name the export.",
+        )
     vocabulary = read_vocabulary(model, source.geometry.vocab, source.geometry.family)
     folder.mkdir(parents=True)
     _Work(source, vocabulary, kind_of(kind, source.dtypes), folder.name, {}, silent).unproven(folder, threads)
