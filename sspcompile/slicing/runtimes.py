@@ -12,10 +12,6 @@ from sspcompile.families import Family, Geometry, GgufModel
 VLLM_NATIVE = frozenset({"llama", "mistral", "qwen3", "granite", "gemma3_text", "phi3"})
 VLLM_BACKEND = frozenset({"smollm3", "starcoder2", "seed_oss"})
 VLLM_DERIVES_HEAD_DIM = frozenset({"qwen2"})
-# By the class in the folder of a per-layer cut, with the Transformers backend.
-VLLM_CUSTOM = frozenset(
-    {"llama", "mistral", "qwen2", "qwen3", "granite", "gemma3_text", "smollm3", "phi3", "starcoder2"}
-)
 DEGREES = range(1, 9)
 # Named in the sentence; the others are in the data.
 USUAL_DEGREES = (1, 2, 4, 8)
@@ -79,7 +75,6 @@ def _vllm(
         return Verdict("vLLM", False, "it takes the same counts for all layers of experts: --layout uniform", degrees)
     if custom:
         how = "--model-impl transformers --trust-remote-code, a KV cache as wide as each layer's"
-        how += "" if host.model_type in VLLM_CUSTOM else ", not tried"
     elif host.model_type in VLLM_NATIVE or (host.model_type in VLLM_DERIVES_HEAD_DIM and derived):
         how = f"native {host.architecture}"
     elif host.model_type in VLLM_BACKEND:
@@ -87,7 +82,7 @@ def _vllm(
     elif host.model_type in VLLM_DERIVES_HEAD_DIM:
         how = "--host granite, or --model-impl transformers (the native class derives head_dim)"
     else:
-        how = "--model-impl transformers, not tried"
+        how = "--model-impl transformers"
     return Verdict("vLLM", True, f"{how}; {parallel}", degrees)
 
 
