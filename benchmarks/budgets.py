@@ -40,6 +40,8 @@ CASES: Mapping[str, tuple[str, ...]] = {
             ("layers", ("--units", "layers")),
         )
     },
+    "attention-0.95": ("--size", "0.95", "--units", "attention"),
+    "size-0.95": ("--size", "0.95", "--layout", "per-layer"),
     "protect-0.9": ("--size", "0.9", "--layout", "per-layer", "--protect", "general=0.2"),
 }
 
