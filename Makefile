@@ -36,7 +36,7 @@ demo: $(VENV)/.done  ## Build, export, verify and benchmark on the embedded mode
 	$(BIN)/sspcompile export --overwrite
 	$(BIN)/sspcompile bench --quick
 
-demo-llm: $(VENV)/.done  ## The same on a real model of 135 M parameters, which it brings first (about 15 minutes).
+demo-llm: $(VENV)/.done  ## The same on a real model of 135 M parameters, which it brings first (about 20 minutes).
 	$(BIN)/python -m benchmarks.smollm2 SmolLM2-135M-Instruct
 	$(BIN)/sspcompile build --scenario homework-tutor --model ./SmolLM2-135M-Instruct --overwrite
 	$(BIN)/sspcompile bench --quick
