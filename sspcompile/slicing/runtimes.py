@@ -12,6 +12,8 @@ from sspcompile.families import Family, Geometry, GgufModel
 VLLM_NATIVE = frozenset({"llama", "mistral", "qwen3", "granite", "gemma3_text", "phi3"})
 VLLM_BACKEND = frozenset({"smollm3", "starcoder2", "seed_oss"})
 VLLM_DERIVES_HEAD_DIM = frozenset({"qwen2"})
+# What the verdicts were run in: every family and layout, by `make test-runtimes`.
+VLLM_VERSION, LLAMA_VERSION = "0.32", "llama-cpp-python 0.3.36"
 DEGREES = range(1, 9)
 # Named in the sentence; the others are in the data.
 USUAL_DEGREES = (1, 2, 4, 8)
@@ -83,7 +85,7 @@ def _vllm(
         how = "--host granite, or --model-impl transformers (the native class derives head_dim)"
     else:
         how = "--model-impl transformers"
-    return Verdict("vLLM", True, f"{how}; {parallel}", degrees)
+    return Verdict("vLLM", True, f"{how}; {parallel}; run in {VLLM_VERSION}", degrees)
 
 
 def _unsplittable(counts: Sequence[tuple[int, int]], degree: int) -> str:
@@ -120,4 +122,4 @@ def _llama_cpp(geometry: Geometry, gguf: GgufModel | str) -> Verdict:
     quants = f"; K-quants of {' and '.join(odd)} fall back (rows are not a multiple of {K_QUANT_BLOCK})" if odd else ""
     padded = ", padded to the widest layer" if gguf.form.padded and gguf.arrays else ""
     how = f"`sspcompile export --format gguf`, as architecture {gguf.form.architecture}{padded}"
-    return Verdict("llama.cpp", True, f"{how}{quants}")
+    return Verdict("llama.cpp", True, f"{how}{quants}; run in {LLAMA_VERSION}")
