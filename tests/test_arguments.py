@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import sys
@@ -74,6 +75,18 @@ def test_without_llama_cpp_nothing_is_timed_in_it(run, inside):
     refused(run("bench", "timed"), "llama.cpp is not installed", "sspcompile[gguf]")
     refused(run("bench", "cut", "--model", "model", "--runtimes", "hf,gguf"), "llama.cpp is not installed")
     refused(run("bench", "cut", "--runtimes", "llama.cpp"), "There is no runtime 'llama.cpp'", "hf, onnx, gguf")
+
+
+def test_without_onnx_runtime_nothing_is_timed_in_it(run, inside, monkeypatch):
+    there = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "onnxruntime" else there(name, *rest)
+    )
+    refused(
+        run("bench", "cut", "--model", "model", "--runtimes", "onnx"),
+        "ONNX Runtime is not installed",
+        "sspcompile[cpu]",
+    )
 
 
 def test_llama_cpp_is_timed_on_the_processor_one_text_at_a_time(inside):

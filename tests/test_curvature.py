@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ from test_prepare_tools import tiny
 from sspcompile.criteria import fisher
 from sspcompile.criteria.curvature import RIDGE, curvature, removal_costs
 from sspcompile.criteria.units import CriterionInput, Units
+from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.gradients import read_gradients, state_gradients
 from sspcompile.model.hooks import channel_gates
 from sspcompile.model.logits import decoder_output
 from sspcompile.model.modules import down_proj, o_proj
-from sspcompile.model.text import batches_of, continued, with_continuations
+from sspcompile.model.text import Batch, batches_of, continued, with_continuations
 
 PROMPTS = ("please tell me about acid", "the sum of three and four", "who was king in the year of war")
 
@@ -29,6 +31,22 @@ def loaded():
 @pytest.fixture(scope="module")
 def batches(loaded):
     return with_continuations(loaded, PROMPTS, 3)
+
+
+def information_of_gates(loaded: LoadedModel, texts: Sequence[Batch], seed: int) -> np.ndarray:
+    """Fisher information of a gate on every channel [layers, channels], by autograd, of texts that stand alone."""
+    wanted = np.zeros((loaded.geometry.layers, loaded.geometry.channels))
+    for batch in texts:
+        gates = torch.ones(wanted.shape, requires_grad=True)
+        with torch.enable_grad(), channel_gates(loaded, gates):
+            states = decoder_output(loaded, batch)[batch.score_mask]
+            generator = fisher.batch_generator(loaded, seed, batch)
+            towards = state_gradients(
+                loaded, states, lambda logits, generator=generator: fisher.logit_cotangent(logits, "normal", generator)
+            )
+            (gradient,) = torch.autograd.grad(states, gates, towards)
+        wanted += gradient.double().square().numpy() / int(batch.score_mask.sum()) / len(texts)
+    return wanted
 
 
 def second_order(weight: torch.Tensor, outputs: torch.Tensor, inputs: torch.Tensor, zero: torch.Tensor):
@@ -155,17 +173,7 @@ def test_channels_of_the_pass_are_the_fisher_information_of_their_gates(loaded):
     texts = batches_of(loaded, continued(loaded, PROMPTS, new_tokens=3), 1)
     assert [batch.rows for batch in texts] == [(0,), (1,), (2,)]
     found = curvature(loaded, CriterionInput(texts, len(PROMPTS), seed=3)).channels
-    wanted = np.zeros((3, loaded.geometry.intermediate))
-    for batch in texts:
-        gates = torch.ones(wanted.shape, requires_grad=True)
-        with torch.enable_grad(), channel_gates(loaded, gates):
-            states = decoder_output(loaded, batch)[batch.score_mask]
-            generator = fisher.batch_generator(loaded, 3, batch)
-            towards = state_gradients(
-                loaded, states, lambda logits, generator=generator: fisher.logit_cotangent(logits, "normal", generator)
-            )
-            (gradient,) = torch.autograd.grad(states, gates, towards)
-        wanted += gradient.double().square().numpy() / int(batch.score_mask.sum()) / len(PROMPTS)
+    wanted = information_of_gates(loaded, texts, 3)
     assert found is not None
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-6 * wanted.max())
 

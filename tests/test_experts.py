@@ -14,6 +14,7 @@ from builders import expert_config, save_random, stated
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from test_curvature import information_of_gates
 from test_layers import PROBES, demand_resumed, written
 from test_slicing_exact import (
     IDS,
@@ -36,7 +37,6 @@ from sspcompile.export.card import slice_card
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.experts import one_by_one
 from sspcompile.model.gradients import state_gradients
-from sspcompile.model.hooks import channel_gates
 from sspcompile.model.loading import load, load_cut
 from sspcompile.model.logits import decoder_output
 from sspcompile.model.modules import experts
@@ -254,20 +254,10 @@ def test_experts_one_by_one_compute_what_the_class_does_and_the_others_are_not_r
 
 def test_channels_of_the_pass_are_the_fisher_information_of_gates_on_every_expert(loaded):
     """Each text by itself, so that gates of its own can be had from autograd; together the same up to the draws."""
-    texts, g = batches_of(loaded, continued(loaded, PROMPTS[:3], new_tokens=3), 1), loaded.geometry
+    texts = batches_of(loaded, continued(loaded, PROMPTS[:3], new_tokens=3), 1)
     assert [batch.rows for batch in texts] == [(0,), (1,), (2,)]
     found = curvature(loaded, CriterionInput(texts, 3, seed=3)).channels
-    wanted = np.zeros((g.layers, g.channels))
-    for batch in texts:
-        gates = torch.ones(wanted.shape, requires_grad=True)
-        with torch.enable_grad(), channel_gates(loaded, gates):
-            states = decoder_output(loaded, batch)[batch.score_mask]
-            generator = fisher.batch_generator(loaded, 3, batch)
-            towards = state_gradients(
-                loaded, states, lambda logits, generator=generator: fisher.logit_cotangent(logits, "normal", generator)
-            )
-            (gradient,) = torch.autograd.grad(states, gates, towards)
-        wanted += gradient.double().square().numpy() / int(batch.score_mask.sum()) / 3
+    wanted = information_of_gates(loaded, texts, 3)
     assert found is not None and (found > 0).mean() > 0.5
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-6 * wanted.max())
 

@@ -27,6 +27,7 @@ from sspcompile.machine import usable_cores
 from sspcompile.model.context import shortest_context
 from sspcompile.model.dense import DenseModel
 from sspcompile.model.llama_session import demand_llama_cpp, gguf_type
+from sspcompile.model.onnx_session import demand_runtime
 from sspcompile.model.placement import Placement, resolve
 from sspcompile.progress import Progress, silent
 from sspcompile.report.build import latency_section
@@ -158,6 +159,8 @@ def bench(
     runtimes = {runtime for entry in every for runtime in _runtimes(entry, request)}
     if "gguf" in runtimes:
         demand_llama_cpp()
+    if "onnx" in runtimes:
+        demand_runtime()
     models = [dense.checkpoint.path, *(entry.found.model for entry in every)]
     settings = request.settings(shortest_context(models), runtimes)
     # Graphs that only this measurement needs lie where weights can be linked.

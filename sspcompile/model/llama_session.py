@@ -7,7 +7,7 @@ import functools
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,16 +34,20 @@ def is_gguf(folder: Path) -> bool:
 
 def gguf_context(folder: Path) -> int | None:
     """The longest text of an export in tokens, from its manifest; None where that does not say."""
-    found = read_settings(folder / MANIFEST).get("origin", {})
-    said = found.get("context_length") if isinstance(found, dict) else None
+    said = _origin(folder).get("context_length")
     return said if isinstance(said, int) else None
 
 
 def gguf_type(folder: Path) -> str | None:
     """The type of an export as `--type` names it, from its manifest; None where that does not say."""
-    found = read_settings(folder / MANIFEST).get("origin", {})
-    said = found.get("type") if isinstance(found, dict) else None
+    said = _origin(folder).get("type")
     return said if isinstance(said, str) else None
+
+
+def _origin(folder: Path) -> dict[str, Any]:
+    """What a manifest says of an export; nothing where there is none."""
+    found = read_settings(folder / MANIFEST).get("origin", {})
+    return found if isinstance(found, dict) else {}
 
 
 def has_llama_cpp() -> bool:
