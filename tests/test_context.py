@@ -15,7 +15,8 @@ from sspcompile.cli.main import main
 from sspcompile.errors import ArtifactError, CheckpointError, InputError
 from sspcompile.evaluate.answers import encode_references
 from sspcompile.evaluate.asking import Limits, limits_for
-from sspcompile.model.context import context_of, positions_of, shortest_context
+from sspcompile.families import positions_of
+from sspcompile.model.context import context_of, shortest_context
 from sspcompile.model.loading import load_cut
 from sspcompile.model.onnx_text import load_onnx
 

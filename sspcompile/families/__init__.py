@@ -8,7 +8,7 @@ from sspcompile.families.geometry import LARGEST, LARGEST_SIZE, Geometry, family
 from sspcompile.families.gguf import GgufModel, gguf_model
 from sspcompile.families.graphs import graph_refusal
 from sspcompile.families.hosting import Host, holds, hosted_config, hosting, stand_in
-from sspcompile.families.positions import Positions, rope_of
+from sspcompile.families.positions import Positions, positions_of, rope_of
 from sspcompile.families.table import FAMILIES, FUSED_GATED, GATED, ONNX_FAMILIES, REFUSED, Experts, Family, Linear
 from sspcompile.families.windows import windows_of
 
@@ -35,6 +35,7 @@ __all__ = [
     "hosted_config",
     "hosting",
     "layer_prefix",
+    "positions_of",
     "rope_of",
     "shallower",
     "stand_in",

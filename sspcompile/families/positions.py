@@ -95,3 +95,22 @@ def _with_original(parameters: dict[str, Any], config: Mapping[str, Any], family
         return {**parameters, ORIGINAL: beside}
     longest = config.get("max_position_embeddings", family.silent["max_position_embeddings"])
     return {ORIGINAL: longest, **parameters}
+
+
+def positions_of(config: Mapping[str, Any]) -> int | None:
+    """The longest text that a configuration is made for, in tokens; None where it does not say.
+
+    That is `max_position_embeddings`, except where it names only what the model was trained on: dynamic scaling starts
+    there, and YaRN at its `original_max_position_embeddings`, and both go `factor` times as far (Peng et al., YaRN,
+    2023, section 3).
+    """
+    longest = config.get("max_position_embeddings")
+    if type(longest) is not int or longest < 1:
+        return None
+    # The older spelling wins, as in transformers 5.
+    rope = config.get("rope_scaling") or config.get("rope_parameters")
+    if not isinstance(rope, Mapping) or not isinstance(rope.get("factor"), int | float):
+        return longest
+    trained = {"dynamic": longest, "yarn": rope.get("original_max_position_embeddings")}
+    start = trained.get(rope.get("rope_type", rope.get("type")))
+    return max(longest, int(rope["factor"] * start)) if isinstance(start, int) else longest

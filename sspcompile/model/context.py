@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from sspcompile.checkpoint.settings import read_json
+from sspcompile.families import positions_of
 from sspcompile.model.llama_session import gguf_context, is_gguf
 from sspcompile.model.onnx_session import GRAPH, read_settings
-
-
-def positions_of(config: Mapping[str, Any]) -> int | None:
-    """The longest text that a configuration is made for, in tokens; None where it does not say.
-
-    That is `max_position_embeddings`, except where it names only what the model was trained on: dynamic scaling starts
-    there, and YaRN at its `original_max_position_embeddings`, and both go `factor` times as far (Peng et al., YaRN,
-    2023, section 3).
-    """
-    longest = config.get("max_position_embeddings")
-    if type(longest) is not int or longest < 1:
-        return None
-    # The older spelling wins, as in transformers 5.
-    rope = config.get("rope_scaling") or config.get("rope_parameters")
-    if not isinstance(rope, Mapping) or not isinstance(rope.get("factor"), int | float):
-        return longest
-    trained = {"dynamic": longest, "yarn": rope.get("original_max_position_embeddings")}
-    start = trained.get(rope.get("rope_type", rope.get("type")))
-    return max(longest, int(rope["factor"] * start)) if isinstance(start, int) else longest
 
 
 def context_of(folder: Path) -> int | None:

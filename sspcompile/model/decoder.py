@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from sspcompile.families import FAMILIES, Geometry
+from sspcompile.families import FAMILIES, Geometry, positions_of
 from sspcompile.model.cache import cache_argument, cache_of
 from sspcompile.model.chat import PLAIN, Rendering
-from sspcompile.model.context import positions_of
 from sspcompile.model.vocabulary import ends_of
 from sspcompile.model.weights import input_device
 

@@ -10,8 +10,7 @@ import numpy as np
 
 from sspcompile.checkpoint.source import Checkpoint
 from sspcompile.errors import InputError
-from sspcompile.families import Geometry
-from sspcompile.model.context import positions_of
+from sspcompile.families import Geometry, positions_of
 from sspcompile.request.options import AUTO, DEFAULT_BATCH, DEFAULT_CONTEXT, Options, Whole
 from sspcompile.slicing.depth import shallowest
 from sspcompile.slicing.latency import LatencyTable, latency_of

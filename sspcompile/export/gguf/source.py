@@ -14,8 +14,7 @@ from sspcompile.checkpoint.source import demand_shapes, named_tensors
 from sspcompile.checkpoint.tensors import EMBEDDING, FINAL_NORM, LM_HEAD, attention_shapes, mlp_shapes
 from sspcompile.checkpoint.tied import untied_by_weights
 from sspcompile.errors import CheckpointError
-from sspcompile.families import Geometry, GgufModel, geometry_of, gguf_model, layer_prefix, stand_in
-from sspcompile.model.context import positions_of
+from sspcompile.families import Geometry, GgufModel, geometry_of, gguf_model, layer_prefix, positions_of, stand_in
 
 # Only how per-layer folders are opened; they say nothing of what a layer computes.
 OPENING_KEYS = ("per_layer_config", "auto_map", "allow_global_per_layer_attribute_access")

@@ -51,10 +51,10 @@ def write_gguf(
 
     Raises CheckpointError for values that `kind` cannot hold and for files that end early.
     """
-    from gguf import GGUFWriter
+    from sspcompile.export.gguf.packing import Writer
 
     tensors = written_tensors(source, kind)
-    writer = GGUFWriter(path, source.model.form.architecture)
+    writer = Writer(path, source.model.form.architecture)
     _describe(writer, kind, name, origin)
     _state(writer, source)
     _tell(writer, vocabulary)

@@ -15,9 +15,8 @@ from sspcompile.checkpoint.source import demand_shapes, named_tensors
 from sspcompile.checkpoint.tensors import EMBEDDING, LM_HEAD, attention_shapes, mlp_shapes
 from sspcompile.checkpoint.tied import untied_by_weights
 from sspcompile.errors import CheckpointError, InputError
-from sspcompile.families import FUSED_GATED, Geometry, Positions, geometry_of, stand_in
+from sspcompile.families import FUSED_GATED, Geometry, Positions, geometry_of, positions_of, stand_in
 from sspcompile.families.graphs import GraphLayer, demand_graph, graph_layers, graph_positions
-from sspcompile.model.context import positions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -36,8 +36,8 @@ from sspcompile.export.onnx.weights import (
     used_tensors,
     write_rotary,
 )
+from sspcompile.families import positions_of
 from sspcompile.model.blocks import BLOCK
-from sspcompile.model.context import positions_of
 from sspcompile.model.onnx_session import GRAPH, SETTINGS, demand_runtime
 from sspcompile.model.placement import ON_CPU, Placement
 from sspcompile.progress import Progress, silent
