@@ -15,6 +15,7 @@ from sspcompile.repair.repair import Repair
 from sspcompile.request.domains import DomainPool, load_outside, load_pools
 from sspcompile.request.options import Options
 from sspcompile.request.pools import pools_of, pools_suffix
+from sspcompile.request.prompts import answered, bare
 from sspcompile.request.splits import (
     FIT_PROMPTS,
     GUARD_PROMPTS,
@@ -24,6 +25,7 @@ from sspcompile.request.splits import (
     OWN_JUDGE_PROMPTS,
     draw_splits,
     fit_part,
+    seen_part,
     split,
 )
 from sspcompile.select.judging import Candidate, decide
@@ -96,6 +98,19 @@ def test_splitting_takes_every_fourth_text_and_loses_none():
     fit, guard, judge = split([str(n) for n in range(20)])
     assert (guard, judge) == (("7", "15"), ("3", "11", "19"))
     assert sorted((*fit, *guard, *judge), key=int) == [str(n) for n in range(20)]
+
+
+@pytest.mark.parametrize("order", ["by question", "by answer"])
+def test_a_question_with_several_answers_is_in_one_part(order):
+    numbers = [(n, k) for n in range(40) for k in range(3)] if order == "by question" else None
+    numbers = numbers or [(n, k) for k in range(3) for n in range(40)]
+    prompts = [answered(f"question {n}{' ' * k}", f"answer {k}") for n, k in numbers]
+    assert sorted(map(len, split(prompts))) == [15, 15, 90]
+    evidence = draw_splits(prompts, mixture(0.7, 0.3, 0.0).parts, POOLS, 0)
+    assert (evidence.own_fit, evidence.own_guard, evidence.own_judge) == (90, 15, 15)
+    parts = [set(map(bare, part)) for part in (evidence.fit, evidence.guard, evidence.judge)]
+    assert all(not one & other for one, other in itertools.combinations(parts, 2))
+    assert len(set(map(bare, seen_part(prompts)))) == 35
 
 
 def divergence(*kl: float) -> Divergence:

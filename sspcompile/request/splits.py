@@ -101,10 +101,17 @@ class Splits:
 
 
 def split(texts: Sequence[Item]) -> tuple[tuple[Item, ...], tuple[Item, ...], tuple[Item, ...]]:
-    """(fit, guard, judge): numbers 7, 15, ... guard and 3, 11, ... judge, so that a sorted file is split evenly."""
-    held = tuple(text for index, text in enumerate(texts) if index % HOLD_EVERY == HOLD_EVERY - 1)
-    fit = tuple(text for index, text in enumerate(texts) if index % HOLD_EVERY != HOLD_EVERY - 1)
-    return fit, held[1::2], held[::2]
+    """(fit, guard, judge): questions 7, 15, ... guard and 3, 11, ... judge, so that a sorted file is split evenly.
+
+    A question that comes with several answers is in one part, with all of them.
+    """
+    number = {question: index for index, question in enumerate(dict.fromkeys(map(bare, texts)))}
+    parts: tuple[list[Item], list[Item], list[Item]] = ([], [], [])
+    for text in texts:
+        turn, last = divmod(number[bare(text)], HOLD_EVERY)
+        parts[(1 if turn % 2 else 2) if last == HOLD_EVERY - 1 else 0].append(text)
+    fit, guard, judge = map(tuple, parts)
+    return fit, guard, judge
 
 
 def seen_part(texts: Sequence[Prompt]) -> tuple[Prompt, ...]:
