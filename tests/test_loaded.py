@@ -11,6 +11,7 @@ from builders import FAMILY_SETTINGS, Shape, family_config, make_checkpoint, sav
 from safetensors.torch import load_file, save_file
 
 from sspcompile.errors import ArtifactError, CheckpointError
+from sspcompile.model import decoder
 from sspcompile.model.hooks import head_gates
 from sspcompile.model.loading import load
 from sspcompile.slicing import modeling_sspcompile
@@ -91,3 +92,24 @@ def test_scored_logits_are_the_models_own(family, tmp_path):
     scored[0, 4:], scored[1, 8] = True, True
     expected = loaded.model(input_ids=ids, attention_mask=mask).logits[scored]
     assert torch.allclose(loaded.scored_logits(ids, mask, scored), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_logits_of_a_model_in_16_bits_are_not_rounded_once_more(dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(decoder, "ROWS_AT_ONCE", 7)
+    loaded = load(save_random(tmp_path, family_config("llama")), fingerprint="", dtype=getattr(torch, dtype))
+    hidden = 30 * torch.randn(5, loaded.geometry.hidden, generator=torch.Generator().manual_seed(0)).to(
+        loaded.model.dtype
+    )
+    exact = hidden.double() @ loaded.model.lm_head.weight.double().T
+    found = loaded.logits_of(hidden)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found.double(), exact, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(loaded.model.lm_head(hidden).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gradient_of_16_bits_passes_through_the_logits(tmp_path):
+    loaded = load(save_random(tmp_path, family_config("llama")), fingerprint="", dtype=torch.bfloat16)
+    hidden = torch.ones(2, loaded.geometry.hidden, dtype=torch.bfloat16, requires_grad=True)
+    (found,) = torch.autograd.grad(loaded.logits_of(hidden).sum(), hidden)
+    assert found.dtype == torch.bfloat16 and found.abs().sum() > 0

@@ -9,18 +9,22 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from sspcompile.families import FAMILIES, Geometry, positions_of
 from sspcompile.model.cache import cache_argument, cache_of
 from sspcompile.model.chat import PLAIN, Rendering
 from sspcompile.model.vocabulary import ends_of
-from sspcompile.model.weights import input_device
+from sspcompile.model.weights import computing_device, input_device, tensor_of, weight_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 Chooser = Callable[[Tensor], Tensor]
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+# Of lm_head, that are widened at a time: 64 MiB in fp32 at a hidden size of 4096.
+ROWS_AT_ONCE = 4096
 
 
 class LanguageModel(Protocol):
@@ -91,7 +95,7 @@ class TextModel:
         """
         config = self.model.config
         family = FAMILIES[config.model_type]
-        logits = self.model.lm_head(hidden).float()
+        logits = _headed(self.model.lm_head, hidden)
         if family.scales_logits:
             logits = logits / config.logits_scaling
         # A class that does not know the key has it as an attribute nevertheless, where config.json has it.
@@ -175,3 +179,21 @@ class LoadedModel(TextModel):
     @property
     def vocab(self) -> int:
         return self.geometry.vocab
+
+
+def _headed(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """What lm_head makes of `hidden`, [..., V] in fp32.
+
+    Of a model in 16 bits the module itself would round them: bf16 numbers from 8 to 16 lie .0625 apart, so that tokens
+    that were merely close tie, and the first in the vocabulary wins. Where a gradient is asked for that is put up with,
+    because the products would hold the whole weight in fp32.
+    """
+    if head.weight.dtype not in SIXTEEN_BITS or hidden.requires_grad:
+        return head(hidden).float()
+    device, weight, bias = computing_device(head), weight_of(head), tensor_of(head, "bias")
+    wide = hidden.to(device, torch.float32)
+    logits = wide.new_empty(*hidden.shape[:-1], len(weight))
+    for start in range(0, len(weight), ROWS_AT_ONCE):
+        rows = weight[start : start + ROWS_AT_ONCE].to(device, torch.float32)
+        logits[..., start : start + len(rows)] = linear(wide, rows)
+    return logits if bias is None else logits + bias.to(device)
