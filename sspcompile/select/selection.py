@@ -205,10 +205,14 @@ def _compared(judge: Judge, reading: Reading, floor: Floor | None) -> tuple[dict
     if sum(map(len, masks.values())) == 1:
         return {layout: Searched(*some[0], None, ()) for layout, some in masks.items()}, None
     found = best_of(judge, masks)
-    if len(found) == 1:
-        return found, None
-    candidates = {name: judge.candidate(name, one.choice, one.repair) for name, one in found.items()}
-    return found, decide(candidates, _barred(judge, candidates, Allowed(None, reading.options.protect or {})))
+    decided = None
+    if len(found) > 1:
+        candidates = {name: judge.candidate(name, one.choice, one.repair) for name, one in found.items()}
+        decided = decide(candidates, _barred(judge, candidates, Allowed(None, reading.options.protect or {})))
+        compared = {name: replace(one, repair=None) for name, one in candidates.items()}
+        decided = replace(decided, chosen=replace(decided.chosen, repair=None), candidates=compared)
+    # What is chosen is repaired anew, on all texts. Repairs of a model of 7 B parameters are 4.5 GB each.
+    return {layout: replace(one, repair=None) for layout, one in found.items()}, decided
 
 
 def _barred(judge: Judge, candidates: Mapping[Layout, Candidate], allowed: Allowed) -> list[Layout]:
