@@ -76,6 +76,7 @@ def test_builds_run_what_was_foretold_and_the_first_alone_reads_the_pools(home, 
     assert not any(name.endswith("on the pools") for some in names for name in some)
 
 
+@pytest.mark.whole
 def test_a_sentence_is_counted_by_the_texts_that_its_mixture_draws_once_the_pools_are_read(home):
     """Pools differ in length: all of them alike, as before their reading, would foretell another build."""
     given = {"model": str(home / "model"), "max_tokens": 64, "continuation_tokens": 4, "keep": 0.5}
@@ -102,6 +103,7 @@ def test_the_sentence_alone_has_the_pools_scored_by_a_criterion_that_is_named(ho
         assert "recognition: domain pools" in names and ("fisher on the pools" in names) == scored
 
 
+@pytest.mark.whole
 def test_a_nested_build_runs_what_was_foretold_and_more_with_every_member(home, ran):
     given = {"model": str(home / "model"), "max_tokens": 32, "continuation_tokens": 2}
     scenario = {"prompts_file": "prompts.txt", "domains": {"math": 1}}  # spares the model the pools

@@ -117,7 +117,7 @@ def test_cotangents_have_the_covariance_of_the_fisher_information(targets):
     torch.testing.assert_close(draws.mean(0), torch.zeros(4), rtol=0, atol=1e-2)
 
 
-@pytest.mark.parametrize("opening", [1.0, 0.5])
+@pytest.mark.parametrize("opening", [pytest.param(1.0, marks=pytest.mark.whole), 0.5])
 def test_fisher_estimates_agree_with_the_exact_diagonal(opening):
     loaded = tiny(layers=2, seed=3)
     (batch,) = text.encode(loaded, PROMPTS[:1])

@@ -234,6 +234,7 @@ def test_shipped_weights_answer_held_out_questions(model, tokenizer):
     assert accuracy.mean >= TARGET, accuracy.table()
 
 
+@pytest.mark.whole
 def test_half_of_the_layers_are_missed():
     """A model in which one layer decides, or any layer stands in for any other, cannot tell head scores apart."""
     from sspcompile.model.dense import open_dense
