@@ -122,10 +122,11 @@ PUBLISHED = "published"
 
 
 class Ground:
-    """The texts of all scenarios of one seed, written once: the first FIT of each choose, JUDGED more judge."""
+    """The texts of all scenarios of one seed, written once: the first `fit` of each choose, JUDGED more judge."""
 
-    def __init__(self, loaded: LoadedModel, data: Path, seed: int) -> None:
+    def __init__(self, loaded: LoadedModel, data: Path, seed: int, fit: int = FIT) -> None:
         self.loaded = loaded
+        self._fit = fit
         self._data, self._seed = data, seed
         self._held: dict[str, tuple[HeldOut, HeldOut]] = {}
         self._texts: dict[str, list[Sentence]] = {}
@@ -133,15 +134,16 @@ class Ground:
         # What others are compared with, by scenario and budget.
         self.ours: dict[tuple[str, Budget], Divergence] = {}
         for name, read in SCENARIOS.items():
-            drawn = random.Random(seed).sample(read(data), FIT + JUDGED)
+            drawn = random.Random(seed).sample(read(data), self._fit + JUDGED)
             self._texts[name] = continued(loaded, drawn, max_tokens=LONGEST)
-            self._asked[name] = drawn[FIT:]
+            self._asked[name] = drawn[self._fit :]
 
     def fit(self, name: str) -> list[Sentence]:
         """Texts that choose and repair: of one scenario, or of all alike."""
         if name in self._texts:
-            return self._texts[name][:FIT]
-        return [text for texts in self._texts.values() for text in thinned(texts[:FIT], FIT // len(self._texts))]
+            return self._texts[name][: self._fit]
+        alike = self._fit // len(self._texts)
+        return [text for texts in self._texts.values() for text in thinned(texts[: self._fit], alike)]
 
     def exams(self, name: str, count: int) -> Exams:
         """What every mask of a scenario is asked: nothing for a `count` of 0."""
@@ -153,9 +155,9 @@ class Ground:
     def judged(self, name: str) -> tuple[HeldOut, HeldOut]:
         """Held-out texts of a scenario, and of the others together."""
         if name not in self._held:
-            others = [texts[FIT:] for other, texts in self._texts.items() if other != name]
+            others = [texts[self._fit :] for other, texts in self._texts.items() if other != name]
             off = [text for texts in others for text in thinned(texts, JUDGED // len(others))]
-            self._held = {name: (HeldOut(self.loaded, self._texts[name][FIT:]), HeldOut(self.loaded, off))}
+            self._held = {name: (HeldOut(self.loaded, self._texts[name][self._fit :]), HeldOut(self.loaded, off))}
         return self._held[name]
 
 

@@ -1,6 +1,6 @@
 """How firmly a repair holds weights, and how much more late layers cost than early ones: what both are worth.
 
-    python -m benchmarks.repairs --model SMOLLM2 --data DIR [--scenarios word-problems,...] [--texts 32,64]
+    python -m benchmarks.repairs --model SMOLLM2 --data DIR [--scenarios word-problems,...] [--fit 64] [--texts 32,64]
                                  [--ridges 0.3/1,0.1/0.1] [--tilts 0,1] [--sizes 0.9,0.8] [--keeps 0.75]
 
 Scenarios and texts are those of `benchmarks.real`. Units are ranked on FIT texts of a scenario, masks are per layer,
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.real import SCENARIOS, Budget, Ground, figures
+from benchmarks.real import FIT, SCENARIOS, Budget, Ground, figures
 from sspcompile.model.dense import open_dense
 from sspcompile.model.text import batches_of
 from sspcompile.progress import no_steps
@@ -52,19 +52,20 @@ def rows(
 @click.option("--model", required=True, help="A model folder or a hub name.")
 @click.option("--data", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--scenarios", default=",".join(SCENARIOS), show_default=True)
-@click.option("--texts", default="32", show_default=True)
+@click.option("--fit", default=FIT, show_default=True, help="Texts that rank.")
+@click.option("--texts", default="32", show_default=True, help="Of these, that repair.")
 @click.option("--ridges", default="/".join(map(str, RIDGES)), show_default=True)
 @click.option("--tilts", default=str(TILT), show_default=True)
 @click.option("--keeps", default="0.75", show_default=True, help="Shares of the heads; empty for none.")
 @click.option("--sizes", default="0.9,0.8", show_default=True, help="Shares of all parameters; empty for none.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/repairs.jsonl"))
-def main(model: str, data: Path, out: Path, **asked: str) -> None:
+def main(model: str, data: Path, out: Path, fit: int, **asked: str) -> None:
     """Compare ridges and tilts."""
     parts = {name: [part for part in text.split(",") if part] for name, text in asked.items()}
     pairs = [Ridges(*map(float, pair.split("/"))) for pair in parts["ridges"]]
     budgets = [Budget("least-squares", "per-layer", float(keep)) for keep in parts["keeps"]]
     budgets += [Budget("least-squares", "per-layer", None, float(size)) for size in parts["sizes"]]
-    ground = Ground(open_dense(model).load(), data, 0)
+    ground = Ground(open_dense(model).load(), data, 0, fit)
     with out.open("a", encoding="utf-8") as file:
         for name in parts["scenarios"]:
             for row in rows(ground, name, budgets, [*map(int, parts["texts"])], pairs, [*map(float, parts["tilts"])]):
