@@ -21,14 +21,14 @@ def batch(lengths, scored):
     return Batch(tuple(range(len(lengths))), torch.zeros_like(mask), mask, score)
 
 
-@given(st.lists(st.integers(2, 30), min_size=1, max_size=5), st.integers(1, 6))
-def test_scored_positions_have_their_share_of_the_weight_whatever_the_lengths(lengths, scored):
+@given(st.lists(st.integers(2, 30), min_size=1, max_size=5), st.integers(1, 30))
+def test_scored_positions_have_their_share_of_the_weight_or_more_whatever_the_lengths(lengths, scored):
     batches = [batch(lengths, scored), batch([9, 4], scored)]
     weights = position_weights(batches)
     on_scored = sum(float(w[b.score_mask].sum()) for w, b in zip(weights, batches, strict=True))
     in_all = sum(float(w[b.attention_mask.bool()].sum()) for w, b in zip(weights, batches, strict=True))
-    if not all(bool((b.score_mask == b.attention_mask.bool()).all()) for b in batches):
-        assert abs(on_scored / in_all - SCORED_SHARE) < 1e-5
+    count = sum(int(b.score_mask.sum()) for b in batches) / sum(int(b.attention_mask.sum()) for b in batches)
+    assert abs(on_scored / in_all - max(SCORED_SHARE, count)) < 1e-5
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(2, 5))

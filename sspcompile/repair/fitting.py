@@ -384,8 +384,11 @@ class _Stream:
 
 
 def position_weights(batches: Sequence[Batch]) -> list[Tensor]:
-    """Weight of every position, [B, T] per batch: scored ones and other real ones share as SCORED_SHARE says."""
+    """Weight of every position, [B, T] per batch: scored ones have at least SCORED_SHARE of all, and are as heavy as
+    other real ones where that is more.
+    """
     scored = sum(int(batch.score_mask.sum()) for batch in batches)
     other = sum(int(batch.attention_mask.sum()) for batch in batches) - scored
-    ratio = SCORED_SHARE / (1 - SCORED_SHARE) * other / scored if other else 1.0
+    # Half of the weight for the eight tokens that open a passage would be a fit to its first tokens.
+    ratio = max(1.0, SCORED_SHARE / (1 - SCORED_SHARE) * other / scored)
     return [torch.where(batch.score_mask, ratio, 1.0) for batch in batches]
