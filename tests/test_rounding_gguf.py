@@ -219,6 +219,13 @@ def test_an_export_says_whether_it_holds_what_was_refitted(home, built, words, t
     assert ("refitted" in (home / "exported" / "one" / "README.md").read_text("utf-8")) is refitted
 
 
+def test_an_export_says_so_in_json_too(home, built):
+    words = ("export", "cut", "--format", "gguf", "--out", "exported/one", "--overwrite", "--json", "-q")
+    for kind in ("q4_0", "q8_0"):
+        done = inside(home, *words, "--type", kind)
+        assert done.json["refit"] == {"precision": "q4_0", "taken": kind == "q4_0"}, done.err
+
+
 def test_a_build_without_a_refit_says_nothing_of_one(home):
     done = build(home, "bare", "--quantize", "q8_0", "--repair", "none")
     assert done.code == 0, done.err

@@ -162,7 +162,8 @@ def export(
     if found.kind == "model":
         say_left_out(done.left_out, quiet=quiet)
     if as_json:
-        click.echo(json.dumps({"folder": str(done.folder), "files": done.files, **measured}))
+        refit = {"refit": {"precision": done.refit.precision, "taken": done.refit.taken}} if done.refit else {}
+        click.echo(json.dumps({"folder": str(done.folder), "files": done.files, **measured, **refit}))
         return
     click.echo(f"Exported {found.folder} to {done.folder} ({sum(done.files.values()):,} bytes)")
     _say_agreement(done, quiet=quiet)
