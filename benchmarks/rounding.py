@@ -1,4 +1,4 @@
-"""Cutting against rounding on a real model: what is lost, for how many bytes, in ONNX Runtime.
+"""Cutting against rounding on a real model: what is lost, for how many bytes, in ONNX Runtime or as GGUF.
 
     python -m benchmarks.rounding --model SMOLLM2 --data DIR [--scenarios word-problems] [--sizes 1,0.8]
 
@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 import click
 
@@ -30,7 +30,7 @@ from sspcompile.repair.fitting import fit_repairs
 from sspcompile.repair.repair import Repair, refitted_dtype
 from sspcompile.report.model import RoundingSection
 from sspcompile.report.rounding import named, rounding_verdict
-from sspcompile.request.options import Rounded
+from sspcompile.request.rounding import Rounded
 from sspcompile.request.splits import thinned
 from sspcompile.slicing.layouts import Choice
 from sspcompile.slicing.mask import HeadMask, kept_of
@@ -110,7 +110,7 @@ def told(section: RoundingSection) -> None:
 @click.option("--data", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--scenarios", default="word-problems", show_default=True)
 @click.option("--sizes", default="1,0.8", show_default=True)
-@click.option("--precision", type=click.Choice(["int8", "int4"]), default="int4", show_default=True)
+@click.option("--precision", type=click.Choice(get_args(Rounded)), default="int4", show_default=True)
 @click.option("--threads", type=int, help="All by default.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/rounding.jsonl"))
 def main(model: str, data: Path, scenarios: str, sizes: str, precision: str, threads: int | None, out: Path) -> None:

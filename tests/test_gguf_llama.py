@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("llama_cpp")
 
 from commands import inside
+from gguf import GGUFReader
+from gguf.quants import dequantize
 from gguf_models import PRE_TOKENIZERS, config_for, cut, dense, tokenizer
+from safetensors.torch import load_file, save_file
 from test_slicing_exact import mask_for
 
 from sspcompile.checkpoint import Checkpoint
+from sspcompile.checkpoint.headers import TensorInfo, read_header
 from sspcompile.checkpoint.manifest import read_manifest
 from sspcompile.errors import InputError, ParityError
 from sspcompile.export.gguf.check import TEXTS, compare, demand_tokens, read_reference
 from sspcompile.export.gguf.publish import GATE, GgufExport, export_gguf
+from sspcompile.model.blocks import BLOCK, GGUF_ROUNDINGS
 from sspcompile.model.llama_session import MODEL, LlamaModel
 from sspcompile.model.llama_text import load_gguf
 from sspcompile.model.loading import load_cut
@@ -78,9 +85,11 @@ SHALLOWER = {
 }
 
 
-def exported(model: Path, out: Path, kind: str | None = None, *, custom: bool = False) -> GgufExport:
+def exported(
+    model: Path, out: Path, kind: str | None = None, *, custom: bool = False, **more: Mapping[str, TensorInfo]
+) -> GgufExport:
     asked = {"kind": kind, "probes": PROBES, "origin": {}, "trust_remote_code": custom, "placement": ONE_THREAD}
-    return export_gguf(model, out, card=lambda done: "", **asked)[1]
+    return export_gguf(model, out, card=lambda done: "", **asked, **more)[1]
 
 
 @pytest.mark.parametrize("case", HELD)
@@ -142,6 +151,25 @@ def test_every_type_loads_and_says_what_it_costs(kind, tmp_path):
     assert done.structure.same_text and done.structure.relative < 2e-5, "the model in fp32"
     assert done.agreement.mean_kl < (0.01 if kind in ("bf16", "f16", "q8_0") else 1.0)
     assert read_manifest(tmp_path / "out").origin["proven"] is True
+
+
+@pytest.mark.parametrize("kind", GGUF_ROUNDINGS)
+def test_llama_cpp_rounds_what_was_refitted_to_the_bits_that_the_repair_knew(kind, tmp_path):
+    """Rows of down_proj that are not whole blocks included; what is compared sharply is the model as it is."""
+    source = dense(tmp_path / "dense", config_for("llama", intermediate_size=112))
+    plan = cut(source, tmp_path / "cut", "per-layer")
+    own = load_file(tmp_path / "cut" / "model.safetensors")
+    other = {name: 1.1 * w for name, w in own.items() if name.endswith(("o_proj.weight", "down_proj.weight"))}
+    save_file(other, tmp_path / "refitted.safetensors")
+    refitted = read_header(tmp_path / "refitted.safetensors")
+    done = exported(tmp_path / "cut", tmp_path / "out", kind, custom=plan.custom_code, refitted=refitted)
+    assert done.refitted and done.structure.same_text and done.structure.relative < 2e-5
+    stored = {one.name: one for one in GGUFReader(tmp_path / "out" / MODEL).tensors}
+    for name, weight in other.items():
+        layer = name.split(".")[2]
+        one = stored[f"blk.{layer}.{'attn_output' if 'o_proj' in name else 'ffn_down'}.weight"]
+        assert (one.tensor_type.name == "F16") == (weight.shape[1] % BLOCK != 0)
+        assert np.array_equal(dequantize(one.data, one.tensor_type), GGUF_ROUNDINGS[kind].of(weight).numpy())
 
 
 def test_an_export_of_another_model_is_found_out(tmp_path):

@@ -15,7 +15,7 @@ from test_prepare_tools import pools, tiny
 from sspcompile.criteria.measuring import measure
 from sspcompile.errors import InputError, ParityError, RunError
 from sspcompile.model import capture, journal, text
-from sspcompile.model.blocks import Rounding
+from sspcompile.model.blocks import OnnxRounding
 from sspcompile.model.journal import Journal, claimed, holds_work, keeping, remove_old
 from sspcompile.repair.fitting import fit_repairs
 from sspcompile.slicing.mask import Kept
@@ -184,7 +184,7 @@ FITS = {
     "bf16": (torch.bfloat16, False),
     "mlp": (torch.float32, True),
     "mlp in bf16": (torch.bfloat16, True),
-    "rounded": (torch.float32, False, Rounding(4)),
+    "rounded": (torch.float32, False, OnnxRounding(4)),
 }
 
 

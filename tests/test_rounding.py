@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 from sspcompile.api.cost import cost_of
 from sspcompile.checkpoint import check_manifest
 from sspcompile.errors import ArtifactError
-from sspcompile.evaluate.rounding import COARSER, USUAL, forms_of
+from sspcompile.evaluate.rounded_onnx import COARSER, forms_of
 from sspcompile.export.onnx.decoder import read_decoder
 from sspcompile.export.onnx.weights import DATA_FILE
-from sspcompile.export.onnx.write import PRECISIONS, REFITTED, Blocks, rounded_bytes, write_graph
-from sspcompile.export.refitted import FOLDER, read_refitted
+from sspcompile.export.onnx.write import PRECISIONS, Blocks, rounded_bytes, write_graph
+from sspcompile.export.refitted import FOLDER, REFITTED, read_refit
 from sspcompile.intervals import Estimate
-from sspcompile.model.blocks import Rounding
+from sspcompile.model.blocks import BLOCK, ROUNDINGS, OnnxRounding, Rounding
 from sspcompile.model.dense import open_dense
 from sspcompile.model.modules import down_proj, o_proj
 from sspcompile.model.rounding import rounded_embedding, rounded_inside
@@ -92,12 +92,12 @@ def test_the_dense_rival_has_the_finest_blocks_that_take_no_more_bytes_than_the_
     dense = read_decoder(save_random(tmp_path / "dense", family_config("mistral", **shape)))
     cut = read_decoder(save_random(tmp_path / "cut", family_config("mistral", **{**shape, "kv_heads": 7})))
     rounding = PRECISIONS["int4"]
-    (rival,) = (form for form in forms_of(dense, cut, "int4") if form.blocks != USUAL)
-    most = rounded_bytes(cut, rounding, USUAL)
-    sizes = {blocks: rounded_bytes(dense, rounding, blocks) for blocks in (USUAL, *COARSER)}
-    assert rival.of == "dense" and sizes[rival.blocks] <= most
-    assert all(size > most for blocks, size in sizes.items() if blocks.size < rival.blocks.size)
-    assert all(form.blocks == USUAL for form in forms_of(dense, dense, "int4")), "equal models need no rival"
+    (rival,) = (form for form in forms_of(dense, cut, "int4") if form.block != BLOCK)
+    most = rounded_bytes(cut, rounding, Blocks())
+    sizes = {block: rounded_bytes(dense, rounding, Blocks(block)) for block in (BLOCK, *COARSER)}
+    assert rival.of == "dense" and sizes[rival.block] <= most
+    assert all(size > most for block, size in sizes.items() if block < rival.block)
+    assert all(form.block == BLOCK for form in forms_of(dense, dense, "int4")), "equal models need no rival"
 
 
 def test_a_build_rounds_its_cut_and_weighs_what_it_wrote(home, built):
@@ -186,7 +186,7 @@ def test_what_a_repair_takes_for_rounded_is_what_onnx_runtime_rounds_to(tmp_path
     numbers = unpacked(codes.reshape(40, -1), bits).reshape(40, -1, block)
     points = unpacked(zeros.reshape(40, -1), bits)[:, : numbers.shape[1], None]
     expected = ((numbers - points) * scales.reshape(40, -1)[..., None]).reshape(40, -1)[:, :inputs]
-    found = Rounding(bits, block).of(weight).numpy()
+    found = OnnxRounding(bits, block).of(weight).numpy()
     # A number halfway between two codes may go either way.
     close = np.isclose(found, expected, atol=1e-5)
     assert close.mean() > 0.999 and np.abs(found - expected).max() <= scales.max() * 1.001
@@ -210,14 +210,16 @@ def by_hand(loaded, kept: Kept, repair: Repair, rounding: Rounding, held: HeldOu
     with contextlib.ExitStack() as stack:
         for layer in loaded.layers:
             stack.enter_context(rounded_inside(layer, rounding))
-        stack.enter_context(rounded_embedding(loaded, rounding))
+        stack.enter_context(rounded_embedding(loaded, rounding, tied=g.tied))
         return held.divergence(kept, Repair(weights, down=down)).mean_kl.value
 
 
+# The first is coarse, so that there is something to mend.
+@pytest.mark.parametrize("rounding", [OnnxRounding(3), ROUNDINGS["q4_0"]], ids=["3 bits", "q4_0"])
 @pytest.mark.parametrize("share", [None, 0.75])
-def test_a_repair_that_knows_the_rounding_loses_less_once_rounded(embedded, share):
+def test_a_repair_that_knows_the_rounding_loses_less_once_rounded(embedded, share, rounding):
     """With nothing cut, and with heads and channels cut; the other repair knows of the cut alone."""
-    g, rounding = embedded.geometry, Rounding(3)  # coarse, so that there is something to mend
+    g = embedded.geometry
     drawn = zip(*(items(domain, "heldout", 7, 16) for domain in DOMAINS), strict=True)
     questions = [item.prompt for row in drawn for item in row]
     texts = continued(embedded, questions, max_tokens=64)
@@ -247,7 +249,9 @@ def test_a_build_refits_for_its_rounding_beside_a_model_that_stays_as_it_is(home
     same = [(home / name / "model" / "model.safetensors").read_bytes() for name in ("cut", "plain")]
     assert same[0] == same[1]
     decoder = read_decoder(built / "model")
-    fitted = read_refitted(built, "int4", decoder.tensors)
+    refit = read_refit(built, ROUNDINGS["int4"], decoder.tensors)
+    assert refit is not None and refit.precision == "int4"
+    fitted = refit.tensors
     matrices = {name for name in decoder.tensors if name.endswith(("o_proj.weight", "down_proj.weight"))}
     assert set(fitted) == matrices
     exported = home / "exported" / "cut-onnx-int4"
@@ -255,7 +259,7 @@ def test_a_build_refits_for_its_rounding_beside_a_model_that_stays_as_it_is(home
     assert "refitted `o_proj` and `down_proj` for int4" in (exported / "README.md").read_text("utf-8")
     for number, one in enumerate((decoder, decoder.with_tensors(fitted))):
         (home / f"again-{number}").mkdir()
-        write_graph(one, home / f"again-{number}", PRECISIONS["int4"], USUAL)
+        write_graph(one, home / f"again-{number}", PRECISIONS["int4"], Blocks())
     stored = [(folder / DATA_FILE).read_bytes() for folder in (exported, home / "again-0", home / "again-1")]
     assert stored[0] == stored[2] != stored[1]
 
@@ -283,7 +287,7 @@ def test_refitted_matrices_of_another_model_are_refused(built, tmp_path):
     place.mkdir(parents=True)
     save_file({name: torch.zeros(3, 3)}, place / "model.safetensors")
     with pytest.raises(ArtifactError, match="does not belong to the model beside it"):
-        read_refitted(tmp_path, "int4", tensors)
+        read_refit(tmp_path, ROUNDINGS["int4"], tensors)
 
 
 def test_the_cost_of_weighing_is_foretold(home):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, Unpack
 from sspcompile.progress import Progress, silent
 from sspcompile.request.options import Options
 from sspcompile.request.request import Request
+from sspcompile.request.rounding import Rounded
 from sspcompile.workspace import MASK, PLAN, RECIPE, REPORT, Workspace
 
 if TYPE_CHECKING:
@@ -140,17 +141,18 @@ class Artifact:
 
     def weigh(
         self,
-        precision: Literal["int8", "int4"] = "int4",
+        precision: Rounded = "int4",
         *,
         model: Place | None = None,
         progress: Progress = silent,
         memory: int | str | None = None,
         threads: int | None = None,
     ) -> RoundingSection:
-        """Weigh it, rounded, against the dense model that is only rounded: bytes and losses, in ONNX Runtime.
+        """Weigh it, rounded, against the dense model that is only rounded: bytes and losses, in ONNX Runtime (int8,
+        int4) or with the numbers of a GGUF (q8_0, q4_0).
 
         On the texts that judged the build; the report gets it too. Raises InputError where ONNX Runtime is not
-        installed, and UnsupportedModelError for what it cannot compute.
+        installed, and UnsupportedModelError for what it, or llama.cpp, cannot compute.
         """
         from sspcompile.api.rounding import weigh_build
 

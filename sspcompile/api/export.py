@@ -10,9 +10,8 @@ from typing import Any
 
 from sspcompile.api.arguments import KINDS, ONE_SIZE, Named, demand
 from sspcompile.checkpoint import Manifest
-from sspcompile.checkpoint.headers import TensorInfo
 from sspcompile.checkpoint.publish import refuse_existing
-from sspcompile.checkpoint.source import not_carried
+from sspcompile.checkpoint.source import not_carried, tensor_table
 from sspcompile.errors import InputError
 from sspcompile.export.agreement import Agreement
 from sspcompile.export.card import gguf_card, licence_of, onnx_card
@@ -22,8 +21,8 @@ from sspcompile.export.hf import export_hf
 from sspcompile.export.onnx import PRECISIONS, Blocks, Exported, Precision, export_onnx
 from sspcompile.export.onnx.decoder import read_decoder
 from sspcompile.export.onnx.weights import ROTARY_FILE
-from sspcompile.export.refitted import read_refitted
-from sspcompile.model.blocks import ROUNDINGS, Rounding
+from sspcompile.export.refitted import Refit, read_refit
+from sspcompile.model.blocks import GGUF_ROUNDINGS, OnnxRounding, Rounding
 from sspcompile.model.dense import open_dense
 from sspcompile.model.placement import ANYWHERE, Placement
 from sspcompile.progress import Progress, silent
@@ -139,8 +138,8 @@ class Published:
     transformers.
 
     `context_length`: the longest text of an ONNX graph in tokens, and `table_bytes` what its rotary tables take.
-    `left_out`: files of
-    a model folder that go with no export of it.
+    `left_out`: files of a model folder that go with no export of it. `refit`: what the build refitted for a rounding,
+    taken here or not.
     """
 
     folder: Path
@@ -151,6 +150,7 @@ class Published:
     table_bytes: int | None = None
     left_out: Sequence[str] = ()
     gguf: GgufExport | None = None
+    refit: Refit | None = None
 
 
 def export(
@@ -183,11 +183,13 @@ def export(
     out = out or onnx_folder(workspace, found.name, precision.name)
     refuse_existing(out, overwrite=overwrite)
     source = source_of(found)
+    refit = _refit_of(source, _rounding_in_onnx(precision, blocks))
     done = to_onnx(
         source,
         out,
         precision,
         blocks=blocks,
+        refit=refit,
         positions=request.context_length,
         last_logits=request.last_logits,
         link=request.hard_link,
@@ -204,6 +206,7 @@ def export(
         done.context_length,
         table_bytes=sizes[ROTARY_FILE],
         left_out=source.origin.get("left_out", ()),
+        refit=refit,
     )
 
 
@@ -223,6 +226,22 @@ def onnx_folder(workspace: Workspace, name: str, precision: str) -> Path:
     return workspace.exported / f"{name}-onnx{suffix}"
 
 
+def gguf_folder(workspace: Workspace, name: str, kind: str | None) -> Path:
+    """Where a GGUF export of what is called `name` goes by default."""
+    return workspace.exported / f"{name}-gguf{f'-{kind.lower()}' if kind is not None else ''}"
+
+
+def _rounding_in_onnx(precision: Precision, blocks: Blocks) -> Rounding | None:
+    return None if precision.bits is None else OnnxRounding(precision.bits, blocks.size)
+
+
+def _refit_of(source: Source, rounding: Rounding | None) -> Refit | None:
+    """What a build refitted, as an export in a `rounding` takes it. Raises ArtifactError."""
+    if source.artifact is None:
+        return None
+    return read_refit(source.artifact, rounding, tensor_table(source.model))
+
+
 def _to_gguf(
     found: Named,
     request: ExportRequest,
@@ -233,10 +252,10 @@ def _to_gguf(
     overwrite: bool,
     placement: Placement,
 ) -> Published:
-    suffix = f"-{request.type.lower()}" if request.type is not None else ""
-    out = out or workspace.exported / f"{found.name}-gguf{suffix}"
+    out = out or gguf_folder(workspace, found.name, request.type)
     refuse_existing(out, overwrite=overwrite)
     source = source_of(found, vocab_of=lambda folder: read_source(folder).geometry.vocab)
+    refit = _refit_of(source, GGUF_ROUNDINGS.get((request.type or "").lower()))
     manifest, done = export_gguf(
         source.model,
         out,
@@ -245,11 +264,12 @@ def _to_gguf(
         origin=source.origin,
         card=lambda done: gguf_card(source.origin, out.resolve().name, done, report=source.report, plan=source.plan),
         trust_remote_code=source.custom_code,
+        refitted=refit.tensors if refit is not None else None,
         overwrite=overwrite,
         progress=progress,
         placement=replace(placement, device="cpu", dtype="float32", device_map=None),
     )
-    return Published(out, sizes_of(manifest), left_out=source.origin.get("left_out", ()), gguf=done)
+    return Published(out, sizes_of(manifest), left_out=source.origin.get("left_out", ()), gguf=done, refit=refit)
 
 
 def sizes_of(manifest: Manifest) -> dict[str, int]:
@@ -263,6 +283,7 @@ def to_onnx(
     precision: Precision,
     *,
     blocks: Blocks,
+    refit: Refit | None = None,
     positions: int | None = None,
     last_logits: bool = False,
     link: bool = False,
@@ -270,12 +291,7 @@ def to_onnx(
     progress: Progress = silent,
     placement: Placement = ANYWHERE,
 ) -> Exported:
-    """Write, run and publish; what a build refitted for this rounding is what is rounded. Raises what `export_onnx` and
-    `read_refitted` raise.
-    """
-    refitted: Mapping[str, TensorInfo] = {}
-    if source.artifact is not None and ROUNDINGS.get(precision.name) == Rounding(precision.bits or 0, blocks.size):
-        refitted = read_refitted(source.artifact, precision.name, read_decoder(source.model).tensors)
+    """Write, run and publish; the matrices of a `refit` that is taken are rounded. Raises what `export_onnx` raises."""
     return export_onnx(
         source.model,
         out,
@@ -290,7 +306,7 @@ def to_onnx(
             precision,
             context_length=context_length,
             last_logits=last_logits,
-            refitted=bool(refitted),
+            refitted=refit is not None and refit.taken,
             report=source.report,
             plan=source.plan,
         ),
@@ -298,7 +314,7 @@ def to_onnx(
         positions=positions,
         last_logits=last_logits,
         link=link,
-        refitted=refitted,
+        refitted=refit.tensors if refit is not None else None,
         overwrite=overwrite,
         progress=progress,
         placement=replace(placement, device="cpu", dtype="float32", device_map=None),

@@ -51,7 +51,7 @@ from sspcompile.workspace import Workspace
 # Budgets that only the scenario, or a measurement, makes known: of the heads, and of all parameters.
 UNKNOWN_KEEP = 0.5
 UNKNOWN_SIZE = 0.85
-# Both models as stored and rounded in two precisions, and the dense one once more.
+# Both models as stored and rounded in two precisions, and in ONNX Runtime the dense one once more.
 WEIGHED = 7
 # float64 against float32, where a processor computes.
 DOUBLE = 2.0

@@ -44,6 +44,7 @@ Examples:
   sspcompile build --scenario support-desk --model ./Qwen2.5-7B-Instruct --max-memory 12GB --context 8192 --batch 4
   sspcompile build --scenario support-desk --model ./Qwen2.5-7B-Instruct --max-latency 35ms --device cuda
   sspcompile build --scenario support-desk --model ./Qwen2.5-7B-Instruct --size 0.9 --quantize int4
+  sspcompile build --scenario support-desk --model ./Qwen2.5-7B-Instruct --size 0.9 --quantize q4_0   (for llama.cpp)
   sspcompile build --scenario finance-desk --strength 0.8 --layout uniform
   sspcompile build --scenario finance-desk --sweep size=0.7:1:0.1
   sspcompile build --scenario support-desk --model ./Llama-3.1-8B --memory 16GB

@@ -20,7 +20,7 @@ from sspcompile.cli.options import (
     scenario_option,
     workspace,
 )
-from sspcompile.request.options import Rounded
+from sspcompile.request.rounding import Rounded
 
 if TYPE_CHECKING:
     from sspcompile.evaluate.harness import HarnessRow

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sspcompile.export.agreement import Agreement
     from sspcompile.export.gguf.publish import GgufExport
     from sspcompile.export.onnx import Precision
+    from sspcompile.export.refitted import Refit
 
 
 NOTICEABLE_BYTES, NOTICEABLE_SHARE = 1_000_000, 0.1
@@ -161,7 +162,8 @@ def export(
     if found.kind == "model":
         say_left_out(done.left_out, quiet=quiet)
     if as_json:
-        click.echo(json.dumps({"folder": str(done.folder), "files": done.files, **measured}))
+        refit = {"refit": {"precision": done.refit.precision, "taken": done.refit.taken}} if done.refit else {}
+        click.echo(json.dumps({"folder": str(done.folder), "files": done.files, **measured, **refit}))
         return
     click.echo(f"Exported {found.folder} to {done.folder} ({sum(done.files.values()):,} bytes)")
     _say_agreement(done, quiet=quiet)
@@ -181,8 +183,20 @@ def _say_agreement(done: Published, *, quiet: bool) -> None:
         following = f'sspcompile run {done.folder} --prompt "..."'
     else:
         return
+    if done.refit is not None:
+        click.echo(_refit_sentence(done.refit))
     if not quiet:
         click.echo(f"Next: {following}", err=True)
+
+
+def _refit_sentence(refit: Refit) -> str:
+    """Whether what a build refitted for a rounding is in an export."""
+    if refit.taken:
+        return (
+            f"Rounded are o_proj and down_proj as the build refitted them for {refit.precision}: they aim at the dense "
+            "model, so that the cut in transformers differs by more than rounding."
+        )
+    return f"The build refitted o_proj and down_proj for {refit.precision}; this export has the model's own."
 
 
 def _measured(done: Published) -> dict[str, object]:

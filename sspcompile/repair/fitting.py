@@ -191,7 +191,7 @@ def _calls_of(loaded: LoadedModel, batch: Batch) -> Mapping[int, LayerCall]:
 
 def _entered(loaded: LoadedModel, batches: Sequence[Batch], rounding: Rounding) -> list[Tensor]:
     """What enters the first layer, [B, T, d] per batch, where embeddings are looked up in a rounded table."""
-    with rounded_embedding(loaded, rounding):
+    with rounded_embedding(loaded, rounding, tied=loaded.geometry.tied):
         return [_calls_of(loaded, batch)[0].hidden for batch in batches]
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sspcompile.intervals import Estimate
+from sspcompile.request.rounding import Rounded
 
 SCHEMA_VERSION = 2
 
@@ -212,7 +213,7 @@ class SizesSection(Section):
 
 
 class RoundingRow(Section):
-    """The dense model or the cut, as an ONNX export holds it; figures against the dense model as it is stored.
+    """The dense model or the cut, as an export holds it; figures against the dense model as it is stored.
 
     `precision`: what its matrices are rounded to, in blocks of `block_size` inputs; or, where that is None, what they
     are stored in. `weight_bytes`: of its weights on disk. `mean_kl` in nats per token; `answer_perplexity` times the
@@ -237,7 +238,7 @@ class RoundingRow(Section):
 class RoundingSection(Section):
     """Cutting against rounding to `precision`, for which the cut was `refitted` or not; `texts` decided nothing."""
 
-    precision: Literal["int8", "int4"]
+    precision: Rounded
     runtime: str
     texts: int
     refitted: bool = False

@@ -31,7 +31,7 @@ class Keywords(TypedDict, total=False):
     granularity: Literal["head", "group"] | None
     importance_from: Literal["domains", "prompts", "auto"] | None
     repair: Literal["least-squares", "least-squares-mlp", "flap-bias", "none"] | None
-    quantize: Literal["int8", "int4"] | None
+    quantize: Literal["int8", "int4", "q8_0", "q4_0"] | None
     baselines: Literal["few", "all", "none"] | None
     without: Sequence[Literal["axes", "whitelist", "mixing", "scenario", "calibration"]]
     chat_template: str | None

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from sspcompile.request.amounts import Amount, Bytes, Losses, Pairs, Parameters, Shares, Time, shares_of
 from sspcompile.request.documents import NAME_PATTERN, Text
+from sspcompile.request.rounding import Rounded, known_rounding
 
 ENVIRONMENT_PREFIX = "SSPCOMPILE_"
 # Leaves the choice to the build.
@@ -50,7 +51,6 @@ Units = Literal["all", "heads", "layers", "attention"]
 # Units that go whole: layers, or the attention of layers.
 Whole = Literal["layers", "attention"]
 WHOLE_LAYOUTS: Mapping[Whole, Literal["uniform", "per-layer"]] = {"layers": "uniform", "attention": "per-layer"}
-Rounded = Literal["int8", "int4"]
 # What runs the model while --max-latency is measured: `torch` is transformers.
 LatencyRuntime = Literal["torch"]
 LATENCY_RUNTIME: LatencyRuntime = "torch"
@@ -225,9 +225,10 @@ class Options(BaseModel):
     ] = "least-squares"
     quantize: Annotated[
         Rounded | None,
+        BeforeValidator(known_rounding),
         Shown(
-            "Round the finished cut too: refit o_proj and down_proj for the rounding, export to ONNX in this "
-            "precision, and weigh it, byte by byte, against the dense model that is only rounded."
+            "Round the finished cut too, for ONNX Runtime (int8, int4) or llama.cpp (q8_0, q4_0): refit o_proj and "
+            "down_proj for it, export it, and weigh it, byte by byte, against the dense model that is only rounded."
         ),
     ] = None
     baselines: Annotated[

@@ -20,8 +20,9 @@ from sspcompile.model.text import Sentence
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.progress import Progress, silent, stage_of
 from sspcompile.repair.repair import Repair
-from sspcompile.request.options import AUTO, Rounded
+from sspcompile.request.options import AUTO
 from sspcompile.request.request import Request
+from sspcompile.request.rounding import Rounded
 from sspcompile.select.baselines import Baseline, Rival, baselines_of, rivals
 from sspcompile.select.budget import Budget
 from sspcompile.select.floor import Allowed, Floor, demand_held, lost, refused, smallest_within

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import sspcompile
 from sspcompile.checkpoint import Manifest, copy_companions, staged, write_manifest
+from sspcompile.checkpoint.headers import TensorInfo
 from sspcompile.checkpoint.references import drop_references
 from sspcompile.errors import InputError
 from sspcompile.export.agreement import Agreement, Gate
@@ -18,6 +19,7 @@ from sspcompile.export.gguf.rounding import TYPES, Kind, kind_of
 from sspcompile.export.gguf.source import Source, read_source
 from sspcompile.export.gguf.vocabulary import Vocabulary, read_vocabulary
 from sspcompile.export.gguf.write import write_gguf
+from sspcompile.export.refitted import REFITTED
 from sspcompile.families.gguf import GELU
 from sspcompile.model.llama_session import MODEL, has_llama_cpp, quantise
 from sspcompile.model.placement import ON_CPU, Placement
@@ -37,7 +39,8 @@ class GgufExport:
     """What was published. `architecture`: the code of llama.cpp that loads it.
 
     `structure` is how the model in fp32 agrees with transformers, `agreement` how the file that was published does;
-    both None where llama.cpp was not there to say.
+    both None where llama.cpp was not there to say. `refitted`: whether a build refitted it for this rounding; the
+    model in transformers is not, so that they differ by more than rounding.
     """
 
     kind: Kind
@@ -45,6 +48,7 @@ class GgufExport:
     context_length: int
     structure: Agreement | None = None
     agreement: Agreement | None = None
+    refitted: bool = False
 
 
 def demand_writable(kind: Kind) -> None:
@@ -66,6 +70,7 @@ def export_gguf(
     origin: Mapping[str, Any],
     card: Callable[[GgufExport], str],
     trust_remote_code: bool,
+    refitted: Mapping[str, TensorInfo] | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
     placement: Placement = ON_CPU,
@@ -73,7 +78,8 @@ def export_gguf(
     """Publish the model folder `model` for llama.cpp and Ollama, in the type `kind` (None: as it is stored).
 
     `probes`: token ids to run before publishing. `card` writes the model card, from what that run found. Where
-    llama.cpp is not installed nothing is run, and the card says so.
+    llama.cpp is not installed nothing is run, and the card says so. `refitted`: matrices that are written in the place
+    of the model's own, with which it is compared sharply.
 
     Raises UnsupportedModelError for what llama.cpp does not hold and InputError for an unknown type, both before
     anything is written; ParityError when llama.cpp does not compute what transformers does.
@@ -84,20 +90,21 @@ def export_gguf(
     wanted = kind_of(kind, source.dtypes)
     demand_writable(wanted)
     vocabulary = read_vocabulary(model, source.geometry.vocab, source.geometry.family)
-    work = _Work(source, vocabulary, wanted, out.resolve().name, origin, progress)
+    work = _Work(source, vocabulary, wanted, out.resolve().name, origin, progress, refitted or {})
     with staged(out, overwrite=overwrite) as folder:
         structure: Agreement | None = None
         agreement: Agreement | None = None
         if has_llama_cpp():
             structure, agreement = work.proven(folder, probes, placement, trust_remote_code=trust_remote_code)
         else:
-            work.write(folder / MODEL, wanted)
+            work.write(work.written, folder / MODEL, wanted)
         copy_companions(model, folder)
         drop_references(folder)
         config = json.dumps(source.carried, indent=2, sort_keys=True)
         (folder / "config.json").write_text(config + "\n", "utf-8")
         (folder / MODELFILE).write_text(_modelfile(source), "utf-8")
-        done = GgufExport(wanted, source.model.form.architecture, source.context, structure, agreement)
+        architecture = source.model.form.architecture
+        done = GgufExport(wanted, architecture, source.context, structure, agreement, refitted=bool(refitted))
         checks = {"proven": agreement is not None, "structure": _dict(structure), "agreement": _dict(agreement)}
         (folder / CHECKS).write_text(json.dumps(checks, indent=1) + "\n", "utf-8")
         (folder / "README.md").write_text(card(done), "utf-8")
@@ -133,12 +140,13 @@ def _described(done: GgufExport) -> dict[str, Any]:
         "architecture": done.architecture,
         "context_length": done.context_length,
         "proven": done.agreement is not None,
+        **({REFITTED: True} if done.refitted else {}),
     }
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What is written."""
+    """What is written: the `source`, with the `refitted` matrices in the place of its own."""
 
     source: Source
     vocabulary: Vocabulary
@@ -146,23 +154,32 @@ class _Work:
     name: str
     origin: Mapping[str, Any]
     progress: Progress
+    refitted: Mapping[str, TensorInfo] = field(default_factory=dict)
 
-    def write(self, path: Path, kind: Kind) -> None:
-        write_gguf(self.source, self.vocabulary, path, kind, name=self.name, origin=self.origin, progress=self.progress)
+    @property
+    def written(self) -> Source:
+        return self.source.with_tensors(self.refitted)
+
+    def write(self, source: Source, path: Path, kind: Kind) -> None:
+        write_gguf(source, self.vocabulary, path, kind, name=self.name, origin=self.origin, progress=self.progress)
 
     def finish(self, exact: Path, folder: Path, threads: int | None) -> None:
-        """Write the file, where the type is rounded from the one in fp32."""
-        if self.kind.rounded:
-            quantise(exact, folder / MODEL, self.kind.file_type, threads=threads)
-        else:
-            self.write(folder / MODEL, self.kind)
+        """Write the file, where the type is rounded from the one in fp32, `exact`, which holds the source's own
+        matrices.
+        """
+        if not self.kind.rounded:
+            self.write(self.written, folder / MODEL, self.kind)
+            return
+        if self.refitted:
+            self.write(self.written, exact, EXACT)
+        quantise(exact, folder / MODEL, self.kind.file_type, threads=threads)
 
     def unproven(self, folder: Path, threads: int | None) -> None:
         """Write the file as a proven one is written, and run nothing."""
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             exact = Path(scratch) / MODEL
             if self.kind.rounded:
-                self.write(exact, EXACT)
+                self.write(self.source, exact, EXACT)
             self.finish(exact, folder, threads)
 
     def proven(
@@ -182,7 +199,7 @@ class _Work:
         gate = GATE_OF_TABLES if self.source.model.form.activation == GELU else GATE
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             exact = folder / MODEL if self.kind == EXACT else Path(scratch) / MODEL
-            self.write(exact, EXACT)
+            self.write(self.source, exact, EXACT)
             demand_tokens(exact, reference)
             structure = compare(exact, reference, gate, self.progress)
             if self.kind == EXACT:

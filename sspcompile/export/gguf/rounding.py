@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sspcompile.errors import CheckpointError, InputError
+from sspcompile.model.blocks import BLOCK
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
-# Inputs that share a scale in Q8_0 and Q4_0.
-BLOCK = 32
 NATIVE: Mapping[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16}
 FLOAT_TYPES = ("f32", "f16", "bf16")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,10 @@ class Source:
     def dtypes(self) -> set[str]:
         """The dtypes of its matrices."""
         return {info.dtype for info in self.tensors.values() if len(info.shape) == 2}
+
+    def with_tensors(self, others: Mapping[str, TensorInfo]) -> Source:
+        """The same with `others` in the places of its own tensors of those names and shapes."""
+        return replace(self, tensors={**self.tensors, **others})
 
 
 def read_source(folder: Path) -> Source:

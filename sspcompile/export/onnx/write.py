@@ -36,6 +36,7 @@ from sspcompile.export.onnx.weights import (
     used_tensors,
     write_rotary,
 )
+from sspcompile.export.refitted import REFITTED
 from sspcompile.families import positions_of
 from sspcompile.model.blocks import BLOCK
 from sspcompile.model.onnx_session import GRAPH, SETTINGS, demand_runtime
@@ -45,8 +46,6 @@ from sspcompile.progress import Progress, silent
 CHECKS = "check.json"
 # How optimum, which lives in another environment, opens the folder.
 OPTIMUM = "optimum_model.py"
-# What the manifest calls matrices that a build refitted for this rounding.
-REFITTED = "refitted_for_rounding"
 # Matrices of one input, in the order in which they lie below each other.
 JOINED: Mapping[str, str] = {
     "q_proj": "qkv_proj",
