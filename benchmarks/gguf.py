@@ -2,10 +2,10 @@
 
 `python -m benchmarks.gguf FOLDER ... [--types f32,bf16,q8_0]`: model folders (of a cut: its `model`).
 
-Cost: seconds of writing the file, in a fresh process that does only that, and its peak memory, against `cp` of the
-weights, both followed by a sync of what they wrote, five times in turn; of a random model of 2.2 GB, too. Text: 20
-prompts, 24 greedy tokens each, in llama.cpp (cache in fp32) and in transformers, which computes with the stored weights
-in fp32; one thread.
+Cost: seconds of writing the file, in a fresh process that does only that, with and without what Python takes to import
+the modules, and its peak memory, against `cp` of the weights, both followed by a sync of what they wrote, five times in
+turn; of a random model of 2.2 GB, too. Text: 20 prompts, 24 greedy tokens each, in llama.cpp (cache in fp32) and in
+transformers, which computes with the stored weights in fp32; one thread.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ PROMPTS = (
 
 
 def write(folder: Path, target: Path, kind: str | None) -> dict[str, float]:
-    """Seconds of reading and writing, and peak memory in MB, of this process."""
+    """Seconds of importing, reading and writing, and peak memory in MB, of this process."""
+    begun = time.perf_counter()
     from sspcompile.export.gguf.rounding import kind_of
     from sspcompile.export.gguf.source import read_source
     from sspcompile.export.gguf.vocabulary import read_vocabulary
     from sspcompile.export.gguf.write import write_gguf
 
-    start = time.perf_counter()
+    imported = time.perf_counter() - begun
     source = read_source(folder)
     vocabulary = read_vocabulary(folder, source.geometry.vocab, source.geometry.family)
     write_gguf(source, vocabulary, target, kind_of(kind, source.dtypes), name=folder.name, origin={})
     sync(target)
-    seconds = time.perf_counter() - start
-    return {"seconds": seconds, "mb": peak_mb()}
+    return {"seconds": time.perf_counter() - begun, "imported": imported, "mb": peak_mb()}
 
 
 def sync(path: Path) -> None:
@@ -124,8 +124,10 @@ def cost(folder: Path, scratch: Path) -> None:
         writes.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
         (scratch / "made.gguf").unlink()
     copied, wrote = median(copies), median(one["seconds"] for one in writes)
+    imported = median(one["imported"] for one in writes)
     print(
-        f"{folder}: cp {copied:.2f} s, export {wrote:.2f} s, {wrote / copied:.2f} times; "
+        f"{folder}: cp {copied:.2f} s, export {wrote:.2f} s, {wrote / copied:.2f} times, "
+        f"without {imported:.2f} s of importing {(wrote - imported) / copied:.2f} times; "
         f"peak {max(one['mb'] for one in writes):.0f} MB",
         flush=True,
     )
