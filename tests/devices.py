@@ -202,10 +202,11 @@ def diverged(loaded: LoadedModel, batches: Any) -> list[float]:
     found = DivergenceAccumulator()
     for batch in batches:
         logits = loaded.scored_logits(batch.input_ids, batch.attention_mask, batch.score_mask)
+        references = torch.arange(len(logits)).remainder(3).sub(1)
         prompts = torch.arange(len(logits)) + 100 * batch.rows[0]
-        found.add(logits, logits * 1.1, prompts)
+        found.add(logits, logits * 1.1, prompts, references)
     result = found.result()
-    return list(result.kl_per_prompt)
+    return [*result.kl_per_prompt, *result.reference_per_prompt]
 
 
 def repaired(loaded: LoadedModel, kept: Kept, batches: Any) -> np.ndarray:

@@ -105,8 +105,7 @@ class DivergenceAccumulator:
 
     def _add_references(self, dense: Tensor, other: Tensor, index: list[int], references: Tensor) -> None:
         places = (references >= 0).nonzero()[:, 0]
-        wanted = references[places]
-        after, before = (cross_entropy(in_double(one[places]), wanted, reduction="none") for one in (other, dense))
+        after, before = (_loss(one[places], references[places]) for one in (other, dense))
         for place, above in zip(places.tolist(), (after - before).tolist(), strict=True):
             self._reference[index[place]].append(above)
 
@@ -141,6 +140,12 @@ def token_kl(dense: Tensor, other: Tensor) -> Tensor:
     rows = max(1, ROW_ELEMENTS // max(1, dense.shape[1]))
     parts = zip(dense.split(rows), other.split(rows), strict=True)
     return torch.cat([_kl(a, b) for a, b in parts]) if len(dense) else torch.zeros(0, dtype=torch.float64)
+
+
+def _loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Of every token [N] under logits [N, V], float64."""
+    exact = in_double(logits)  # on the CPU beside a device without float64
+    return cross_entropy(exact, tokens.to(exact.device), reduction="none")
 
 
 def _kl(dense: Tensor, other: Tensor) -> Tensor:
