@@ -15,6 +15,7 @@ from sspcompile.model.blocks import Rounding
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.modules import down_proj, o_proj
 from sspcompile.model.rounding import rounded_embedding
+from sspcompile.model.swapping import swapped
 from sspcompile.slicing.mask import Kept
 
 
@@ -44,12 +45,8 @@ def _multiplying(module: nn.Linear, rounding: Rounding, columns: Tensor | None) 
     """
     # accelerate puts a forward of its own around this one where it moves weights.
     place = "_old_forward" if hasattr(module, "_old_forward") else "forward"
-    own = getattr(module, place)
-    setattr(module, place, partial(_rounded_product, module, rounding, columns))
-    try:
+    with swapped(module, partial(_rounded_product, module, rounding, columns), place):
         yield
-    finally:
-        setattr(module, place, own)
 
 
 def _rounded_product(module: nn.Linear, rounding: Rounding, columns: Tensor | None, x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from sspcompile.checkpoint import Checkpoint
 from sspcompile.errors import ParityError
 from sspcompile.model.exact import in_float64
 from sspcompile.model.loading import load, load_tokenizer
-from sspcompile.model.placement import ON_CPU, Placement
+from sspcompile.model.placement import ON_CPU, Placement, release
 from sspcompile.progress import Steps, no_steps
 from sspcompile.proof.parity import REPORT, Distance, Parity, demand
 from sspcompile.proof.probes import random_probes
@@ -139,6 +139,7 @@ def compare_logits(
 @torch.inference_mode()
 def _logits(folder: Path, probes: Sequence[Sequence[int]], placement: Placement) -> Iterator[Tensor]:
     """[T, V] for each probe."""
+    release()  # the model before
     loaded = load(folder, fingerprint="", placement=placement, dtype=torch.float64)
     with in_float64():
         for probe in probes:
