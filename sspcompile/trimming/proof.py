@@ -123,7 +123,7 @@ def compare_logits(
     """
     if goes_layerwise(source, placement):
         return None
-    place = Placement(device=placement.device if placement.on_cuda else "cpu", threads=placement.threads)
+    place = Placement(device=placement.exact_device, threads=placement.threads)
     numbers, probes, distance = torch.tensor(kept), random_probes(len(kept)), Distance()
     found = [one.cpu() for one in _logits(folder, probes, place)]
     progress(1, 2)
