@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from sspcompile.errors import RunError
 from sspcompile.intervals import Estimate, mean_estimate
+from sspcompile.model.finite import demand_finite
 from sspcompile.model.stored import in_double
 
 ROW_ELEMENTS = 8_000_000  # elements of one float64 block of logits: 64 MB
@@ -151,8 +152,7 @@ def _loss(logits: Tensor, tokens: Tensor) -> Tensor:
 def _kl(dense: Tensor, other: Tensor) -> Tensor:
     # float64: the KL of nearly equal models is a difference of nearly equal numbers.
     p, q = in_double(dense).log_softmax(-1), in_double(other).log_softmax(-1)
-    if not (p.isfinite().all() and q.isfinite().all()):
-        raise RunError("The logits hold NaN or infinite values.", hint="Load the model in float32 and try again.")
+    demand_finite("logits", p, q)
     return (p.exp() * (p - q)).sum(-1).clamp_min(0)
 
 
