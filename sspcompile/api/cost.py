@@ -33,6 +33,7 @@ from sspcompile.model.dense import DenseModel
 from sspcompile.model.logits import LOGITS_AT_ONCE
 from sspcompile.model.placement import ANYWHERE, Placement
 from sspcompile.model.text import BATCH_TOKENS, GRADIENT_TOKENS, Batch, Sentence, batches_of, greedy, sentences
+from sspcompile.model.working import repair_bytes
 from sspcompile.nested.choose import one_size
 from sspcompile.prepare import unlearned
 from sspcompile.prepare.toolkits import is_stated, stored_toolkit
@@ -211,8 +212,9 @@ def _peak(
     repairs = [s for s in stages if s.masks]
     states = max((s.tokens * (3 + s.masks) for s in repairs), default=0) * g.hidden * width
     if refitted is not None:
-        # The refitted weights of every mask, and what one system takes: sums, a product, factors, float64 weights.
+        # The refitted weights of every mask.
         states += max((s.masks for s in repairs), default=0) * g.layers * g.hidden * g.intermediate * width
-        states += 8 * (3 * refitted * refitted + 2 * g.hidden * g.intermediate)
+    if repairs:
+        states += repair_bytes(g, refitted)
     more = 1 if limited else ALLOCATOR
     return int(LIBRARIES + weights + max(beside + more * gradients, more * (layer + max(states, logits))))
