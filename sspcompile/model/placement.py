@@ -179,6 +179,17 @@ def release() -> None:
         torch.mps.empty_cache()
 
 
+def wait_for(*devices: torch.device) -> None:
+    """Wait until devices have done what they were given: on a GPU a call only queues it."""
+    import torch
+
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elif device.type == "mps":
+            torch.mps.synchronize()
+
+
 def devices_here() -> tuple[str, ...]:
     """The devices of this machine, the one that `auto` takes first."""
     import torch
