@@ -6,6 +6,8 @@ nothing else. Anything that is not an `SspError` is a fault of ours and keeps it
 
 from __future__ import annotations
 
+import errno
+
 EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
 EXIT_GATE = 3
@@ -110,3 +112,15 @@ class ParityError(GateError):
 
 class BudgetError(GateError):
     """The budget lies below the floors; the message names the nearest feasible keep ratio."""
+
+
+# What torch says in errors without a class of their own: its allocator for the processor, CUDA's, and Apple's.
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed")
+
+
+def memory_ran_out(error: BaseException) -> bool:
+    """Whether an error of Python or torch says that the machine or a device has no memory left; imports neither."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in said for words in OUT_OF_MEMORY)

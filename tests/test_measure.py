@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sspcompile.bench import process
 from sspcompile.bench.capacity import capacity
 from sspcompile.bench.latency import Contender, bench
 from sspcompile.bench.load import Load, Settings
@@ -377,6 +379,21 @@ def test_a_worker_that_refuses_its_model_is_one_line_with_its_reason(tmp_path: P
     with pytest.raises(CheckpointError, match=r"holds no weights.*safetensors") as caught:
         bench([Contender("broken", tmp_path)], settings_of())
     assert "\n" not in caught.value.message
+
+
+UNFORKED = "from sspcompile.bench import worker; worker.FORKS = False; worker.main()"
+
+
+def test_every_session_is_a_fresh_process_where_none_can_be_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "WORKER", (sys.executable, "-P", "-c", UNFORKED))
+    seen = []
+    with Worker("small", "onnx", threads=1) as worker:
+        worker.wait_ready()
+        for _ in range(3):
+            with worker.session():
+                seen.append(worker._process)
+                assert worker.ask("bandwidth", size=1000, threads=1, device="cpu")["bytes_per_second"] > 0
+    assert len({one.pid for one in seen}) == 3 and [one.returncode for one in seen] == [0, 0, 0]
 
 
 def test_a_worker_that_dies_is_one_line_with_its_reason() -> None:

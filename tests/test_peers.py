@@ -212,7 +212,7 @@ def test_every_peer_is_within_the_budget_in_both_layouts(share: float):
 def test_gradients_that_have_no_room_cost_a_row_and_no_build(monkeypatch: pytest.MonkeyPatch):
     loaded = tiny("qwen2")
     texts = continued(loaded, PROMPTS, 2)
-    monkeypatch.setattr("sspcompile.select.peers.free_memory", lambda: 1000)
+    monkeypatch.setattr("sspcompile.model.placement.free_memory", lambda: 1000)
     assert [name for name, _ in peers(loaded, texts, silent, channels=True)] == [n for n in PEERS if n != "LLM-Pruner"]
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from builders import Shape, make_checkpoint
 from transformers import AutoModelForCausalLM
 
 import sspcompile
+from sspcompile.api.cost import _seconds
 from sspcompile.checkpoint import check_manifest
 from sspcompile.cli.main import cli
 from sspcompile.criteria.channels import head_columns
@@ -33,6 +35,7 @@ from sspcompile.model.placement import (
     loading_options,
     placement_of,
     resolve,
+    wait_for,
 )
 from sspcompile.model.text import encode
 from sspcompile.model.weights import input_device, weight_of
@@ -252,3 +255,18 @@ def test_a_build_in_little_memory_is_the_same_build(tmp_path):
         assert artifact.report.origin["threads"] == origin["threads"]
     whole, little = made
     assert whole == little
+
+
+def test_what_is_timed_waits_for_every_device_of_a_model(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append(str(device)))
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: done.append("mps"))
+    wait_for(*map(torch.device, ("cpu", "meta", "cuda:1", "mps")))
+    assert done == ["cuda:1", "mps"]
+    loaded = SimpleNamespace(
+        device=torch.device("cuda:0"),
+        model=SimpleNamespace(parameters=lambda: [SimpleNamespace(device=torch.device("cuda:1"))] * 2),
+    )
+    done.clear()
+    assert _seconds(loaded, lambda: done.append("run")) >= 0
+    assert done[2] == "run" and sorted(done[:2]) == sorted(done[3:]) == ["cuda:0", "cuda:1"]

@@ -42,6 +42,15 @@ def test_fault_pooling_does_not_see_padding():
     np.testing.assert_allclose(capture.features(loaded, PROMPTS), alone, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_states_that_overflow_are_told_with_what_to_compute_in(value):
+    loaded = tiny()
+    loaded.layers[1].self_attn.o_proj.weight[0] = value  # as 16 bits overflow to
+    with pytest.raises(RunError, match=r"hidden states hold NaN or infinite values.*--dtype float32"):
+        capture.features(loaded, PROMPTS)
+    assert np.isfinite(capture.features(loaded, PROMPTS, layers=[0])).all()
+
+
 def test_pool_ignores_whatever_stands_in_the_padding():
     values = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [float("nan"), float("inf")]]])
     assert capture.pool(values, torch.tensor([[1, 1, 0]])).tolist() == [[2.0, 3.0]]

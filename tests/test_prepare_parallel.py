@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from builders import Shape, make_checkpoint
 
 from sspcompile.criteria.measuring import measure
@@ -63,6 +64,19 @@ def test_two_processes_measure_what_one_measures(model, tmp_path):
             assert all(np.array_equal(found[name], value) for name, value in alone.items())
             # Neither of them did all the work.
             assert 0 < found["own"][0] < alone["batches"][0]
+
+
+def test_every_process_has_its_own_gpu_before_it_meets_the_others(monkeypatch):
+    done = []
+    for name, value in {parallel.RANK: "3", parallel.SIZE: "4", parallel.LOCAL_RANK: "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: done.append(number))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: done.append(backend))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: done.append("left"))
+    with parallel.joined() as world:
+        assert (world.rank, world.size, world.device) == (3, 4, "cuda:1") and done == [1, "nccl"]
+    assert done[-1] == "left" and parallel.current().size == 1
 
 
 @pytest.mark.whole

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace as changed
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from test_slicing_exact import mask_for
 
 from sspcompile.checkpoint import Checkpoint
 from sspcompile.errors import InputError
-from sspcompile.families import FAMILIES
+from sspcompile.families import FAMILIES, geometry_of
 from sspcompile.model.capture import features
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.hooks import head_gates
@@ -24,6 +25,7 @@ from sspcompile.model.placement import ON_CPU, Place, Placement, resolve
 from sspcompile.model.streaming import in_memory, layers_that_fit, open_streaming
 from sspcompile.model.text import continued, with_continuations
 from sspcompile.model.weights import replaced, tensor_of
+from sspcompile.model.working import working_bytes
 from sspcompile.repair.biases import fit_biases
 from sspcompile.repair.fitting import fit_repairs
 from sspcompile.repair.repair import masked
@@ -147,7 +149,7 @@ def test_a_layer_is_dropped_again_when_its_pass_fails(model):
 
 
 def test_as_many_layers_stay_as_the_limit_has_room_for(model):
-    """64 and 48 are the sizes; work as the docstring says: a batch forward, its logits, backward, and curvature."""
+    """64 and 48 are the sizes; work as `working_bytes` says: a batch forward, its logits, backward, and curvature."""
     tensors = Checkpoint(model).tensors
     layer = sum(4 * np.prod(info.shape) for name, info in tensors.items() if name.startswith("model.layers.0."))
     fixed = sum(4 * np.prod(info.shape) for name, info in tensors.items() if ".layers." not in name)
@@ -164,6 +166,19 @@ def test_as_many_layers_stay_as_the_limit_has_room_for(model):
     with pytest.raises(InputError, match="Give --memory"):
         fits(fixed + layer + band - 1)
     assert fits(1, limited=False) == 0  # nobody stated it: the system may swap
+
+
+@pytest.mark.parametrize(("intermediate", "largest"), [(64, "curvature"), (20_000, "down_proj")])
+def test_what_a_repair_solves_has_room_where_it_takes_more_than_a_backward_pass(intermediate, largest):
+    g = geometry_of(family_config("llama", layers=2, hidden=64, kv_heads=4, group_size=2, head_dim=16).to_dict())
+    g = changed(g, intermediate=intermediate)
+    by_hand = {
+        "curvature": 1024 * 2 * 64 * 4 + 2 * 2 * 128**2 * 4,
+        "down_proj": 12 * intermediate**2 + 8 * intermediate * 64,
+    }
+    batch = 4096 * (8 * 64 + 3 * intermediate) * 4 + 2 * 4096 * 260 * 4
+    assert max(by_hand, key=by_hand.__getitem__) == largest
+    assert working_bytes(g, 260, intermediate, 4) == batch + by_hand[largest]
 
 
 PEAK = """

@@ -183,3 +183,23 @@ def test_nobody_sees_a_traceback_without_asking_for_it(debug, home):
     if not debug:
         assert broken.stderr.startswith("Error: Unexpected ") and broken.stderr.count("\n") == 1
         assert "sspcompile --debug" in broken.stderr
+
+
+NO_MEMORY = {
+    "python": "raise MemoryError",
+    "system": "raise OSError(12, 'Cannot allocate memory')",
+    "processor": "import torch\n    torch.empty(1 << 50)",
+    "device": "import torch\n    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')",
+    "driver": "import torch\n    raise torch.AcceleratorError('CUDA error: out of memory')",
+    "apple": "raise RuntimeError('MPS backend out of memory (MPS allocated: 18.13 GB)')",
+    "multiplying": "raise RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`')",
+}
+
+
+@pytest.mark.parametrize("where", NO_MEMORY)
+def test_memory_that_ran_out_is_no_defect_and_says_what_takes_less(where, home):
+    fails = f"def artifact(*_):\n    {NO_MEMORY[where]}\n"
+    code = f"import sspcompile.workspace as w\n{fails}w.Workspace.artifact = artifact\n"
+    done = surrounded(home, code, "inspect", "nowhere")
+    assert done.returncode == 1 and done.stderr.startswith("Error: Memory ran out. "), done.stderr
+    assert "--memory" in done.stderr and done.stderr.count("\n") == 1

@@ -20,7 +20,7 @@ from sspcompile.model.text import with_continuations
 from sspcompile.progress import silent
 from sspcompile.proof.claim import Claim, any_refitted
 from sspcompile.proof.layerwise import compare_layerwise
-from sspcompile.proof.prove import prove
+from sspcompile.proof.prove import goes_layerwise, prove
 from sspcompile.proof.reload import respond
 from sspcompile.proof.whole import whole_bytes
 from sspcompile.repair.fitting import fit_repairs
@@ -48,6 +48,20 @@ def test_layerwise_proof_has_the_logits_of_the_whole_models(family, dtype, tmp_p
         scale = max(float(next(respond(loaded.model, [ids], 1)).abs().max()) for ids in PROBES)
     if family not in ("granite", "gemma2"):  # logits are compared before they are scaled or capped
         assert parity.logit_scale == pytest.approx(scale, rel=1e-12)
+
+
+@pytest.mark.parametrize("asked", ["cuda", "cuda:1", "cpu", "auto", "mps"])
+def test_a_proof_goes_layer_by_layer_by_the_memory_of_where_it_is_computed(asked, tmp_path, monkeypatch):
+    save_random(tmp_path, family_config("llama"))
+    source = Checkpoint(tmp_path)
+    needed = whole_bytes(source)
+    for device, machine in ((2, 0.5), (0.5, 2)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, share=device: (int(share * needed), 10 * needed))
+        monkeypatch.setattr("sspcompile.model.placement.free_memory", lambda share=machine: int(share * needed))
+        room = device if asked.startswith("cuda") else machine
+        assert goes_layerwise(source, Placement(device=asked)) == (room < 1)
+        assert goes_layerwise(source, Placement(device=asked, memory=needed // 2))
+        assert goes_layerwise(source, Placement(device=asked, memory=9 * needed)) == (room < 1)
 
 
 def test_a_memory_limit_below_the_whole_models_has_them_compared_layer_by_layer(tmp_path):

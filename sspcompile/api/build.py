@@ -23,7 +23,7 @@ from sspcompile.export.refitted import write_refitted
 from sspcompile.model.chat import rendering_of
 from sspcompile.model.dense import DenseModel
 from sspcompile.model.journal import claimed, keeping
-from sspcompile.model.placement import ANYWHERE, Placement, resolve
+from sspcompile.model.placement import ANYWHERE, Placement, release, resolve
 from sspcompile.model.text import demand_readable
 from sspcompile.progress import Progress, adding, silent
 from sspcompile.proof.claim import Claim
@@ -72,6 +72,7 @@ def build(
             dtype = refitted_dtype(dense.checkpoint)
             selection = select(request, toolkit, loaded, dtype=dtype, progress=progress, table=table)
         del loaded  # the proof takes as much memory again
+        release()
         plan = make_plan(dense.checkpoint, selection.mask, host=request.options.wanted_host)
         refitted = _write(folder / MODEL, dense, selection, plan, progress)
         claim = Claim(dense.checkpoint, selection.mask, folder / MODEL, plan.custom_code, refitted)

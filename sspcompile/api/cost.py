@@ -31,8 +31,9 @@ from sspcompile.model.chat import rendering_of, template_digest
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.dense import DenseModel
 from sspcompile.model.logits import LOGITS_AT_ONCE
-from sspcompile.model.placement import ANYWHERE, Placement
+from sspcompile.model.placement import ANYWHERE, Placement, wait_for
 from sspcompile.model.text import BATCH_TOKENS, GRADIENT_TOKENS, Batch, Sentence, batches_of, greedy, sentences
+from sspcompile.model.working import repair_bytes
 from sspcompile.nested.choose import one_size
 from sspcompile.prepare import unlearned
 from sspcompile.prepare.toolkits import is_stated, stored_toolkit
@@ -168,21 +169,24 @@ def _speed(loaded: LoadedModel, sample: Sequence[Prompt]) -> tuple[float, float]
     few = _first(every, LEAST_TOKENS)
     short = batches_of(loaded, few)
     forward(short)  # warm
-    first = _seconds(partial(forward, short))
+    first = _seconds(loaded, partial(forward, short))
     rate, repeats = sum(len(item.ids) for item in few) / first, 2 if first < SAMPLE_SECONDS else 1
     items = _first(every, max(LEAST_TOKENS, int(rate * SAMPLE_SECONDS)))
     batches = batches_of(loaded, items)
-    passed = min(_seconds(partial(forward, batches)) for _ in range(repeats))
-    one, several = (min(_seconds(partial(greedy, loaded, few, n)) for _ in range(repeats)) for n in (1, 1 + STEPS))
+    passed = min(_seconds(loaded, partial(forward, batches)) for _ in range(repeats))
+    one, several = (
+        min(_seconds(loaded, partial(greedy, loaded, few, n)) for _ in range(repeats)) for n in (1, 1 + STEPS)
+    )
     step = min(max(0.0, several - one) / STEPS, passed / (2 * len(batches)))
     return (passed - len(batches) * step) / sum(len(item.ids) for item in items), step
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def _seconds(loaded: LoadedModel, run: Callable[[], object]) -> float:
+    devices = {loaded.device, *(p.device for p in loaded.model.parameters())}
+    wait_for(*devices)
     start = time.perf_counter()
     run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    wait_for(*devices)
     return time.perf_counter() - start
 
 
@@ -211,8 +215,9 @@ def _peak(
     repairs = [s for s in stages if s.masks]
     states = max((s.tokens * (3 + s.masks) for s in repairs), default=0) * g.hidden * width
     if refitted is not None:
-        # The refitted weights of every mask, and what one system takes: sums, a product, factors, float64 weights.
+        # The refitted weights of every mask.
         states += max((s.masks for s in repairs), default=0) * g.layers * g.hidden * g.intermediate * width
-        states += 8 * (3 * refitted * refitted + 2 * g.hidden * g.intermediate)
+    if repairs:
+        states += repair_bytes(g, refitted)
     more = 1 if limited else ALLOCATOR
     return int(LIBRARIES + weights + max(beside + more * gradients, more * (layer + max(states, logits))))

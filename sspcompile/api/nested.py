@@ -18,7 +18,7 @@ from sspcompile.export.card import CARD, licence_of, nested_card
 from sspcompile.model.chat import rendering_of
 from sspcompile.model.dense import DenseModel
 from sspcompile.model.journal import claimed, keeping
-from sspcompile.model.placement import ANYWHERE, Placement, resolve
+from sspcompile.model.placement import ANYWHERE, Placement, release, resolve
 from sspcompile.model.text import demand_readable
 from sspcompile.nested.adding import add_member, index_of, write_index
 from sspcompile.nested.choose import Chosen, choose_members, measured, one_size
@@ -88,6 +88,7 @@ def build_nested(
                 members.append(add_member(folder, dense.checkpoint, size, found.repair, found.cost))
                 del found
         del loaded, judge  # the proof takes as much memory again
+        release()
         nested = index_of(dense.checkpoint.geometry, chosen.order, members)
         _write(folder, dense, nested, progress)
         parity = prove_whole(

@@ -23,7 +23,7 @@ from sspcompile.model.chat import rendering_of
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.dense import DenseModel, open_dense
 from sspcompile.model.loading import load_tokenizer
-from sspcompile.model.placement import ANYWHERE, Placement
+from sspcompile.model.placement import ANYWHERE, Placement, release
 from sspcompile.model.text import demand_readable, sentences
 from sspcompile.progress import Progress, adding, silent, stage_of
 from sspcompile.request.options import Options
@@ -152,6 +152,7 @@ def trim(
     needed |= {number for number in bpe.unnamed(loaded.tokenizer.get_vocab()) if number < loaded.vocab}
     found = _read(request, dense, loaded, workspace, bpe, needed, progress, bounds)
     del loaded  # the written model takes as much memory again
+    release()
     with staged(out, overwrite=overwrite) as folder:
         rows = len(found.kept) / checkpoint.geometry.vocab
         sizes = [int(info.nbytes * (rows if name in TABLES else 1)) for name, info in checkpoint.tensors.items()]
@@ -248,6 +249,7 @@ def _judged(
     same, of = check_tokenizer(load_tokenizer(checkpoint.path), folder, found.kept, texts)
     parity = compare_logits(checkpoint, folder, found.kept, stage_of(progress, "proving"), placement=placement)
     progress("judging", 0, 1)
+    release()  # the models that were compared
     loaded = open_dense(str(folder)).load(placement=placement, rendering=rendering_of(options))
     told = {
         name: judged(

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,13 +22,22 @@ STOP_SECONDS = 10
 REASON_CHARACTERS = 300
 
 
+# What is started, with the name of a runtime behind it.
+WORKER: Sequence[str] = (sys.executable, "-P", "-m", "sspcompile.bench.worker")
+
+
 class Worker:
     """A live worker process. A context manager: leaving it ends the process whatever happened."""
 
     def __init__(self, name: str, runtime: str, *, threads: int) -> None:
         self.name = name
+        self._runtime, self._threads = runtime, threads
+        self._forks, self._spent = True, False
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed in __exit__
-        count = str(threads)
+        self._process = self._started()
+
+    def _started(self) -> subprocess.Popen[str]:
+        count = str(self._threads)
         root = str(Path(__file__).parents[2])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = (
@@ -36,8 +45,8 @@ class Worker:
             | QUIET_THREADS
             | {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "PYTHONPATH": os.pathsep.join(paths)}
         )
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "sspcompile.bench.worker", runtime],
+        return subprocess.Popen(
+            [*WORKER, self._runtime],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -48,14 +57,19 @@ class Worker:
 
     def wait_ready(self) -> None:
         """Wait until its imports are done. Raises RunError if it dies."""
-        self._read()
+        self._forks = bool(self._read()["forks"])
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
         """A fresh process behind this worker, for the time being. Raises RunError if it dies."""
+        if self._spent:  # its process was that of the session before
+            self._process.communicate()
+            self._process = self._started()
+            self.wait_ready()
         self.ask("session")
         yield
         self.ask("end")
+        self._spent = not self._forks
 
     def ask(self, do: str, **request: Any) -> dict[str, Any]:
         """Send one request and wait for its reply.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sspcompile.bench.memory import kv_bytes_per_token
 from sspcompile.checkpoint.source import file_order, loading_keys
+from sspcompile.model.placement import wait_for
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +51,7 @@ class TorchRunner:
             self.device = input_device(self.model)
         else:
             self.model.to(self.device)
-        self._synchronize()
+        wait_for(self.device)
         self.load_seconds = time.perf_counter() - start
         self.seed = request["seed"]
         self.disk_bytes = sum(file.stat().st_size for file in file_order(path))
@@ -83,7 +84,7 @@ class TorchRunner:
         ids = self._ids(batch, prompt_tokens + new_tokens)
         steps = []
         with torch.inference_mode():
-            self._synchronize()
+            wait_for(self.device)
             start = time.perf_counter()
             out = self.model(input_ids=ids[:, :prompt_tokens], use_cache=True, logits_to_keep=1)
             out.logits[:, -1].argmax(-1).tolist()  # tolist() waits for the device
@@ -110,9 +111,3 @@ class TorchRunner:
         generator = torch.Generator().manual_seed(self.seed)
         vocab = self.model.config.get_text_config().vocab_size
         return torch.randint(0, vocab, (batch, tokens), generator=generator).to(self.device)
-
-    def _synchronize(self) -> None:
-        import torch
-
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)

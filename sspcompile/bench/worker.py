@@ -3,9 +3,10 @@
 `{"do": "session"}` starts a fresh process, which answers until `{"do": "end"}`: `{"do": "load", ...}` first, then
 `{"do": "trial", ...}` as often as wanted, `{"do": "memory"}` and `{"do": "bandwidth"}`. Each gets one line in reply.
 The process that was started only imports the libraries, once, and forks: a fresh copy costs milliseconds instead of
-seconds. Where the system cannot fork safely (anywhere but Linux) all sessions share one process. Computing happens
-between a request and its reply only, so that two live workers never compete. An exception ends the process; its
-traceback is on stderr, or its message alone and its exit code for an error of sspcompile's own.
+seconds. Where the system cannot fork safely (anywhere but Linux) the process is that of its first session and ends with
+it; whoever started it starts another for the next. Computing happens between a request and its reply only, so that two
+live workers never compete. An exception ends the process; its traceback is on stderr, or its message alone and its exit
+code for an error of sspcompile's own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any, Protocol, TextIO
 from sspcompile.bench.memory import peak_resident_bytes
 from sspcompile.errors import SspError
 from sspcompile.startup import spare_the_collector
+
+FORKS = sys.platform == "linux"
 
 
 class Runner(Protocol):
@@ -65,15 +68,16 @@ def load(runtime: str, request: Mapping[str, Any]) -> Runner:
 
 
 def serve(runtime: str, requests: TextIO, replies: TextIO) -> None:
-    """Answer requests until the end of the input: the parent has gone, or wants no more."""
+    """Answer requests until the end of the input: the parent has gone, or wants no more. Without forks until the end of
+    one session."""
     import_libraries(runtime)
-    _reply(replies, {"ready": True})
+    _reply(replies, {"ready": True, "forks": FORKS})
     for line in requests:
         if json.loads(line)["do"] != "session":
             raise RuntimeError("a request was made outside of a session")
-        if sys.platform != "linux":
+        if not FORKS:
             _session(runtime, requests, replies)
-            continue
+            return
         # The parent waits for each reply, so nothing lies read ahead in `requests` when the child takes it over.
         child = os.fork()
         if child == 0:

@@ -33,8 +33,18 @@ from sspcompile.cli.run import run
 from sspcompile.cli.slice import slice_command
 from sspcompile.cli.trim import trim
 from sspcompile.cli.verify import verify
-from sspcompile.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_TERMINATED, RunError, SspError
+from sspcompile.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_FAILURE,
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    RunError,
+    SspError,
+    memory_ran_out,
+)
 from sspcompile.startup import let_threads_sleep, send_nothing_home, spare_the_collector
+
+LESS_MEMORY = "Bound what a model takes with --memory, or give a smaller --max-tokens or a narrower --dtype."
 
 
 @dataclass
@@ -94,9 +104,11 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         _exit_interrupted(signal.SIGTERM in run.arrived, in_process=argv is not None)
-    except MemoryError as error:
-        _fail(run, error, "Out of memory.", EXIT_FAILURE)
-    except OSError as error:
+    except (MemoryError, OSError, RuntimeError) as error:
+        if memory_ran_out(error):
+            _fail(run, error, str(RunError("Memory ran out.", hint=LESS_MEMORY)), EXIT_FAILURE)
+        if not isinstance(error, OSError):
+            raise
         where = f" ({error.filename})" if error.filename else ""
         _fail(run, error, str(RunError(f"{error.strerror or error}{where}.")), EXIT_FAILURE)
     else:

@@ -19,7 +19,7 @@ from sspcompile.model import journal
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.hooks import reading
 from sspcompile.model.modules import down_proj, o_proj, projection_weight
-from sspcompile.model.stored import in_double
+from sspcompile.model.stored import double_device, in_double
 from sspcompile.model.text import Batch
 from sspcompile.model.weights import weight_of
 
@@ -101,8 +101,12 @@ def _sums(loaded: LoadedModel, batch: Batch, places: Sequence[nn.Module]) -> np.
 
 
 def down_weight(loaded: LoadedModel, layer: int) -> Tensor:
-    """down_proj's weight, [d, intermediate] fp32: column j multiplies channel j of the MLP."""
-    return weight_of(down_proj(loaded.layers[layer])).float()
+    """down_proj's weight, [d, intermediate] fp32: column j multiplies channel j of the MLP.
+
+    It is on its layer's device, or on the CPU beside one without float64.
+    """
+    weight = weight_of(down_proj(loaded.layers[layer]))
+    return weight.to(double_device(weight.device)).float()
 
 
 def output_weight(loaded: LoadedModel, layer: int) -> Tensor:

@@ -30,8 +30,8 @@ def dass(loaded: LoadedModel, given: CriterionInput) -> np.ndarray:
     for layer in range(units.layers):
         rows = projection_weight(loaded, layer, "v_proj").abs().sum(1, dtype=torch.float64)
         by_group = rows.view(g.kv_heads, 1, g.head_dim) / g.group_size
-        produced.append(by_group.expand(-1, g.group_size, -1).flatten())  # [heads * D]
-        consumed.append(output_weight(loaded, layer).abs().sum(0, dtype=torch.float64))
+        produced.append(by_group.expand(-1, g.group_size, -1).flatten().cpu())  # [heads * D]
+        consumed.append(output_weight(loaded, layer).abs().sum(0, dtype=torch.float64).cpu())
     norms = moments(loaded, given).root_mean_square
-    channels = torch.stack(produced).cpu().numpy() * norms**POWER + torch.stack(consumed).cpu().numpy() * norms
+    channels = torch.stack(produced).numpy() * norms**POWER + torch.stack(consumed).numpy() * norms
     return units.sum(head_sums(loaded, channels))

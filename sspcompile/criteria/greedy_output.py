@@ -67,7 +67,7 @@ def _head_grams(loaded: LoadedModel, given: CriterionInput) -> np.ndarray:
 
         def read(layer: int, x: Tensor, real: Tensor = real) -> None:
             columns = head_columns(loaded, layer)  # [H, d, D]
-            for part in x[real].float().unflatten(-1, (g.heads, g.head_dim)).split(step):
+            for part in x[real.to(x.device)].float().unflatten(-1, (g.heads, g.head_dim)).split(step):
                 writes = torch.einsum("hdc,thc->htd", columns, part).flatten(1).double()
                 grams[layer] += (writes @ writes.T).cpu()
 

@@ -49,7 +49,7 @@ def llm_pruner(loaded: LoadedModel, given: CriterionInput) -> np.ndarray:
 
     def product(layer: int, name: str, weight: Tensor) -> Tensor:
         module, rows = places[name]
-        return (gradients[layer, module][rows] * weight).abs()
+        return (gradients[layer, module][rows].to(weight.device) * weight).abs()
 
     scores = [attention_sums(loaded, layer, partial(product, layer)) for layer in range(units.layers)]
     return units.sum(np.stack(scores))

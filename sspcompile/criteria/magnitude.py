@@ -57,7 +57,7 @@ def attention_sums(loaded: LoadedModel, layer: int, of: ElementValue) -> np.ndar
             lines = values.sum(0 if name == "o_proj" else 1, dtype=torch.float64)  # one per head coordinate
             per_head = lines.view(-1, g.head_dim).sum(-1)  # [H], or [G] for k and v
             share = g.heads // len(per_head)
-            total += per_head.repeat_interleave(share) / share
+            total += (per_head.repeat_interleave(share) / share).to(total.device)
     return total.cpu().numpy()
 
 

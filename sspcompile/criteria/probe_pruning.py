@@ -71,10 +71,11 @@ def _states(loaded: LoadedModel, given: CriterionInput) -> tuple[np.ndarray, np.
             norms[layer] = x.float().norm(dim=-1)  # [B, T]
 
         def read_heads(layer: int, x: Tensor, norms: dict[int, Tensor] = norms, batch: Batch = batch) -> None:
-            rows, real = list(batch.rows), batch.attention_mask.double()
-            squares = x.double().square()  # [B, T, C]
-            residual[rows, layer] = ((norms[layer].double().square() * real).sum(1) / real.sum(1)).cpu().numpy()
-            picked = probe_tokens(norms.pop(layer), batch.attention_mask).double()
+            rows, mask = list(batch.rows), batch.attention_mask.to(x.device)
+            real = mask.double()
+            seen, squares = norms.pop(layer).to(x.device), x.double().square()  # [B, T] and [B, T, C]
+            residual[rows, layer] = ((seen.double().square() * real).sum(1) / real.sum(1)).cpu().numpy()
+            picked = probe_tokens(seen, mask).double()
             mean = torch.einsum("bt,btc->bc", picked, squares) / picked.sum(1, keepdim=True)
             probed[rows, layer] = mean.cpu().numpy()
             history[layer] += torch.einsum("bt,btc->c", real, squares).cpu().numpy()

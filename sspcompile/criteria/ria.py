@@ -28,6 +28,6 @@ def ria(loaded: LoadedModel, given: CriterionInput) -> np.ndarray:
         tiny = torch.finfo(torch.float64).tiny
         of_channel = weight / weight.sum(0, keepdim=True).clamp(min=tiny)
         of_output = weight / weight.sum(1, keepdim=True).clamp(min=tiny)
-        shares.append((of_channel + of_output).sum(0))
+        shares.append((of_channel + of_output).sum(0).cpu())
     norms = moments(loaded, given).root_mean_square
-    return units.sum(head_sums(loaded, torch.stack(shares).cpu().numpy() * norms**POWER))
+    return units.sum(head_sums(loaded, torch.stack(shares).numpy() * norms**POWER))

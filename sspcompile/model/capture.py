@@ -14,6 +14,7 @@ from torch import Tensor
 from sspcompile.model import journal
 from sspcompile.model.chat import BARE
 from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.finite import demand_finite
 from sspcompile.model.hooks import end_pass, reading, until
 from sspcompile.model.modules import o_proj, residual_norm
 from sspcompile.model.parallel import current
@@ -67,8 +68,10 @@ def capture(
 
 
 def _pooled(loaded: LoadedModel, batch: Batch, layers: Sequence[int] | None) -> np.ndarray:
-    """`capture` as an array."""
-    return capture(loaded, batch, layers=layers).numpy()
+    """`capture` as an array. Raises RunError for states that are not finite: nothing could be learned of them."""
+    pooled = capture(loaded, batch, layers=layers)
+    demand_finite("hidden states", pooled)
+    return pooled.numpy()
 
 
 def features(
@@ -83,7 +86,7 @@ def features(
     """What tells domains apart: [N, R, d] float32 in the order of the prompts, of `layers` (ascending) or of all.
 
     The same call offline and online. `bare` leaves the chat template out, whose words are in every text and say nothing
-    of its subject.
+    of its subject. Raises RunError where 16 bits are too few for the hidden states.
     """
     world, loaded = current(), replace(loaded, rendering=BARE) if bare else loaded
     batches = encode(loaded, prompts, max_tokens)

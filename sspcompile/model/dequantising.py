@@ -24,6 +24,7 @@ from sspcompile.checkpoint.manifest import NAME as MANIFEST
 from sspcompile.checkpoint.manifest import read_manifest
 from sspcompile.checkpoint.publish import staged, temporary
 from sspcompile.errors import CheckpointError, InputError, OutputExistsError, ParityError, UnsupportedModelError
+from sspcompile.model.placement import release
 from sspcompile.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ def _write(folder: Path, gguf: Gguf, beside: list[str]) -> None:
     with _hushed():
         model.to(getattr(torch, dtype)).save_pretrained(folder)
     del model
+    release()  # what was written takes as much memory again
     difference = _difference(folder, ids, wanted)
     if not difference <= ALLOWED[dtype]:
         raise ParityError(

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from sspcompile.errors import RunError
 from sspcompile.intervals import Estimate, mean_estimate
+from sspcompile.model.finite import demand_finite
 from sspcompile.model.stored import in_double
 
 ROW_ELEMENTS = 8_000_000  # elements of one float64 block of logits: 64 MB
@@ -105,8 +106,7 @@ class DivergenceAccumulator:
 
     def _add_references(self, dense: Tensor, other: Tensor, index: list[int], references: Tensor) -> None:
         places = (references >= 0).nonzero()[:, 0]
-        wanted = references[places]
-        after, before = (cross_entropy(in_double(one[places]), wanted, reduction="none") for one in (other, dense))
+        after, before = (_loss(one[places], references[places]) for one in (other, dense))
         for place, above in zip(places.tolist(), (after - before).tolist(), strict=True):
             self._reference[index[place]].append(above)
 
@@ -143,11 +143,16 @@ def token_kl(dense: Tensor, other: Tensor) -> Tensor:
     return torch.cat([_kl(a, b) for a, b in parts]) if len(dense) else torch.zeros(0, dtype=torch.float64)
 
 
+def _loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Of every token [N] under logits [N, V], float64."""
+    exact = in_double(logits)  # on the CPU beside a device without float64
+    return cross_entropy(exact, tokens.to(exact.device), reduction="none")
+
+
 def _kl(dense: Tensor, other: Tensor) -> Tensor:
     # float64: the KL of nearly equal models is a difference of nearly equal numbers.
     p, q = in_double(dense).log_softmax(-1), in_double(other).log_softmax(-1)
-    if not (p.isfinite().all() and q.isfinite().all()):
-        raise RunError("The logits hold NaN or infinite values.", hint="Load the model in float32 and try again.")
+    demand_finite("logits", p, q)
     return (p.exp() * (p - q)).sum(-1).clamp_min(0)
 
 

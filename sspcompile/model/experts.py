@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from sspcompile.model.swapping import swapped
+
 # Called with (number of an expert, the tokens [n] that visit it, counted through the batch, and their channels
 # [n, width]); what it returns enters the expert's down projection instead.
 Change = Callable[[int, Tensor, Tensor], Tensor]
@@ -28,12 +30,8 @@ def one_by_one(module: nn.Module, change: Change) -> Iterator[None]:
     """
     # accelerate puts a forward of its own around this one where it moves weights.
     place = "_old_forward" if hasattr(module, "_old_forward") else "forward"
-    own = getattr(module, place)
-    setattr(module, place, partial(_run, module, change))
-    try:
+    with swapped(module, partial(_run, module, change), place):
         yield
-    finally:
-        setattr(module, place, own)
 
 
 def _run(module: Any, change: Change, hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from sspcompile.errors import RunError
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.experts import one_by_one
 from sspcompile.model.modules import down_proj, experts, o_proj
+from sspcompile.model.swapping import swapped
 
 # Called with (index of the module, its positional arguments, its keyword arguments); what it returns, unless None,
 # replaces the positional arguments.
@@ -168,8 +169,7 @@ def without(layers: Sequence[nn.Module]) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         for layer in layers:
-            stack.callback(setattr, layer, "forward", layer.forward)
-            layer.forward = around(layer.forward)
+            stack.enter_context(swapped(layer, around(layer.forward)))
         yield
 
 
@@ -207,22 +207,14 @@ def passed_over(modules: Sequence[nn.Module]) -> Iterator[None]:
 
     How layers are called (positions, masks) does not depend on hidden states, so it can be recorded without a pass.
     """
-    originals = [module.forward for module in modules]
-    try:
+    with contextlib.ExitStack() as stack:
         for module in modules:
-            module.forward = lambda hidden_states, *_, **__: hidden_states
+            stack.enter_context(swapped(module, lambda hidden_states, *_, **__: hidden_states))
         yield
-    finally:
-        for module, forward in zip(modules, originals, strict=True):
-            module.forward = forward
 
 
 @contextlib.contextmanager
 def answered(module: nn.Module, answer: Tensor) -> Iterator[None]:
     """Run around the attention of a layer, whose output [B, T, d] is known: it gives `answer` and no weights."""
-    original = module.forward
-    try:
-        module.forward = lambda *_, **__: (answer, None)
+    with swapped(module, lambda *_, **__: (answer, None)):
         yield
-    finally:
-        module.forward = original

@@ -83,6 +83,8 @@ def joined() -> Iterator[World]:
             f"torchrun started more processes than the {devices} GPUs here.", hint=f"Use --nproc-per-node {devices}."
         )
     device = f"cuda:{local}" if devices else "cpu"
+    if devices:
+        torch.cuda.set_device(local)  # what nccl exchanges objects through
     torch.distributed.init_process_group("nccl" if devices else "gloo")
     _worlds.append(World(int(os.environ[RANK]), size, device))
     try:

@@ -5,6 +5,7 @@ A `Placement` is no part of a build's request: a request says what comes out, a 
 
 from __future__ import annotations
 
+import gc
 import re
 import tempfile
 from collections.abc import Callable, Mapping
@@ -55,6 +56,12 @@ class Placement:
     def on_cuda(self) -> bool:
         """Whether a CUDA device was asked for by name."""
         return self.device.startswith("cuda")
+
+    @property
+    def exact_device(self) -> str:
+        """Where float64 is computed: on a CUDA device that was named, on the CPU otherwise. Another GPU need not have
+        it."""
+        return self.device if self.on_cuda else "cpu"
 
     def half(self) -> Placement:
         """The same for one of two models: half of what a stated limit leaves beside what is held now.
@@ -138,12 +145,16 @@ def resolve(placement: Placement, dtype: torch.dtype | None = None) -> Place:
 
     device = torch.device(_present(placement.device))
     named: torch.dtype = getattr(torch, placement.dtype if placement.dtype != AUTO else _usual(device))
-    if placement.memory is not None:
-        memory = placement.memory - held_bytes(device)
-    else:  # the memory of a Mac is one
-        memory = int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory()
+    memory = free_bytes(device) if placement.memory is None else placement.memory - held_bytes(device)
     threads = placement.threads or min(torch.get_num_threads(), usable_cores())
     return Place(device, dtype or named, placement.device_map, memory, placement.memory is not None, threads)
+
+
+def free_bytes(device: torch.device) -> int:
+    """What tensors on a device can still take: of a CUDA device, or of the machine. The memory of a Mac is one."""
+    import torch
+
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory()
 
 
 def held_bytes(device: torch.device) -> int:
@@ -151,6 +162,32 @@ def held_bytes(device: torch.device) -> int:
     import torch
 
     return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else resident_bytes()
+
+
+def release() -> None:
+    """Give back the memory of models that nobody refers to any more.
+
+    To be called behind the `del` that is to make room: modules refer to each other in circles, which only the collector
+    ends, and torch keeps blocks of a GPU that were freed.
+    """
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+
+
+def wait_for(*devices: torch.device) -> None:
+    """Wait until devices have done what they were given: on a GPU a call only queues it."""
+    import torch
+
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elif device.type == "mps":
+            torch.mps.synchronize()
 
 
 def devices_here() -> tuple[str, ...]:

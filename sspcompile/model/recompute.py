@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from sspcompile.model.swapping import swapped
+
 
 @contextlib.contextmanager
 def recomputed(layers: Sequence[nn.Module]) -> Iterator[None]:
@@ -24,17 +26,10 @@ def recomputed(layers: Sequence[nn.Module]) -> Iterator[None]:
     act on the second computation as they did on the first. Weights that lie on disk are read again. A layer must not
     write into a cache: it would do so twice.
     """
-    own = [layer.__dict__.get("forward") for layer in layers]
-    try:
+    with contextlib.ExitStack() as stack:
         for layer in layers:
-            layer.forward = _checkpointed(layer, layer.forward)
+            stack.enter_context(swapped(layer, _checkpointed(layer, layer.forward)))
         yield
-    finally:
-        for layer, forward in zip(layers, own, strict=True):
-            if forward is None:
-                del layer.forward
-            else:
-                layer.forward = forward
 
 
 def _checkpointed(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:

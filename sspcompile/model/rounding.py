@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 from sspcompile.model.blocks import Rounding
 from sspcompile.model.decoder import TextModel
 from sspcompile.model.modules import down_proj, o_proj
+from sspcompile.model.swapping import swapped
 from sspcompile.model.weights import replaced, weight_of
 
 
@@ -60,12 +61,8 @@ def rounded_products(
 def _multiplying(module: nn.Linear, rounding: Rounding, columns: Tensor | None) -> Iterator[None]:
     # accelerate puts a forward of its own around this one where it moves weights.
     place = "_old_forward" if hasattr(module, "_old_forward") else "forward"
-    own = getattr(module, place)
-    setattr(module, place, partial(_rounded_product, module, rounding, columns))
-    try:
+    with swapped(module, partial(_rounded_product, module, rounding, columns), place):
         yield
-    finally:
-        setattr(module, place, own)
 
 
 def _rounded_product(module: nn.Linear, rounding: Rounding, columns: Tensor | None, x: Tensor) -> Tensor:

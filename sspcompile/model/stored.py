@@ -20,6 +20,8 @@ STORED_DTYPES: Mapping[str, torch.dtype] = {
 }
 # Of a tensor as it is stored, in memory at a time while it becomes one that is computed with.
 BAND_BYTES = 16 << 20
+# Devices that compute nothing in float64: Apple's GPUs.
+WITHOUT_DOUBLES = frozenset({"mps"})
 
 
 def stored_dtype(dtype: str) -> torch.dtype:
@@ -73,8 +75,8 @@ class StoredTensor:
 
 
 def double_device(device: torch.device) -> torch.device:
-    """Where float64 of `device` is computed with: there, or on the CPU beside Apple's GPUs, which have none."""
-    return torch.device("cpu") if device.type == "mps" else device
+    """Where float64 of `device` is computed with: there, or on the CPU beside one of WITHOUT_DOUBLES."""
+    return torch.device("cpu") if device.type in WITHOUT_DOUBLES else device
 
 
 def in_double(tensor: Tensor) -> Tensor:

@@ -29,31 +29,22 @@ from sspcompile.machine import free_memory
 from sspcompile.model.opening import computing_in, open_config, readable
 from sspcompile.model.placement import Place, held_bytes
 from sspcompile.model.stored import BAND_BYTES, StoredTensor
-from sspcompile.model.text import BATCH_LOGITS, BATCH_TOKENS, GRADIENT_TOKENS
+from sspcompile.model.working import working_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Tensors = Mapping[str, TensorInfo]
-# What a layer holds of every token while it runs: about so many hidden states, and so many rows of its widest product.
-HIDDEN_STATES, WIDEST_PRODUCTS = 8, 3
-# Logits in fp32, and their logarithms.
-LOGITS_HELD = 2
 # More than the work of a batch comes to in any model that is small beside it.
-AMPLE_WORK = 8 << 30
+AMPLE_WORK = 16 << 30
 
 
 def layers_that_fit(path: Path, place: Place) -> int | None:
     """How many decoder layers of a folder stay in memory; None for the whole model, read by transformers.
 
-    A model is whole where its weights in the dtype of computing and the work of one batch fit into `place.memory`:
-
-        weights + (BATCH_TOKENS * (8 * hidden + 3 * widest) + GRADIENT_TOKENS * layers * hidden) * bytes per number
-        + 2 * min(BATCH_LOGITS, BATCH_TOKENS * vocabulary) * 4 + 2 * layers * (heads * head size)^2 * 4
-
-    with `widest` the rows of the largest matrix of a layer: a backward pass holds what enters every layer, and the
-    curvature of every o_proj is a pair of square matrices. Where a limit was stated even a whole model is read tensor
-    by tensor, because transformers maps the files. Raises InputError for a limit below embeddings and one layer.
+    A model is whole where its weights in the dtype of computing and the work of one batch (`working_bytes`) fit into
+    `place.memory`. Where a limit was stated even a whole model is read tensor by tensor, because transformers maps the
+    files. Raises InputError for a limit below embeddings and one layer.
     """
     width = place.dtype.itemsize
     if not place.limited and place.device.type == "cpu":
@@ -78,12 +69,7 @@ def layers_that_fit(path: Path, place: Place) -> int | None:
             f"The memory limit leaves no room for the embeddings and one layer of {path}.",
             hint=f"Give --memory {50 * math.ceil(least / 50e6)}MB or more, or a narrower --dtype.",
         )
-    vocab, hidden = tensors[EMBEDDING].shape
-    work = BATCH_TOKENS * (HIDDEN_STATES * hidden + WIDEST_PRODUCTS * widest) * width
-    work += GRADIENT_TOKENS * g.layers * hidden * width
-    work += 2 * g.layers * (g.heads * g.head_dim) ** 2 * 4
-    work += LOGITS_HELD * min(BATCH_LOGITS, BATCH_TOKENS * vocab) * 4
-    room = place.memory - fixed - work
+    room = place.memory - fixed - working_bytes(g, tensors[EMBEDDING].shape[0], widest, width)
     if room >= sum(sizes):
         held = place.limited or (place.device.type != "cpu" and fixed + sum(sizes) > free_memory())
         return g.layers if held else None

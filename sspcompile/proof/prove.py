@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from sspcompile.checkpoint.source import Checkpoint
-from sspcompile.machine import free_memory
-from sspcompile.model.placement import ON_CPU, Placement, resolve, use_threads
+from sspcompile.model.placement import ON_CPU, Placement, free_bytes, resolve, use_threads
 from sspcompile.progress import Progress, stage_of
 from sspcompile.proof.claim import Claim
 from sspcompile.proof.contents import check_contents
@@ -24,8 +25,8 @@ def prove(
     placement: Placement = ON_CPU,
 ) -> Parity:
     """Read every tensor, and compare logits on token ids `probes`. `layerwise` None decides by the memory that
-    `placement` allows. Whole models are computed on a CUDA device where one was named, on the CPU otherwise: another
-    GPU need not have float64.
+    `placement` allows and its device has. Whole models are computed on a CUDA device where one was named, on the CPU
+    otherwise: another GPU need not have float64.
 
     Raises ParityError when something is not as claimed, RunError when the written model does not load.
     """
@@ -50,12 +51,14 @@ def compare(
     if layerwise:
         parity = compare_layerwise(claim, probes, progress=stage_of(progress, "proving"))
     else:
-        device = placement.device if placement.on_cuda else "cpu"
-        parity = compare_whole(claim, probes, progress=stage_of(progress, "proving"), device=device)
+        steps = stage_of(progress, "proving")
+        parity = compare_whole(claim, probes, progress=steps, device=placement.exact_device)
     demand(parity)
     return parity
 
 
 def goes_layerwise(dense: Checkpoint, placement: Placement) -> bool:
-    """Whether a proof against this model has no room for it as a whole."""
-    return whole_bytes(dense) > (placement.memory or free_memory())
+    """Whether a proof against this model has no room for it as a whole where that would be computed. Layer by layer it
+    is computed on the CPU, wherever whole models are."""
+    free = free_bytes(torch.device(placement.exact_device))
+    return whole_bytes(dense) > (free if placement.memory is None else min(placement.memory, free))

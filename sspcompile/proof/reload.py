@@ -26,7 +26,7 @@ from sspcompile.model.cache import cache_argument, cache_of
 from sspcompile.model.exact import in_float64
 from sspcompile.model.loading import load, load_cut
 from sspcompile.model.opening import open_config, readable
-from sspcompile.model.placement import Placement
+from sspcompile.model.placement import Placement, release
 from sspcompile.proof.claim import Claim, written_repair
 from sspcompile.proof.parity import Distance, Parity
 from sspcompile.repair.repair import masked
@@ -67,6 +67,7 @@ def _compare(claim: Claim, prompts: Sequence[Sequence[int]], new_tokens: int, de
         open_config(claim.checkpoint.path)
     done = _Done(2 * len(prompts) + 2)
     answers = _answers(claim, prompts, new_tokens, placement, done)
+    release()  # the written model
     dense = load(claim.checkpoint.path, fingerprint="", placement=placement, dtype=torch.float64)
     done.step()
     distance = Distance()

@@ -376,7 +376,7 @@ class _Stream:
         """One batch: the projection's inputs, and what it has to add to the residual stream to get to `target`, where
         the dense model is.
         """
-        missing = (target.float() - residual.float()) / dense.loaded.geometry.residual_multiplier
+        missing = (target.to(residual.device).float() - residual.float()) / dense.loaded.geometry.residual_multiplier
         if bias is not None:
             missing = missing - bias
         real = dense.real[number].to(inputs.device)

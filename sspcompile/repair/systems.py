@@ -23,6 +23,8 @@ from sspcompile.model.stored import double_device, in_double
 
 # Of the mean over inputs, for one that no text excites.
 LEAST_ENERGY = 1e-6
+# Of sums that are added to at a time.
+BAND_ROWS = 256
 
 
 class System(Protocol):
@@ -48,7 +50,8 @@ class Normal:
     """Normal equations in float64: X^T diag(w) X and X^T diag(w) Y, summed over batches.
 
     They are worked out on `device`, or on the CPU for one without float64. Not `exact`: the products of one batch are
-    made in fp32, at half of the price; their rounding lies far below the ridge.
+    made in fp32, at half of the price; their rounding lies far below the ridge. What they hold is
+    `model/working.system_bytes`.
     """
 
     def __init__(self, inputs: int, outputs: int, device: torch.device, *, exact: bool = True) -> None:
@@ -61,16 +64,31 @@ class Normal:
         given = [one.to(self.xx.device) for one in (x, y, weights)]
         x, y, w = map(in_double if self._exact else Tensor.float, given)
         weighted = x * w.unsqueeze(1)
-        self.xx += weighted.T @ x
-        self.xy += weighted.T @ y
+        _add_by_bands(self.xx, weighted.T @ x)
+        _add_by_bands(self.xy, weighted.T @ y)
 
     def solve(self, start: Tensor, ridge: float, least: float = LEAST_ENERGY) -> Tensor:
-        start = in_double(start).to(self.xx.device)
-        energy = self.xx.diagonal()
+        """See `System`. The sums become the system, then its factors, so that no second matrix is held.
+
+        Raises LinAlgError for a system that is singular, which only one without a ridge can be.
+        """
+        xx, xy = self.xx, self.xy
+        del self.xx, self.xy
+        start = in_double(start).to(xx.device)
+        energy = xx.diagonal()
         if not energy.mean() > 0:
             return start
         strength = ridge * _audible(energy, least)
-        return torch.linalg.solve(self.xx + torch.diag(strength), self.xy + strength[:, None] * start)
+        energy.add_(strength)
+        xy.addcmul_(start, strength[:, None])
+        del start
+        # Factors are stored by columns: those of the transpose take the place of what is stored by rows.
+        factors = xx.mT
+        pivots, info = (torch.empty(0, dtype=torch.int32, device=xx.device) for _ in range(2))
+        torch.linalg.lu_factor_ex(factors, out=(factors, pivots, info))
+        if info.any():
+            raise torch.linalg.LinAlgError("The system of a repair is singular.")  # type: ignore[attr-defined]
+        return torch.linalg.lu_solve(factors, pivots, xy, adjoint=True)
 
 
 class Dual:
@@ -97,6 +115,12 @@ class Dual:
         system = in_double(x @ x.T) + ridge * torch.eye(len(x), dtype=torch.float64, device=self._device)
         change = in_double(x.T @ torch.linalg.solve(system, missing).float())
         return start + change / unit[:, None]
+
+
+def _add_by_bands(sums: Tensor, product: Tensor) -> None:
+    """torch makes a copy in float64 of all that it adds at a time."""
+    for band, part in zip(sums.split(BAND_ROWS), product.split(BAND_ROWS), strict=True):
+        band += part
 
 
 def _audible(energy: Tensor, least: float) -> Tensor:

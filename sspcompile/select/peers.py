@@ -23,7 +23,6 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
-import torch
 
 from sspcompile.criteria.channels import structure_moments
 from sspcompile.criteria.flap import flap_structures
@@ -32,9 +31,9 @@ from sspcompile.criteria.magnitude import magnitude_structures
 from sspcompile.criteria.units import CriterionInput, Structures
 from sspcompile.criteria.wanda import wanda_structures
 from sspcompile.families import Geometry
-from sspcompile.machine import free_memory
 from sspcompile.model import journal
 from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.placement import free_bytes
 from sspcompile.model.text import BATCH_TOKENS, GRADIENT_TOKENS, Sentence, batches_of
 from sspcompile.progress import Progress, stage_of
 from sspcompile.request.splits import thinned
@@ -91,9 +90,7 @@ def scored_by_peers(g: Geometry, channels: bool) -> bool:
 def _room_for_gradients(loaded: LoadedModel) -> bool:
     """Whether as much as all layers weigh is free: a row of a table may not end a build that has decided already."""
     needed = sum(p.numel() * p.element_size() for layer in loaded.layers for p in layer.parameters())
-    on_cuda = loaded.device.type == "cuda"
-    free = torch.cuda.mem_get_info(loaded.device)[0] if on_cuda else free_memory()
-    if needed > ROOM * free:
+    if needed > ROOM * free_bytes(loaded.device):
         log.info(f"{LLM_PRUNER} is left out of the baselines: gradients of {needed / 1e9:.1f} GB have no room.")
         return False
     return True

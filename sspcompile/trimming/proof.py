@@ -21,7 +21,7 @@ from sspcompile.checkpoint import Checkpoint
 from sspcompile.errors import ParityError
 from sspcompile.model.exact import in_float64
 from sspcompile.model.loading import load, load_tokenizer
-from sspcompile.model.placement import ON_CPU, Placement
+from sspcompile.model.placement import ON_CPU, Placement, release
 from sspcompile.progress import Steps, no_steps
 from sspcompile.proof.parity import REPORT, Distance, Parity, demand
 from sspcompile.proof.probes import random_probes
@@ -123,7 +123,7 @@ def compare_logits(
     """
     if goes_layerwise(source, placement):
         return None
-    place = Placement(device=placement.device if placement.on_cuda else "cpu", threads=placement.threads)
+    place = Placement(device=placement.exact_device, threads=placement.threads)
     numbers, probes, distance = torch.tensor(kept), random_probes(len(kept)), Distance()
     found = [one.cpu() for one in _logits(folder, probes, place)]
     progress(1, 2)
@@ -139,6 +139,7 @@ def compare_logits(
 @torch.inference_mode()
 def _logits(folder: Path, probes: Sequence[Sequence[int]], placement: Placement) -> Iterator[Tensor]:
     """[T, V] for each probe."""
+    release()  # the model before
     loaded = load(folder, fingerprint="", placement=placement, dtype=torch.float64)
     with in_float64():
         for probe in probes:

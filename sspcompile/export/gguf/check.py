@@ -20,7 +20,7 @@ from sspcompile.model.divergence import divergence
 from sspcompile.model.exact import in_float64
 from sspcompile.model.llama_session import LlamaModel
 from sspcompile.model.loading import load_cut
-from sspcompile.model.placement import Placement
+from sspcompile.model.placement import Placement, release
 from sspcompile.progress import Progress
 
 NEW_TOKENS = 32
@@ -168,6 +168,7 @@ def _demand_rounding(reference: Reference, found: Sequence[np.ndarray], agreemen
 
     Raises ParityError unless llama.cpp is at most ROUNDING_FACTOR times as far.
     """
+    release()  # the model that the reference was read from
     other = load_cut(
         reference.model,
         placement=reference.placement,

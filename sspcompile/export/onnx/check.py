@@ -26,7 +26,7 @@ from sspcompile.model.divergence import divergence
 from sspcompile.model.exact import in_float64
 from sspcompile.model.loading import load_cut
 from sspcompile.model.onnx_session import OnnxModel
-from sspcompile.model.placement import Placement
+from sspcompile.model.placement import Placement, release
 from sspcompile.model.vocabulary import padding_id
 from sspcompile.progress import Progress
 
@@ -178,6 +178,7 @@ def _forced(
     load: Callable[..., TextModel], runs: Sequence[_Run], dtype: torch.dtype, placement: Placement
 ) -> list[np.ndarray]:
     """Logits of transformers in `dtype` at the positions of `expected`, which read the same tokens."""
+    release()  # the model before
     other = load(placement=placement, dtype=dtype)
     with in_float64() if dtype == torch.float64 else contextlib.nullcontext():
         found = [_transformers(other, run.ids, run.mask, run.tokens.shape[1], run.tokens)[0] for run in runs]
