@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from builders import Shape, make_checkpoint, stated
 from commands import Done, inside
 from gguf import GGMLQuantizationType, GGUFReader
@@ -20,17 +23,20 @@ from torch import nn
 from sspcompile.checkpoint import check_manifest
 from sspcompile.checkpoint.headers import read_words
 from sspcompile.checkpoint.source import tensor_table
+from sspcompile.evaluate import rounded_gguf
 from sspcompile.evaluate.rounded_gguf import GgufScales
-from sspcompile.evaluate.rounding import Form, Pair
+from sspcompile.evaluate.rounding import Form, Pair, weigh
 from sspcompile.export.gguf import publish
 from sspcompile.export.gguf.rounding import TYPES, as_floats, stored_type
 from sspcompile.export.refitted import FOLDER, REFITTED, read_refit
 from sspcompile.model.blocks import BLOCK, GGUF_ROUNDINGS, ROUNDINGS
 from sspcompile.model.llama_session import MODEL
 from sspcompile.model.loading import load_cut
+from sspcompile.model.text import Sentence
 from sspcompile.report.json import read_report
 from sspcompile.report.rounding import rounding_table, rounding_verdict
 from sspcompile.report.verdict import verdict
+from sspcompile.request.options import Options
 from sspcompile.request.rounding import Rounded
 
 FAST = ("--max-tokens", "48", "--continuation-tokens", "4", "--baselines", "none", "-q")
@@ -162,8 +168,18 @@ def test_the_report_weighs_what_the_file_holds(home, built):
     assert losses[0] == 0 and 0 < losses[1] < losses[2], "fewer bits lose more"
 
 
-def test_a_form_is_read_with_the_numbers_of_its_file(home, built):
+def offloaded(*args, **options):
+    """A cut whose layers accelerate keeps elsewhere and brings whenever they run."""
+    model = load_cut(*args, **options)
+    for layer in model.model.model.layers:
+        cpu_offload(layer, execution_device=torch.device("cpu"))
+    return model
+
+
+@pytest.mark.parametrize("loads", [load_cut, offloaded])
+def test_a_form_is_read_with_the_numbers_of_its_file(loads, home, built, monkeypatch):
     """Every matrix replaced by what `gguf` makes of it, refitted ones first, embeddings and head in Q8_0."""
+    monkeypatch.setattr(rounded_gguf, "load_cut", loads)
     tensors = tensor_table(built / "model")
     refit = read_refit(built, ROUNDINGS["q4_0"], tensors)
     scales = GgufScales(Pair(home / "model", built / "model", "q4_0", refit.tensors, custom_code=True))
@@ -182,6 +198,31 @@ def test_a_form_is_read_with_the_numbers_of_its_file(home, built):
         assert torch.equal(opened.scored_logits(*asked), model.scored_logits(*asked))
     with scales.opened(Form("cut", "q8_0")) as other:
         assert not torch.equal(other.scored_logits(*asked), model.scored_logits(*asked))
+
+
+def test_one_form_at_a_time_is_in_memory(home, built, monkeypatch):
+    loaded: list[weakref.ref[nn.Parameter]] = []
+
+    def load(*args, **options):
+        assert not [one for one in loaded if one() is not None]
+        model = load_cut(*args, **options)
+        model.model.lm_head.forward = model.model.lm_head.forward  # a circle, as reading layers from disk makes them
+        loaded.append(weakref.ref(model.model.lm_head.weight))
+        return model
+
+    monkeypatch.setattr(rounded_gguf, "load_cut", load)
+    scales = GgufScales(Pair(home / "model", built / "model", "q4_0", {}, custom_code=True))
+    texts = [Sentence(tuple(range(5, 5 + n)), n - 3) for n in (9, 12)]
+    gc.disable()
+    try:
+        weighed = weigh(scales, texts, home)
+    finally:
+        gc.enable()
+    assert len(loaded) == 1 + len(weighed)
+
+
+def test_types_may_be_named_as_llama_cpp_names_them():
+    assert Options(quantize="Q4_0").quantize == "q4_0"
 
 
 def test_a_finished_build_is_weighed_again_in_another_type(home, built, run, monkeypatch):

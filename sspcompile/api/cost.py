@@ -25,7 +25,7 @@ from sspcompile.api.stages import (
     learning,
     recognised,
     recognition_tokens,
-    refitted_width,
+    widest_refit,
 )
 from sspcompile.model.chat import rendering_of, template_digest
 from sspcompile.model.decoder import LoadedModel
@@ -114,7 +114,7 @@ def cost_of(request: Request, dense: DenseModel, workspace: Workspace, *, placem
         s.passes * (s.tokens * per_token + -(-s.tokens // BATCH_TOKENS) * per_step) + s.steps * per_step for s in stages
     )
     seconds, whole = STARTING + loading + sum(taken), tokens * per_token + -(-tokens // BATCH_TOKENS) * per_step
-    peak = _peak(loaded, stages, lengths, refitted_width(request, loaded), limited=placement.memory is not None)
+    peak = _peak(loaded, stages, lengths, widest_refit(request, loaded), limited=placement.memory is not None)
     return Cost(
         stages=stages,
         stage_seconds=taken,

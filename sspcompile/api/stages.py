@@ -162,7 +162,7 @@ def deciding(
     yield from _sparing(parts, ROUNDS * AT_ONCE if options.max_loss is not None else 0, layouts)
     if options.quantize is not None:
         if options.repair in REFITS:
-            every = loaded.geometry.intermediate if width is None else width
+            every = widest_refit(request, loaded)
             yield repairing("repairing what will be rounded", parts.fit, [every], request, dense, loaded)
             yield Stage("judging that repair", *parts.guard, 2)
         yield Stage("weighing what is rounded", *parts.judge, WEIGHED)
@@ -285,6 +285,13 @@ def refitted_width(request: Request, loaded: LoadedModel) -> int | None:
         (counts,) = per_layer_counts(even_worth(g, channels=True), g, [bounds], groups_only=groups_only)
         return round(sum(counts.widths) / g.layers)
     return g.intermediate if request.options.repair == "least-squares-mlp" else None
+
+
+def widest_refit(request: Request, loaded: LoadedModel) -> int | None:
+    """The same of all repairs of a build: one that knows of a rounding to come fits every down_proj."""
+    width, options = refitted_width(request, loaded), request.options
+    rounds = options.quantize is not None and options.repair in REFITS
+    return loaded.geometry.intermediate if width is None and rounds else width
 
 
 def _bounds(request: Request, loaded: LoadedModel) -> tuple[Bound, ...]:

@@ -78,11 +78,12 @@ class GgufScales:
             trust_remote_code=self.pair.custom_code and form.of == "cut",
         )
         with contextlib.ExitStack() as stack:
+            # Rounded first: of a weight that accelerate moves, `replaced` runs the product that it finds.
+            if form.precision is not None:
+                stack.enter_context(_rounded(model, form.precision, tied=self._sources[form.of].geometry.tied))
             for name, info in self.pair.refits(form).items():
                 module = model.model.get_submodule(name.removesuffix(".weight"))
                 stack.enter_context(replaced(module, {"weight": _tensor(info)}))
-            if form.precision is not None:
-                stack.enter_context(_rounded(model, form.precision, tied=self._sources[form.of].geometry.tied))
             yield model
 
 

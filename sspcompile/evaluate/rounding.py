@@ -21,6 +21,7 @@ from sspcompile.errors import InputError
 from sspcompile.model.blocks import BLOCK
 from sspcompile.model.decoder import LanguageModel
 from sspcompile.model.divergence import Divergence, DivergenceAccumulator
+from sspcompile.model.placement import release
 from sspcompile.model.text import Batch, Sentence
 from sspcompile.progress import Progress, silent
 from sspcompile.select.judging import references_of
@@ -124,16 +125,13 @@ def stored_name(tensors: Mapping[str, TensorInfo]) -> str:
 
 def _divergences(scales: Scales, texts: Sequence[Sentence], *, seed: int, progress: Progress) -> list[Divergence]:
     """Of every form from the first one. One of them is in memory at a time."""
-    with scales.opened(scales.forms[0]) as first:
-        batches = scales.batches(first, texts)
-        parts = list(_parts(batches, HELD_LOGITS // first.vocab))
+    parts = _parted(scales, texts)
     collected = [DivergenceAccumulator() for _ in scales.forms]
     done, total = 0, len(parts) * len(scales.forms)
     for part in parts:
         expected: list[Tensor] = []
         for form, other in zip(scales.forms, collected, strict=True):
-            with scales.opened(form) as asked:
-                found = [asked.scored_logits(one.input_ids, one.attention_mask, one.score_mask) for one in part]
+            found = _logits(scales, form, part)
             expected = expected or found
             for batch, wanted, logits in zip(part, expected, found, strict=True):
                 owner = torch.tensor(batch.rows)[batch.score_mask.nonzero()[:, 0].cpu()]
@@ -141,6 +139,18 @@ def _divergences(scales: Scales, texts: Sequence[Sentence], *, seed: int, progre
             done += 1
             progress("weighing", done, total)
     return [one.result(seed=seed) for one in collected]
+
+
+def _parted(scales: Scales, texts: Sequence[Sentence]) -> list[list[Batch]]:
+    release()  # of the model that wrote the texts
+    with scales.opened(scales.forms[0]) as first:
+        return list(_parts(scales.batches(first, texts), HELD_LOGITS // first.vocab))
+
+
+def _logits(scales: Scales, form: Form, part: Sequence[Batch]) -> list[Tensor]:
+    release()  # of the form before
+    with scales.opened(form) as asked:
+        return [asked.scored_logits(one.input_ids, one.attention_mask, one.score_mask) for one in part]
 
 
 def _parts(batches: Sequence[Batch], most: int) -> Iterator[list[Batch]]:

@@ -15,7 +15,7 @@ from sspcompile.families import FAMILIES, Geometry, positions_of
 from sspcompile.model.cache import cache_argument, cache_of
 from sspcompile.model.chat import PLAIN, Rendering
 from sspcompile.model.vocabulary import ends_of
-from sspcompile.model.weights import computing_device, input_device, tensor_of, weight_of
+from sspcompile.model.weights import computing_device, input_device, present, tensor_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -190,10 +190,11 @@ def _headed(head: nn.Linear, hidden: Tensor) -> Tensor:
     """
     if head.weight.dtype not in SIXTEEN_BITS or hidden.requires_grad:
         return head(hidden).float()
-    device, weight, bias = computing_device(head), weight_of(head), tensor_of(head, "bias")
+    device, bias = computing_device(head), tensor_of(head, "bias")
     wide = hidden.to(device, torch.float32)
-    logits = wide.new_empty(*hidden.shape[:-1], len(weight))
-    for start in range(0, len(weight), ROWS_AT_ONCE):
-        rows = weight[start : start + ROWS_AT_ONCE].to(device, torch.float32)
-        logits[..., start : start + len(rows)] = linear(wide, rows)
+    with present(head) as weight:
+        logits = wide.new_empty(*hidden.shape[:-1], len(weight))
+        for start in range(0, len(weight), ROWS_AT_ONCE):
+            rows = weight[start : start + ROWS_AT_ONCE].to(device, torch.float32)
+            logits[..., start : start + len(rows)] = linear(wide, rows)
     return logits if bias is None else logits + bias.to(device)

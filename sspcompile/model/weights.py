@@ -69,6 +69,19 @@ def weight_of(module: nn.Module) -> Tensor:
 
 
 @contextlib.contextmanager
+def present(module: nn.Module) -> Iterator[Tensor]:
+    """A module's weight for the duration of the context, without a copy beside the one that accelerate brings."""
+    weight = module.get_parameter("weight")
+    if not weight.is_meta or hasattr(weight, "stored"):
+        yield weight_of(module)
+        return
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        yield module.get_parameter("weight").detach()
+
+
+@contextlib.contextmanager
 def replaced(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Other parameters in a linear module for the duration of the context, wherever its own are kept.
 

@@ -11,8 +11,12 @@ OWN_QUANTISER = re.compile(r"(i?q\d_|tq\d_)\w+", re.IGNORECASE)
 
 
 def known_rounding(given: object) -> object:
-    """What was given. Raises ValueError for a GGUF type that only llama.cpp rounds to."""
-    if isinstance(given, str) and given not in get_args(Rounded) and OWN_QUANTISER.fullmatch(given):
+    """What was given, in small letters where it is known: llama.cpp writes its types in capitals. Raises ValueError for
+    a GGUF type that only llama.cpp rounds to.
+    """
+    if isinstance(given, str) and given.lower() in get_args(Rounded):
+        return given.lower()
+    if isinstance(given, str) and OWN_QUANTISER.fullmatch(given):
         raise ValueError(
             f"{given:.20} is rounded by llama.cpp's own quantiser, which no refit knows; give q8_0 or q4_0, or build "
             f"without quantize and export with --format gguf --type {given.lower():.20}"
