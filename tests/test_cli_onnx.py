@@ -68,6 +68,10 @@ def test_export_names_its_folder_and_describes_it(home):
         assert manifest.origin["format"] == "onnx" and manifest.origin["artifact"] == "desk"
         card = (out / "README.md").read_text()
         assert "library_name: onnx" in card and f"sspcompile run {name}" in card
+        # Figures of the model before it was rounded are not those of the file.
+        assert ("model-index:" in card, "before it was rounded" in card) == ((True, False), (False, True))[
+            "int8" in name
+        ]
     sizes = [
         (home / "exported" / n / f).stat().st_size
         for n, f in (("desk-onnx", "model.safetensors"), ("desk-onnx-int8", "model.onnx.data"))

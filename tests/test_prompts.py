@@ -173,3 +173,13 @@ def test_conversations_are_split_like_texts_and_told_with_their_roles() -> None:
     with_answer = answered(many[3], "Seven.")
     assert told(with_answer) == told(many[3]) and bare(with_answer) == many[3] == asked_of(with_answer)
     assert told(many[3]) == "system: S\nuser: number 3" and bare(many[3]) == many[3] and bare(" a ") == "a"
+
+
+@pytest.mark.parametrize(("answer", "text"), [(5, "5"), (2.5, "2.5"), (["Au", 7], "Au"), ([7, "Au"], "7")])
+def test_a_number_is_an_answer_too(answer: object, text: str) -> None:
+    assert answer_of(answered("How many?", answer)) == text
+
+
+@pytest.mark.parametrize("answer", [None, True, [], {"a": 1}, "  "])
+def test_what_is_no_text_and_no_number_is_no_answer(answer: object) -> None:
+    assert answered("How many?", answer) == "How many?"

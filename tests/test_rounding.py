@@ -31,7 +31,7 @@ from sspcompile.repair.fitting import fit_repairs
 from sspcompile.repair.repair import Repair
 from sspcompile.repair.rounded import rounded
 from sspcompile.report.json import read_report
-from sspcompile.report.model import Report, RoundingRow, RoundingSection
+from sspcompile.report.model import BudgetSection, Report, RoundingRow, RoundingSection
 from sspcompile.report.page import report_page
 from sspcompile.report.rounding import AS_GOOD, BETTER, rounding_table, rounding_verdict
 from sspcompile.report.verdict import alarming, verdict
@@ -319,7 +319,7 @@ DENSE = (row("dense", "bf16", 400, 0), row("dense", "int8", 200, 0.01, (-0.4, -0
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        ((row("dense", "int4", 100, 0.1, (-0.3, -0.1)),), "No dense model that was only rounded is as small"),
+        ((row("dense", "int4", 100, 0.1, (-0.3, -0.1)),), "No dense model that is only rounded to int8 or int4 is as"),
         ((row("dense", "int4", 90, 0.1, (-0.3, -0.1)),), BETTER),
         ((row("dense", "int4", 90, 0.31, (-0.01, 0.03)),), AS_GOOD),
         ((row("dense", "int4", 80, 0.5, (0.1, 0.3)),), "lies below the line"),
@@ -336,6 +336,24 @@ def test_the_verdict_follows_bytes_and_paired_intervals(rows, expected):
     assert told in verdict(report)
     (block,) = (block for block in report_page(report).blocks if block.key == "rounding")
     assert told in block.sentences and len(block.tables[0].rows) == len(section.rows)
+
+
+@pytest.mark.parametrize(
+    ("changed", "allowed", "expected"),
+    [
+        (Estimate(0.03, 0.0, 0.08), 0.05, "LOSS in int4: 3 % (0 % to 8 %) of the next tokens change, where --max-loss"),
+        (Estimate(0.03, 0.0, 0.04), 0.05, None),
+        (Estimate(0.2, 0.15, 0.25), None, "LOSS in int4: 20 % (15 % to 25 %) of the next tokens change."),
+        (Estimate(0.03, 0.0, 0.2), None, None),
+    ],
+)
+def test_what_rounding_changes_is_held_against_the_bound_or_is_said_where_it_is_much(changed, allowed, expected):
+    cut = CUT.model_copy(update={"top1_agreement": changed.rest})
+    section = RoundingSection(precision="int4", runtime="r", texts=20, rows=(*DENSE, cut))
+    budget = BudgetSection(keep_requested=0.5, keep_achieved=0.5, max_loss=allowed)
+    found = [one for one in verdict(Report(title="x", rounding=section, budget=budget)) if one.startswith("LOSS in")]
+    assert [one.startswith(expected) for one in found] == [True] if expected else not found
+    assert all(map(alarming, found))
 
 
 def test_the_table_goes_from_the_largest_to_the_smallest_and_names_other_blocks():

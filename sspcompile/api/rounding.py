@@ -173,8 +173,8 @@ def export_rounded(
     """
     built, written = named(str(out), workspace), _written(precision)
     log.info(
-        f"{out} is finished. In {precision} it goes to {written.folder(workspace, built.name)}; later, "
-        f"`sspcompile export {out} {written.words}` does that."
+        f"{out} is finished. Now it is written in {precision} to {written.folder(workspace, built.name)}; should that "
+        f"be interrupted, `sspcompile export {out} {written.words}` does it."
     )
     return export(built, written.request, workspace, progress, overwrite=overwrite, placement=placement)
 

@@ -238,7 +238,7 @@ def _sentence(a: Agreement, precision: Precision) -> str:
         )
     return (
         f"Rounding to {precision.name} costs {a.mean_kl:.4f} nats per token against fp32 on {a.texts} texts; "
-        f"the next token is the same at {a.top1_agreement:.1%} of their positions."
+        f"the next token is the same at {a.top1_agreement:.1%} of their positions, those of the prompts included."
     )
 
 
@@ -258,5 +258,5 @@ def _gguf_sentence(done: GgufExport) -> str:
         return found
     return (
         f"{found} In {kind} that costs {a.mean_kl:.4f} nats per token; the next token is the same at "
-        f"{a.top1_agreement:.1%} of their positions."
+        f"{a.top1_agreement:.1%} of their positions, those of the prompts included."
     )

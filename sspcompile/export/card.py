@@ -81,6 +81,7 @@ def onnx_card(
         "onnx.md",
         origin,
         library="onnx",
+        rounded=precision.gate is None,
         name=name,
         agreement=agreement,
         precision=precision,
@@ -99,7 +100,17 @@ def gguf_card(
 ) -> str:
     """The card of an export for llama.cpp, of which `done` says what was written and checked; the rest as for ONNX."""
     pruned = "artifact" in origin
-    return _card("gguf.md", origin, library="gguf", name=name, done=done, report=report, plan=plan, pruned=pruned)
+    return _card(
+        "gguf.md",
+        origin,
+        library="gguf",
+        rounded=done.kind.rounded,
+        name=name,
+        done=done,
+        report=report,
+        plan=plan,
+        pruned=pruned,
+    )
 
 
 def _card(
@@ -111,6 +122,7 @@ def _card(
     plan: Mapping[str, Any] | None,
     library: str = "transformers",
     pruned: bool = True,
+    rounded: bool = False,
     **values: Any,
 ) -> str:
     from huggingface_hub import ModelCard, ModelCardData
@@ -118,7 +130,7 @@ def _card(
     source = str(origin["source_name"])
     # The path of a local folder is not a hub name, and stays with whoever built from it.
     named = [name for name in (source, origin.get("adapter", {}).get("base_name")) if name and _at_hub(str(name))]
-    measured = _metrics(report)
+    measured = [] if rounded else _metrics(report)  # the report is about the model before it was rounded
     data = ModelCardData(
         base_model=named if len(named) > 1 else next(iter(named), None),
         library_name=library,
@@ -144,6 +156,7 @@ def _card(
         cut=_cut(plan) if plan is not None else "",
         licence=origin.get("licence", {}),
         pruned=pruned,
+        rounded=rounded,
         **values,
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))

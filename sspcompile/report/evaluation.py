@@ -10,7 +10,7 @@ from rich.text import Text
 
 from sspcompile.evaluate.results import SuiteResult
 from sspcompile.intervals import Estimate
-from sspcompile.report.format import clean, figures, percent
+from sspcompile.report.format import clean, figures, percent, with_interval
 
 ROWS: Mapping[str, tuple[str, Callable[[float], str]]] = {
     "exact_match": ("exact match", percent),
@@ -52,11 +52,12 @@ def _change(metric: str, mean: Estimate | None) -> str:
     name = ROWS[metric][0]
     if mean is None:
         return f"{name} was not measured"
-    factor, digits, unit = (1, 3, "") if metric == "answer_log_likelihood" else (100, 1, " points")
-    text = f"{name} {factor * mean.value:+.{digits}f}{unit}"
+    if metric == "answer_log_likelihood":
+        return f"{name} {with_interval(mean)}"
+    text = f"{name} {100 * mean.value:+.1f} points"
     if mean.low is None or mean.high is None:
         return text
-    return f"{text} ({factor * mean.low:+.{digits}f} to {factor * mean.high:+.{digits}f})"
+    return f"{text} ({100 * mean.low:+.1f} to {100 * mean.high:+.1f})"
 
 
 def print_results(results: Sequence[SuiteResult], console: Console) -> None:

@@ -29,7 +29,8 @@ def rounding_verdict(section: RoundingSection) -> str:
     rivals = [row for row in dense if row.weight_bytes <= ours.weight_bytes]
     if not rivals:
         smallest = min(dense, key=lambda row: row.weight_bytes)
-        return f"No dense model that was only rounded is as small: {_told(ours)}, {_told(smallest)}."
+        tried = " or ".join(dict.fromkeys(row.precision for row in dense))
+        return f"No dense model that is only rounded to {tried} is as small: {_told(ours)}, {_told(smallest)}."
     best = min(rivals, key=lambda row: row.mean_kl.value)
     told, gap = f"{_told(ours)}, {_told(best)}", best.kl_above_asked
     if gap is None or gap.low is None or gap.high is None:

@@ -14,9 +14,10 @@ from sspcompile.report.model import (
     PredictionRow,
     QualityRow,
     Report,
+    RoundingSection,
     SizesSection,
 )
-from sspcompile.report.rounding import AS_GOOD, BETTER, rounding_verdict
+from sspcompile.report.rounding import AS_GOOD, BETTER, asked, rounding_verdict
 from sspcompile.report.token_time import MISSED, token_time_verdict
 
 # Below this share of agreement more than every tenth token differs: nobody would call that the same model.
@@ -45,7 +46,7 @@ def verdict(report: Report) -> tuple[str, ...]:
         *_baselines(report),
         *_repair(report),
         *_sizes(report),
-        *((rounding_verdict(report.rounding),) if report.rounding else ()),
+        *(_rounding(report.rounding, report.budget) if report.rounding else ()),
         *(token_time_verdict(report.token_time) if report.token_time else ()),
         *_latency(report),
         *_scenario(report),
@@ -180,6 +181,15 @@ def _bound(changed: Estimate, budget: BudgetSection | None) -> Iterator[str]:
     if budget is not None and budget.max_loss is not None and changed.value > budget.max_loss:
         chance = "" if changed.low is not None and changed.low > budget.max_loss else ", by no more than chance may do"
         yield f"That is above the {percent(budget.max_loss)} that --max-loss allows{chance}."
+
+
+def _rounding(section: RoundingSection, budget: BudgetSection | None) -> Iterator[str]:
+    """What rounding does to the cut: other figures and the budget are those of the model as it is stored."""
+    changed, allowed = asked(section).changed, budget.max_loss if budget is not None else None
+    if (allowed is not None and changed.most > allowed) or changed.value > 1 - FEW_AGREE:
+        above = "" if allowed is None else f", where --max-loss allows {percent(allowed)} before rounding"
+        yield f"LOSS in {section.precision}: {with_interval(changed, percent)} of the next tokens change{above}."
+    yield rounding_verdict(section)
 
 
 def _milder(budget: BudgetSection | None) -> str:

@@ -89,11 +89,14 @@ def messages_of(prompt: Prompt) -> tuple[Message, ...]:
 
 
 def answered(prompt: Prompt, answer: object) -> Prompt:
-    """The prompt with its reference answer, the first where several are right; alone where the answer is not a text.
+    """The prompt with its reference answer, the first where several are right; a number is the text of it, and without
+    either the prompt stays alone.
 
     Raises ValueError for control characters in it.
     """
     given = answer[0] if isinstance(answer, list) and answer else answer
+    if isinstance(given, int | float) and not isinstance(given, bool):
+        given = str(given)
     if not isinstance(given, str) or not given.strip():
         return prompt
     return (*messages_of(prompt), Message("assistant", _cleaned(given, "the answer").strip()))
