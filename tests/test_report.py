@@ -599,3 +599,21 @@ def test_reports_and_samples_follow_their_schemas() -> None:
         "points.schema.json": json.loads(render_points(points_of("x", {"a": full_report()}))),
     }.items():
         jsonschema.validate(value, json.loads(schema_text(name)))
+
+
+@pytest.mark.parametrize(
+    ("judged", "told"),
+    [
+        ((0, 29), "none of them is"),
+        ((1, 29), "one of them is"),
+        ((4, 22), "4 of them are"),
+        ((8, 8), None),
+        (None, None),
+    ],
+)
+@pytest.mark.parametrize("lost", [0.0, 0.1])
+def test_the_verdict_says_whose_prompts_judged(judged, told, lost):
+    scenario = ScenarioSection(name="bakery", source="prompts", judged=judged)
+    ours = quality("ours", lost, "ours", agreement=1.0 - lost)
+    found = [one for one in verdict(Report(title="x", scenario=scenario, quality=(ours,))) if "pools" in one]
+    assert len(found) == (told is not None) and all(str(told) in one and f"{judged[1]} prompts" in one for one in found)

@@ -58,6 +58,7 @@ def report_of(outcome: Outcome) -> Report:
             unknown=mixture.unknown,
             fits_no_domain=mixture.is_unknown,
             breadth=mixture.breadth,
+            judged=(reading.splits.own_judge, len(reading.splits.judge)),
         ),
         mask=mask_section(mask),
         budget=_budget(outcome),

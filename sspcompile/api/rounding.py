@@ -212,7 +212,13 @@ def weigh_build(
             placement=placement,
             progress=progress,
         )
-    report = read_report(built.folder / REPORT).model_copy(update={"rounding": section})
+    report = read_report(built.folder / REPORT)
+    if report.rounding is not None and report.rounding.precision != precision:
+        log.info(
+            f"The report of {built.folder} weighs {precision} now, where it weighed {report.rounding.precision}; "
+            f"`sspcompile eval {built.folder} --quantize {report.rounding.precision}` puts that back."
+        )
+    report = report.model_copy(update={"rounding": section})
     write_report(report, built.folder)
     write_manifest(built.folder, manifest.origin)
     return section

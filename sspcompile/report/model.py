@@ -20,7 +20,8 @@ class Section(BaseModel):
 
 class ScenarioSection(Section):
     """`mixture` maps domains to weights, `unknown` is the share that no domain explains, `breadth` is in [0, 1].
-    `fits_no_domain`: more is unknown than of a domain's own text may be."""
+    `fits_no_domain`: more is unknown than of a domain's own text may be. `judged`: on how many held-out texts the build
+    was judged, the scenario's own and all."""
 
     name: str
     source: str
@@ -30,6 +31,7 @@ class ScenarioSection(Section):
     unknown: float = 0.0
     fits_no_domain: bool = False
     breadth: float = 0.0
+    judged: tuple[int, int] | None = None
 
 
 class MaskSection(Section):

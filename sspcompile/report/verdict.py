@@ -159,6 +159,7 @@ def _quality(report: Report) -> Iterator[str]:
     agreement = ours.top1_agreement
     if agreement.value == 1 and ours.mean_kl.value == 0:
         yield "On held-out prompts of the scenario no difference from the dense model was found."
+        yield from _judged(report)
         return
     found = "On held-out prompts of the scenario every next token is the dense model's"
     if agreement.value < 1:
@@ -167,6 +168,7 @@ def _quality(report: Report) -> Iterator[str]:
             f"{percent(1 - agreement.value)} of the positions{_turned(agreement)}"
         )
     yield f"{found}, with a mean KL of {with_interval(ours.mean_kl)} nats."
+    yield from _judged(report)
     yield from _bound(ours.top1_agreement.rest, report.budget)
     if agreement.value < FEW_AGREE and _holding_answers(ours) is None:
         yield f"That is a different model in use, not a smaller copy: try {_milder(report.budget)} before shipping it."
@@ -174,6 +176,14 @@ def _quality(report: Report) -> Iterator[str]:
         times = with_interval(ours.answer_perplexity)
         yield f"The perplexity of the reference answers is {times} times the dense model's."
     yield from _exact_match(report, ours)
+
+
+def _judged(report: Report) -> Iterator[str]:
+    """Whose prompts those were, where the scenario had too few of its own."""
+    own, every = (report.scenario.judged if report.scenario is not None else None) or (0, 0)
+    if own < every:
+        whose = {0: "none of them is", 1: "one of them is"}.get(own, f"{own} of them are")
+        yield f"Those are {every} prompts, and {whose} the scenario's own; others are of its domains, from the pools."
 
 
 def _bound(changed: Estimate, budget: BudgetSection | None) -> Iterator[str]:
