@@ -281,10 +281,14 @@ def test_one_run_at_a_time_has_a_journal_and_another_keeps_nothing(tmp_path):
     ],
     ids=repr,
 )
-def test_what_was_kept_stays_after_an_interrupt_and_goes_with_a_refusal(error, stays, model, tmp_path):
+@pytest.mark.parametrize("later", [False, True], ids=["meanwhile", "later"])  # while the model is cut and proven
+def test_what_was_kept_stays_after_an_interrupt_and_goes_with_a_refusal(later, error, stays, model, tmp_path):
     folder = tmp_path / ".unfinished-x"
-    with pytest.raises(type(error)), claimed(folder) as kept, keeping(kept):
-        kept.rows("features", model, 1).keep(0, np.ones(3))
+    with pytest.raises(type(error)), claimed(folder) as kept:
+        with keeping(kept):
+            kept.rows("features", model, 1).keep(0, np.ones(3))
+            if not later:
+                raise error
         raise error
     assert folder.exists() == stays == holds_work(folder)
 

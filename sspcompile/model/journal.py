@@ -223,7 +223,7 @@ def claimed(folder: Path) -> Iterator[Journal]:
     """A journal in `folder` for one run at a time; while another run has it, one that keeps nothing.
 
     At a clean end the folder is removed, and after a refusal, which would come again. Whatever else ends the run leaves
-    it for the next one.
+    it for the next one, with what waited to be written.
     """
     made = [place for place in folder.parents if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -233,11 +233,16 @@ def claimed(folder: Path) -> Iterator[Journal]:
     except OSError:  # a Timeout is one, and the folder may be removed at this moment
         yield Journal()
         return
+    journal = Journal(folder)
     try:
-        yield Journal(folder)
+        yield journal
     except BaseException as error:
+        refused = isinstance(error, (InputError, GateError))
+        if not refused:
+            with contextlib.suppress(OSError):  # as in `keeping`, which has ended where it is the proof that did
+                journal.flush()
         lock.release()
-        if isinstance(error, (InputError, GateError)) or not holds_work(folder):
+        if refused or not holds_work(folder):
             _remove(folder, lock)
             with contextlib.suppress(OSError):  # something else lies in them by now
                 for place in made:
