@@ -130,7 +130,7 @@ MALFORMED = {
     "turn that is text": ("s.json", json.dumps({**SCENARIO, "turns": ["hello"]}), r"turns\[0\]"),
     "missing answer": ("s.json", json.dumps({**SCENARIO, "turns": [{"prompt": "a"}]}), r"turns\[0\].answer is missing"),
     "missing turns": ("s.json", json.dumps({"scenario_id": "s", "domain": "a"}), "turns is missing"),
-    "answer of the wrong type": ("s.json", changed(answer=7), r"turns\[0\].answer must be text or a list"),
+    "answer of the wrong type": ("s.json", changed(answer=[{}, "a"]), r"turns\[0\].answer must be text or a list"),
     "no alternatives": ("s.json", changed(answer=[]), "must be text or a list"),
     "blank alternative": ("s.json", changed(answer=["a", " "]), "blank"),
     "prompt of the wrong type": ("s.json", changed(prompt=None), "prompt must be text"),
@@ -151,6 +151,13 @@ def test_malformed_data_is_refused_in_one_line_that_names_the_place(case, tmp_pa
     with pytest.raises(InputError, match=expected) as caught:
         read_data(tmp_path / name)
     assert "\n" not in str(caught.value) and name in str(caught.value)
+
+
+@pytest.mark.parametrize(("answer", "texts"), [(5, ("5",)), ([2.5, "two and a half"], ("2.5", "two and a half"))])
+def test_numbers_are_answers_as_they_are_to_a_build(answer, texts, tmp_path):
+    (tmp_path / "sums.jsonl").write_text(json.dumps({"prompt": "How many?", "answer": answer}))
+    ((question,),) = (one.turns for one in read_data(tmp_path / "sums.jsonl"))
+    assert question.answers == texts
 
 
 def test_binary_and_empty_folders_are_refused(tmp_path):

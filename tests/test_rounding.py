@@ -296,7 +296,9 @@ def test_the_cost_of_weighing_is_foretold(home):
     for more in ({}, {"quantize": "int4"}):
         cost = cost_of(read_request(str(home / "sums.yaml"), given | more, {}), dense, Workspace(home / "cost"))
         names.append({stage.name for stage in cost.stages})
+        downs = {stage.name: stage.down_projs for stage in cost.stages if stage.down_projs}
     assert names[1] - names[0] == {"repairing what will be rounded", "judging that repair", "weighing what is rounded"}
+    assert downs == {"repairing what will be rounded": 1}, "heads alone are cut, and one repair fits down_proj"
 
 
 def row(of: str, precision: str, nbytes: int, kl: float, gap: tuple[float, float] | None = None, block: int = 32):

@@ -195,7 +195,7 @@ def _peak(
 ) -> int:
     """Weights, then the dearest of: gradients of a batch, hidden states of a repair, activations of a layer.
 
-    `refitted`: to how many channels down_proj is refitted, None where it is not.
+    `refitted`: to how many channels down_proj is refitted at most, None where it is not.
     """
     g = loaded.geometry
     n, width = g.heads * g.head_dim, 4
@@ -213,10 +213,8 @@ def _peak(
     if any(stage.name == GRADIENTS for stage in stages):
         beside = max(beside, layer_parameters(loaded) * g.layers * width)
     repairs = [s for s in stages if s.masks]
-    states = max((s.tokens * (3 + s.masks) for s in repairs), default=0) * g.hidden * width
-    if refitted is not None:
-        # The refitted weights of every mask.
-        states += max((s.masks for s in repairs), default=0) * g.layers * g.hidden * g.intermediate * width
+    numbers = (s.tokens * (3 + s.masks) + s.down_projs * g.layers * g.intermediate for s in repairs)
+    states = max(numbers, default=0) * g.hidden * width
     if repairs:
         states += repair_bytes(g, refitted)
     more = 1 if limited else ALLOCATOR

@@ -63,7 +63,8 @@ REMOVING = 20
 @dataclass(frozen=True)
 class Stage:
     """`passes` of the decoder over `tokens` of `texts`; a stage's cost is the product. `steps`: decoding steps, which
-    are bound by reading the weights instead. `masks`: how many are repaired at a time, whose hidden states are held.
+    are bound by reading the weights instead. `masks`: how many are repaired at a time, whose hidden states are held;
+    `down_projs`: of how many of them the fitted down_proj of every layer is held, too.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Stage:
     passes: float
     steps: int = 0
     masks: int = 0
+    down_projs: int = 0
 
 
 def recognised(given: PoolSet) -> tuple[list[str], list[str]]:
@@ -241,7 +243,7 @@ def repairing(
     down = any(width is not None for width in widths)
     at_once = min(masks, masks_at_once(loaded, read.tokens, refitted_dtype(dense.checkpoint), mlp=down))
     passes = -(-masks // at_once) + sum(_mask_passes(loaded.geometry, width, read.tokens) for width in widths)
-    return Stage(name, *read, passes, masks=at_once)
+    return Stage(name, *read, passes, masks=at_once, down_projs=at_once if down else 0)
 
 
 def _continuing(name: str, prompts: Sequence[Prompt], lengths: Lengths, new: int) -> Stage:

@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 from sspcompile.errors import InputError
 from sspcompile.evaluate.recall import TASK_TYPES
 from sspcompile.request.documents import Text, dotted, explain, plain_text
-from sspcompile.request.prompts import Passage, Prompt, read_line, told
+from sspcompile.request.prompts import Passage, Prompt, numeral, read_line, told
 
 FILE_BYTES = 64 * 1024 * 1024
 ACCEPTED = (
@@ -51,10 +51,11 @@ def single(questions: Sequence[Question]) -> tuple[Conversation, ...]:
 
 
 def _answers(value: object) -> tuple[str, ...]:
-    given = [value] if isinstance(value, str) else value
-    if not isinstance(given, list) or not given or not all(isinstance(text, str) for text in given):
-        raise ValueError("must be text or a list of texts")
-    return tuple(plain_text(text) for text in given)
+    given = [numeral(one) for one in (value if isinstance(value, list) else [value])]
+    texts = [one for one in given if isinstance(one, str)]
+    if not texts or len(texts) < len(given):
+        raise ValueError("must be text or a list of texts (numbers count as text)")
+    return tuple(map(plain_text, texts))
 
 
 def _task_type(value: object) -> object:

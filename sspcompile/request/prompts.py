@@ -94,12 +94,15 @@ def answered(prompt: Prompt, answer: object) -> Prompt:
 
     Raises ValueError for control characters in it.
     """
-    given = answer[0] if isinstance(answer, list) and answer else answer
-    if isinstance(given, int | float) and not isinstance(given, bool):
-        given = str(given)
+    given = numeral(answer[0] if isinstance(answer, list) and answer else answer)
     if not isinstance(given, str) or not given.strip():
         return prompt
     return (*messages_of(prompt), Message("assistant", _cleaned(given, "the answer").strip()))
+
+
+def numeral(value: object) -> object:
+    """A number as the text of it, anything else as it is."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def asked_of(prompt: Prompt) -> Prompt:
