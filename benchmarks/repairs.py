@@ -2,9 +2,11 @@
 
     python -m benchmarks.repairs --model SMOLLM2 --data DIR [--scenarios word-problems,...] [--fit 64] [--texts 32,64]
                                  [--ridges 0.3/1,0.1/0.1] [--tilts 0,1] [--sizes 0.9,0.8] [--keeps 0.75]
+                                 [--repairs least-squares,least-squares-mlp]
 
 Scenarios and texts are those of `benchmarks.real`. Units are ranked on FIT texts of a scenario, masks are per layer,
-repaired on TEXTS of those and judged on others. A pair of ridges is that of o_proj / down_proj.
+repaired on TEXTS of those and judged on others. A pair of ridges is that of o_proj / down_proj. Repairs are those of
+`build --repair`.
 """
 
 from __future__ import annotations
@@ -29,7 +31,13 @@ from sspcompile.slicing.sizes import Worth, share_of
 
 
 def rows(
-    ground: Ground, name: str, budgets: list[Budget], texts: list[int], ridges: list[Ridges], tilts: list[float]
+    ground: Ground,
+    name: str,
+    budgets: list[Budget],
+    texts: list[int],
+    ridges: list[Ridges],
+    tilts: list[float],
+    repairs: list[str],
 ) -> Iterator[dict[str, object]]:
     """A row for every mask and repair."""
     loaded, (own, off) = ground.loaded, ground.judged(name)
@@ -39,11 +47,13 @@ def rows(
         late = tilted(g.layers, tilt)
         channels = None if found.channels is None else RATE * late * found.channels
         choice = budget.choice(Worth(late * found.rankings[0].values, channels), g)
-        for count, firm in product(texts, ridges):
+        for count, firm, how in product(texts, ridges, repairs):
             batches = batches_of(loaded, thinned(ground.fit(name), count))
-            (repair,) = fit_repairs(loaded, [choice.units], batches, dtype=dtype, ridges=firm)
+            mlp = how == "least-squares-mlp"
+            (repair,) = fit_repairs(loaded, [choice.units], batches, dtype=dtype, ridges=firm, mlp=mlp)
             tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
             case = {"scenario": name, "keep": budget.keep, "size": budget.size, "tilt": tilt, "ridges": list(firm)}
+            case["repair"] = how
             measure = figures(own.divergence(choice.units, repair), off.divergence(choice.units, repair))
             yield {**case, "texts": count, "tokens": tokens, "parameters": share_of(g, choice), **measure}
 
@@ -58,6 +68,7 @@ def rows(
 @click.option("--tilts", default=str(TILT), show_default=True)
 @click.option("--keeps", default="0.75", show_default=True, help="Shares of the heads; empty for none.")
 @click.option("--sizes", default="0.9,0.8", show_default=True, help="Shares of all parameters; empty for none.")
+@click.option("--repairs", default="least-squares", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/repairs.jsonl"))
 def main(model: str, data: Path, out: Path, fit: int, **asked: str) -> None:
     """Compare ridges and tilts."""
@@ -68,7 +79,8 @@ def main(model: str, data: Path, out: Path, fit: int, **asked: str) -> None:
     ground = Ground(open_dense(model).load(), data, 0, fit)
     with out.open("a", encoding="utf-8") as file:
         for name in parts["scenarios"]:
-            for row in rows(ground, name, budgets, [*map(int, parts["texts"])], pairs, [*map(float, parts["tilts"])]):
+            texts, tilts = [*map(int, parts["texts"])], [*map(float, parts["tilts"])]
+            for row in rows(ground, name, budgets, texts, pairs, tilts, parts["repairs"]):
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 click.echo(json.dumps(row))

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from builders import Shape, make_checkpoint
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from sspcompile.api.evaluate import short_answers
+from sspcompile.evaluate.answers import encode_references
+from sspcompile.model.chat import Rendering, render, replies
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.divergence import DivergenceAccumulator, average, divergence
 from sspcompile.model.loading import load
@@ -40,7 +45,64 @@ def test_an_answer_stands_behind_its_prompt_and_other_prompts_are_continued(load
         assert one.ids[: one.prompt] == before.ids and one.prompt == before.prompt
     assert loaded.tokenizer.decode(first.ids[first.prompt :]).strip().startswith("A metal.")
     assert len(third.ids) - third.prompt == ANSWER_TOKENS
-    assert continued(loaded, PROMPTS, 0, 64) == asked, "without continuations nothing but what is asked is read"
+    assert continued(loaded, PROMPTS, 0, 64) == [first, asked[1], third], "answers are given, not continued"
+
+
+# How chat models close a reply: with the end token and a line break (ChatML, Gemma), with two ends (Phi-3), at once, or
+# not at all.
+CLOSINGS = ("<end>\\n", "<end>\\n<eos>", "<end>", "<eos>", "")
+
+
+def subwords(kind: str, closing: str) -> PreTrainedTokenizerFast:
+    """Trained on a few words: by bytes, or with a space in front of every text as SentencePiece has it."""
+    inner = Tokenizer(models.BPE(unk_token="<unk>"))
+    if kind == "bytes":
+        inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    elif kind == "prepended":
+        inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    special = ["<unk>", "<eos>", "<pad>", "<start>", "<end>"]
+    texts = ["user assistant Is the review good or bad ?\n", "positive negative\n"] * 9
+    inner.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False))
+    end = "<eos>" if closing == "<eos>" else "<end>"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=end, pad_token="<pad>", unk_token="<unk>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<start>{{ m.role }}\n{{ m.content }}CLOSING{% endfor %}"
+        "{% if add_generation_prompt %}<start>assistant\n{% endif %}"
+    ).replace("CLOSING", closing.replace("\\n", "\n"))
+    return tokenizer
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("kind", ["bytes", "prepended", "metaspace"])
+@pytest.mark.parametrize("closing", CLOSINGS)
+def test_an_answer_is_read_as_decoding_from_the_prompt_writes_it(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, kind: str, closing: str, raw: bool
+) -> None:
+    """Each token behind the prompt's own, up to the end: nothing that a template writes behind it, and no space that a
+    tokenizer puts in front of a text that stands alone.
+    """
+    tokenizer = subwords(kind, closing)
+    model = replace(loaded, tokenizer=tokenizer, rendering=Rendering(raw=raw))
+    declared = tokenizer.convert_tokens_to_ids(["<end>", "<eos>"])
+    monkeypatch.setattr(loaded.model.generation_config, "eos_token_id", declared)
+    ends = frozenset(declared)
+    prompt = answered("Is the review good or bad ?", "positive")
+    (item,) = continued(model, [prompt], 4, 64)
+    reply, opened = item.ids[item.prompt :], item.ids[: item.prompt]
+    body = [token for token in reply if token not in ends]
+    assert "".join(tokenizer.convert_ids_to_tokens(body)).strip("▁Ġ") == "positive"
+    assert sum(token in ends for token in reply) == (not raw and closing != "")
+    assert not raw or reply[-1] not in ends
+    # The whole text, tokenised at once, begins with just this wherever the prompt's tokens begin it.
+    (text,) = render(tokenizer, ["Is the review good or bad ?"], model.rendering)
+    (behind,) = replies(tokenizer, ["Is the review good or bad ?"], [text], ["positive"], model.rendering)
+    whole = tuple(tokenizer(text + behind, add_special_tokens=False)["input_ids"])
+    assert whole[: len(item.ids)] == opened + reply
+    (asked,) = encode_references(model, ["Is the review good or bad ?"], ["positive"])
+    assert asked.ids[: len(item.ids)] == item.ids and asked.prompt == item.prompt, "eval asks what a build reads"
+    assert asked.ids[-1] in ends and len(asked.ids) - len(item.ids) == (reply[-1] not in ends)
 
 
 def test_perplexity_is_that_of_the_answers_alone_against_the_dense_models(loaded: LoadedModel) -> None:

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from sspcompile.errors import InputError
-from sspcompile.model.chat import render, replies
 from sspcompile.model.stored import double_device, in_double
-from sspcompile.model.text import BATCH_TOKENS, MAX_TOKENS, Batch, Sentence, batches_of, shortened, token_ids
+from sspcompile.model.text import BATCH_TOKENS, MAX_TOKENS, Batch, Sentence, batches_of, replied, shortened
 from sspcompile.model.vocabulary import end_id
 from sspcompile.request.prompts import Prompt, messages_of
 
@@ -119,23 +118,13 @@ def encode_references(
 
     Raises InputError for an empty prompt or answer, and for an answer that leaves a prompt no room in `positions`.
     """
-    tokenizer, ends = loaded.tokenizer, loaded.ends
-    rendering, end = loaded.rendering, end_id(tokenizer, ends, loaded.vocab)
-    opened = render(tokenizer, prompts, rendering)
-    behind = replies(tokenizer, prompts, opened, answers, rendering)
-    closed = [text + reply for text, reply in zip(opened, behind, strict=True)]
+    end = end_id(loaded.tokenizer, loaded.ends, loaded.vocab)
     found: list[Sentence] = []
-    encoded = (token_ids(tokenizer, texts, rendering) for texts in (opened, closed))
-    for before, whole, prompt, answer in zip(*encoded, prompts, answers, strict=True):
+    for (before, reply), prompt, answer in zip(replied(loaded, prompts, answers), prompts, answers, strict=True):
         if not before or not messages_of(prompt)[-1].content.strip() or not answer.strip():
             raise InputError(f"A prompt or its answer is empty: {prompt!r}, {answer!r}.", hint="Fill it in.")
-        if whole[: len(before)] == before:
-            reply = whole[len(before) :]
-        else:
-            # The last token of the prompt grew into the answer. Decoding starts from the prompt's own tokens.
-            text = closed[len(found)].removeprefix(opened[len(found)])
-            reply = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-        reply = _closed(reply, ends, end)
+        if end is not None and not (reply and reply[-1] in loaded.ends):
+            reply = (*reply, end)
         if positions is not None and len(reply) >= positions:
             raise InputError(
                 f"An answer has {len(reply)} tokens; the longest text of the models has {positions}.",
@@ -144,14 +133,6 @@ def encode_references(
         ids = shortened(before, max_tokens if positions is None else min(max_tokens, positions - len(reply)))
         found.append(Sentence(ids + reply, len(ids)))
     return found
-
-
-def _closed(reply: tuple[int, ...], ends: frozenset[int], end: int | None) -> tuple[int, ...]:
-    """The reply up to its first end token, or with one behind it."""
-    for place, token in enumerate(reply):
-        if token in ends:
-            return reply[: place + 1]
-    return reply if end is None else (*reply, end)
 
 
 def _with_targets(batch: Batch) -> EncodedBatch:

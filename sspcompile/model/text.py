@@ -1,8 +1,9 @@
 """From prompts to padded batches: the one path that text takes, offline for the pools and online for a scenario.
 
 Sequences are right-padded: with causal attention a real token never sees padding behind it. Whoever changes what this
-module or `chat` makes of a prompt raises TEXT_VERSION, because toolkits learned from the old text no longer apply. What
-the user chooses (`Rendering`) and the template itself are told apart by `chat.template_digest`.
+module or `chat` makes of a prompt raises TEXT_VERSION, because toolkits learned from the old text no longer apply
+(answers are a scenario's alone: no toolkit learned from them). What the user chooses (`Rendering`) and the template
+itself are told apart by `chat.template_digest`.
 """
 
 from __future__ import annotations
@@ -208,14 +209,14 @@ def continued(
     """Prompts with their reference answers behind them, or the dense model's own greedy continuations where there are
     none, and passages as they are, in the caller's order.
 
-    A continuation stops at an end-of-sequence token and keeps it, so that *when to stop* is scored too. Of an answer
-    ANSWER_TOKENS are read.
+    A continuation stops at an end-of-sequence token and keeps it, so that *when to stop* is scored too; so does an
+    answer, of which ANSWER_TOKENS are read. Without `new_tokens` the model continues nothing.
     """
     items = sentences(loaded.tokenizer, prompts, max_tokens, loaded.rendering)
-    if new_tokens < 1:
-        return items
     world, answers = current(), _answers(loaded, prompts, ANSWER_TOKENS)
     unanswered = [row for row, prompt in enumerate(prompts) if row not in answers and not isinstance(prompt, Passage)]
+    if new_tokens < 1:
+        unanswered = []
     batches = batches_of(loaded, [items[row] for row in unanswered], batch_tokens)
     kept = journal.current().rows("continuations", loaded, [batches, new_tokens])
     share = world.share(range(len(batches)))
@@ -242,16 +243,38 @@ def with_references(loaded: LanguageModel, prompts: Sequence[Prompt], max_tokens
 
 
 def _answers(loaded: LanguageModel, prompts: Sequence[Prompt], most: int | None) -> dict[int, tuple[int, ...]]:
-    """Token ids of the reference answers, by the place of their prompts, as the chat template closes them."""
+    """Token ids of the reference answers, by the place of their prompts."""
     given = {row: answer for row, prompt in enumerate(prompts) if (answer := answer_of(prompt)) is not None}
-    if not given:
-        return {}
-    tokenizer, rendering = loaded.tokenizer, loaded.rendering
-    asked = [asked_of(prompts[row]) for row in given]
-    texts = replies(tokenizer, asked, render(tokenizer, asked, rendering), [*given.values()], rendering)
-    encoded = tokenizer(texts, add_special_tokens=False, padding=False)["input_ids"]
+    behind = replied(loaded, [asked_of(prompts[row]) for row in given], [*given.values()])
     # An answer of which the tokenizer leaves nothing is none.
-    return {row: tuple(ids[:most]) for row, ids in zip(given, encoded, strict=True) if ids}
+    return {row: ids[:most] for row, (_, ids) in zip(given, behind, strict=True) if ids}
+
+
+def replied(
+    loaded: LanguageModel, prompts: Sequence[Prompt], answers: Sequence[str]
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Token ids of each prompt, whole, and of its answer behind it: as the model writes them when it decodes from the
+    prompt, up to the first end token where the chat template closes the answer with one.
+    """
+    if not prompts:
+        return []
+    tokenizer, rendering = loaded.tokenizer, loaded.rendering
+    opened = render(tokenizer, prompts, rendering)
+    behind = replies(tokenizer, prompts, opened, answers, rendering)
+    closed = [text + reply for text, reply in zip(opened, behind, strict=True)]
+    found = []
+    encoded = (token_ids(tokenizer, texts, rendering) for texts in (opened, closed))
+    for before, whole, reply in zip(*encoded, behind, strict=True):
+        if whole[: len(before)] == before:
+            # Many tokenizers put a space in front of a text that stands alone; behind a prompt there is none.
+            ids = whole[len(before) :]
+        else:
+            # The last token of the prompt grew into the answer. Decoding starts from the prompt's own tokens.
+            ids = tuple(tokenizer(reply, add_special_tokens=False)["input_ids"])
+        # Nobody decodes what a template writes behind the end.
+        end = next((place + 1 for place, token in enumerate(ids) if token in loaded.ends), None)
+        found.append((before, ids[:end]))
+    return found
 
 
 def _continuations(loaded: LoadedModel, items: Sequence[Sentence], new_tokens: int) -> np.ndarray:
