@@ -23,7 +23,7 @@ from sspcompile.bench.process import Worker
 from sspcompile.bench.ratios import compare, compare_all
 from sspcompile.bench.roofline import predict, roofline
 from sspcompile.errors import CheckpointError, InputError, RunError
-from sspcompile.intervals import FEWEST_SAMPLES, Interval, mean_interval, ratio_interval, summarize
+from sspcompile.intervals import FEWEST_SAMPLES, Interval, mean_interval, ratio_interval, share_estimate, summarize
 from sspcompile.model.divergence import DivergenceAccumulator, compare_divergences, divergence
 
 # ---- intervals ----------------------------------------------------------------------------------------------
@@ -47,6 +47,28 @@ def test_an_interval_lies_within_the_samples_and_is_repeatable(values: list[floa
     assert first == second
     assert first is not None
     assert min(values) - 1e-9 <= first.low <= first.high <= max(values) + 1e-9
+
+
+@pytest.mark.parametrize(("texts", "positions", "share"), [(8, 2, 0.05), (12, 2, 0.1), (8, 16, 0.01), (24, 8, 0.05)])
+def test_the_interval_of_a_rare_share_covers_the_truth_about_as_often_as_it_says(texts, positions, share) -> None:
+    """Also where most draws see nothing at all."""
+    rng = np.random.default_rng(2)
+    covered = 0
+    for trial in range(200):
+        found = rng.binomial(positions, share, texts) / positions
+        one = share_estimate(found.tolist(), [positions] * texts, seed=trial)
+        assert one.low is not None and one.high is not None and one.low <= one.value <= one.high
+        covered += one.low <= share <= one.high
+    assert covered / 200 >= 0.9
+
+
+def test_a_share_of_nothing_is_as_wide_as_its_positions_are_few() -> None:
+    few, many = (share_estimate([0.0] * 8, [count] * 8, seed=0) for count in (2, 200))
+    assert (few.value, few.low, few.high) == (0, 0, pytest.approx(0.1936, abs=1e-4))
+    assert many.high is not None and 0 < many.high < 0.003
+    turned = share_estimate([1.0] * 8, [2] * 8, seed=0).rest
+    assert (turned.low, turned.high) == (0, pytest.approx(few.high))
+    assert share_estimate([0.0] * 4, [2] * 4, seed=0).high is None
 
 
 def test_few_samples_give_no_interval() -> None:

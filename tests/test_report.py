@@ -282,6 +282,14 @@ def test_a_bound_on_the_loss_is_told_in_the_unit_that_was_measured() -> None:
     assert "75 % of the heads are kept" in told and "88 % of the heads 4 %" in told
 
 
+@pytest.mark.parametrize(("most", "shown"), [(0.092, False), (0.03, True)])
+def test_a_bound_that_the_deciding_prompts_are_too_few_to_show_is_told(most: float, shown: bool) -> None:
+    walked = {"max_loss": 0.05, "measured": ((0.75, 0.2), (0.88, 0.0)), "at_most": (0.3, most)}
+    told = text_of(narrowed_report(**walked), width=300)
+    assert ("have too few tokens to show 5 %: even a model" in told) == (not shown)
+    assert ("no less than 9.2 %" in told) == (not shown)
+
+
 def test_numbers_that_were_allowed_are_told_with_what_they_were_counted_for() -> None:
     memory = {"memory_requested": 6 << 30, "memory_achieved": 5 << 30, "context": 8192, "batch": 4}
     told = text_of(narrowed_report(params_requested=1_200_000), width=300)

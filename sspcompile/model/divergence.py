@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from sspcompile.errors import RunError
-from sspcompile.intervals import Estimate, mean_estimate
+from sspcompile.intervals import Estimate, mean_estimate, share_estimate
 from sspcompile.model.finite import demand_finite
 from sspcompile.model.stored import in_double
 
@@ -117,13 +117,14 @@ class DivergenceAccumulator:
         prompts = sorted(self._kl)
         kl = [float(np.mean(self._kl[p])) for p in prompts]
         agree = [float(np.mean(self._agree[p])) for p in prompts]
+        positions = tuple(len(self._kl[p]) for p in prompts)
         return Divergence(
             mean_kl=mean_estimate(kl, seed=seed),
-            top1_agreement=mean_estimate(agree, seed=seed),
+            top1_agreement=share_estimate(agree, positions, seed=seed),
             prompts=tuple(prompts),
             kl_per_prompt=tuple(kl),
             agreement_per_prompt=tuple(agree),
-            positions_per_prompt=tuple(len(self._kl[p]) for p in prompts),
+            positions_per_prompt=positions,
             **_references([float(np.mean(self._reference[p])) for p in prompts if p in self._reference], seed),
         )
 
@@ -166,7 +167,7 @@ def average(divergences: Sequence[Divergence], *, seed: int = 0) -> Divergence:
     return replace(
         first,
         mean_kl=mean_estimate(kl, seed=seed),
-        top1_agreement=mean_estimate(agree, seed=seed),
+        top1_agreement=share_estimate(agree, first.positions_per_prompt, seed=seed),
         kl_per_prompt=tuple(kl),
         agreement_per_prompt=tuple(agree),
         **_references(np.mean([d.reference_per_prompt for d in divergences], axis=0).tolist(), seed),

@@ -191,6 +191,19 @@ def _bound(changed: Estimate, budget: BudgetSection | None) -> Iterator[str]:
     if budget is not None and budget.max_loss is not None and changed.value > budget.max_loss:
         chance = "" if changed.low is not None and changed.low > budget.max_loss else ", by no more than chance may do"
         yield f"That is above the {percent(budget.max_loss)} that --max-loss allows{chance}."
+    if (least := _least_shown(budget)) is not None:
+        yield (
+            f"The prompts that decide have too few tokens to show {percent(least[1])}: even a model that changes none "
+            f"of them shows no less than {percent(least[0])}. More prompts of your own would tell."
+        )
+
+
+def _least_shown(budget: BudgetSection | None) -> tuple[float, float] | None:
+    """The loss that a mask which changed nothing may yet have, and the bound, where that is above it."""
+    if budget is None or budget.max_loss is None:
+        return None
+    nothing = [most for (_, loss), most in zip(budget.measured, budget.at_most, strict=False) if loss == 0]
+    return (nothing[0], budget.max_loss) if nothing and nothing[0] > budget.max_loss else None
 
 
 def _rounding(section: RoundingSection, budget: BudgetSection | None) -> Iterator[str]:

@@ -57,7 +57,8 @@ class Allowed:
     """The share of next tokens that may change hands: on the scenario's texts (None: any), and by protected domain.
 
     A bound is for the upper end of the interval that the texts give: of masks that are searched for the smallest, the
-    one that is taken owes a part of its figure to chance.
+    one that is taken owes a part of its figure to chance. A mask that changes nothing on the texts is within any bound,
+    whatever so few can show: that is all that the dense model could show on them.
     """
 
     max_loss: float | None
@@ -70,8 +71,8 @@ class Allowed:
 
     def excess(self, one: Rung) -> float:
         """By how much a mask is above the bound that it is furthest above; 0 or less where all hold."""
-        over = [lost.most - most for lost, most in zip(one.protected, self.protect.values(), strict=True)]
-        return max(over if self.max_loss is None else [one.loss.most - self.max_loss, *over])
+        over = [_above(lost, most) for lost, most in zip(one.protected, self.protect.values(), strict=True)]
+        return max(over if self.max_loss is None else [_above(one.loss, self.max_loss), *over])
 
     def __str__(self) -> str:
         """As what is said of a mask: `changes at most ...`."""
@@ -88,11 +89,16 @@ class Allowed:
 
     def looser(self, one: Rung) -> Iterator[str]:
         """The options that would let a mask pass, for the bounds that it is above."""
-        if self.max_loss is not None and (one.loss.most > self.max_loss or not self.protect):
+        if self.max_loss is not None and (_above(one.loss, self.max_loss) > 0 or not self.protect):
             yield f"--max-loss {_up(one.loss.most)}"
         for (name, most), lost in zip(self.protect.items(), one.protected, strict=True):
-            if lost.most > most:
+            if _above(lost, most) > 0:
                 yield f"--protect {name}={_up(lost.most)}"
+
+
+def _above(loss: Estimate, most: float) -> float:
+    """By how much a loss may be above a bound; not at all where there is none."""
+    return (loss.most if loss.value > 0 else 0.0) - most
 
 
 def _percent(loss: Estimate) -> str:
