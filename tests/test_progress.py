@@ -1,4 +1,4 @@
-"""What a run says of how far it is: one line on a terminal, nothing elsewhere."""
+"""What a run says of how far it is: one line on a terminal, one a minute elsewhere."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import subprocess
 import sys
 
 import pytest
+
+from sspcompile.cli.progress import stages
 
 CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 PROGRAM = """
@@ -55,11 +57,36 @@ def test_a_terminal_shows_one_line_with_steps_times_and_memory():
 
 
 @pytest.mark.parametrize("quiet", [True, False])
-def test_elsewhere_nothing_is_written(quiet):
+def test_elsewhere_nothing_is_written_within_a_minute(quiet):
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(quiet=quiet)], capture_output=True, text=True, check=True
     )
     assert done.stdout == done.stderr == ""
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_log_gets_a_line_a_minute_with_what_is_done_and_left(quiet, monkeypatch, capsys):
+    """Standard error is no terminal under a scheduler, nohup or CI; an hour of silence looks like a run that hangs."""
+    clock = iter((0, 0, 10, 70, 90, 100, 131, 200))
+    monkeypatch.setattr("sspcompile.cli.progress.time.monotonic", lambda: float(next(clock)))
+    with stages(quiet, libraries=False) as report:
+        if not quiet:
+            next(clock)
+            for done in (4, 6, 7, 8):  # the first four are of an earlier run
+                report("head scores", done, 16)
+            report("cutting", 0, 123456789)
+            report("cutting", 100000000, 123456789)
+    written = capsys.readouterr()
+    assert written.out == ""
+    assert written.err.splitlines() == (
+        []
+        if quiet
+        else [
+            "head scores: 6/16, 1 min gone, about 5 min left of this stage",
+            "cutting: 0%, 2 min gone",
+            "cutting: 81%, 3 min gone, about 0 min left of this stage",
+        ]
+    )
 
 
 def test_a_quiet_run_writes_nothing_to_a_terminal():

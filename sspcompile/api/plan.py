@@ -36,6 +36,7 @@ from sspcompile.slicing.sizes import smallest_size
 from sspcompile.workspace import Workspace
 
 if TYPE_CHECKING:
+    from sspcompile.model.dense import DenseModel
     from sspcompile.select.reading import Reading
 
 # What is planned where the budget is a bound on the loss: only a build, which measures, knows what that leaves. Of all
@@ -177,6 +178,16 @@ def plan_scenario(
     choices = choices_for(reading, loaded.geometry)
     masks = [mask_of(reading, loaded, choice, layout) for layout, choice in choices.items()]
     return [make_plan(dense.checkpoint, mask, host=options.wanted_host) for mask in masks], reading
+
+
+def reads_pools(request: Request, dense: DenseModel, workspace: Workspace) -> bool:
+    """Whether the model has no toolkit yet, and reads the domain pools for one before it plans a scenario."""
+    from sspcompile.prepare.toolkits import is_stated, toolkit_folder
+    from sspcompile.select.scoring import cached_keys
+
+    options = request.options
+    stated = is_stated(request.scenario, options, cached_keys(request))
+    return not stated and not toolkit_folder(dense, options, workspace).exists()
 
 
 def needs_model(options: Options) -> bool:

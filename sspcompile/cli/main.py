@@ -175,7 +175,10 @@ def _exit_interrupted(terminated: bool, *, in_process: bool) -> None:
     Once transformers has loaded a model, something in the process answers the interpreter's ordinary end with SIGINT
     again, and the shell would see a signal instead of the code; so the program itself ends without that stage.
     """
-    click.echo("Error: Interrupted; nothing unfinished was published.", err=True)
+    click.echo(
+        "Error: Interrupted; nothing unfinished was published. A build, prepare or bench goes on where it was.",
+        err=True,
+    )
     code = EXIT_TERMINATED if terminated else EXIT_INTERRUPTED
     if in_process:
         sys.exit(code)

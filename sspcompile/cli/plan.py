@@ -35,7 +35,7 @@ WITH_FROM = {"nested_artifact", "as_json", "quiet"}
 
 
 @click.command(
-    short_help="Show what a build would write, and touch no weights.",
+    short_help="Show what a build would write, and write nothing.",
     epilog="""\b
 Examples:
   sspcompile plan --scenario finance-desk --size 0.8
@@ -71,10 +71,11 @@ def plan(
     """Show parameters, bytes, KV bytes and FLOPs per token, and which runtimes will load the result.
 
     Without a scenario, or for a folder that holds no weights, sizes follow from counts alone, read from the headers in
-    a moment whatever the size of the model: which heads and channels stay is then left open. With a scenario and
-    --layout auto both layouts are shown, because `build` measures before it chooses; --json then has the uniform one at
-    the top and both under "layouts". The last table is what other sizes come to, down to the smallest; memory is that
-    of weights and the KV cache of --batch sequences of --context tokens. With --max-latency it has the time of a token.
+    a moment whatever the size of the model: which heads and channels stay is then left open. With a scenario the model
+    reads its texts, and before its first scenario the domain pools, which takes minutes. With --layout auto both
+    layouts are shown then, because `build` measures before it chooses; --json then has the uniform one at the top and
+    both under "layouts". The last table is what other sizes come to, down to the smallest; memory is that of weights
+    and the KV cache of --batch sequences of --context tokens. With --max-latency it has the time of a token.
     """
     if nested_artifact is not None:
         _members(nested_artifact, as_json)
@@ -149,7 +150,7 @@ def _table(options: Options, quiet: bool, placement: Placement) -> LatencyTable 
 def _plans(
     request: Request, scenario: str | None, mask: Path | None, quiet: bool, placement: Placement
 ) -> list[SlicePlan]:
-    from sspcompile.api.plan import needs_model, plan_mask, plan_scenario, plan_sizes
+    from sspcompile.api.plan import needs_model, plan_mask, plan_scenario, plan_sizes, reads_pools
     from sspcompile.errors import InputError
     from sspcompile.model.dense import holds_weights
 
@@ -172,6 +173,9 @@ def _plans(
         return [plan_sizes(options, _table(options, quiet, placement))]
     from sspcompile.cli.progress import stages
 
+    if reads_pools(request, dense, workspace()) and not quiet:
+        hint = "the sizes alone take a moment, without --scenario."
+        click.echo(f"The model first reads the domain pools, once, which takes minutes; {hint}", err=True)
     with stages(quiet) as progress:
         plans, reading = plan_scenario(request, workspace(), progress, placement=placement)
     warn_unknown(reading.mixture)
