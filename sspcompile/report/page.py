@@ -39,7 +39,8 @@ def _findings(report: Report, first: FirstScreen | None) -> Block:
     """The verdict in full, less what the first screen says."""
     sentences = verdict(report)[1 if first else 0 :]
     alarms = sum(map(alarming, sentences))
-    hint = f"{len(sentences)} sentences, {alarms or 'none'} of them a loss or a warning"
+    # Without one here: the first screen may have said it.
+    hint = f"{len(sentences)} sentences" + (f", {alarms} of them a loss or a warning" if alarms else "")
     return Block("findings", "Findings", sentences, hint=hint)
 
 
@@ -344,22 +345,22 @@ def _served(budget: BudgetSection) -> Iterator[str]:
 
 
 def _checks(report: Report) -> Block | None:
-    rows = [(row.name, "loads" if row.loads else "DOES NOT LOAD", row.note or "-") for row in report.runtimes]
-    parity = report.parity
+    tables, parity = [], report.parity
     if parity is not None:
         texts = {None: "not compared", True: "identical", False: "DIFFERENT"}[parity.texts_equal]
-        rows.append(
-            (
-                "equal to the masked model" + (", after repair" if parity.after_repair else ""),
-                "yes" if parity.holds else "NO",
-                f"difference of logits {figures(parity.relative)} of their scale in {parity.dtype}, "
-                f"allowed {figures(parity.tolerance)}; greedy text {texts}",
-            )
+        row = (
+            "equal to the masked model" + (", after repair" if parity.after_repair else ""),
+            "yes" if parity.holds else "NO",
+            f"difference of logits {figures(parity.relative)} of their scale in {parity.dtype}, "
+            f"allowed {figures(parity.tolerance)}; greedy text {texts}",
         )
-    if not rows:
-        return None
-    table = Table("What was checked", ("check", "result", "detail"), tuple(rows))
-    return Block("checks", "Checks", (), (table,), hint="what loads it, and whether it equals the masked model")
+        tables.append(Table("What was checked", ("check", "result", "detail"), (row,)))
+    rows = tuple((row.name, "yes" if row.loads else "NO", row.note or "-") for row in report.runtimes)
+    if rows:
+        # Small models of every family and layout were run in them; this one was not.
+        tables.append(Table("What takes such a model, by its family and layout", ("runtime", "takes it", "how"), rows))
+    hint = "whether it equals the masked model, and what takes it"
+    return Block("checks", "Checks", (), tuple(tables), hint=hint) if tables else None
 
 
 def _reproduce(report: Report) -> Block | None:

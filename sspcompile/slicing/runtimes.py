@@ -85,7 +85,7 @@ def _vllm(
         how = "--host granite, or --model-impl transformers (the native class derives head_dim)"
     else:
         how = "--model-impl transformers"
-    return Verdict("vLLM", True, f"{how}; {parallel}; run in {VLLM_VERSION}", degrees)
+    return Verdict("vLLM", True, f"{how}; {parallel}; tested with {VLLM_VERSION}", degrees)
 
 
 def _unsplittable(counts: Sequence[tuple[int, int]], degree: int) -> str:
@@ -122,4 +122,4 @@ def _llama_cpp(geometry: Geometry, gguf: GgufModel | str) -> Verdict:
     quants = f"; K-quants of {' and '.join(odd)} fall back (rows are not a multiple of {K_QUANT_BLOCK})" if odd else ""
     padded = ", padded to the widest layer" if gguf.form.padded and gguf.arrays else ""
     how = f"`sspcompile export --format gguf`, as architecture {gguf.form.architecture}{padded}"
-    return Verdict("llama.cpp", True, f"{how}{quants}; run in {LLAMA_VERSION}")
+    return Verdict("llama.cpp", True, f"{how}{quants}; tested with {LLAMA_VERSION}")
