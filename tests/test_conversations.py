@@ -9,14 +9,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from builders import Shape, make_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sspcompile.api.evaluate import Deployment, data_suite, fitted_prompts, scenario_suites
+from sspcompile.intervals import mean_estimate
+from sspcompile.model.loading import load
 from sspcompile.request.conversations import FEWEST_WAYS, Opening, asked_in, is_of, openings
 from sspcompile.request.domains import DomainPool
+from sspcompile.request.options import Options
 from sspcompile.request.prompts import Message, Prompt, answered, as_prompt, bare, passage, told
 from sspcompile.request.splits import Splits, draw_splits, seen, split
+from sspcompile.select.judging import Judge
+from sspcompile.select.texts import Texts
+from sspcompile.slicing.mask import Kept
 
 SYSTEM = Message("system", "You help customers of a bank.")
 POOLS = tuple(DomainPool(name, name, (), tuple(f"{name} {n}" for n in range(100))) for name in ("a", "b"))
@@ -122,6 +130,25 @@ def test_a_pool_prompt_that_opens_an_own_conversation_or_stands_in_one_is_not_as
     learned = [(SYSTEM, Message("user", f"a {n}")) for n in (0, 1, 2, 4, 5, 6, 8, 9)]
     found = drawn(learned)
     assert (found.own_guard, found.own_judge) == (0, 0)
+
+
+def test_what_a_build_judges_by_conversations_it_averages_and_draws_by_conversations(tmp_path: Path):
+    shape = Shape(layers=3, hidden=64, kv_heads=4, group_size=2, head_dim=16)
+    loaded = load(make_checkpoint(tmp_path, shape), fingerprint="")
+    options = Options(max_tokens=32, continuation_tokens=2)
+    spared = DomainPool("spared", "x", (), tuple(f"spared {n}" for n in range(40)))
+    found = draw_splits(log(range(80), 3), EVEN, POOLS, 0, {"spared": (spared,)})
+    judge = Judge(loaded, found, options, Texts(loaded, options), dtype=torch.float32)
+    kept = np.ones((3, 8), dtype=bool)
+    kept[0, :4] = False
+    reported, guarded = judge.reported(Kept(kept)).own, judge.guarded(Kept(kept))
+    assert judge.judged().owners == reported.owners
+    for one in (reported, guarded):
+        assert [one.owners.count(number) for number in range(10)] == [3] * 10
+        means = np.array(one.agreement_per_prompt).reshape(10, 3).mean(1)
+        assert one.top1_agreement == mean_estimate(means, seed=options.seed)
+        assert one.mean_kl.value == pytest.approx(np.mean(one.kl_per_prompt))
+    assert judge.protected("guard", Kept(kept))["spared"].owners == (), "prompts of pools are independent"
 
 
 def test_eval_asks_nothing_of_a_conversation_that_was_fitted_and_something_of_every_part_of_a_file(tmp_path: Path):

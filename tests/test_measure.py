@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from sspcompile.bench.ratios import compare, compare_all
 from sspcompile.bench.roofline import predict, roofline
 from sspcompile.errors import CheckpointError, InputError, RunError
 from sspcompile.intervals import FEWEST_SAMPLES, Interval, mean_interval, ratio_interval, summarize
-from sspcompile.model.divergence import DivergenceAccumulator, compare_divergences, divergence
+from sspcompile.model.divergence import Divergence, DivergenceAccumulator, average, compare_divergences, divergence
 
 # ---- intervals ----------------------------------------------------------------------------------------------
 
@@ -207,6 +208,53 @@ def test_the_interval_is_over_prompts_and_covers_the_mean() -> None:
     assert len(found.prompts) == 20
     assert found.mean_kl.low is not None
     assert found.mean_kl.low <= found.mean_kl.value <= found.mean_kl.high
+
+
+def collected(dense: np.ndarray, other: np.ndarray, index: np.ndarray, owners: Sequence[int] = ()) -> Divergence:
+    """With a reference for every third of 24 prompts, which may come again."""
+    accumulator = DivergenceAccumulator()
+    references = torch.arange(len(index)) % 48 % dense.shape[1]
+    accumulator.add(dense, other, index, torch.where(torch.from_numpy(index) % 3 == 0, references, -1))
+    return accumulator.result(seed=1, owners=owners)
+
+
+@pytest.mark.parametrize("times", [2, 3, 8])
+def test_what_is_told_several_times_in_one_conversation_is_one_text(times: int) -> None:
+    rng = np.random.default_rng(0)
+    dense, near, far, index = *rng.normal(size=(3, 48, 7)), np.arange(48) // 2
+    owners = [n % 24 for n in range(24 * times)]
+    repeated = np.concatenate([index + 24 * n for n in range(times)])
+    again = [collected(np.tile(dense, (times, 1)), np.tile(o, (times, 1)), repeated, owners) for o in (near, far)]
+    once = [collected(dense, other, index) for other in (near, far)]
+    found = ((*again, average(again), compare_divergences(*again)), (*once, average(once), compare_divergences(*once)))
+    for many, one in zip(*found, strict=True):
+        pairs = [(many, one)]
+        if isinstance(many, Divergence):
+            figures = ("mean_kl", "top1_agreement", "reference_loss", "perplexity")
+            pairs = [(getattr(many, figure), getattr(one, figure)) for figure in figures]
+        for a, b in pairs:
+            assert (a.value, a.low, a.high) == pytest.approx((b.value, b.low, b.high), rel=1e-9)
+
+
+def test_texts_of_different_conversations_are_judged_to_the_bit_as_without_any() -> None:
+    rng = np.random.default_rng(0)
+    dense, other, index = *rng.normal(size=(2, 48, 7)), np.arange(48) // 2
+    assert collected(dense, other, index, range(24)) == collected(dense, other, index, range(24, 0, -1))
+    assert collected(dense, other, index, range(24)) == collected(dense, other, index)
+
+
+def test_the_interval_of_many_answers_to_a_few_questions_holds_the_truth() -> None:
+    """12 questions with 8 answers each, which a cut changes in about as many places."""
+    rng, right, alone = np.random.default_rng(0), 0, 0
+    owner = np.repeat(np.arange(12), 8)
+    index, dense = np.repeat(np.arange(96), 16), np.tile([1.0, 0.0], (96 * 16, 1))
+    for _ in range(100):
+        changed = rng.random(96 * 16) < np.repeat(rng.beta(1, 9, 12)[owner], 16)
+        other = np.where(changed[:, None], dense[:, ::-1], dense)
+        whole, apart = (collected(dense, other, index, owners).changed for owners in (owner.tolist(), ()))
+        right += whole.low <= 0.1 <= whole.high
+        alone += apart.low <= 0.1 <= apart.high
+    assert right >= 85 and alone < 75
 
 
 def test_divergence_refuses_what_cannot_be_compared() -> None:
