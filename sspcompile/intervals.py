@@ -123,8 +123,8 @@ def mean_estimate(values: Sequence[float] | np.ndarray, *, seed: int) -> Estimat
     return Estimate.of(float(np.mean(values)), mean_interval(values, seed=seed))
 
 
-def share_estimate(shares: Sequence[float], counts: Sequence[int], *, seed: int) -> Estimate:
-    """The mean of shares in [0, 1], each of so many positions, with its interval: that of the mean, and no narrower
+def share_estimate(shares: Sequence[float] | np.ndarray, positions: int, *, seed: int) -> Estimate:
+    """The mean of shares in [0, 1] of so many positions in all, with its interval: that of the mean, and no narrower
     than Wilson's for as many independent positions (Probable inference, 1927). Where nothing differs all resamples are
     alike, and ten positions would seem to say as much as a thousand.
     """
@@ -133,7 +133,6 @@ def share_estimate(shares: Sequence[float], counts: Sequence[int], *, seed: int)
         return found
     from scipy import stats
 
-    positions = sum(counts)
     trials = stats.binomtest(round(found.value * positions), positions)
     ends = trials.proportion_ci(LEVEL, method="wilson")
     return Estimate(found.value, min(found.low, float(ends.low)), max(found.high, float(ends.high)))

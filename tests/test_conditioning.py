@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,18 +19,20 @@ from sspcompile.errors import ScenarioError, ToolkitError
 from sspcompile.prepare import features, importance_of, prepare, with_scores
 from sspcompile.prepare.direct import relative_variance, spread_by_domain
 from sspcompile.prepare.stages import Stages
-from sspcompile.progress import no_steps
+from sspcompile.progress import no_steps, silent
 from sspcompile.request.domains import load_outside, load_pools
 from sspcompile.request.options import Options
 from sspcompile.request.request import Request
 from sspcompile.request.scenario import Scenario
 from sspcompile.request.splits import fit_part, own_fit_part, split
+from sspcompile.select import baselines
 from sspcompile.select.budget import cuts_channels
 from sspcompile.select.mixture import Mixture, ablated, head_scores, mixture_of
 from sspcompile.select.reading import Reading, read_through
 from sspcompile.select.scoring import ENOUGH_PROMPTS, cached_keys, measured, measured_rankings, score_heads
 from sspcompile.select.shrinkage import shrink
 from sspcompile.select.texts import Texts
+from sspcompile.slicing.sizes import Worth
 
 SHAPE, COUNT = (2, 3), 3
 scores = hnp.arrays(np.float64, (*SHAPE, COUNT), elements=st.floats(0, 100))
@@ -219,6 +222,23 @@ def test_costs_rise_with_depth_where_a_repair_will_mend_what_early_layers_lose(m
     np.testing.assert_allclose(heads, np.exp([-1 / 3, 0, 1 / 3]))
     np.testing.assert_allclose(mended.channels, plain.channels * heads[:, None])
     np.testing.assert_array_equal(mended.rankings[1].values, plain.rankings[1].values)
+
+
+def test_a_baseline_prices_heads_and_channels_alike_whatever_the_build_repairs(model, monkeypatch):
+    """Its masks within the same bounds follow from one score, not from heads by one and channels by another."""
+    told = prepare(model, pools(12), outside(), criteria=(), continuation_tokens=3)
+    read = scenario(prompts=pool_of("chemistry", DOMAINS["chemistry"], 2 * ENOUGH_PROMPTS, seed=5).prompts)
+    seen: list[Worth] = []
+    monkeypatch.setattr(baselines, "within", lambda reading, g, layout, worth: (seen.append(worth),))
+    for repair in ("least-squares", "none"):
+        found = compiled(model, told, read, criterion="auto", size=0.9, baselines="all", repair=repair)
+        sentences = Texts(model, found.options).continued(found.splits.fit[:4])
+        judge = SimpleNamespace(loaded=model, sentences=sentences, progress=silent, peers=lambda *, channels: ())
+        names = [one.name for one in baselines.rivals(found, told, judge, "per-layer")]
+        assert names.count("criterion fisher") == 1
+    mended, plain = (seen[place] for place in (baselines.SEEDS, len(seen) // 2 + baselines.SEEDS))
+    np.testing.assert_array_equal(mended.heads, plain.heads)
+    np.testing.assert_array_equal(mended.channels, plain.channels)
 
 
 def test_spread_is_cached_per_domain(model, toolkit):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from sspcompile.bench.ratios import compare, compare_all
 from sspcompile.bench.roofline import predict, roofline
 from sspcompile.errors import CheckpointError, InputError, RunError
 from sspcompile.intervals import FEWEST_SAMPLES, Interval, mean_interval, ratio_interval, share_estimate, summarize
-from sspcompile.model.divergence import DivergenceAccumulator, compare_divergences, divergence
+from sspcompile.model.divergence import Divergence, DivergenceAccumulator, average, compare_divergences, divergence
 
 # ---- intervals ----------------------------------------------------------------------------------------------
 
@@ -56,19 +57,19 @@ def test_the_interval_of_a_rare_share_covers_the_truth_about_as_often_as_it_says
     covered = 0
     for trial in range(200):
         found = rng.binomial(positions, share, texts) / positions
-        one = share_estimate(found.tolist(), [positions] * texts, seed=trial)
+        one = share_estimate(found.tolist(), positions * texts, seed=trial)
         assert one.low is not None and one.high is not None and one.low <= one.value <= one.high
         covered += one.low <= share <= one.high
     assert covered / 200 >= 0.9
 
 
 def test_a_share_of_nothing_is_as_wide_as_its_positions_are_few() -> None:
-    few, many = (share_estimate([0.0] * 8, [count] * 8, seed=0) for count in (2, 200))
+    few, many = (share_estimate([0.0] * 8, 8 * count, seed=0) for count in (2, 200))
     assert (few.value, few.low, few.high) == (0, 0, pytest.approx(0.1936, abs=1e-4))
     assert many.high is not None and 0 < many.high < 0.003
-    turned = share_estimate([1.0] * 8, [2] * 8, seed=0).rest
+    turned = share_estimate([1.0] * 8, 16, seed=0).rest
     assert (turned.low, turned.high) == (0, pytest.approx(few.high))
-    assert share_estimate([0.0] * 4, [2] * 4, seed=0).high is None
+    assert share_estimate([0.0] * 4, 8, seed=0).high is None
 
 
 def test_few_samples_give_no_interval() -> None:
@@ -229,6 +230,53 @@ def test_the_interval_is_over_prompts_and_covers_the_mean() -> None:
     assert len(found.prompts) == 20
     assert found.mean_kl.low is not None
     assert found.mean_kl.low <= found.mean_kl.value <= found.mean_kl.high
+
+
+def collected(dense: np.ndarray, other: np.ndarray, index: np.ndarray, owners: Sequence[int] = ()) -> Divergence:
+    """With a reference for every third of 24 prompts, which may come again."""
+    accumulator = DivergenceAccumulator()
+    references = torch.arange(len(index)) % 48 % dense.shape[1]
+    accumulator.add(dense, other, index, torch.where(torch.from_numpy(index) % 3 == 0, references, -1))
+    return accumulator.result(seed=1, owners=owners)
+
+
+@pytest.mark.parametrize("times", [2, 3, 8])
+def test_what_is_told_several_times_in_one_conversation_is_one_text(times: int) -> None:
+    rng = np.random.default_rng(0)
+    dense, near, far, index = *rng.normal(size=(3, 48, 7)), np.arange(48) // 2
+    owners = [n % 24 for n in range(24 * times)]
+    repeated = np.concatenate([index + 24 * n for n in range(times)])
+    again = [collected(np.tile(dense, (times, 1)), np.tile(o, (times, 1)), repeated, owners) for o in (near, far)]
+    once = [collected(dense, other, index) for other in (near, far)]
+    found = ((*again, average(again), compare_divergences(*again)), (*once, average(once), compare_divergences(*once)))
+    for many, one in zip(*found, strict=True):
+        pairs = [(many, one)]
+        if isinstance(many, Divergence):
+            figures = ("mean_kl", "top1_agreement", "reference_loss", "perplexity")
+            pairs = [(getattr(many, figure), getattr(one, figure)) for figure in figures]
+        for a, b in pairs:
+            assert (a.value, a.low, a.high) == pytest.approx((b.value, b.low, b.high), rel=1e-9)
+
+
+def test_texts_of_different_conversations_are_judged_to_the_bit_as_without_any() -> None:
+    rng = np.random.default_rng(0)
+    dense, other, index = *rng.normal(size=(2, 48, 7)), np.arange(48) // 2
+    assert collected(dense, other, index, range(24)) == collected(dense, other, index, range(24, 0, -1))
+    assert collected(dense, other, index, range(24)) == collected(dense, other, index)
+
+
+def test_the_interval_of_many_answers_to_a_few_questions_holds_the_truth() -> None:
+    """12 questions with 8 answers each, which a cut changes in about as many places."""
+    rng, right, alone = np.random.default_rng(0), 0, 0
+    owner = np.repeat(np.arange(12), 8)
+    index, dense = np.repeat(np.arange(96), 16), np.tile([1.0, 0.0], (96 * 16, 1))
+    for _ in range(100):
+        changed = rng.random(96 * 16) < np.repeat(rng.beta(1, 9, 12)[owner], 16)
+        other = np.where(changed[:, None], dense[:, ::-1], dense)
+        whole, apart = (collected(dense, other, index, owners).changed for owners in (owner.tolist(), ()))
+        right += whole.low <= 0.1 <= whole.high
+        alone += apart.low <= 0.1 <= apart.high
+    assert right >= 85 and alone < 75
 
 
 def test_divergence_refuses_what_cannot_be_compared() -> None:

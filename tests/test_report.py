@@ -45,7 +45,7 @@ from sspcompile.report.page import report_page
 from sspcompile.report.schema import SCHEMAS, schema_text
 from sspcompile.report.svg import render_svg
 from sspcompile.report.text import render_text
-from sspcompile.report.verdict import headline, verdict
+from sspcompile.report.verdict import alarming, headline, verdict
 
 EVIL = "<script>alert(1)</script> \x1b[31mred\x07 [bold]x[/bold] | a\n# head ![i](http://x.y/z.png) \u202eabc &amp;"
 
@@ -507,7 +507,7 @@ def test_one_conclusion_follows_from_the_numbers() -> None:
     changed = quality("ours", 1.0, "ours", agreement=0.5)
     assert concluded(quality=(changed,)).startswith("DO NOT SHIP: 50 %")
     for times, word in ((1.05, "TEST BEFORE YOU SHIP: 50 %"), (1.06, "DO NOT SHIP: 50 %")):
-        answering = changed.model_copy(update={"answer_perplexity": Estimate(value=times, low=0.9, high=1.2)})
+        answering = changed.model_copy(update={"answer_perplexity": Estimate(value=times, low=0.9, high=1.1)})
         assert concluded(quality=(answering,)).startswith(word)
         assert ("a different model in use" in verdict_of(quality=(answering,))) == (times > 1.05)
     few = changed.model_copy(update={"answer_perplexity": Estimate(value=1.0)})
@@ -535,6 +535,52 @@ def test_one_conclusion_follows_from_the_numbers() -> None:
     )
     both = concluded(quality=(ours.model_copy(update=off),), latency=same)
     assert both.startswith("NO MEASURABLE GAIN IN SPEED; loses quality off domain, where 30 % of the next tokens")
+
+
+@pytest.mark.parametrize("agreement", [0.92, 0.5])
+@pytest.mark.parametrize("speed", [None, 0.5, 1.0])
+def test_no_conclusion_praises_a_build_that_measurably_loses_more_than_was_allowed(agreement, speed) -> None:
+    ours = quality("ours", 0.1, "ours", agreement=agreement)
+    latency = None if speed is None else latency_section(bench_result(prefill=speed, decode=speed))
+
+    def told(max_loss: float | None, row: QualityRow = ours) -> str:
+        budget = BudgetSection(keep_requested=1, keep_achieved=1, max_loss=max_loss)
+        return headline(Report(title="x", quality=(row,), budget=budget, latency=latency)) or ""
+
+    if agreement < 0.9:
+        assert told(0.02).startswith("DO NOT SHIP")
+        answering = ours.model_copy(update={"answer_perplexity": Estimate(value=1.0, low=0.95, high=1.05)})
+        assert "about as likely as before" in told(0.02, answering)
+        assert "it loses more than --max-loss allows. Ask" in told(0.02, answering)
+        return
+    assert alarming(told(0.02)) and told(0.02) == (
+        "LOSES MORE THAN --max-loss ALLOWS: 8 % (7 % to 9 %) of the next tokens on the scenario's own domain differ "
+        "from the dense model's, of 2 % allowed. Try a smaller --max-loss."
+    )
+    off = {"off_kl": Estimate(value=0.5, low=0.4, high=0.6), "off_agreement": Estimate(value=0.7)}
+    assert "allowed; it also loses quality off domain, where 30 %" in told(0.02, ours.model_copy(update=off))
+    for chance in (0.075, 0.08, None):
+        assert "--max-loss" not in told(chance), "by no more than chance may do"
+
+
+def test_answers_hold_by_an_interval_that_says_so_and_not_by_a_figure_alone() -> None:
+    changed = quality("ours", 1.0, "ours", agreement=0.5)
+
+    def told(value: float, low: float | None, high: float | None) -> str:
+        row = changed.model_copy(update={"answer_perplexity": Estimate(value=value, low=low, high=high)})
+        return headline(Report(title="x", quality=(row,))) or ""
+
+    assert told(1.04, 0.99, 1.09).startswith("TEST BEFORE YOU SHIP")
+    for vague in ((1.04, 0.6, 2.1), (0.9, 0.6, 1.2), (1.0, None, None)):
+        assert told(*vague).startswith("DO NOT SHIP")
+
+
+@pytest.mark.parametrize("there", [0.96, 0.95, 0.9499, 0.94, 0.7, 1.0])
+def test_a_loss_off_domain_is_told_only_where_the_figures_beside_it_say_so(there) -> None:
+    ours = quality("ours", 0.1, "ours", agreement=0.95)
+    off = {"off_kl": Estimate(value=0.5, low=0.4, high=0.6), "off_agreement": Estimate(value=there)}
+    told = headline(Report(title="x", quality=(ours.model_copy(update=off),))) or ""
+    assert ("off domain" in told) == (there in (0.94, 0.7))
 
 
 def test_what_the_bytes_predict_is_told_with_the_reason_why_it_is_not_more() -> None:

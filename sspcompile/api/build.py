@@ -148,9 +148,10 @@ def _weighed(
     return rounding_of(
         dense,
         folder / MODEL,
-        selection.judged,
+        selection.judged.texts,
         request.options.quantize,
         folder,
+        owners=selection.judged.owners,
         refitted=folder,
         custom_code=plan.custom_code,
         seed=request.options.seed,

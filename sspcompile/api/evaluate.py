@@ -1,13 +1,15 @@
 """`eval`: which questions are asked, and what both models make of them.
 
 No prompt that chose heads, fitted a repair or decided between them is ever asked: those shares of the scenario's own
-prompts and of every domain pool (`request.splits`) are left out, and dropped from the user's data.
+prompts and of every domain pool (`request.splits`) are left out with all of their conversations, and dropped from the
+user's data.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +24,12 @@ from sspcompile.evaluate.results import SuiteResult, suite_result
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.prepare.toolkits import toolkit_for
 from sspcompile.progress import Progress, silent, within
+from sspcompile.request.conversations import Opening, is_of, openings
 from sspcompile.request.domains import DomainPool
 from sspcompile.request.pools import pools_of, shipped_pools
-from sspcompile.request.prompts import Passage, Prompt, answer_of, asked_of, bare
+from sspcompile.request.prompts import Passage, Prompt, answer_of, asked_of
 from sspcompile.request.request import built_request, read_request
-from sspcompile.request.splits import seen_part, split, whole_shares
+from sspcompile.request.splits import seen, split, thinned, whole_shares
 from sspcompile.select.reading import mixture_through
 from sspcompile.slicing.mask import load_mask
 from sspcompile.workspace import MASK, RECIPE, Workspace
@@ -47,12 +50,12 @@ class Suite:
 
 @dataclass(frozen=True)
 class Deployment:
-    """What a scenario is made of: domain -> weight (the unknown share spread evenly), its own prompts, those of them
-    which may have been fitted on, and the pools that it was built with."""
+    """What a scenario is made of: domain -> weight (the unknown share spread evenly), its own prompts, those of their
+    conversations which may have been fitted on, and the pools that it was built with."""
 
     weights: Mapping[str, float]
     prompts: tuple[Prompt, ...]
-    fitted: frozenset[Prompt]
+    fitted: frozenset[Opening]
     pools: tuple[DomainPool, ...]
 
 
@@ -73,7 +76,7 @@ def deployment_of(
         weights=_spread(shares, mixture.unknown),
         prompts=prompts,
         # Without a build's own record, it may have been built for this very scenario.
-        fitted=own.fitted if own is not None else frozenset(map(bare, seen_part(tuple(dict.fromkeys(prompts))))),
+        fitted=own.fitted if own is not None else seen(prompts),
         pools=own.pools if own is not None else pools_of(request.options).every,
     )
 
@@ -84,10 +87,7 @@ def _built_for(folder: Path) -> Deployment:
     given, prompts = pools_of(request.options), request.scenario.prompts
     stated = load_mask(folder / MASK).scenario
     return Deployment(
-        weights=_spread(stated["mixture"], stated["unknown"]),
-        prompts=prompts,
-        fitted=frozenset(map(bare, seen_part(tuple(dict.fromkeys(prompts))))),
-        pools=given.every,
+        weights=_spread(stated["mixture"], stated["unknown"]), prompts=prompts, fitted=seen(prompts), pools=given.every
     )
 
 
@@ -95,8 +95,8 @@ def _spread(weights: Mapping[str, float], unknown: float) -> dict[str, float]:
     return {name: (1 - unknown) * weight + unknown / len(weights) for name, weight in weights.items()}
 
 
-def fitted_prompts(deployment: Deployment | None, place: str) -> frozenset[Prompt]:
-    """Every prompt that may have chosen or repaired anything: those of the pools and the scenario's own.
+def fitted_prompts(deployment: Deployment | None, place: str) -> frozenset[Opening]:
+    """Every conversation that may have chosen or repaired anything: prompts of the pools and the scenario's own.
 
     Without a deployment the pools are those that ship for the model at `place`.
 
@@ -105,14 +105,12 @@ def fitted_prompts(deployment: Deployment | None, place: str) -> frozenset[Promp
     ready = shipped_pools(place)
     pools = deployment.pools if deployment else ready.every
     weights = deployment.weights if deployment else {pool.name: 1.0 for pool in ready.candidates}
-    learned: set[Prompt] = {
-        bare(prompt) for pool in pools for prompt in (seen_part(pool.prompts) if pool.name in weights else pool.prompts)
-    }
-    return frozenset(learned | (deployment.fitted if deployment else frozenset()))
+    learned = [seen(one.prompts) if one.name in weights else openings(one.prompts).values() for one in pools]
+    return frozenset(chain(*learned, deployment.fitted if deployment else ()))
 
 
 def scenario_suites(
-    deployment: Deployment, fitted: frozenset[Prompt], *, labelled: bool, count: int, seed: int
+    deployment: Deployment, fitted: frozenset[Opening], *, labelled: bool, count: int, seed: int
 ) -> list[Suite]:
     """`scenario`: own prompts that were held out and questions of its domains, in proportion to their weights;
     `off_domain`: questions of the other domains, as many of each. Both have about `count` prompts.
@@ -124,7 +122,7 @@ def scenario_suites(
     own = [name for name in names if deployment.weights[name] >= 1 / len(names) - 1e-6]
     other = [name for name in names if name not in own]
     asked = [prompt for prompt in dict.fromkeys(deployment.prompts) if not isinstance(prompt, Passage)]
-    held = [prompt for prompt in asked if bare(prompt) not in fitted][:count]
+    held = thinned([prompt for prompt in asked if not is_of(prompt, fitted)], count)
     share = [deployment.weights[name] for name in own]
     questions = [Question(asked_of(prompt), short_answers(prompt)) for prompt in held]
     pools = {pool.name: pool for pool in deployment.pools}
@@ -142,19 +140,19 @@ def _questions(
     count: int,
     pools: Mapping[str, DomainPool],
     labelled: bool,
-    fitted: frozenset[Prompt],
+    fitted: frozenset[Opening],
     seed: int,
 ) -> list[Question]:
     rng = np.random.default_rng(seed)
     found = []
     for domain, share in zip(domains, whole_shares(np.array(weights), count), strict=True):
         if labelled and known_questions(domain):
-            known = [one for one in known_questions(domain) if one.prompt.strip() not in fitted]
+            known = [one for one in known_questions(domain) if not is_of(one.prompt, fitted)]
             # Neighbours, so that every kind of task is asked; the next seed's stand behind them, round and round.
             drawn = (known[(seed * share + n) % len(known)] for n in range(min(share, len(known))))
             found += [Question(one.prompt, (one.answer,), None, domain) for one in drawn]
         else:
-            texts = [text for text in split(pools[domain].prompts)[2] if text.strip() not in fitted]
+            texts = [text for text in split(pools[domain].prompts)[2] if not is_of(text, fitted)]
             found += [Question(texts[n], domain=domain) for n in np.sort(rng.permutation(len(texts))[:share])]
     return found
 
@@ -165,10 +163,10 @@ def short_answers(prompt: Prompt) -> tuple[str, ...]:
     return (answer,) if answer is not None and len(answer.split()) <= SHORT_ANSWER else ()
 
 
-def data_suite(path: Path, fitted: frozenset[Prompt], *, count: int | None, seed: int) -> Suite:
+def data_suite(path: Path, fitted: frozenset[Opening], *, count: int | None, seed: int) -> Suite:
     """A file or folder of the user's. Raises InputError when it is malformed, or nothing of it may be asked."""
     read = read_data(path)
-    kept = [c for c in read if not any(bare(turn.prompt) in fitted for turn in c.turns)]
+    kept = [c for c in read if not any(is_of(turn.prompt, fitted) for turn in c.turns)]
     if not kept:
         raise InputError(f"Every prompt of {path} was fitted on.", hint="Evaluate on other prompts.")
     dropped = sum(len(c.turns) for c in read) - sum(len(c.turns) for c in kept)

@@ -41,6 +41,7 @@ from sspcompile.request.request import Request, built_request
 from sspcompile.request.rounding import Rounded
 from sspcompile.request.splits import draw_splits
 from sspcompile.select.budget import cuts_channels
+from sspcompile.select.judging import Judging
 from sspcompile.select.texts import Texts
 from sspcompile.slicing.mask import load_mask
 from sspcompile.workspace import MASK, RECIPE, REPORT, Workspace
@@ -123,14 +124,16 @@ def rounding_of(
     precision: Rounded,
     beside: Path,
     *,
+    owners: Sequence[int] = (),
     refitted: Path | None = None,
     custom_code: bool,
     seed: int,
     placement: Placement = ANYWHERE,
     progress: Progress = silent,
 ) -> RoundingSection:
-    """Weigh the model folder `cut`, rounded, against the dense model, in a scratch folder in `beside`. `refitted`: the
-    artifact that holds what was fitted for that rounding, where there is one.
+    """Weigh the model folder `cut`, rounded, against the dense model, in a scratch folder in `beside`. `owners`: the
+    conversations of the texts (nothing: each its own). `refitted`: the artifact that holds what was fitted for that
+    rounding, where there is one.
 
     Raises what `weigh` raises.
     """
@@ -139,7 +142,7 @@ def rounding_of(
     pair = Pair(dense.checkpoint.path, cut, precision, taken, custom_code)
     scales = _written(precision).scales(pair, placement)
     with tempfile.TemporaryDirectory(dir=beside) as place:
-        found = weigh(scales, texts, Path(place), seed=seed, progress=progress)
+        found = weigh(scales, texts, Path(place), owners=owners, seed=seed, progress=progress)
     asked = next(one for one in found if one.form == Form("cut", precision))
     return RoundingSection(
         precision=precision,
@@ -198,14 +201,15 @@ def weigh_build(
     dense, request = built.dense(model, option=option), built_request(built.folder / RECIPE)
     for folder in (dense.checkpoint.path, built.model):
         _written(precision).demand(folder)
-    texts = judged_texts(built, request, dense, placement=placement, progress=progress)
+    judged = judged_texts(built, request, dense, placement=placement, progress=progress)
     with scratch(built.folder.resolve().parent, f"{built.name}-rounding") as place:
         section = rounding_of(
             dense,
             built.model,
-            texts,
+            judged.texts,
             precision,
             place,
+            owners=judged.owners,
             refitted=built.folder,
             custom_code=built.custom_code,
             seed=request.options.seed,
@@ -226,12 +230,13 @@ def weigh_build(
 
 def judged_texts(
     built: Named, request: Request, dense: DenseModel, *, placement: Placement, progress: Progress
-) -> list[Sentence]:
+) -> Judging:
     """The texts that judged a finished build, drawn again from its recipe and its mixture, and continued again."""
     options, stated = request.options, load_mask(built.folder / MASK).scenario
     weights = np.array([*stated["mixture"].values()])
     parts = (1 - stated["unknown"]) * weights + stated["unknown"] / len(weights)
     pools = pools_of(options).named(tuple(stated["mixture"]))
-    judge = draw_splits(request.scenario.prompts, parts, pools, options.seed).judge
+    splits = draw_splits(request.scenario.prompts, parts, pools, options.seed)
     loaded = dense.load(placement=placement, rendering=rendering_of(options))
-    return Texts(loaded, options).continued(judge, stage_of(progress, "continuations (judge)"))
+    texts = Texts(loaded, options).continued(splits.judge, stage_of(progress, "continuations (judge)"))
+    return Judging(tuple(texts), splits.owners(splits.judge))

@@ -100,20 +100,28 @@ class Scales(Protocol):
 
 
 def weigh(
-    scales: Scales, texts: Sequence[Sentence], scratch: Path, *, seed: int = 0, progress: Progress = silent
+    scales: Scales,
+    texts: Sequence[Sentence],
+    scratch: Path,
+    *,
+    owners: Sequence[int] = (),
+    seed: int = 0,
+    progress: Progress = silent,
 ) -> tuple[Weighed, ...]:
-    """Read the texts with both models in all forms, which are laid into the empty folder `scratch`.
+    """Read the texts with both models in all forms, which are laid into the empty folder `scratch`. `owners`: the
+    conversations of the texts (nothing: each its own).
 
     Texts longer than the models' positions are left out. Raises InputError where none is left, and what `scales` raise.
     """
-    read = [text for text in texts if len(text.ids) <= scales.positions]
+    places = [place for place, text in enumerate(texts) if len(text.ids) <= scales.positions]
+    read, whose = [texts[place] for place in places], [owners[place] for place in places] if owners else ()
     if not read:
         raise InputError(
             f"Every text that judges the build is longer than the {scales.positions} tokens that the model reads.",
             hint="Build with a smaller --max-tokens.",
         )
     sizes = scales.lay(read, scratch, progress)
-    found = _divergences(scales, read, seed=seed, progress=progress)
+    found = _divergences(scales, read, whose, seed=seed, progress=progress)
     names = [form.precision or stored_name(scales.tensors(form.of)) for form in scales.forms]
     return tuple(map(Weighed, scales.forms, names, sizes, found))
 
@@ -123,7 +131,9 @@ def stored_name(tensors: Mapping[str, TensorInfo]) -> str:
     return tensors[EMBEDDING].dtype.lower().replace("f", "fp", 1).replace("bfp", "bf")
 
 
-def _divergences(scales: Scales, texts: Sequence[Sentence], *, seed: int, progress: Progress) -> list[Divergence]:
+def _divergences(
+    scales: Scales, texts: Sequence[Sentence], owners: Sequence[int], *, seed: int, progress: Progress
+) -> list[Divergence]:
     """Of every form from the first one. One of them is in memory at a time."""
     parts = _parted(scales, texts)
     collected = [DivergenceAccumulator() for _ in scales.forms]
@@ -138,7 +148,7 @@ def _divergences(scales: Scales, texts: Sequence[Sentence], *, seed: int, progre
                 other.add(wanted, logits, owner, references_of(batch, texts))
             done += 1
             progress("weighing", done, total)
-    return [one.result(seed=seed) for one in collected]
+    return [one.result(seed=seed, owners=owners) for one in collected]
 
 
 def _parted(scales: Scales, texts: Sequence[Sentence]) -> list[list[Batch]]:

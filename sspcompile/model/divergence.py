@@ -1,7 +1,8 @@
 """Label-free quality: how far the next-token distribution of another model is from the dense model's.
 
 The unit is the prompt: positions are averaged within a prompt first, and intervals resample prompts, because the
-positions of one prompt are not independent.
+positions of one prompt are not independent. Nor are the turns of one conversation, or the answers of one question:
+where it is known which prompts those are (`owners`), these are averaged first, and the conversation is the unit.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ ROW_ELEMENTS = 8_000_000  # elements of one float64 block of logits: 64 MB
 class Divergence:
     """Of the other model from the dense one. KL in nats per token, agreement as a share of positions in [0, 1].
 
-    The means are over prompts. The tuples hold one value per prompt, in ascending order of `prompts`. `reference_loss`:
-    by how much its cross-entropy of reference answers is above the dense one's, in nats per token, for the prompts that
-    have one; None without any.
+    The means are over conversations. The tuples hold one value per prompt, in ascending order of `prompts`.
+    `reference_loss`: by how much its cross-entropy of reference answers is above the dense one's, in nats per token,
+    for the prompts that have one; None without any. `owners` is the conversation of each prompt, `reference_owners` of
+    each that has a reference; nothing where each has its own.
     """
 
     mean_kl: Estimate
@@ -41,6 +43,8 @@ class Divergence:
     positions_per_prompt: tuple[int, ...]
     reference_loss: Estimate | None = None
     reference_per_prompt: tuple[float, ...] = ()
+    owners: tuple[int, ...] = ()
+    reference_owners: tuple[int, ...] = ()
 
     @property
     def changed(self) -> Estimate:
@@ -110,28 +114,57 @@ class DivergenceAccumulator:
         for place, above in zip(places.tolist(), (after - before).tolist(), strict=True):
             self._reference[index[place]].append(above)
 
-    def result(self, *, seed: int = 0) -> Divergence:
-        """Raises RunError when nothing was added."""
+    def result(self, *, seed: int = 0, owners: Sequence[int] = ()) -> Divergence:
+        """`owners`: the conversation of prompt 0, 1, ...; without them each is one. Raises RunError when nothing was
+        added.
+        """
         if not self._kl:
             raise RunError("There are no scored positions to compare.", hint="Give at least one prompt.")
         prompts = sorted(self._kl)
         kl = [float(np.mean(self._kl[p])) for p in prompts]
         agree = [float(np.mean(self._agree[p])) for p in prompts]
+        answered = [p for p in prompts if p in self._reference]
+        whose, of_answers = (_shared(owners, some) for some in (prompts, answered))
         positions = tuple(len(self._kl[p]) for p in prompts)
         return Divergence(
-            mean_kl=mean_estimate(kl, seed=seed),
-            top1_agreement=share_estimate(agree, positions, seed=seed),
+            mean_kl=_mean(kl, whose, seed),
+            top1_agreement=_share(agree, positions, whose, seed),
             prompts=tuple(prompts),
             kl_per_prompt=tuple(kl),
             agreement_per_prompt=tuple(agree),
             positions_per_prompt=positions,
-            **_references([float(np.mean(self._reference[p])) for p in prompts if p in self._reference], seed),
+            owners=whose,
+            **_references([float(np.mean(self._reference[p])) for p in answered], of_answers, seed),
         )
 
 
-def _references(losses: Sequence[float], seed: int) -> dict[str, Any]:
-    loss = mean_estimate(losses, seed=seed) if losses else None
-    return {"reference_loss": loss, "reference_per_prompt": tuple(losses)}
+def _shared(owners: Sequence[int], prompts: Sequence[int]) -> tuple[int, ...]:
+    """The conversations of these prompts; nothing where each has its own."""
+    found = tuple(owners[prompt] for prompt in prompts) if owners else ()
+    return found if len({*found}) < len(found) else ()
+
+
+def _by_owner(values: Sequence[float] | np.ndarray, owners: Sequence[int]) -> Sequence[float] | np.ndarray:
+    """The mean over the prompts of every conversation."""
+    if not owners:
+        return values
+    _, place = np.unique(owners, return_inverse=True)
+    return np.bincount(place, weights=values) / np.bincount(place)
+
+
+def _mean(values: Sequence[float] | np.ndarray, owners: Sequence[int], seed: int) -> Estimate:
+    """The mean over conversations."""
+    return mean_estimate(_by_owner(values, owners), seed=seed)
+
+
+def _share(shares: Sequence[float], positions: Sequence[int], owners: Sequence[int], seed: int) -> Estimate:
+    """The same of shares of so many positions; several texts of a conversation tell no more than one of their length."""
+    return share_estimate(_by_owner(shares, owners), round(sum(_by_owner(positions, owners))), seed=seed)
+
+
+def _references(losses: Sequence[float], owners: tuple[int, ...], seed: int) -> dict[str, Any]:
+    loss = _mean(losses, owners, seed) if losses else None
+    return {"reference_loss": loss, "reference_per_prompt": tuple(losses), "reference_owners": owners}
 
 
 def token_kl(dense: Tensor, other: Tensor) -> Tensor:
@@ -166,20 +199,22 @@ def average(divergences: Sequence[Divergence], *, seed: int = 0) -> Divergence:
     agree = np.mean([d.agreement_per_prompt for d in divergences], axis=0).tolist()
     return replace(
         first,
-        mean_kl=mean_estimate(kl, seed=seed),
-        top1_agreement=share_estimate(agree, first.positions_per_prompt, seed=seed),
+        mean_kl=_mean(kl, first.owners, seed),
+        top1_agreement=_share(agree, first.positions_per_prompt, first.owners, seed),
         kl_per_prompt=tuple(kl),
         agreement_per_prompt=tuple(agree),
-        **_references(np.mean([d.reference_per_prompt for d in divergences], axis=0).tolist(), seed),
+        **_references(
+            np.mean([d.reference_per_prompt for d in divergences], axis=0).tolist(), first.reference_owners, seed
+        ),
     )
 
 
 def compare_divergences(first: Divergence, second: Divergence, *, seed: int = 0) -> Estimate:
-    """Paired over prompts, in nats per token: the KL of `first` minus the KL of `second`.
+    """Paired over prompts, in nats per token: the KL of `first` minus the KL of `second`; over conversations as there.
 
     Raises ValueError for different prompts.
     """
     if first.prompts != second.prompts:
         raise ValueError("the two were measured on different prompts")
     gaps = np.subtract(first.kl_per_prompt, second.kl_per_prompt)
-    return mean_estimate(gaps, seed=seed)
+    return _mean(gaps, first.owners, seed)

@@ -24,13 +24,15 @@ from sspcompile.report.token_time import MISSED, token_time_verdict
 FEW_AGREE = 0.9
 # Many of those tokens are a toss-up; reference answers that the cut finds about as likely say that it still answers.
 ANSWERS_HOLD = 1.05
+# An interval that reaches further could as well be that of answers which got far less likely.
+ANSWERS_AT_MOST = 1.1
 # When this share of a decode step is no reading of memory, it is what keeps the saving from arriving.
 MUCH_ELSE = 0.25
 HEADLINE_METRICS = ("time to first token", "inter-token latency")
 SPOKEN_METRICS = (*HEADLINE_METRICS, "load", "peak resident memory", "peak device memory")
 ALARMS = (
     *("LOSS", "FAILED", "FURTHER", "DO NOT SHIP", "TEST BEFORE YOU SHIP", "FOR THIS SCENARIO ONLY"),
-    *("NO MEASURABLE GAIN", AS_GOOD, BETTER, MISSED),
+    *("LOSES MORE THAN", "NO MEASURABLE GAIN", AS_GOOD, BETTER, MISSED),
 )
 
 
@@ -66,12 +68,14 @@ def headline(report: Report) -> str | None:
         return None
     if parity is not None and not parity.holds:
         return "DO NOT SHIP: the files do not compute what the masked model computes."
-    narrow = _narrow(ours)
+    narrow, over = _narrow(ours), _over(ours.top1_agreement.rest, report.budget)
     loss = f"loses quality off domain, {narrow}" if narrow is not None else ""
     if broken := [one.domain for one in report.protected if one.broken]:
         loss = f"loses more of {' and '.join(broken)} than --protect allows"
     if ours.top1_agreement.value < FEW_AGREE:
-        return _few_agree(ours, loss)
+        return _few_agree(ours, " and ".join(filter(None, ("loses more than --max-loss allows" if over else "", loss))))
+    if over is not None:
+        return f"LOSES MORE THAN --max-loss ALLOWS: {over}{loss and f'; it also {loss}'}. Try a smaller --max-loss."
     faster = _faster(report.latency) if report.latency is not None else ""
     if report.latency is not None and not faster:
         return f"NO MEASURABLE GAIN IN SPEED{_smaller(report)}{loss and f'; {loss}'}."
@@ -96,23 +100,35 @@ def _few_agree(ours: QualityRow, loss: str) -> str:
     )
 
 
+def _over(changed: Estimate, budget: BudgetSection | None) -> str | None:
+    """What judging texts lose, where that is above --max-loss by more than chance may do; None otherwise."""
+    if budget is None or budget.max_loss is None or changed.low is None or changed.low <= budget.max_loss:
+        return None
+    lost, allowed = with_interval(changed, percent), percent(budget.max_loss)
+    return f"{lost} of the next tokens on the scenario's own domain differ from the dense model's, of {allowed} allowed"
+
+
 def _holding_answers(ours: QualityRow) -> Estimate | None:
-    """The perplexity of reference answers, where they hold; of texts too few for an interval nothing is concluded."""
+    """The perplexity of reference answers, where they hold. Nothing is concluded from texts that are too few for an
+    interval, or whose interval reaches above ANSWERS_AT_MOST.
+    """
     found = ours.answer_perplexity
-    return found if found is not None and found.low is not None and found.value <= ANSWERS_HOLD else None
+    if found is None or found.high is None or found.high > ANSWERS_AT_MOST:
+        return None
+    return found if found.value <= ANSWERS_HOLD else None
 
 
 def _narrow(ours: QualityRow) -> str | None:
-    """What is lost off domain beyond the own domain; None where the intervals meet or nothing was measured there."""
+    """What is lost off domain beyond the own domain; None where the intervals meet or nothing was measured there, and
+    where no more next tokens differ there, which is what is told.
+    """
     off = ours.off_kl
     if off is None or ours.off_agreement is None or off.low is None or ours.mean_kl.high is None:
         return None
-    if off.low <= ours.mean_kl.high:
+    if off.low <= ours.mean_kl.high or ours.off_agreement.value >= ours.top1_agreement.value:
         return None
-    return (
-        f"where {percent(1 - ours.off_agreement.value)} of the next tokens differ, "
-        f"against {percent(1 - ours.top1_agreement.value)} on its own"
-    )
+    there, own = percent(1 - ours.off_agreement.value), percent(1 - ours.top1_agreement.value)
+    return f"where {there} of the next tokens differ, against {own} on its own" if there != own else None
 
 
 def _faster(latency: LatencySection) -> str:
@@ -189,7 +205,7 @@ def _judged(report: Report) -> Iterator[str]:
 def _bound(changed: Estimate, budget: BudgetSection | None) -> Iterator[str]:
     """Where texts that decided nothing lose more than was allowed on those that did."""
     if budget is not None and budget.max_loss is not None and changed.value > budget.max_loss:
-        chance = "" if changed.low is not None and changed.low > budget.max_loss else ", by no more than chance may do"
+        chance = "" if _over(changed, budget) is not None else ", by no more than chance may do"
         yield f"That is above the {percent(budget.max_loss)} that --max-loss allows{chance}."
     if (least := _least_shown(budget)) is not None:
         yield (

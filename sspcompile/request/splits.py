@@ -1,20 +1,22 @@
 """The texts that a build looks at: which choose and repair, which guard the decisions, and which only judge.
 
-A text is in one part only. What is decided on a text (layout, whether and how strongly to repair) looks better there
-than elsewhere, so the texts that are reported decide nothing. The scenario's own prompts come first; where they are
-less than ENOUGH of what is wanted, pool prompts fill up in the proportion of the mixture, and the counts say so.
+A text is in one part only, with all texts of its conversation. What is decided on a text (layout, whether and how
+strongly to repair) looks better there than elsewhere, so the texts that are reported decide nothing. The scenario's own
+prompts come first; where they are less than ENOUGH of what is wanted, pool prompts fill up in the proportion of the
+mixture, and the counts say so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TypeVar
 
 import numpy as np
 
 from sspcompile.errors import InputError
+from sspcompile.request.conversations import Opening, asked_in, openings
 from sspcompile.request.domains import DomainPool
 from sspcompile.request.prompts import Prompt, bare
 
@@ -27,7 +29,8 @@ GUARD_PROMPTS = 32
 JUDGE_PROMPTS = 32
 OFF_PROMPTS = 32
 # Shares of these that the scenario's own prompts make up alone: what decides and judges is to be the scenario, and few
-# prompts, a dozen positions each, tell more of it than many others do.
+# prompts, a dozen positions each, tell more of it than many others do. Texts of one conversation decide and judge as
+# one, because they tell the same once more.
 ENOUGH = (1 / 2, 1 / 4, 1 / 4)
 # A domain is another one where it has less than this share of an equal part of the mixture.
 FOREIGN = 0.5
@@ -56,7 +59,7 @@ class Splits:
     and so is `off`: held-out prompts of the domains that the scenario is not about (none where it is about all).
 
     The first `own_fit`, `own_guard` and `own_judge` of them are the scenario's own prompts, and the last
-    `protected_fit` of `fit` those of the domains in `protected`.
+    `protected_fit` of `fit` those of the domains in `protected`. `conversations`: those of its own, as `openings`.
     """
 
     fit: tuple[Prompt, ...]
@@ -68,6 +71,13 @@ class Splits:
     own_judge: int
     protected: tuple[Protected, ...] = ()
     protected_fit: int = 0
+    conversations: Mapping[Prompt, Opening] = field(default_factory=dict)
+
+    def owners(self, texts: Sequence[Prompt]) -> tuple[int, ...]:
+        """The conversation of each of the texts, by number; a pool prompt is one of its own."""
+        whose = [self.conversations.get(bare(text), text) for text in texts]
+        number = {one: index for index, one in enumerate(dict.fromkeys(whose))}
+        return tuple(number[one] for one in whose)
 
     def counts(self) -> dict[str, int]:
         """How many texts each part has, how many of them are the scenario's own, and where domains are protected how
@@ -101,14 +111,17 @@ class Splits:
 
 
 def split(texts: Sequence[Item]) -> tuple[tuple[Item, ...], tuple[Item, ...], tuple[Item, ...]]:
-    """(fit, guard, judge): questions 7, 15, ... guard and 3, 11, ... judge, so that a sorted file is split evenly.
+    """(fit, guard, judge): conversations 7, 15, ... guard and 3, 11, ... judge, so that a sorted file is split evenly.
 
-    A question that comes with several answers is in one part, with all of them.
+    A text without messages is a conversation. The turns of one (`openings`) are in one part, and so are the answers of
+    one question. Of fewer than eight conversations none guards, of fewer than four none judges, however many turns they
+    have: pools fill up.
     """
-    number = {question: index for index, question in enumerate(dict.fromkeys(map(bare, texts)))}
+    found = openings(texts)
+    number = {opening: index for index, opening in enumerate(dict.fromkeys(found.values()))}
     parts: tuple[list[Item], list[Item], list[Item]] = ([], [], [])
     for text in texts:
-        turn, last = divmod(number[bare(text)], HOLD_EVERY)
+        turn, last = divmod(number[found[bare(text)]], HOLD_EVERY)
         parts[(1 if turn % 2 else 2) if last == HOLD_EVERY - 1 else 0].append(text)
     fit, guard, judge = map(tuple, parts)
     return fit, guard, judge
@@ -118,6 +131,12 @@ def seen_part(texts: Sequence[Prompt]) -> tuple[Prompt, ...]:
     """Those of the texts that may have chosen, repaired or decided anything; what is left may be asked."""
     fit, guard, _ = split(texts)
     return fit + guard
+
+
+def seen(texts: Sequence[Prompt]) -> frozenset[Opening]:
+    """The conversations of `seen_part`."""
+    found = openings(texts)
+    return frozenset(found[bare(text)] for text in seen_part(texts))
 
 
 def fit_part(pools: Sequence[DomainPool]) -> tuple[DomainPool, ...]:
@@ -147,10 +166,11 @@ def draw_splits(
     `parts` [K] is what each of the `pools` counts for; it sums to 1. `protect`: the pools of what is protected, by
     name; nothing else depends on them. Raises InputError where the scenario's own prompts are all that one holds out.
     """
-    own = set(map(bare, prompts))
+    own, whose = asked_in(prompts), openings(prompts)
     # A pool prompt that the user happens to ask as well was seen by `prepare`, so it may not be held out.
     learned = {text for pool in fit_part(pools) for text in pool.prompts}
-    held = ([text for text in part if bare(text) not in learned] for part in split(tuple(dict.fromkeys(prompts)))[1:])
+    parted = split(tuple(dict.fromkeys(prompts)))
+    held = ([text for text in part if whose[bare(text)].of not in learned] for part in parted[1:])
     own_fit, (own_guard, own_judge) = own_fit_part(prompts), (tuple(part) for part in held)
     own_guard, own_judge = thinned(own_guard, OWN_GUARD_PROMPTS), thinned(own_judge, OWN_JUDGE_PROMPTS)
     rng = np.random.default_rng(seed)
@@ -162,13 +182,13 @@ def draw_splits(
         """Nothing where the scenario's own are ENOUGH: text of others would only blur what they say."""
         return drawn(part, parts, wanted - have) if have < ENOUGH[part] * wanted else ()
 
+    def conversations(texts: Sequence[Prompt]) -> int:
+        return len({whose[bare(text)] for text in texts})
+
     strange = foreign(parts).astype(float)
-    fit, guard, judge = (
-        fill(part, len(have), wanted)
-        for part, (have, wanted) in enumerate(
-            ((own_fit, FIT_PROMPTS), (own_guard, GUARD_PROMPTS), (own_judge, JUDGE_PROMPTS))
-        )
-    )
+    fit = fill(0, len(own_fit), FIT_PROMPTS)
+    guard = fill(1, conversations(own_guard), GUARD_PROMPTS)
+    judge = fill(2, conversations(own_judge), JUDGE_PROMPTS)
     found = Splits(
         fit=own_fit + fit,
         guard=own_guard + guard,
@@ -177,6 +197,7 @@ def draw_splits(
         own_fit=len(own_fit),
         own_guard=len(own_guard),
         own_judge=len(own_judge),
+        conversations=whose,
     )
     return _protecting(found, protect, own, rng) if protect else found
 

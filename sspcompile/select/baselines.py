@@ -102,8 +102,7 @@ def _worths(reading: Reading, judge: Judge) -> Iterator[tuple[Role, str, Worth]]
         yield "random", "random, first layer kept" + (f" ({draws}x)" if draws > 1 else ""), Worth(heads, channels)
     if wanted == "all" and ours.channels is not None:
         for ranking in reading.scores.others:
-            # Both in one unit, as the pass measured them: half of the Fisher information of a gate.
-            yield "criterion", f"criterion {ranking.name}", Worth(ranking.values / 2, reading.worth(1.0).channels)
+            yield "criterion", f"criterion {ranking.name}", Worth(ranking.values, ranking.channels)
     if wanted == "all" and scored_by_peers(g, ours.channels is not None):
         for name, worth in judge.peers(channels=ours.channels is not None):
             yield "criterion", name, worth

@@ -43,6 +43,14 @@ FITS: Mapping[str, Callable[..., Iterable[Repair]]] = {**REFITS, "flap-bias": fi
 
 
 @dataclass(frozen=True)
+class Judging:
+    """Texts that judge, and the conversation of each."""
+
+    texts: tuple[Sentence, ...]
+    owners: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Reported:
     """Divergence from the dense model on held-out texts of the scenario, and of the domains that it is not about
     (None where it is about all).
@@ -104,7 +112,7 @@ class Judge:
         self.sentences = texts.continued(splits.fit)
 
         def held(prompts: Sequence[Prompt]) -> HeldOut:
-            return HeldOut(loaded, texts.continued(prompts), self.seed)
+            return HeldOut(loaded, texts.continued(prompts), self.seed, splits.owners(prompts))
 
         parts = (("guard", splits.guard), ("judge", splits.judge), ("off", splits.off))
         self._held = {part: held(prompts) for part, prompts in parts if prompts}
@@ -136,9 +144,9 @@ class Judge:
         ]
         return spread(rows)
 
-    def judged(self) -> tuple[Sentence, ...]:
+    def judged(self) -> Judging:
         """The texts of the scenario that decide nothing, with what the dense model is asked to foretell in them."""
-        return self._held["judge"].texts
+        return Judging(self._held["judge"].texts, self._held["judge"].owners)
 
     def fitted(
         self, masks: Sequence[Kept], batches: Sequence[Batch], report: Steps = no_steps
@@ -201,16 +209,20 @@ def spread(ordered: Sequence[T]) -> list[T]:
 
 
 class HeldOut:
-    """Texts, and the dense model's states at their scored positions.
+    """Texts, the conversation of each (`owners`, nothing: each its own), and the dense model's states at their scored
+    positions.
 
     A state [d] is what lm_head makes logits [V] of. It is kept in their place, because it is smaller by the factor
     V / d; the logits of a few positions at a time are made again for each comparison.
     """
 
-    def __init__(self, loaded: LoadedModel, texts: Sequence[Sentence], seed: int = 0) -> None:
+    def __init__(
+        self, loaded: LoadedModel, texts: Sequence[Sentence], seed: int = 0, owners: Sequence[int] = ()
+    ) -> None:
         self._loaded = loaded
         self._seed = seed
         self.texts = tuple(texts)
+        self.owners = tuple(owners)
         self.batches = batches_of(loaded, texts)
         self._references = [references_of(batch, texts) for batch in self.batches]
         self._dense = [scored_states(loaded, batch) for batch in self.batches]
@@ -226,7 +238,7 @@ class HeldOut:
                 parts = (one.split(rows) for one in (dense, scored_states(loaded, batch), owner, wanted))
                 for expected, found, whose, references in zip(*parts, strict=True):
                     collected.add(loaded.logits_of(expected), loaded.logits_of(found), whose, references)
-        return collected.result(seed=self._seed)
+        return collected.result(seed=self._seed, owners=self.owners)
 
 
 def references_of(batch: Batch, texts: Sequence[Sentence]) -> torch.Tensor:

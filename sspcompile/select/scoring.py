@@ -59,10 +59,13 @@ INFLUENCES: Mapping[Whole, str] = {"layers": "influence of layers", "attention":
 
 @dataclass(frozen=True)
 class Ranking:
-    """Scores [layers, heads] of the criterion `name`; only their order matters."""
+    """Scores [layers, heads] of the criterion `name`; only their order matters. `channels` [layers, mlps * width]: what
+    it says of those of the MLPs, in the same unit, where it says something.
+    """
 
     name: str
     values: np.ndarray
+    channels: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,8 @@ def measured(
     tilt = tilted(loaded.geometry.layers) if mended else np.ones((loaded.geometry.layers, 1))
     rankings = (
         Ranking(key_of(COMPENSATED, granularity), tilt * units.spread(costs_of(found, units), axis=1)),
-        Ranking(key_of(CACHED, granularity), units.spread(found.gates.mean(0), axis=1)),
+        # As published: neither its heads nor its channels know of repairs.
+        Ranking(key_of(CACHED, granularity), units.spread(found.gates.mean(0), axis=1), found.channels),
     )
     # To second order, closing a gate costs half of its Fisher information.
     return Measured(rankings, None if found.channels is None else tilt * found.channels / 2)

@@ -16,7 +16,6 @@ from sspcompile.families import Geometry
 from sspcompile.model.blocks import ROUNDINGS
 from sspcompile.model.decoder import LoadedModel
 from sspcompile.model.divergence import Divergence
-from sspcompile.model.text import Sentence
 from sspcompile.prepare.toolkit import Toolkit
 from sspcompile.progress import Progress, silent, stage_of
 from sspcompile.repair.repair import Repair
@@ -26,7 +25,7 @@ from sspcompile.request.rounding import Rounded
 from sspcompile.select.baselines import Baseline, Rival, baselines_of, rivals
 from sspcompile.select.budget import Budget
 from sspcompile.select.floor import Allowed, Floor, demand_held, lost, refused, smallest_within
-from sspcompile.select.judging import Candidate, Decision, Judge, Reported, decide
+from sspcompile.select.judging import Candidate, Decision, Judge, Judging, Reported, decide
 from sspcompile.select.reading import RATE, Reading, choices_for, held, read_through, within
 from sspcompile.select.scoring import Ranking, measured_rankings, reads_cache
 from sspcompile.select.search import Masks, Searched, Tried, best_of, masks_of
@@ -80,7 +79,7 @@ class Selection:
     decision: Decision
     tried: tuple[Tried, ...]
     baselines: tuple[Baseline, ...]
-    judged: tuple[Sentence, ...]
+    judged: Judging
     probes: tuple[tuple[int, ...], ...]
     spared: tuple[Spared, ...] = ()
     rounded: Repair | None = None
