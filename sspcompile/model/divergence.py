@@ -158,7 +158,7 @@ def _mean(values: Sequence[float] | np.ndarray, owners: Sequence[int], seed: int
 
 
 def _share(shares: Sequence[float], positions: Sequence[int], owners: Sequence[int], seed: int) -> Estimate:
-    """The same of shares of so many positions; several texts of a conversation tell no more than one of their length."""
+    """The same of shares of so many positions; texts of one conversation tell as much as one of their length."""
     return share_estimate(_by_owner(shares, owners), round(sum(_by_owner(positions, owners))), seed=seed)
 
 
