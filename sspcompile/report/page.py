@@ -264,7 +264,8 @@ def _mask(report: Report, first: FirstScreen | None) -> Block | None:
     picture = None if first else heat_map(report)
     title = "Heads" if mask.widths is None else "Heads and channels"
     title = "Layers" if mask.removed and mask.widths is None else title
-    return Block("mask", title, tuple(sentences), (_kept_table(mask),), picture, "which are kept, layer by layer")
+    tables = (*_walk(budget), _kept_table(mask))
+    return Block("mask", title, tuple(sentences), tables, picture, "which are kept, layer by layer")
 
 
 def _kept_table(mask: MaskSection) -> Table:
@@ -285,7 +286,7 @@ def _kept_table(mask: MaskSection) -> Table:
 def _budget_block(report: Report) -> Block | None:
     budget = report.budget
     hint = "how much was allowed"
-    return Block("budget", "Budget", (_budget_sentence(budget),), hint=hint) if budget else None
+    return Block("budget", "Budget", (_budget_sentence(budget),), (*_walk(budget),), hint=hint) if budget else None
 
 
 def _budget_sentence(budget: BudgetSection) -> str:
@@ -300,21 +301,20 @@ def _budget_sentence(budget: BudgetSection) -> str:
     if budget.latency_achieved is not None:
         kept = f"{seconds(budget.latency_achieved)} a token are foretold, {kept}"
     if budget.max_loss is not None:
-        told = ", ".join(_measured(budget))
         beside = "".join(f" and {one}" for one in _numbers(budget))
-        return (
-            f"The smallest mask within a loss of {percent(budget.max_loss)} of the next tokens{beside}: {kept}. "
-            f"Measured on the prompts that decide: {told}."
-        )
+        return f"The smallest mask within a loss of {percent(budget.max_loss)} of the next tokens{beside}: {kept}."
     strength = f" (strength {figures(budget.strength)})" if budget.strength is not None else ""
     return f"At most {' and '.join(_allowed(budget))} were allowed{strength}; {kept}."
 
 
-def _measured(budget: BudgetSection) -> Iterator[str]:
+def _walk(budget: BudgetSection | None) -> Iterator[Table]:
     """What every mask on the way lost, and at most, by the interval that the bound is for."""
-    for place, (share, loss) in enumerate(budget.measured):
-        most = f" (at most {percent(budget.at_most[place])})" if budget.at_most else ""
-        yield f"{percent(share)} of the {budget.unit} {percent(loss)}{most}"
+    if budget is None or not budget.measured:
+        return
+    most = [percent(one) for one in budget.at_most] or ["-"] * len(budget.measured)
+    rows = [(percent(share), percent(loss), end) for (share, loss), end in zip(budget.measured, most, strict=True)]
+    head = (f"share of the {budget.unit}", "next tokens that change", "at most (95 %)")
+    yield Table("What other sizes lost, on the prompts that decide", head, tuple(rows))
 
 
 def _allowed(budget: BudgetSection) -> Iterator[str]:
