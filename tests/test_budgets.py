@@ -385,6 +385,26 @@ def test_the_frontier_is_what_plans_of_its_shares_come_to(opened, family):
         assert point.memory_bytes == plan.memory(serving)[1]
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (("--units", "heads"), "with --units heads"),
+        (("--criterion", "magnitude"), "with --criterion magnitude"),
+        (("--importance-from", "domains"), "with --importance-from domains"),
+    ],
+)
+def test_a_size_that_heads_alone_must_make_is_warned_of_and_the_table_says_what_goes(run, monkeypatch, options, why):
+    """A size is of all parameters: without channels it may leave one head in every layer."""
+    monkeypatch.setenv("COLUMNS", "200")
+    least = ("--size", "0.84")
+    code, out, err = run("plan", *least, *options)
+    assert code == 0 and f"Only heads go {why}, and " in err and "reached by cutting heads;" in out
+    code, out, err = run("plan", *least)
+    assert code == 0 and "Only heads" not in err and "reached by cutting heads and channels;" in out
+    code, _, err = run("plan", "--keep", "0.25", *options[:0])
+    assert code == 0 and "Only heads" not in err
+
+
 def test_plan_prints_the_frontier(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     out = " ".join(run("plan", "--size", 0.8, "--batch", 4)[1].split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from sspcompile.errors import InputError, UnsupportedModelError
 from sspcompile.model.dense import open_dense, open_sizes
 from sspcompile.model.placement import ANYWHERE, Placement
 from sspcompile.progress import Progress, silent
-from sspcompile.request.options import Options, default_of
+from sspcompile.request.options import AUTO, Options, default_of
 from sspcompile.request.request import Request
 from sspcompile.select.budget import (
     Budget,
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 # parameters where channels of the MLPs or whole units may go, of the heads otherwise.
 PLANNED_SIZE = 0.9
 PLANNED_KEEP = 0.75
+# Heads are a tenth to a third of a model: a size that is meant for all of it takes most of them.
+FEW_HEADS = 0.5
 
 
 def assumed(options: Options, checkpoint: Checkpoint) -> Budget | None:
@@ -124,6 +127,30 @@ def _planned(checkpoint: Checkpoint, options: Options, budget: Budget, layout: L
             groups_only=groups_only,
         )
     return plan_counts(checkpoint, budget.keep, layout, host=host, groups_only=groups_only)
+
+
+def few_heads(options: Options) -> str | None:
+    """That a budget of parameters or bytes leaves few heads where nothing else may go, in a sentence."""
+    geometry = open_sizes(options.source).geometry
+    counted = bounded(options) and options.max_latency is None
+    if not counted or options.whole is not None or cuts_channels(options, geometry):
+        return None
+    kept = sum(heads for heads, _ in plan_sizes(options).counts)
+    if kept < FEW_HEADS * geometry.layers * geometry.heads:
+        why = next((told for told, holds in _heads_alone(options) if holds), "of this family")
+        return (
+            f"Only heads go {why}, and {kept} of {geometry.layers * geometry.heads} stay within that budget. Where "
+            "channels of the MLPs may go too, more of them stay; --keep says how many stay."
+        )
+    return None
+
+
+def _heads_alone(options: Options) -> Iterator[tuple[str, bool]]:
+    """What leaves the MLPs whole (`cuts_channels`), as it is told."""
+    yield "with --units heads", options.units == "heads"
+    yield f"with --criterion {options.criterion}", options.criterion != AUTO
+    yield "with --importance-from domains", options.importance_from == "domains"
+    yield f"with --without {' '.join(options.without)}", bool(options.without)
 
 
 def served(options: Options) -> Serving:

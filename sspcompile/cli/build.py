@@ -91,7 +91,7 @@ def build(
 
     out = out or workspace().artifact(request.scenario.name)
     refuse_existing(out, overwrite=overwrite)
-    from sspcompile.api.refusing import refuse_hopeless, warnings_of
+    from sspcompile.api.refusing import refuse_hopeless
     from sspcompile.model.dense import open_dense
 
     dense = open_dense(request.options.source)
@@ -99,8 +99,7 @@ def build(
         _nested(request, dense, out, overwrite, dry_run, as_json, quiet, placement)
         return
     refuse_hopeless(request, dense, weights=not dry_run)
-    for warning in warnings_of(request, dense):
-        warn(warning)
+    _say_beforehand(request, dense)
     if dry_run:
         _print_recipe(request, as_json)
         return
@@ -136,6 +135,17 @@ def _print_recipe(request: Request, as_json: bool) -> None:
     click.echo(as_data if as_json else dump_recipe(recipe), nl=False)
 
 
+def _say_beforehand(request: Request, dense: DenseModel) -> None:
+    """What the user should know before the work starts."""
+    from sspcompile.api.plan import few_heads
+    from sspcompile.api.refusing import warnings_of
+
+    for warning in warnings_of(request, dense):
+        warn(warning)
+    if not request.options.shares and (few := few_heads(request.options)):
+        warn(few)
+
+
 def _nested(
     request: Request,
     dense: DenseModel,
@@ -147,14 +157,12 @@ def _nested(
     placement: Placement,
 ) -> None:
     from sspcompile.api.nested import build_nested, refuse_nested
-    from sspcompile.api.refusing import warnings_of
     from sspcompile.errors import InputError
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("torchrun cannot share a nested build.", hint="Run it in one process.")
     refuse_nested(request, dense, weights=not dry_run)
-    for warning in warnings_of(request, dense):
-        warn(warning)
+    _say_beforehand(request, dense)
     if dry_run:
         _print_recipe(request, as_json)
         return

@@ -83,13 +83,15 @@ def plan(
     if cost:
         _cost(scenario, mask, as_json, given)
         return
+    from sspcompile.api.plan import few_heads, reachable, served
+
     request, placement = request_of(scenario or UNNAMED, given), placement_in(given)
     plans = _plans(request, scenario, mask, quiet, placement)
+    if mask is None and not quiet and (few := few_heads(request.options)):
+        warn(few)
     table = _table(request.options, quiet, placement)
     if mask is None and not quiet:
         _say_budget(request.options)
-    from sspcompile.api.plan import reachable, served
-
     serving = served(request.options)
     frontier = reachable(request.options, table) if mask is None else None
     if as_json:

@@ -116,7 +116,7 @@ def print_frontier(frontier: Frontier) -> None:
     from sspcompile.report.format import seconds, size
 
     timed = any(point.token_seconds is not None for point in frontier.points)
-    title = f"What can be reached; memory: weights and cache for {frontier.serving}"
+    title = f"What can be reached by cutting {frontier.cutting}; memory: weights and cache for {frontier.serving}"
     table = Table("--size", "layout", title=title, title_justify="left")
     for name in ("parameters", "weights", "KV/token", "memory", *(["a token"] if timed else [])):
         table.add_column(name, justify="right", no_wrap=True)

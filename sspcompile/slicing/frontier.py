@@ -49,9 +49,10 @@ class Reach:
 
 @dataclass(frozen=True)
 class Frontier:
-    """Every size by layout, the largest first, and what memory and time are counted for."""
+    """Every size by layout, the largest first, what memory and time are counted for, and what goes to reach it."""
 
     serving: Serving
+    cutting: str
     points: tuple[Reach, ...]
 
     def as_mapping(self) -> dict[str, Any]:
@@ -103,7 +104,10 @@ def frontier_of(
         for layout, some in found.items()
         if (counts := some[number]) is not None
     ]
-    return Frontier(serving, tuple(points))
+    cutting = (
+        {"layers": "whole layers", "attention": "the attention of layers"}[whole] if whole is not None else "heads"
+    )
+    return Frontier(serving, f"{cutting} and channels" if channels and whole is None else cutting, tuple(points))
 
 
 @dataclass(frozen=True)
