@@ -13,7 +13,7 @@ from builders import family_config, save_random
 from ggufs import source, write_gguf
 from refusals import refused
 
-from sspcompile.api.arguments import demand, demand_transformers, named
+from sspcompile.api.arguments import Named, cut_model, demand, demand_transformers, named, with_dense
 from sspcompile.api.bench import BenchRequest
 from sspcompile.cli.run import _read
 from sspcompile.errors import ArtifactError, InputError
@@ -34,7 +34,7 @@ def home(tmp_path_factory) -> Path:
     (home / "mask.json").write_text(dump_mask(whole_mask(2, 4, 2)))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.chdir(home)
-        main(["slice", "--model", "model", "--mask", "mask.json", "--out", "cut", "-q"])
+        main(["slice", "--model", "model", "--mask", "mask.json", "--any-model", "--out", "cut", "-q"])
     assert not stop.value.code
     return home
 
@@ -103,6 +103,16 @@ def test_the_hint_of_a_refusal_names_what_the_command_has(run, inside):
     with pytest.raises(InputError) as told:
         demand(named("cut", Workspace(inside)), "build", command="compare")
     assert told.value.hint == "It takes a build."
+
+
+def test_a_refusal_names_the_command_that_was_typed_and_no_other(tmp_path):
+    with pytest.raises(InputError, match="`sspcompile eval` does not take it"):
+        with_dense(Named("nested", tmp_path, tmp_path), None)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "nested.json").write_text("{}")
+    for command in ("eval", "bench"):
+        with pytest.raises(InputError, match=f"`sspcompile {command}` does not take it"):
+            cut_model(str(tmp_path), None, Workspace(tmp_path), option="--model", command=command)
 
 
 @pytest.mark.parametrize("share", [0.0, -1.0, 70.0, float("nan")])

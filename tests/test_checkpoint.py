@@ -529,9 +529,10 @@ def test_existing_folder_is_refused_before_any_work(tmp_path):
 
 
 def test_overwrite_replaces_the_folder_and_leaves_nothing_beside_it(tmp_path):
-    out = make(tmp_path / "out", "old")
-    (out / "more").write_text("old")
-    make(out, "new", overwrite=True)
+    with staged(tmp_path / "out") as folder:
+        (folder / "more").write_text("old")
+        write_manifest(folder, {})
+    out = make(tmp_path / "out", "new", overwrite=True)
     assert (out / "file").read_text() == "new" and not (out / "more").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -221,7 +221,7 @@ def test_a_sweep_builds_measures_and_draws_the_frontier_and_goes_on_where_it_sto
         ("heads=1,2", "names no option.*keep, strength"),
         ("keep", "names no option"),
         ("keep=a,b", "not numbers"),
-        ("keep=0.5:0.1:0.1", "not numbers"),
+        ("keep=0.5:0.1:0.1", "starts above its stop"),
         ("keep=0.5:inf:0.1", "not numbers"),
         ("keep=0.1:1:0.001", "values.*1 to 40"),
         ("keep=0.5,3", "--keep.*less than or equal to 1"),

@@ -140,7 +140,7 @@ def test_host_is_written_and_proven(run, model, tmp_path):
     checkpoint = Checkpoint(model)
     mask = written(mask_for(checkpoint, 0.5, "uniform", 3), tmp_path / "mask.json")
     out = tmp_path / "cut"
-    assert run("slice", "--model", model, "--mask", mask, "--out", out, "--host", "seed_oss")[0] == 0
+    assert run("slice", "--model", model, "--mask", mask, "--out", out, "--any-model", "--host", "seed_oss")[0] == 0
     assert type(AutoModelForCausalLM.from_pretrained(out)).__name__ == "SeedOssForCausalLM"
     assert "SeedOssForCausalLM" in (out / "README.md").read_text()
     assert run("verify", out, "--layerwise")[0] == 0
@@ -155,7 +155,7 @@ def test_a_mask_with_an_empty_layer_takes_its_attention_out(run, tmp_path):
     made = replace(made, kept=((), *made.kept[1:]))
     mask = written(made, tmp_path / "mask.json")
     assert load_mask(mask).silent == (0,)
-    assert run("slice", "--model", model, "--mask", mask, "--out", tmp_path / "cut")[0] == 0
+    assert run("slice", "--model", model, "--mask", mask, "--out", tmp_path / "cut", "--any-model")[0] == 0
     for way in ("--layerwise", "--whole"):
         assert run("verify", tmp_path / "cut", way)[0] == 0
     planned = run("plan", "--model", model, "--mask", mask, "--by-layer")[1]

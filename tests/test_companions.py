@@ -75,7 +75,7 @@ def carried(folder: Path) -> list[str]:
 def sliced(run, folder: Path, out: Path) -> tuple[int, str, str]:
     mask = out.with_suffix(".json")
     mask.write_text(dump_mask(mask_for(Checkpoint(folder), 0.5, "uniform", 3)))
-    return run("slice", "--model", folder, "--mask", mask, "--out", out)
+    return run("slice", "--model", folder, "--mask", mask, "--out", out, "--any-model")
 
 
 def test_companions_are_copied_byte_for_byte_and_nothing_else(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,7 +14,7 @@ from sspcompile.errors import ArtifactError, BudgetError
 from sspcompile.select.budget import WHITELIST_SHARE, keep_from_strength, merit, order_of_merit
 from sspcompile.select.mixture import breadth_of
 from sspcompile.slicing.layouts import choose
-from sspcompile.slicing.mask import HeadMask, check_mask, dump_mask, kept_of, load_mask
+from sspcompile.slicing.mask import HeadMask, check_mask, dump_mask, kept_of, load_mask, parse_mask
 
 
 @st.composite
@@ -198,11 +200,54 @@ def test_mask_file_round_trips(tmp_path):
         ({"kept": ((0, 1, 2), (2, 3))}, "different numbers"),
         ({"kept": ((0, 1), (0, 2))}, "same numbers in every layer"),
         ({"kept": ((0, 1),)}, "1 rows for 2 layers"),
+        ({"scores": ()}, "scores"),
+        ({"scores": ((0.1,) * 4,)}, "scores"),
+        ({"scores": ((0.1,) * 4, (0.1,) * 3)}, "scores"),
+        ({"whitelist": ((2, 0),)}, "whitelist"),
+        ({"whitelist": ((0, 4),)}, "whitelist"),
+        ({"whitelist": ((-1, 0),)}, "whitelist"),
+        ({"memory_requested": {"a": 1}}, "memory_requested is not bytes, batch and context"),
+        ({"memory_requested": {"bytes": 1, "batch": 0, "context": 1}}, "memory_requested"),
+        ({"latency_requested": {}}, "latency_requested is not nanoseconds, batch and context"),
+        ({"latency_requested": {"bytes": 1, "batch": 1, "context": 1}}, "latency_requested"),
+        ({"experts": 0}, "0 experts"),
+        ({"experts": 2}, "2 experts and no channels"),
+        ({"intermediate": -1}, "-1 channels"),
     ],
 )
 def test_impossible_masks_are_refused(changes, problem):
     with pytest.raises(ArtifactError, match=problem):
         check_mask(make_mask(**changes))
+
+
+@pytest.mark.parametrize("key", ["chanels", "removd", "Kept", "x" * 500])
+def test_a_misspelt_key_of_a_mask_is_named_instead_of_left_out(key):
+    text = json.dumps({**json.loads(dump_mask(make_mask())), key: []})
+    with pytest.raises(ArtifactError, match=f"{key[:60]}.*Known: channels, criterion") as caught:
+        parse_mask(text)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("changes", "needed"),
+    [
+        ({"channels": ((0,), (1,)), "intermediate": 2}, 2),
+        ({"removed": (1,), "kept": ((0, 1), ())}, 3),
+        ({"layout": "per-layer", "kept": ((0, 1), ())}, 4),
+        ({"channels": ((0, 2), (1, 3)), "intermediate": 2, "experts": 2}, 5),
+    ],
+)
+def test_a_mask_that_says_an_older_version_than_what_it_holds_is_refused(changes, needed):
+    """Readers of that older version would take it for another mask."""
+    mask = make_mask(**changes)
+    written = json.loads(dump_mask(mask))
+    assert written["schema_version"] == needed and parse_mask(json.dumps(written)) == mask
+    for version in range(1, needed):
+        with pytest.raises(ArtifactError, match=f"version {version} and holds.*Set schema_version to {needed}"):
+            parse_mask(json.dumps({**written, "schema_version": version}))
+    for version in ("2", True, 2.0, None, [2]):
+        with pytest.raises(ArtifactError):
+            parse_mask(json.dumps({**written, "schema_version": version}))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema_version": 1, "layers": "two"}', "\x00"])

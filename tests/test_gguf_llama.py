@@ -222,7 +222,7 @@ def timed(tmp_path_factory) -> Path:
     kept = tuple(row if layer else row[: mask.heads // mask.kv_heads] for layer, row in enumerate(mask.kept))
     (home / "mask.json").write_text(dump_mask(replace(mask, kept=kept)))
     for words in (
-        ("slice", "--model", "dense", "--mask", "mask.json", "--out", "cut"),
+        ("slice", "--model", "dense", "--mask", "mask.json", "--any-model", "--out", "cut"),
         ("export", "cut", "--format", "gguf", "--type", "f32", "--out", "exact"),
         ("export", "cut", "--format", "gguf", "--type", "q8_0", "--out", "rounded"),
     ):

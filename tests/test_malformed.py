@@ -305,7 +305,7 @@ CASES: Mapping[str, Case] = {
     "mask that is not valid JSON": Case(text("mask.json", "{"), SLICE, r"mask\.json"),
     "mask of another schema": Case(json_file("mask.json", schema_version=9), SLICE, "schema.version"),
     "mask of another model": Case(
-        json_file("mask.json", layers=3, kept=[[0]] * 3, scores=[[1.0]] * 3), SLICE, "The mask is for 3 layers"
+        json_file("mask.json", layers=3, kept=[[0]] * 3, scores=[[1.0] * 4] * 3), SLICE, "The mask is for 3 layers"
     ),
     "mask with a head out of range": Case(json_file("mask.json", kept=[[0, 99], [0]]), SLICE, "99|range|heads"),
     "mask with a head twice": Case(json_file("mask.json", kept=[[0, 0], [0]]), SLICE, "mask|kept"),

@@ -134,7 +134,8 @@ def test_text_part_saved_as_the_hint_says_is_the_same_model_and_can_be_cut(name,
     assert Checkpoint(saved).geometry.family.model_type == SEEING[name][1]
     assert run("plan", "--model", saved, "--keep", 0.5)[0] == 0
     (tmp_path / "mask.json").write_text(dump_mask(mask_for(Checkpoint(saved), 0.5, "per-layer", 3)))
-    assert run("slice", "--model", saved, "--mask", tmp_path / "mask.json", "--out", tmp_path / "cut")[0] == 0
+    cut = ("--mask", tmp_path / "mask.json", "--any-model", "--out", tmp_path / "cut")
+    assert run("slice", "--model", saved, *cut)[0] == 0
     assert run("verify", tmp_path / "cut", "--layerwise")[0] == 0
 
 

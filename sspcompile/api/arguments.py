@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from sspcompile.checkpoint import Manifest, check_manifest, locate
 from sspcompile.checkpoint.foreign import other_format
 from sspcompile.checkpoint.gguf import is_gguf as is_gguf_file
-from sspcompile.checkpoint.locate import is_hub_name, model_folder
+from sspcompile.checkpoint.locate import is_hub_name, model_folder, read_paths
 from sspcompile.checkpoint.manifest import NAME as MANIFEST
 from sspcompile.embedded import EMBEDDED
 from sspcompile.errors import ArtifactError, InputError
@@ -61,6 +61,11 @@ class Named:
         if self.typed is not None and is_hub_name(self.typed):
             return self.typed.partition("@")[0].partition("/")[2]
         return self.folder.resolve().name
+
+    @property
+    def reads(self) -> tuple[Path, ...]:
+        """What a command that takes it reads: its folder, and what that was made of."""
+        return (self.folder, *(read_paths(self.typed) if self.typed is not None else ()))
 
     @property
     def onnx(self) -> bool:
@@ -170,15 +175,16 @@ def cut_model(
     workspace: Workspace,
     *,
     option: str,
+    command: str = "eval",
     rendering: Rendering | None = None,
     placement: Placement = ANYWHERE,
 ) -> CutModel:
-    """What an argument names, with the model behind it: at `dense`, which the command calls `option`, or where it was.
+    """What an argument of `command` names, with the model behind it: at `dense`, called `option`, or where it was.
 
     Without a `rendering`, prompts become text as they did in the build. Raises what `named` and `Named.dense` raise.
     """
     found = named(argument, workspace)
-    return with_dense(found, dense, option=option, rendering=rendering, placement=placement)
+    return with_dense(found, dense, option=option, command=command, rendering=rendering, placement=placement)
 
 
 def with_dense(
@@ -186,11 +192,12 @@ def with_dense(
     dense: str | None,
     *,
     option: str = "--model",
+    command: str = "eval",
     rendering: Rendering | None = None,
     placement: Placement = ANYWHERE,
 ) -> CutModel:
     """As `cut_model`, for what was found already. Raises InputError for a nested artifact."""
-    demand(found, *ONE_SIZE, command="eval` or `bench")
+    demand(found, *ONE_SIZE, command=command)
     if rendering is None:
         built = found.kind == "build"
         rendering = rendering_of(built_request(found.folder / RECIPE).options) if built else PLAIN

@@ -7,6 +7,7 @@ import json
 import platform
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +153,9 @@ def bench(
     An interrupted measurement goes on where it stopped unless `fresh`. Raises what `bench.latency.bench` raises, and
     ArtifactError for damaged files.
     """
-    entries = [cut_model(one, model, workspace, option="--model") for one in given]
-    reference = None if against in (None, DENSE) else cut_model(against, model, workspace, option="--model")
+    opened = partial(cut_model, dense=model, workspace=workspace, option="--model", command="bench")
+    entries = [opened(one) for one in given]
+    reference = None if against in (None, DENSE) else opened(against)
     every = [*entries, *([reference] if reference else [])]
     dense = _one_dense(every)
     runtimes = {runtime for entry in every for runtime in _runtimes(entry, request)}

@@ -11,13 +11,14 @@ import numpy as np
 
 from sspcompile.api.latency import table_for
 from sspcompile.api.outcome import Outcome
+from sspcompile.api.reads import dense_reads, pool_reads
 from sspcompile.api.refusing import demand_bounds, refuse_hopeless
 from sspcompile.api.reporting import origin_of, report_of
 from sspcompile.api.rounding import demand_rounding, export_rounded, rounding_of
 from sspcompile.api.token_time import token_time
 from sspcompile.api.unfinished import passes_folder, remove_old
 from sspcompile.checkpoint import staged, write_manifest
-from sspcompile.checkpoint.publish import refuse_existing
+from sspcompile.checkpoint.replacing import refuse_existing
 from sspcompile.export.card import CARD, model_card
 from sspcompile.export.refitted import write_refitted
 from sspcompile.model.chat import rendering_of
@@ -60,11 +61,13 @@ def build(
     """
     refuse_hopeless(request, dense)
     place = resolve(placement)
-    refuse_existing(out, overwrite=overwrite)
+    reads = (*dense_reads(dense), *pool_reads(request.options))
+    refuse_existing(out, overwrite=overwrite, reads=reads)
     demand_rounding(request, dense, out, workspace, overwrite=overwrite)
     remove_old(workspace)
     table = _timed(request, dense, workspace, progress, placement)
-    with claimed(passes_folder(request, dense, workspace)) as journal, staged(out, overwrite=overwrite) as folder:
+    target = staged(out, overwrite=overwrite, reads=reads)
+    with claimed(passes_folder(request, dense, workspace)) as journal, target as folder:
         loaded = dense.load(placement=placement, rendering=rendering_of(request.options))
         demand_readable(loaded, request.scenario.prompts, request.options.max_tokens)
         toolkit = toolkit_of(request, dense, loaded, workspace, progress)

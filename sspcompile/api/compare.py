@@ -31,8 +31,8 @@ def _named(folders: Sequence[Path]) -> Mapping[str, Report]:
     }
 
 
-def write_comparison(points: Points, out: Path, *, overwrite: bool) -> None:
-    """comparison.json, .md and .html in a folder of their own. Raises OutputExistsError."""
-    with staged(out, overwrite=overwrite) as folder:
+def write_comparison(points: Points, out: Path, *, overwrite: bool, reads: Sequence[Path] = ()) -> None:
+    """comparison.json, .md and .html in a folder of their own; `reads`: the builds. Raises what `staged` raises."""
+    with staged(out, overwrite=overwrite, reads=reads) as folder:
         write_page(comparison_page(points), render_points(points), folder, NAME)
         write_manifest(folder, {"artifacts": [point.name for point in points.points]})

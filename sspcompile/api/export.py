@@ -10,7 +10,7 @@ from typing import Any
 
 from sspcompile.api.arguments import KINDS, ONE_SIZE, Named, demand
 from sspcompile.checkpoint import Manifest
-from sspcompile.checkpoint.publish import refuse_existing
+from sspcompile.checkpoint.replacing import refuse_existing
 from sspcompile.checkpoint.source import not_carried, tensor_table
 from sspcompile.errors import InputError
 from sspcompile.export.agreement import Agreement
@@ -162,11 +162,12 @@ def export(
     out: Path | None = None,
     overwrite: bool = False,
     placement: Placement = ANYWHERE,
+    reads: Sequence[Path] = (),
 ) -> Published:
     """Write what an argument names in the form that a runtime takes; by default to exported/NAME-FORMAT.
 
-    Raises InputError for what cannot be asked for, OutputExistsError, and ParityError for an export that computes
-    something else.
+    `reads`: what was read to make `found`. Raises InputError for what cannot be asked for, OutputExistsError, and
+    ParityError for an export that computes something else.
     """
     request.check()
     demand(found, *ONE_SIZE, command="export")
@@ -174,14 +175,16 @@ def export(
         raise InputError(f"--size chooses of a nested artifact, and {found.folder} is none.", hint="Leave it out.")
     if request.form == "hf":
         _demand_build(found)
-        out = out or workspace.exported / f"{found.name}-hf"
+        out = out or hf_folder(workspace, found.name)
         manifest = export_hf(found.folder, out, host=named_host(request.host), overwrite=overwrite, progress=progress)
         return Published(out, sizes_of(manifest))
     if request.form == "gguf":
-        return _to_gguf(found, request, workspace, progress, out=out, overwrite=overwrite, placement=placement)
+        out = out or gguf_folder(workspace, found.name, request.type)
+        refuse_existing(out, overwrite=overwrite, reads=(*found.reads, *reads))
+        return _to_gguf(found, request, progress, out=out, overwrite=overwrite, placement=placement)
     precision, blocks = request.rounding()
     out = out or onnx_folder(workspace, found.name, precision.name)
-    refuse_existing(out, overwrite=overwrite)
+    refuse_existing(out, overwrite=overwrite, reads=(*found.reads, *reads))
     source = source_of(found)
     refit = _refit_of(source, _rounding_in_onnx(precision, blocks))
     done = to_onnx(
@@ -220,6 +223,11 @@ def _demand_build(found: Named) -> None:
     demand(found, "build", command="export --format hf")
 
 
+def hf_folder(workspace: Workspace, name: str) -> Path:
+    """Where the Hugging Face folder of what is called `name` goes by default."""
+    return workspace.exported / f"{name}-hf"
+
+
 def onnx_folder(workspace: Workspace, name: str, precision: str) -> Path:
     """Where an ONNX export of what is called `name` goes by default."""
     suffix = "" if precision == "fp32" else f"-{precision}"
@@ -243,17 +251,8 @@ def _refit_of(source: Source, rounding: Rounding | None) -> Refit | None:
 
 
 def _to_gguf(
-    found: Named,
-    request: ExportRequest,
-    workspace: Workspace,
-    progress: Progress,
-    *,
-    out: Path | None,
-    overwrite: bool,
-    placement: Placement,
+    found: Named, request: ExportRequest, progress: Progress, *, out: Path, overwrite: bool, placement: Placement
 ) -> Published:
-    out = out or gguf_folder(workspace, found.name, request.type)
-    refuse_existing(out, overwrite=overwrite)
     source = source_of(found, vocab_of=lambda folder: read_source(folder).geometry.vocab)
     refit = _refit_of(source, GGUF_ROUNDINGS.get((request.type or "").lower()))
     manifest, done = export_gguf(

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from sspcompile.checkpoint import Checkpoint, Manifest, staged, write_manifest
 from sspcompile.checkpoint.manifest import read_manifest
-from sspcompile.errors import InputError
 from sspcompile.export.card import CARD, slice_card
 from sspcompile.nested.files import write_member
 from sspcompile.nested.index import Member, Nested, read_nested
@@ -53,9 +52,7 @@ def cut_member(
     progress: Progress = silent,
 ) -> Manifest:
     """Write a member as an ordinary cut of the dense model, repair included; `verify` proves it. Whole or absent."""
-    if out.resolve().is_relative_to(cut.artifact.resolve()):
-        raise InputError(f"{out} lies inside the artifact.", hint="Give an --out outside of it.")
-    with staged(out, overwrite=overwrite) as folder:
+    with staged(out, overwrite=overwrite, reads=(cut.artifact,)) as folder:
         refitted = write_member(
             cut.artifact,
             cut.nested,

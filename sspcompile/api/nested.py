@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import sspcompile
+from sspcompile.api.reads import dense_reads, pool_reads
 from sspcompile.api.refusing import refuse_hopeless
 from sspcompile.api.unfinished import passes_folder, remove_old
 from sspcompile.checkpoint import staged, write_manifest
-from sspcompile.checkpoint.publish import refuse_existing, scratch
+from sspcompile.checkpoint.publish import scratch
+from sspcompile.checkpoint.replacing import refuse_existing
 from sspcompile.checkpoint.source import not_carried
 from sspcompile.export.card import CARD, licence_of, nested_card
 from sspcompile.model.chat import rendering_of
@@ -72,10 +74,12 @@ def build_nested(
     each member beside it, and prove all of them. Whole or absent, and resumable, as `build` is.
     """
     refuse_nested(request, dense)
-    refuse_existing(out, overwrite=overwrite)
+    reads = (*dense_reads(dense), *pool_reads(request.options))
+    refuse_existing(out, overwrite=overwrite, reads=reads)
     place = resolve(placement)
     remove_old(workspace)
-    with claimed(passes_folder(request, dense, workspace)) as journal, staged(out, overwrite=overwrite) as folder:
+    target = staged(out, overwrite=overwrite, reads=reads)
+    with claimed(passes_folder(request, dense, workspace)) as journal, target as folder:
         loaded = dense.load(placement=placement, rendering=rendering_of(request.options))
         demand_readable(loaded, request.scenario.prompts, request.options.max_tokens)
         smallest = one_size(request, request.options.shares[-1])

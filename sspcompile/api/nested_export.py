@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from sspcompile.api.arguments import Named
-from sspcompile.api.export import ExportRequest, Published, export, onnx_folder, read_json, sizes_of
+from sspcompile.api.export import ExportRequest, Published, export, hf_folder, onnx_folder, read_json, sizes_of
 from sspcompile.api.members import MemberCut, cut_member, open_member
-from sspcompile.checkpoint.publish import refuse_existing, scratch
+from sspcompile.checkpoint.publish import scratch
+from sspcompile.checkpoint.replacing import refuse_existing
 from sspcompile.errors import InputError
 from sspcompile.export.card import onnx_card
 from sspcompile.export.onnx.sizes import export_sizes
@@ -42,12 +43,14 @@ def export_any(
     cut = open_member(found.folder, request.size, host=named_host(request.host))
     name = f"{found.name}-{cut.member.share:g}"
     if request.form == "hf":
-        return _member(cut, out or workspace.exported / f"{name}-hf", progress, overwrite=overwrite)
+        return _member(cut, out or hf_folder(workspace, name), progress, overwrite=overwrite)
     with scratch(workspace.exported, "member") as place:
         cut_member(cut, place / name)
         one = Named("cut", place / name, place / name)
         alone = replace(request, size=None)
-        return export(one, alone, workspace, progress, out=out, overwrite=overwrite, placement=placement)
+        return export(
+            one, alone, workspace, progress, out=out, overwrite=overwrite, placement=placement, reads=found.reads
+        )
 
 
 def _member(cut: MemberCut, out: Path, progress: Progress, *, overwrite: bool) -> Published:
@@ -68,7 +71,7 @@ def _all_sizes(
 ) -> Published:
     _demand_all_sizes(found, request)
     out = out or onnx_folder(workspace, found.name, EXACT.name)
-    refuse_existing(out, overwrite=overwrite)
+    refuse_existing(out, overwrite=overwrite, reads=found.reads)
     origin = {**found.manifest().origin, "artifact": found.name}
     done = export_sizes(
         found.folder,

@@ -66,8 +66,8 @@ def assumed(options: Options, checkpoint: Checkpoint) -> Budget | None:
 
 
 def plan_mask(model: str | None, mask: Path, host: str | None) -> SlicePlan:
-    """The cut of a mask that was compiled before. Raises ArtifactError when it is of another model."""
-    return open_cut(model, mask, host=host).plan
+    """The cut of a mask that was compiled before. Raises ArtifactError when it names another model."""
+    return open_cut(model, mask, host=host, unnamed=True).plan
 
 
 def table_of_plan(

@@ -12,9 +12,11 @@ import numpy as np
 
 from sspcompile.api.arguments import Named, named
 from sspcompile.api.export import ExportRequest, Published, export, gguf_folder, onnx_folder
+from sspcompile.api.reads import dense_reads, pool_reads
 from sspcompile.checkpoint import check_manifest, write_manifest
 from sspcompile.checkpoint.headers import TensorInfo
-from sspcompile.checkpoint.publish import refuse_existing, scratch
+from sspcompile.checkpoint.publish import scratch
+from sspcompile.checkpoint.replacing import refuse_existing
 from sspcompile.checkpoint.source import tensor_table
 from sspcompile.evaluate.rounded_gguf import GgufScales
 from sspcompile.evaluate.rounded_onnx import OnnxScales
@@ -114,7 +116,8 @@ def demand_rounding(request: Request, dense: DenseModel, out: Path, workspace: W
     written = _written(options.quantize)
     written.demand(dense.checkpoint.path)
     written.demand_cuts(options, dense.checkpoint.path)
-    refuse_existing(written.folder(workspace, out.resolve().name), overwrite=overwrite)
+    reads = (*dense_reads(dense), *pool_reads(options))
+    refuse_existing(written.folder(workspace, out.resolve().name), overwrite=overwrite, reads=reads)
 
 
 def rounding_of(

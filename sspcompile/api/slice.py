@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import sspcompile
+from sspcompile.api.reads import dense_reads
 from sspcompile.checkpoint import Manifest, staged, write_manifest
 from sspcompile.checkpoint.source import not_carried
 from sspcompile.errors import ArtifactError, CheckpointError
@@ -27,10 +28,12 @@ class Cut:
     dense: DenseModel
     mask: HeadMask
     plan: SlicePlan
+    mask_file: Path
 
 
-def open_cut(model: str | None, mask: Path, *, host: str | None, any_model: bool = False) -> Cut:
-    """Open headers and mask, and plan. Raises ArtifactError for a mask of another model, unless `any_model`.
+def open_cut(model: str | None, mask: Path, *, host: str | None, any_model: bool = False, unnamed: bool = False) -> Cut:
+    """Open headers and mask, and plan. Raises ArtifactError for a mask of another model, unless `any_model`, and for
+    one that names no model, unless `unnamed` will do as well.
 
     The identity of a model is its configuration, tokenizer and weights, not its place, so a mask that was compiled on
     another machine fits a copy of its model.
@@ -38,12 +41,16 @@ def open_cut(model: str | None, mask: Path, *, host: str | None, any_model: bool
     dense = open_dense(model)
     read = load_mask(mask)
     plan = make_plan(dense.checkpoint, read, host=host)
-    if read.model and read.model != dense.fingerprint and not any_model:
+    if any_model or read.model == dense.fingerprint or (unnamed and not read.model):
+        return Cut(dense, read, plan, mask)
+    if not read.model:
         raise ArtifactError(
-            f"{mask} was compiled for another model than {dense.checkpoint.path}.",
-            hint="Name that model with --model, or give --any-model to use the mask nevertheless.",
+            f"{mask} does not say which model it was compiled for.", hint="Give --any-model to use it nevertheless."
         )
-    return Cut(dense, read, plan)
+    raise ArtifactError(
+        f"{mask} was compiled for another model than {dense.checkpoint.path}.",
+        hint="Name that model with --model, or give --any-model to use the mask nevertheless.",
+    )
 
 
 def write_cut(
@@ -65,7 +72,7 @@ def write_cut(
             f"{cut.dense.checkpoint.path} holds a configuration without weights.",
             hint="`sspcompile plan` works without them.",
         )
-    with staged(out, overwrite=overwrite) as folder:
+    with staged(out, overwrite=overwrite, reads=(*dense_reads(cut.dense), cut.mask_file)) as folder:
         write_model(
             cut.dense.checkpoint,
             cut.plan,

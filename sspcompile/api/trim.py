@@ -13,8 +13,9 @@ import numpy as np
 
 import sspcompile
 from sspcompile.api.arguments import Named
+from sspcompile.api.reads import dense_reads, pool_reads
 from sspcompile.checkpoint import Checkpoint, Manifest, staged, write_manifest
-from sspcompile.checkpoint.publish import refuse_existing
+from sspcompile.checkpoint.replacing import refuse_existing
 from sspcompile.checkpoint.settings import read_json
 from sspcompile.checkpoint.source import not_carried
 from sspcompile.errors import ArtifactError, CheckpointError, InputError, UnsupportedModelError
@@ -144,7 +145,8 @@ def trim(
 
     Raises BudgetError for fewer tokens than any text needs, and what `refuse_untrimmable` raises.
     """
-    refuse_existing(out, overwrite=overwrite)
+    reads = (*dense_reads(dense), *pool_reads(request.options))
+    refuse_existing(out, overwrite=overwrite, reads=reads)
     bpe, needed = refuse_untrimmable(dense)
     checkpoint = dense.checkpoint
     loaded = dense.load(placement=placement, rendering=rendering_of(request.options))
@@ -153,7 +155,7 @@ def trim(
     found = _read(request, dense, loaded, workspace, bpe, needed, progress, bounds)
     del loaded  # the written model takes as much memory again
     release()
-    with staged(out, overwrite=overwrite) as folder:
+    with staged(out, overwrite=overwrite, reads=reads) as folder:
         rows = len(found.kept) / checkpoint.geometry.vocab
         sizes = [int(info.nbytes * (rows if name in TABLES else 1)) for name, info in checkpoint.tensors.items()]
         write_trimmed(checkpoint, bpe, found.kept, folder, adding(progress, "cutting", sum(sizes)))

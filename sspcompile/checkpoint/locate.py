@@ -94,6 +94,24 @@ def find(model: str | None) -> Found:
     return Found(snapshot, name, commit_of(snapshot) or revision or None, is_adapter_folder(snapshot))
 
 
+def read_paths(model: str | None) -> tuple[Path, ...]:
+    """What of this machine's files `--model` names: a folder, an adapter's with its base, or a GGUF file. Nothing for
+    what is not there, such as a hub name, whose snapshot lies in the hub's own cache.
+
+    Raises what `read_adapter` raises.
+    """
+    if model in (None, EMBEDDED):
+        return (embedded_model(),)
+    place = Path(model).expanduser()
+    if not place.is_dir():
+        return (place,) if place.is_file() else ()
+    folder = model_folder(place)
+    if not is_adapter_folder(folder):
+        return (folder,)
+    base = Path(read_adapter(folder, str(model)).base).expanduser()
+    return (folder, model_folder(base)) if base.is_dir() else (folder,)
+
+
 def model_folder(folder: Path) -> Path:
     """The folder itself, or the snapshot that a hub cache's folder `models--OWNER--NAME` stands for."""
     return folder if (folder / "config.json").is_file() else chosen_snapshot(folder) or folder

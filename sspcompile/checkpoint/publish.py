@@ -12,33 +12,31 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from filelock import FileLock
 
+from sspcompile.checkpoint.replacing import PARTIAL_PREFIX, refuse_existing
 from sspcompile.checkpoint.source import sync_folder
-from sspcompile.errors import InputError, OutputExistsError
+from sspcompile.errors import InputError
 
-PARTIAL_PREFIX = ".partial-"
 REPLACED_PREFIX = ".replaced-"
 LOCK = "lock"
 LOCK_POLL_SECONDS = 0.01
-# What marks a folder as ours: only such a folder, or an empty one, is ever replaced.
-OWN_FILES = ("manifest.json", "toolkit.json")
 
 
 @contextlib.contextmanager
-def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def staged(out: Path, *, overwrite: bool = False, reads: Sequence[Path] = ()) -> Iterator[Path]:
     """Yield an empty folder beside `out`; on a clean exit it becomes `out`, on any exception it is removed.
 
-    Raises OutputExistsError when `out` exists (before any work, and again at the end) unless `overwrite`, and always
-    when it is something that this package did not write; InputError when the place cannot be written to. With
-    `overwrite` the old folder stays readable until the new one is complete. What a killed run left is removed; a
-    run that is still at work is left alone.
+    `reads`: what it is made from, which `out` must neither be, hold nor lie in. Raises what `refuse_existing` raises,
+    before any work and again at the end, and InputError when the place cannot be written to. With `overwrite` the old
+    folder stays readable until the new one is complete. What a killed run left is removed; a run that is still at work
+    is left alone.
     """
     out = Path(os.path.abspath(out))  # noqa: PTH100 (resolves `..` and keeps symbolic links, which absolute() does not)
-    refuse_existing(out, overwrite=overwrite)
+    refuse_existing(out, overwrite=overwrite, reads=reads)
     made = [folder for folder in out.parents if not folder.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +47,7 @@ def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield sibling.content
         _sync_tree(sibling.content)
-        _swap(sibling, out, overwrite=overwrite)
+        _swap(sibling, out, overwrite=overwrite, reads=reads)
     except BaseException:
         sibling.remove()
         _remove_empty(made)
@@ -88,21 +86,6 @@ def remove_temporary() -> None:
 
 _KEPT = contextlib.ExitStack()
 atexit.register(remove_temporary)
-
-
-def refuse_existing(out: Path, *, overwrite: bool) -> None:
-    """Raise OutputExistsError unless `out` is free, or may be replaced and is a folder of this package's making."""
-    if not out.exists() and not out.is_symlink():
-        return
-    if not out.is_dir() or out.is_symlink():
-        raise OutputExistsError(f"{out} is a {'link' if out.is_symlink() else 'file'}.", hint="Give another --out.")
-    if not overwrite:
-        raise OutputExistsError(f"{out} exists and is kept.", hint="Give --overwrite, or another --out.")
-    ours = any((out / name).is_file() for name in OWN_FILES)
-    if not ours and any(out.iterdir()):
-        raise OutputExistsError(
-            f"{out} holds files that sspcompile did not write, and is kept.", hint="Give another --out."
-        )
 
 
 class _Sibling:
@@ -158,10 +141,10 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def _swap(sibling: _Sibling, out: Path, *, overwrite: bool) -> None:
+def _swap(sibling: _Sibling, out: Path, *, overwrite: bool, reads: Sequence[Path]) -> None:
     replaced = out.with_name(REPLACED_PREFIX + sibling.folder.name.removeprefix(PARTIAL_PREFIX))
     # Another run may have published here in the meantime.
-    refuse_existing(out, overwrite=overwrite)
+    refuse_existing(out, overwrite=overwrite, reads=reads)
     try:
         if out.exists():
             out.rename(replaced)

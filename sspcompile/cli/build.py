@@ -11,6 +11,7 @@ import click
 
 from sspcompile.cli.options import (
     GOING_ON,
+    PLACE,
     build_options,
     json_option,
     overwrite_option,
@@ -54,7 +55,7 @@ Examples:
 )
 @build_options
 @placement_options
-@click.option("--out", "-o", type=click.Path(path_type=Path), help="Artifact folder (default artifacts/NAME).")
+@click.option("--out", "-o", type=PLACE, help="Artifact folder (default artifacts/NAME).")
 @overwrite_option
 @click.option(
     "--sweep",
@@ -87,10 +88,10 @@ def build(
         _sweep(sweep, scenario, out, overwrite, not no_bench, dry_run, as_json, quiet, given)
         return
     request, placement = request_of(scenario, given), placement_in(given)
-    from sspcompile.checkpoint.publish import refuse_existing
+    from sspcompile.api.reads import refuse_output
 
     out = out or workspace().artifact(request.scenario.name)
-    refuse_existing(out, overwrite=overwrite)
+    refuse_output(out, scenario, request.options, overwrite=overwrite)
     from sspcompile.api.refusing import refuse_hopeless
     from sspcompile.model.dense import open_dense
 
@@ -192,9 +193,11 @@ def _sweep(
     quiet: bool,
     given: dict[str, Any],
 ) -> None:
+    from sspcompile.api.reads import typed_reads
     from sspcompile.api.refusing import refuse_hopeless
     from sspcompile.api.sweep import FRONTIER, read_axis, refuse_clash
     from sspcompile.api.sweep import sweep as run
+    from sspcompile.checkpoint.replacing import refuse_read
     from sspcompile.errors import InputError
     from sspcompile.model.dense import open_dense
 
@@ -204,6 +207,9 @@ def _sweep(
     refuse_clash(axis, given)
     requests = [request_of(scenario, given | {axis.option: axis.value(value)}) for value in axis.values]
     out = out or workspace().artifact(f"{requests[0].scenario.name}-sweep")
+    reads = typed_reads(scenario, requests[0].options)
+    for name in (FRONTIER, *(f"{axis.option}-{value}" for value in axis.values)):
+        refuse_read(out / name, reads)
     dense = open_dense(requests[0].options.source)
     for request in requests:
         refuse_hopeless(request, dense, weights=not dry_run)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from sspcompile.cli.options import json_option, overwrite_option, workspace
+from sspcompile.cli.options import PLACE, json_option, overwrite_option, workspace
 
 
 @click.command(
@@ -19,7 +19,7 @@ Examples:
 """,
 )
 @click.argument("artifacts", metavar="ARTIFACT...", nargs=-1, required=True)
-@click.option("--out", "-o", type=click.Path(path_type=Path), help="Also write it as JSON, Markdown and HTML there.")
+@click.option("--out", "-o", type=PLACE, help="Also write it as JSON, Markdown and HTML there.")
 @overwrite_option
 @json_option
 def compare(artifacts: tuple[str, ...], out: Path | None, overwrite: bool, as_json: bool) -> None:
@@ -27,13 +27,15 @@ def compare(artifacts: tuple[str, ...], out: Path | None, overwrite: bool, as_js
 
     Nothing is measured anew: run `sspcompile bench` on them first, together, so that their speeds compare.
     """
+    from sspcompile.api.arguments import named
     from sspcompile.api.compare import compare as run
     from sspcompile.api.compare import write_comparison
     from sspcompile.report.comparison import comparison_page, render_points
 
     points = run(artifacts, workspace())
+    reads = [named(one, workspace()).folder for one in artifacts]
     if out is not None:
-        write_comparison(points, out, overwrite=overwrite)
+        write_comparison(points, out, overwrite=overwrite, reads=reads)
     if as_json:
         click.echo(render_points(points), nl=False)
         return

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from sspcompile.cli.options import (
+    PLACE,
     build_option,
     json_option,
     placement_in,
@@ -48,7 +49,7 @@ Examples:
 @click.option(
     "--data",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=PLACE,
     metavar="PATH",
     help="A .jsonl file of prompts with answers or of messages, XDomainBench .json files, or a folder of them; "
     "may be repeated.",
@@ -73,7 +74,7 @@ Examples:
 @click.option(
     "--lm-eval-tasks-dir",
     "tasks_folder",
-    type=click.Path(path_type=Path),
+    type=PLACE,
     metavar="DIR",
     help="A folder with further task definitions for --lm-eval.",
 )

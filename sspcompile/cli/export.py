@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sspcompile.cli.options import (
+    PLACE,
     host_option,
     json_option,
     overwrite_option,
@@ -57,7 +58,7 @@ Examples:
     help="Write a model folder for transformers and vLLM (hf), for ONNX Runtime and its genai (onnx), or a file for "
     "llama.cpp and Ollama (gguf).",
 )
-@click.option("--out", "-o", type=click.Path(path_type=Path), help="Output folder (default exported/NAME-FORMAT).")
+@click.option("--out", "-o", type=PLACE, help="Output folder (default exported/NAME-FORMAT).")
 @host_option
 @click.option(
     "--precision",

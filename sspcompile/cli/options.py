@@ -37,6 +37,24 @@ class Counts(click.ParamType):
 
 COUNTS = Counts()
 
+
+class Place(click.Path):
+    """A path. The empty text is refused: as a path it would be the current folder."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not os.fspath(value):
+            from sspcompile.errors import InputError
+
+            named = param.opts[0] if isinstance(param, click.Option) else "A path"
+            raise InputError(f"{named} is empty.", hint="Name a folder or a file.")
+        return super().convert(value, param, ctx)
+
+
+PLACE = Place()
+
 NAMED = 8
 GOING_ON = "Going on from an interrupted run: what it had measured is used."
 

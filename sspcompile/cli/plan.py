@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sspcompile.cli.options import (
+    PLACE,
     build_options,
     json_option,
     placement_in,
@@ -49,7 +50,7 @@ Examples:
 """,
 )
 @build_options
-@click.option("--mask", type=click.Path(path_type=Path), help="Plan the cut of this mask.json instead of compiling.")
+@click.option("--mask", type=PLACE, help="Plan the cut of this mask.json instead of compiling.")
 @click.option("--from", "nested_artifact", metavar="NESTED", help="Show the members of a nested artifact instead.")
 @click.option(
     "--cost", is_flag=True, help="Say instead what the build will cost here: passes, minutes and memory, by stage."

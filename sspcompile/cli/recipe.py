@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from sspcompile.cli.options import json_option
+from sspcompile.cli.options import PLACE, json_option
 
 
 @click.group(epilog="\b\nExamples:\n  sspcompile recipe ls\n  sspcompile recipe show finance-desk > mine.yaml")
@@ -52,7 +52,7 @@ def show(name: str) -> None:
 @recipe.command(
     epilog="\b\nExamples:\n  sspcompile recipe validate mine.yaml\n  sspcompile recipe validate our-pools/ --json"
 )
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=PLACE)
 @json_option
 def validate(file: Path, as_json: bool) -> None:
     """Check a recipe, a domain pool, or a folder of them (FILE); all problems are named at once.

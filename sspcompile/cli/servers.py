@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from sspcompile.cli.options import COUNTS, overwrite_option, refuse_given
+from sspcompile.cli.options import COUNTS, PLACE, overwrite_option, refuse_given
 
 if TYPE_CHECKING:
     from sspcompile.bench.ratios import Ratio
@@ -53,7 +52,7 @@ SERVER_OPTIONS = (
         envvar="OPENAI_API_KEY",
         help="Sent to every --server as bearer, by default the variable OPENAI_API_KEY; --api-key '' sends none.",
     ),
-    click.option("--out", "-o", type=click.Path(path_type=Path), help="Write what servers did to this JSON file."),
+    click.option("--out", "-o", type=PLACE, help="Write what servers did to this JSON file."),
     overwrite_option,
 )
 # What of the other options of `bench` means the same for servers.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sspcompile.cli.options import (
+    PLACE,
     host_option,
     json_option,
     model_option,
@@ -38,10 +39,10 @@ Examples:
 )
 @model_option
 @revision_option
-@click.option("--mask", type=click.Path(path_type=Path), help="The mask.json that a build wrote.")
+@click.option("--mask", type=PLACE, help="The mask.json that a build wrote.")
 @click.option("--from", "nested", metavar="NESTED", help="A nested artifact (`build --nested`), instead of a mask.")
 @click.option("--size", type=float, metavar="SHARE", help="With --from: the largest member of at most this share.")
-@click.option("--out", "-o", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--out", "-o", required=True, type=PLACE, help="Folder to write.")
 @host_option
 @click.option("--max-shard-size", metavar="SIZE", help="Start a new file at this size; the source's shards by default.")
 @click.option("--hard-link", is_flag=True, help="Share unchanged files with the source; then edit neither in place.")
@@ -74,13 +75,14 @@ def slice_command(
     No model is loaded: the bytes that stay are moved from file to file, whatever the size and the dtype. A mask that
     was compiled on one machine cuts the checkpoint on another. `sspcompile verify DIR` proves the result.
     """
-    from sspcompile.checkpoint.publish import refuse_existing
+    from sspcompile.checkpoint.locate import read_paths
+    from sspcompile.checkpoint.replacing import refuse_existing
     from sspcompile.request.sizes import byte_size
     from sspcompile.slicing.hosts import named_host
 
     limit = byte_size(max_shard_size, "--max-shard-size")
-    refuse_existing(out, overwrite=overwrite)
     _refuse_mixed(mask, nested, size, only_mask=bool(model or revision or hard_link or any_model))
+    refuse_existing(out, overwrite=overwrite, reads=(*read_paths(model), mask) if mask is not None else ())
     plan: SlicePlan
     write: Callable[..., Manifest]
     if mask is not None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sspcompile.cli.options import (
+    PLACE,
     build_option,
     json_option,
     model_option,
@@ -55,7 +56,7 @@ Examples:
     metavar="SHARE",
     help="And at most this share on texts of all domains; 0.5 for a deployment that meets none.  [default: 0.05]",
 )
-@click.option("--out", "-o", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--out", "-o", required=True, type=PLACE, help="Folder to write.")
 @build_option("pools")
 @build_option("chat_template")
 @build_option("raw")
@@ -84,9 +85,9 @@ def trim(
     such token the model computes what it did; this is proven before anything is published. The folder is an ordinary
     checkpoint: `build`, `export` and every runtime take it.
     """
+    from sspcompile.api.reads import refuse_output
     from sspcompile.api.trim import TrimBounds, refuse_untrimmable
     from sspcompile.api.trim import trim as run
-    from sspcompile.checkpoint.publish import refuse_existing
     from sspcompile.checkpoint.source import not_carried
     from sspcompile.cli.progress import stages
     from sspcompile.model.dense import open_dense
@@ -96,7 +97,7 @@ def trim(
     bounds = TrimBounds.of(tokens=tokens, max_loss=max_loss, max_loss_off=max_loss_off)
     placement = placement_in(given)
     request = read_request(scenario, {name: given[name] for name in NAMES if name in given}, os.environ)
-    refuse_existing(out, overwrite=overwrite)
+    refuse_output(out, scenario, request.options, overwrite=overwrite)
     dense = open_dense(request.options.source)
     refuse_untrimmable(dense)
     with stages(quiet) as progress:

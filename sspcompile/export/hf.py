@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sspcompile.checkpoint import Checkpoint, Manifest, check_manifest, staged, write_manifest
+from sspcompile.checkpoint.replacing import refuse_existing
 from sspcompile.errors import InputError
 from sspcompile.export.card import model_card
 from sspcompile.progress import Progress, silent
@@ -26,10 +27,9 @@ def export_hf(
     that class has biases that the model lacks. That it computes the same is proven on the artifact's own probes.
 
     The artifact's checksums are checked first. Raises ArtifactError, OutputExistsError, ParityError, and InputError
-    for an `out` inside the artifact or a host that cannot hold the model.
+    for an `out` that is, holds or lies in the artifact, or a host that cannot hold the model.
     """
-    if out.resolve().is_relative_to(artifact.resolve()):
-        raise InputError(f"{out} lies inside the artifact.", hint="Give an --out outside of it.")
+    refuse_existing(out, overwrite=overwrite, reads=(artifact,))
     manifest = check_manifest(artifact)
     plan = _read(artifact / PLAN)
     if host is not None and plan["custom_code"]:
@@ -37,7 +37,7 @@ def export_hf(
             "--host is for uniform cuts; head counts that differ by layer need the class in the folder.",
             hint="Leave --host out, or build with --layout uniform.",
         )
-    with staged(out, overwrite=overwrite) as folder:
+    with staged(out, overwrite=overwrite, reads=(artifact,)) as folder:
         if host is None:
             shutil.copytree(artifact / MODEL, folder, copy_function=shutil.copyfile, dirs_exist_ok=True)
         else:

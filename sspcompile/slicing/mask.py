@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,8 @@ from sspcompile.errors import ArtifactError
 # such a mask for another.
 READS = (1, 2, 3, 4, 5)
 WITHOUT_LAYERS, WITH_LAYERS, WITHOUT_ATTENTION, OF_EXPERTS = READS[1:]
+# What a bound on memory or time says beside its number: for how many sequences of how many tokens it is.
+LOAD = ("batch", "context")
 Layout = Literal["uniform", "per-layer"]
 
 
@@ -148,6 +150,7 @@ class HeadMask:
 
 
 _MASK = TypeAdapter(HeadMask)
+KEYS = frozenset(field.name for field in fields(HeadMask))
 
 
 def kept_of(array: np.ndarray) -> tuple[tuple[int, ...], ...]:
@@ -157,9 +160,7 @@ def kept_of(array: np.ndarray) -> tuple[tuple[int, ...], ...]:
 
 def dump_mask(mask: HeadMask) -> str:
     """mask.json as text: one line per layer, so that a person can read it and a diff can show it."""
-    version = WITHOUT_ATTENTION if mask.silent else WITH_LAYERS if mask.removed else WITHOUT_LAYERS
-    version = OF_EXPERTS if mask.experts > 1 else version
-    value = {"schema_version": version, **vars(mask)}
+    value = {"schema_version": max(WITHOUT_LAYERS, _version_of(mask)), **vars(mask)}
     if not mask.removed:
         del value["removed"]
     if mask.experts == 1:
@@ -176,6 +177,15 @@ def dump_mask(mask: HeadMask) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
+def _version_of(mask: HeadMask) -> int:
+    """The first schema version whose readers know everything that a mask holds."""
+    if mask.experts > 1:
+        return OF_EXPERTS
+    if mask.silent:
+        return WITHOUT_ATTENTION
+    return WITH_LAYERS if mask.removed else READS[0] if mask.channels is None else WITHOUT_LAYERS
+
+
 def load_mask(path: Path) -> HeadMask:
     """Open a mask.json. Raises ArtifactError when it is unreadable, of another schema or contradicts itself."""
     try:
@@ -189,14 +199,24 @@ def parse_mask(text: str | bytes, *, source: str = "The mask") -> HeadMask:
     """The mask that the content of a mask.json describes, called `source` in errors. Raises as `load_mask` does."""
     try:
         value = json.loads(text)
-        if value.pop("schema_version") not in READS:
+        version = value.pop("schema_version")
+        if type(version) is not int or version not in READS:
             known = ", ".join(map(str, READS))
             raise ArtifactError(f"{source} is of another schema version.", hint=f"This version reads {known}.")
+        if unknown := set(value) - KEYS:
+            raise ArtifactError(
+                f"{source} holds {min(unknown)!r:.80}, which no mask has.", hint=f"Known: {', '.join(sorted(KEYS))}."
+            )
         # JSON knows no tuples, which the strictness of JSON mode allows for.
         mask = _MASK.validate_json(json.dumps(value, allow_nan=False), strict=True)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{source} is not a mask.json.", hint="Run `sspcompile build` again.") from error
     check_mask(mask, source=source)
+    if version < (needed := _version_of(mask)):
+        raise ArtifactError(
+            f"{source} is of schema version {version} and holds what begins with version {needed}.",
+            hint=f"Set schema_version to {needed} where that is meant, or compile it again with `sspcompile build`.",
+        )
     return mask
 
 
@@ -207,13 +227,16 @@ def whole_mask(layers: int, heads: int, kv_heads: int) -> HeadMask:
 
 
 def check_mask(mask: HeadMask, *, source: str = "The mask") -> None:
-    """Raise ArtifactError unless indices are in range, ascending, and regular within every layer that stays."""
+    """Raise ArtifactError unless indices are in range, ascending, and regular within every layer that stays, and what
+    they were chosen by has the shape of the model.
+    """
 
     def refuse(problem: str) -> ArtifactError:
         return ArtifactError(f"{source}: {problem}.", hint="Compile the mask again with `sspcompile build`.")
 
-    if min(mask.layers, mask.heads, mask.kv_heads) < 1:
-        raise refuse(f"{mask.layers} layers of {mask.heads} heads ({mask.kv_heads} kv)")
+    if min(mask.layers, mask.heads, mask.kv_heads, mask.experts) < 1 or mask.intermediate < 0:
+        mlps = f"{mask.experts} experts of {mask.intermediate} channels"
+        raise refuse(f"{mask.layers} layers of {mask.heads} heads ({mask.kv_heads} kv) and {mlps}")
     if len(mask.kept) != mask.layers or mask.heads % mask.kv_heads:
         raise refuse(f"{len(mask.kept)} rows for {mask.layers} layers of {mask.heads} heads ({mask.kv_heads} kv)")
     _check_removed(mask, refuse)
@@ -234,6 +257,22 @@ def check_mask(mask: HeadMask, *, source: str = "The mask") -> None:
         raise refuse("a uniform mask must keep the same numbers in every layer")
     if mask.channels is not None:
         _check_channels(mask, refuse)
+    elif mask.experts > 1:
+        raise refuse(f"it names {mask.experts} experts and no channels of them")
+    _check_reasons(mask, refuse)
+
+
+def _check_reasons(mask: HeadMask, refuse: Callable[[str], ArtifactError]) -> None:
+    """What units were chosen by: scores, whitelist, and what was asked for."""
+    if len(mask.scores) != mask.layers or any(len(row) != mask.heads for row in mask.scores):
+        raise refuse(f"scores are not a number for each of {mask.layers} layers of {mask.heads} heads")
+    for layer, head in mask.whitelist:
+        if not (0 <= layer < mask.layers and 0 <= head < mask.heads):
+            raise refuse(f"the whitelist names head {head} of layer {layer}, which is out of range")
+    for name, unit in (("memory_requested", "bytes"), ("latency_requested", "nanoseconds")):
+        bound = getattr(mask, name)
+        if bound is not None and (set(bound) != {unit, *LOAD} or min(bound.values()) < 1):
+            raise refuse(f"{name} is not {unit}, {LOAD[0]} and {LOAD[1]}, each a number from 1")
 
 
 def _check_removed(mask: HeadMask, refuse: Callable[[str], ArtifactError]) -> None:

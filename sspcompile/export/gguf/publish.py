@@ -13,6 +13,7 @@ import sspcompile
 from sspcompile.checkpoint import Manifest, copy_companions, staged, write_manifest
 from sspcompile.checkpoint.headers import TensorInfo
 from sspcompile.checkpoint.references import drop_references
+from sspcompile.checkpoint.replacing import refuse_existing
 from sspcompile.errors import InputError
 from sspcompile.export.agreement import Agreement, Gate
 from sspcompile.export.gguf.rounding import TYPES, Kind, kind_of
@@ -81,17 +82,17 @@ def export_gguf(
     llama.cpp is not installed nothing is run, and the card says so. `refitted`: matrices that are written in the place
     of the model's own, with which it is compared sharply.
 
-    Raises UnsupportedModelError for what llama.cpp does not hold and InputError for an unknown type, both before
-    anything is written; ParityError when llama.cpp does not compute what transformers does.
+    Raises UnsupportedModelError for what llama.cpp does not hold and InputError for an unknown type or an `out` that
+    is, holds or lies in `model`, before anything is written; ParityError when llama.cpp does not compute what
+    transformers does.
     """
-    if out.resolve().is_relative_to(model.resolve()):
-        raise InputError(f"{out} lies inside {model}.", hint="Give an --out outside of it.")
+    refuse_existing(out, overwrite=overwrite, reads=(model,))
     source = read_source(model)
     wanted = kind_of(kind, source.dtypes)
     demand_writable(wanted)
     vocabulary = read_vocabulary(model, source.geometry.vocab, source.geometry.family)
     work = _Work(source, vocabulary, wanted, out.resolve().name, origin, progress, refitted or {})
-    with staged(out, overwrite=overwrite) as folder:
+    with staged(out, overwrite=overwrite, reads=(model,)) as folder:
         structure: Agreement | None = None
         agreement: Agreement | None = None
         if has_llama_cpp():

@@ -18,7 +18,7 @@ import numpy as np
 
 from sspcompile.checkpoint import Manifest, staged, write_manifest
 from sspcompile.checkpoint.headers import TensorInfo
-from sspcompile.errors import InputError
+from sspcompile.checkpoint.replacing import refuse_existing
 from sspcompile.export.agreement import Agreement
 from sspcompile.export.onnx.decoder import Decoder, read_decoder
 from sspcompile.export.onnx.graph import emit
@@ -63,8 +63,7 @@ def export_sizes(
 
     The parameters and what is raised are those of `export_onnx`.
     """
-    if out.resolve().is_relative_to(artifact.resolve()):
-        raise InputError(f"{out} lies inside {artifact}.", hint="Give an --out outside of it.")
+    refuse_existing(out, overwrite=overwrite, reads=(artifact,))
     from sspcompile.export.onnx.check import check_runs
 
     demand_runtime()
@@ -72,7 +71,7 @@ def export_sizes(
     nested, decoder = read_nested(artifact), read_decoder(artifact / MODEL, positions=positions)
     shares = [member.share for member in nested.members]
     run = partial(check_runs, model=artifact / MODEL, probes=probes, positions=decoder.positions, gate=EXACT.gate)
-    with staged(out, overwrite=overwrite) as folder:
+    with staged(out, overwrite=overwrite, reads=(artifact,)) as folder:
         _write(artifact, nested, decoder, folder, last_logits=last_logits, progress=progress)
         (folder / SIZES).write_text(json.dumps({"schema_version": 1, "sizes": shares}) + "\n", "utf-8")
         agreements = {}

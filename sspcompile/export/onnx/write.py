@@ -18,8 +18,8 @@ import sspcompile
 from sspcompile.checkpoint import Manifest, copy_companions, staged, write_manifest
 from sspcompile.checkpoint.headers import TensorInfo
 from sspcompile.checkpoint.references import drop_references, without_code
+from sspcompile.checkpoint.replacing import refuse_existing
 from sspcompile.checkpoint.tensors import EMBEDDING
-from sspcompile.errors import InputError
 from sspcompile.export.agreement import Agreement, Gate
 from sspcompile.export.onnx.decoder import Decoder, read_decoder
 from sspcompile.export.onnx.genai import genai_config
@@ -130,10 +130,9 @@ def export_onnx(
     memory and threads of the run; it computes on the CPU.
 
     Raises UnsupportedModelError for what the kernels cannot compute, ParityError when the graph does not compute what
-    transformers does, InputError for an `out` inside `model` or positions that the model does not have.
+    transformers does, InputError for an `out` that is, holds or lies in `model`, or positions that it does not have.
     """
-    if out.resolve().is_relative_to(model.resolve()):
-        raise InputError(f"{out} lies inside {model}.", hint="Give an --out outside of it.")
+    refuse_existing(out, overwrite=overwrite, reads=(model,))
     # Writing needs neither torch nor the model classes, and little memory; running against transformers does.
     from sspcompile.export.onnx.check import NEW_TOKENS, PROBE_TOKENS, check_runs
 
@@ -148,7 +147,7 @@ def export_onnx(
         placement=placement,
         progress=progress,
     )
-    with staged(out, overwrite=overwrite) as folder:
+    with staged(out, overwrite=overwrite, reads=(model,)) as folder:
         if precision != EXACT:
             unrounded = partial(run, gate=EXACT.gate, dtype=EXACT.dtype)
             prove_structure(decoder, folder, PROBE_TOKENS + NEW_TOKENS, unrounded, last_logits=last_logits)
