@@ -193,6 +193,11 @@ def _fields_at(model: type[BaseModel], place: Place) -> Iterator[str]:
     yield from model.model_fields
 
 
+def plain(value: Any) -> Any:
+    """A number of NumPy, or a tensor of one, as Python's own; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
 def shown(value: object) -> str:
     """A value as it may stand in a one-line message: escaped and short."""
     text = repr(value)

@@ -9,6 +9,7 @@ from typing import Any
 
 from sspcompile.errors import ScenarioError
 from sspcompile.request.options import Options, flag
+from sspcompile.request.prompts import counted
 from sspcompile.request.recipe import Recipe, ScenarioSpec, load_recipe
 from sspcompile.request.resolving import resolve
 from sspcompile.request.scenario import Scenario, read_scenario, scenario_of
@@ -61,7 +62,7 @@ def read_request(
     read, recipe = (scenario, None) if isinstance(scenario, Scenario) else read_scenario(scenario)
     stated = recipe.options() if recipe is not None else {}
     options = resolve(given, environment=environment, recipe=stated, call=call)
-    told = f"Read from {read.origin or f'a {read.source}'}."
+    told = f"Read from {read.origin or 'a sentence'}" + (f": {counted(read.prompts)}." if read.prompts else ".")
     return Request(read, options, recipe.description if recipe is not None else told)
 
 
