@@ -13,6 +13,7 @@ import numpy as np
 
 import sspcompile
 from sspcompile.api.arguments import Named
+from sspcompile.api.given import number_of, whole_of
 from sspcompile.checkpoint import Checkpoint, Manifest, staged, write_manifest
 from sspcompile.checkpoint.publish import refuse_existing
 from sspcompile.checkpoint.settings import read_json
@@ -61,8 +62,12 @@ class TrimBounds:
 
     @classmethod
     def of(cls, **given: Any) -> TrimBounds:
-        """From what was given; None means "not given". Raises InputError for shares beside a number of tokens."""
-        found = {name: value for name, value in given.items() if value is not None}
+        """From what was given; None means "not given". Raises InputError for shares beside a number of tokens, and for
+        what is no number."""
+        read = {
+            name: whole_of(value, name) if name == "tokens" else number_of(value, name) for name, value in given.items()
+        }
+        found: dict[str, Any] = {name: value for name, value in read.items() if value is not None}
         if "tokens" in found and len(found) > 1:
             raise InputError(
                 "A number of tokens and a bound on the loss do not go together.", hint="Give --tokens, or --max-loss."

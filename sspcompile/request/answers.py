@@ -32,9 +32,9 @@ SHOWN_KEYS = 4
 
 def tidied(value: object) -> object:
     """A value of a line as JSON has it: a number of NumPy as Python's, and NaN, an empty cell of a table, as None."""
+    value = plain(value)
     if isinstance(value, list | tuple):
         return [tidied(one) for one in value]
-    value = plain(value)
     return None if isinstance(value, float) and math.isnan(value) else value
 
 

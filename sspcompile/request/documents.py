@@ -194,8 +194,13 @@ def _fields_at(model: type[BaseModel], place: Place) -> Iterator[str]:
 
 
 def plain(value: Any) -> Any:
-    """A number of NumPy, or a tensor of one, as Python's own; anything else as it is."""
-    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+    """Numbers and arrays of NumPy as Python's own, inside of lists and mappings too; anything else as it is."""
+    if isinstance(value, Mapping):
+        return {key: plain(one) for key, one in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    # No import of NumPy: most commands do without.
+    return plain(value.tolist()) if hasattr(value, "ndim") and hasattr(value, "tolist") else value
 
 
 def shown(value: object) -> str:
