@@ -2,7 +2,7 @@
 
 Everything runs in this process and prints nothing. `progress` is called with (stage, steps done, steps in all). Errors
 are those of `sspcompile.errors`, each with a message and a hint. Options are the keywords that `docs/options.md` lists,
-their numbers Python's or NumPy's; the environment's `SSPCOMPILE_...` variables count here as they do on the command line.
+their numbers Python's or NumPy's; the environment's `SSPCOMPILE_...` variables count as they do on the command line.
 
 What runs a model takes `device`, `dtype`, `device_map`, `memory` (bytes, or text such as "8GB") and `threads`: where it
 is computed. They decide nothing about what comes out but its rounding, and raise InputError for what is not there.

@@ -67,7 +67,7 @@ def read_scenario(value: str) -> tuple[Scenario, Recipe | None]:
     if suffix in RECIPE_SUFFIXES + PROMPT_SUFFIXES:
         if not _exists(path):
             raise ScenarioError(f"There is no file {shown(value)}.", hint=ACCEPTED)
-        return _read_recipe(path) if suffix in RECIPE_SUFFIXES else (_read_prompts(path), None)
+        return _read_recipe(path) if suffix in RECIPE_SUFFIXES else (read_prompts(path), None)
     shipped = find_recipe(value)
     if shipped:
         return _read_recipe(shipped)
@@ -156,7 +156,7 @@ def _read_recipe(path: Path) -> tuple[Scenario, Recipe]:
     recipe = load_recipe(path)
     spec = recipe.scenario
     if spec.prompts_file:
-        prompts = _read_prompts(path.parent / spec.prompts_file).prompts
+        prompts = read_prompts(path.parent / spec.prompts_file).prompts
         spec = ScenarioSpec(prompts=prompts, domains=spec.domains)
         recipe = recipe.model_copy(update={"scenario": spec})
     return scenario_of(recipe), recipe
@@ -174,7 +174,8 @@ def scenario_of(recipe: Recipe) -> Scenario:
     return Scenario(recipe.name, spec.text, spec.prompts or (), domains, "recipe")
 
 
-def _read_prompts(path: Path) -> Scenario:
+def read_prompts(path: Path) -> Scenario:
+    """The scenario of a file of prompts. Raises ScenarioError."""
     if path.suffix.lower() not in PROMPT_SUFFIXES:
         raise ScenarioError(f"{path} is not a {' or '.join(PROMPT_SUFFIXES)} file.", hint=ACCEPTED)
     lines = _lines(path)
