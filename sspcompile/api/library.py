@@ -143,7 +143,8 @@ def trim(
 
     `tokens` are kept, or as few as lose at most `max_loss` (0.01) of the next tokens and of the tokens read on the
     scenario, and `max_loss_off` (0.05) in general, on texts that choose nothing. Of the options those of texts count:
-    `pools`, `raw`, `chat_template`, `max_tokens`, `continuation_tokens`, `seed`. Raises InputError for both kinds of
+    `pools`, `raw`, `chat_template`, `max_tokens`, `continuation_tokens`, `seed`. The `max_loss` of a recipe or of the
+    environment is of builds, and does not count. Raises InputError for both kinds of
     bounds, UnsupportedModelError for a tokenizer that is not a byte-pair encoding, and BudgetError for fewer tokens
     than any text needs.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
@@ -49,6 +50,8 @@ PLACES = {"judge": "on the scenario", "off": "off the scenario"}
 SCHEMA = 1
 # Prompts of each pool that are continued: to order what the scenario never mentions, and to guard it.
 FROM_POOL, GUARD_FROM_POOL = 6, 3
+
+log = logging.getLogger("sspcompile")
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,11 @@ def trim(
     Raises BudgetError for fewer tokens than any text needs, and what `refuse_untrimmable` raises.
     """
     refuse_existing(out, overwrite=overwrite)
+    if "max_loss" in request.outside and bounds.tokens is None and bounds.max_loss == MAX_LOSS:
+        log.info(
+            f"{request.outside['max_loss']} is about builds, where it bounds the next tokens that a cut changes. trim "
+            f"keeps what it loses within {MAX_LOSS:g}; --max-loss says another bound."
+        )
     bpe, needed = refuse_untrimmable(dense)
     checkpoint = dense.checkpoint
     loaded = dense.load(placement=placement, rendering=rendering_of(request.options))
