@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sspcompile.api.settings import demand_settings
+from sspcompile.api.settings import context_warning, demand_settings
 from sspcompile.errors import CheckpointError
 from sspcompile.families import Geometry
 from sspcompile.model.dense import DenseModel
@@ -58,9 +58,12 @@ def demand_bounds(options: Options, geometry: Geometry, bounds: Bounds) -> None:
 def warnings_of(request: Request, dense: DenseModel) -> list[str]:
     """What the user should know before the work starts, a sentence each."""
     family = dense.checkpoint.geometry.family
+    context = context_warning(request.options, dense.checkpoint.config)
+    said = [] if context is None else [context]
     if request.options.repair != "least-squares" or is_linear(dense.checkpoint.geometry):
-        return []
+        return said
     return [
+        *said,
         f"There is no repair for {family.architecture}: a norm stands between o_proj and the residual stream, so least "
-        "squares does not apply."
+        "squares does not apply.",
     ]

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from sspcompile.criteria import criterion
+from sspcompile.families import positions_of
 from sspcompile.request.options import AUTO, Options
 from sspcompile.request.pools import pools_of
 from sspcompile.request.protecting import demand_protected
+
+
+def context_warning(options: Options, config: Mapping[str, Any]) -> str | None:
+    """A sentence where memory and time are to be counted for more tokens than a configuration has positions."""
+    longest = positions_of(config)
+    if options.context is None or longest is None or options.context <= longest:
+        return None
+    return (
+        f"--context {options.context} is more than the {longest:,} positions that the model has; memory and time are "
+        "counted for texts that it was not made to read."
+    )
 
 
 def demand_settings(options: Options) -> None:
