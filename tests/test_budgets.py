@@ -279,6 +279,26 @@ def test_what_is_no_number_is_refused(given):
         Options(**given)
 
 
+@pytest.mark.parametrize("typed", ["12", "0.5", " 16 ", "99999"])
+def test_a_forgotten_unit_of_memory_is_said_and_what_is_meant(run, typed, monkeypatch):
+    said = f"{typed.strip()} has no unit, give it one, as {typed.strip()}GB"
+    code, out, err = run("plan", "--max-memory", typed)
+    assert code == 2 and out == "" and said in err and "--max-memory: must be a size" in err
+    monkeypatch.setenv("SSPCOMPILE_MAX_MEMORY", typed)
+    assert said in run("plan")[2]
+    assert Options(max_memory=f"{typed}GB").max_memory >= 5 * 10**8
+
+
+@pytest.mark.parametrize("more", [(), ("--criterion", "fisher"), ("--max-memory", "9GB")])
+def test_more_context_than_positions_is_warned_of_in_a_line(run, more):
+    code, _, err = run("plan", "--context", 100_000, *more, "--json", "-q")
+    said = [
+        line for line in err.splitlines() if line.startswith("Warning: --context 100000 is more than the 512 positions")
+    ]
+    assert code == 0 and len(said) == 1
+    assert "Warning: --context" not in run("plan", "--context", 512, *more, "--json", "-q")[2]
+
+
 def test_bounds_stand_together_and_budgets_of_heads_alone():
     options = Options(size=0.8, max_params="2M", max_memory="1GB", max_loss=0.1)
     checkpoint = Checkpoint(embedded_model())

@@ -118,7 +118,8 @@ def test_as_many_records_as_a_build_can_use_are_drawn_evenly(cache: Path, tmp_pa
     assert len(own_fit_part(scenario.prompts)) == OWN_FIT_PROMPTS <= len(fit)
     assert len(guard) == OWN_GUARD_PROMPTS and len(judge) == OWN_JUDGE_PROMPTS
     request = read_request(scenario, {}, {})
-    assert request.description == f"Read from hub:{NAME}@{REVISION[:12]}:default/train, 768 of 4000 records."
+    told = "768 of 4000 records: 768 prompts, 768 with answers."
+    assert request.description == f"Read from hub:{NAME}@{REVISION[:12]}:default/train, {told}"
     assert scenario.name == "org-questions-train" and request.recipe().scenario.prompts == scenario.prompts
 
 

@@ -61,6 +61,13 @@ def test_experts_beside_dense_layers_are_planned_by_heads_alone(run, tmp_path):
     assert code == 0 and "--keep 0.75" in err
 
 
+def test_what_a_build_costs_needs_weights_and_says_so_to_who_plans(run, tmp_path):
+    folder = bare(tmp_path / "bare", family_config("llama"))
+    code, out, err = run("plan", "--model", folder, "--scenario", "Answer questions of chemistry", "--cost")
+    assert code == 2 and out == "" and "Leave out --cost, or name a folder with weights." in err
+    assert run("plan", "--model", folder, "--size", 0.8, "--json", "-q")[0] == 0
+
+
 def test_without_a_budget_a_share_is_assumed_and_named(run):
     code, _, err = run("plan", "--model", embedded_model())
     assert code == 0 and "Sizes are those of --size 0.9" in err and f"--max-loss {DEFAULT_MAX_LOSS:g}" in err

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sspcompile.errors import InputError, ScenarioError
 from sspcompile.evaluate.questions import read_data
+from sspcompile.request.answers import ANSWERS
 from sspcompile.request.prompts import Message, answer_of, answered, as_prompt, asked_of, bare, read_line, told
 from sspcompile.request.recipe import ScenarioSpec, dump_recipe, load_recipe
 from sspcompile.request.request import read_request
-from sspcompile.request.scenario import read_scenario, scenario_of
+from sspcompile.request.scenario import of_prompts, read_scenario, scenario_of
 from sspcompile.request.splits import own_fit_part, seen_part, split
 
 
@@ -27,6 +29,7 @@ def talk(*turns: str) -> tuple[Message, ...]:
     return tuple(Message(**turn) for turn in said(*turns))
 
 
+NAN = float("nan")
 ASKED = talk("system: Be brief.", "user: Gold?", "assistant: Au", "user: Iron?")
 SHAREGPT = [{"from": "human", "value": "Gold?"}, {"from": "gpt", "value": "Au"}]
 PARTS = [{"type": "text", "text": "Gold"}, {"type": "text", "text": "?"}]
@@ -64,6 +67,30 @@ LINES = {
     ),
     "question": ({"question": "Gold?", "answer": "Au"}, "Gold?", "Au"),
     "text": ({"text": "Gold?", "answer": "Au", "label": 3}, "Gold?", "Au"),
+    **{f"prompt and {key}": ({"prompt": "Gold?", key: "Au"}, "Gold?", "Au") for key in ANSWERS if key != "answer"},
+    **{f"question and {key}": ({"question": "Gold?", key: "Au"}, "Gold?", "Au") for key in ANSWERS},
+    "instruction and response": ({"instruction": "Gold?", "response": "Au"}, "Gold?", "Au"),
+    "input and output": ({"input": "Gold?", "output": "Au"}, "Gold?", "Au"),
+    "query and response": ({"query": "Gold?", "response": "Au"}, "Gold?", "Au"),
+    "problem and solution": ({"problem": "Gold?", "solution": "Au", "level": 3}, "Gold?", "Au"),
+    "preference": ({"prompt": "Gold?", "chosen": "Au", "rejected": "Ag"}, "Gold?", "Au"),
+    "preference in messages": (
+        {"prompt": "Gold?", "chosen": said("user: Gold?", "assistant: Au"), "rejected": said("assistant: Ag")},
+        "Gold?",
+        "Au",
+    ),
+    "SQuAD": ({"question": "Gold?", "answers": {"text": ["Au", "au"], "answer_start": [1, 9]}}, "Gold?", ["Au", "au"]),
+    "class beside a conversation": (
+        {"messages": said("user: Gold?", "assistant: Au"), "label": "metals"},
+        "Gold?",
+        "Au",
+    ),
+    "empty cell beside the answer": ({"prompt": "Gold?", "completion": NAN, "output": "Au"}, "Gold?", "Au"),
+    "empty cells of Alpaca": (
+        {"instruction": "Name gold.", "input": NAN, "output": "Au", "system": NAN, "history": NAN},
+        "Name gold.",
+        "Au",
+    ),
     "null where another key is meant": ({"prompt": None, "messages": said("user: Gold?")}, "Gold?", None),
     "line ends of Windows": ({"prompt": "Gold?\r\nIron?"}, "Gold?\nIron?", None),
 }
@@ -173,6 +200,90 @@ def test_conversations_are_split_like_texts_and_told_with_their_roles() -> None:
     with_answer = answered(many[3], "Seven.")
     assert told(with_answer) == told(many[3]) and bare(with_answer) == many[3] == asked_of(with_answer)
     assert told(many[3]) == "system: S\nuser: number 3" and bare(many[3]) == many[3] and bare(" a ") == "a"
+
+
+# lines of a file, and what is said of it
+TOLD = {
+    "a key that could hold the answer": (
+        [{"prompt": "Gold?", "my_answer": "Au"}, {"prompt": "Tin?", "my_answer": "Sn"}],
+        "p.jsonl: 2 of 2 prompts have no answer that is read, but 'my_answer'. Read are answer, completion, response",
+    ),
+    "a key of any name": ([{"question": "Gold?", "risposta": "Au"}, {"prompt": "a"}], "1 of 2 prompts has no answer"),
+    "a number of a class": ([{"prompt": "Gold?", "label": 3}], "but 'label'"),
+    "an answer that is no text": ([{"prompt": "Gold?", "answer": {"name": "Au"}}], "but 'answer'"),
+    "an answer that is a truth": ([{"prompt": "Is it?", "answer": True}], "but 'answer'"),
+    "a class beside a text": ([{"text": "Gold.", "label": "metals"}], "but 'label'"),
+    "a conversation": ([{"prompt": "Gold?", "talk": said("user: Gold?", "assistant: Au")}], "but 'talk'"),
+    "empty": (
+        [
+            {"prompt": "a", "answer": NAN},
+            {"prompt": "b", "answer": None},
+            {"prompt": "c", "answer": " "},
+            {"prompt": "d"},
+        ],
+        "p.jsonl: 3 of 4 prompts have an empty answer (null, NaN or blank), which counts as none.",
+    ),
+    "facts": ([{"prompt": "a", "id": 7, "prompt_id": "x", "domain": "d", "source": "s", "safe": True}], None),
+    "a corpus": ([{"text": "Gold.", "headline": "Metals", "body": "x"}], None),
+    "answered": ([{"prompt": "a", "answer": "b", "expected": "c"}], None),
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_an_answer_that_is_not_read_is_said_once_with_its_key(name: str, tmp_path: Path, caplog) -> None:
+    lines, expected = TOLD[name]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    caplog.set_level("INFO", "sspcompile")
+    scenario, _ = read_scenario(str(tmp_path / "p.jsonl"))
+    assert of_prompts(lines).prompts == scenario.prompts, "in Python as in files"
+    told = [record.getMessage() for record in caplog.records if record.getMessage().startswith("p.jsonl")]
+    assert len(told) == (expected is not None) and all("\n" not in one for one in told)
+    assert expected is None or expected in told[0]
+
+
+def test_a_missing_answer_is_refused_as_data_with_the_key_that_may_hold_it(tmp_path: Path) -> None:
+    for text in (
+        '{"prompt": "a", "answer": NaN}',
+        '{"prompt": "a", "answer": null}',
+        '{"question": "a", "answer": [NaN]}',
+    ):
+        (tmp_path / "d.jsonl").write_text(text)
+        with pytest.raises(InputError, match="line 1: answer is missing"):
+            read_data(tmp_path / "d.jsonl")
+    (tmp_path / "d.jsonl").write_text('{"prompt": "a", "expected": "b"}')
+    with pytest.raises(InputError, match=r"answer is missing, and 'expected' is not read\. Keys of an answer: answer"):
+        read_data(tmp_path / "d.jsonl")
+
+
+@pytest.mark.parametrize("number", ["Infinity", "-Infinity", "1e400"])
+def test_an_infinite_answer_is_refused_with_its_line(number: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    for answer in (number, f'["Au", {number}]'):
+        path.write_text(f'{{"prompt": "a", "answer": "b"}}\n{{"prompt": "Gold?", "answer": {answer}}}')
+        for read in (lambda: read_scenario(str(path)), lambda: read_data(path)):
+            with pytest.raises(InputError, match=r"line 2.* has an infinite number as its answer"):
+                read()
+    path.write_text(f'{{"prompt": "a", "answer": "b", "score": {number}}}')
+    assert read_data(path), "other keys are the file's own"
+    with pytest.raises(InputError, match="Prompt 1 has an infinite number"):
+        of_prompts([{"prompt": "a", "answer": float(number)}])
+
+
+def test_numbers_of_numpy_are_answers_as_those_of_python_are() -> None:
+    numbers = [np.float64(2.5), np.float32(2.5), np.int64(5), np.float64("nan")]
+    found = of_prompts({"prompt": "How many?", "answer": one} for one in numbers).prompts
+    assert [answer_of(prompt) for prompt in found] == ["2.5", "2.5", "5", None]
+
+
+def test_a_request_says_how_many_prompts_have_answers(tmp_path: Path) -> None:
+    lines = [{"prompt": "a", "answer": "b"}, {"prompt": "c"}, {"prompt": "d"}]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    told = read_request(str(tmp_path / "mine.jsonl"), {}, {}).recipe().description
+    assert told == "Read from mine.jsonl: 3 prompts, 1 with answers."
+    assert read_request(of_prompts(lines[1:]), {}, {}).description == "Read from a list: 2 prompts, none with answers."
+    (tmp_path / "mine.jsonl").write_text('{"text": "Gold."}\n{"prompt": "a"}')
+    told = read_request(str(tmp_path / "mine.jsonl"), {}, {}).description
+    assert told == "Read from mine.jsonl: 1 prompt, none with answers and 1 passage."
 
 
 @pytest.mark.parametrize(("answer", "text"), [(5, "5"), (2.5, "2.5"), (["Au", 7], "Au"), ([7, "Au"], "7")])

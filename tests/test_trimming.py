@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from sspcompile.checkpoint import Checkpoint
-from sspcompile.errors import BudgetError, ParityError, UnsupportedModelError
+from sspcompile.errors import BudgetError, InputError, ParityError, UnsupportedModelError
 from sspcompile.slicing.cut import runs
 from sspcompile.trimming.proof import check_rows, check_tokenizer
 from sspcompile.trimming.tokenizer import Bpe, read_bpe, with_parts
@@ -334,6 +335,21 @@ def test_a_trimmed_model_is_an_ordinary_one(run, trimmed, home):
     plan = json.loads((home / "cut" / "plan.json").read_text())
     said = json.loads((trimmed / TRIM).read_text())
     assert plan["parameters"]["dense"] == said["parameters"]["trimmed"]
+
+
+@pytest.mark.parametrize("place", ["max_loss of the recipe", "SSPCOMPILE_MAX_LOSS"])
+def test_the_bound_of_builds_is_not_taken_for_its_own_without_a_word(run, home, monkeypatch, place):
+    recipe = home / "sums.yaml"
+    if place.startswith("SSPCOMPILE"):
+        monkeypatch.setenv(place, "0.4")
+    else:
+        recipe = stated(home / "bounded.yaml", max_loss=0.4)
+    words = ("trim", "--scenario", recipe, "--model", home / "dense", "--out", home / "never", "--quiet")
+    monkeypatch.setattr("sspcompile.model.dense.DenseModel.load", Mock(side_effect=InputError("enough seen")))
+    said = f"{place} is about builds"
+    assert run(*words)[2].count(said) == 1
+    for own in (("--max-loss", "0.3"), ("--tokens", "350")):
+        assert said not in run(*words, *own)[2]
 
 
 def test_what_cannot_be_trimmed_is_refused(run, trimmed, home):

@@ -8,7 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack
 
+from sspcompile.api.given import (
+    Place,
+    ScenarioLike,
+    number_of,
+    path_of,
+    paths_of,
+    scenario_of,
+    text_of,
+    whole_of,
+    word_of,
+)
 from sspcompile.progress import Progress, silent
+from sspcompile.request.documents import plain
 from sspcompile.request.options import Options
 from sspcompile.request.request import Request
 from sspcompile.request.rounding import Rounded
@@ -26,8 +38,8 @@ if TYPE_CHECKING:
     from sspcompile.report.model import Report, RoundingSection
     from sspcompile.slicing.mask import HeadMask
 
-Place = str | os.PathLike[str]
 Format = Literal["hf", "onnx", "gguf"]
+LAST_SEED = 2**32 - 1
 PrecisionName = Literal["fp32", "fp16", "int8", "int4"]
 
 
@@ -110,7 +122,7 @@ class Artifact:
         self,
         *,
         data: Place | Sequence[Place] = (),
-        scenario: str | None = None,
+        scenario: ScenarioLike | None = None,
         items: int | None = None,
         model: Place | None = None,
         limits: Limits | None = None,
@@ -120,20 +132,20 @@ class Artifact:
     ) -> list[SuiteResult]:
         """Ask the smaller and the dense model the same questions: on the scenario, off it, and from files `data`.
 
-        `items` bounds the prompts of each suite. Prompts that chose or repaired anything are never asked. Raises
-        InputError for unusable data.
+        `scenario` is what `build` takes, by default the build's own. `items` bounds the prompts of each suite. Prompts
+        that chose or repaired anything are never asked. Raises InputError for unusable data.
         """
         from sspcompile.api.arguments import with_dense
         from sspcompile.api.evaluate import evaluate
 
-        files = [data] if isinstance(data, str | os.PathLike) else list(data)
-        placement = placement_in(**place)
+        placement, files, asked = placement_in(**place), paths_of(data, "data"), scenario_of(scenario)
+        items, seed = whole_of(items, "items"), whole_of(seed, "seed", least=0, most=LAST_SEED) or 0
         return evaluate(
             with_dense(self._named, text_of(model), placement=placement),
             Workspace(self.root),
             progress,
-            scenario=scenario,
-            data=[Path(file) for file in files],
+            scenario=asked,
+            data=files,
             items=items,
             limits=limits,
             seed=seed,
@@ -186,9 +198,15 @@ class Artifact:
         from sspcompile.api.nested_export import export_any
 
         asked = ExportRequest(
-            format, host, precision, context_length=context_length, last_logits=last_logits, type=type, size=size
+            format,
+            word_of(host, "host"),
+            word_of(precision, "precision"),
+            context_length=whole_of(context_length, "context_length"),
+            last_logits=last_logits,
+            type=word_of(type, "type"),
+            size=number_of(size, "size"),
         )
-        place = Path(out) if out is not None else None
+        place = path_of(out, "out") if out is not None else None
         placement, root = placement_in(memory=memory, threads=threads), Workspace(self.root)
         done = export_any(self._named, asked, root, progress, out=place, overwrite=overwrite, placement=placement)
         return done.folder
@@ -219,9 +237,8 @@ def placement_in(**given: Unpack[Placing]) -> Placement:
 
     if unknown := sorted({*given} - {*NAMES}):
         raise TypeError(f"unexpected keyword argument {unknown[0]!r}; where to compute is said by {', '.join(NAMES)}")
-    return placement_of(given, os.environ, call=str)
-
-
-def text_of(place: Place | None) -> str | None:
-    """A place as text."""
-    return None if place is None else os.fspath(place)
+    # A torch.device is typed as its text is.
+    told = {
+        name: str(value) if name == "device" and value is not None else plain(value) for name, value in given.items()
+    }
+    return placement_of(told, os.environ, call=str)

@@ -19,7 +19,8 @@ NAME = "comparison"
 def compare(given: Sequence[str], workspace: Workspace) -> Points:
     """The points of these builds. Raises InputError for anything else: only a build has a report."""
     folders = [demand(named(one, workspace), "build", command="compare").folder for one in given]
-    return points_of(f"{len(folders)} builds side by side", _named(folders))
+    title = "One build" if len(folders) == 1 else f"{len(folders)} builds side by side"
+    return points_of(title, _named(folders))
 
 
 def _named(folders: Sequence[Path]) -> Mapping[str, Report]:

@@ -29,6 +29,7 @@ from sspcompile.request.domains import DomainPool
 from sspcompile.request.pools import pools_of, shipped_pools
 from sspcompile.request.prompts import Passage, Prompt, answer_of, asked_of
 from sspcompile.request.request import built_request, read_request
+from sspcompile.request.scenario import Scenario
 from sspcompile.request.splits import seen, split, thinned, whole_shares
 from sspcompile.select.reading import mixture_through
 from sspcompile.slicing.mask import load_mask
@@ -60,7 +61,12 @@ class Deployment:
 
 
 def deployment_of(
-    model: CutModel, scenario: str | None, loaded: LoadedModel, workspace: Workspace, seed: int, progress: Progress
+    model: CutModel,
+    scenario: str | Scenario | None,
+    loaded: LoadedModel,
+    workspace: Workspace,
+    seed: int,
+    progress: Progress,
 ) -> Deployment | None:
     """The build's own scenario, or the one that was asked for; None when neither is known."""
     own = _built_for(model.build) if model.build is not None else None
@@ -180,7 +186,7 @@ def evaluate(
     workspace: Workspace,
     progress: Progress = silent,
     *,
-    scenario: str | None = None,
+    scenario: str | Scenario | None = None,
     data: Sequence[Path] = (),
     items: int | None = None,
     limits: Limits | None = None,
@@ -199,9 +205,10 @@ def evaluate(
     deployment = deployment_of(model, scenario, dense, workspace, seed, progress)
     fitted = fitted_prompts(deployment, model.dense.place)
     labelled = model.dense.fingerprint == fingerprint(Checkpoint(embedded_model()))
+    count = SUITE_ITEMS if items is None else items
     suites = []
     if deployment is not None:
-        suites += scenario_suites(deployment, fitted, labelled=labelled, count=items or SUITE_ITEMS, seed=seed)
+        suites += scenario_suites(deployment, fitted, labelled=labelled, count=count, seed=seed)
     suites += [data_suite(path, fitted, count=items, seed=seed) for path in data]
     results = []
     for suite in suites:

@@ -1,8 +1,8 @@
 """What `import sspcompile` offers: `plan`, `frontier`, `build`, `trim`, `load`, and what they give back.
 
 Everything runs in this process and prints nothing. `progress` is called with (stage, steps done, steps in all). Errors
-are those of `sspcompile.errors`, each with a message and a hint. Options are the keywords that `docs/options.md` lists;
-the environment's `SSPCOMPILE_...` variables count here as they do on the command line.
+are those of `sspcompile.errors`, each with a message and a hint. Options are the keywords that `docs/options.md` lists,
+their numbers Python's or NumPy's; the environment's `SSPCOMPILE_...` variables count as they do on the command line.
 
 What runs a model takes `device`, `dtype`, `device_map`, `memory` (bytes, or text such as "8GB") and `threads`: where it
 is computed. They decide nothing about what comes out but its rounding, and raise InputError for what is not there.
@@ -11,11 +11,11 @@ is computed. They decide nothing about what comes out but its rounding, and rais
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Unpack
 
-from sspcompile.api.artifact import Artifact, Place, placement_in, text_of
+from sspcompile.api.artifact import Artifact, placement_in
+from sspcompile.api.given import Place, ScenarioLike, options_of, path_of, scenario_of, text_of
 from sspcompile.api.several import NestedArtifact
 from sspcompile.errors import InputError
 from sspcompile.model.placement import NAMES as PLACING
@@ -23,7 +23,7 @@ from sspcompile.model.placement import Placement, Placing
 from sspcompile.progress import Progress, silent
 from sspcompile.request.keywords import Keywords
 from sspcompile.request.request import Request, read_request
-from sspcompile.request.scenario import Scenario, of_prompts
+from sspcompile.request.scenario import Scenario
 from sspcompile.startup import let_threads_sleep
 from sspcompile.workspace import Workspace
 
@@ -40,9 +40,6 @@ class BuildKeywords(Keywords, Placing, total=False):
     """The options of a build, and where it is computed."""
 
 
-# A sentence, a recipe (file or shipped name), a file of prompts, or the prompts themselves: texts, or mappings like the
-# lines of a .jsonl file ({"prompt": ..., "answer": ...}, {"messages": [...]}).
-ScenarioLike = str | os.PathLike[str] | Iterable[str | Mapping[str, object]] | Scenario
 # Sizes follow from counts alone, but options are resolved together with a scenario.
 _UNNAMED = Scenario("a-model", "a model without a scenario", (), None, "sentence")
 
@@ -72,8 +69,8 @@ def plan(
     asked, placement = _parted(options)
     request = _request(model, scenario if scenario is not None else _UNNAMED, asked)
     if mask is not None:
-        return plan_mask(request.options.source, Path(mask), request.options.wanted_host)
-    workspace = Workspace(Path(root))
+        return plan_mask(request.options.source, path_of(mask, "mask"), request.options.wanted_host)
+    workspace = Workspace(path_of(root, "root"))
     if scenario is None:
         return plan_sizes(request.options, table_of_plan(request.options, workspace, placement, progress))
     plans, _ = plan_scenario(request, workspace, progress, placement=placement)
@@ -92,7 +89,7 @@ def frontier(
 
     asked, placement = _parted(options)
     found = _request(model, _UNNAMED, asked).options
-    return reachable(found, table_of_plan(found, Workspace(Path(root)), placement, progress))
+    return reachable(found, table_of_plan(found, Workspace(path_of(root, "root")), placement, progress))
 
 
 def build(
@@ -120,8 +117,8 @@ def build(
     from sspcompile.model.dense import open_dense
 
     asked, placement = _parted(options)
-    request, workspace = _request(model, scenario, asked), Workspace(Path(root))
-    folder = Path(out) if out is not None else workspace.artifact(request.scenario.name)
+    request, workspace = _request(model, scenario, asked), Workspace(path_of(root, "root"))
+    folder = path_of(out, "out") if out is not None else workspace.artifact(request.scenario.name)
     dense = open_dense(request.options.source)
     if request.options.shares:
         build_nested(request, dense, folder, workspace, progress, overwrite=overwrite, placement=placement)
@@ -146,7 +143,8 @@ def trim(
 
     `tokens` are kept, or as few as lose at most `max_loss` (0.01) of the next tokens and of the tokens read on the
     scenario, and `max_loss_off` (0.05) in general, on texts that choose nothing. Of the options those of texts count:
-    `pools`, `raw`, `chat_template`, `max_tokens`, `continuation_tokens`, `seed`. Raises InputError for both kinds of
+    `pools`, `raw`, `chat_template`, `max_tokens`, `continuation_tokens`, `seed`. The `max_loss` of a recipe or of the
+    environment is of builds, and does not count. Raises InputError for both kinds of
     bounds, UnsupportedModelError for a tokenizer that is not a byte-pair encoding, and BudgetError for fewer tokens
     than any text needs.
     """
@@ -160,8 +158,8 @@ def trim(
     return run(
         request,
         open_dense(request.options.source),
-        Path(out),
-        Workspace(Path(root)),
+        path_of(out, "out"),
+        Workspace(path_of(root, "root")),
         progress,
         bounds=bounds,
         overwrite=overwrite,
@@ -176,9 +174,11 @@ def load(path: Place, *, root: Place = ".") -> Artifact:
     """
     from sspcompile.api.arguments import demand, named
 
-    found = demand(named(os.fspath(path), Workspace(Path(root))), "build", "nested", command="load")
+    found = demand(
+        named(str(path_of(path, "path")), Workspace(path_of(root, "root"))), "build", "nested", command="load"
+    )
     kind = NestedArtifact if found.kind == "nested" else Artifact
-    return kind(found.folder, Path(root))
+    return kind(found.folder, path_of(root, "root"))
 
 
 def _parted(given: Mapping[str, Any]) -> tuple[dict[str, Any], Placement]:
@@ -188,10 +188,4 @@ def _parted(given: Mapping[str, Any]) -> tuple[dict[str, Any], Placement]:
 
 
 def _request(model: Place | None, scenario: ScenarioLike, options: Mapping[str, Any]) -> Request:
-    return read_request(_scenario(scenario), {**options, "model": text_of(model)}, os.environ, call=str)
-
-
-def _scenario(given: ScenarioLike) -> str | Scenario:
-    if isinstance(given, str | Scenario):
-        return given
-    return os.fspath(given) if isinstance(given, os.PathLike) else of_prompts(given)
+    return read_request(scenario_of(scenario), {**options_of(options), "model": text_of(model)}, os.environ, call=str)

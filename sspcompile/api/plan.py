@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sspcompile.api.latency import table_for
+from sspcompile.api.settings import demand_settings
 from sspcompile.api.slice import open_cut
 from sspcompile.checkpoint.source import Checkpoint
 from sspcompile.errors import InputError, UnsupportedModelError
@@ -81,8 +82,18 @@ def table_of_plan(
     from sspcompile.api.refusing import demand_bounds
 
     checkpoint = open_sizes(options.source)
+    demand_plannable(options, checkpoint)
     demand_bounds(options, checkpoint.geometry, counted_bounds(options, checkpoint))
     return table_for(options, checkpoint, workspace, placement, progress)
+
+
+def demand_plannable(options: Options, checkpoint: Checkpoint) -> None:
+    """Refuse what `build` would refuse of options that no size follows from. Raises InputError."""
+    demand_settings(options)
+    if options.repair != default_of("repair"):
+        from sspcompile.repair.repair import demand_place  # needs torch
+
+        demand_place(checkpoint.geometry, options.repair)
 
 
 def plan_sizes(options: Options, table: LatencyTable | None = None) -> SlicePlan:
@@ -94,6 +105,7 @@ def plan_sizes(options: Options, table: LatencyTable | None = None) -> SlicePlan
     """
     refuse_several(options)
     checkpoint, host = open_sizes(options.source), options.wanted_host
+    demand_plannable(options, checkpoint)
     if options.strength is not None:
         raise InputError(
             "--strength needs a scenario and weights to find the breadth.",
@@ -163,6 +175,7 @@ def reachable(options: Options, table: LatencyTable | None = None) -> Frontier:
     where a `table` foretells it. Raises CheckpointError and its kin for what cannot be planned.
     """
     checkpoint, host = open_sizes(options.source), options.wanted_host
+    demand_plannable(options, checkpoint)
     layouts: tuple[Layout, ...] = ("uniform", "per-layer") if options.layout == "auto" else (options.layout,)
     return frontier_of(
         checkpoint,

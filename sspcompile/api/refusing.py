@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from sspcompile.criteria import of_key
+from sspcompile.api.settings import context_warning, demand_settings
 from sspcompile.errors import CheckpointError
 from sspcompile.families import Geometry
 from sspcompile.model.dense import DenseModel
 from sspcompile.repair.repair import demand_place, is_linear
 from sspcompile.request.options import WHOLE_LAYOUTS, Options
 from sspcompile.request.pools import pools_of
-from sspcompile.request.protecting import demand_protected
 from sspcompile.request.request import Request
 from sspcompile.select.budget import counted_bounds, cuts_channels, refuse_several
 from sspcompile.select.mixture import demand_known
-from sspcompile.select.scoring import demand_prompts, score_key
+from sspcompile.select.scoring import demand_prompts
 from sspcompile.slicing.depth import demand_layer
 from sspcompile.slicing.hosts import demand_host
 from sspcompile.slicing.layouts import choose
@@ -34,11 +33,10 @@ def refuse_hopeless(request: Request, dense: DenseModel, *, weights: bool = True
         raise CheckpointError(
             f"{dense.name} holds a configuration without weights.", hint="`sspcompile plan` works without them."
         )
-    of_key(score_key(options))
+    demand_settings(options)
     demand_prompts(request)
     known = [pool.name for pool in pools_of(options).candidates]
     demand_known(request.scenario.domains or (), known, source=request.scenario.name)
-    demand_protected(options)
     demand_place(geometry, options.repair)
     demand_host(geometry, WHOLE_LAYOUTS[options.whole] if options.whole else options.layout, options.wanted_host)
     demand_bounds(options, geometry, counted_bounds(options, dense.checkpoint))
@@ -60,9 +58,12 @@ def demand_bounds(options: Options, geometry: Geometry, bounds: Bounds) -> None:
 def warnings_of(request: Request, dense: DenseModel) -> list[str]:
     """What the user should know before the work starts, a sentence each."""
     family = dense.checkpoint.geometry.family
+    context = context_warning(request.options, dense.checkpoint.config)
+    said = [] if context is None else [context]
     if request.options.repair != "least-squares" or is_linear(dense.checkpoint.geometry):
-        return []
+        return said
     return [
+        *said,
         f"There is no repair for {family.architecture}: a norm stands between o_proj and the residual stream, so least "
-        "squares does not apply."
+        "squares does not apply.",
     ]

@@ -18,6 +18,7 @@ from sspcompile.checkpoint.headers import TensorInfo
 from sspcompile.checkpoint.publish import scratch
 from sspcompile.checkpoint.replacing import refuse_existing
 from sspcompile.checkpoint.source import tensor_table
+from sspcompile.errors import InputError
 from sspcompile.evaluate.rounded_gguf import GgufScales
 from sspcompile.evaluate.rounded_onnx import OnnxScales
 from sspcompile.evaluate.rounding import Form, Pair, Scales, Weighed, weigh
@@ -196,9 +197,11 @@ def weigh_build(
 ) -> RoundingSection:
     """Weigh a finished build on the texts that judged it, and put that into its report.
 
-    `model` says where the dense model is now, which the command calls `option`. Raises what `weigh` raises, and
-    ArtifactError for a build that is damaged.
+    `model` says where the dense model is now, which the command calls `option`. Raises what `weigh` raises, InputError
+    for a precision that there is not, and ArtifactError for a build that is damaged.
     """
+    if precision not in ROUNDINGS:
+        raise InputError(f"Nothing is weighed in {precision!r}.", hint=f"Accepted: {', '.join(ROUNDINGS)}.")
     # The manifest is written anew at the end: without this check a damaged file would be blessed there.
     manifest = check_manifest(built.folder)
     dense, request = built.dense(model, option=option), built_request(built.folder / RECIPE)

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 
-from sspcompile.api.artifact import Artifact, Place, placement_in
+from sspcompile.api.artifact import Artifact, placement_in
+from sspcompile.api.given import Place, number_of, path_of, whole_of
+from sspcompile.errors import InputError
 from sspcompile.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -45,8 +47,10 @@ class NestedArtifact(Artifact):
         """
         from sspcompile.api.members import cut_member, open_member
 
-        folder = Path(out)
-        cut_member(open_member(self.path, size), folder, overwrite=overwrite, progress=progress)
+        folder, share = path_of(out, "out"), number_of(size, "size")
+        if share is None:
+            raise InputError("No size was given.", hint=f"It holds {', '.join(f'{one:g}' for one in self.sizes)}.")
+        cut_member(open_member(self.path, share), folder, overwrite=overwrite, progress=progress)
         return folder
 
     def load_model(self, **place: Unpack[Placing]) -> TextModel:
@@ -77,8 +81,8 @@ class NestedArtifact(Artifact):
         return bench_drafts(
             self._named,
             quick=quick,
-            new_tokens=new_tokens,
-            repeats=repeats,
+            new_tokens=whole_of(new_tokens, "new_tokens"),
+            repeats=whole_of(repeats, "repeats"),
             placement=placement_in(device=device, dtype=dtype, threads=threads),
             progress=progress,
         )
@@ -109,8 +113,6 @@ class NestedArtifact(Artifact):
         return demand(named(str(self.path), Workspace(self.root)), "nested", command="load")
 
     def _refuse(self, what: str) -> NoReturn:
-        from sspcompile.errors import InputError
-
         raise InputError(
             f"{self.path} is a nested artifact, which holds several sizes, and has no {what} of one.",
             hint=f"See `nested` for all of them, or cut one out: `sspcompile slice --from {self.path} --size 0.8`.",

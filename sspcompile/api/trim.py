@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
@@ -13,6 +14,7 @@ import numpy as np
 
 import sspcompile
 from sspcompile.api.arguments import Named
+from sspcompile.api.given import number_of, whole_of
 from sspcompile.api.reads import dense_reads, pool_reads
 from sspcompile.checkpoint import Checkpoint, Manifest, staged, write_manifest
 from sspcompile.checkpoint.replacing import refuse_existing
@@ -50,6 +52,8 @@ SCHEMA = 1
 # Prompts of each pool that are continued: to order what the scenario never mentions, and to guard it.
 FROM_POOL, GUARD_FROM_POOL = 6, 3
 
+log = logging.getLogger("sspcompile")
+
 
 @dataclass(frozen=True)
 class TrimBounds:
@@ -62,8 +66,12 @@ class TrimBounds:
 
     @classmethod
     def of(cls, **given: Any) -> TrimBounds:
-        """From what was given; None means "not given". Raises InputError for shares beside a number of tokens."""
-        found = {name: value for name, value in given.items() if value is not None}
+        """From what was given; None means "not given". Raises InputError for shares beside a number of tokens, and for
+        what is no number."""
+        read = {
+            name: whole_of(value, name) if name == "tokens" else number_of(value, name) for name, value in given.items()
+        }
+        found: dict[str, Any] = {name: value for name, value in read.items() if value is not None}
         if "tokens" in found and len(found) > 1:
             raise InputError(
                 "A number of tokens and a bound on the loss do not go together.", hint="Give --tokens, or --max-loss."
@@ -147,6 +155,11 @@ def trim(
     """
     reads = (*dense_reads(dense), *pool_reads(request.options))
     refuse_existing(out, overwrite=overwrite, reads=reads)
+    if "max_loss" in request.outside and bounds.tokens is None and bounds.max_loss == MAX_LOSS:
+        log.info(
+            f"{request.outside['max_loss']} is about builds, where it bounds the next tokens that a cut changes. trim "
+            f"keeps what it loses within {MAX_LOSS:g}; --max-loss says another bound."
+        )
     bpe, needed = refuse_untrimmable(dense)
     checkpoint = dense.checkpoint
     loaded = dense.load(placement=placement, rendering=rendering_of(request.options))

@@ -129,8 +129,11 @@ def build(
 
 
 def _print_recipe(request: Request, as_json: bool) -> None:
+    from sspcompile.request.prompts import counted
     from sspcompile.request.recipe import dump_recipe
 
+    if request.scenario.prompts:
+        click.echo(f"{request.scenario.name}: {counted(request.scenario.prompts)}", err=True)
     recipe = request.recipe()
     as_data = json.dumps(recipe.model_dump(mode="json", exclude_none=True), indent=1) + "\n"
     click.echo(as_data if as_json else dump_recipe(recipe), nl=False)

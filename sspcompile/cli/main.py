@@ -117,16 +117,23 @@ def main(argv: list[str] | None = None) -> None:
 
 
 class _Stderr(logging.Handler):
-    """What the library notes for its users, a line each."""
+    """What the library notes for its users, a line each, and each once: a file may be read several times in a run."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(record.getMessage(), err=True)
+        text = record.getMessage()
+        if text not in self.said:
+            self.said.add(text)
+            click.echo(text, err=True)
 
 
 @contextmanager
 def _told() -> Iterator[None]:
     """Show what the library notes, and leave none of its temporary folders behind, whatever ends the run."""
-    log, handler = logging.getLogger("sspcompile"), _Stderr(logging.INFO)
+    log, handler = logging.getLogger("sspcompile"), _Stderr()
     before = log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)

@@ -161,9 +161,11 @@ def _plans(
     if mask is not None:
         if scenario is not None:
             raise InputError("--mask and --scenario exclude each other.", hint="A mask was compiled already; give one.")
+        _warn_context(options)
         return [plan_mask(options.source, mask, options.wanted_host)]
     sizes_only = scenario is None or not holds_weights(options.source)
     if sizes_only and not needs_model(options):
+        _warn_context(options)
         return [plan_sizes(options, _table(options, quiet, placement))]
     from sspcompile.api.refusing import refuse_hopeless, warnings_of
     from sspcompile.model.dense import open_dense
@@ -185,19 +187,34 @@ def _plans(
     return plans
 
 
+def _warn_context(options: Options) -> None:
+    from sspcompile.api.settings import context_warning
+    from sspcompile.model.dense import open_sizes
+
+    if options.context is not None and (said := context_warning(options, open_sizes(options.source).config)):
+        warn(said)
+
+
 def _cost(scenario: str | None, mask: Path | None, as_json: bool, given: dict[str, Any]) -> None:
-    from sspcompile.errors import InputError
+    from sspcompile.errors import CheckpointError, InputError
 
     if scenario is None or mask is not None:
         raise InputError("--cost is of a build.", hint="Give --scenario, and no --mask.")
     from sspcompile.api.cost import cost_of
     from sspcompile.api.nested import refuse_nested
-    from sspcompile.api.refusing import refuse_hopeless
+    from sspcompile.api.refusing import refuse_hopeless, warnings_of
     from sspcompile.model.dense import open_dense
 
     request, placement = request_of(scenario, given), placement_in(given)
     dense = open_dense(request.options.source)
+    if not dense.checkpoint.has_weights:
+        raise CheckpointError(
+            f"{dense.name} holds a configuration without weights, and --cost runs the model.",
+            hint="Leave out --cost, or name a folder with weights.",
+        )
     (refuse_nested if request.options.shares else refuse_hopeless)(request, dense)
+    for warning in warnings_of(request, dense):
+        warn(warning)
     found = cost_of(request, dense, workspace(), placement=placement)
     if as_json:
         click.echo(json.dumps(found.as_mapping(), indent=1))

@@ -57,12 +57,12 @@ def show(name: str) -> None:
 def validate(file: Path, as_json: bool) -> None:
     """Check a recipe, a domain pool, or a folder of them (FILE); all problems are named at once.
 
-    Of a pool that is also: prompts that nearly repeat others, a first word, an end or a layout that gives it away,
-    sentences of the embedded model's language, too few prompts, and prompts of one length. Exits with 2 where a
-    problem was found.
+    Of a recipe that is all that a build would refuse before it looks at a model. Of a pool that is also: prompts that
+    nearly repeat others, a first word, an end or a layout that gives it away, sentences of the embedded model's
+    language, too few prompts, and prompts of one length. Exits with 2 where a problem was found.
     """
+    from sspcompile.api.validate import validate as check
     from sspcompile.errors import InputError, RecipeError
-    from sspcompile.request.poolcheck import check
 
     found = check(file)
     if as_json:
@@ -78,7 +78,8 @@ def validate(file: Path, as_json: bool) -> None:
             click.echo(f"{problem.file}: {problem.said}")
     if found.problems:
         count, wrong = len(found.problems), len({problem.file for problem in found.problems})
+        of_pools = {problem.file for problem in found.problems} - set(map(str, found.recipes))
         raise InputError(
             f"{count} {'problem' if count == 1 else 'problems'}, in {wrong} of {len(found.files)} files read.",
-            hint="recipes/README.md says what a pool should be like.",
+            hint="recipes/README.md says what a pool should be like." if of_pools else RecipeError.EXAMPLE,
         )

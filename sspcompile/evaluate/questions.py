@@ -18,14 +18,16 @@ from pydantic_core import PydanticCustomError
 
 from sspcompile.errors import InputError
 from sspcompile.evaluate.recall import TASK_TYPES
-from sspcompile.request.documents import Text, dotted, explain, plain_text
-from sspcompile.request.prompts import Passage, Prompt, numeral, read_line, told
+from sspcompile.request.answers import ANSWERS, numeral
+from sspcompile.request.documents import Text, dotted, explain, plain_text, shown
+from sspcompile.request.prompts import Passage, Prompt, read_line, told
 
 FILE_BYTES = 64 * 1024 * 1024
 ACCEPTED = (
     'Accepted: .jsonl with {"prompt": "...", "answer": "..." or ["...", ...]} or {"messages": [...]} per line, '
     "or XDomainBench .json files or a folder of them."
 )
+KEYS = f"Keys of an answer: {', '.join(ANSWERS)}."
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,8 @@ def _question(item: Any, where: str) -> Question:
     except ValueError as error:
         raise InputError(f"{where} {error}.", hint=ACCEPTED) from None
     if line.answer is None and line.needs_answer:
-        raise InputError(f"{where}: answer is missing.", hint=ACCEPTED)
+        other = f", and {', '.join(map(shown, line.unread))} is not read" if line.unread else ""
+        raise InputError(f"{where}: answer is missing{other}.", hint=f"{KEYS} {ACCEPTED}" if other else ACCEPTED)
     answer = {} if line.answer is None else {"answer": line.answer}
     labels = _checked(LineFile, {**{key: item.get(key) for key in ("task_type", "domain")}, **answer}, where)
     asked = told(line.prompt) if isinstance(line.prompt, Passage) else line.prompt

@@ -15,10 +15,12 @@ from sspcompile.request.sizes import COUNTS, TIMES, UNITS, parsed, time_text
 
 @dataclass(frozen=True, eq=False)  # pydantic hashes it, and a mapping has no hash
 class Amount:
-    """How such an option is typed: `units` as those of `request.sizes`, and an `example` for errors."""
+    """How such an option is typed: `units` as those of `request.sizes`, and an `example` for errors. Typed without a
+    unit, less than `least_bare` is one that was forgotten."""
 
     units: Mapping[str, int]
     example: str
+    least_bare: int = 1
 
     def read(self, value: Any) -> Any:
         """Text as the number that it stands for; what is no text is left to the type. Raises ValueError."""
@@ -27,11 +29,15 @@ class Amount:
         found = parsed(value, self.units)
         if found is None:
             raise ValueError(f"must be {self.example}, not {shown(value)}")
+        if found < self.least_bare and not value.strip()[-1].isalpha():
+            raise ValueError(f"must be {self.example}; {value.strip()} has no unit, give it one, as {value.strip()}GB")
         return found
 
 
+# No model is so small, and nobody means so many gigabytes.
+LEAST_BYTES = 100_000
 _PARAMETERS = Amount(COUNTS, "a number as 120M, 1.1B or 120000000")
-_BYTES = Amount(UNITS, "a size as 6GB, 512MiB or a number of bytes")
+_BYTES = Amount(UNITS, "a size as 6GB, 512MiB or a number of bytes", LEAST_BYTES)
 _NANOSECONDS = Amount(TIMES, "a time as 35ms, 800us or 1.5s")
 _TYPED = WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string"}]})
 

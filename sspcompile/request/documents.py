@@ -193,6 +193,16 @@ def _fields_at(model: type[BaseModel], place: Place) -> Iterator[str]:
     yield from model.model_fields
 
 
+def plain(value: Any) -> Any:
+    """Numbers and arrays of NumPy as Python's own, inside of lists and mappings too; anything else as it is."""
+    if isinstance(value, Mapping):
+        return {key: plain(one) for key, one in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    # No import of NumPy: most commands do without.
+    return plain(value.tolist()) if hasattr(value, "ndim") and hasattr(value, "tolist") else value
+
+
 def shown(value: object) -> str:
     """A value as it may stand in a one-line message: escaped and short."""
     text = repr(value)

@@ -19,7 +19,7 @@ from ruamel.yaml.error import YAMLError
 from sspcompile.checkpoint.hub import REVISION, Repository, fetched, listed
 from sspcompile.errors import ScenarioError
 from sspcompile.request.documents import SHOWN_CHARACTERS, shown
-from sspcompile.request.prompts import FORMS, Prompt, prompt_of, read_line
+from sspcompile.request.prompts import FORMS, Line, Prompt, prompt_of, read_line, say_remarks
 from sspcompile.request.records import FORMATS, SMALLER, drawn
 from sspcompile.request.splits import HOLD_EVERY, OWN_GUARD_PROMPTS, thinned
 
@@ -100,15 +100,19 @@ def _repository(name: str, revision: str | None) -> Repository:
 
 def _read(where: str, records: Sequence[object]) -> tuple[tuple[Prompt, ...], int]:
     """The prompts of the records, each once, and how many records cannot be read."""
+    lines: list[Line] = []
     prompts, problems = [], []
     for record in records:
         try:
-            prompts.append(prompt_of(read_line(record)))
+            line = read_line(record)
+            prompts.append(prompt_of(line))
+            lines.append(line)
         except ValueError as error:
             problems.append(str(error))
     if not prompts:
         why = f": a record {problems[0]}" if problems else ""
         raise ScenarioError(f"{where} holds no prompts{why}.", hint=f"Recognised columns: {', '.join(FORMS)}.")
+    say_remarks(where, lines)
     return tuple(dict.fromkeys(prompts)), len(problems)
 
 

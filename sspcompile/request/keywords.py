@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict
 
@@ -21,11 +22,11 @@ class Keywords(TypedDict, total=False):
     latency_runtime: Literal["torch"] | None
     context: int | None
     batch: int | None
-    nested: str | None
+    nested: str | Sequence[float] | None
     units: Literal["all", "heads", "layers", "attention"] | None
     layout: Literal["auto", "uniform", "per-layer"] | None
     host: str | None
-    pools: str | None
+    pools: str | os.PathLike[str] | None
     axes: int | None
     criterion: str | None
     granularity: Literal["head", "group"] | None

@@ -15,6 +15,8 @@ from sspcompile.request.recipe import Recipe
 
 POSITIONAL = "model"
 KEYWORDS, PAGE, SCHEMA = "sspcompile/request/keywords.py", "docs/options.md", "docs/schemas/recipe.schema.json"
+# What Python may give beside text (`api.given`).
+TAKEN = {"pools": "os.PathLike[str]", "nested": "Sequence[float]"}
 
 
 def files() -> Mapping[str, str]:
@@ -28,6 +30,7 @@ def keywords() -> str:
     return (
         '"""The options of a build as keyword arguments. Written by `make generated`; edit options.py instead."""\n\n'
         "from __future__ import annotations\n\n"
+        "import os\n"
         "from collections.abc import Mapping, Sequence\n"
         "from typing import Literal, TypedDict\n\n\n"
         "class Keywords(TypedDict, total=False):\n"
@@ -37,6 +40,8 @@ def keywords() -> str:
 
 def _type_of(name: str) -> str:
     kind = kind_of(name)
+    if name in TAKEN:
+        return f"str | {TAKEN[name]} | None"
     if kind.pairs:
         return "Mapping[str, float] | None"
     choices = ", ".join(f'"{choice}"' for choice in kind.choices)

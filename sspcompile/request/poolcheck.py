@@ -58,8 +58,8 @@ Shingles = frozenset[tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Problem:
-    """`file` as it was named; `rule` for programs: `form`, `name`, `size`, `length`, `near-duplicate`, `giveaway` or
-    `embedded`; `said`: the place in the file, and what is wrong with it."""
+    """`file` as it was named; `rule` for programs: `form`, `setting` (of a recipe), `name`, `size`, `length`,
+    `near-duplicate`, `giveaway` or `embedded`; `said`: the place in the file, and what is wrong with it."""
 
     file: str
     rule: str
@@ -68,10 +68,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class Checked:
-    """The files that were read, each with the name of its recipe or pool (None where it has none), and all problems."""
+    """The files that were read, each with the name of its recipe or pool (None where it has none), all problems, and
+    which of the files are `recipes`."""
 
     files: Mapping[str, str | None]
     problems: tuple[Problem, ...]
+    recipes: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,12 @@ def check(path: Path) -> Checked:
     names: dict[str, str | None] = {}
     problems: list[Problem] = []
     pools: list[_Read] = []
+    recipes: list[Path] = []
     for file in files:
         try:
             document = read_yaml(file)
             if "scenario" in document.value or not {"prompts", "descriptions"} & set(document.value):
+                recipes.append(file)
                 names[str(file)] = load_recipe(file).name
                 continue
             pools.append(_Read(file, document, pool_of(file, document)))
@@ -110,7 +114,7 @@ def check(path: Path) -> Checked:
         except RecipeError as error:
             names[str(file)] = None
             problems += [Problem(str(file), "form", said) for said in error.problems]
-    return Checked(names, (*problems, *_beyond_form(pools)))
+    return Checked(names, (*problems, *_beyond_form(pools)), tuple(recipes))
 
 
 def _beyond_form(read: Sequence[_Read]) -> Iterator[Problem]:

@@ -4,22 +4,34 @@ reads, a passage; and the lines of .jsonl files that hold them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator
 
+from sspcompile.request.answers import (
+    ANSWERS,
+    BESIDE_TEXT,
+    SURE,
+    answer_text,
+    held,
+    is_empty,
+    remarks,
+    tidied,
+    unread_keys,
+)
 from sspcompile.request.documents import plain_text, shown
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = get_args(Role)
 # Other names of the roles: OpenAI's newer one, and those of ShareGPT.
 OTHER_ROLES: Mapping[str, Role] = {"developer": "system", "human": "user", "gpt": "assistant", "model": "assistant"}
-# Under which keys a line may hold its answer. `output` belongs to `instruction` alone: elsewhere it is often a label.
-ANSWERS = ("answer", "completion", "response")
 # Of a passage no more is kept: its first few hundred tokens are read, and a recipe holds it.
 PASSAGE_CHARACTERS = 8192
+
+log = logging.getLogger("sspcompile")
 
 
 @dataclass(frozen=True)
@@ -48,12 +60,15 @@ Prompt = str | Passage | tuple[Message, ...]
 class Line:
     """What one line of a .jsonl file asks. `answer` is what the file holds, unchecked, None where it holds nothing.
 
-    `needs_answer`: lines of this form are questions, so an evaluation takes a missing answer for a mistake.
+    `needs_answer`: lines of this form are questions, so an evaluation takes a missing answer for a mistake. Of a line
+    without an answer: whether a key for one is there and `empty`, and which `unread` keys could hold one.
     """
 
     prompt: Prompt
     answer: object = None
     needs_answer: bool = False
+    empty: bool = False
+    unread: tuple[str, ...] = ()
 
 
 def as_prompt(value: object) -> Prompt:
@@ -92,17 +107,21 @@ def answered(prompt: Prompt, answer: object) -> Prompt:
     """The prompt with its reference answer, the first where several are right; a number is the text of it, and without
     either the prompt stays alone.
 
-    Raises ValueError for control characters in it.
+    Raises ValueError for control characters in it, and for an infinite number.
     """
-    given = numeral(answer[0] if isinstance(answer, list) and answer else answer)
-    if not isinstance(given, str) or not given.strip():
+    given = answer_text(answer)
+    if given is None:
         return prompt
     return (*messages_of(prompt), Message("assistant", _cleaned(given, "the answer").strip()))
 
 
-def numeral(value: object) -> object:
-    """A number as the text of it, anything else as it is."""
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+def counted(prompts: Sequence[Prompt]) -> str:
+    """How many there are, in words: `24 prompts, 12 with answers`."""
+    passages = sum(isinstance(prompt, Passage) for prompt in prompts)
+    asked, answers = len(prompts) - passages, sum(answer_of(prompt) is not None for prompt in prompts)
+    said = [f"{asked} {'prompt' if asked == 1 else 'prompts'}, {answers or 'none'} with answers"] if asked else []
+    said += [f"{passages} {'passage' if passages == 1 else 'passages'}"] if passages else []
+    return " and ".join(said)
 
 
 def asked_of(prompt: Prompt) -> Prompt:
@@ -150,10 +169,24 @@ def read_line(item: object) -> Line:
     """
     if not isinstance(item, Mapping):
         raise ValueError("must be a JSON object")
+    item = {key: tidied(value) for key, value in item.items()}
     for key, read in FORMS.items():
         if item.get(key) is not None:
-            return read(item, key)
+            return _noted(read(item, key), item, key)
     raise ValueError(f"has none of the keys {', '.join(FORMS)}")
+
+
+def _noted(line: Line, item: Mapping[str, object], asked: str) -> Line:
+    if line.answer is not None and answer_text(line.answer) is not None:
+        return line
+    empty = any(key in item and is_empty(item[key]) for key in ANSWERS)
+    return replace(line, empty=empty, unread=unread_keys(item, asked=asked, question=asked != "text"))
+
+
+def say_remarks(where: str, lines: Sequence[Line]) -> None:
+    """Note what the lines of a file, or prompts like them, have in the place of answers that can be read."""
+    for said in remarks(len(lines), sum(line.empty for line in lines), [line.unread for line in lines]):
+        log.info("%s: %s", where, said)
 
 
 def prompt_of(line: Line) -> Prompt:
@@ -221,8 +254,10 @@ def _conversation(item: Mapping[str, object], key: str) -> Line:
         asked, last = _split_answer(_with_system(item, found))
     except ValueError as error:
         raise ValueError(f"{error} (key {key!r})") from None
-    given = _answer(item, ANSWERS)
-    return Line(asked, last or None if given is None else given)
+    # What the assistant says in the conversation itself, before keys that may be about something else.
+    given = _answer(item, SURE)
+    given = last or _answer(item, ANSWERS) if given is None else given
+    return Line(asked, given)
 
 
 def _prompt(item: Mapping[str, object], key: str) -> Line:
@@ -253,7 +288,7 @@ def _instruction(item: Mapping[str, object], key: str) -> Line:
 
 def _plain(item: Mapping[str, object], key: str) -> Line:
     """A text with an answer is a question; alone it is read as it stands."""
-    text, answer = _text(item, key), _answer(item, ANSWERS)
+    text, answer = _text(item, key), _answer(item, BESIDE_TEXT)
     return Line(passage(text) if answer is None else text, answer)
 
 
@@ -266,11 +301,14 @@ def _with_system(item: Mapping[str, object], found: list[Message]) -> list[Messa
 
 
 def _answer(item: Mapping[str, object], keys: Sequence[str]) -> object:
-    """What stands under the first of the keys; the words of the assistant where that is a list of messages."""
-    answer = next((item[key] for key in keys if item.get(key) is not None), None)
-    if isinstance(answer, list) and answer and all(isinstance(part, Mapping) for part in answer):
-        return _message(answer[0], "the answer").content
-    return answer
+    """What stands under the first of the keys that holds something; the words of the assistant where that is a list of
+    messages, with or without those that it answers."""
+    answer = held(item, keys)
+    if not isinstance(answer, list) or not all(isinstance(part, Mapping) for part in answer):
+        return answer
+    found = [_message(part, f"message {number} of the answer") for number, part in enumerate(answer, 1)]
+    last = max((place for place, message in enumerate(found) if message.role == "user"), default=-1)
+    return next((message.content for message in found[last + 1 :] if message.role == "assistant"), None)
 
 
 FORMS: Mapping[str, Callable[[Mapping[str, object], str], Line]] = {
@@ -280,4 +318,7 @@ FORMS: Mapping[str, Callable[[Mapping[str, object], str], Line]] = {
     "instruction": _instruction,
     "question": _prompt,
     "text": _plain,
+    "query": _prompt,
+    "problem": _prompt,
+    "input": _prompt,
 }

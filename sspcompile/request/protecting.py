@@ -20,8 +20,8 @@ FEWEST = 2 * HOLD_EVERY
 
 def demand_protected(options: Options) -> None:
     """Raise InputError for a protected domain that is not known, or that has too few prompts."""
-    pools = {pool.name: pool for pool in pools_of(options).every}
     wanted = options.protect or {}
+    pools = {pool.name: pool for pool in pools_of(options).every} if wanted else {}
     if absent := [name for name in wanted if name not in pools and name != GENERAL]:
         raise InputError(
             f"--protect names no known domain: {', '.join(absent)}.",

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sspcompile.errors import ScenarioError
-from sspcompile.request.prompts import ANSWERS, FORMS
+from sspcompile.request.answers import ANSWERS, looks_like_answer
+from sspcompile.request.prompts import FORMS
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
-# What `read_line` looks at; of a parquet file no other column is read, pictures least of all.
-COLUMNS = frozenset({*FORMS, *ANSWERS, "input", "output", "system", "history"})
+# What `read_line` looks at. Of a parquet file these columns are read, and those that are called like answers, to say
+# that they are not taken for them; pictures least of all.
+COLUMNS = frozenset({*FORMS, *ANSWERS, "input", "system", "history"})
 LINE_BYTES = 16 * 1024 * 1024
 WHOLE_BYTES = 256 * 1024 * 1024
 
@@ -122,7 +124,7 @@ def _count_parquet(path: Path) -> int:
 
 def _read_parquet(path: Path, places: Sequence[int]) -> Iterator[Mapping[str, object]]:
     file = _parquet(path)
-    columns = [name for name in file.schema_arrow.names if name in COLUMNS]
+    columns = [name for name in file.schema_arrow.names if name in COLUMNS or looks_like_answer(name)]
     before = 0
     for group in range(file.num_row_groups):
         count = file.metadata.row_group(group).num_rows

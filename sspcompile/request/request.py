@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sspcompile.errors import ScenarioError
-from sspcompile.request.options import Options, flag
+from sspcompile.request.options import Options, flag, variable
+from sspcompile.request.prompts import counted
 from sspcompile.request.recipe import Recipe, ScenarioSpec, load_recipe
-from sspcompile.request.resolving import resolve
+from sspcompile.request.resolving import from_environment, resolve
 from sspcompile.request.scenario import Scenario, read_scenario, scenario_of
 
 # An artifact's own recipe holds all prompts of a prompt file.
@@ -19,11 +20,16 @@ RECIPE_BYTES = 256 * 1024 * 1024
 
 @dataclass(frozen=True)
 class Request:
-    """A scenario and how its model is to be built. `description` says in words where the scenario came from."""
+    """A scenario and how its model is to be built. `description` says in words where the scenario came from.
+
+    `outside`: the options that the environment or a recipe stated, and what stated each, for commands that mean
+    something else by one of them.
+    """
 
     scenario: Scenario
     options: Options
     description: str
+    outside: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def recipe(self) -> Recipe:
         """The recipe that asks for just this, every option settled and every prompt written out."""
@@ -61,8 +67,10 @@ def read_request(
     read, recipe = (scenario, None) if isinstance(scenario, Scenario) else read_scenario(scenario)
     stated = recipe.options() if recipe is not None else {}
     options = resolve(given, environment=environment, recipe=stated, call=call)
-    told = f"Read from {read.origin or f'a {read.source}'}."
-    return Request(read, options, recipe.description if recipe is not None else told)
+    told = f"Read from {read.origin or 'a sentence'}" + (f": {counted(read.prompts)}." if read.prompts else ".")
+    outside = {name: f"{name} of the recipe" for name in stated}
+    outside |= {name: variable(name) for name in from_environment(environment)}
+    return Request(read, options, recipe.description if recipe is not None else told, outside)
 
 
 def built_request(path: Path) -> Request:

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sspcompile.errors import RecipeError
-from sspcompile.request.documents import dotted, explain, shown
+from sspcompile.request.documents import dotted, explain, plain, shown
 from sspcompile.request.options import BUDGETS, LIMITS, NAMES, Options, clashing, exclusive, flag, kind_of, variable
 
 HINT = "See `sspcompile build --help`; --size and --keep lie in (0, 1], --strength in [0, 1], --max-loss in (0, 1)."
@@ -25,10 +25,10 @@ def resolve(
     """Options from what was `given` (the command line or keywords), the environment, a recipe, and the defaults.
 
     All map names of options to values; of `given`, None and an empty tuple mean "not given", and errors call its names
-    as `call` does. Raises RecipeError that names every wrong value by where it came from.
+    as `call` does. Numbers may be NumPy's. Raises RecipeError that names every wrong value by where it came from.
     """
     sources: list[tuple[Mapping[str, Any], Callable[[str], str]]] = [
-        ({name: value for name, value in given.items() if value not in (None, ())}, call),
+        ({name: value for name, value in plain(given).items() if value is not None and value != ()}, call),
         (from_environment(environment), variable),
         (recipe or {}, str),
     ]

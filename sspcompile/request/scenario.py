@@ -16,7 +16,7 @@ from typing import Literal
 from sspcompile.errors import ScenarioError
 from sspcompile.request.documents import plain_text, shown
 from sspcompile.request.hub import HUB, read_hub
-from sspcompile.request.prompts import Prompt, prompt_of, read_line
+from sspcompile.request.prompts import Line, Prompt, prompt_of, read_line, say_remarks
 from sspcompile.request.recipe import Recipe, ScenarioSpec, find_recipe, load_recipe, shipped_recipes
 
 LINE_BYTES = 1_000_000
@@ -36,8 +36,8 @@ class Scenario:
     """A deployment. One of `text` and `prompts` says what it is, or `domains` (weights that sum to 1), which may stand
     beside them: then nothing has to find out what it is about.
 
-    `name` is a slug, fit for a folder. `origin` says more of where it came from than `source`, for a data set of the
-    hub.
+    `name` is a slug, fit for a folder. `origin` says where its prompts came from, where they were read from a file or
+    a data set.
     """
 
     name: str
@@ -67,7 +67,7 @@ def read_scenario(value: str) -> tuple[Scenario, Recipe | None]:
     if suffix in RECIPE_SUFFIXES + PROMPT_SUFFIXES:
         if not _exists(path):
             raise ScenarioError(f"There is no file {shown(value)}.", hint=ACCEPTED)
-        return _read_recipe(path) if suffix in RECIPE_SUFFIXES else (_read_prompts(path), None)
+        return _read_recipe(path) if suffix in RECIPE_SUFFIXES else (read_prompts(path), None)
     shipped = find_recipe(value)
     if shipped:
         return _read_recipe(shipped)
@@ -89,26 +89,28 @@ def of_prompts(prompts: Iterable[str | Mapping[str, object]], name: str = "promp
     Raises ScenarioError for an empty or unreadable one.
     """
     several = (prompts,) if isinstance(prompts, Mapping) else prompts
-    found = tuple(_given(prompt, f"Prompt {number}") for number, prompt in enumerate(several, 1))
+    found = [_given(prompt, f"Prompt {number}") for number, prompt in enumerate(several, 1)]
     if not found:
         raise ScenarioError("There are no prompts.", hint=ACCEPTED)
-    return Scenario(slug(name), None, found, None, "prompts")
+    say_remarks("The prompts given", [line for line, _ in found])
+    return Scenario(slug(name), None, tuple(prompt for _, prompt in found), None, "prompts", "a list")
 
 
-def _given(prompt: object, where: str) -> Prompt:
+def _given(prompt: object, where: str) -> tuple[Line, Prompt]:
     if isinstance(prompt, str):
         text = prompt.replace("\r\n", "\n").strip()
         _refuse_controls(text, where)
-        return text
+        return Line(text), text
     if not isinstance(prompt, Mapping):
         raise ScenarioError(f"{where} is neither text nor a mapping, but {shown(prompt)}.", hint=ACCEPTED)
     return _read(prompt, where)
 
 
-def _read(item: object, where: str) -> Prompt:
-    """What one line of a .jsonl file holds."""
+def _read(item: object, where: str) -> tuple[Line, Prompt]:
+    """What one line of a .jsonl file holds, and the prompt that it is to a build."""
     try:
-        return prompt_of(read_line(item))
+        line = read_line(item)
+        return line, prompt_of(line)
     except ValueError as error:
         raise ScenarioError(f"{where} {error}.", hint=ACCEPTED) from None
 
@@ -154,7 +156,7 @@ def _read_recipe(path: Path) -> tuple[Scenario, Recipe]:
     recipe = load_recipe(path)
     spec = recipe.scenario
     if spec.prompts_file:
-        prompts = _read_prompts(path.parent / spec.prompts_file).prompts
+        prompts = read_prompts(path.parent / spec.prompts_file).prompts
         spec = ScenarioSpec(prompts=prompts, domains=spec.domains)
         recipe = recipe.model_copy(update={"scenario": spec})
     return scenario_of(recipe), recipe
@@ -172,7 +174,8 @@ def scenario_of(recipe: Recipe) -> Scenario:
     return Scenario(recipe.name, spec.text, spec.prompts or (), domains, "recipe")
 
 
-def _read_prompts(path: Path) -> Scenario:
+def read_prompts(path: Path) -> Scenario:
+    """The scenario of a file of prompts. Raises ScenarioError."""
     if path.suffix.lower() not in PROMPT_SUFFIXES:
         raise ScenarioError(f"{path} is not a {' or '.join(PROMPT_SUFFIXES)} file.", hint=ACCEPTED)
     lines = _lines(path)
@@ -180,7 +183,7 @@ def _read_prompts(path: Path) -> Scenario:
     prompts = tuple(read(path, lines))
     if not prompts:
         raise ScenarioError(f"{path} holds no prompts.", hint=ACCEPTED)
-    return Scenario(slug(path.stem), None, prompts, None, "prompts")
+    return Scenario(slug(path.stem), None, prompts, None, "prompts", path.name)
 
 
 def _lines(path: Path) -> list[str]:
@@ -215,6 +218,7 @@ def _txt_prompts(path: Path, lines: list[str]) -> Iterator[str]:
 
 
 def _jsonl_prompts(path: Path, lines: list[str]) -> Iterator[Prompt]:
+    read = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -224,7 +228,10 @@ def _jsonl_prompts(path: Path, lines: list[str]) -> Iterator[Prompt]:
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else "too large or too deep"
             raise ScenarioError(f"{where} is not JSON ({reason}).", hint=ACCEPTED) from None
-        yield _read(item, where)
+        line_read, prompt = _read(item, where)
+        read.append(line_read)
+        yield prompt
+    say_remarks(path.name, read)
 
 
 def _refuse_controls(text: str, where: str) -> None:
