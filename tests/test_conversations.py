@@ -160,10 +160,13 @@ def test_eval_asks_nothing_of_a_conversation_that_was_fitted_and_something_of_ev
     asked = [turn.prompt for one in suite.conversations for turn in one.turns]
     assert not talks(asked) & talks(chosen[0] + chosen[1])
     assert len(asked) == 6 and max(int(talk_of(one)) for one in asked) > 60, "not the first of a sorted file"
+    (every,) = scenario_suites(deployment, fitted, labelled=False, count=30, seed=0)
+    assert len(every.conversations) == 30 and len({*every.owners}) == 10, "turns of one conversation are drawn as one"
     # The user's data: later turns of what was fitted, as they stand in another log.
     file = tmp_path / "data.jsonl"
     later = [{"messages": [{"role": m.role, "content": m.content} for m in line[1:]]} for line in log(range(80), 4)]
     file.write_text("\n".join(map(json.dumps, later)))
     kept = data_suite(file, fitted, count=None, seed=0)
     assert talks([turn.prompt for one in kept.conversations for turn in one.turns]) == talks(chosen[2])
+    assert len({*kept.owners}) == len(talks(chosen[2])) == len(kept.conversations) / 4
     assert kept.dropped == 4 * len(talks(chosen[0] + chosen[1]))
