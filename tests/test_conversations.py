@@ -145,9 +145,10 @@ def test_what_a_build_judges_by_conversations_it_averages_and_draws_by_conversat
     assert judge.judged().owners == reported.owners
     for one in (reported, guarded):
         assert [one.owners.count(number) for number in range(10)] == [3] * 10
-        means = np.array(one.agreement_per_prompt).reshape(10, 3).mean(1)
-        assert one.top1_agreement == mean_estimate(means, seed=options.seed)
-        assert one.mean_kl.value == pytest.approx(np.mean(one.kl_per_prompt))
+        drawn_as_one = mean_estimate(np.array(one.kl_per_prompt).reshape(10, 3).mean(1), seed=options.seed)
+        found, expected = ((it.value, it.low, it.high) for it in (one.mean_kl, drawn_as_one))
+        assert found == pytest.approx(expected, rel=1e-9)
+        assert one.top1_agreement.value == pytest.approx(np.mean(one.agreement_per_prompt))
     assert judge.protected("guard", Kept(kept))["spared"].owners == (), "prompts of pools are independent"
 
 
