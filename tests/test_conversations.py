@@ -145,9 +145,10 @@ def test_what_a_build_judges_by_conversations_it_averages_and_draws_by_conversat
     assert judge.judged().owners == reported.owners
     for one in (reported, guarded):
         assert [one.owners.count(number) for number in range(10)] == [3] * 10
-        means = np.array(one.agreement_per_prompt).reshape(10, 3).mean(1)
-        assert one.top1_agreement == mean_estimate(means, seed=options.seed)
-        assert one.mean_kl.value == pytest.approx(np.mean(one.kl_per_prompt))
+        drawn_as_one = mean_estimate(np.array(one.kl_per_prompt).reshape(10, 3).mean(1), seed=options.seed)
+        found, expected = ((it.value, it.low, it.high) for it in (one.mean_kl, drawn_as_one))
+        assert found == pytest.approx(expected, rel=1e-9)
+        assert one.top1_agreement.value == pytest.approx(np.mean(one.agreement_per_prompt))
     assert judge.protected("guard", Kept(kept))["spared"].owners == (), "prompts of pools are independent"
 
 
@@ -160,10 +161,13 @@ def test_eval_asks_nothing_of_a_conversation_that_was_fitted_and_something_of_ev
     asked = [turn.prompt for one in suite.conversations for turn in one.turns]
     assert not talks(asked) & talks(chosen[0] + chosen[1])
     assert len(asked) == 6 and max(int(talk_of(one)) for one in asked) > 60, "not the first of a sorted file"
+    (every,) = scenario_suites(deployment, fitted, labelled=False, count=30, seed=0)
+    assert len(every.conversations) == 30 and len({*every.owners}) == 10, "turns of one conversation are drawn as one"
     # The user's data: later turns of what was fitted, as they stand in another log.
     file = tmp_path / "data.jsonl"
     later = [{"messages": [{"role": m.role, "content": m.content} for m in line[1:]]} for line in log(range(80), 4)]
     file.write_text("\n".join(map(json.dumps, later)))
     kept = data_suite(file, fitted, count=None, seed=0)
     assert talks([turn.prompt for one in kept.conversations for turn in one.turns]) == talks(chosen[2])
+    assert len({*kept.owners}) == len(talks(chosen[2])) == len(kept.conversations) / 4
     assert kept.dropped == 4 * len(talks(chosen[0] + chosen[1]))

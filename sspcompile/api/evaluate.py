@@ -8,7 +8,7 @@ user's data.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from sspcompile.progress import Progress, silent, within
 from sspcompile.request.conversations import Opening, is_of, openings
 from sspcompile.request.domains import DomainPool
 from sspcompile.request.pools import pools_of, shipped_pools
-from sspcompile.request.prompts import Passage, Prompt, answer_of, asked_of
+from sspcompile.request.prompts import Passage, Prompt, answer_of, asked_of, bare
 from sspcompile.request.request import built_request, read_request
 from sspcompile.request.scenario import Scenario
 from sspcompile.request.splits import seen, split, thinned, whole_shares
@@ -47,6 +47,16 @@ class Suite:
     name: str
     conversations: tuple[Conversation, ...]
     dropped: int = 0
+
+    @property
+    def owners(self) -> np.ndarray:
+        """Which of them are one, though they are asked one by one: lines of a log with the conversation so far, int64
+        [conversations].
+        """
+        first = [one.turns[0].prompt for one in self.conversations]
+        found = openings(first)
+        number = {one: index for index, one in enumerate(dict.fromkeys(found.values()))}
+        return np.array([number[found[bare(prompt)]] for prompt in first])
 
 
 @dataclass(frozen=True)
@@ -212,6 +222,7 @@ def evaluate(
     suites += [data_suite(path, fitted, count=items, seed=seed) for path in data]
     results = []
     for suite in suites:
-        first, second = compare(dense, sliced, suite.conversations, limits, within(progress, suite.name))
+        asked = compare(dense, sliced, suite.conversations, limits, within(progress, suite.name))
+        first, second = (replace(one, owner=suite.owners[one.owner]) for one in asked)
         results.append(suite_result(suite.name, first, second, dropped=suite.dropped, seed=seed))
     return results

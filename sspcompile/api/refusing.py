@@ -9,6 +9,7 @@ from sspcompile.errors import CheckpointError
 from sspcompile.families import Geometry
 from sspcompile.model.dense import DenseModel
 from sspcompile.repair.repair import demand_place, is_linear
+from sspcompile.request.holding import demand_held_out
 from sspcompile.request.options import WHOLE_LAYOUTS, Options
 from sspcompile.request.pools import pools_of
 from sspcompile.request.request import Request
@@ -37,6 +38,7 @@ def refuse_hopeless(request: Request, dense: DenseModel, *, weights: bool = True
     demand_prompts(request)
     known = [pool.name for pool in pools_of(options).candidates]
     demand_known(request.scenario.domains or (), known, source=request.scenario.name)
+    demand_held_out(request.scenario, options)
     demand_place(geometry, options.repair)
     demand_host(geometry, WHOLE_LAYOUTS[options.whole] if options.whole else options.layout, options.wanted_host)
     demand_bounds(options, geometry, counted_bounds(options, dense.checkpoint))

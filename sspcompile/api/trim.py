@@ -29,6 +29,7 @@ from sspcompile.model.loading import load_tokenizer
 from sspcompile.model.placement import ANYWHERE, Placement, release
 from sspcompile.model.text import demand_readable, sentences
 from sspcompile.progress import Progress, adding, silent, stage_of
+from sspcompile.request.holding import demand_held_out
 from sspcompile.request.options import Options
 from sspcompile.request.pools import pools_of
 from sspcompile.request.prompts import Prompt, told
@@ -151,7 +152,7 @@ def trim(
 ) -> TrimOutcome:
     """Read the scenario, choose tokens, write the model without the others, prove and judge it. Whole or absent.
 
-    Raises BudgetError for fewer tokens than any text needs, and what `refuse_untrimmable` raises.
+    Raises BudgetError for fewer tokens than any text needs, and what `refuse_untrimmable` and `demand_held_out` raise.
     """
     reads = (*dense_reads(dense), *pool_reads(request.options))
     refuse_existing(out, overwrite=overwrite, reads=reads)
@@ -161,6 +162,7 @@ def trim(
             f"keeps what it loses within {MAX_LOSS:g}; --max-loss says another bound."
         )
     bpe, needed = refuse_untrimmable(dense)
+    demand_held_out(request.scenario, request.options)
     checkpoint = dense.checkpoint
     loaded = dense.load(placement=placement, rendering=rendering_of(request.options))
     demand_readable(loaded, request.scenario.prompts, request.options.max_tokens)

@@ -10,12 +10,10 @@ from sspcompile.errors import InputError
 from sspcompile.request.domains import DomainPool
 from sspcompile.request.options import Options
 from sspcompile.request.pools import pools_of
-from sspcompile.request.splits import HOLD_EVERY, foreign
+from sspcompile.request.splits import FEWEST, foreign
 
 # All domains that the scenario is not about, as one; a pool of that name comes first.
 GENERAL = "general"
-# A pool with fewer prompts holds none out to guard with.
-FEWEST = 2 * HOLD_EVERY
 
 
 def demand_protected(options: Options) -> None:

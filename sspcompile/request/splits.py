@@ -42,6 +42,8 @@ OWN_GUARD_PROMPTS = 96
 OWN_JUDGE_PROMPTS = 96
 # Every fourth text is held out, in pools and in the user's own prompts alike; the held ones judge and guard in turn.
 HOLD_EVERY = 4
+# Of fewer prompts none is held out to guard with.
+FEWEST = 2 * HOLD_EVERY
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,8 @@ def draw_splits(
     """Splits for a scenario with these prompts of its own (none for a sentence or a given mixture).
 
     `parts` [K] is what each of the `pools` counts for; it sums to 1. `protect`: the pools of what is protected, by
-    name; nothing else depends on them. Raises InputError where the scenario's own prompts are all that one holds out.
+    name; nothing else depends on them. Raises InputError where the scenario's own prompts are all that one holds out,
+    and where nothing guards or judges the scenario.
     """
     own, whose = asked_in(prompts), openings(prompts)
     # A pool prompt that the user happens to ask as well was seen by `prepare`, so it may not be held out.
@@ -189,6 +192,9 @@ def draw_splits(
     fit = fill(0, len(own_fit), FIT_PROMPTS)
     guard = fill(1, conversations(own_guard), GUARD_PROMPTS)
     judge = fill(2, conversations(own_judge), JUDGE_PROMPTS)
+    for what, texts in (("guard", own_guard + guard), ("judge", own_judge + judge)):
+        if not texts:
+            raise _nothing_to(what, [pool for pool, part in zip(pools, parts, strict=True) if part > 0])
     found = Splits(
         fit=own_fit + fit,
         guard=own_guard + guard,
@@ -200,6 +206,15 @@ def draw_splits(
         conversations=whose,
     )
     return _protecting(found, protect, own, rng) if protect else found
+
+
+def _nothing_to(what: str, pools: Sequence[DomainPool]) -> InputError:
+    counts = ", ".join(f"{pool.name} with {len(pool.prompts)} prompts" for pool in pools)
+    return InputError(
+        f"No prompt is left to {what} a build: the scenario holds out none of its own, and its pools ({counts}) none "
+        "that it does not ask.",
+        hint=f"Give the scenario {FEWEST} prompts that begin differently, or these pools {FEWEST} others.",
+    )
 
 
 def _drawn(
