@@ -241,6 +241,16 @@ def test_an_answer_that_is_not_read_is_said_once_with_its_key(name: str, tmp_pat
     assert expected is None or expected in told[0]
 
 
+def test_the_command_says_it_once_however_often_a_file_is_read(tmp_path: Path, run) -> None:
+    lines = [{"prompt": "Gold?", "answer": "Au"}, {"prompt": "Tin?", "risposta": "Sn"}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    code, out, err = run("build", "-s", tmp_path / "p.jsonl", "--dry-run")
+    assert code == 0 and "p: 2 prompts, 1 with answers\n" in err and "Read from p.jsonl: 2 prompts, 1 with" in out
+    assert err.count("1 of 2 prompts has no answer that is read, but 'risposta'") == 1
+    sweep = ("--sweep", "size=0.8,0.9", "--out", tmp_path / "sweep")
+    assert run("build", "-s", tmp_path / "p.jsonl", "--dry-run", *sweep)[2].count("'risposta'") == 1
+
+
 def test_a_missing_answer_is_refused_as_data_with_the_key_that_may_hold_it(tmp_path: Path) -> None:
     for text in (
         '{"prompt": "a", "answer": NaN}',
