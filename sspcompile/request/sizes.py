@@ -35,6 +35,13 @@ def parsed(text: str, units: Mapping[str, int]) -> int | None:
     return max(1, int(number)) if number > 0 else None
 
 
+def size_text(size: int) -> str:
+    """Bytes as they are typed, of three digits, which allow no less than they say: `2.39GB`. Small ones are exact."""
+    unit = next((unit for unit in ("GB", "MB", "KB") if size >= UNITS[unit]), "")
+    step = max(1, 10 ** (len(str(size)) - 3))
+    return f"{(Decimal(-(-size // step) * step) / UNITS[unit]).normalize():f}{unit}"
+
+
 def time_text(nanoseconds: int) -> str:
     """A time as it is typed, exactly: `35ms`, `812.5us`."""
     unit = next((unit for unit in ("S", "MS") if nanoseconds >= TIMES[unit]), "US")

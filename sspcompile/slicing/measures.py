@@ -19,7 +19,7 @@ from sspcompile.checkpoint.source import Checkpoint
 from sspcompile.checkpoint.tensors import Shapes, attention_shapes, layer_of, mlp_shapes, of_attention, tensor_shapes
 from sspcompile.families import Geometry, hosting, layer_prefix
 from sspcompile.families.windows import windows_of
-from sspcompile.request.sizes import time_text
+from sspcompile.request.sizes import size_text, time_text
 from sspcompile.slicing.layouts import GONE, SILENT, Shape
 
 Tensors = Mapping[str, tuple[tuple[int, ...], str]]
@@ -100,7 +100,7 @@ class Bound:
             return f"--size {math.ceil(1e4 * value / self.measure.whole) / 1e4:g}"
         if self.measure.unit == "latency":
             return f"{self.flag} {time_text(_rounded_up(-(-value // NANOSECOND)))}"
-        return f"{self.flag} {value}"
+        return f"{self.flag} {size_text(value) if self.measure.unit == 'memory' else value}"
 
     def __str__(self) -> str:
         if self.flag == "--size":
