@@ -129,8 +129,8 @@ def test_the_curve_is_shown_by_inspect_and_plan(run, inside):
 
 def test_what_takes_one_model_says_how_to_cut_one_out(run, inside, tmp_path):
     for command in (("eval", "nested"), ("export", "nested")):
-        cut = "sspcompile slice --from nested --size"
-        refused(run(*command), 2, "several sizes", cut, f"`sspcompile {command[0]}` does not")
+        refused(run(*command), 2, "several sizes", "sspcompile slice --from nested --size")
+    refused(run("eval", "nested"), 2, "`sspcompile eval` does not take it")
     # A member that was cut out has no report to compare either.
     refused(run("compare", "nested", "nested"), 2, "several sizes", "It takes a build", "sspcompile inspect nested")
     refused(run("slice", "--from", "nested", "--size", "0.1", "--out", tmp_path / "x"), 3, "0.7", "--size 0.1")
