@@ -474,9 +474,9 @@ def test_same_build_gives_the_same_bytes_in_another_folder(run, built, home):
 def test_uniform_layout_without_repair_replaces_an_earlier_build(run, built, home):
     out = Path(shutil.copytree(built, home / "artifacts" / "replaced"))
     args = (*BUILD, "--keep", "0.5", *FAST, "--layout", "uniform", "--repair", "none", "--json", "--out", out)
-    (out / "note.txt").write_text("of the earlier build")
+    (out / "bench.json").write_text("of the earlier build")
     done = run(*args, "--overwrite", home=home)
-    assert done.code == 0 and not (out / "note.txt").exists()
+    assert done.code == 0 and not (out / "bench.json").exists()
     assert done.json["repair"]["used"] is False and done.json["layout"]["chosen"] == "uniform"
     config = json.loads((out / "model" / "config.json").read_text())
     assert "auto_map" not in config and not (out / "model" / "modeling_sspcompile.py").exists()
@@ -574,7 +574,7 @@ def test_bench_gives_samples_and_intervals_and_leaves_an_artifact_that_verifies(
 
 def test_export_into_the_artifact_itself_is_refused(run, built, home):
     before = listing(built)
-    refused(run("export", "first", "--out", built / "model" / "copy", home=home), 2, "inside the artifact")
+    refused(run("export", "first", "--out", built / "model" / "copy", home=home), 2, "lies inside")
     assert listing(built) == before
 
 

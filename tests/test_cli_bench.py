@@ -182,6 +182,8 @@ def test_compare_shows_builds_side_by_side_and_writes_pages(run, home):
         "manifest.json",
     }
     assert "One build" in run("compare", "uniform")[1]
+    code, out, err = run("compare", "uniform", "--out", "artifacts/uniform", "--overwrite")
+    assert code == 2 and "is what the command reads" in err
     code, out, err = run("compare", "uniform", "--out", "side")
     assert code == 2 and "exists and is kept" in err and out == ""
     assert run("compare", "none")[0] == 2

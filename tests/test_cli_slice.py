@@ -167,6 +167,15 @@ def test_a_mask_with_an_empty_layer_takes_its_attention_out(run, tmp_path):
     refused(run("slice", "--model", model, "--mask", none, "--out", tmp_path / "x"), 2, "no layer keeps a head")
 
 
+def test_a_mask_of_no_model_is_cut_only_where_that_is_asked_for(run, model, tmp_path):
+    mask = written(mask_for(Checkpoint(model), 0.5, "uniform", 3), tmp_path / "mask.json")
+    cut = ("slice", "--model", model, "--mask", mask, "--out", tmp_path / "cut", "-q")
+    refused(run(*cut), 2, "does not say which model", "--any-model")
+    assert not (tmp_path / "cut").exists()
+    assert run("plan", "--model", model, "--mask", mask)[0] == 0
+    assert run(*cut, "--any-model")[0] == 0
+
+
 def test_sizes_are_read_as_they_are_typed():
     sizes = {"5GB": 5 * 10**9, "200 MiB": 200 << 20, "1000": 1000, "1.5kb": 1500}
     assert {text: byte_size(text, "--max-shard-size") for text in sizes} == sizes

@@ -129,8 +129,8 @@ def test_the_curve_is_shown_by_inspect_and_plan(run, inside):
 
 def test_what_takes_one_model_says_how_to_cut_one_out(run, inside, tmp_path):
     for command in (("eval", "nested"), ("export", "nested")):
-        cut = "sspcompile slice --from nested --size"
-        refused(run(*command), 2, "several sizes", cut, f"`sspcompile {command[0]}` does not")
+        refused(run(*command), 2, "several sizes", "sspcompile slice --from nested --size")
+    refused(run("eval", "nested"), 2, "`sspcompile eval` does not take it")
     # A member that was cut out has no report to compare either.
     refused(run("compare", "nested", "nested"), 2, "several sizes", "It takes a build", "sspcompile inspect nested")
     refused(run("slice", "--from", "nested", "--size", "0.1", "--out", tmp_path / "x"), 3, "0.7", "--size 0.1")
@@ -140,6 +140,8 @@ def test_what_takes_one_model_says_how_to_cut_one_out(run, inside, tmp_path):
     refused(run("run", "nested", "--size", "70", "--prompt", "x"), 2, "--size 70 is not a share")
     refused(run("slice", "--out", tmp_path / "x"), 2, "--mask")
     refused(run("slice", "--from", "nested", "--size", "0.7", "--out", "nested/x"), 2, "inside")
+    for words in (("slice", "--from", "nested"), ("export", "nested", "--format", "onnx"), ("export", "nested")):
+        refused(run(*words, "--size", "0.7", "--out", "nested", "--overwrite"), 2, "is what the command reads")
     refused(run("plan", "--model", "model", "--nested", "1,0.8"), 2, "--size 0.8", "plan --cost")
     hopeless = ("--scenario", SCENARIO, "--model", "model", "--nested", "0.01")
     refused(run("plan", "--cost", *hopeless), 3, "nearest feasible")
