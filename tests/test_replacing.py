@@ -110,6 +110,20 @@ def test_output_never_replaces_what_the_command_reads(case, run, home):
     assert contents(home) == before
 
 
+def test_a_model_that_was_cloned_takes_a_folder_of_builds_and_in_python_prompts_are_kept_too(run, home, monkeypatch):
+    make_checkpoint(home / "cloned", Shape())
+    monkeypatch.chdir(home / "cloned")
+    code, _, err = run("slice", "--mask", "../mask.json", "--model", ".", "--any-model", "--out", "artifacts/cut")
+    assert code == 0 and (home / "cloned" / "artifacts" / "cut" / "config.json").exists(), err
+    monkeypatch.chdir(home)
+    before = contents(home)
+    for write in (sspcompile.build, sspcompile.trim):
+        for scenario in ("in-made/asked.txt", Path("in-made/asked.txt"), "in-made/asked.yaml"):
+            with pytest.raises(InputError, match="which the command reads"):
+                write("cloned", scenario, out="in-made", overwrite=True)
+    assert contents(home) == before
+
+
 def test_names_that_differ_in_case_are_told_apart_by_the_file_system(home):
     (home / "Made").symlink_to(home / "made")  # one folder under two names, as where case does not count
     with pytest.raises(InputError, match="lies inside"), staged(home / "Made" / "x", reads=[home / "made"]):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from sspcompile.api.artifact import Artifact, placement_in
@@ -114,11 +115,13 @@ def build(
     """
     from sspcompile.api.build import build as run
     from sspcompile.api.nested import build_nested
+    from sspcompile.api.reads import refuse_output
     from sspcompile.model.dense import open_dense
 
     asked, placement = _parted(options)
     request, workspace = _request(model, scenario, asked), Workspace(path_of(root, "root"))
     folder = path_of(out, "out") if out is not None else workspace.artifact(request.scenario.name)
+    refuse_output(folder, _file_of(scenario), request.options, overwrite=overwrite)
     dense = open_dense(request.options.source)
     if request.options.shares:
         build_nested(request, dense, folder, workspace, progress, overwrite=overwrite, placement=placement)
@@ -148,17 +151,19 @@ def trim(
     bounds, UnsupportedModelError for a tokenizer that is not a byte-pair encoding, and BudgetError for fewer tokens
     than any text needs.
     """
+    from sspcompile.api.reads import refuse_output
     from sspcompile.api.trim import TrimBounds
     from sspcompile.api.trim import trim as run
     from sspcompile.model.dense import open_dense
 
     asked, placement = _parted(options)
     bounds = TrimBounds.of(tokens=tokens, max_loss=asked.pop("max_loss", None), max_loss_off=max_loss_off)
-    request = _request(model, scenario, asked)
+    request, folder = _request(model, scenario, asked), path_of(out, "out")
+    refuse_output(folder, _file_of(scenario), request.options, overwrite=overwrite)
     return run(
         request,
         open_dense(request.options.source),
-        path_of(out, "out"),
+        folder,
         Workspace(path_of(root, "root")),
         progress,
         bounds=bounds,
@@ -185,6 +190,11 @@ def _parted(given: Mapping[str, Any]) -> tuple[dict[str, Any], Placement]:
     """The options of a build, and where it is computed. Raises InputError for the latter."""
     options = {name: value for name, value in given.items() if name not in PLACING}
     return options, placement_in(**{name: given[name] for name in PLACING if name in given})
+
+
+def _file_of(scenario: ScenarioLike) -> str | None:
+    """What may be the file of a scenario; nothing for prompts that are given themselves."""
+    return str(scenario) if isinstance(scenario, str | Path) else None
 
 
 def _request(model: Place | None, scenario: ScenarioLike, options: Mapping[str, Any]) -> Request:

@@ -22,7 +22,7 @@ LITTER = (".DS_Store", "Thumbs.db", "desktop.ini", "*.pyc")
 
 def refuse_existing(out: Path, *, overwrite: bool, reads: Iterable[Path] = ()) -> None:
     """Raise OutputExistsError unless `out` is free, or may be replaced and holds what this package wrote and nothing
-    else; and InputError where it is, holds or lies in anything of `reads`: what the command at hand reads.
+    else; and InputError like `refuse_read`.
     """
     refuse_read(out, reads)
     if not out.exists() and not out.is_symlink():
@@ -40,8 +40,8 @@ def refuse_existing(out: Path, *, overwrite: bool, reads: Iterable[Path] = ()) -
 
 
 def refuse_read(out: Path, reads: Iterable[Path], *, option: str = "--out") -> None:
-    """Raise InputError where `out`, which the command calls `option`, is, holds or lies in anything of `reads`,
-    whichever names and links lead there.
+    """Raise InputError where `out`, which the command calls `option`, is or holds anything of `reads`, or lies in a
+    folder of them that has a manifest, whichever names and links lead there.
     """
     whole = _resolved(out)
     for read in reads:
@@ -49,7 +49,8 @@ def refuse_read(out: Path, reads: Iterable[Path], *, option: str = "--out") -> N
             inside, holds = _is_or_lies_in(whole, place), whole.exists() and _is_or_lies_in(place, whole)
             if inside and holds:
                 raise InputError(f"{out} is what the command reads, and is kept.", hint=f"Give another {option}.")
-            if inside:
+            # A manifest names all that a folder holds; others, as a clone of a model, may take a folder more.
+            if inside and (place / MANIFEST).exists():
                 raise InputError(
                     f"{out} lies inside {read}, which the command reads.", hint=f"Give an {option} outside of it."
                 )
