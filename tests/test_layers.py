@@ -39,6 +39,7 @@ from sspcompile.proof.prove import prove
 from sspcompile.repair.biases import fit_biases
 from sspcompile.repair.fitting import fit_repairs
 from sspcompile.request.options import Options
+from sspcompile.request.sizes import size_text
 from sspcompile.slicing.depth import any_layers, least_influence, least_runs, left_of
 from sspcompile.slicing.mask import HeadMask, dump_mask, load_mask, parse_mask
 from sspcompile.slicing.measures import Serving, at_most, memory_of, parameters_of
@@ -311,9 +312,10 @@ def test_a_budget_is_kept_and_no_layer_that_went_could_have_stayed(
         assert choice.kept[staying].all() and not choice.kept[~staying].any()
     for layer in alone.units.removed:
         assert left_of(measure, alone.layers | (np.arange(layers) == layer)) > bounds[0].most
-    with pytest.raises(BudgetError, match=f"nearest feasible value is --max-params {least}|one layer") as refused:
+    typed = size_text(least) if memory else str(least)
+    with pytest.raises(BudgetError, match=f"nearest feasible value is --max-params {typed}|one layer") as refused:
         least_influence(influence_of(distances), g, (at_most(measure, least - 1, "--max-params"),))
-    assert refused.value.hint == f"The nearest feasible value is --max-params {least}."
+    assert refused.value.hint == f"The nearest feasible value is --max-params {typed}."
 
 
 @pytest.mark.parametrize(

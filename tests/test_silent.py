@@ -52,6 +52,7 @@ from sspcompile.repair.biases import fit_biases
 from sspcompile.repair.fitting import fit_repairs
 from sspcompile.repair.repair import masked
 from sspcompile.request.options import Options
+from sspcompile.request.sizes import size_text
 from sspcompile.slicing.depth import any_layers, least_influence, left_of, shallowest
 from sspcompile.slicing.layouts import SILENT
 from sspcompile.slicing.mask import dump_mask, parse_mask
@@ -384,7 +385,8 @@ def test_a_budget_is_kept_and_no_attention_that_went_could_have_stayed(
         assert left_of(measure, staying, "attention") > bounds[0].most
     with pytest.raises(BudgetError, match="attention of one layer") as refused:
         least_influence(influence, g, (at_most(measure, least - 1, "--max-params"),), "attention")
-    assert refused.value.hint == f"The nearest feasible value is --max-params {least}."
+    typed = size_text(least) if memory else str(least)
+    assert refused.value.hint == f"The nearest feasible value is --max-params {typed}."
 
 
 @pytest.mark.parametrize(
