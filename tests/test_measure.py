@@ -162,6 +162,26 @@ def test_better_and_worse_follow_the_metrics_direction(metric, dense, sliced, ve
     assert found.improvement_interval.covers(found.improvement)
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(1e-3, 1e3), min_size=12, max_size=12), st.integers(1, 4))
+def test_a_rate_changes_by_what_its_time_does(values: list[float], batch: int) -> None:
+    """Also with an even number of trials in a process, whose middle two differ."""
+    seconds, faster = values, [value / (1 + place % 3) for place, value in enumerate(values)]
+    ratios = [
+        compare(METRICS[name], summarize(before), summarize(after), sessions=3, names=("dense", "cut"))
+        for name, before, after in (
+            ("inter_token_seconds", seconds, faster),
+            ("decode_tokens_per_second", [batch / one for one in seconds], [batch / one for one in faster]),
+        )
+    ]
+    time, rate = ratios
+    assert time is not None and rate is not None and time.verdict == rate.verdict
+    assert rate.improvement == pytest.approx(time.improvement, rel=1e-9)
+    assert rate.improvement_interval is not None and time.improvement_interval is not None
+    ends = [(one.low, one.high) for one in (rate.improvement_interval, time.improvement_interval)]
+    assert ends[0] == pytest.approx(ends[1], rel=1e-6)
+
+
 def test_counted_metrics_need_no_interval_and_single_timings_claim_nothing() -> None:
     dense = {
         "weight_bytes": summarize([100.0]),

@@ -64,7 +64,8 @@ def compare(
 
 
 def _medians(samples: Sequence[float], sessions: int) -> list[float]:
-    return [float(np.median(part)) for part in np.split(np.asarray(samples), sessions)]
+    # Between the middle two on a logarithmic scale, so that a time and its rate, one over the other, change alike.
+    return [float(np.exp(np.median(np.log(part)))) for part in np.split(np.asarray(samples), sessions)]
 
 
 def _verdict(metric: Metric, improvement: float, interval: Interval | None) -> Verdict:
