@@ -99,14 +99,29 @@ def test_a_greeting_is_not_taken_for_a_question_with_many_answers():
     asked = [answered(f"question {n} of talk {n}", f"answer {k}") for n in range(8) for k in range(9)]
     assert [len(part) for part in split(asked)] == [54, 9, 9]
     same = [(Message("user", "Hi"), Message("assistant", f"{n}"), Message("user", "More?")) for n in range(FEWEST_WAYS)]
-    assert len({*openings(same).values()}) == FEWEST_WAYS
-    assert len({*openings(same[1:]).values()}) == 1, "so few may as well be answers to one question"
-    assert len({*openings([*same, *(f"{n}" for n in range(40))]).values()}) == 41, "where it upsets no part"
+    assert len({*openings(["Hi", *same]).values()}) == FEWEST_WAYS + 1
+    assert openings(["Hi", *same])["Hi"] == Opening("Hi", alone=True)
+    assert len({*openings(["Hi", *same[1:]]).values()}) == 1, "so few may as well be one that was tried again"
+
+
+@pytest.mark.parametrize("kinds", [1, 3, 4, 5, 7, 40])
+def test_a_few_tasks_for_many_documents_are_as_many_conversations(kinds: int):
+    """A document in the system message, or a greeting in front, tells what is asked behind it apart."""
+    tasks = [(Message("system", f"Document of talk {n}"), Message("user", f"task {n % kinds}")) for n in range(96)]
+    greeted = [
+        (Message("user", f"Hi {n % kinds}"), Message("assistant", "Hello."), Message("user", f"question of talk {n}"))
+        for n in range(96)
+    ]
+    for many in (tasks, greeted, [*(f"Hi {n}" for n in range(kinds)), *greeted]):
+        found = drawn(many)
+        assert 8 <= found.own_guard <= 17 and 12 <= found.own_judge <= 17
+        assert len(talks(found.fit)) + len(talks(found.guard)) + len(talks(found.judge)) == 96
+        assert not any(is_of(text, seen(many)) for text in found.judge[: found.own_judge])
 
 
 def test_texts_and_passages_are_split_as_they_ever_were():
     texts = [*(f"text {n}" for n in range(10)), " text 3 ", passage("  text 4"), passage("other")]
-    assert openings(texts) == {bare(text): Opening(0, bare(text)) for text in texts}
+    assert openings(texts) == {bare(text): Opening(bare(text)) for text in texts}
     fit, guard, judge = split(texts)
     assert (guard, judge) == (("text 7",), ("text 3", " text 3 ")) and len(fit) == 10
 
@@ -165,7 +180,7 @@ def test_eval_asks_nothing_of_a_conversation_that_was_fitted_and_something_of_ev
     assert len(every.conversations) == 30 and len({*every.owners}) == 10, "turns of one conversation are drawn as one"
     # The user's data: later turns of what was fitted, as they stand in another log.
     file = tmp_path / "data.jsonl"
-    later = [{"messages": [{"role": m.role, "content": m.content} for m in line[1:]]} for line in log(range(80), 4)]
+    later = [{"messages": [{"role": m.role, "content": m.content} for m in line]} for line in log(range(80), 4)]
     file.write_text("\n".join(map(json.dumps, later)))
     kept = data_suite(file, fitted, count=None, seed=0)
     assert talks([turn.prompt for one in kept.conversations for turn in one.turns]) == talks(chosen[2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -277,6 +278,42 @@ def test_an_infinite_answer_is_refused_with_its_line(number: str, tmp_path: Path
     assert read_data(path), "other keys are the file's own"
     with pytest.raises(InputError, match="Prompt 1 has an infinite number"):
         of_prompts([{"prompt": "a", "answer": float(number)}])
+
+
+NO_ANSWERS = {
+    "quotations": {"question": "Where?", "answers": [{"text": "Paris", "answer_start": 3}]},
+    "sources": {"prompt": "Where?", "reference": [{"title": "Atlas", "url": "x"}]},
+    "parts": {"prompt": "Where?", "output": [{"type": "message", "text": "Paris"}]},
+    "a tool": {"prompt": "Where?", "chosen": [{"role": "tool", "content": "{}"}]},
+    "calls": {"prompt": "Where?", "chosen": [{"role": "assistant", "content": None}]},
+    "a duration": {"prompt": "Where?", "response_time": 3, "target_lang": "de", "reference_embedding": [{"a": 1}]},
+    "depth elsewhere": {"prompt": "Where?", "weights": json.loads("[" * 300 + "]" * 300)},
+}
+
+
+@pytest.mark.parametrize("name", NO_ANSWERS)
+def test_what_only_is_called_like_an_answer_spoils_no_line(name: str) -> None:
+    line = read_line(NO_ANSWERS[name])
+    assert line.prompt in ("Where?",) and line.answer is None
+    assert name != "a duration" or line.unread == ()
+
+
+@pytest.mark.parametrize("key", ["target", "output", "reference", "label", "solution"])
+def test_a_text_with_its_class_or_source_stays_a_text(key: str) -> None:
+    for value in (1, "positive", "Smith 2003"):
+        assert read_line({"text": "It rained.", key: value}) == replace(
+            read_line({"text": "It rained."}), unread=read_line({"text": "It rained.", key: value}).unread
+        )
+    assert read_line({"text": "What is gold?", "answer": "A metal."}).answer == "A metal."
+
+
+@pytest.mark.parametrize("key", ["answer", "output", "system", "else"])
+def test_a_line_that_is_nested_too_deep_is_refused_in_words(key: str) -> None:
+    deep: list[object] = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(ValueError, match="nested too deep"):
+        read_line({"prompt": "Where?", key: deep})
 
 
 def test_numbers_of_numpy_are_answers_as_those_of_python_are() -> None:

@@ -124,6 +124,33 @@ def test_a_model_that_was_cloned_takes_a_folder_of_builds_and_in_python_prompts_
     assert contents(home) == before
 
 
+def test_a_folder_in_another_programs_takes_builds_and_a_build_is_repeated_from_its_own_recipe(run, home, monkeypatch):
+    make_checkpoint(home / "project", Shape())
+    (home / "project" / "manifest.json").write_text('{"name": "App"}')
+    monkeypatch.chdir(home / "project")
+    code, _, err = run("slice", "--mask", "../mask.json", "--model", ".", "--any-model", "--out", "artifacts/cut")
+    assert code == 0, err
+    monkeypatch.chdir(home)
+    (home / "par" / "a" / "recipe.yaml").write_text(
+        RECIPE.replace("{prompts_file: in-made/asked.txt}", "{text: Sums.}")
+    )
+    write_manifest(home / "par" / "a", {})
+    again = (
+        "build",
+        "--scenario",
+        "par/a/recipe.yaml",
+        "--model",
+        "made",
+        "--out",
+        "par/a",
+        "--overwrite",
+        "--dry-run",
+    )
+    code, _, err = run(*again)
+    assert code == 0, err
+    assert run(*again[:-2], "--dry-run")[0] == 2, "unasked it is kept"
+
+
 def test_names_that_differ_in_case_are_told_apart_by_the_file_system(home):
     (home / "Made").symlink_to(home / "made")  # one folder under two names, as where case does not count
     with pytest.raises(InputError, match="lies inside"), staged(home / "Made" / "x", reads=[home / "made"]):
@@ -204,7 +231,8 @@ def test_a_file_that_somebody_put_into_an_artifact_is_kept_and_named(name, tmp_p
 
 def test_what_the_tool_and_the_system_add_to_an_artifact_goes_with_it(tmp_path):
     out = artifact(tmp_path / "out")
-    for name in ("bench.json", "report.html", "mask.svg", ".partial-bench.json-abcdefgh/lock", "model/.DS_Store"):
+    system = ("model/.DS_Store", "._mask.json", "model/.nfs0001", ".ipynb_checkpoints/report.md", ".recipe.yaml.swp")
+    for name in ("bench.json", "report.html", "mask.svg", ".partial-bench.json-abcdefgh/lock", *system):
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text("later")
     with staged(out, overwrite=True) as folder:
@@ -216,8 +244,6 @@ def test_a_toolkit_is_replaced_damaged_or_not_and_only_where_nothing_lies_beside
     out = tmp_path / "toolkit"
     out.mkdir()
     (out / "toolkit.json").write_text("{")
-    kept(out, "toolkit.json")
-    (out / "toolkit.safetensors").write_text("")
     (out / "notes.txt").write_text("mine")
     kept(out)
     (out / "notes.txt").unlink()

@@ -10,6 +10,7 @@ from sspcompile.checkpoint.replacing import refuse_existing
 from sspcompile.request.hub import HUB
 from sspcompile.request.recipe import load_recipe
 from sspcompile.request.scenario import PROMPT_SUFFIXES, RECIPE_SUFFIXES
+from sspcompile.workspace import RECIPE
 
 if TYPE_CHECKING:
     from sspcompile.model.dense import DenseModel
@@ -27,8 +28,14 @@ def pool_reads(options: Options) -> tuple[Path, ...]:
 
 
 def refuse_output(out: Path, scenario: str | None, options: Options, *, overwrite: bool) -> None:
-    """Raise what `refuse_existing` raises, before anything that was typed is opened."""
-    refuse_existing(out, overwrite=overwrite, reads=typed_reads(scenario, options))
+    """Raise what `refuse_existing` raises, before anything that was typed is opened.
+
+    A build's own recipe holds all that it needs, and stands in the build that replaces it.
+    """
+    own = out / RECIPE
+    reads = typed_reads(scenario, options)
+    kept = [read for read in reads if not (own.is_file() and read.exists() and own.samefile(read))]
+    refuse_existing(out, overwrite=overwrite, reads=kept)
 
 
 def typed_reads(scenario: str | None, options: Options) -> tuple[Path, ...]:

@@ -17,7 +17,7 @@ TOOLKIT = frozenset(("toolkit.json", "toolkit.safetensors"))
 # What `bench` and `eval --quantize` write into a build before its manifest names it, should they be killed in between.
 ADDED = ("bench.json", "report.*", "mask.svg")
 # What systems and Python leave in every folder that somebody looked into.
-LITTER = (".DS_Store", "Thumbs.db", "desktop.ini", "*.pyc")
+LITTER = (".DS_Store", "._*", "Thumbs.db", "desktop.ini", "*.pyc", ".nfs*", ".ipynb_checkpoints", "*.swp", "*~")
 
 
 def refuse_existing(out: Path, *, overwrite: bool, reads: Iterable[Path] = ()) -> None:
@@ -50,7 +50,7 @@ def refuse_read(out: Path, reads: Iterable[Path], *, option: str = "--out") -> N
             if inside and holds:
                 raise InputError(f"{out} is what the command reads, and is kept.", hint=f"Give another {option}.")
             # A manifest names all that a folder holds; others, as a clone of a model, may take a folder more.
-            if inside and (place / MANIFEST).exists():
+            if inside and _is_ours(place):
                 raise InputError(
                     f"{out} lies inside {read}, which the command reads.", hint=f"Give an {option} outside of it."
                 )
@@ -83,7 +83,7 @@ def _is_or_lies_in(inner: Path, outer: Path) -> bool:
 def _foreign(folder: Path) -> str | None:
     """A file or folder in it that this package did not write; None where there is none."""
     top = {path.name for path in folder.iterdir() if not _left_behind(path.relative_to(folder))}
-    if not top or top == TOOLKIT:
+    if top <= TOOLKIT:
         return None
     if MANIFEST not in top:
         return min(top)
@@ -101,7 +101,18 @@ def _foreign(folder: Path) -> str | None:
     return None
 
 
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder has a manifest of this package."""
+    if not (folder / MANIFEST).is_file():
+        return False
+    try:
+        read_manifest(folder)
+    except ArtifactError:  # another program's, or damaged
+        return False
+    return True
+
+
 def _left_behind(inside: Path) -> bool:
     """Whether a killed run, a system or Python left it."""
-    litter = any(fnmatchcase(inside.name, pattern) for pattern in LITTER)
+    litter = any(fnmatchcase(part, pattern) for part in inside.parts for pattern in LITTER)
     return litter or inside.parts[0].startswith(PARTIAL_PREFIX)

@@ -13,8 +13,8 @@ from sspcompile.request.documents import plain, shown
 # Under which keys a line may hold its answer, in this order. The first three are told of nothing else.
 SURE = ("answer", "completion", "response")
 ANSWERS = (*SURE, "output", "target", "reference", "chosen", "solution", "answers", "label")
-# Beside a text a label is its class, and no answer to it.
-BESIDE_TEXT = ANSWERS[:-1]
+# Beside a text other keys hold its class, or where it is from, more often than an answer to it.
+BESIDE_TEXT = SURE
 # Words of a key that holds an answer, whatever is read.
 LIKELY = re.compile(
     "answers?|completion|response|output|target|reference|chosen|solution|labels?|gold|truth|expected|ideal|reply|"
@@ -72,8 +72,9 @@ def held(item: Mapping[str, object], keys: Sequence[str]) -> object:
 
 
 def looks_like_answer(key: str) -> bool:
-    """Whether a key is called like one that holds an answer."""
-    return any(map(LIKELY.fullmatch, re.findall(r"[a-z]+", key.lower())))
+    """Whether a key is called like one that holds an answer: by its last word, since `response_time` is none."""
+    words = re.findall(r"[a-z]+", key.lower())
+    return bool(words) and LIKELY.fullmatch(words[-1]) is not None
 
 
 def unread_keys(item: Mapping[str, object], *, asked: str, question: bool) -> tuple[str, ...]:
@@ -91,7 +92,9 @@ def unread_keys(item: Mapping[str, object], *, asked: str, question: bool) -> tu
 def _could_answer(key: str, value: object, *, question: bool) -> bool:
     if isinstance(value, bool) or key.startswith("rejected"):  # of a pair of answers the worse one
         return False
-    return looks_like_answer(key) or (question and not FACTS.fullmatch(key.lower()) and _says(value))
+    key = key.lower()
+    fact = FACTS.fullmatch(key) or FACTS.fullmatch(key.rsplit("_", 1)[-1])
+    return _says(value) and (looks_like_answer(key) or (question and not fact))
 
 
 def _says(value: object) -> bool:

@@ -169,10 +169,14 @@ def read_line(item: object) -> Line:
     """
     if not isinstance(item, Mapping):
         raise ValueError("must be a JSON object")
-    item = {key: tidied(value) for key, value in item.items()}
-    for key, read in FORMS.items():
-        if item.get(key) is not None:
-            return _noted(read(item, key), item, key)
+    # What else a line holds may be large.
+    try:
+        item = {key: tidied(value) if key in READ else value for key, value in item.items()}
+        for key, read in FORMS.items():
+            if item.get(key) is not None:
+                return _noted(read(item, key), item, key)
+    except RecursionError:
+        raise ValueError("is nested too deep") from None
     raise ValueError(f"has none of the keys {', '.join(FORMS)}")
 
 
@@ -302,13 +306,24 @@ def _with_system(item: Mapping[str, object], found: list[Message]) -> list[Messa
 
 def _answer(item: Mapping[str, object], keys: Sequence[str]) -> object:
     """What stands under the first of the keys that holds something; the words of the assistant where that is a list of
-    messages, with or without those that it answers."""
+    messages, with or without those that it answers. A list of mappings that are none (quotations, parts) is no answer.
+    """
     answer = held(item, keys)
-    if not isinstance(answer, list) or not all(isinstance(part, Mapping) for part in answer):
+    if not isinstance(answer, list) or not any(isinstance(part, Mapping) for part in answer):
         return answer
+    if not all(isinstance(part, Mapping) and _has_role(part) for part in answer):
+        return None
     found = [_message(part, f"message {number} of the answer") for number, part in enumerate(answer, 1)]
     last = max((place for place, message in enumerate(found) if message.role == "user"), default=-1)
     return next((message.content for message in found[last + 1 :] if message.role == "assistant"), None)
+
+
+def _has_role(message: Mapping[str, object]) -> bool:
+    """Whether it is a message that `_message` takes."""
+    role = message.get("role", message.get("from"))
+    content = message.get("content", message.get("value"))
+    known = isinstance(role, str) and OTHER_ROLES.get(role, role) in ROLES
+    return known and (isinstance(content, str) or (isinstance(content, list) and all(map(_is_text_part, content))))
 
 
 FORMS: Mapping[str, Callable[[Mapping[str, object], str], Line]] = {
@@ -322,3 +337,4 @@ FORMS: Mapping[str, Callable[[Mapping[str, object], str], Line]] = {
     "problem": _prompt,
     "input": _prompt,
 }
+READ = frozenset((*FORMS, *ANSWERS, "input", "system", "history"))

@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sspcompile.errors import ScenarioError
-from sspcompile.request.answers import ANSWERS, looks_like_answer
-from sspcompile.request.prompts import FORMS
+from sspcompile.request.answers import looks_like_answer
+from sspcompile.request.prompts import READ
 
 if TYPE_CHECKING:
+    from pyarrow import Field
     from pyarrow.parquet import ParquetFile
 
-# What `read_line` looks at. Of a parquet file these columns are read, and those that are called like answers, to say
-# that they are not taken for them; pictures least of all.
-COLUMNS = frozenset({*FORMS, *ANSWERS, "input", "system", "history"})
 LINE_BYTES = 16 * 1024 * 1024
 WHOLE_BYTES = 256 * 1024 * 1024
 
@@ -124,7 +122,7 @@ def _count_parquet(path: Path) -> int:
 
 def _read_parquet(path: Path, places: Sequence[int]) -> Iterator[Mapping[str, object]]:
     file = _parquet(path)
-    columns = [name for name in file.schema_arrow.names if name in COLUMNS or looks_like_answer(name)]
+    columns = [field.name for field in file.schema_arrow if field.name in READ or _may_answer(field)]
     before = 0
     for group in range(file.num_row_groups):
         count = file.metadata.row_group(group).num_rows
@@ -134,6 +132,17 @@ def _read_parquet(path: Path, places: Sequence[int]) -> Iterator[Mapping[str, ob
         elif inside:
             yield from (dict.fromkeys(file.schema_arrow.names) for _ in inside)
         before += count
+
+
+def _may_answer(field: Field) -> bool:
+    """Whether a column is called like an answer and holds text or numbers: it is read to say that it is not taken for
+    one. Others are not read, pictures least of all.
+    """
+    from pyarrow import types
+
+    kind = field.type.value_type if types.is_list(field.type) or types.is_large_list(field.type) else field.type
+    plain = (types.is_string, types.is_large_string, types.is_integer, types.is_floating)
+    return looks_like_answer(field.name) and any(holds(kind) for holds in plain)
 
 
 SMALLER = "Write a few hundred of its records to a .jsonl file, and give that."

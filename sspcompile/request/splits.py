@@ -112,14 +112,16 @@ class Splits:
         return self.fit[len(self.fit) - self.protected_fit :]
 
 
-def split(texts: Sequence[Item]) -> tuple[tuple[Item, ...], tuple[Item, ...], tuple[Item, ...]]:
+def split(
+    texts: Sequence[Item], found: Mapping[Prompt, Opening] | None = None
+) -> tuple[tuple[Item, ...], tuple[Item, ...], tuple[Item, ...]]:
     """(fit, guard, judge): conversations 7, 15, ... guard and 3, 11, ... judge, so that a sorted file is split evenly.
 
     A text without messages is a conversation. The turns of one (`openings`) are in one part, and so are the answers of
     one question. Of fewer than eight conversations none guards, of fewer than four none judges, however many turns they
-    have: pools fill up.
+    have: pools fill up. `found`: their conversations, where they are known.
     """
-    found = openings(texts)
+    found = openings(texts) if found is None else found
     number = {opening: index for index, opening in enumerate(dict.fromkeys(found.values()))}
     parts: tuple[list[Item], list[Item], list[Item]] = ([], [], [])
     for text in texts:
@@ -138,7 +140,8 @@ def seen_part(texts: Sequence[Prompt]) -> tuple[Prompt, ...]:
 def seen(texts: Sequence[Prompt]) -> frozenset[Opening]:
     """The conversations of `seen_part`."""
     found = openings(texts)
-    return frozenset(found[bare(text)] for text in seen_part(texts))
+    fit, guard, _ = split(texts, found)
+    return frozenset(found[bare(text)] for text in fit + guard)
 
 
 def fit_part(pools: Sequence[DomainPool]) -> tuple[DomainPool, ...]:
@@ -171,10 +174,10 @@ def draw_splits(
     """
     own, whose = asked_in(prompts), openings(prompts)
     # A pool prompt that the user happens to ask as well was seen by `prepare`, so it may not be held out.
-    learned = {text for pool in fit_part(pools) for text in pool.prompts}
-    parted = split(tuple(dict.fromkeys(prompts)))
-    held = ([text for text in part if whose[bare(text)].of not in learned] for part in parted[1:])
-    own_fit, (own_guard, own_judge) = own_fit_part(prompts), (tuple(part) for part in held)
+    learned: set[Prompt] = {text for pool in fit_part(pools) for text in pool.prompts}
+    parted = split(tuple(dict.fromkeys(prompts)), whose)
+    held = ([text for text in part if not asked_in((text,)) & learned] for part in parted[1:])
+    own_fit, (own_guard, own_judge) = thinned(parted[0], OWN_FIT_PROMPTS), (tuple(part) for part in held)
     own_guard, own_judge = thinned(own_guard, OWN_GUARD_PROMPTS), thinned(own_judge, OWN_JUDGE_PROMPTS)
     rng = np.random.default_rng(seed)
 
