@@ -37,6 +37,8 @@ from sspcompile.workspace import MODEL, REPORT
 
 UNSEEN = 48
 MAX_TOKENS = 256
+# Of a build that writes nothing, because no mask is within the bound; its row is that sentence.
+NONE_HELD = "No mask changes at most"
 OPTIONS = ("--baselines", "none", "--layout", "per-layer", "--max-tokens", str(MAX_TOKENS))
 
 
@@ -68,7 +70,12 @@ def divergence(model: str, cut: Path, prompts: Sequence[Prompt]) -> Divergence:
 def built(model: str, name: str, home: Path, asked: str, words: Sequence[str], unseen: Sequence[Prompt]) -> Row:
     """What a build found, and what it loses on its own judging texts and on others."""
     shutil.rmtree(home / name, ignore_errors=True)  # of a run that ended before its row was written
-    cost = build(model, asked, name, home, (*words, *OPTIONS))
+    try:
+        cost = build(model, asked, name, home, (*words, *OPTIONS))
+    except click.ClickException as error:
+        if NONE_HELD not in error.message:
+            raise
+        return {"refused": error.message}
     report = read_report(home / name / REPORT)
     ours, budget = next(row for row in report.quality if row.role == "ours"), report.budget
     assert budget is not None
@@ -83,6 +90,8 @@ def built(model: str, name: str, home: Path, asked: str, words: Sequence[str], u
 
 def told(name: str, bound: float) -> Callable[[Row], str]:
     def line(row: Row) -> str:
+        if "refused" in row:
+            return f"{name}: {row['refused']}"
         judge, unseen = (
             f"{row[part]['value']:.1%} ({row[part]['low']:.1%} to {row[part]['high']:.1%})"
             for part in ("judge", "unseen")
@@ -129,7 +138,7 @@ def main(
                 write_texts(home / asked, drawn[:prompts])
                 measure = partial(built, model, name, home, asked, ("--max-loss", str(bound)), unseen)
                 results.row(name, measure, told(name, bound))
-                if (scenario, seed) != (fine, 0):
+                if (scenario, seed) != (fine, 0) or "refused" in results[name]:
                     continue
                 for step in steps.split(","):
                     size = round(results[name]["parameters"] + float(step), 3)
