@@ -19,9 +19,12 @@ from safetensors.numpy import load_file
 
 from sspcompile.cli import main as cli_main
 from sspcompile.cli.main import cli, main
+from sspcompile.cli.sections import REST, SECTIONS
 from sspcompile.criteria import CRITERIA
 from sspcompile.model import journal
+from sspcompile.model.placement import NAMES as PLACING
 from sspcompile.request.domains import load_outside
+from sspcompile.request.options import NAMES as OPTION_NAMES
 from sspcompile.request.recipe import find_recipe, load_recipe
 from sspcompile.request.scenario import read_scenario
 
@@ -616,6 +619,17 @@ def test_flap_bias_goes_the_whole_way_where_o_proj_has_a_bias(run, tmp_path):
     done = run(*BUILD, *fast, "--repair", "flap-bias", "--out", "out", "--json", home=tmp_path)
     assert done.code == 0 and done.json["parity"]["texts_equal"] is True, done.err
     assert run("verify", "out", home=tmp_path).code == 0
+
+
+@pytest.mark.parametrize("command", ["build", "plan"])
+def test_help_has_every_option_once_and_those_of_a_build_under_what_they_are_about(command, run):
+    told = run(command, "--help", env={"COLUMNS": "120"}).out
+    sections = {part.split(":\n")[0]: part for part in re.split(r"\n\n(?=\S)", told) if ":\n" in part}
+    assert [title for title in sections if title in (*SECTIONS, REST)] == [*SECTIONS, REST]
+    for name in (*OPTION_NAMES, *PLACING):
+        flag = f"--{name.replace('_', '-')}"
+        held = [title for title, part in sections.items() if re.search(rf"^  (-\w, )?{flag}\b(?!-)", part, re.M)]
+        assert len(held) == 1 and held != [REST], (flag, held)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -24,6 +24,7 @@ from sspcompile.cli.options import (
     warn_unknown,
     workspace,
 )
+from sspcompile.cli.sections import Sectioned
 
 if TYPE_CHECKING:
     from sspcompile.model.dense import DenseModel
@@ -35,6 +36,7 @@ SUMMARY = ("findings", "quality", "rounding")
 
 
 @click.command(
+    cls=Sectioned,
     short_help="Compile a scenario into a smaller model.",
     epilog="""\b
 Examples:

@@ -21,6 +21,7 @@ from sspcompile.cli.options import (
     warn_unknown,
     workspace,
 )
+from sspcompile.cli.sections import Sectioned
 
 if TYPE_CHECKING:
     from sspcompile.model.placement import Placement
@@ -36,6 +37,7 @@ WITH_FROM = {"nested_artifact", "as_json", "quiet"}
 
 
 @click.command(
+    cls=Sectioned,
     short_help="Show what a build would write, and write nothing.",
     epilog="""\b
 Examples:
