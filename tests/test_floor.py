@@ -174,6 +174,12 @@ def test_the_error_names_both_ends_and_a_bound_that_would_do():
     error = nothing_within(Allowed(0.05), (rung(0.95, 0.0421, 0.02),), "parameters")
     assert "changes 4.2 % (6.2 % at most)" in error.message
     assert error.hint is not None and "--max-loss 0.063" in error.hint
+    assert "More prompts of your own" in error.hint, "the interval alone is above the bound"
+    more = nothing_within(Allowed(0.04), (rung(0.95, 0.0421, 0.02),), "parameters")
+    assert more.hint is not None and "More prompts" not in more.hint
+    law = Allowed(0.05, {"law": 0.03})
+    spared = [Rung(0.95, Estimate(0.02), (rung(0.95, loss, 0.02).loss,)) for loss in (0.02, 0.04)]
+    assert [law.by_chance(one) for one in spared] == [True, False]
 
 
 def test_a_mask_that_changes_nothing_is_within_any_bound_and_one_that_changes_a_token_of_few_is_not():

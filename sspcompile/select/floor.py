@@ -74,6 +74,13 @@ class Allowed:
         over = [_above(lost, most) for lost, most in zip(one.protected, self.protect.values(), strict=True)]
         return max(over if self.max_loss is None else [_above(one.loss, self.max_loss), *over])
 
+    def by_chance(self, one: Rung) -> bool:
+        """Whether a mask is within the bounds by what was measured, and above one by its interval alone."""
+        pairs = [*zip((lost.value for lost in one.protected), self.protect.values(), strict=True)]
+        if self.max_loss is not None:
+            pairs.append((one.loss.value, self.max_loss))
+        return self.excess(one) > 0 and all(value <= most for value, most in pairs)
+
     def __str__(self) -> str:
         """As what is said of a mask: `changes at most ...`."""
         of = [f"{100 * most:g} % of those of {name}" for name, most in self.protect.items()]
@@ -293,4 +300,6 @@ def nothing_within(
         best = min(above, key=allowed.excess)
         told = f"{told}; above that, {100 * best.kept:.1f} % still changes {allowed.told(best)}"
         hint = f"Give {' '.join(allowed.looser(nearest))}."
+    if nearest is not None and allowed.by_chance(nearest):
+        hint = f"{hint} More prompts of your own make the interval narrower."
     return BudgetError(f"No mask{within} changes at most {allowed}: {told}.", hint=hint)
