@@ -68,6 +68,20 @@ def test_all_problems_of_all_files_come_at_once(tmp_path: Path) -> None:
         assert expected in text
 
 
+def test_pools_are_read_again_where_a_file_or_what_a_name_leads_to_has_changed(tmp_path: Path, monkeypatch) -> None:
+    """A notebook edits its pools between builds, and goes from one folder to another."""
+    for place, name in (("here", "oats"), ("there", "rye")):
+        (tmp_path / place / "mine").mkdir(parents=True)
+        write(tmp_path / place / "mine" / f"{name}.yaml", GOOD.format(name=name))
+    for place, name in (("here", "oats"), ("there", "rye")):
+        monkeypatch.chdir(tmp_path / place)
+        assert [pool.name for pool in load_pools(Path("mine"))] == [name]
+    before = load_pools(Path("mine"))
+    assert load_pools(Path("mine")) is before, "what has not changed is read once"
+    write(Path("mine/rye.yaml"), GOOD.format(name="rye") + "  - And what else?\n")
+    assert len(load_pools(Path("mine"))[0].prompts) == len(before[0].prompts) + 1
+
+
 def test_folder_without_pools_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="holds no"):
         load_outside(tmp_path)

@@ -50,23 +50,28 @@ def recipes_folder() -> Path:
     return packaged if packaged.is_dir() else package.parent / "recipes"
 
 
-@functools.cache
 def load_pools(folder: Path | None = None) -> tuple[DomainPool, ...]:
     """The domain pools of `folder` (default: the shipped ones), sorted by name.
 
     Raises RecipeError with every problem of every file.
     """
-    return _load_folder(folder or recipes_folder() / "domains")
+    return _read_once(folder or recipes_folder() / "domains")
+
+
+def load_outside(folder: Path | None = None) -> tuple[DomainPool, ...]:
+    """The pools of text outside all domains, sorted by name. Raises RecipeError like `load_pools`."""
+    return _read_once(folder or recipes_folder() / "domains" / "outside")
+
+
+def _read_once(folder: Path) -> tuple[DomainPool, ...]:
+    """The pools of a folder, read again where a file of it has changed, or where its name leads elsewhere now."""
+    files = sorted(folder.resolve().glob("*.yaml"))
+    return _load_folder(folder, tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
 
 
 @functools.cache
-def load_outside(folder: Path | None = None) -> tuple[DomainPool, ...]:
-    """The pools of text outside all domains, sorted by name. Raises RecipeError like `load_pools`."""
-    return _load_folder(folder or recipes_folder() / "domains" / "outside")
-
-
-def _load_folder(folder: Path) -> tuple[DomainPool, ...]:
-    files = sorted(folder.glob("*.yaml"))
+def _load_folder(folder: Path, stamps: tuple[tuple[Path, int, int], ...]) -> tuple[DomainPool, ...]:
+    files = [file for file, _, _ in stamps]
     if not files:
         raise RecipeError(str(folder), ["it holds no *.yaml file"])
     pools, problems = [], []
