@@ -136,11 +136,10 @@ def test_where_heads_alone_may_go_the_bound_is_kept_by_heads(run, tmp_path: Path
     floor = mask["scenario"]["floor"]
     assert floor["unit"] == "heads" and mask["channels"] is None and mask["size_requested"] is None
     assert 0 < mask["keep_achieved"] <= floor["keep"] < 1 and len(set(plan["widths"])) == 1
-    assert (
-        floor["failed"]
-        < floor["keep"]
-        in [one["kept"] for one in floor["tried"] if one["loss"]["high"] <= DEFAULT_MAX_LOSS]
-    )
+    # What changes nothing is within the bound however few the tokens are.
+    losses = {one["kept"]: one["loss"] for one in floor["tried"]}
+    held = [kept for kept, loss in losses.items() if loss["value"] == 0 or loss["high"] <= DEFAULT_MAX_LOSS]
+    assert floor["failed"] < floor["keep"] in held
 
 
 def test_a_bound_that_no_mask_holds_writes_nothing(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
