@@ -131,17 +131,18 @@ def split(
     return fit, guard, judge
 
 
-def seen_part(texts: Sequence[Prompt]) -> tuple[Prompt, ...]:
-    """Those of the texts that may have chosen, repaired or decided anything; what is left may be asked."""
-    fit, guard, _ = split(texts)
+def seen_part(texts: Sequence[Prompt], found: Mapping[Prompt, Opening] | None = None) -> tuple[Prompt, ...]:
+    """Those of the texts that may have chosen, repaired or decided anything; what is left may be asked. `found` as in
+    `split`.
+    """
+    fit, guard, _ = split(texts, found)
     return fit + guard
 
 
 def seen(texts: Sequence[Prompt]) -> frozenset[Opening]:
     """The conversations of `seen_part`."""
     found = openings(texts)
-    fit, guard, _ = split(texts, found)
-    return frozenset(found[bare(text)] for text in fit + guard)
+    return frozenset(found[bare(text)] for text in seen_part(texts, found))
 
 
 def fit_part(pools: Sequence[DomainPool]) -> tuple[DomainPool, ...]:
