@@ -23,8 +23,10 @@ from sspcompile.intervals import Estimate
 from sspcompile.report.json import read_report
 from sspcompile.request.options import Options
 from sspcompile.request.sizes import COUNTS, UNITS, parsed
+from sspcompile.select.allowed import Allowed, Rung
 from sspcompile.select.budget import Budget, bounds_of, serving_of
-from sspcompile.select.floor import Allowed, Rung, descend, nothing_within
+from sspcompile.select.descent import descend
+from sspcompile.select.floor import nothing_within
 from sspcompile.slicing.frontier import SHARES, frontier_of
 from sspcompile.slicing.layouts import Choice, choose
 from sspcompile.slicing.mask import HeadMask, dump_mask, kept_of

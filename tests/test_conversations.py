@@ -68,7 +68,7 @@ def test_no_conversation_stands_on_both_sides_whatever_the_order_of_the_log(coun
     parts = (found.fit, found.guard, found.judge)
     assert all(parts) and all(not talks(one) & talks(other) for one, other in itertools.combinations(parts, 2))
     # What judges is not known from texts that chose, in whichever turn.
-    fitted = seen(lines)
+    fitted = seen(lines, own=True)
     assert all(is_of(text, fitted) for text in found.fit[: found.own_fit] + found.guard[: found.own_guard])
     assert not any(is_of(text, fitted) for text in found.judge[: found.own_judge])
 
@@ -114,9 +114,11 @@ def test_a_few_tasks_for_many_documents_are_as_many_conversations(kinds: int):
     ]
     for many in (tasks, greeted, [*(f"Hi {n}" for n in range(kinds)), *greeted]):
         found = drawn(many)
-        assert 8 <= found.own_guard <= 17 and 12 <= found.own_judge <= 17
+        # Forty greetings that open two or three talks each are forty conversations: ten are held out.
+        fewest, most = (8, 17) if len(many) == 96 + 40 else (20, 28)
+        assert fewest <= found.own_guard <= most and fewest <= found.own_judge <= most
         assert len(talks(found.fit)) + len(talks(found.guard)) + len(talks(found.judge)) == 96
-        assert not any(is_of(text, seen(many)) for text in found.judge[: found.own_judge])
+        assert not any(is_of(text, seen(many, own=True)) for text in found.judge[: found.own_judge])
 
 
 def test_texts_and_passages_are_split_as_they_ever_were():
@@ -159,8 +161,8 @@ def test_what_a_build_judges_by_conversations_it_averages_and_draws_by_conversat
     reported, guarded = judge.reported(Kept(kept)).own, judge.guarded(Kept(kept))
     assert judge.judged().owners == reported.owners
     for one in (reported, guarded):
-        assert [one.owners.count(number) for number in range(10)] == [3] * 10
-        drawn_as_one = mean_estimate(np.array(one.kl_per_prompt).reshape(10, 3).mean(1), seed=options.seed)
+        assert [one.owners.count(number) for number in range(16)] == [3] * 16
+        drawn_as_one = mean_estimate(np.array(one.kl_per_prompt).reshape(16, 3).mean(1), seed=options.seed)
         found, expected = ((it.value, it.low, it.high) for it in (one.mean_kl, drawn_as_one))
         assert found == pytest.approx(expected, rel=1e-9)
         assert one.top1_agreement.value == pytest.approx(np.mean(one.agreement_per_prompt))

@@ -6,6 +6,8 @@ import itertools
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sspcompile.embedded import POOLS_DIR
 from sspcompile.errors import InputError
@@ -20,6 +22,7 @@ from sspcompile.request.splits import (
     FIT_PROMPTS,
     GUARD_PROMPTS,
     JUDGE_PROMPTS,
+    OWN_CHOOSING,
     OWN_FIT_PROMPTS,
     OWN_GUARD_PROMPTS,
     OWN_JUDGE_PROMPTS,
@@ -100,6 +103,31 @@ def test_splitting_takes_every_fourth_text_and_loses_none():
     assert sorted((*fit, *guard, *judge), key=int) == [str(n) for n in range(20)]
 
 
+@given(st.integers(0, 2000))
+def test_of_own_prompts_enough_are_held_out_to_show_a_loss_as_far_as_enough_are_left_to_choose(count):
+    fit, guard, judge = map(len, split([str(n) for n in range(count)], own=True))
+    assert fit + guard + judge == count and judge - guard in (0, 1)
+    assert count // 4 <= guard + judge <= max(count // 4, count // 2)
+    if count <= 64 or count >= 256:
+        assert guard + judge == count // 4
+    else:
+        assert fit >= OWN_CHOOSING and (guard == GUARD_PROMPTS or fit - OWN_CHOOSING <= max(0, count - 96))
+    more = [len(part) for part in split([str(n) for n in range(count + 1)], own=True)]
+    assert all(was <= now for was, now in zip((fit, guard, judge), more, strict=True)), "another prompt takes none away"
+
+
+@pytest.mark.parametrize(
+    ("count", "parts"), [(96, (48, 24, 24)), (128, (64, 32, 32)), (100, (50, 25, 25)), (200, (136, 32, 32))]
+)
+def test_the_own_prompts_that_are_held_out_are_evenly_spaced(count, parts):
+    """A file sorted by kind or by length is split alike."""
+    found = split([str(n) for n in range(count)], own=True)
+    assert tuple(map(len, found)) == parts
+    for part in found:
+        steps = np.diff(np.array(part, dtype=int))
+        assert steps.max() <= 2 * count / len(part) + 1, "no part leaves a stretch out"
+
+
 @pytest.mark.parametrize("order", ["by question", "by answer"])
 def test_a_question_with_several_answers_is_in_one_part(order):
     numbers = [(n, k) for n in range(40) for k in range(3)] if order == "by question" else None
@@ -107,7 +135,7 @@ def test_a_question_with_several_answers_is_in_one_part(order):
     prompts = [answered(f"question {n}{' ' * k}", f"answer {k}") for n, k in numbers]
     assert sorted(map(len, split(prompts))) == [15, 15, 90]
     evidence = draw_splits(prompts, mixture(0.7, 0.3, 0.0).parts, POOLS, 0)
-    assert (evidence.own_fit, evidence.own_guard, evidence.own_judge) == (90, 15, 15)
+    assert (evidence.own_fit, evidence.own_guard, evidence.own_judge) == (90, 15, 15), "forty questions"
     parts = [set(map(bare, part)) for part in (evidence.fit, evidence.guard, evidence.judge)]
     assert all(not one & other for one, other in itertools.combinations(parts, 2))
     assert len(set(map(bare, seen_part(prompts)))) == 35

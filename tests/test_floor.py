@@ -15,7 +15,9 @@ from sspcompile.errors import BudgetError
 from sspcompile.intervals import Estimate, share_estimate
 from sspcompile.report.json import read_report
 from sspcompile.request.options import DEFAULT_MAX_LOSS, Options
-from sspcompile.select.floor import AT_ONCE, ROUNDS, Allowed, Floor, Rung, descend, nothing_within
+from sspcompile.select.allowed import Allowed, Rung
+from sspcompile.select.descent import AT_ONCE, ROUNDS, USUAL_ROUNDS, close, descend
+from sspcompile.select.floor import Floor, nothing_within
 from sspcompile.slicing.layouts import Choice, choose
 
 LAYERS, HEADS = 8, 8
@@ -41,13 +43,29 @@ def walk(loss_at, max_loss: float) -> tuple[Floor, list[float]]:
 
 
 @given(edge=st.floats(0.15, 0.95), slope=st.floats(0.1, 5.0))
-def test_what_is_found_lies_within_one_step_of_where_the_loss_begins_to_be_too_large(edge, slope):
-    """Of a loss that falls with what is kept, the smallest share within the bound is known to a step and a head."""
+def test_what_is_found_lies_close_to_where_the_loss_begins_to_be_too_large(edge, slope):
+    """Of a loss that falls with what is kept, however it does, the smallest share within the bound is known to a few
+    heads.
+    """
     found, asked = walk(lambda kept: 0.05 + slope * (edge - kept), 0.05)
-    step = 0.15 / 16 if edge > 0.75 else 0.4 / 16
-    assert edge <= found.keep <= edge + step + 2 / (LAYERS * HEADS)
+    assert edge <= found.keep <= edge + 0.03 + 1 / (LAYERS * HEADS)
     assert found.failed < edge and len(asked) == len(set(asked)) <= ROUNDS * AT_ONCE
     assert [one.kept for one in found.tried] == sorted(asked)
+
+
+@given(gone=st.floats(0.002, 0.24), power=st.floats(0.5, 1.2))
+def test_a_loss_that_is_a_power_of_what_goes_is_found_in_few_rounds(gone, power):
+    """As of real models; the masks are as fine as those of parameters."""
+    asked: list[int] = []
+
+    def measure(choices, number):
+        asked.append(number)
+        return [Rung(kept, Estimate(0.05 * ((1 - kept) / gone) ** power)) for kept in choices]
+
+    tried, keep, failed = descend(float, measure, float, 0.2, Allowed(0.05), unit="parameters")
+    assert keep is not None and failed - 1e-9 < 1 - gone < keep + 1e-9 and keep - failed <= close(keep) + 1e-9
+    rounds = USUAL_ROUNDS if gone < 0.1 else ROUNDS
+    assert len(asked) <= rounds and len(tried) <= rounds * AT_ONCE
 
 
 @given(least=st.floats(0.9, 0.98))

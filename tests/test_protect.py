@@ -23,7 +23,9 @@ from sspcompile.request.protecting import protected_pools
 from sspcompile.request.recipe import load_recipe
 from sspcompile.request.resolving import resolve
 from sspcompile.request.splits import GUARD_PROMPTS, JUDGE_PROMPTS, PROTECTED_SHARE, draw_splits, split
-from sspcompile.select.floor import Allowed, Rung, descend, nothing_within
+from sspcompile.select.allowed import Allowed, Rung
+from sspcompile.select.descent import descend
+from sspcompile.select.floor import nothing_within
 from sspcompile.select.mixture import Mixture, protecting
 from sspcompile.slicing.layouts import Choice, choose
 
@@ -69,7 +71,7 @@ def test_texts_of_a_protected_domain_join_behind_all_others_which_stay_as_they_w
     assert after.fit[: len(before.fit)] == before.fit and before.protected == () and before.of_protected == ()
     added = after.of_protected
     assert len(added) / len(after.fit) == pytest.approx(PROTECTED_SHARE, abs=0.01)
-    assert sum(text.startswith("c") for text in added) == sum(text.startswith("b") for text in added)
+    assert abs(sum(text.startswith("c") for text in added) - sum(text.startswith("b") for text in added)) <= 1
     fit, guard, judge = (set(part) for part in split(POOLS[2].prompts))
     (spared, _) = after.protected
     assert set(spared.guard) <= guard and set(spared.judge) <= judge and set(added) & guard == set()

@@ -230,7 +230,7 @@ def test_default_options() -> None:
             "raw": False,
             "max_tokens": 512,
             "granularity": "head",
-            "continuation_tokens": 16,
+            "continuation_tokens": 64,
             "seed": 0,
         }
     )

@@ -92,7 +92,7 @@ def deployment_of(
         weights=_spread(shares, mixture.unknown),
         prompts=prompts,
         # Without a build's own record, it may have been built for this very scenario.
-        fitted=own.fitted if own is not None else seen(prompts),
+        fitted=own.fitted if own is not None else seen(prompts, own=True),
         pools=own.pools if own is not None else pools_of(request.options).every,
     )
 
@@ -103,7 +103,10 @@ def _built_for(folder: Path) -> Deployment:
     given, prompts = pools_of(request.options), request.scenario.prompts
     stated = load_mask(folder / MASK).scenario
     return Deployment(
-        weights=_spread(stated["mixture"], stated["unknown"]), prompts=prompts, fitted=seen(prompts), pools=given.every
+        weights=_spread(stated["mixture"], stated["unknown"]),
+        prompts=prompts,
+        fitted=seen(prompts, own=True),
+        pools=given.every,
     )
 
 

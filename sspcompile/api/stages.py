@@ -36,7 +36,7 @@ from sspcompile.request.request import Request
 from sspcompile.request.splits import fit_part, thinned
 from sspcompile.select.baselines import most_rivals
 from sspcompile.select.budget import bounded, bounds_of, cuts_channels
-from sspcompile.select.floor import AT_ONCE, ROUNDS
+from sspcompile.select.descent import AT_ONCE, USUAL_ROUNDS
 from sspcompile.select.judging import REFITS, spread
 from sspcompile.select.peers import GRADIENT_PASSES, GRADIENTS, INPUTS, scored_by_peers
 from sspcompile.select.reading import MIXTURE_TEXTS
@@ -147,8 +147,8 @@ def deciding(
     if options.max_loss is not None:
         name = "repairing masks on the way to the smallest"
         once = repairing(name, _compared(parts.fit), [width] * AT_ONCE, request, dense, loaded)
-        yield replace(once, passes=ROUNDS * once.passes)
-        yield Stage("measuring masks on the way to the smallest", *parts.guard, 2 * ROUNDS * AT_ONCE)
+        yield replace(once, passes=USUAL_ROUNDS * once.passes)
+        yield Stage("measuring masks on the way to the smallest", *parts.guard, 2 * USUAL_ROUNDS * AT_ONCE)
     yield from comparing(request, dense, loaded, parts.fit)
     if layouts > 1:
         yield Stage("comparing layouts", *parts.guard, 2 * layouts)
@@ -161,7 +161,7 @@ def deciding(
     yield repairing("repairing this build and its baselines", parts.fit, [width] * (1 + rivals), request, dense, loaded)
     yield Stage("judging the repair", *parts.guard, 2)
     yield Stage("judging this build and its baselines", *parts.reported, 2 + rivals)
-    yield from _sparing(parts, ROUNDS * AT_ONCE if options.max_loss is not None else 0, layouts)
+    yield from _sparing(parts, USUAL_ROUNDS * AT_ONCE if options.max_loss is not None else 0, layouts)
     if options.quantize is not None:
         if options.repair in REFITS:
             every = widest_refit(request, loaded)

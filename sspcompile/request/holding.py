@@ -15,7 +15,7 @@ def demand_held_out(scenario: Scenario, options: Options) -> None:
     """Raise InputError for stated domains whose pools are too small to hold prompts out, where the scenario's own do
     not guard and judge. What domains a scenario has that states none, nobody knows before it is read.
     """
-    _, guard, judge = split(scenario.prompts)
+    _, guard, judge = split(scenario.prompts, own=True)
     if scenario.domains is None or (guard and judge):
         return
     for pool in pools_of(options).candidates:

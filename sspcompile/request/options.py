@@ -248,7 +248,7 @@ class Options(BaseModel):
     max_tokens: Annotated[int, Field(ge=8, le=131072), Shown("Read at most N tokens of each text.", "N")] = 512
     continuation_tokens: Annotated[
         int, Field(ge=0, le=4096), Shown("Let the dense model continue each text by N tokens.", "N")
-    ] = 16
+    ] = 64
     seed: Annotated[int, Field(ge=0, lt=2**32), Shown("Seed of every random choice.", "N")] = 0
 
     @model_validator(mode="after")

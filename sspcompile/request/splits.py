@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -42,6 +43,9 @@ OWN_GUARD_PROMPTS = 96
 OWN_JUDGE_PROMPTS = 96
 # Every fourth text is held out, in pools and in the user's own prompts alike; the held ones judge and guard in turn.
 HOLD_EVERY = 4
+# Of a user's own as many more, up to half, as GUARD_PROMPTS and JUDGE_PROMPTS want beside so many that choose:
+# a dozen texts show a loss of 5 % no closer than to 1.5 %, and whoever asks for a bound pays for that in size.
+OWN_CHOOSING = 48
 # Of fewer prompts none is held out to guard with.
 FEWEST = 2 * HOLD_EVERY
 
@@ -112,10 +116,21 @@ class Splits:
         return self.fit[len(self.fit) - self.protected_fit :]
 
 
+def held_share(conversations: int) -> Fraction:
+    """The share of a scenario's own conversations that is held out: a quarter of 64 or fewer and of 256 or more, and up
+    to a half of those between.
+    """
+    if conversations <= OWN_CHOOSING:
+        return Fraction(1, HOLD_EVERY)
+    wanted = min(GUARD_PROMPTS + JUDGE_PROMPTS, conversations - OWN_CHOOSING)
+    return min(max(Fraction(wanted, conversations), Fraction(1, HOLD_EVERY)), Fraction(1, 2))
+
+
 def split(
-    texts: Sequence[Item], found: Mapping[Prompt, Opening] | None = None
+    texts: Sequence[Item], found: Mapping[Prompt, Opening] | None = None, *, own: bool = False
 ) -> tuple[tuple[Item, ...], tuple[Item, ...], tuple[Item, ...]]:
-    """(fit, guard, judge): conversations 7, 15, ... guard and 3, 11, ... judge, so that a sorted file is split evenly.
+    """(fit, guard, judge): of every fourth conversation of a pool, or of `held_share` of a scenario's `own`, evenly
+    spaced so that a sorted file is split evenly, the first judges, the next guards, and so on.
 
     A text without messages is a conversation. The turns of one (`openings`) are in one part, and so are the answers of
     one question. Of fewer than eight conversations none guards, of fewer than four none judges, however many turns they
@@ -123,26 +138,30 @@ def split(
     """
     found = openings(texts) if found is None else found
     number = {opening: index for index, opening in enumerate(dict.fromkeys(found.values()))}
+    share = held_share(len(number)) if own else Fraction(1, HOLD_EVERY)
     parts: tuple[list[Item], list[Item], list[Item]] = ([], [], [])
     for text in texts:
-        turn, last = divmod(number[found[bare(text)]], HOLD_EVERY)
-        parts[(1 if turn % 2 else 2) if last == HOLD_EVERY - 1 else 0].append(text)
+        place = number[found[bare(text)]]
+        held, before = int((place + 1) * share), int(place * share)
+        parts[0 if held == before else 2 - before % 2].append(text)
     fit, guard, judge = map(tuple, parts)
     return fit, guard, judge
 
 
-def seen_part(texts: Sequence[Prompt], found: Mapping[Prompt, Opening] | None = None) -> tuple[Prompt, ...]:
-    """Those of the texts that may have chosen, repaired or decided anything; what is left may be asked. `found` as in
-    `split`.
+def seen_part(
+    texts: Sequence[Prompt], found: Mapping[Prompt, Opening] | None = None, *, own: bool = False
+) -> tuple[Prompt, ...]:
+    """Those of the texts that may have chosen, repaired or decided anything; what is left may be asked. `found` and
+    `own` as in `split`.
     """
-    fit, guard, _ = split(texts, found)
+    fit, guard, _ = split(texts, found, own=own)
     return fit + guard
 
 
-def seen(texts: Sequence[Prompt]) -> frozenset[Opening]:
+def seen(texts: Sequence[Prompt], *, own: bool = False) -> frozenset[Opening]:
     """The conversations of `seen_part`."""
     found = openings(texts)
-    return frozenset(found[bare(text)] for text in seen_part(texts, found))
+    return frozenset(found[bare(text)] for text in seen_part(texts, found, own=own))
 
 
 def fit_part(pools: Sequence[DomainPool]) -> tuple[DomainPool, ...]:
@@ -152,7 +171,7 @@ def fit_part(pools: Sequence[DomainPool]) -> tuple[DomainPool, ...]:
 
 def own_fit_part(prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
     """The scenario's own prompts that may choose heads: neither repeated nor held out, OWN_FIT_PROMPTS at most."""
-    return thinned(split(tuple(dict.fromkeys(prompts)))[0], OWN_FIT_PROMPTS)
+    return thinned(split(tuple(dict.fromkeys(prompts)), own=True)[0], OWN_FIT_PROMPTS)
 
 
 def foreign(parts: np.ndarray) -> np.ndarray:
@@ -176,7 +195,7 @@ def draw_splits(
     own, whose = asked_in(prompts), openings(prompts)
     # A pool prompt that the user happens to ask as well was seen by `prepare`, so it may not be held out.
     learned: set[Prompt] = {text for pool in fit_part(pools) for text in pool.prompts}
-    parted = split(tuple(dict.fromkeys(prompts)), whose)
+    parted = split(tuple(dict.fromkeys(prompts)), whose, own=True)
     held = ([text for text in part if not asked_in((text,)) & learned] for part in parted[1:])
     own_fit, (own_guard, own_judge) = thinned(parted[0], OWN_FIT_PROMPTS), (tuple(part) for part in held)
     own_guard, own_judge = thinned(own_guard, OWN_GUARD_PROMPTS), thinned(own_judge, OWN_JUDGE_PROMPTS)

@@ -22,9 +22,10 @@ from sspcompile.repair.repair import Repair
 from sspcompile.request.options import AUTO
 from sspcompile.request.request import Request
 from sspcompile.request.rounding import Rounded
+from sspcompile.select.allowed import Allowed
 from sspcompile.select.baselines import Baseline, Rival, baselines_of, rivals
 from sspcompile.select.budget import Budget
-from sspcompile.select.floor import Allowed, Floor, demand_held, lost, refused, smallest_within
+from sspcompile.select.floor import Floor, demand_held, lost, refused, smallest_within
 from sspcompile.select.judging import Candidate, Decision, Judge, Judging, Reported, decide
 from sspcompile.select.reading import RATE, Reading, choices_for, held, read_through, within
 from sspcompile.select.scoring import Ranking, measured_rankings, reads_cache
