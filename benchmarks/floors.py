@@ -30,7 +30,7 @@ from benchmarks.rows import Results, Row
 from sspcompile.model.dense import open_dense
 from sspcompile.model.divergence import Divergence, DivergenceAccumulator
 from sspcompile.model.loading import load_cut
-from sspcompile.model.text import batches_of, continued
+from sspcompile.model.text import CONTINUATION_TOKENS, batches_of, continued
 from sspcompile.report.json import read_report
 from sspcompile.request.prompts import Passage, Prompt
 from sspcompile.workspace import MODEL, REPORT
@@ -56,11 +56,13 @@ def write_texts(path: Path, prompts: Sequence[Prompt]) -> None:
 
 
 @torch.inference_mode()
-def divergence(model: str, cut: Path, prompts: Sequence[Prompt]) -> Divergence:
-    """Of a cut from its dense model, on texts that no build has seen."""
+def divergence(model: str, cut: Path, prompts: Sequence[Prompt], new_tokens: int = CONTINUATION_TOKENS) -> Divergence:
+    """Of a cut from its dense model, on texts that no build has seen; the dense model writes `new_tokens` behind those
+    without an answer.
+    """
     dense, other = open_dense(model).load(), load_cut(cut, trust_remote_code=True)
     collected = DivergenceAccumulator()
-    for batch in batches_of(dense, continued(dense, prompts, max_tokens=MAX_TOKENS)):
+    for batch in batches_of(dense, continued(dense, prompts, new_tokens, MAX_TOKENS)):
         owner = torch.tensor(batch.rows)[batch.score_mask.nonzero()[:, 0]]
         read = (batch.input_ids, batch.attention_mask, batch.score_mask)
         collected.add(dense.scored_logits(*read), other.scored_logits(*read), owner)
