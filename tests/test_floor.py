@@ -142,6 +142,7 @@ def test_a_build_without_a_budget_stays_within_the_bound_where_it_decides_and_sa
     at = next(one for one in floor["tried"] if one["kept"] == floor["keep"])
     assert at["loss"]["value"] == 0 or at["loss"]["value"] <= at["loss"]["high"] <= DEFAULT_MAX_LOSS
     assert "The smallest mask within a loss of 5 %" in (tmp_path / "cut" / "report.md").read_text()
+    assert "asked for: at most 5.0% of the next tokens changed\n" in run("inspect", "cut")[1], "and no size"
 
 
 @pytest.mark.whole

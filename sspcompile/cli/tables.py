@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -263,10 +263,14 @@ def print_mask(mask: HeadMask) -> None:
 
 
 def _asked(mask: HeadMask) -> Iterator[str]:
-    """The bounds that were asked for as numbers, or as a share of all parameters."""
+    """The bounds that were asked for as numbers, as a share of all parameters, or of the next tokens that change."""
+    floor: dict[str, Any] = mask.scenario.get("floor") or {}
+    if floor.get("max_loss") is not None:
+        yield f"{floor['max_loss']:.1%} of the next tokens changed"
     if mask.params_requested is not None:
         yield f"{mask.params_requested:,} parameters"
-    elif mask.size_requested is not None:
+    elif mask.size_requested is not None and mask.size_requested != floor.get("keep"):
+        # Where only a loss was bounded the size is what that came to.
         yield f"{mask.size_requested:.1%} of the parameters"
     if (memory := mask.memory_requested) is not None:
         yield f"{memory['bytes']:,} bytes for {memory['batch']:,} sequences of {memory['context']:,} tokens"
