@@ -23,6 +23,7 @@ from sspcompile.request.options import Options
 from sspcompile.request.prompts import Message, Prompt, answered, as_prompt, bare, passage, told
 from sspcompile.request.splits import Splits, draw_splits, seen, split
 from sspcompile.select.judging import Judge
+from sspcompile.select.search import comparison_parts
 from sspcompile.select.texts import Texts
 from sspcompile.slicing.mask import Kept
 
@@ -167,6 +168,24 @@ def test_what_a_build_judges_by_conversations_it_averages_and_draws_by_conversat
         assert found == pytest.approx(expected, rel=1e-9)
         assert one.top1_agreement.value == pytest.approx(np.mean(one.agreement_per_prompt))
     assert judge.protected("guard", Kept(kept))["spared"].owners == (), "prompts of pools are independent"
+
+
+@pytest.mark.parametrize(("count", "turns"), [(80, 3), (2, 20), (1, 40)])
+def test_masks_are_compared_on_other_conversations_than_those_that_repair_them(tmp_path: Path, count: int, turns: int):
+    shape = Shape(layers=1, hidden=32, kv_heads=2, group_size=1, head_dim=16)
+    loaded = load(make_checkpoint(tmp_path, shape), fingerprint="")
+    options = Options(max_tokens=64, continuation_tokens=2)
+    lines = log(range(count), turns)
+    judge = Judge(
+        loaded,
+        Splits((*lines,), (*lines[:1],), (*lines[:1],), (), len(lines), 1, 1, conversations=openings(lines)),
+        options,
+        Texts(loaded, options),
+        dtype=torch.float32,
+    )
+    whose = dict(zip(map(id, judge.sentences), judge.splits.owners(lines), strict=True))
+    fit, held = ({whose[id(text)] for text in part} for part in comparison_parts(judge))
+    assert fit and held and (count < 3 or not fit & held)
 
 
 def test_eval_asks_nothing_of_a_conversation_that_was_fitted_and_something_of_every_part_of_a_file(tmp_path: Path):

@@ -121,10 +121,17 @@ def _distance(compared: HeldOut, choice: Choice, repair: Repair | None) -> float
 
 
 def comparison_parts(judge: Judge) -> tuple[Sequence[Sentence], Sequence[Sentence]]:
-    """The texts that fit the repairs of the comparison, and those that compare; without repairs, all may compare."""
+    """The texts that fit the repairs of the comparison, and those that compare; without repairs, all may compare.
+
+    A conversation is on one side, where there are enough of them.
+    """
     texts = judge.sentences
     if judge.repair == "none":
         return (), thinned(texts, COMPARED_HELD)
-    held = texts[HOLD_EVERY - 1 :: HOLD_EVERY]
-    fit = [text for number, text in enumerate(texts) if number % HOLD_EVERY != HOLD_EVERY - 1]
+    owners = judge.splits.owners(judge.splits.fit)
+    numbers = owners if len({*owners}) >= HOLD_EVERY else range(len(texts))
+    parts: tuple[list[Sentence], list[Sentence]] = ([], [])
+    for text, number in zip(texts, numbers, strict=True):
+        parts[number % HOLD_EVERY == HOLD_EVERY - 1].append(text)
+    fit, held = parts
     return thinned(fit, COMPARED_FIT), thinned(held, COMPARED_HELD)
