@@ -129,7 +129,8 @@ def main(
 ) -> None:
     """Build to a bound on the loss, many times."""
     model = str(Path(model).resolve()) if Path(model).is_dir() else model
-    results = Results(out, {"model": Path(model).name, "prompts": prompts, "bound": bound}, goes_on=folder is not None)
+    settings = {"model": Path(model).name, "prompts": prompts, "bound": bound, "reply": CONTINUATION_TOKENS}
+    results = Results(out, settings, goes_on=folder is not None)
     with tempfile.TemporaryDirectory() as temporary:
         home = (folder or Path(temporary)).resolve()
         home.mkdir(parents=True, exist_ok=True)

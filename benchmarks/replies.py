@@ -80,12 +80,13 @@ def main(
         home.mkdir(parents=True, exist_ok=True)
         for scenario in scenarios.split(","):
             drawn = random.Random(0).sample(SCENARIOS[scenario](data), prompts + UNSEEN)
-            asked = f"{scenario}-q.jsonl"
+            asked = f"{scenario}-{prompts}.jsonl"
             write_texts(home / asked, [asked_of(prompt) for prompt in drawn[:prompts]])
             for count in map(int, tokens.split(",")):
-                name = f"{scenario}-{count}-{size:g}"
+                name = f"{Path(model).name}-{scenario}-{prompts}-{count}-{size:g}"
                 words = ("--size", str(size), "--continuation-tokens", str(count))
-                results.row(name, partial(built, model, name, home, asked, words, drawn[prompts:]), told(name))
+                row = f"{scenario}, {count} tokens"
+                results.row(row, partial(built, model, name, home, asked, words, drawn[prompts:]), told(row))
 
 
 if __name__ == "__main__":

@@ -461,7 +461,7 @@ def test_a_build_within_numbers_and_a_loss_says_what_was_asked(
     assert (budget.memory_achieved, budget.context, budget.batch) == (plan["memory"]["sliced"], 512, 8)
     told = (tmp_path / "cut" / "report.md").read_text()
     assert "within a loss of 90 % of the next tokens and 1,400,000 parameters and 20.03 MiB of memory" in told
-    shown = "90.0% of the next tokens changed, 1,400,000 parameters, 21,000,000 bytes for 8 sequences of 512 tokens"
+    shown = "90% of the next tokens changed, 1,400,000 parameters, 21,000,000 bytes for 8 sequences of 512 tokens"
     assert f"asked for: at most {shown}\n" in run("inspect", "cut")[1]
     assert run("slice", "--mask", "cut/mask.json", "--out", "elsewhere")[0] == 0
     again = json.loads((tmp_path / "elsewhere" / "plan.json").read_text())

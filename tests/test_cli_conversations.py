@@ -12,7 +12,7 @@ from test_cli import refused, run  # noqa: F401 (a fixture)
 from sspcompile.request.prompts import answer_of, asked_of
 from sspcompile.request.recipe import load_recipe
 from sspcompile.request.scenario import scenario_of
-from sspcompile.request.splits import seen_part
+from sspcompile.request.splits import Holding, seen_part
 from training.corpus import items
 
 FAST = ("--continuation-tokens", "2", "--max-tokens", "48", "--criterion", "subspace", "--repair", "none", "--quiet")
@@ -55,7 +55,8 @@ def test_the_artifact_is_asked_what_was_held_out_and_the_data_is_answered(home: 
     done = run("eval", "talks", "--data", "talks.jsonl", "--items", "12", "--json", home=home)
     assert done.code == 0, done.err
     suite = done.json["suites"]["talks.jsonl"]
-    assert suite["dropped"] >= len(seen_part(prompts, own=True)) and suite["prompts"] + suite["dropped"] == len(prompts)
+    assert suite["dropped"] >= len(seen_part(prompts, holding=Holding.SPACED))
+    assert suite["prompts"] + suite["dropped"] == len(prompts)
     assert suite["conversations"] == suite["prompts"], "no line goes on from another, whose system message it lacks"
     assert suite["labelled"] == suite["prompts"] and suite["dense"]["answer_log_likelihood"] is not None
     assert "scenario" in done.json["suites"]

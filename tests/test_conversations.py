@@ -21,7 +21,7 @@ from sspcompile.request.conversations import FEWEST_WAYS, Opening, asked_in, is_
 from sspcompile.request.domains import DomainPool
 from sspcompile.request.options import Options
 from sspcompile.request.prompts import Message, Prompt, answered, as_prompt, bare, passage, told
-from sspcompile.request.splits import Splits, draw_splits, seen, split
+from sspcompile.request.splits import Holding, Splits, draw_splits, seen, split
 from sspcompile.select.judging import Judge
 from sspcompile.select.search import comparison_parts
 from sspcompile.select.texts import Texts
@@ -69,7 +69,7 @@ def test_no_conversation_stands_on_both_sides_whatever_the_order_of_the_log(coun
     parts = (found.fit, found.guard, found.judge)
     assert all(parts) and all(not talks(one) & talks(other) for one, other in itertools.combinations(parts, 2))
     # What judges is not known from texts that chose, in whichever turn.
-    fitted = seen(lines, own=True)
+    fitted = seen(lines, holding=Holding.SPACED)
     assert all(is_of(text, fitted) for text in found.fit[: found.own_fit] + found.guard[: found.own_guard])
     assert not any(is_of(text, fitted) for text in found.judge[: found.own_judge])
 
@@ -119,7 +119,7 @@ def test_a_few_tasks_for_many_documents_are_as_many_conversations(kinds: int):
         fewest, most = (8, 17) if len(many) == 96 + 40 else (20, 28)
         assert fewest <= found.own_guard <= most and fewest <= found.own_judge <= most
         assert len(talks(found.fit)) + len(talks(found.guard)) + len(talks(found.judge)) == 96
-        assert not any(is_of(text, seen(many, own=True)) for text in found.judge[: found.own_judge])
+        assert not any(is_of(text, seen(many, holding=Holding.SPACED)) for text in found.judge[: found.own_judge])
 
 
 def test_texts_and_passages_are_split_as_they_ever_were():
@@ -170,35 +170,32 @@ def test_what_a_build_judges_by_conversations_it_averages_and_draws_by_conversat
     assert judge.protected("guard", Kept(kept))["spared"].owners == (), "prompts of pools are independent"
 
 
-@pytest.mark.parametrize(("count", "turns"), [(80, 3), (2, 20), (1, 40)])
+@pytest.mark.parametrize(("count", "turns"), [(80, 3), (5, 8), (2, 20), (1, 40)])
 def test_masks_are_compared_on_other_conversations_than_those_that_repair_them(tmp_path: Path, count: int, turns: int):
     shape = Shape(layers=1, hidden=32, kv_heads=2, group_size=1, head_dim=16)
     loaded = load(make_checkpoint(tmp_path, shape), fingerprint="")
     options = Options(max_tokens=64, continuation_tokens=2)
     lines = log(range(count), turns)
-    judge = Judge(
-        loaded,
-        Splits((*lines,), (*lines[:1],), (*lines[:1],), (), len(lines), 1, 1, conversations=openings(lines)),
-        options,
-        Texts(loaded, options),
-        dtype=torch.float32,
-    )
-    whose = dict(zip(map(id, judge.sentences), judge.splits.owners(lines), strict=True))
-    fit, held = ({whose[id(text)] for text in part} for part in comparison_parts(judge))
-    assert fit and held and (count < 3 or not fit & held)
+    judge = Judge(loaded, drawn(lines), options, Texts(loaded, options), dtype=torch.float32)
+    splits = judge.splits
+    assert splits.own_fit > 0 and (count >= 64) == (splits.own_fit == len(splits.fit)), "pools fill up"
+    own = dict(zip(map(id, judge.sentences), splits.owners(splits.fit)[: splits.own_fit], strict=False))
+    fit, held = ({own[id(text)] for text in part if id(text) in own} for part in comparison_parts(judge))
+    assert fit and held, "the scenario's own texts compare, however few conversations they are"
+    assert count < 3 or not fit & held
 
 
 def test_eval_asks_nothing_of_a_conversation_that_was_fitted_and_something_of_every_part_of_a_file(tmp_path: Path):
     lines = log(range(80), 3)
-    deployment = Deployment({"a": 0.5, "b": 0.5}, tuple(lines), seen(lines), POOLS)
+    deployment = Deployment({"a": 0.5, "b": 0.5}, tuple(lines), seen(lines, Holding.SPACED), POOLS)
     fitted = fitted_prompts(deployment, "x")
-    chosen = split(lines)
+    chosen = split(lines, holding=Holding.SPACED)
     (suite,) = scenario_suites(deployment, fitted, labelled=False, count=6, seed=0)
     asked = [turn.prompt for one in suite.conversations for turn in one.turns]
     assert not talks(asked) & talks(chosen[0] + chosen[1])
     assert len(asked) == 6 and max(int(talk_of(one)) for one in asked) > 60, "not the first of a sorted file"
-    (every,) = scenario_suites(deployment, fitted, labelled=False, count=30, seed=0)
-    assert len(every.conversations) == 30 and len({*every.owners}) == 10, "turns of one conversation are drawn as one"
+    (every,) = scenario_suites(deployment, fitted, labelled=False, count=48, seed=0)
+    assert len(every.conversations) == 48 and len({*every.owners}) == 16, "turns of one conversation are drawn as one"
     # The user's data: later turns of what was fitted, as they stand in another log.
     file = tmp_path / "data.jsonl"
     later = [{"messages": [{"role": m.role, "content": m.content} for m in line]} for line in log(range(80), 4)]

@@ -16,6 +16,7 @@ import numpy as np
 
 from sspcompile.api.arguments import CutModel
 from sspcompile.checkpoint import Checkpoint, embedded_model, fingerprint
+from sspcompile.checkpoint.manifest import read_manifest
 from sspcompile.embedded.questions import questions as known_questions
 from sspcompile.errors import InputError
 from sspcompile.evaluate.asking import Limits, compare, limits_for
@@ -30,7 +31,7 @@ from sspcompile.request.pools import pools_of, shipped_pools
 from sspcompile.request.prompts import Passage, Prompt, answer_of, asked_of, bare
 from sspcompile.request.request import built_request, read_request
 from sspcompile.request.scenario import Scenario
-from sspcompile.request.splits import seen, split, thinned, whole_shares
+from sspcompile.request.splits import Holding, seen, split, thinned, whole_shares
 from sspcompile.select.reading import mixture_through
 from sspcompile.slicing.mask import load_mask
 from sspcompile.workspace import MASK, RECIPE, Workspace
@@ -92,7 +93,7 @@ def deployment_of(
         weights=_spread(shares, mixture.unknown),
         prompts=prompts,
         # Without a build's own record, it may have been built for this very scenario.
-        fitted=own.fitted if own is not None else seen(prompts, own=True),
+        fitted=own.fitted if own is not None else seen(prompts, Holding.SPACED),
         pools=own.pools if own is not None else pools_of(request.options).every,
     )
 
@@ -105,7 +106,7 @@ def _built_for(folder: Path) -> Deployment:
     return Deployment(
         weights=_spread(stated["mixture"], stated["unknown"]),
         prompts=prompts,
-        fitted=seen(prompts, own=True),
+        fitted=seen(prompts, Holding.of(read_manifest(folder).origin)),
         pools=given.every,
     )
 

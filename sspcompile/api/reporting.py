@@ -32,6 +32,7 @@ from sspcompile.request.domains import pools_fingerprint
 from sspcompile.request.options import AUTO
 from sspcompile.request.pools import pools_of
 from sspcompile.request.prompts import told
+from sspcompile.request.splits import Holding
 from sspcompile.slicing.latency import seconds_of
 from sspcompile.slicing.layouts import Choice
 from sspcompile.slicing.sizes import share_of
@@ -289,6 +290,7 @@ def origin_of(outcome: Outcome) -> dict[str, Any]:
         "seed": outcome.request.options.seed,
         **outcome.place.facts(),
         "versions": outcome.toolkit.meta.get("versions", {}),
+        "holding": int(Holding.SPACED),
         "evidence": outcome.selection.reading.splits.counts(),
         "min_prompts_for_repair": MIN_PROMPTS,
     }

@@ -42,7 +42,7 @@ from sspcompile.request.options import WHOLE_LAYOUTS, Options
 from sspcompile.request.pools import pools_of
 from sspcompile.request.request import Request, built_request
 from sspcompile.request.rounding import Rounded
-from sspcompile.request.splits import draw_splits
+from sspcompile.request.splits import Holding, draw_splits
 from sspcompile.select.budget import cuts_channels
 from sspcompile.select.judging import Judging
 from sspcompile.select.texts import Texts
@@ -207,7 +207,7 @@ def weigh_build(
     dense, request = built.dense(model, option=option), built_request(built.folder / RECIPE)
     for folder in (dense.checkpoint.path, built.model):
         _written(precision).demand(folder)
-    judged = judged_texts(built, request, dense, placement=placement, progress=progress)
+    judged = judged_texts(built, request, dense, Holding.of(manifest.origin), placement=placement, progress=progress)
     with scratch(built.folder.resolve().parent, f"{built.name}-rounding") as place:
         section = rounding_of(
             dense,
@@ -235,14 +235,14 @@ def weigh_build(
 
 
 def judged_texts(
-    built: Named, request: Request, dense: DenseModel, *, placement: Placement, progress: Progress
+    built: Named, request: Request, dense: DenseModel, holding: Holding, *, placement: Placement, progress: Progress
 ) -> Judging:
     """The texts that judged a finished build, drawn again from its recipe and its mixture, and continued again."""
     options, stated = request.options, load_mask(built.folder / MASK).scenario
     weights = np.array([*stated["mixture"].values()])
     parts = (1 - stated["unknown"]) * weights + stated["unknown"] / len(weights)
     pools = pools_of(options).named(tuple(stated["mixture"]))
-    splits = draw_splits(request.scenario.prompts, parts, pools, options.seed)
+    splits = draw_splits(request.scenario.prompts, parts, pools, options.seed, holding=holding)
     loaded = dense.load(placement=placement, rendering=rendering_of(options))
     texts = Texts(loaded, options).continued(splits.judge, stage_of(progress, "continuations (judge)"))
     return Judging(tuple(texts), splits.owners(splits.judge))

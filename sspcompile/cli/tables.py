@@ -263,15 +263,18 @@ def print_mask(mask: HeadMask) -> None:
 
 
 def _asked(mask: HeadMask) -> Iterator[str]:
-    """The bounds that were asked for as numbers, as a share of all parameters, or of the next tokens that change."""
+    """The bounds that were asked for: on what changes, and on what is kept as a number or a share of all parameters."""
     floor: dict[str, Any] = mask.scenario.get("floor") or {}
     if floor.get("max_loss") is not None:
-        yield f"{floor['max_loss']:.1%} of the next tokens changed"
+        yield f"{100 * floor['max_loss']:g}% of the next tokens changed"
+    for name, most in (mask.scenario.get("protect") or {}).items():
+        yield f"{100 * most:g}% of those of {name}"
+    # Beside a bound on the loss the size of the mask is what that came to.
+    size = floor.get("size") if floor else mask.size_requested
     if mask.params_requested is not None:
         yield f"{mask.params_requested:,} parameters"
-    elif mask.size_requested is not None and mask.size_requested != floor.get("keep"):
-        # Where only a loss was bounded the size is what that came to.
-        yield f"{mask.size_requested:.1%} of the parameters"
+    elif size is not None:
+        yield f"{100 * size:g}% of the parameters"
     if (memory := mask.memory_requested) is not None:
         yield f"{memory['bytes']:,} bytes for {memory['batch']:,} sequences of {memory['context']:,} tokens"
     if (time := mask.latency_requested) is not None:

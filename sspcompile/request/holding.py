@@ -8,14 +8,14 @@ from sspcompile.errors import InputError
 from sspcompile.request.options import Options
 from sspcompile.request.pools import pools_of
 from sspcompile.request.scenario import Scenario
-from sspcompile.request.splits import FEWEST, split
+from sspcompile.request.splits import FEWEST, Holding, split
 
 
 def demand_held_out(scenario: Scenario, options: Options) -> None:
     """Raise InputError for stated domains whose pools are too small to hold prompts out, where the scenario's own do
     not guard and judge. What domains a scenario has that states none, nobody knows before it is read.
     """
-    _, guard, judge = split(scenario.prompts, own=True)
+    _, guard, judge = split(scenario.prompts, holding=Holding.SPACED)
     if scenario.domains is None or (guard and judge):
         return
     for pool in pools_of(options).candidates:

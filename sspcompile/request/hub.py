@@ -27,7 +27,7 @@ HUB = "hub:"
 ACCEPTED = "Accepted: hub:OWNER/NAME, and behind it @REVISION, :SPLIT or :CONFIG/SPLIT."
 NAMED = rf"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>{REVISION}))?(?::(?:(?P<config>[^/:\s]+)/)?(?P<split>[^/:\s]+))?"
 CARD = "README.md"
-# Every part of a build is full with so many: of HOLD_EVERY prompts one is held out, and every second of those guards.
+# Every part of a build is full with so many: of these every fourth is held out, and every second of those guards.
 RECORDS = 2 * HOLD_EVERY * OWN_GUARD_PROMPTS
 # Of a split in many files these many are read, evenly spaced, and fewer where they are large.
 FILES, DOWNLOADED_BYTES = 4, 2 << 30

@@ -8,15 +8,19 @@ mixture, and the counts say so.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import IntEnum
 from fractions import Fraction
+from itertools import pairwise
+from math import ceil
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from sspcompile.errors import InputError
+from sspcompile.errors import ArtifactError, InputError
 from sspcompile.request.conversations import Opening, asked_in, openings
 from sspcompile.request.domains import DomainPool
 from sspcompile.request.prompts import Prompt, bare
@@ -41,10 +45,11 @@ PROTECTED_SHARE = 0.25
 OWN_FIT_PROMPTS = 256
 OWN_GUARD_PROMPTS = 96
 OWN_JUDGE_PROMPTS = 96
-# Every fourth text is held out, in pools and in the user's own prompts alike; the held ones judge and guard in turn.
+# Of a pool every fourth text is held out; the held ones judge and guard in turn.
 HOLD_EVERY = 4
-# Of a user's own as many more, up to half, as GUARD_PROMPTS and JUDGE_PROMPTS want beside so many that choose:
-# a dozen texts show a loss of 5 % no closer than to 1.5 %, and whoever asks for a bound pays for that in size.
+# Of 65 to 255 own prompts more than a quarter is held out: enough for GUARD_PROMPTS and JUDGE_PROMPTS, as long as this
+# many choose, and half at most. A dozen texts show a loss of 5 % no closer than to 1.5 %, and whoever asks for a bound
+# pays for that in size.
 OWN_CHOOSING = 48
 # Of fewer prompts none is held out to guard with.
 FEWEST = 2 * HOLD_EVERY
@@ -116,6 +121,24 @@ class Splits:
         return self.fit[len(self.fit) - self.protected_fit :]
 
 
+class Holding(IntEnum):
+    """Which texts are held out. Builds record how their own prompts were: earlier ones held out every fourth."""
+
+    EVERY_FOURTH = 1
+    SPACED = 2
+
+    @classmethod
+    def of(cls, origin: Mapping[str, Any]) -> Holding:
+        """Of the build that a manifest's origin is of. Raises ArtifactError for one that only a later version knows."""
+        known = origin.get("holding", cls.EVERY_FOURTH)
+        if known not in [*cls]:
+            raise ArtifactError(
+                f"The build held its prompts out in way {known!r}, which this version does not know.",
+                hint="Use the version that built it, or build it again.",
+            )
+        return cls(known)
+
+
 def held_share(conversations: int) -> Fraction:
     """The share of a scenario's own conversations that is held out: a quarter of 64 or fewer and of 256 or more, and up
     to a half of those between.
@@ -126,11 +149,30 @@ def held_share(conversations: int) -> Fraction:
     return min(max(Fraction(wanted, conversations), Fraction(1, HOLD_EVERY)), Fraction(1, 2))
 
 
+def _places(count: int, holding: Holding) -> list[int]:
+    """The part of every conversation: 0 fits, 1 guards, 2 judges."""
+    if holding is Holding.EVERY_FOURTH:
+        parts = (0, 0, 0, 2, 0, 0, 0, 1)
+        return [parts[place % len(parts)] for place in range(count)]
+    share, found = held_share(count), [0] * count
+    held = int(count * share)
+    edges = [ceil(number / share) for number in range(held + 1)]
+    # A log may alternate between kinds of prompts: a fixed step would hold out one of them and choose on the other.
+    rng = random.Random(0)
+    chosen = [rng.randrange(first, behind) for first, behind in pairwise(edges)]
+    for number in range(0, held, 2):
+        two = chosen[number : number + 2]
+        rng.shuffle(two)
+        for part, place in zip((2, 1), two, strict=False):  # the last one alone judges
+            found[place] = part
+    return found
+
+
 def split(
-    texts: Sequence[Item], found: Mapping[Prompt, Opening] | None = None, *, own: bool = False
+    texts: Sequence[Item], found: Mapping[Prompt, Opening] | None = None, holding: Holding = Holding.EVERY_FOURTH
 ) -> tuple[tuple[Item, ...], tuple[Item, ...], tuple[Item, ...]]:
-    """(fit, guard, judge): of every fourth conversation of a pool, or of `held_share` of a scenario's `own`, evenly
-    spaced so that a sorted file is split evenly, the first judges, the next guards, and so on.
+    """(fit, guard, judge), each spread over all texts, so that a sorted file is split evenly. By `Holding.SPACED`
+    `held_share` of the conversations guard or judge: one of each stretch of them, which is drawn, alike in every run.
 
     A text without messages is a conversation. The turns of one (`openings`) are in one part, and so are the answers of
     one question. Of fewer than eight conversations none guards, of fewer than four none judges, however many turns they
@@ -138,30 +180,28 @@ def split(
     """
     found = openings(texts) if found is None else found
     number = {opening: index for index, opening in enumerate(dict.fromkeys(found.values()))}
-    share = held_share(len(number)) if own else Fraction(1, HOLD_EVERY)
+    places = _places(len(number), holding)
     parts: tuple[list[Item], list[Item], list[Item]] = ([], [], [])
     for text in texts:
-        place = number[found[bare(text)]]
-        held, before = int((place + 1) * share), int(place * share)
-        parts[0 if held == before else 2 - before % 2].append(text)
+        parts[places[number[found[bare(text)]]]].append(text)
     fit, guard, judge = map(tuple, parts)
     return fit, guard, judge
 
 
 def seen_part(
-    texts: Sequence[Prompt], found: Mapping[Prompt, Opening] | None = None, *, own: bool = False
+    texts: Sequence[Prompt], found: Mapping[Prompt, Opening] | None = None, holding: Holding = Holding.EVERY_FOURTH
 ) -> tuple[Prompt, ...]:
-    """Those of the texts that may have chosen, repaired or decided anything; what is left may be asked. `found` and
-    `own` as in `split`.
+    """Those of the texts that may have chosen, repaired or decided anything; what is left may be asked. Arguments as of
+    `split`.
     """
-    fit, guard, _ = split(texts, found, own=own)
+    fit, guard, _ = split(texts, found, holding)
     return fit + guard
 
 
-def seen(texts: Sequence[Prompt], *, own: bool = False) -> frozenset[Opening]:
+def seen(texts: Sequence[Prompt], holding: Holding = Holding.EVERY_FOURTH) -> frozenset[Opening]:
     """The conversations of `seen_part`."""
     found = openings(texts)
-    return frozenset(found[bare(text)] for text in seen_part(texts, found, own=own))
+    return frozenset(found[bare(text)] for text in seen_part(texts, found, holding))
 
 
 def fit_part(pools: Sequence[DomainPool]) -> tuple[DomainPool, ...]:
@@ -171,7 +211,7 @@ def fit_part(pools: Sequence[DomainPool]) -> tuple[DomainPool, ...]:
 
 def own_fit_part(prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
     """The scenario's own prompts that may choose heads: neither repeated nor held out, OWN_FIT_PROMPTS at most."""
-    return thinned(split(tuple(dict.fromkeys(prompts)), own=True)[0], OWN_FIT_PROMPTS)
+    return thinned(split(tuple(dict.fromkeys(prompts)), holding=Holding.SPACED)[0], OWN_FIT_PROMPTS)
 
 
 def foreign(parts: np.ndarray) -> np.ndarray:
@@ -185,17 +225,19 @@ def draw_splits(
     pools: Sequence[DomainPool],
     seed: int,
     protect: Mapping[str, Sequence[DomainPool]] = MappingProxyType({}),
+    *,
+    holding: Holding = Holding.SPACED,
 ) -> Splits:
     """Splits for a scenario with these prompts of its own (none for a sentence or a given mixture).
 
     `parts` [K] is what each of the `pools` counts for; it sums to 1. `protect`: the pools of what is protected, by
-    name; nothing else depends on them. Raises InputError where the scenario's own prompts are all that one holds out,
-    and where nothing guards or judges the scenario.
+    name; nothing else depends on them. `holding`: how its own prompts are held out. Raises InputError where the
+    scenario's own prompts are all that one holds out, and where nothing guards or judges the scenario.
     """
     own, whose = asked_in(prompts), openings(prompts)
     # A pool prompt that the user happens to ask as well was seen by `prepare`, so it may not be held out.
     learned: set[Prompt] = {text for pool in fit_part(pools) for text in pool.prompts}
-    parted = split(tuple(dict.fromkeys(prompts)), whose, own=True)
+    parted = split(tuple(dict.fromkeys(prompts)), whose, holding)
     held = ([text for text in part if not asked_in((text,)) & learned] for part in parted[1:])
     own_fit, (own_guard, own_judge) = thinned(parted[0], OWN_FIT_PROMPTS), (tuple(part) for part in held)
     own_guard, own_judge = thinned(own_guard, OWN_GUARD_PROMPTS), thinned(own_judge, OWN_JUDGE_PROMPTS)

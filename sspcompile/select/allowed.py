@@ -80,7 +80,7 @@ class Allowed:
 
 def _counted(loss: Estimate) -> float:
     """What counts of a loss: what it may be; nothing where nothing was lost."""
-    return loss.most if loss.value > 0 else 0.0
+    return loss.most if loss.value != 0 else 0.0
 
 
 def _ratio(loss: float, most: float) -> float:

@@ -1,10 +1,11 @@
 """The walk down to the smallest mask within a bound on the loss, in rounds of a few masks.
 
 The first round measures fixed shares. After it the loss is read as a power of what is removed, through the two masks
-next to the bound, and the next round measures where that meets the bound, a little above and a little below: texts of
-SmolLM2-135M lose about as the power .7 of the share of the parameters that goes, from a thousandth to a quarter
-(benchmarks/results/floors.json). Where the bound turns out not to lie there, the last round measures evenly between the
-largest mask that lost too much and the smallest that did not. The walk ends where those are close.
+next to the bound, and the next round measures where that meets the bound, a little above and a little below: by the
+upper end of its interval, what SmolLM2-135M loses grows about as the power .5 to .75 of the share of the parameters
+that goes, from a third of a hundredth to a quarter of them (benchmarks/results/floors.json). Where the bound turns out
+not to lie there, the last round measures evenly between the largest mask that lost too much and the smallest that did
+not. The walk ends where those are close.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ CLOSE, CLOSE_BOUNDS = 1 / 8, (0.01, 0.02)
 # Masks stand so far apart in what they remove where the bound lies between two that were measured, and at most so far
 # where it lies beyond them all.
 BETWEEN, BEYOND = 1.25, 2.0
-# A power is trusted this far beyond what was measured.
+# Beyond what was measured a power is taken for one of these at least, and at most.
 POWERS = (0.5, 2.0)
 # A mask that loses next to nothing counts as one that loses this share of the bound.
 LEAST_RATIO = 0.25
@@ -74,14 +75,14 @@ class _Bracket:
         pair = [*self.inside[-1:], *self.outside[:1]] if between else [*self.inside[-2:], *self.outside[:2]]
         if len(pair) < 2:
             return []
-        (low, less), (high, more) = ((1 - one.kept, max(ratio, LEAST_RATIO)) for one, ratio in pair)
-        if not 0 < low < high or not less < more < np.inf:
+        (less, ratio_of_less), (more, ratio_of_more) = ((1 - one.kept, max(ratio, LEAST_RATIO)) for one, ratio in pair)
+        if not 0 < less < more or not ratio_of_less < ratio_of_more < np.inf:
             return []
-        power, apart = log(more / less) / log(high / low), BETWEEN ** (1 / number)
+        power, apart = log(ratio_of_more / ratio_of_less) / log(more / less), BETWEEN ** (1 / number)
         if between:
-            removed = low * less ** (-1 / power)
+            removed = less * ratio_of_less ** (-1 / power)
         else:
-            at, ratio = (low, less) if self.outside else (high, more)
+            at, ratio = (less, ratio_of_less) if self.outside else (more, ratio_of_more)
             removed = at * ratio ** (-1 / min(max(power, POWERS[0]), POWERS[1]))
             apart = min(max((removed / at) ** 0.5, (at / removed) ** 0.5, apart), BEYOND)
         return [1 - removed * factor for factor in (1 / apart, 1.0, apart)]
@@ -112,20 +113,19 @@ def descend(
     """
     most = kept_of(choice_of(1.0)) if bounded else 1.0
     found: dict[float, Rung] = {}
-    bracket, known = _Bracket((), ()), failed
+    bracket = _Bracket((), ())
     for number in range(ROUNDS):
-        keep, failed = bracket.keep, bracket.failed(known)
-        if keep is not None and keep - failed <= close(keep):
+        keep, below = bracket.keep, bracket.failed(failed)
+        if keep is not None and keep - max(below, least) <= close(keep):
             break
+        # What the bounds allow at most is measured first: nothing that lies above it is in question.
+        largest = [1.0] if number == 0 and most < 1 else []
         new: dict[float, Choice] = {}
-        for wanted in _wanted(bracket, number, unit, max(failed, least), keep or most):
-            # Of a small model with a large vocabulary more than all of FIRST stays whatever is cut.
+        for wanted in _wanted(bracket, number, unit, max(below, least), keep or most):
             between = [share for share in wanted if least <= share < (keep or most)]
-            if number == 0 and most < 1:  # nothing that lies above it is in question
-                between = [1.0, *between[: AT_ONCE - 1]]
-            choices = {kept_of(choice): choice for choice in map(choice_of, between)}
-            new = {kept: choice for kept, choice in choices.items() if failed < kept < (keep or 1.0)}
-            if new:
+            choices = {kept_of(choice): choice for choice in map(choice_of, [*largest, *between][:AT_ONCE])}
+            new = {kept: choice for kept, choice in choices.items() if below < kept < (keep or 1.0)}
+            if len(new) > len(largest):
                 break
         if not new:
             break
@@ -133,13 +133,16 @@ def descend(
         bracket = _Bracket.of([*found.values()], allowed)
         if bracket.keep is None and most < 1:
             break  # the largest that the bounds allow loses too much
-    return tuple(sorted(found.values(), key=lambda one: one.kept)), bracket.keep, bracket.failed(known)
+    return tuple(sorted(found.values(), key=lambda one: one.kept)), bracket.keep, bracket.failed(failed)
 
 
 def _wanted(bracket: _Bracket, number: int, unit: Unit, low: float, high: float) -> Iterator[Sequence[float]]:
     """Shares that a round may measure, those first that are likely to tell most."""
     if number == 0:
-        yield FIRST[unit]
+        # Of a small model with a large vocabulary more than all of FIRST stays whatever is cut.
+        first = [share for share in FIRST[unit] if low <= share < high]
+        more = np.linspace(low, min([*first, high]), AT_ONCE + 2 - len(first))[1:-1]
+        yield [*first, *more[::-1].tolist()]
     elif number < ROUNDS - 1:
         yield bracket.likely(number)
     elif bracket.keep is None:  # any that holds is better than none

@@ -31,7 +31,8 @@ from sspcompile.slicing.measures import Bound, Unit
 @dataclass(frozen=True)
 class Floor:
     """`keep` is the smallest share of the `unit` that loses no more than `max_loss`, and by domain than `protect` says,
-    `failed` the largest that lost more (0 where none did). `tried`: every mask that was measured, by share.
+    `failed` the largest that lost more (0 where none did). `tried`: every mask that was measured, by share. `size`: the
+    share of all parameters that was asked for beside, if one was.
     """
 
     max_loss: float | None
@@ -40,10 +41,13 @@ class Floor:
     tried: tuple[Rung, ...]
     unit: Unit = "heads"
     protect: Mapping[str, float] = field(default_factory=dict)
+    size: float | None = None
 
     def as_mapping(self) -> dict[str, Any]:
-        """Plain data; nothing of protected domains where there are none."""
+        """Plain data; nothing of protected domains where there are none, and of a size where none was asked for."""
         found = asdict(self)
+        if self.size is None:
+            del found["size"]
         if not self.protect:
             del found["protect"]
             found["tried"] = tuple({"kept": one.kept, "loss": asdict(one.loss)} for one in self.tried)
@@ -106,7 +110,7 @@ def smallest_within(judge: Judge, reading: Reading, allowed: Allowed) -> Floor:
     )
     if keep is None:
         raise refused(judge, reading, allowed, tried)
-    return Floor(allowed.max_loss, keep, failed, tried, unit, allowed.protect)
+    return Floor(allowed.max_loss, keep, failed, tried, unit, allowed.protect, reading.options.size)
 
 
 def demand_held(judge: Judge, reading: Reading, chosen: Candidate, allowed: Allowed) -> None:

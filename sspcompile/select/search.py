@@ -123,13 +123,15 @@ def _distance(compared: HeldOut, choice: Choice, repair: Repair | None) -> float
 def comparison_parts(judge: Judge) -> tuple[Sequence[Sentence], Sequence[Sentence]]:
     """The texts that fit the repairs of the comparison, and those that compare; without repairs, all may compare.
 
-    A conversation is on one side, where there are enough of them.
+    A conversation is on one side where the scenario has enough of its own; where it has not, its texts are on both.
     """
     texts = judge.sentences
     if judge.repair == "none":
         return (), thinned(texts, COMPARED_HELD)
-    owners = judge.splits.owners(judge.splits.fit)
-    numbers = owners if len({*owners}) >= HOLD_EVERY else range(len(texts))
+    splits = judge.splits
+    owners = splits.owners(splits.fit)
+    own = {*owners[: splits.own_fit]}
+    numbers = range(len(texts)) if 0 < len(own) < HOLD_EVERY else owners
     parts: tuple[list[Sentence], list[Sentence]] = ([], [])
     for text, number in zip(texts, numbers, strict=True):
         parts[number % HOLD_EVERY == HOLD_EVERY - 1].append(text)
