@@ -213,7 +213,7 @@ def _peak(
     if any(stage.name == GRADIENTS for stage in stages):
         beside = max(beside, layer_parameters(loaded) * g.layers * width)
     repairs = [s for s in stages if s.masks]
-    numbers = (s.tokens * (3 + s.masks) + s.down_projs * g.layers * g.intermediate for s in repairs)
+    numbers = (s.tokens * (3 + s.masks) + s.down_projs * g.layers * g.channels for s in repairs)
     states = max(numbers, default=0) * g.hidden * width
     if repairs:
         states += repair_bytes(g, refitted)

@@ -22,6 +22,10 @@ from sspcompile.model.swapping import swapped
 Change = Callable[[int, Tensor, Tensor], Tensor]
 
 
+# The stack of their down projections, [experts, hidden, width].
+DOWN = "down_proj"
+
+
 @contextlib.contextmanager
 def one_by_one(module: nn.Module, change: Change) -> Iterator[None]:
     """Run the stacked experts of a layer one by one for the duration of the context, their channels as `change` says.
@@ -32,6 +36,22 @@ def one_by_one(module: nn.Module, change: Change) -> Iterator[None]:
     place = "_old_forward" if hasattr(module, "_old_forward") else "forward"
     with swapped(module, partial(_run, module, change), place):
         yield
+
+
+def alone(module: nn.Module, number: int, states: Tensor) -> tuple[Tensor, Tensor]:
+    """The channels [n, width] of one of the stacked experts on what n tokens bring, [n, hidden], and what it makes of
+    them, [n, hidden], not yet times their shares.
+    """
+    seen: list[Tensor] = []
+
+    def read(_number: int, _tokens: Tensor, channels: Tensor) -> Tensor:
+        seen.append(channels)
+        return channels
+
+    chosen = torch.full((len(states), 1), number, device=states.device)
+    with one_by_one(module, read):
+        output = module(states, chosen, torch.ones_like(chosen, dtype=states.dtype))
+    return seen[0], output
 
 
 def _run(module: Any, change: Change, hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
