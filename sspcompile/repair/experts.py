@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sspcompile.model.experts import DOWN, alone
+from sspcompile.model.experts import alone, down_of
 from sspcompile.model.hooks import answered, recorded_calls
 from sspcompile.model.modules import attention, experts
-from sspcompile.model.weights import tensor_of
 from sspcompile.repair.dense import Dense
 from sspcompile.repair.systems import system_of
 
@@ -60,10 +59,7 @@ def fit_experts(
     module = experts(dense.loaded.layers[index])
     batches = enumerate(zip(hidden, attended, targets, strict=True))
     visits = [_visits(dense, index, number, *of_batch) for number, of_batch in batches]
-    down = tensor_of(module, DOWN)
-    if down is None:
-        raise AttributeError(f"{type(module).__name__} has no {DOWN}")
-    for number, weight in enumerate(down):
+    for number, weight in enumerate(down_of(module)):
         if any(bool((one.chosen == number).any()) for one in visits):
             yield number, _fit(module, number, weight, visits, kept[number].to(weight.device), ridge, least)
 

@@ -1,4 +1,4 @@
-"""Fitting repairs: least squares on o_proj (and down_proj); repair/repair.py has the formulas.
+"""Fitting repairs: least squares on o_proj (and down_proj, or those of experts); repair/repair.py has the formulas.
 
 Masks are fitted together: half of what one mask needs are passes of the dense model, which do not depend on it.
 """
@@ -66,16 +66,17 @@ def fit_repairs(
     ridges: Ridges | None = None,
     progress: Steps = no_steps,
 ) -> Iterator[Repair]:
-    """Refit what lost an input for each mask on the texts of `batches`: o_proj, down_proj where channels went, or the
-    attention in front of it or the whole layer behind it, and with `mlp` every down_proj. With a `rounding` both are
-    refitted in every layer, to states of the model whose matrices are rounded, so that they make up for that too. What
-    is `written` of a refitted matrix is what later layers see. Either way matrices come back as they are before they
-    are rounded or written.
+    """Refit what lost an input for each mask on the texts of `batches`: o_proj; down_proj where channels went, or the
+    attention in front of it or the whole layer behind it, and with `mlp` every down_proj; that of each expert where
+    channels of experts went. With a `rounding` o_proj and down_proj are refitted in every layer, to states of the model
+    whose matrices are rounded, so that they make up for that too. What is `written` of a refitted matrix is what later
+    layers see. Either way matrices come back as they are before they are rounded or written.
 
     Held are the hidden states of all batches, [B, T, d], twice for the dense model, once per mask and once for the
-    layer that is fitted, and the weights of the masks of a round. In each round every layer runs once dense and once
-    per mask, its MLP once more where down_proj is fitted. A round begins when the first of its repairs is asked for.
-    `dtype` is the dtype that the weights will be written in.
+    layer that is fitted (three times where its experts are), and the weights of the masks of a round. In each round
+    every layer runs once dense and once per mask, its MLP once more where down_proj is fitted, and twice more where
+    experts are. A round begins when the first of its repairs is asked for. `dtype` is the dtype that the weights will
+    be written in.
     """
     mlp = mlp or rounding is not None
     ridges = ridges or (RIDGES if rounding is None else ROUNDED_RIDGES)

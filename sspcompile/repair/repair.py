@@ -54,11 +54,11 @@ from sspcompile.checkpoint.tensors import down_names
 from sspcompile.errors import UnsupportedModelError
 from sspcompile.families import Geometry, layer_prefix
 from sspcompile.model.decoder import LoadedModel
-from sspcompile.model.experts import DOWN
+from sspcompile.model.experts import DOWN, down_of
 from sspcompile.model.hooks import channel_gates, head_gates, without
 from sspcompile.model.modules import down_proj, experts, o_proj
 from sspcompile.model.stored import stored_dtype
-from sspcompile.model.weights import replaced, tensor_of
+from sspcompile.model.weights import replaced
 from sspcompile.slicing.mask import Kept
 
 # With 4 to 8 prompts a refit made things worse in earlier measurements, with 16 it helped.
@@ -152,7 +152,8 @@ def demand_place(geometry: Geometry, repair: str) -> None:
 def repaired(loaded: LoadedModel, repair: Repair | None) -> Iterator[None]:
     """Run the model with a repair in place; together with closed gates this is `masked`.
 
-    A bias may be put where the architecture has none: such a model can be judged, but not written.
+    A bias may be put where the architecture has none: such a model can be judged, but not written. Gates on experts
+    have to be there already: they take the place of what runs experts.
     """
     with contextlib.ExitStack() as stack:
         for layer, tensors in _parameters(repair).items():
@@ -160,17 +161,14 @@ def repaired(loaded: LoadedModel, repair: Repair | None) -> Iterator[None]:
                 if own:
                     stack.enter_context(replaced(module(loaded.layers[layer]), own))
         for layer, refitted in repair.experts.items() if repair is not None else ():
-            module_of_all = experts(loaded.layers[layer])
-            stack.enter_context(replaced(module_of_all, {DOWN: _stacked(module_of_all, refitted)}))
+            together = experts(loaded.layers[layer])
+            stack.enter_context(replaced(together, {DOWN: _stacked(together, refitted)}))
         yield
 
 
 def _stacked(module: nn.Module, refitted: Mapping[int, Tensor]) -> Tensor:
     """The down projections of all experts of a layer, [experts, hidden, width], with the `refitted` ones."""
-    own = tensor_of(module, DOWN)
-    if own is None:
-        raise AttributeError(f"{type(module).__name__} has no {DOWN}")
-    every = own.clone()
+    every = down_of(module).clone()
     for number, weight in refitted.items():
         every[number] = weight.to(every)
     return every
