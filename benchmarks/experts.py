@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import click
 import numpy as np
@@ -34,8 +35,19 @@ from training.corpus import DOMAINS, items
 from training.tokenizer import QUESTION
 
 EMBEDDED = Path(sspcompile.embedded.__file__).parent / "model"
-SIZES = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 12}
-MIXTURES = {
+SIZES: Mapping[str, Any] = {
+    "hidden_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 12,
+    "initializer_range": 0.03,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+MIXTURES: Mapping[str, Mapping[str, Any]] = {
     "mixtral": {"intermediate_size": 128, "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None},
     "qwen3_moe": {
         "intermediate_size": 128,
@@ -53,9 +65,8 @@ def trained(family: str, steps: int, folder: Path) -> LoadedModel:
     """A mixture that learned questions of all domains for so many steps of TOGETHER."""
     torch.manual_seed(0)
     draw, tokenizer = random.Random(0), AutoTokenizer.from_pretrained(EMBEDDED)
-    ends = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
-    more = {"vocab_size": len(tokenizer), "initializer_range": 0.03, "tie_word_embeddings": True, **ends}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES, **MIXTURES[family], **more)).train()
+    config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **SIZES, **MIXTURES[family])
+    model = AutoModelForCausalLM.from_config(config).train()
     asked = [item for domain in DOMAINS for item in items(domain, "train", 0, 1000)]
     texts = [
         (tokenizer(QUESTION.format(prompt=one.prompt)).input_ids, [*tokenizer(" " + one.answer).input_ids, 1])
@@ -104,10 +115,8 @@ def rows(loaded: LoadedModel, family: str, fit: int, widths: Sequence[float]) ->
     """A row for every domain and width."""
     g = loaded.geometry
     for domain in JUDGED:
-        texts, held = (
-            with_continuations(loaded, [item.prompt for item in items(domain, split, seed, count)], 8)
-            for split, seed, count in (("train", 11, fit), ("heldout", 5, HELD_OUT))
-        )
+        drawn = items(domain, "train", 11, fit), items(domain, "heldout", 5, HELD_OUT)
+        texts, held = (with_continuations(loaded, [item.prompt for item in one], 8) for one in drawn)
         scores = curvature(loaded, CriterionInput(texts, fit)).channels
         assert scores is not None
         order = np.argsort(-scores.reshape(g.layers, g.mlps, g.width), -1)
