@@ -19,7 +19,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 WORKERS ?= 2
 
 .PHONY: demo demo-llm test test-whole audit test-compat test-oldest test-pythons test-optimum test-vllm test-gguf test-runtimes test-browser screenshots fuzz test-kills test-wheel test-shapes test-lm-eval generated docs lint format train bench-compile bench-prepare bench-trimming \
-	bench-quality bench-slice bench-onnx bench-gguf bench-bench bench-build bench-budgets bench-floors bench-nested bench-packages bench-scores bench-real bench-repairs bench-rounding bench-recognition bench-large clean
+	bench-quality bench-slice bench-onnx bench-gguf bench-bench bench-build bench-budgets bench-floors bench-nested bench-packages bench-scores bench-real bench-repairs bench-experts bench-rounding bench-recognition bench-large clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -264,6 +264,9 @@ bench-packages: $(VENV)/.done  ## Pruners of the package index as they are insta
 
 bench-repairs: $(VENV)/.done  ## How firmly a repair holds weights, and what late layers cost more than early ones.
 	$(BIN)/python -m benchmarks.repairs --model $(MODEL) --data $(DATA) --ridges 0.03/0.03,0.3/1,1/1 --tilts 0,1
+
+bench-experts: $(VENV)/.done  ## What refitting experts is worth, on small mixtures that are trained for it.
+	$(BIN)/python -m benchmarks.experts
 
 bench-rounding: $(VENV)/.done  ## What a cut is worth next to int8 and int4, and on top of them, byte by byte.
 	$(BIN)/python -m benchmarks.rounding --model $(MODEL) --data $(DATA)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_curvature import information_of_gates
-from test_layers import PROBES, demand_resumed, written
+from test_layers import PROBES, written
 from test_slicing_exact import (
     IDS,
     PROMPTS,
@@ -44,11 +44,9 @@ from sspcompile.model.placement import ON_CPU, resolve
 from sspcompile.model.streaming import open_streaming
 from sspcompile.model.text import batches_of, continued, with_continuations
 from sspcompile.progress import silent
-from sspcompile.proof.claim import written_repair
 from sspcompile.proof.contents import check_contents
 from sspcompile.proof.layerwise import compare_layerwise
 from sspcompile.proof.prove import prove
-from sspcompile.repair.fitting import fit_repairs
 from sspcompile.repair.repair import masked
 from sspcompile.report.json import read_report
 from sspcompile.slicing.mask import HeadMask, dump_mask, load_mask, parse_mask
@@ -306,23 +304,6 @@ def test_channels_of_least_information_cost_least(loaded):
 
     chance = np.mean([lost(np.random.default_rng(seed).random(channels.shape)) for seed in range(3)])
     assert 1.5 * lost(channels) < chance < lost(-channels)
-
-
-def test_attention_behind_narrower_experts_is_refitted_and_the_experts_stay(loaded, dense, tmp_path):
-    mask = mask_for(Checkpoint(dense), 1.0, "per-layer", 3, 0.7)
-    batches = with_continuations(loaded, PROMPTS[:8], 2)
-    (repair,) = fit_repairs(loaded, [mask.units], batches, dtype=torch.float32)
-    assert not repair.down and set(repair.weights) == {1, 2}
-    before, after = (residual_error(loaded, mask.units, batches, one) for one in (None, repair))
-    assert after < before
-    claim = written(dense, tmp_path / "cut", mask, replaced=repair.replaced(mask.units, loaded.geometry))
-    assert written_repair(claim).weights.keys() == {1, 2}
-    assert all(prove(claim, PROBES, silent, layerwise=way).holds for way in (False, True))
-
-
-def test_an_interrupted_repair_goes_on_behind_narrower_experts(loaded, dense, tmp_path):
-    masks = [mask_for(Checkpoint(dense), keep, "per-layer", 3, 0.7).units for keep in (1.0, 0.6)]
-    demand_resumed(loaded, masks, with_continuations(loaded, PROMPTS[:6], 2), tmp_path)
 
 
 def test_without_scores_experts_fall_alike():

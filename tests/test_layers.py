@@ -248,6 +248,10 @@ def demand_resumed(loaded, masks, batches, folder: Path) -> None:
     for one, other in zip(whole, again, strict=True):
         for mine, theirs in ((one.weights, other.weights), (one.down, other.down)):
             assert mine.keys() == theirs.keys() and all(mine[layer].equal(theirs[layer]) for layer in mine)
+        assert one.experts.keys() == other.experts.keys()
+        for layer, own in one.experts.items():
+            assert own.keys() == other.experts[layer].keys()
+            assert all(weight.equal(other.experts[layer][number]) for number, weight in own.items())
 
 
 # --- Which ones ------------------------------------------------------------------------------------------------------

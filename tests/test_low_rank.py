@@ -29,7 +29,7 @@ from sspcompile.nested.low_rank import (
 )
 from sspcompile.nested.order import Order, Prefix
 from sspcompile.nested.truncating import Energies, Pool, _difference, energies_of, places_of
-from sspcompile.repair.fitting import position_weights
+from sspcompile.repair.dense import position_weights
 from sspcompile.repair.repair import Repair, masked
 from sspcompile.slicing.mask import Kept
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sspcompile.model.text import Batch
 from sspcompile.model.working import system_bytes
-from sspcompile.repair.fitting import SCORED_SHARE, position_weights
+from sspcompile.repair.dense import SCORED_SHARE, position_weights
 from sspcompile.repair.systems import Dual, Normal, system_of
 
 

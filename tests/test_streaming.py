@@ -181,6 +181,19 @@ def test_what_a_repair_solves_has_room_where_it_takes_more_than_a_backward_pass(
     assert working_bytes(g, 260, intermediate, 4) == batch + by_hand[largest]
 
 
+@pytest.mark.parametrize("spread", [False, True], ids=["whole", "accelerate"])
+def test_of_two_weights_that_are_put_in_one_place_the_inner_one_counts(model, spread, tmp_path):
+    place = o_proj((by_accelerate(model, tmp_path) if spread else load(model, fingerprint="")).layers[1])
+    x, shape = torch.ones(1, place.in_features), (place.out_features, place.in_features)
+    with torch.inference_mode():
+        plain = place(x)
+        with replaced(place, {"weight": torch.zeros(shape), "bias": torch.full(shape[:1], 2.0)}):
+            with replaced(place, {"weight": torch.ones(shape)}):
+                assert (place(x) == 2 + place.in_features).all()
+            assert (place(x) == 2).all()
+        assert place(x).equal(plain)
+
+
 PEAK = """
 import json, sys
 from pathlib import Path

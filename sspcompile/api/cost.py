@@ -213,7 +213,9 @@ def _peak(
     if any(stage.name == GRADIENTS for stage in stages):
         beside = max(beside, layer_parameters(loaded) * g.layers * width)
     repairs = [s for s in stages if s.masks]
-    numbers = (s.tokens * (3 + s.masks) + s.down_projs * g.layers * g.intermediate for s in repairs)
+    # Of the layer that is fitted: what its attention puts out, and of experts their inputs and what they have to add.
+    fitted = 1 if g.is_dense else 3
+    numbers = (s.tokens * (2 + fitted + s.masks) + s.down_projs * g.layers * g.channels for s in repairs)
     states = max(numbers, default=0) * g.hidden * width
     if repairs:
         states += repair_bytes(g, refitted)

@@ -241,7 +241,7 @@ def repairing(
     if repair == "flap-bias":
         return Stage(name, *read, 1)  # of the dense model, for all masks
     down = any(width is not None for width in widths)
-    at_once = min(masks, masks_at_once(loaded, read.tokens, refitted_dtype(dense.checkpoint), mlp=down))
+    at_once = min(masks, masks_at_once(loaded, read.tokens, refitted_dtype(dense.checkpoint), down=down))
     passes = -(-masks // at_once) + sum(_mask_passes(loaded.geometry, width, read.tokens) for width in widths)
     return Stage(name, *read, passes, masks=at_once, down_projs=at_once if down else 0)
 
@@ -276,12 +276,12 @@ def _passes_of(key: str, loaded: LoadedModel) -> float:
 
 
 def refitted_width(request: Request, loaded: LoadedModel) -> int | None:
-    """Channels of an MLP that a repair fits its down_proj to, on average over layers; None where it stays as it was."""
+    """Channels of an MLP, or of an expert, that a repair fits its down projection to, on average over layers; None
+    where that stays as it was.
+    """
     g, bounds = loaded.geometry, _bounds(request, loaded)
-    if not g.is_dense:
-        return None
     if request.options.whole is not None:
-        return g.intermediate
+        return g.intermediate if g.is_dense else None
     if bounds and cuts_channels(request.options, g):
         groups_only = request.options.granularity == "group"
         (counts,) = per_layer_counts(even_worth(g, channels=True), g, [bounds], groups_only=groups_only)
@@ -311,15 +311,27 @@ def _bounds(request: Request, loaded: LoadedModel) -> tuple[Bound, ...]:
 
 def _mask_passes(g: Geometry, width: int | None, tokens: int) -> float:
     """Of one mask that is repaired: each layer once, normal equations in float64 and their solution. Where down_proj is
-    refitted to `width` channels, what comes before it once more, and normal equations of those in fp32.
+    refitted to `width` channels, what comes before it once more, and a system in fp32. Where those of experts are, the
+    MLP twice more, once with all experts and then one by one, and a system for each.
     """
     n, d = g.heads * g.head_dim, g.hidden
-    mlp, layer = 3 * d * g.intermediate, layer_multiplications(g)
+    mlp, layer = 3 * d * g.visited, layer_multiplications(g)
     passes = 1 + DOUBLE * (_normal(n, d) + _solving(n, d) / max(1, tokens)) / layer
     if width is None:
         return passes
-    again = 2 * mlp / 3 + _normal(width, d) + DOUBLE * _solving(width, d) / max(1, tokens)
+    if g.is_dense:
+        again = 2 * mlp / 3 + _normal(width, d) + DOUBLE * _solving(width, d) / max(1, tokens)
+    else:
+        rows = tokens * g.active_experts / g.experts
+        again = 2 * mlp + g.experts * _fitting(rows, width, d) / max(1, tokens)
     return passes + again / layer
+
+
+def _fitting(rows: float, inputs: int, outputs: int) -> float:
+    """Multiplications in all of the system that `repair/systems.py` makes of so many rows."""
+    if rows < inputs:
+        return rows**2 * inputs + 2 * rows * inputs * outputs + DOUBLE * _solving(rows, outputs)
+    return rows * _normal(inputs, outputs) + DOUBLE * _solving(inputs, outputs)
 
 
 def layer_multiplications(g: Geometry) -> int:
@@ -332,7 +344,7 @@ def _normal(inputs: int, outputs: int) -> int:
     return inputs * (inputs + outputs)
 
 
-def _solving(inputs: int, outputs: int) -> float:
+def _solving(inputs: float, outputs: int) -> float:
     """Multiplications in all: a factorisation, and two triangular systems for each output."""
     return inputs**3 / 3 + inputs**2 * outputs
 

@@ -16,10 +16,15 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from sspcompile.model.swapping import swapped
+from sspcompile.model.weights import tensor_of
 
 # Called with (number of an expert, the tokens [n] that visit it, counted through the batch, and their channels
 # [n, width]); what it returns enters the expert's down projection instead.
 Change = Callable[[int, Tensor, Tensor], Tensor]
+
+
+# The parameter that stacks their down projections.
+DOWN = "down_proj"
 
 
 @contextlib.contextmanager
@@ -32,6 +37,30 @@ def one_by_one(module: nn.Module, change: Change) -> Iterator[None]:
     place = "_old_forward" if hasattr(module, "_old_forward") else "forward"
     with swapped(module, partial(_run, module, change), place):
         yield
+
+
+def down_of(module: nn.Module) -> Tensor:
+    """The down projections of all experts of a layer, [experts, hidden, width], wherever they lie; see `tensor_of`."""
+    found = tensor_of(module, DOWN)
+    if found is None:
+        raise AttributeError(f"{type(module).__name__} has no {DOWN}")
+    return found
+
+
+def alone(module: nn.Module, number: int, states: Tensor) -> tuple[Tensor, Tensor]:
+    """The channels [n, width] of one of the stacked experts on what n tokens bring, [n, hidden], and what it makes of
+    them, [n, hidden], not yet times their shares.
+    """
+    seen: list[Tensor] = []
+
+    def read(_number: int, _tokens: Tensor, channels: Tensor) -> Tensor:
+        seen.append(channels)
+        return channels
+
+    chosen = torch.full((len(states), 1), number, device=states.device)
+    with one_by_one(module, read):
+        output = module(states, chosen, torch.ones_like(chosen, dtype=states.dtype))
+    return seen[0], output
 
 
 def _run(module: Any, change: Change, hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:

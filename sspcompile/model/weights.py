@@ -8,11 +8,14 @@ place for a while uses `replaced`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from sspcompile.model.swapping import swapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,8 +34,8 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def computing_device(module: nn.Module) -> torch.device:
-    """Where a module computes, wherever its weight is kept."""
-    weight = module.get_parameter("weight")
+    """Where a module computes, wherever its weights are kept."""
+    weight = _first(module)
     if not weight.is_meta:
         return weight.device
     stored = getattr(weight, "stored", None)
@@ -83,24 +86,45 @@ def present(module: nn.Module) -> Iterator[Tensor]:
 
 @contextlib.contextmanager
 def replaced(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Other parameters in a linear module for the duration of the context, wherever its own are kept.
+    """Other parameters in a module for the duration of the context, wherever its own are kept.
 
     A bias may be put where there is none.
     """
-    weight = module.get_parameter("weight")
-    device, dtype = computing_device(module), weight.dtype
-    spread = weight.is_meta and not hasattr(weight, "stored")
-    if spread:  # by accelerate, whose hook would put the module's own weights back
-        kept = {name: tensor_of(module, name) for name in ("weight", "bias")}
-        tensors = {**{name: one for name, one in kept.items() if one is not None}, **tensors}
-    own, forward = {name: module._parameters.get(name) for name in tensors}, module.forward
+    own = _first(module)
+    device, dtype = computing_device(module), own.dtype
+    given = {name: nn.Parameter(tensor.to(device, dtype), requires_grad=False) for name, tensor in tensors.items()}
+    if own.is_meta and not hasattr(own, "stored"):
+        # accelerate brings the module's own parameters right before they are used, and takes them away behind that.
+        forward: Any = module._old_forward
+        if (
+            isinstance(forward, partial) and forward.func is _run_with
+        ):  # of a context around this one, which counts less
+            _, others, forward = forward.args
+            given = {**others, **given}
+        with swapped(module, partial(_run_with, module, given, forward), "_old_forward"):
+            yield
+    else:
+        with _put(module, given):
+            yield
+
+
+@contextlib.contextmanager
+def _put(module: nn.Module, given: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    own = {name: module._parameters.get(name) for name in given}
+    module._parameters.update(given)
     try:
-        if spread:
-            module.forward = module._old_forward  # type: ignore[assignment]
-        for name, tensor in tensors.items():
-            module._parameters[name] = nn.Parameter(tensor.to(device, dtype), requires_grad=False)
         yield
     finally:
-        if spread:
-            module.forward = forward
         module._parameters.update(own)
+
+
+def _run_with(
+    module: nn.Module, given: Mapping[str, nn.Parameter], forward: Callable[..., Any], *args: Any, **options: Any
+) -> Any:
+    with _put(module, given):
+        return forward(*args, **options)
+
+
+def _first(module: nn.Module) -> nn.Parameter:
+    """Any parameter of a module's own: they are of one dtype, and kept in one place."""
+    return next(parameter for parameter in module._parameters.values() if parameter is not None)

@@ -28,12 +28,12 @@ def working_bytes(g: Geometry, vocab: int, widest: int, width: int) -> int:
     logits = LOGITS_HELD * min(BATCH_LOGITS, BATCH_TOKENS * vocab) * SINGLE
     curvature = 2 * g.layers * (g.heads * g.head_dim) ** 2 * SINGLE
     backward = GRADIENT_TOKENS * g.layers * g.hidden * width + curvature
-    return forward + logits + max(backward, repair_bytes(g, g.intermediate if g.is_dense else None))
+    return forward + logits + max(backward, repair_bytes(g, g.width if g.has_channels else None))
 
 
 def repair_bytes(g: Geometry, channels: int | None) -> int:
     """What the larger system of a layer takes: that of o_proj, or of down_proj for so many channels, None where that is
-    not fitted."""
+    not fitted. Of experts, one is fitted at a time."""
     attention = system_bytes(g.heads * g.head_dim, g.hidden, exact=True)
     return attention if channels is None else max(attention, system_bytes(channels, g.hidden))
 

@@ -34,7 +34,7 @@ from sspcompile.model.text import Batch
 from sspcompile.nested.low_rank import LowRank, Stored, low_rank, numbers, rank_bytes, refitted
 from sspcompile.nested.order import Order, Prefix
 from sspcompile.progress import Steps, no_steps
-from sspcompile.repair.fitting import position_weights
+from sspcompile.repair.dense import position_weights
 from sspcompile.repair.repair import Repair, down_name, masked
 from sspcompile.slicing.mask import Kept
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,12 +11,12 @@ import torch
 
 from sspcompile.checkpoint.headers import TensorInfo
 from sspcompile.checkpoint.source import Checkpoint, tensor_table
-from sspcompile.checkpoint.tensors import layer_of, moved, of_attention
+from sspcompile.checkpoint.tensors import down_names, layer_of, moved, of_attention
 from sspcompile.errors import ParityError
 from sspcompile.families import Geometry, layer_prefix
 from sspcompile.model.stored import read_tensor
 from sspcompile.proof.parity import REPORT
-from sspcompile.repair.repair import Repair, bias_name, down_name
+from sspcompile.repair.repair import Repair, bias_name, channels_of, down_name
 from sspcompile.slicing.mask import HeadMask
 
 WEIGHT, BIAS = "self_attn.o_proj.weight", "self_attn.o_proj.bias"
@@ -73,10 +73,16 @@ def any_refitted(g: Geometry, *, down: bool) -> dict[str, None]:
 def written_repair(claim: Claim) -> Repair:
     """The refitted tensors as the folder holds them, in their dense shapes, zero in removed columns."""
     g, written, kept = claim.geometry, claim.there, claim.mask.units
-    weights, biases, down, down_biases = {}, {}, {}, {}
+    weights, biases, down, down_biases, experts = {}, {}, {}, {}, {}
 
     def found(name: str) -> torch.Tensor | None:
         return read_tensor(written[name]) if name in claim.refitted else None
+
+    def of_experts(layer: int) -> Iterator[tuple[int, torch.Tensor]]:
+        channels = channels_of(kept, g, layer)
+        for number, name in enumerate(down_names(g, layer) if layer in g.sparse else ()):
+            if (weight := found(name)) is not None:
+                yield number, widened(weight, channels[number])
 
     for layer in claim.mask.staying:
         attends = kept.attends(layer)
@@ -88,7 +94,9 @@ def written_repair(claim: Claim) -> Repair:
             down[layer] = weight if kept.channels is None else widened(weight, kept.channels[layer])
         if (bias := found(bias_name(g, layer))) is not None:
             down_biases[layer] = bias
-    return Repair(weights, biases, down, down_biases)
+        if own := dict(of_experts(layer)):
+            experts[layer] = own
+    return Repair(weights, biases, down, down_biases, experts)
 
 
 def widened(weight: torch.Tensor, columns: np.ndarray) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Fitting repairs: least squares on o_proj (and down_proj); repair/repair.py has the formulas.
+"""Fitting repairs: least squares on o_proj (and down_proj, or those of experts); repair/repair.py has the formulas.
 
 Masks are fitted together: half of what one mask needs are passes of the dense model, which do not depend on it.
 """
@@ -6,10 +6,10 @@ Masks are fitted together: half of what one mask needs are passes of the dense m
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,14 +18,16 @@ from torch import Tensor
 from sspcompile.model import journal
 from sspcompile.model.blocks import Rounding
 from sspcompile.model.decoder import LoadedModel
-from sspcompile.model.hooks import LayerCall, answered, expert_gates, input_of, passed_over, recorded_calls
+from sspcompile.model.hooks import answered, expert_gates, input_of
 from sspcompile.model.journal import Arrays
-from sspcompile.model.modules import attention, down_proj, layer_output, o_proj, residual_norm
+from sspcompile.model.modules import attention, down_proj, o_proj, residual_norm
 from sspcompile.model.rounding import rounded_embedding, rounded_inside
 from sspcompile.model.streaming import in_memory
 from sspcompile.model.text import Batch
 from sspcompile.model.weights import tensor_of, weight_of
 from sspcompile.progress import Steps, no_steps
+from sspcompile.repair.dense import Dense, calls_of
+from sspcompile.repair.experts import fit_experts
 from sspcompile.repair.repair import Repair, repaired
 from sspcompile.repair.systems import LEAST_ENERGY, Normal, System, system_of
 from sspcompile.repair.written import RoundedMatrices, Written
@@ -48,9 +50,6 @@ RIDGES = Ridges(o_proj=0.3, down_proj=1.0)
 # What rounding misses is noise: it would be made out of the faintest inputs, whose weights, grown large, make the scale
 # of a whole block coarse.
 ROUNDED_RIDGES = RIDGES._replace(least=0.1)
-# Of the weight of all positions. On the embedded model, unweighted positions (about a tenth) leave up to 15 points of
-# exact match behind, and a share near 1 forgets how the prompt is read.
-SCORED_SHARE = 0.5
 # That the hidden states and weights of the masks of one round may take; what does not fit is fitted in further rounds.
 ROUND_BYTES = 1 << 30
 
@@ -67,25 +66,27 @@ def fit_repairs(
     ridges: Ridges | None = None,
     progress: Steps = no_steps,
 ) -> Iterator[Repair]:
-    """Refit what lost an input for each mask on the texts of `batches`: o_proj, down_proj where channels went, or the
-    attention in front of it or the whole layer behind it, and with `mlp` every down_proj. With a `rounding` both are
-    refitted in every layer, to states of the model whose matrices are rounded, so that they make up for that too. What
-    is `written` of a refitted matrix is what later layers see. Either way matrices come back as they are before they
-    are rounded or written.
+    """Refit what lost an input for each mask on the texts of `batches`: o_proj; down_proj where channels went, or the
+    attention in front of it or the whole layer behind it, and with `mlp` every down_proj; that of each expert where
+    channels of experts went. With a `rounding` o_proj and down_proj are refitted in every layer, to states of the model
+    whose matrices are rounded, so that they make up for that too. What is `written` of a refitted matrix is what later
+    layers see. Either way matrices come back as they are before they are rounded or written.
 
     Held are the hidden states of all batches, [B, T, d], twice for the dense model, once per mask and once for the
-    layer that is fitted, and the weights of the masks of a round. In each round every layer runs once dense and once
-    per mask, its MLP once more where down_proj is fitted. A round begins when the first of its repairs is asked for.
-    `dtype` is the dtype that the weights will be written in.
+    layer that is fitted (three times where its experts are), and the weights of the masks of a round. In each round
+    every layer runs once dense and once per mask, its MLP once more where down_proj is fitted, and twice more where
+    experts are. A round begins when the first of its repairs is asked for. `dtype` is the dtype that the weights will
+    be written in.
     """
     mlp = mlp or rounding is not None
     ridges = ridges or (RIDGES if rounding is None else ROUNDED_RIDGES)
     if rounding is not None and written is not None:
         raise ValueError("a rounding says itself what is written")
     written = written if rounding is None else RoundedMatrices(rounding)
-    down = mlp or any(kept.channels is not None or kept.removed or kept.silent for kept in masks)
-    down = down and loaded.geometry.is_dense
-    at_once = masks_at_once(loaded, sum(batch.input_ids.numel() for batch in batches), dtype, mlp=down)
+    down = any(kept.channels is not None for kept in masks)
+    if loaded.geometry.is_dense:
+        down = down or mlp or any(kept.removed or kept.silent for kept in masks)
+    at_once = masks_at_once(loaded, sum(batch.input_ids.numel() for batch in batches), dtype, down=down)
     rounds = [masks[start : start + at_once] for start in range(0, len(masks), at_once)]
     layers = len(loaded.layers)
     for turn, together in enumerate(rounds):
@@ -98,12 +99,13 @@ def fit_repairs(
         yield from _fit_round(loaded, streams, batches, dtype, ridges, mlp=mlp, report=report)
 
 
-def masks_at_once(loaded: LoadedModel, tokens: int, dtype: torch.dtype, *, mlp: bool = False) -> int:
-    """How many masks one round fits on texts of so many tokens, padding included."""
-    refitted = [o_proj(layer) for layer in loaded.layers]
-    refitted += [down_proj(layer) for layer in loaded.layers] if mlp else []
-    weights = sum(projection.in_features * projection.out_features for projection in refitted) * dtype.itemsize
-    return max(1, ROUND_BYTES // max(1, tokens * loaded.geometry.hidden * 4 + weights))
+def masks_at_once(loaded: LoadedModel, tokens: int, dtype: torch.dtype, *, down: bool = False) -> int:
+    """How many masks one round fits on texts of so many tokens, padding included; `down`: whether down projections are
+    refitted, of experts those of all.
+    """
+    g = loaded.geometry
+    weights = g.layers * g.hidden * (g.heads * g.head_dim + (g.channels if down else 0)) * dtype.itemsize
+    return max(1, ROUND_BYTES // max(1, tokens * g.hidden * 4 + weights))
 
 
 @torch.inference_mode()
@@ -117,7 +119,7 @@ def _fit_round(
     mlp: bool,
     report: Callable[[int], None],
 ) -> list[Repair]:
-    dense = _Dense(loaded, batches)
+    dense = Dense(loaded, batches)
     rounding = streams[0].rounding  # the same for all
     entered = dense.hidden if rounding is None else _entered(loaded, batches, rounding)
     for stream in streams:
@@ -136,10 +138,10 @@ def _fit_round(
                 stream.advance(index, dense, dtype, ridges, mlp=mlp)
         kept_state.keep(partial(_stand, index + 1, dense, streams))
         report(index + 1)
-    return [Repair(stream.weights, down=stream.down) for stream in streams]
+    return [Repair(stream.weights, down=stream.down, experts=stream.experts) for stream in streams]
 
 
-def _stand(layers: int, dense: _Dense, streams: Sequence[_Stream]) -> Arrays:
+def _stand(layers: int, dense: Dense, streams: Sequence[_Stream]) -> Arrays:
     """All that the layers behind the first `layers` are fitted from, and what those were refitted to."""
     ended = layers == len(dense.loaded.layers)
     found = {} if ended else {f"dense.{number}": _array(hidden) for number, hidden in enumerate(dense.hidden)}
@@ -148,10 +150,12 @@ def _stand(layers: int, dense: _Dense, streams: Sequence[_Stream]) -> Arrays:
             found |= {f"{place}.hidden.{number}": _array(hidden) for number, hidden in enumerate(stream.hidden)}
         found |= {f"{place}.weights.{index}": _array(weight) for index, weight in stream.weights.items()}
         found |= {f"{place}.down.{index}": _array(weight) for index, weight in stream.down.items()}
+        for index, own in stream.experts.items():
+            found |= {f"{place}.experts.{index}.{number}": _array(weight) for number, weight in own.items()}
     return found | {"layers": np.array([layers])}
 
 
-def _go_on(stand: Arrays, dense: _Dense, streams: Sequence[_Stream], dtype: torch.dtype) -> int:
+def _go_on(stand: Arrays, dense: Dense, streams: Sequence[_Stream], dtype: torch.dtype) -> int:
     """Bring all to where a `_stand` was taken; gives the number of layers that are done."""
     layers = int(stand["layers"][0])
     if layers < len(dense.loaded.layers):
@@ -168,6 +172,9 @@ def _go_on(stand: Arrays, dense: _Dense, streams: Sequence[_Stream], dtype: torc
                 stream.weights[index] = _tensor(stand[name], dtype)
             if (name := f"{place}.down.{index}") in stand:
                 stream.down[index] = _tensor(stand[name], dtype)
+            for number in range(dense.loaded.geometry.experts):
+                if (name := f"{place}.experts.{index}.{number}") in stand:
+                    stream.experts.setdefault(index, {})[number] = _tensor(stand[name], dtype)
     return layers
 
 
@@ -182,57 +189,10 @@ def _tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(array).clone().view(dtype)
 
 
-def _calls_of(loaded: LoadedModel, batch: Batch) -> Mapping[int, LayerCall]:
-    """How the model calls its layers for a batch."""
-    with passed_over(loaded.layers), recorded_calls(loaded.layers) as recorded:
-        loaded.model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    return recorded
-
-
 def _entered(loaded: LoadedModel, batches: Sequence[Batch], rounding: Rounding) -> list[Tensor]:
     """What enters the first layer, [B, T, d] per batch, where embeddings are looked up in a rounded table."""
     with rounded_embedding(loaded, rounding, tied=loaded.geometry.tied):
-        return [_calls_of(loaded, batch)[0].hidden for batch in batches]
-
-
-class _Dense:
-    """The dense model on the texts, one layer at a time; all hidden states are [B, T, d] per batch.
-
-    `hidden` is what the current layer puts out (before the first: what enters it), `after` its residual stream after
-    attention. `real` marks what is not padding, `weights` holds what those positions count.
-    """
-
-    def __init__(self, loaded: LoadedModel, batches: Sequence[Batch]) -> None:
-        self.loaded = loaded
-        self.hidden: list[Tensor] = []
-        self.after: list[Tensor] = []
-        self.real = [batch.attention_mask.bool() for batch in batches]
-        self.weights = [w[real] for w, real in zip(position_weights(batches), self.real, strict=True)]
-        self._calls: list[list[tuple[tuple[Any, ...], Mapping[str, Any]]]] = []
-        for batch in batches:
-            recorded = _calls_of(loaded, batch)
-            self.hidden.append(recorded[0].hidden)
-            self._calls.append([(recorded[index].rest, recorded[index].options) for index in range(len(recorded))])
-
-    def run(self, index: int, number: int, hidden: Tensor) -> Tensor:
-        """Another hidden state through a layer, called as the model calls it for this batch."""
-        rest, options = self._calls[number][index]
-        return layer_output(self.loaded.layers[index](hidden, *rest, **options))
-
-    def advance(self, index: int) -> None:
-        self.after = []
-        for number, hidden in enumerate(self.hidden):
-            with input_of(residual_norm(self.loaded.layers[index]), "residual norm") as seen:
-                self.hidden[number] = self.run(index, number, hidden)
-            self.after.append(seen[0])
-
-    def beyond(self, index: int, more: int) -> list[Tensor]:
-        """What so many `more` layers behind the current one put out."""
-        found = list(self.hidden)
-        for behind in range(index + 1, index + 1 + more):
-            with in_memory(self.loaded.layers[behind]):
-                found = [self.run(behind, number, hidden) for number, hidden in enumerate(found)]
-        return found
+        return [calls_of(loaded, batch)[0].hidden for batch in batches]
 
 
 @dataclass
@@ -245,6 +205,7 @@ class _Stream:
     hidden: list[Tensor] = field(default_factory=list)
     weights: dict[int, Tensor] = field(default_factory=dict)
     down: dict[int, Tensor] = field(default_factory=dict)
+    experts: dict[int, dict[int, Tensor]] = field(default_factory=dict)
 
     def began(self, index: int) -> bool:
         """Whether something was cut in front of a layer. Before, all states are the dense model's own."""
@@ -252,7 +213,7 @@ class _Stream:
             return True
         return self.kept.channels is not None and not bool(self.kept.channels[:index].all())
 
-    def advance(self, index: int, dense: _Dense, dtype: torch.dtype, ridges: Ridges, *, mlp: bool) -> None:
+    def advance(self, index: int, dense: Dense, dtype: torch.dtype, ridges: Ridges, *, mlp: bool) -> None:
         """Fit a layer to the dense one, and take the hidden states through what came out; around a removed one."""
         if not self.kept.stays(index):
             return
@@ -270,7 +231,7 @@ class _Stream:
             return
         layer = loaded.layers[index]
         fits_down = loaded.geometry.is_dense and (narrower or mlp or mends)
-        targets = dense.beyond(index, removed) if fits_down else []
+        targets = dense.beyond(index, removed) if fits_down or narrower else []
         with rounded_inside(layer, self.rounding) if self.rounding is not None else contextlib.nullcontext():
             attended = self._attend(index, dense) if attends else [torch.zeros_like(hidden) for hidden in self.hidden]
             if refits:
@@ -280,21 +241,30 @@ class _Stream:
                 # Inputs of o_proj up to here, and outputs from here on: each batch in the place of the other.
                 for number, x in enumerate(attended if attends else ()):
                     attended[number] = o_proj(layer)(x)
-            if targets:
+            if fits_down:
                 full = self._refit_mlp(index, dense, attended, channels, targets, ridges)
                 self.down[index] = full.to(dtype).contiguous()
+            elif channels is not None and narrower:
+                kept = channels.view(loaded.geometry.mlps, -1)
+                firm = ridges.down_proj, ridges.least
+                fitted = fit_experts(dense, index, self.hidden, attended, targets, kept, *firm)
+                self.experts[index] = {number: full.to(dtype).contiguous() for number, full in fitted}
             if layer is not loaded.layers[-1]:
                 self._leave(index, dense, attended, channels)
 
-    def _leave(self, index: int, dense: _Dense, outputs: Sequence[Tensor], channels: Tensor | None) -> None:
+    def _leave(self, index: int, dense: Dense, outputs: Sequence[Tensor], channels: Tensor | None) -> None:
         """Take the hidden states out of a layer whose attention puts out `outputs`."""
         g, layer = dense.loaded.geometry, dense.loaded.layers[index]
         down = {index: self._seen(index, self.down[index], channels, down=True)} if index in self.down else {}
-        # A refitted down_proj has zeros in the place of channels that went; those of experts stay as they are.
+        # What is refitted has zeros in the place of channels that went; an expert that no text visits stays as it was.
         gates = None if g.is_dense or channels is None else channels.view(g.mlps, g.width)
+        refitted = {
+            number: self._seen(index, weight, None if gates is None else gates[number], down=True)
+            for number, weight in self.experts.get(index, {}).items()
+        }
         with (
-            repaired(dense.loaded, Repair({}, down=down)),
             expert_gates(layer, gates) if gates is not None else contextlib.nullcontext(),
+            repaired(dense.loaded, Repair({}, down=down, experts={index: refitted} if refitted else {})),
         ):
             for number, output in enumerate(outputs):
                 with answered(attention(layer), output):
@@ -309,7 +279,7 @@ class _Stream:
         behind = range(index + 1, len(self.kept.heads))
         return next((place for place, layer in enumerate(behind) if self.kept.stays(layer)), len(behind))
 
-    def _attend(self, index: int, dense: _Dense) -> list[Tensor]:
+    def _attend(self, index: int, dense: Dense) -> list[Tensor]:
         """The inputs of o_proj, [B, T, heads * D] per batch; no fit of this layer changes them."""
         found = []
         for number, hidden in enumerate(self.hidden):
@@ -319,7 +289,7 @@ class _Stream:
         return found
 
     def _refit_attention(
-        self, index: int, dense: _Dense, inputs: Sequence[Tensor], columns: Tensor, ridges: Ridges
+        self, index: int, dense: Dense, inputs: Sequence[Tensor], columns: Tensor, ridges: Ridges
     ) -> Tensor:
         """o_proj [hidden, heads * D] with refitted kept columns and zeros elsewhere: a removed head adds nothing."""
         projection = o_proj(dense.loaded.layers[index])
@@ -335,7 +305,7 @@ class _Stream:
     def _refit_mlp(
         self,
         index: int,
-        dense: _Dense,
+        dense: Dense,
         outputs: Sequence[Tensor],
         channels: Tensor | None,
         targets: Sequence[Tensor],
@@ -370,25 +340,14 @@ class _Stream:
         residual: Tensor,
         bias: Tensor | None,
         number: int,
-        dense: _Dense,
+        dense: Dense,
         target: Tensor,
     ) -> None:
         """One batch: the projection's inputs, and what it has to add to the residual stream to get to `target`, where
         the dense model is.
         """
-        missing = (target.to(residual.device).float() - residual.float()) / dense.loaded.geometry.residual_multiplier
+        missing = dense.missing(residual, target)
         if bias is not None:
             missing = missing - bias
         real = dense.real[number].to(inputs.device)
         system.add(inputs[real], missing[real], dense.weights[number])
-
-
-def position_weights(batches: Sequence[Batch]) -> list[Tensor]:
-    """Weight of every position, [B, T] per batch: scored ones have at least SCORED_SHARE of all, and are as heavy as
-    other real ones where that is more.
-    """
-    scored = sum(int(batch.score_mask.sum()) for batch in batches)
-    other = sum(int(batch.attention_mask.sum()) for batch in batches) - scored
-    # Half of the weight for the eight tokens that open a passage would be a fit to its first tokens.
-    ratio = max(1.0, SCORED_SHARE / (1 - SCORED_SHARE) * other / scored)
-    return [torch.where(batch.score_mask, ratio, 1.0) for batch in batches]

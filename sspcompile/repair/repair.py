@@ -8,13 +8,26 @@ residual stream before attention, the kept columns W of o_proj solve
 
 where Y [N, d] is the dense residual stream after attention, b the bias and W0 the columns as they were (with a residual
 multiplier, Y - R is divided by it). The weights w give the positions where the model decodes half of the total
-(fitting.py): they are what the pruned model will be asked for, and a few of them stand against a whole prompt. Layers
+(dense.py): they are what the pruned model will be asked for, and a few of them stand against a whole prompt. Layers
 are solved in order, so each sees the errors that the ones before it could not mend.
 
 Where channels of an MLP were removed, the kept columns of its down_proj are refitted in the same way: its inputs are
 the pruned model's, its target is what is missing of the dense residual stream after the whole layer. In front of layers
 that were removed whole it is refitted too, and aims at the dense residual stream behind them. So it is in a layer whose
 attention was removed: the MLP has to make up for it.
+
+Where channels of experts were removed, the kept columns of each expert's down projection are refitted, one expert after
+another. Token n visits the experts E(n), whose outputs count by the shares s_ne; S_n is their sum. With x_ne the
+channels of expert e, run on the pruned model's own state, W0_e all columns of its down projection as they were, and t_n
+what the layer has to add to the residual stream to get to the dense one behind it,
+
+    y_ne = W0_e x_ne + (t_n - sum_e s_ne W0_e x_ne) / S_n
+    min_W sum_n w_n s_ne S_n |x_ne,kept W^T - y_ne|^2 + ridge * sum_c m_c |W_c - W0_c|^2
+
+with m_c the energy of a channel in that sum. The y_ne times their shares sum up to t_n, so by Cauchy and Schwarz the
+layer's own error, sum_n w_n |t_n - sum_e s_ne W_e x_ne,kept|^2, is at most the sum over experts of what is minimised
+(one step of majorisation: Hunter and Lange, A tutorial on MM algorithms, 2004). Where fewer tokens visit an expert than
+it keeps channels, the ridge is firmer by that ratio. An expert that none visits is left as it was.
 
 *Least squares with the MLP* refits down_proj in every layer, whether it lost channels or not. It mends more where many
 heads were cut, at the price of rewriting weights that nothing was removed from.
@@ -33,15 +46,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sspcompile.checkpoint.headers import WORD_DTYPE
 from sspcompile.checkpoint.source import Checkpoint
+from sspcompile.checkpoint.tensors import down_names
 from sspcompile.errors import UnsupportedModelError
 from sspcompile.families import Geometry, layer_prefix
 from sspcompile.model.decoder import LoadedModel
+from sspcompile.model.experts import DOWN, down_of
 from sspcompile.model.hooks import channel_gates, head_gates, without
-from sspcompile.model.modules import down_proj, o_proj
+from sspcompile.model.modules import down_proj, experts, o_proj
 from sspcompile.model.stored import stored_dtype
 from sspcompile.model.weights import replaced
 from sspcompile.slicing.mask import Kept
@@ -56,14 +71,16 @@ class Repair:
 
     `weights`: o_proj, [hidden, heads * D] per layer in the dense shape, zero in removed columns. `biases`: of o_proj,
     [hidden] per layer, instead of the bias that was there or of none. `down`: down_proj, [hidden, intermediate] per
-    layer, zero in removed columns; `down_biases`: of down_proj, like `biases`. The dtype is the checkpoint's own, so
-    that what is measured is what is written.
+    layer, zero in removed columns; `down_biases`: of down_proj, like `biases`. `experts`: per layer, by the numbers of
+    its experts, their down projections, each [hidden, width] like `down`. The dtype is the checkpoint's own, so that
+    what is measured is what is written.
     """
 
     weights: Mapping[int, Tensor]
     biases: Mapping[int, Tensor] = field(default_factory=dict)
     down: Mapping[int, Tensor] = field(default_factory=dict)
     down_biases: Mapping[int, Tensor] = field(default_factory=dict)
+    experts: Mapping[int, Mapping[int, Tensor]] = field(default_factory=dict)
 
     def replaced(self, kept: Kept, g: Geometry) -> dict[str, np.ndarray]:
         """Tensor name in the dense model -> the kept columns as raw words, for `cut_tensors`."""
@@ -76,9 +93,19 @@ class Repair:
         for layer, weight in self.down.items():
             channels = None if kept.channels is None else torch.from_numpy(kept.channels[layer])
             found[down_name(g, layer)] = _words(weight if channels is None else weight[:, channels])
+        for layer, own in self.experts.items():
+            names = down_names(g, layer)
+            for number, weight in own.items():
+                found[names[number]] = _words(weight[:, torch.from_numpy(channels_of(kept, g, layer)[number])])
         for layer, bias in self.down_biases.items():
             found[bias_name(g, layer)] = _words(bias)
         return found
+
+
+def channels_of(kept: Kept, g: Geometry, layer: int) -> np.ndarray:
+    """Which channels of a layer's MLPs stay, bool [mlps, width]."""
+    rows = np.ones(g.channels, dtype=bool) if kept.channels is None else kept.channels[layer]
+    return rows.reshape(g.mlps, g.width)
 
 
 def down_name(g: Geometry, layer: int) -> str:
@@ -125,14 +152,26 @@ def demand_place(geometry: Geometry, repair: str) -> None:
 def repaired(loaded: LoadedModel, repair: Repair | None) -> Iterator[None]:
     """Run the model with a repair in place; together with closed gates this is `masked`.
 
-    A bias may be put where the architecture has none: such a model can be judged, but not written.
+    A bias may be put where the architecture has none: such a model can be judged, but not written. Gates on experts
+    have to be there already: they take the place of what runs experts.
     """
     with contextlib.ExitStack() as stack:
         for layer, tensors in _parameters(repair).items():
             for module, own in ((o_proj, tensors[0]), (down_proj, tensors[1])):
                 if own:
                     stack.enter_context(replaced(module(loaded.layers[layer]), own))
+        for layer, refitted in repair.experts.items() if repair is not None else ():
+            together = experts(loaded.layers[layer])
+            stack.enter_context(replaced(together, {DOWN: _stacked(together, refitted)}))
         yield
+
+
+def _stacked(module: nn.Module, refitted: Mapping[int, Tensor]) -> Tensor:
+    """The down projections of all experts of a layer, [experts, hidden, width], with the `refitted` ones."""
+    every = down_of(module).clone()
+    for number, weight in refitted.items():
+        every[number] = weight.to(every)
+    return every
 
 
 @contextlib.contextmanager
