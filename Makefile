@@ -19,7 +19,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 WORKERS ?= 2
 
 .PHONY: demo demo-llm test test-whole audit test-compat test-oldest test-pythons test-optimum test-vllm test-gguf test-runtimes test-browser screenshots fuzz test-kills test-wheel test-shapes test-lm-eval generated docs lint format train bench-compile bench-prepare bench-trimming \
-	bench-quality bench-slice bench-onnx bench-gguf bench-bench bench-build bench-budgets bench-floors bench-nested bench-packages bench-scores bench-real bench-repairs bench-experts bench-rounding bench-recognition bench-large clean
+	bench-quality bench-slice bench-onnx bench-gguf bench-bench bench-build bench-budgets bench-floors bench-replies bench-nested bench-packages bench-scores bench-real bench-repairs bench-experts bench-rounding bench-recognition bench-large clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -240,6 +240,9 @@ bench-budgets: $(VENV)/.done  ## Whole builds by budget, unit and layout: what i
 
 bench-floors: $(VENV)/.done  ## Whether builds hold the bound on the loss that they were given, on texts that they never saw.
 	$(BIN)/python -m benchmarks.floors --model $(MODEL) --data $(DATA) --fine word-problems
+
+bench-replies: $(VENV)/.done  ## How many tokens the dense model should write behind prompts without answers.
+	$(BIN)/python -m benchmarks.replies --model $(MODEL) --data $(DATA)
 
 bench-trimming: $(VENV)/.done  ## A trimmed vocabulary: sizes and losses, and beside cuts of the same size.
 	$(BIN)/python -m benchmarks.trimming --model $(MODEL) --questions $(QUESTIONS) --judge $(JUDGE)

@@ -96,9 +96,8 @@ def replaced(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]
     if own.is_meta and not hasattr(own, "stored"):
         # accelerate brings the module's own parameters right before they are used, and takes them away behind that.
         forward: Any = module._old_forward
-        if (
-            isinstance(forward, partial) and forward.func is _run_with
-        ):  # of a context around this one, which counts less
+        if isinstance(forward, partial) and forward.func is _run_with:
+            # A context around this one: what it put there counts less.
             _, others, forward = forward.args
             given = {**others, **given}
         with swapped(module, partial(_run_with, module, given, forward), "_old_forward"):
