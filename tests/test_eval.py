@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from commands import inside
 from test_cli import refused, run  # noqa: F401 (a fixture)
 from test_prepare_tools import TEMPLATE, tiny
 
-from sspcompile.api.evaluate import Deployment, deployment_of, fitted_prompts, scenario_suites
+from sspcompile.api.evaluate import Deployment, _built_for, deployment_of, fitted_prompts, scenario_suites
 from sspcompile.embedded import EMBEDDED, POOLS_DIR
 from sspcompile.embedded.questions import questions
 from sspcompile.evaluate.asking import Limits, ask
@@ -22,7 +23,7 @@ from sspcompile.model.chat import takes_conversations
 from sspcompile.request.conversations import is_of
 from sspcompile.request.domains import load_pools
 from sspcompile.request.prompts import Message
-from sspcompile.request.splits import seen_part, split
+from sspcompile.request.splits import Holding, seen, seen_part, split
 from training.corpus import items
 
 PROMPTS = [item.prompt for item in items("chemistry", "train", 77, 24)]
@@ -124,7 +125,7 @@ def test_only_held_out_prompts_are_asked(artifacts, embedded):
     workspace = Workspace(artifacts.parent)
     contenders = cut_model("cut", None, workspace, option="--against")
     deployment = deployment_of(contenders, None, embedded, workspace, 0, lambda *_: None)
-    fit, guard, held = split(PROMPTS)
+    fit, guard, held = split(PROMPTS, holding=Holding.SPACED)
     fitted = fitted_prompts(deployment, EMBEDDED)
     # A prompt of the scenario that stands in a pool as well may have taught `prepare`.
     learned = {text for pool in load_pools(POOLS_DIR) for text in seen_part(pool.prompts)}
@@ -135,6 +136,16 @@ def test_only_held_out_prompts_are_asked(artifacts, embedded):
         suites = scenario_suites(deployment, fitted, labelled=labelled, count=40, seed=0)
         asked = [turn.prompt for suite in suites for c in suite.conversations for turn in c.turns]
         assert not any(is_of(text, fitted) for text in asked) and held <= set(asked)
+
+
+def test_of_a_build_that_held_out_every_fourth_prompt_nothing_that_chose_is_asked(artifacts, tmp_path):
+    for name in ("recipe.yaml", "mask.json", "manifest.json"):
+        shutil.copyfile(artifacts / "cut" / name, tmp_path / name)
+    assert _built_for(tmp_path).fitted == seen(PROMPTS, Holding.SPACED)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["origin"].pop("holding") == 2
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert _built_for(tmp_path).fitted == seen(PROMPTS, Holding.EVERY_FOURTH) != seen(PROMPTS, Holding.SPACED)
 
 
 def test_every_seed_asks_other_shipped_questions_and_none_twice():

@@ -152,7 +152,7 @@ def test_a_build_holds_the_floor_where_it_decides_and_reports_it_on_other_texts(
 
 def test_a_floor_that_a_size_cannot_hold_is_refused_with_the_smallest_size_that_was_measured_to(run, home, monkeypatch):
     monkeypatch.chdir(home)
-    wanted = ("--size", "0.95", "--protect", "law=0.15", "--out", "none", "--quiet")
+    wanted = ("--size", "0.95", "--protect", "law=0.2", "--out", "none", "--quiet")
     code, _, err = run("build", "--scenario", "sums.yaml", *wanted)
     assert code == 3 and not (home / "none").exists()
     assert "No mask within --size 0.95 changes at most" in err and "of the next tokens of law" in err
