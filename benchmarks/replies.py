@@ -4,7 +4,8 @@
                                  [--size 0.9] [--prompts 96]
 
 A row is a whole build by `--size` from PROMPTS prompts without their answers, behind which the dense model writes so
-many tokens: they are all that is scored, repaired and judged. What it loses is measured on UNSEEN other prompts, on
+many tokens: they are all that is scored, repaired and judged. The scenario `sentence` is SENTENCE alone, for which
+prompts of the domain pools stand in; word problems judge it. What a build loses is measured on UNSEEN other prompts, on
 their reference answers where they have some, and on replies of the dense model of LONG tokens. With `--folder` a second
 run goes on where the first one ended, and judges builds that are there as they are.
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.build import build
+from benchmarks.build import SENTENCE, build
 from benchmarks.floors import OPTIONS, UNSEEN, divergence, write_texts
 from benchmarks.real import SCENARIOS
 from benchmarks.rows import Results, Row
@@ -32,7 +33,8 @@ LONG = 128
 
 
 def figures(found: Divergence) -> Row:
-    return {"kl": asdict(found.mean_kl), "changed": asdict(found.changed)}
+    row = {"kl": asdict(found.mean_kl), "changed": asdict(found.changed)}
+    return row if found.perplexity is None else {**row, "perplexity": asdict(found.perplexity)}
 
 
 def built(model: str, name: str, home: Path, asked: str, words: Sequence[str], unseen: Sequence[Prompt]) -> Row:
@@ -79,9 +81,11 @@ def main(
         home = (folder or Path(temporary)).resolve()
         home.mkdir(parents=True, exist_ok=True)
         for scenario in scenarios.split(","):
-            drawn = random.Random(0).sample(SCENARIOS[scenario](data), prompts + UNSEEN)
-            asked = f"{scenario}-{prompts}.jsonl"
-            write_texts(home / asked, [asked_of(prompt) for prompt in drawn[:prompts]])
+            texts = SCENARIOS["word-problems" if scenario == "sentence" else scenario](data)
+            drawn, asked = random.Random(0).sample(texts, prompts + UNSEEN), SENTENCE
+            if scenario != "sentence":
+                asked = f"{scenario}-{prompts}.jsonl"
+                write_texts(home / asked, [asked_of(prompt) for prompt in drawn[:prompts]])
             for count in map(int, tokens.split(",")):
                 name = f"{Path(model).name}-{scenario}-{prompts}-{count}-{size:g}"
                 words = ("--size", str(size), "--continuation-tokens", str(count))
