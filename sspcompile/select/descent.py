@@ -3,9 +3,9 @@
 The first round measures fixed shares. After it the loss is read as a power of what is removed, through the two masks
 next to the bound, and the next round measures where that meets the bound, a little above and a little below: by the
 upper end of its interval, what SmolLM2-135M loses grows about as the power .5 to .75 of the share of the parameters
-that goes, from a third of a hundredth to a quarter of them (benchmarks/results/floors-*.json). Where the bound turns out
-not to lie there, the last round measures evenly between the largest mask that lost too much and the smallest that did
-not. The walk ends where those are close.
+that goes, from a third of a hundredth to a quarter of them (benchmarks/results/floors-quarter.json). Where the bound
+turns out not to lie there, the last round measures evenly between the largest mask that lost too much and the smallest
+that did not. The walk ends where those are close.
 """
 
 from __future__ import annotations
