@@ -21,10 +21,11 @@ from sspcompile.report.build import latency_section
 from sspcompile.report.comparison import comparison_page, points_of
 from sspcompile.report.html import render_html
 from sspcompile.report.markdown import render_markdown
-from sspcompile.report.model import LatencyRow, LatencySection, Pair, QualityRow
+from sspcompile.report.model import Pair, QualityRow
 from sspcompile.report.page import report_page
 from sspcompile.report.panels import Panel, in_words, panels_of, spoken
 from sspcompile.report.panels_svg import render_panels
+from sspcompile.report.speed import LatencyRow, LatencySection
 from sspcompile.report.svg import render_svg
 from sspcompile.report.text import render_text
 

@@ -207,6 +207,7 @@ def test_default_options() -> None:
             "keep": None,
             "strength": None,
             "max_loss": 0.05,
+            "max_perplexity": None,
             "protect": None,
             "max_params": None,
             "max_memory": None,

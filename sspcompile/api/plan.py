@@ -52,7 +52,7 @@ FEW_HEADS = 0.5
 def assumed(options: Options, checkpoint: Checkpoint) -> Budget | None:
     """What is planned in place of a bound on the loss; None where another budget stands, alone or beside it."""
     geometry = checkpoint.geometry
-    if options.max_loss is None or bounded(options):
+    if not options.floored or bounded(options):
         return None
     # Of a small model with a large vocabulary more than that stays whatever is cut.
     if options.whole is not None:

@@ -107,6 +107,7 @@ def _channels_may_go(outcome: Outcome) -> bool:
 def _budget(outcome: Outcome) -> BudgetSection:
     selection, options = outcome.selection, outcome.request.options
     floor, budget, mask = selection.floor, selection.reading.budget, selection.mask
+    bounded = floor.tried if floor is not None and options.max_perplexity is not None else ()
     memory = latency = None
     if budget.serving is not None and options.max_memory is not None:
         memory = outcome.plan.memory(budget.serving)[1]
@@ -117,8 +118,10 @@ def _budget(outcome: Outcome) -> BudgetSection:
         keep_achieved=mask.keep_achieved,
         strength=options.strength,
         max_loss=options.max_loss,
+        max_perplexity=options.max_perplexity,
         measured=tuple((one.kept, one.loss.value) for one in floor.tried) if floor is not None else (),
         at_most=tuple(one.loss.most for one in floor.tried) if floor is not None else (),
+        perplexities=tuple((one.perplexity.value, one.perplexity.most) for one in bounded if one.perplexity),
         unit=budget.unit,
         size_requested=mask.size_requested,
         size_achieved=outcome.plan.size,

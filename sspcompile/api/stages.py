@@ -144,7 +144,7 @@ def deciding(
     options = request.options
     yield from reading(request, loaded, lengths, parts)
     layouts, width = _masks(request, loaded)[1], refitted_width(request, loaded)
-    if options.max_loss is not None:
+    if options.floored:
         name = "repairing masks on the way to the smallest"
         once = repairing(name, _compared(parts.fit), [width] * AT_ONCE, request, dense, loaded)
         yield replace(once, passes=USUAL_ROUNDS * once.passes)
@@ -161,7 +161,7 @@ def deciding(
     yield repairing("repairing this build and its baselines", parts.fit, [width] * (1 + rivals), request, dense, loaded)
     yield Stage("judging the repair", *parts.guard, 2)
     yield Stage("judging this build and its baselines", *parts.reported, 2 + rivals)
-    yield from _sparing(parts, USUAL_ROUNDS * AT_ONCE if options.max_loss is not None else 0, layouts)
+    yield from _sparing(parts, USUAL_ROUNDS * AT_ONCE if options.floored else 0, layouts)
     if options.quantize is not None:
         if options.repair in REFITS:
             every = widest_refit(request, loaded)
@@ -301,9 +301,9 @@ def _bounds(request: Request, loaded: LoadedModel) -> tuple[Bound, ...]:
     options, g = request.options, loaded.geometry
     if bounded(options):
         return bounds_of(options, Checkpoint(loaded.path))
-    if options.max_loss is not None and options.whole is not None:
+    if options.floored and options.whole is not None:
         return (of_size(g, UNKNOWN_SIZE),)
-    if options.max_loss is None or not cuts_channels(options, g):
+    if not options.floored or not cuts_channels(options, g):
         return ()
     smallest = smallest_size(g, channels=True, groups_only=options.granularity == "group")
     return (of_size(g, max(UNKNOWN_SIZE, smallest)),)
@@ -360,7 +360,7 @@ def _masks(request: Request, loaded: LoadedModel) -> tuple[int, int]:
     if _bounds(request, loaded) and options.criterion == AUTO:
         per_layer = len(RATES) if cuts_channels(options, g) else 1
         return sum(SHAPES if name == "uniform" else per_layer for name in layouts), len(layouts)
-    if options.max_loss is not None and options.layout == "auto":
+    if options.floored and options.layout == "auto":
         layouts = ("per-layer",)  # few uniform shapes keep as much as a bound on the loss leaves
     if options.criterion != AUTO:
         return len(layouts), len(layouts)

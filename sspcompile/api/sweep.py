@@ -31,7 +31,7 @@ from sspcompile.request.request import Request
 from sspcompile.workspace import RECIPE, REPORT, Workspace
 
 FRONTIER = "frontier"
-NUMBERS = ("size", "keep", "strength", "max_loss")
+NUMBERS = ("size", "keep", "strength", "max_loss", "max_perplexity")
 # Taken as they are typed: names, and numbers with a unit.
 NAMES = ("criterion", "layout", "repair", "granularity", "max_params", "max_memory", "max_latency")
 MOST = 40

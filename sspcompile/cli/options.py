@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from sspcompile.request.options import NAMES, default_of, flag, kind_of, shown_of
+from sspcompile.request.kinds import kind_of
+from sspcompile.request.options import NAMES, default_of, flag, shown_of
 
 if TYPE_CHECKING:
     from sspcompile.model.placement import Placement

@@ -127,7 +127,7 @@ def _members(argument: str, as_json: bool) -> None:
 
 def _say_budget(options: Options) -> None:
     """That sizes are of a share that no build was asked for, where the budget is a bound on the loss."""
-    if options.max_loss is None:
+    if not options.floored:
         return
     from sspcompile.api.plan import assumed
     from sspcompile.model.dense import open_sizes
@@ -135,8 +135,10 @@ def _say_budget(options: Options) -> None:
     budget = assumed(options, open_sizes(options.source))
     if budget is not None:
         flag = budget.option.split()[0]
+        bounds = {"--max-loss": options.max_loss, "--max-perplexity": options.max_perplexity}
+        asked = " and ".join(f"{name} {most:g}" for name, most in bounds.items() if most is not None)
         warn(
-            f"Sizes are those of {budget.option}: how much can go for --max-loss {options.max_loss:g} is measured by "
+            f"Sizes are those of {budget.option}: how much can go for {asked} is measured by "
             f"`sspcompile build`. Give {flag} to plan another share."
         )
 

@@ -12,7 +12,8 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
         "continuation_tokens",
     ),
     "Budget": (
-        *("max_loss", "size", "max_params", "max_memory", "max_latency", "latency_runtime", "context", "batch"),
+        *("max_loss", "max_perplexity", "size", "max_params", "max_memory", "max_latency", "latency_runtime"),
+        *("context", "batch"),
         *("protect", "keep", "strength", "nested", "sweep", "no_bench"),
     ),
     "What goes, and how": (

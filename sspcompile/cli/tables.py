@@ -267,6 +267,8 @@ def _asked(mask: HeadMask) -> Iterator[str]:
     floor: dict[str, Any] = mask.scenario.get("floor") or {}
     if floor.get("max_loss") is not None:
         yield f"{100 * floor['max_loss']:g}% of the next tokens changed"
+    if floor.get("max_perplexity") is not None:
+        yield f"{floor['max_perplexity']:g} times the perplexity of replies"
     for name, most in (mask.scenario.get("protect") or {}).items():
         yield f"{100 * most:g}% of those of {name}"
     # Beside a bound on the loss the size of the mask is what that came to.

@@ -32,7 +32,9 @@ class Divergence:
     The means are over conversations. The tuples hold one value per prompt, in ascending order of `prompts`.
     `reference_loss`: by how much its cross-entropy of reference answers is above the dense one's, in nats per token,
     for the prompts that have one; None without any. `owners` is the conversation of each prompt, `reference_owners` of
-    each that has a reference; nothing where each has its own.
+    each that has a reference; nothing where each has its own. `replies_per_prompt`: in nats per token, by how much the
+    cross-entropy of a prompt's reference answer is above the dense one's, or of what the dense model would write where
+    there is none, which is the KL.
     """
 
     mean_kl: Estimate
@@ -45,6 +47,7 @@ class Divergence:
     reference_per_prompt: tuple[float, ...] = ()
     owners: tuple[int, ...] = ()
     reference_owners: tuple[int, ...] = ()
+    replies_per_prompt: tuple[float, ...] = ()
 
     @property
     def changed(self) -> Estimate:
@@ -54,11 +57,14 @@ class Divergence:
     @property
     def perplexity(self) -> Estimate | None:
         """Of the reference answers, times the dense model's."""
-        found = self.reference_loss
-        if found is None:
-            return None
-        low, high = (None if end is None else float(np.exp(end)) for end in (found.low, found.high))
-        return replace(found, value=float(np.exp(found.value)), low=low, high=high)
+        return None if self.reference_loss is None else _exp(self.reference_loss)
+
+    @property
+    def reply_perplexity(self) -> Estimate:
+        """Of reference answers, and where there are none of what the dense model would write, times the dense model's:
+        e to the mean over conversations.
+        """
+        return _exp(_mean(self.replies_per_prompt or self.kl_per_prompt, self.owners, 0))
 
 
 def divergence(
@@ -122,6 +128,7 @@ class DivergenceAccumulator:
             raise RunError("There are no scored positions to compare.", hint="Give at least one prompt.")
         prompts = sorted(self._kl)
         kl = [float(np.mean(self._kl[p])) for p in prompts]
+        references = {p: float(np.mean(losses)) for p, losses in self._reference.items()}
         agree = [float(np.mean(self._agree[p])) for p in prompts]
         answered = [p for p in prompts if p in self._reference]
         whose, of_answers = (_shared(owners, some) for some in (prompts, answered))
@@ -134,7 +141,8 @@ class DivergenceAccumulator:
             agreement_per_prompt=tuple(agree),
             positions_per_prompt=positions,
             owners=whose,
-            **_references([float(np.mean(self._reference[p])) for p in answered], of_answers, seed),
+            replies_per_prompt=tuple(references.get(p, above) for p, above in zip(prompts, kl, strict=True)),
+            **_references([references[p] for p in answered], of_answers, seed),
         )
 
 
@@ -150,6 +158,12 @@ def _by_owner(values: Sequence[float] | np.ndarray, owners: Sequence[int]) -> Se
         return values
     _, place = np.unique(owners, return_inverse=True)
     return np.bincount(place, weights=values) / np.bincount(place)
+
+
+def _exp(nats: Estimate) -> Estimate:
+    """Perplexities as a multiple, of a difference of cross-entropies."""
+    low, high = (None if end is None else float(np.exp(end)) for end in (nats.low, nats.high))
+    return Estimate(float(np.exp(nats.value)), low, high)
 
 
 def _mean(values: Sequence[float] | np.ndarray, owners: Sequence[int], seed: int) -> Estimate:
@@ -203,6 +217,7 @@ def average(divergences: Sequence[Divergence], *, seed: int = 0) -> Divergence:
         top1_agreement=_share(agree, first.positions_per_prompt, first.owners, seed),
         kl_per_prompt=tuple(kl),
         agreement_per_prompt=tuple(agree),
+        replies_per_prompt=tuple(np.mean([d.replies_per_prompt for d in divergences], axis=0).tolist()),
         **_references(
             np.mean([d.reference_per_prompt for d in divergences], axis=0).tolist(), first.reference_owners, seed
         ),

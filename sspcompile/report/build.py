@@ -9,16 +9,8 @@ from sspcompile.bench.metrics import METRICS
 from sspcompile.bench.ratios import Ratio
 from sspcompile.intervals import Estimate, Summary
 from sspcompile.model.divergence import Divergence
-from sspcompile.report.model import (
-    CapacityRow,
-    LatencyRow,
-    LatencySection,
-    PredictionRow,
-    ProtectedRow,
-    QualityRow,
-    Role,
-    RooflineRow,
-)
+from sspcompile.report.model import ProtectedRow, QualityRow, Role
+from sspcompile.report.speed import CapacityRow, LatencyRow, LatencySection, PredictionRow, RooflineRow
 
 
 def quality_row(
@@ -43,6 +35,7 @@ def quality_row(
         off_kl=off.mean_kl if off else None,
         off_agreement=off.top1_agreement if off else None,
         answer_perplexity=divergence.perplexity,
+        reply_perplexity=divergence.reply_perplexity,
     )
 
 

@@ -11,7 +11,9 @@ from sspcompile.intervals import Estimate
 from sspcompile.report.blocks import Block, Page, Table, page
 from sspcompile.report.first import Picture
 from sspcompile.report.format import change, figures, percent, size, with_interval
-from sspcompile.report.model import LatencyRow, Report, Section, Unit
+from sspcompile.report.model import Report, Unit
+from sspcompile.report.section import Section
+from sspcompile.report.speed import LatencyRow
 from sspcompile.report.verdict import headline
 
 SCHEMA_VERSION = 1

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from sspcompile.intervals import Estimate
+from sspcompile.report.section import Section
+from sspcompile.report.speed import LatencySection
 from sspcompile.request.rounding import Rounded
 
 SCHEMA_VERSION = 2
-
-
-class Section(BaseModel):
-    """NaN and infinity are refused: JSON cannot hold them, and a report with them says nothing."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ScenarioSection(Section):
@@ -27,7 +23,7 @@ class ScenarioSection(Section):
     source: str
     text: str | None = None
     prompts: tuple[str, ...] = ()
-    mixture: dict[str, float] = {}
+    mixture: dict[str, float] = Field(default={})
     unknown: float = 0.0
     fits_no_domain: bool = False
     breadth: float = 0.0
@@ -89,17 +85,20 @@ class BudgetSection(Section):
     versions have no `size_achieved`. `params_requested`: the number that it was given as. `memory_*`: bytes of weights
     and KV cache for `batch` sequences of `context` tokens, where those were bounded; `latency_*`: seconds of a decoded
     token with as many in the cache, as foretold. `max_loss`: the bound on the share of next tokens that change hands,
-    where that was the budget; `measured` has what masks on the way to it lost on the texts that decide, `(kept, loss)`
-    by share of the unit, and `at_most` the upper ends of those losses' intervals, which the bound is for (reports of
-    earlier versions have none, and their bound was for the losses).
+    and `max_perplexity` the one on the perplexity of replies, times the dense model's, where those were the budget;
+    `measured` has what masks on the way to it lost on the texts that decide, `(kept, loss)` by share of the unit, and
+    `at_most` the upper ends of those losses' intervals, which the bound is for (reports of earlier versions have none,
+    and their bound was for the losses); `perplexities` the same two of their replies, where those were bounded.
     """
 
     keep_requested: float
     keep_achieved: float
     strength: float | None = None
     max_loss: float | None = None
+    max_perplexity: float | None = None
     measured: tuple[tuple[float, float], ...] = ()
     at_most: tuple[float, ...] = ()
+    perplexities: tuple[tuple[float, float], ...] = ()
     unit: Unit = "heads"
     size_requested: float | None = None
     size_achieved: float | None = None
@@ -121,7 +120,8 @@ class QualityRow(Section):
     `mean_kl` in nats per token, `top1_agreement` a share. `kl_above_ours`: its KL minus ours on the same prompts,
     paired, so above 0 is worse than ours; without it only overlapping intervals can be compared. `exact_match`: the
     share of right greedy answers, where answers are known; `answer_perplexity`: that of the scenario's reference
-    answers, times the dense model's. `off_kl` and `off_agreement` are the same figures on prompts of domains that the
+    answers, times the dense model's, and `reply_perplexity` that of what the dense model would write too, where prompts
+    have no such answer. `off_kl` and `off_agreement` are the same figures on prompts of domains that the
     scenario is not about.
     """
 
@@ -134,6 +134,7 @@ class QualityRow(Section):
     off_kl: Estimate | None = None
     off_agreement: Estimate | None = None
     answer_perplexity: Estimate | None = None
+    reply_perplexity: Estimate | None = None
 
 
 class ProtectedRow(Section):
@@ -301,79 +302,6 @@ class RuntimeRow(Section):
     note: str = ""
 
 
-class LatencyRow(Section):
-    """One metric of two contenders: medians with p10 and p90, and how many times better the second one is.
-
-    `load` says how many sequences of how many tokens, and is None for metrics of a process or of the model itself.
-    """
-
-    metric: str
-    load: str | None = None
-    unit: str
-    reference: str
-    contender: str
-    reference_median: float
-    reference_p10: float
-    reference_p90: float
-    contender_median: float
-    contender_p10: float
-    contender_p90: float
-    samples: int
-    improvement: Estimate | None = None
-    verdict: str = ""
-    definition: str = ""
-
-
-class RooflineRow(Section):
-    """What one decode step must read and compute, the time that reading takes at least, and the time it took."""
-
-    contender: str
-    load: str
-    bytes_per_step: float
-    flops_per_token: float | None = None
-    floor_seconds: float
-    measured_seconds: float
-
-
-class PredictionRow(Section):
-    """How many times faster a decode step is by the bytes alone, and as measured.
-
-    `realised`: the share of the predicted saving of time that arrived. `reference_share`: of the reference's time, what
-    reading its bytes takes.
-    """
-
-    load: str
-    reference: str
-    contender: str
-    predicted: float
-    measured: Estimate
-    realised: float | None = None
-    reference_share: float
-
-
-class CapacityRow(Section):
-    """The longest context of one sequence, and the largest batch, by weights and cache alone."""
-
-    contender: str
-    context: int
-    batch: int
-
-
-class LatencySection(Section):
-    """`settings` say under what conditions the rows hold. `bandwidth` in bytes per second; `memory` in bytes and
-    `tokens` are what the capacities are for.
-    """
-
-    settings: dict[str, int | str]
-    rows: tuple[LatencyRow, ...]
-    rooflines: tuple[RooflineRow, ...] = ()
-    predictions: tuple[PredictionRow, ...] = ()
-    capacities: tuple[CapacityRow, ...] = ()
-    bandwidth: float | None = None
-    memory: float | None = None
-    tokens: int | None = None
-
-
 class Report(Section):
     """Everything that is known about one build. `origin`: fingerprints and seeds of what it was made from."""
 
@@ -394,6 +322,6 @@ class Report(Section):
     rounding: RoundingSection | None = None
     token_time: TokenTimeSection | None = None
     notes: tuple[str, ...] = ()
-    versions: dict[str, str] = {}
-    origin: dict[str, str] = {}
+    versions: dict[str, str] = Field(default={})
+    origin: dict[str, str] = Field(default={})
     command: str | None = None

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from sspcompile.report.blocks import Block, Page, Table, page
+from sspcompile.report.budget import budget_sentence, walked
 from sspcompile.report.first import FirstScreen, first_screen, gone_told, heads_told, heat_map, kept_units
 from sspcompile.report.format import change, clean, count, figures, percent, quantity, seconds, size, with_interval
-from sspcompile.report.model import BudgetSection, LatencyRow, LatencySection, MaskSection, Pair, QualityRow, Report
+from sspcompile.report.model import MaskSection, Pair, QualityRow, Report
 from sspcompile.report.rounding import rounding_table, rounding_verdict
+from sspcompile.report.speed import LatencyRow, LatencySection
 from sspcompile.report.token_time import token_time_table, token_time_verdict
 from sspcompile.report.verdict import alarming, verdict
 
@@ -260,11 +262,11 @@ def _mask(report: Report, first: FirstScreen | None) -> Block | None:
         return _budget_block(report)
     sentences = [f"{kept_units(mask)} are kept, chosen by {mask.criterion}.", *gone_told(mask)]
     if budget:
-        sentences.append(_budget_sentence(budget))
+        sentences.append(budget_sentence(budget))
     picture = None if first else heat_map(report)
     title = "Heads" if mask.widths is None else "Heads and channels"
     title = "Layers" if mask.removed and mask.widths is None else title
-    tables = (*_walk(budget), _kept_table(mask))
+    tables = (*walked(budget), _kept_table(mask))
     return Block("mask", title, tuple(sentences), tables, picture, "which are kept, layer by layer")
 
 
@@ -286,62 +288,7 @@ def _kept_table(mask: MaskSection) -> Table:
 def _budget_block(report: Report) -> Block | None:
     budget = report.budget
     hint = "how much was allowed"
-    return Block("budget", "Budget", (_budget_sentence(budget),), (*_walk(budget),), hint=hint) if budget else None
-
-
-def _budget_sentence(budget: BudgetSection) -> str:
-    """In the unit of the budget, and what that leaves of the heads where it is another."""
-    kept = f"{percent(budget.keep_achieved)} of the heads are kept"
-    if budget.unit != "heads" and budget.size_achieved is not None:
-        kept = (
-            f"{percent(budget.size_achieved)} of the parameters are kept, {percent(budget.keep_achieved)} of the heads"
-        )
-    if budget.memory_achieved is not None:
-        kept = f"{size(budget.memory_achieved)} are taken, {kept}"
-    if budget.latency_achieved is not None:
-        kept = f"{seconds(budget.latency_achieved)} a token are foretold, {kept}"
-    if budget.max_loss is not None:
-        beside = "".join(f" and {one}" for one in _numbers(budget))
-        return f"The smallest mask within a loss of {percent(budget.max_loss)} of the next tokens{beside}: {kept}."
-    strength = f" (strength {figures(budget.strength)})" if budget.strength is not None else ""
-    return f"At most {' and '.join(_allowed(budget))} were allowed{strength}; {kept}."
-
-
-def _walk(budget: BudgetSection | None) -> Iterator[Table]:
-    """What every mask on the way lost, and at most, by the interval that the bound is for."""
-    if budget is None or not budget.measured:
-        return
-    most = [percent(one) for one in budget.at_most] or ["-"] * len(budget.measured)
-    rows = [(percent(share), percent(loss), end) for (share, loss), end in zip(budget.measured, most, strict=True)]
-    head = (f"share of the {budget.unit}", "next tokens that change", "at most (95 %)")
-    yield Table("What other sizes lost, on the prompts that decide", head, tuple(rows))
-
-
-def _allowed(budget: BudgetSection) -> Iterator[str]:
-    """Shares as they were asked for, a number of parameters with the share that it is."""
-    if budget.unit == "heads":
-        yield f"{percent(budget.keep_requested)} of the heads"
-    if budget.size_requested is not None:
-        number = budget.params_requested
-        within = "" if number is None else f", no more than {count(number)},"
-        yield f"{percent(budget.size_requested)} of the parameters{within}"
-    yield from _served(budget)
-
-
-def _numbers(budget: BudgetSection) -> Iterator[str]:
-    """The bounds that were given as numbers, not as shares."""
-    if budget.params_requested is not None:
-        yield f"{count(budget.params_requested)} parameters"
-    yield from _served(budget)
-
-
-def _served(budget: BudgetSection) -> Iterator[str]:
-    if budget.memory_requested is not None and budget.context is not None and budget.batch is not None:
-        several = "one sequence" if budget.batch == 1 else f"{count(budget.batch)} sequences"
-        cache = f"the KV cache of {several} of {count(budget.context)} tokens"
-        yield f"{size(budget.memory_requested)} of memory (weights and {cache})"
-    if budget.latency_requested is not None:
-        yield f"{seconds(budget.latency_requested)} for a decoded token"
+    return Block("budget", "Budget", (budget_sentence(budget),), (*walked(budget),), hint=hint) if budget else None
 
 
 def _checks(report: Report) -> Block | None:

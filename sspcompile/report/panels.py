@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from sspcompile.intervals import LEVEL, RATIO_LEVEL, Estimate
 from sspcompile.report.format import clean, figures, percent, size
-from sspcompile.report.model import LatencyRow, LatencySection, Pair, QualityRow, Report, SizesSection
+from sspcompile.report.model import Pair, QualityRow, Report, SizesSection
+from sspcompile.report.speed import LatencyRow, LatencySection
 from sspcompile.report.verdict import HEADLINE_METRICS, ours_of
 
 NOT_YET = "not measured yet: sspcompile bench"

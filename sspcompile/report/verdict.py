@@ -5,19 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sspcompile.intervals import Estimate
+from sspcompile.report.floors import bounds_told, first_broken
 from sspcompile.report.format import change, figures, layers_named, percent, with_interval
-from sspcompile.report.model import (
-    BudgetSection,
-    LatencyRow,
-    LatencySection,
-    MaskSection,
-    PredictionRow,
-    QualityRow,
-    Report,
-    RoundingSection,
-    SizesSection,
-)
+from sspcompile.report.model import BudgetSection, MaskSection, QualityRow, Report, RoundingSection, SizesSection
 from sspcompile.report.rounding import AS_GOOD, BETTER, asked, rounding_verdict
+from sspcompile.report.speed import LatencyRow, LatencySection, PredictionRow
 from sspcompile.report.token_time import MISSED, token_time_verdict
 
 # Below this share of agreement more than every tenth token differs: nobody would call that the same model.
@@ -68,14 +60,16 @@ def headline(report: Report) -> str | None:
         return None
     if parity is not None and not parity.holds:
         return "DO NOT SHIP: the files do not compute what the masked model computes."
-    narrow, over = _narrow(ours), _over(ours.top1_agreement.rest, report.budget)
+    narrow, broken = _narrow(ours), first_broken(ours, report.budget)
     loss = f"loses quality off domain, {narrow}" if narrow is not None else ""
-    if broken := [one.domain for one in report.protected if one.broken]:
-        loss = f"loses more of {' and '.join(broken)} than --protect allows"
+    if harmed := [one.domain for one in report.protected if one.broken]:
+        loss = f"loses more of {' and '.join(harmed)} than --protect allows"
     if ours.top1_agreement.value < FEW_AGREE:
-        return _few_agree(ours, " and ".join(filter(None, ("loses more than --max-loss allows" if over else "", loss))))
-    if over is not None:
-        return f"LOSES MORE THAN --max-loss ALLOWS: {over}{loss and f'; it also {loss}'}. Try a smaller --max-loss."
+        over = f"loses more than {broken.flag} allows" if broken else ""
+        return _few_agree(ours, report.budget, " and ".join(filter(None, (over, loss))))
+    if broken is not None:
+        also = f"; it also {loss}" if loss else ""
+        return f"LOSES MORE THAN {broken.flag} ALLOWS: {broken.told}{also}. Try a smaller {broken.flag}."
     faster = _faster(report.latency) if report.latency is not None else ""
     if report.latency is not None and not faster:
         return f"NO MEASURABLE GAIN IN SPEED{_smaller(report)}{loss and f'; {loss}'}."
@@ -86,26 +80,30 @@ def headline(report: Report) -> str | None:
     return f"SHIP: faster where it was measured ({faster}){_smaller(report)}."
 
 
-def _few_agree(ours: QualityRow, loss: str) -> str:
+def _few_agree(ours: QualityRow, budget: BudgetSection | None, loss: str) -> str:
     """`loss`: what else is lost, in words, or nothing."""
     differs = percent(1 - ours.top1_agreement.value)
     told = f"{differs} of the next tokens on the scenario's own domain differ from the dense model's"
-    answers = _holding_answers(ours)
-    if answers is None:
+    likely = _likely(ours, budget)
+    if likely is None:
         return f"DO NOT SHIP: {told}."
     return (
-        f"TEST BEFORE YOU SHIP: {told}, and the reference answers are about as likely as before (perplexity "
-        f"{with_interval(answers)} times){loss and f'; it {loss}'}. Ask both models what your users ask, as "
+        f"TEST BEFORE YOU SHIP: {told}, and {likely}{loss and f'; it {loss}'}. Ask both models what your users ask, as "
         "`sspcompile eval` does."
     )
 
 
-def _over(changed: Estimate, budget: BudgetSection | None) -> str | None:
-    """What judging texts lose, where that is above --max-loss by more than chance may do; None otherwise."""
-    if budget is None or budget.max_loss is None or changed.low is None or changed.low <= budget.max_loss:
+def _likely(ours: QualityRow, budget: BudgetSection | None) -> str | None:
+    """That replies are as likely as they have to be; None where that is not known, or not so."""
+    answers = _holding_answers(ours)
+    if answers is not None:
+        return f"the reference answers are about as likely as before (perplexity {with_interval(answers)} times)"
+    replies, most = ours.reply_perplexity, budget.max_perplexity if budget is not None else None
+    if replies is None or most is None or replies.value > most:
         return None
-    lost, allowed = with_interval(changed, percent), percent(budget.max_loss)
-    return f"{lost} of the next tokens on the scenario's own domain differ from the dense model's, of {allowed} allowed"
+    return (
+        f"replies have {with_interval(replies)} times the perplexity, of {figures(most)} that --max-perplexity allows"
+    )
 
 
 def _holding_answers(ours: QualityRow) -> Estimate | None:
@@ -185,8 +183,8 @@ def _quality(report: Report) -> Iterator[str]:
         )
     yield f"{found}, with a mean KL of {with_interval(ours.mean_kl)} nats."
     yield from _judged(report)
-    yield from _bound(ours.top1_agreement.rest, report.budget)
-    if agreement.value < FEW_AGREE and _holding_answers(ours) is None:
+    yield from bounds_told(ours, report.budget)
+    if agreement.value < FEW_AGREE and _likely(ours, report.budget) is None:
         yield f"That is a different model in use, not a smaller copy: try {_milder(report.budget)} before shipping it."
     if ours.answer_perplexity is not None:
         times = with_interval(ours.answer_perplexity)
@@ -200,26 +198,6 @@ def _judged(report: Report) -> Iterator[str]:
     if own < every:
         whose = {0: "none of them is", 1: "one of them is"}.get(own, f"{own} of them are")
         yield f"Those are {every} prompts, and {whose} the scenario's own; others are of its domains, from the pools."
-
-
-def _bound(changed: Estimate, budget: BudgetSection | None) -> Iterator[str]:
-    """Where texts that decided nothing lose more than was allowed on those that did."""
-    if budget is not None and budget.max_loss is not None and changed.value > budget.max_loss:
-        chance = "" if _over(changed, budget) is not None else ", by no more than chance may do"
-        yield f"That is above the {percent(budget.max_loss)} that --max-loss allows{chance}."
-    if (least := _least_shown(budget)) is not None:
-        yield (
-            f"The prompts that decide have too few tokens to show {percent(least[1])}: even a model that changes none "
-            f"of them shows no less than {percent(least[0])}. More prompts of your own would tell."
-        )
-
-
-def _least_shown(budget: BudgetSection | None) -> tuple[float, float] | None:
-    """The loss that a mask which changed nothing may yet have, and the bound, where that is above it."""
-    if budget is None or budget.max_loss is None:
-        return None
-    nothing = [most for (_, loss), most in zip(budget.measured, budget.at_most, strict=False) if loss == 0]
-    return (nothing[0], budget.max_loss) if nothing and nothing[0] > budget.max_loss else None
 
 
 def _rounding(section: RoundingSection, budget: BudgetSection | None) -> Iterator[str]:
@@ -237,6 +215,8 @@ def _milder(budget: BudgetSection | None) -> str:
         return "a larger budget"
     if budget.max_loss is not None:
         return "a smaller --max-loss"
+    if budget.max_perplexity is not None:
+        return "a smaller --max-perplexity"
     if budget.strength is not None:
         return "a smaller --strength"
     if budget.unit == "memory":

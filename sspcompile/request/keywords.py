@@ -15,6 +15,7 @@ class Keywords(TypedDict, total=False):
     keep: float | None
     strength: float | None
     max_loss: float | None
+    max_perplexity: float | None
     protect: Mapping[str, float] | None
     max_params: int | str | None
     max_memory: int | str | None

@@ -6,15 +6,14 @@ and the keywords of the Python API (`keywords.py`, written by `make generated`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from sspcompile.request.amounts import Amount, Bytes, Losses, Pairs, Parameters, Shares, Time, shares_of
+from sspcompile.request.amounts import Bytes, Losses, Parameters, Shares, Time, shares_of
 from sspcompile.request.documents import NAME_PATTERN, Text
 from sspcompile.request.rounding import Rounded, known_rounding
 
@@ -26,7 +25,9 @@ DEFAULT_MAX_LOSS = 0.05
 # What --max-memory and --max-latency count where nothing else is said: as many tokens as the model has positions, no
 # more than these.
 DEFAULT_CONTEXT, DEFAULT_BATCH = 4096, 1
-BUDGETS = ("size", "keep", "strength", "max_loss", "max_params", "max_memory", "max_latency", "nested")
+BUDGETS = (
+    *("size", "keep", "strength", "max_loss", "max_perplexity", "max_params", "max_memory", "max_latency", "nested"),
+)
 # Budgets of heads stand alone, and so do several sizes at once; the others hold together.
 ALONE = ("keep", "strength", "nested")
 # Floors under what is off the scenario are no budget by themselves: they hold beside one.
@@ -120,6 +121,16 @@ class Options(BaseModel):
             "SHARE",
         ),
     ] = DEFAULT_MAX_LOSS
+    max_perplexity: Annotated[
+        float | None,
+        Field(gt=1, le=100, allow_inf_nan=False),
+        Shown(
+            "Keep as little as makes replies at most this many times as perplexing as they are to the dense model, as "
+            "1.05, by the upper end of the interval that held-out prompts give: reference answers, and where there "
+            "are none what the dense model would write. Beside --max-loss both hold.",
+            "TIMES",
+        ),
+    ] = None
     protect: Annotated[
         Losses | None,
         Shown(
@@ -283,7 +294,7 @@ class Options(BaseModel):
     def _units_are_whole(self) -> Options:
         if self.whole is None:
             return self
-        layout, instead = WHOLE_LAYOUTS[self.whole], "size, max_params, max_memory or max_loss"
+        layout, instead = WHOLE_LAYOUTS[self.whole], "size, max_params, max_memory, max_perplexity or max_loss"
         known_of = {**OF_WHOLE, "layout": (AUTO, layout)}
         about = [f"{name} {value}" for name, known in known_of.items() if (value := getattr(self, name)) not in known]
         if self.whole == "attention" and self.layout == "uniform":
@@ -315,6 +326,11 @@ class Options(BaseModel):
         return self.units if self.units in ("layers", "attention") else None
 
     @property
+    def floored(self) -> bool:
+        """Whether a bound on what the scenario loses says how much goes."""
+        return self.max_loss is not None or self.max_perplexity is not None
+
+    @property
     def source(self) -> str | None:
         """The model with its revision in one word. Raises InputError for a revision of what has none."""
         from sspcompile.checkpoint.locate import at_revision
@@ -336,20 +352,6 @@ class Options(BaseModel):
         return self.model_dump(mode="json", exclude_none=True)
 
 
-@dataclass(frozen=True)
-class Kind:
-    """How an option is typed: `number` (int, float or None for text), its `choices`, whether it may be repeated,
-    whether it is a switch, an `amount` (a whole number, or text with a unit), or `pairs` of a name and a share.
-    """
-
-    number: type[int] | type[float] | None
-    choices: tuple[str, ...]
-    multiple: bool
-    switch: bool
-    amount: bool
-    pairs: bool
-
-
 NAMES: tuple[str, ...] = tuple(Options.model_fields)
 
 
@@ -361,29 +363,6 @@ def shown_of(name: str) -> Shown:
 def default_of(name: str) -> Any:
     """The default of the option `name`."""
     return Options.model_fields[name].default
-
-
-def kind_of(name: str) -> Kind:
-    """How the option `name` is typed."""
-    kinds = list(_kinds(Options.model_fields[name].annotation))
-    choices = tuple(value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind))
-    number = next((kind for kind in (int, float) if kind in kinds), None)
-    marks = [item for kind in kinds for item in getattr(kind, "__metadata__", ())]
-    amount, pairs = (any(isinstance(item, mark) for item in marks) for mark in (Amount, Pairs))
-    several = pairs or any(get_origin(kind) is tuple for kind in kinds)
-    return Kind(number, choices, several, bool in kinds, amount, pairs)
-
-
-def _kinds(annotation: Any) -> Iterator[Any]:
-    """The alternatives of a union, and what a tuple holds beside it."""
-    origin = get_origin(annotation)
-    if origin in (Union, UnionType):
-        for part in get_args(annotation):
-            yield from _kinds(part)
-        return
-    yield annotation
-    if origin is tuple:
-        yield from _kinds(get_args(annotation)[0])
 
 
 def flag(name: str) -> str:

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sspcompile.request.options import NAMES, default_of, flag, kind_of, shown_of, variable
+from sspcompile.request.kinds import kind_of
+from sspcompile.request.options import NAMES, default_of, flag, shown_of, variable
 from sspcompile.request.recipe import Recipe
 
 POSITIONAL = "model"

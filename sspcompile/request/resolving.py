@@ -9,9 +9,13 @@ from pydantic import ValidationError
 
 from sspcompile.errors import RecipeError
 from sspcompile.request.documents import dotted, explain, plain, shown
-from sspcompile.request.options import BUDGETS, LIMITS, NAMES, Options, clashing, exclusive, flag, kind_of, variable
+from sspcompile.request.kinds import kind_of
+from sspcompile.request.options import BUDGETS, LIMITS, NAMES, Options, clashing, exclusive, flag, variable
 
-HINT = "See `sspcompile build --help`; --size and --keep lie in (0, 1], --strength in [0, 1], --max-loss in (0, 1)."
+HINT = (
+    "See `sspcompile build --help`; --size and --keep lie in (0, 1], --strength in [0, 1], --max-loss in (0, 1), "
+    "--max-perplexity above 1."
+)
 SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 

@@ -1,4 +1,6 @@
-"""What a build may lose: bounds on the share of next tokens that change, and what masks were measured to change."""
+"""What a build may lose: bounds on the share of next tokens that change and on the perplexity of replies, and what
+masks were measured to lose.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +15,21 @@ from sspcompile.request.options import Options
 
 @dataclass(frozen=True)
 class Rung:
-    """A mask that was measured: what it keeps of the unit, and the share of next tokens that changed hands, on the
-    scenario's texts and on those of every protected domain, in their order.
+    """A mask that was measured: what it keeps of the unit, the share of next tokens that changed hands, on the
+    scenario's texts and on those of every protected domain, in their order, and the perplexity of the scenario's
+    replies, times the dense model's.
     """
 
     kept: float
     loss: Estimate
     protected: tuple[Estimate, ...] = ()
+    perplexity: Estimate | None = None
 
 
 @dataclass(frozen=True)
 class Allowed:
-    """The share of next tokens that may change hands: on the scenario's texts (None: any), and by protected domain.
+    """The share of next tokens that may change hands: on the scenario's texts (None: any), and by protected domain; and
+    the perplexity that its replies may have, times the dense model's (None: any).
 
     A bound is for the upper end of the interval that the texts give: of masks that are searched for the smallest, the
     one that is taken owes a part of its figure to chance. A mask that changes nothing on the texts is within any bound,
@@ -33,11 +38,17 @@ class Allowed:
 
     max_loss: float | None
     protect: Mapping[str, float] = field(default_factory=dict)
+    max_perplexity: float | None = None
 
     @classmethod
     def by(cls, options: Options) -> Allowed:
         """What the options state."""
-        return cls(options.max_loss, options.protect or {})
+        return cls(options.max_loss, options.protect or {}, options.max_perplexity)
+
+    @property
+    def of_scenario(self) -> bool:
+        """Whether a bound is about the scenario's own texts."""
+        return self.max_loss is not None or self.max_perplexity is not None
 
     def excess(self, one: Rung) -> float:
         """By how much a mask is above the bound that it is furthest above; 0 or less where all hold."""
@@ -52,27 +63,39 @@ class Allowed:
         return self.excess(one) > 0 and all(loss.value <= most for loss, most in self._pairs(one))
 
     def _pairs(self, one: Rung) -> list[tuple[Estimate, float]]:
-        """What a mask loses, and the bound on it."""
+        """What a mask loses, and the bound on it; of a perplexity both are what it is above the dense model's."""
         own = [] if self.max_loss is None else [(one.loss, self.max_loss)]
+        if self.max_perplexity is not None and one.perplexity is not None:
+            own.append((_above(one.perplexity), self.max_perplexity - 1))
         return [*own, *zip(one.protected, self.protect.values(), strict=True)]
 
     def __str__(self) -> str:
         """As what is said of a mask: `changes at most ...`."""
         of = [f"{100 * most:g} % of those of {name}" for name, most in self.protect.items()]
-        if self.max_loss is None:
-            return " and ".join(of).replace("those", "the next tokens", 1)
-        return " and ".join([f"{100 * self.max_loss:g} % of the next tokens", *of])
+        tokens = [] if self.max_loss is None else [f"{100 * self.max_loss:g} % of the next tokens"]
+        changes = " and ".join([*tokens, *of])
+        if not tokens:
+            changes = changes.replace("those", "the next tokens", 1)
+        replies = (
+            "" if self.max_perplexity is None else f"has replies at most {self.max_perplexity:g} times as perplexing"
+        )
+        return " and ".join(filter(None, (replies, changes and f"changes at most {changes}")))
 
     def told(self, one: Rung) -> str:
-        """What a mask changes, in the order of the bounds."""
-        own = [] if self.max_loss is None else [_percent(one.loss)]
-        of = zip(self.protect, one.protected, strict=True)
-        return " and ".join([*own, *(f"{_percent(lost)} of those of {name}" for name, lost in of)])
+        """What a mask loses, in the order of `str`."""
+        of = [f"{_percent(lost)} of those of {name}" for name, lost in zip(self.protect, one.protected, strict=True)]
+        changes = " and ".join([*([] if self.max_loss is None else [_percent(one.loss)]), *of])
+        replies = "" if self.max_perplexity is None or one.perplexity is None else f"has them {_times(one.perplexity)}"
+        return " and ".join(filter(None, (replies, changes and f"changes {changes}")))
 
     def looser(self, one: Rung) -> Iterator[str]:
         """The options that would let a mask pass, for the bounds that it is above."""
-        if self.max_loss is not None and (_counted(one.loss) > self.max_loss or not self.protect):
+        perplexity, most = one.perplexity, self.max_perplexity
+        alone = not self.protect and (self.max_loss is None or most is None)
+        if self.max_loss is not None and (_counted(one.loss) > self.max_loss or alone):
             yield f"--max-loss {_up(one.loss.most)}"
+        if perplexity is not None and most is not None and (_counted(_above(perplexity)) > most - 1 or alone):
+            yield f"--max-perplexity {_up(perplexity.most)}"
         for (name, most), lost in zip(self.protect.items(), one.protected, strict=True):
             if _counted(lost) > most:
                 yield f"--protect {name}={_up(lost.most)}"
@@ -87,6 +110,18 @@ def _ratio(loss: float, most: float) -> float:
     if most > 0:
         return loss / most
     return 0.0 if loss <= 0 else float("inf")
+
+
+def _above(perplexity: Estimate) -> Estimate:
+    """By how much a multiple is above 1, which is the dense model's."""
+    low, high = (None if end is None else end - 1 for end in (perplexity.low, perplexity.high))
+    return Estimate(perplexity.value - 1, low, high)
+
+
+def _times(perplexity: Estimate) -> str:
+    """As measured, and at most."""
+    most = "" if perplexity.high is None else f" ({perplexity.high:.3f} at most)"
+    return f"{perplexity.value:.3f} times{most}"
 
 
 def _percent(loss: Estimate) -> str:

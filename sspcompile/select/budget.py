@@ -172,7 +172,7 @@ def budget_of(options: Options, g: Geometry, bounds: tuple[Bound, ...], breadth:
     """
     if bounds:
         return Budget(bounds=bounds)
-    if options.max_loss is not None and (cuts_channels(options, g) or options.whole is not None):
+    if options.floored and (cuts_channels(options, g) or options.whole is not None):
         return Budget(bounds=(everything(parameters_of(g, host=options.wanted_host)),))
     if options.keep is not None:
         return Budget(options.keep)

@@ -32,7 +32,8 @@ from sspcompile.slicing.measures import Bound, Unit
 class Floor:
     """`keep` is the smallest share of the `unit` that loses no more than `max_loss`, and by domain than `protect` says,
     `failed` the largest that lost more (0 where none did). `tried`: every mask that was measured, by share. `size`: the
-    share of all parameters that was asked for beside, if one was.
+    share of all parameters that was asked for beside, if one was. `max_perplexity`: what replies may have, times the
+    dense model's.
     """
 
     max_loss: float | None
@@ -42,27 +43,34 @@ class Floor:
     unit: Unit = "heads"
     protect: Mapping[str, float] = field(default_factory=dict)
     size: float | None = None
+    max_perplexity: float | None = None
 
     def as_mapping(self) -> dict[str, Any]:
-        """Plain data; nothing of protected domains where there are none, and of a size where none was asked for."""
-        found = asdict(self)
-        if self.size is None:
-            del found["size"]
-        if not self.protect:
-            del found["protect"]
-            found["tried"] = tuple({"kept": one.kept, "loss": asdict(one.loss)} for one in self.tried)
-        return found
+        """Plain data; nothing of what was not bounded."""
+        asked = {"protect": bool(self.protect), "size": self.size is not None, "max_perplexity": self._of_replies}
+        of_tried = {"protected": asked["protect"], "perplexity": self._of_replies}
+
+        def without(found: dict[str, Any], asked: Mapping[str, bool]) -> dict[str, Any]:
+            return {name: value for name, value in found.items() if asked.get(name, True)}
+
+        found = without(asdict(self), asked)
+        return found | {"tried": tuple(without(asdict(one), of_tried) for one in self.tried)}
+
+    @property
+    def _of_replies(self) -> bool:
+        return self.max_perplexity is not None
 
     def larger(self, keep: float) -> float | None:
         """The next larger share that was within the bounds; None where there is none."""
-        allowed = Allowed(self.max_loss, self.protect)
+        allowed = Allowed(self.max_loss, self.protect, self.max_perplexity)
         return min((one.kept for one in self.tried if one.kept > keep and allowed.excess(one) <= 0), default=None)
 
 
 def lost(judge: Judge, candidate: Candidate, kept: float) -> Rung:
     """What a candidate, which keeps so much of the unit, loses on the guard texts."""
     protected = judge.protected("guard", candidate.choice.units, candidate.final_repair)
-    return Rung(kept, candidate.final.changed, tuple(one.changed for one in protected.values()))
+    found = candidate.final
+    return Rung(kept, found.changed, tuple(one.changed for one in protected.values()), found.reply_perplexity)
 
 
 class _Ladder:
@@ -110,7 +118,8 @@ def smallest_within(judge: Judge, reading: Reading, allowed: Allowed) -> Floor:
     )
     if keep is None:
         raise refused(judge, reading, allowed, tried)
-    return Floor(allowed.max_loss, keep, failed, tried, unit, allowed.protect, reading.options.size)
+    size = reading.options.size
+    return Floor(allowed.max_loss, keep, failed, tried, unit, allowed.protect, size, allowed.max_perplexity)
 
 
 def demand_held(judge: Judge, reading: Reading, chosen: Candidate, allowed: Allowed) -> None:
@@ -157,7 +166,7 @@ def nothing_within(
     nearest = min((one for one in tried if allowed.excess(one) > 0), key=allowed.excess, default=None)
     told = "no smaller mask could be measured"
     if nearest is not None:
-        told = f"the nearest, {100 * nearest.kept:.1f} % of the {unit}, changes {allowed.told(nearest)}"
+        told = f"the nearest, {100 * nearest.kept:.1f} % of the {unit}, {allowed.told(nearest)}"
     within = f" within {' and '.join(map(str, bounds))}" if bounds else ""
     other = f"a larger {bounds[0].flag if len(bounds) == 1 else 'budget'}" if bounds else f"a {FLAGS[unit]}"
     if held is not None:
@@ -165,8 +174,8 @@ def nothing_within(
     hint = f"Give {' '.join(allowed.looser(nearest))}, or {other}." if nearest else f"Give {other}."
     if above and nearest is not None:
         best = min(above, key=allowed.excess)
-        told = f"{told}; above that, {100 * best.kept:.1f} % still changes {allowed.told(best)}"
+        told = f"{told}; above that, {100 * best.kept:.1f} % still {allowed.told(best)}"
         hint = f"Give {' '.join(allowed.looser(nearest))}."
     if nearest is not None and allowed.by_chance(nearest):
         hint = f"{hint} More prompts of your own make the interval narrower."
-    return BudgetError(f"No mask{within} changes at most {allowed}: {told}.", hint=hint)
+    return BudgetError(f"No mask{within} {allowed}: {told}.", hint=hint)

@@ -149,7 +149,7 @@ class _Settled:
 def _allowed(judge: Judge, reading: Reading, toolkit: Toolkit) -> tuple[Reading, Floor | None, _Settled]:
     """What is chosen within the budget and the bounds on the loss, with the reading of the budget that it came to."""
     allowed, budget = Allowed.by(reading.options), reading.budget
-    if allowed.max_loss is None:
+    if not allowed.of_scenario:
         found = _settled(judge, reading, toolkit, None)
         if allowed.protect:
             demand_held(judge, reading, found.chosen, allowed)
