@@ -7,9 +7,10 @@
 A row is a whole build by `--max-loss` or `--max-perplexity`, of one of the scenarios of `benchmarks.real` with PROMPTS
 texts drawn by a seed. It has the share of the parameters that was found, the share of the next tokens that changes on
 the build's own judging texts and on UNSEEN others, which the build never saw, and how many times as perplexing replies
-are there (reference answers, and of what has none what the dense model would write), with their intervals. `--fine` builds that scenario of seed 0
-again by `--size`, so far from what was found: the smallest of them whose loss on the same judging texts is within the
-bound is the best that a fine sweep finds. With `--folder` a second run goes on where the first one ended.
+are there (reference answers, and of what has none what the dense model would write), with their intervals. `--fine`
+builds that scenario of seed 0 again by `--size`, so far from what was found: the smallest of them whose loss on the
+same judging texts is within the bound is the best that a fine sweep finds. With `--folder` a second run goes on where
+the first one ended.
 """
 
 from __future__ import annotations

@@ -248,3 +248,88 @@ def test_a_mask_that_changes_nothing_is_within_any_bound_and_one_that_changes_a_
 
 def test_without_enough_texts_for_an_interval_the_loss_itself_is_bounded():
     assert Allowed(0.05).excess(Rung(0.9, Estimate(0.04))) < 0 < Allowed(0.05).excess(rung(0.9, 0.04, 0.02))
+
+
+# Replies
+
+
+def of_replies(share: float, perplexity: float, width: float = 0.0, loss: float = 0.2) -> Rung:
+    return Rung(share, Estimate(loss), (), Estimate(perplexity, perplexity - width, perplexity + width))
+
+
+def test_a_bound_on_the_perplexity_takes_the_place_of_the_default_and_stands_beside_one_on_the_loss():
+    assert Options(max_perplexity=1.05).max_loss is None and Options(max_perplexity=1.05).floored
+    both = Options(max_perplexity=1.05, max_loss=0.1, size=0.9)
+    assert (both.max_perplexity, both.max_loss, both.size) == (1.05, 0.1, 0.9)
+    assert not Options(size=0.9).floored
+    for none in (1.0, 0.05, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="max_perplexity"):
+            Options(max_perplexity=none)
+    with pytest.raises(ValueError, match="keep and max_perplexity exclude each other"):
+        Options(keep=0.5, max_perplexity=1.05)
+
+
+@given(edge=st.floats(0.3, 0.9), width=st.floats(0.001, 0.04))
+def test_the_bound_on_the_perplexity_is_for_the_upper_end_of_its_interval(edge, width):
+    allowed = Allowed(None, {}, 1.05)
+
+    def measure(choices, number):
+        return [of_replies(one.ratio, 1.05 - width + (edge - one.ratio), width) for one in choices]
+
+    tried, keep, failed = descend(choice_of, measure, lambda choice: choice.ratio, 1 / HEADS, allowed)
+    assert keep is not None and failed < edge <= keep
+    assert keep == min(one.kept for one in tried if one.perplexity is not None and one.perplexity.most <= 1.05)
+    floor = Floor(None, keep, failed, tried, max_perplexity=1.05)
+    assert floor.larger(keep) == min((one.kept for one in tried if one.kept > keep), default=None)
+
+
+@given(loss=st.floats(0, 0.2), perplexity=st.floats(0.9, 1.3))
+def test_of_several_bounds_all_hold(loss, perplexity):
+    one = of_replies(0.9, perplexity, loss=loss)
+    holds = loss <= 0.05 and perplexity <= 1.1
+    assert (Allowed(0.05, {}, 1.1).excess(one) <= 0) is holds
+    assert (Allowed(0.05, {}, 1.1).ratio(one) <= 1) is holds
+    assert (Allowed(None, {}, 1.1).excess(one) <= 0) is (perplexity <= 1.1)
+    assert (Allowed(0.05).excess(one) <= 0) is (loss <= 0.05)
+
+
+def test_the_error_about_perplexity_names_both_ends_and_a_bound_that_would_do():
+    error = nothing_within(Allowed(None, {}, 1.05), (of_replies(0.97, 1.041, 0.02),), "parameters")
+    assert error.message == (
+        "No mask has replies at most 1.05 times as perplexing: the nearest, 97.0 % of the parameters, has them 1.041 "
+        "times (1.061 at most)."
+    )
+    assert error.hint is not None and error.hint.startswith("Give --max-perplexity 1.061, or a --size. More prompts")
+    both = Allowed(0.05, {"law": 0.1}, 1.05)
+    one = Rung(0.9, Estimate(0.02), (Estimate(0.2),), Estimate(1.2))
+    error = nothing_within(both, (one,), "parameters")
+    assert error.message == (
+        "No mask has replies at most 1.05 times as perplexing and changes at most 5 % of the next tokens and 10 % of "
+        "those of law: the nearest, 90.0 % of the parameters, has them 1.200 times and changes 2.0 % and 20.0 % of "
+        "those of law."
+    )
+    assert error.hint is not None and "Give --max-perplexity 1.2 --protect law=0.2, or" in error.hint
+
+
+def test_a_build_by_the_perplexity_of_replies_stays_within_it_where_it_decides_and_says_what_it_tried(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    wanted = ("--scenario", "A helpdesk for questions about chemistry", "--max-perplexity", "1.1", "--out", "cut")
+    code, _, err = run("build", *wanted, *FAST)
+    assert code == 0, err
+    report, text = read_report(tmp_path / "cut" / "report.json"), (tmp_path / "cut" / "report.md").read_text()
+    mask = json.loads((tmp_path / "cut" / "mask.json").read_text())
+    floor, budget = mask["scenario"]["floor"], report.budget
+    assert (floor["max_loss"], floor["max_perplexity"]) == (None, 1.1) == (budget.max_loss, budget.max_perplexity)
+    ends = [(one["perplexity"]["value"], one["perplexity"]["high"]) for one in floor["tried"]]
+    assert [*budget.perplexities] == ends and len(budget.measured) == len(ends)
+    at = next(one for one in floor["tried"] if one["kept"] == floor["keep"])
+    assert at["perplexity"]["high"] <= 1.1 and floor["failed"] < floor["keep"] < 1
+    ours = next(row for row in report.quality if row.role == "ours")
+    assert ours.reply_perplexity is not None and "held-out replies have" in text
+    assert "The smallest mask within 1.1 times the perplexity of replies" in text
+    assert "perplexity of replies, times" in text
+    assert "asked for: at most 1.1 times the perplexity of replies\n" in run("inspect", "cut")[1]
+    said = run("plan", "--max-perplexity", "1.1")[2]
+    assert "how much can go for --max-perplexity 1.1 is measured by `sspcompile build`" in said

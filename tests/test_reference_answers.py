@@ -132,11 +132,20 @@ def test_perplexity_is_that_of_the_answers_alone_against_the_dense_models(loaded
     assert found.perplexity.value == pytest.approx(float(np.exp(gaps.mean())), rel=1e-4)
     both = average([whole, found])
     np.testing.assert_allclose(both.reference_per_prompt, gaps / 2, rtol=1e-4, atol=1e-6)
+    # Where there is no answer it is what the dense model would write: e to the KL.
+    assert len(texts) == 3 and found.kl_per_prompt[1] > 0
+    of_all = [gaps[0], found.kl_per_prompt[1], gaps[1]]
+    np.testing.assert_allclose(found.replies_per_prompt, of_all, rtol=1e-4, atol=1e-6)
+    assert found.reply_perplexity.value == pytest.approx(float(np.exp(np.mean(of_all))), rel=1e-4)
+    assert whole.reply_perplexity.value == pytest.approx(1)
+    np.testing.assert_allclose(both.replies_per_prompt, np.divide(of_all, 2), rtol=1e-4, atol=1e-6)
 
 
 def test_positions_without_a_reference_count_for_no_perplexity() -> None:
     dense, other = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0)).unbind()
-    assert divergence(dense, other, torch.arange(6)).perplexity is None
+    alone = divergence(dense, other, torch.arange(6))
+    assert alone.perplexity is None
+    assert alone.reply_perplexity.value == pytest.approx(float(np.exp(alone.mean_kl.value)))
     collected = DivergenceAccumulator()
     collected.add(dense, other, torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([-1, -1, -1, 2, 0, -1]))
     losses = [one.double().log_softmax(-1)[[3, 4], [2, 0]].mean() for one in (dense, other)]

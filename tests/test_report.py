@@ -576,6 +576,29 @@ def test_answers_hold_by_an_interval_that_says_so_and_not_by_a_figure_alone() ->
         assert told(*vague).startswith("DO NOT SHIP")
 
 
+@pytest.mark.parametrize("agreement", [0.95, 0.85])
+@pytest.mark.parametrize(
+    ("replies", "exceeded", "broken"), [(1.04, False, False), (1.06, True, False), (1.2, True, True)]
+)
+def test_a_bound_on_the_perplexity_of_replies_is_told_whether_it_holds(agreement, replies, exceeded, broken) -> None:
+    ours = quality("ours", 0.1, "ours", agreement=agreement)
+    ours = ours.model_copy(
+        update={"reply_perplexity": Estimate(value=replies, low=replies - 0.05, high=replies + 0.05)}
+    )
+    budget = BudgetSection(keep_requested=1, keep_achieved=1, max_perplexity=1.05)
+    report = Report(title="x", quality=(ours,), budget=budget)
+    first, told = headline(report) or "", [one for one in verdict(report) if "held-out replies have" in one][-1]
+    assert told.startswith("LOSS: held-out replies have") is exceeded and "of 1.05 times allowed" in told
+    assert ("by no more than chance may do" in told) is (exceeded and not broken)
+    if agreement < 0.9:
+        assert first.startswith("DO NOT SHIP" if exceeded else "TEST BEFORE YOU SHIP: 15 % of the next tokens")
+        assert ("of 1.05 that --max-perplexity allows" in first) is not exceeded
+    else:
+        assert first.startswith("LOSES MORE THAN --max-perplexity ALLOWS") is broken
+        assert broken or first.startswith("QUALITY HOLDS")
+    assert not broken or "a smaller --max-perplexity" in " ".join(verdict(report)) or agreement >= 0.9
+
+
 @pytest.mark.parametrize("there", [0.96, 0.95, 0.9499, 0.94, 0.7, 1.0])
 def test_a_loss_off_domain_is_told_only_where_the_figures_beside_it_say_so(there) -> None:
     ours = quality("ours", 0.1, "ours", agreement=0.95)

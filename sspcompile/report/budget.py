@@ -31,7 +31,7 @@ def _floors(budget: BudgetSection) -> Iterator[str]:
     if budget.max_loss is not None:
         yield f"a loss of {percent(budget.max_loss)} of the next tokens"
     if budget.max_perplexity is not None:
-        yield f"{figures(budget.max_perplexity)} times the perplexity of replies"
+        yield f"{budget.max_perplexity:g} times the perplexity of replies"
 
 
 def walked(budget: BudgetSection | None) -> Iterator[Table]:

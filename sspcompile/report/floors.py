@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sspcompile.intervals import Estimate
-from sspcompile.report.format import figures, percent, with_interval
+from sspcompile.report.format import percent, with_interval
 from sspcompile.report.model import BudgetSection, QualityRow
 
 
@@ -65,7 +65,7 @@ def _bounds(ours: QualityRow, budget: BudgetSection | None) -> Iterator[Held]:
     if budget is not None and budget.max_perplexity is not None and ours.reply_perplexity is not None:
         replies, most = ours.reply_perplexity, budget.max_perplexity
         found = f"held-out replies have {with_interval(replies)} times the perplexity that the dense model gives them"
-        yield Held("--max-perplexity", replies, most, found, f"{figures(most)} times")
+        yield Held("--max-perplexity", replies, most, found, f"{most:g} times")
 
 
 def _least_shown(budget: BudgetSection | None) -> tuple[float, float] | None:

@@ -102,7 +102,7 @@ def _likely(ours: QualityRow, budget: BudgetSection | None) -> str | None:
     if replies is None or most is None or replies.value > most:
         return None
     return (
-        f"replies have {with_interval(replies)} times the perplexity, of {figures(most)} that --max-perplexity allows"
+        f"replies have {with_interval(replies)} times the perplexity, of {most:g} that --max-perplexity allows"
     )
 
 
