@@ -16,7 +16,7 @@ from sspcompile.intervals import Estimate, share_estimate
 from sspcompile.report.json import read_report
 from sspcompile.request.options import DEFAULT_MAX_LOSS, Options
 from sspcompile.select.allowed import Allowed, Rung
-from sspcompile.select.descent import AT_ONCE, ROUNDS, USUAL_ROUNDS, close, descend
+from sspcompile.select.descent import AT_ONCE, ROUNDS, USUAL_ROUNDS, _Bracket, close, descend
 from sspcompile.select.floor import Floor, nothing_within
 from sspcompile.slicing.layouts import Choice, choose
 
@@ -125,9 +125,25 @@ def test_a_lucky_mask_below_one_that_failed_is_not_taken(seed):
         found, _ = walk(lambda kept: float(losses[round(kept * LAYERS * HEADS)]), 0.5)
     except BudgetError:
         return
-    larger = [one for one in found.tried if one.kept >= found.keep]
-    assert larger and all(one.loss.value <= 0.5 for one in larger)
-    assert all(one.kept < found.keep or one.loss.value <= 0.5 for one in found.tried)
+    # Isotonic regression by its definition: of each mask the largest of the least means of runs that hold it.
+    row = [one.loss.value for one in sorted(found.tried, key=lambda one: -one.kept)]
+    rising = [
+        max(min(np.mean(row[start : end + 1]) for end in range(place, len(row))) for start in range(place + 1))
+        for place in range(len(row))
+    ]
+    kept = sorted((one.kept for one in found.tried), reverse=True)
+    assert found.keep == min(share for share, loss in zip(kept, rising, strict=True) if loss <= 0.5)
+    assert next(one for one in found.tried if one.kept == found.keep).loss.value <= 0.5
+
+
+def test_one_unlucky_mask_does_not_rule_out_all_below_it_and_one_lucky_mask_is_not_taken():
+    def kept(*losses: float) -> float | None:
+        rungs = [Rung(1 - 0.01 * place, Estimate(loss)) for place, loss in enumerate(losses, 1)]
+        return _Bracket.of(rungs, Allowed(0.05)).keep
+
+    assert kept(0.03, 0.051, 0.048, 0.04, 0.09) == 0.96
+    assert kept(0.03, 0.06, 0.07, 0.04, 0.09) == 0.99
+    assert kept(0.06, 0.07) is None
 
 
 def test_where_nothing_is_within_the_bound_the_nearest_is_named():
@@ -327,7 +343,7 @@ def test_a_build_by_the_perplexity_of_replies_stays_within_it_where_it_decides_a
     at = next(one for one in floor["tried"] if one["kept"] == floor["keep"])
     assert at["perplexity"]["high"] <= 1.1 and floor["failed"] < floor["keep"] < 1
     ours = next(row for row in report.quality if row.role == "ours")
-    assert ours.reply_perplexity is not None and "held-out replies have" in text
+    assert ours.reply_perplexity is not None and "eld-out replies have" in text
     assert "The smallest mask within 1.1 times the perplexity of replies" in text
     assert "perplexity of replies, times" in text
     assert "asked for: at most 1.1 times the perplexity of replies\n" in run("inspect", "cut")[1]

@@ -587,8 +587,11 @@ def test_a_bound_on_the_perplexity_of_replies_is_told_whether_it_holds(agreement
     )
     budget = BudgetSection(keep_requested=1, keep_achieved=1, max_perplexity=1.05)
     report = Report(title="x", quality=(ours,), budget=budget)
-    first, told = headline(report) or "", [one for one in verdict(report) if "held-out replies have" in one][-1]
-    assert told.startswith("LOSS: held-out replies have") is exceeded and "of 1.05 times allowed" in told
+    first, told = headline(report) or "", [one for one in verdict(report) if "eld-out replies have" in one][-1]
+    assert (
+        told.startswith("LOSS: held-out replies have" if exceeded else "Held-out replies have")
+        and "of 1.05 times allowed" in told
+    )
     assert ("by no more than chance may do" in told) is (exceeded and not broken)
     if agreement < 0.9:
         assert first.startswith("DO NOT SHIP" if exceeded else "TEST BEFORE YOU SHIP: 15 % of the next tokens")

@@ -46,7 +46,8 @@ def bounds_told(ours: QualityRow, budget: BudgetSection | None) -> Iterator[str]
     for one in _bounds(ours, budget):
         chance = "" if one.broken else ", by no more than chance may do"
         if one.flag == "--max-perplexity":
-            yield f"{'LOSS: ' * one.exceeded}{one.told}{chance * one.exceeded}."
+            told = f"{one.told[0].lower()}{one.told[1:]}" if one.exceeded else one.told
+            yield f"{'LOSS: ' * one.exceeded}{told}{chance * one.exceeded}."
         elif one.exceeded:
             yield f"That is above the {one.allowed} that {one.flag} allows{chance}."
     if (least := _least_shown(budget)) is not None:
@@ -64,7 +65,7 @@ def _bounds(ours: QualityRow, budget: BudgetSection | None) -> Iterator[Held]:
         yield Held("--max-loss", changed, budget.max_loss, found, allowed)
     if budget is not None and budget.max_perplexity is not None and ours.reply_perplexity is not None:
         replies, most = ours.reply_perplexity, budget.max_perplexity
-        found = f"held-out replies have {with_interval(replies)} times the perplexity that the dense model gives them"
+        found = f"Held-out replies have {with_interval(replies)} times the perplexity that the dense model gives them"
         yield Held("--max-perplexity", replies, most, found, f"{most:g} times")
 
 

@@ -101,9 +101,7 @@ def _likely(ours: QualityRow, budget: BudgetSection | None) -> str | None:
     replies, most = ours.reply_perplexity, budget.max_perplexity if budget is not None else None
     if replies is None or most is None or replies.value > most:
         return None
-    return (
-        f"replies have {with_interval(replies)} times the perplexity, of {most:g} that --max-perplexity allows"
-    )
+    return f"replies have {with_interval(replies)} times the perplexity, of {most:g} that --max-perplexity allows"
 
 
 def _holding_answers(ours: QualityRow) -> Estimate | None:
@@ -186,7 +184,9 @@ def _quality(report: Report) -> Iterator[str]:
     yield from bounds_told(ours, report.budget)
     if agreement.value < FEW_AGREE and _likely(ours, report.budget) is None:
         yield f"That is a different model in use, not a smaller copy: try {_milder(report.budget)} before shipping it."
-    if ours.answer_perplexity is not None:
+    bounded = report.budget is not None and report.budget.max_perplexity is not None
+    # Of prompts that all have an answer these are the replies, which were told before.
+    if ours.answer_perplexity is not None and not (bounded and ours.answer_perplexity == ours.reply_perplexity):
         times = with_interval(ours.answer_perplexity)
         yield f"The perplexity of the reference answers is {times} times the dense model's."
     yield from _exact_match(report, ours)

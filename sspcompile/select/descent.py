@@ -39,13 +39,16 @@ BETWEEN, BEYOND = 1.25, 2.0
 # Beyond what was measured a power is taken for one of these at least, and at most.
 POWERS = (0.5, 2.0)
 # A mask that loses next to nothing counts as one that loses this share of the bound.
-LEAST_RATIO = 0.25
+LEAST_RATIO, MOST_RATIO = 0.25, 1e9
 
 
 @dataclass(frozen=True)
 class _Bracket:
     """The masks measured so far, by what they keep, largest first, with their loss as a multiple of the bound: `inside`
-    are within it, and so is every larger one; `outside` are the others.
+    are within it, `outside` are the others. What masks lose rises with what goes, but for chance, so their multiples
+    are those of the closest rising row (isotonic regression, by pooling neighbours: Ayer et al. 1955): a lucky mask is
+    not taken where those before it say otherwise, and an unlucky one does not rule out all below it. The smallest mask
+    inside is within the bound by its own multiple too, since no run ends above its mean.
     """
 
     inside: Sequence[tuple[Rung, float]]
@@ -53,11 +56,15 @@ class _Bracket:
 
     @classmethod
     def of(cls, rungs: Sequence[Rung], allowed: Allowed) -> _Bracket:
+        if not rungs:
+            return cls((), ())
+        from scipy.optimize import isotonic_regression
+
         ordered = sorted(rungs, key=lambda one: -one.kept)
-        # The largest of each and all before it: a lucky mask below one that failed is not taken.
-        worst = np.maximum.accumulate([allowed.ratio(one) for one in ordered]).tolist()
-        pairs = list(zip(ordered, worst, strict=True))
-        within = sum(ratio <= 1 for ratio in worst)
+        # Of a bound of nothing any loss is infinitely many times too large, and infinity has no mean.
+        rising = isotonic_regression([min(allowed.ratio(one), MOST_RATIO) for one in ordered]).x.tolist()
+        pairs = list(zip(ordered, rising, strict=True))
+        within = sum(ratio <= 1 for ratio in rising)
         return cls(pairs[:within], pairs[within:])
 
     @property
@@ -76,7 +83,7 @@ class _Bracket:
         if len(pair) < 2:
             return []
         (less, ratio_of_less), (more, ratio_of_more) = ((1 - one.kept, max(ratio, LEAST_RATIO)) for one, ratio in pair)
-        if not 0 < less < more or not ratio_of_less < ratio_of_more < np.inf:
+        if not 0 < less < more or not ratio_of_less < ratio_of_more < MOST_RATIO / 2:
             return []
         power, apart = log(ratio_of_more / ratio_of_less) / log(more / less), BETWEEN ** (1 / number)
         if between:
