@@ -23,7 +23,7 @@ from sspcompile.request.options import Options
 from sspcompile.request.prompts import Message, Prompt, answered, as_prompt, bare, passage, told
 from sspcompile.request.splits import Holding, Splits, draw_splits, seen, split
 from sspcompile.select.judging import Judge
-from sspcompile.select.search import comparison_parts
+from sspcompile.select.search import comparing, comparison_parts
 from sspcompile.select.texts import Texts
 from sspcompile.slicing.mask import Kept
 
@@ -183,6 +183,23 @@ def test_masks_are_compared_on_other_conversations_than_those_that_repair_them(t
     fit, held = ({own[id(text)] for text in part if id(text) in own} for part in comparison_parts(judge))
     assert fit and held, "the scenario's own texts compare, however few conversations they are"
     assert count < 3 or not fit & held
+
+
+@pytest.mark.parametrize(
+    "turns", [[1, 1, 60], [1, 60, 1], [1, 1, 200, 1], [2, 2, 2, 2, 60], [60, 1, 1, 1, 1], [1] * 50 + [40], [3] * 20]
+)
+def test_however_unequal_conversations_are_masks_are_repaired_and_compared_on_enough_texts(turns: list[int]):
+    owners = [number for number, count in enumerate(turns) for _ in range(count)]
+    held = comparing(owners, len(owners))
+    assert len(owners) // 8 <= sum(held) <= len(owners) // 2 and any(held)
+    talks = (
+        {owner for owner, compares in zip(owners, held, strict=True) if compares is side} for side in (True, False)
+    )
+    assert max(turns) == 60 or max(turns) == 200 or not set.intersection(*talks)
+    # Those of pools behind them are dealt as well, and make up for nothing.
+    assert (
+        sum(comparing([*owners, *range(len(turns), len(turns) + 64)], len(owners))[: len(owners)]) >= len(owners) // 8
+    )
 
 
 def test_eval_asks_nothing_of_a_conversation_that_was_fitted_and_something_of_every_part_of_a_file(tmp_path: Path):

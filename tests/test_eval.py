@@ -13,7 +13,7 @@ from commands import inside
 from test_cli import refused, run  # noqa: F401 (a fixture)
 from test_prepare_tools import TEMPLATE, tiny
 
-from sspcompile.api.evaluate import Deployment, _built_for, deployment_of, fitted_prompts, scenario_suites
+from sspcompile.api.evaluate import Deployment, _built_for, _maybe_seen, deployment_of, fitted_prompts, scenario_suites
 from sspcompile.embedded import EMBEDDED, POOLS_DIR
 from sspcompile.embedded.questions import questions
 from sspcompile.evaluate.asking import Limits, ask
@@ -146,6 +146,20 @@ def test_of_a_build_that_held_out_every_fourth_prompt_nothing_that_chose_is_aske
     assert manifest["origin"].pop("holding") == 2
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert _built_for(tmp_path).fitted == seen(PROMPTS, Holding.EVERY_FOURTH) != seen(PROMPTS, Holding.SPACED)
+
+
+def test_without_a_build_s_own_record_nothing_that_any_way_of_holding_out_chose_is_asked(artifacts, tmp_path):
+    """An export says how its build held prompts out; a cut does not, and an export of an earlier version neither."""
+    either = seen(PROMPTS, Holding.SPACED) | seen(PROMPTS, Holding.EVERY_FOURTH)
+    assert _maybe_seen(PROMPTS, tmp_path) == either > seen(PROMPTS, Holding.SPACED)
+    manifest = json.loads((artifacts / "cut" / "manifest.json").read_text())
+    for held in (1, 2):
+        manifest["origin"]["holding"] = held
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        assert _maybe_seen(PROMPTS, tmp_path) == seen(PROMPTS, Holding(held))
+    del manifest["origin"]["holding"]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert _maybe_seen(PROMPTS, tmp_path) == either
 
 
 def test_every_seed_asks_other_shipped_questions_and_none_twice():

@@ -16,7 +16,7 @@ from sspcompile.intervals import Estimate, share_estimate
 from sspcompile.report.json import read_report
 from sspcompile.request.options import DEFAULT_MAX_LOSS, Options
 from sspcompile.select.allowed import Allowed, Rung
-from sspcompile.select.descent import AT_ONCE, ROUNDS, USUAL_ROUNDS, _Bracket, close, descend
+from sspcompile.select.descent import AT_ONCE, LEAST_RATIO, ROUNDS, USUAL_ROUNDS, _Bracket, close, descend
 from sspcompile.select.floor import Floor, nothing_within
 from sspcompile.slicing.layouts import Choice, choose
 
@@ -126,7 +126,7 @@ def test_a_lucky_mask_below_one_that_failed_is_not_taken(seed):
     except BudgetError:
         return
     # Isotonic regression by its definition: of each mask the largest of the least means of runs that hold it.
-    row = [one.loss.value for one in sorted(found.tried, key=lambda one: -one.kept)]
+    row = [max(one.loss.value, 0.5 * LEAST_RATIO) for one in sorted(found.tried, key=lambda one: -one.kept)]
     rising = [
         max(min(np.mean(row[start : end + 1]) for end in range(place, len(row))) for start in range(place + 1))
         for place in range(len(row))
@@ -144,6 +144,14 @@ def test_one_unlucky_mask_does_not_rule_out_all_below_it_and_one_lucky_mask_is_n
     assert kept(0.03, 0.051, 0.048, 0.04, 0.09) == 0.96
     assert kept(0.03, 0.06, 0.07, 0.04, 0.09) == 0.99
     assert kept(0.06, 0.07) is None
+    better = [of_replies(share, times) for share, times in ((0.95, 1.03), (0.88, 1.03), (0.75, 0.93))]
+    assert _Bracket.of(better, Allowed(None, {}, 1.01)).keep is None, "better than the dense model makes up for nothing"
+
+
+def test_no_hint_names_a_bound_that_the_option_refuses():
+    for most, hint in ((40.0, "Give --max-perplexity 40, or a --size."), (1e13, "Give a --size.")):
+        error = nothing_within(Allowed(None, {}, 1.05), (of_replies(0.5, most),), "parameters")
+        assert error.hint == hint
 
 
 def test_where_nothing_is_within_the_bound_the_nearest_is_named():

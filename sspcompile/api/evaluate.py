@@ -16,6 +16,7 @@ import numpy as np
 
 from sspcompile.api.arguments import CutModel
 from sspcompile.checkpoint import Checkpoint, embedded_model, fingerprint
+from sspcompile.checkpoint.manifest import NAME as MANIFEST
 from sspcompile.checkpoint.manifest import read_manifest
 from sspcompile.embedded.questions import questions as known_questions
 from sspcompile.errors import InputError
@@ -92,10 +93,18 @@ def deployment_of(
     return Deployment(
         weights=_spread(shares, mixture.unknown),
         prompts=prompts,
-        # Without a build's own record, it may have been built for this very scenario.
-        fitted=own.fitted if own is not None else seen(prompts, Holding.SPACED),
+        fitted=own.fitted if own is not None else _maybe_seen(prompts, model.found.folder),
         pools=own.pools if own is not None else pools_of(request.options).every,
     )
+
+
+def _maybe_seen(prompts: Sequence[Prompt], folder: Path) -> frozenset[Opening]:
+    """What may have been fitted on where there is no build's own record: it may have been built for this very scenario.
+    Exports say how prompts were held out, those of earlier versions and cuts of a mask do not.
+    """
+    known = read_manifest(folder).origin if (folder / MANIFEST).is_file() else {}
+    ways = [Holding.of(known)] if "holding" in known else [*Holding]
+    return frozenset(chain(*(seen(prompts, way) for way in ways)))
 
 
 def _built_for(folder: Path) -> Deployment:

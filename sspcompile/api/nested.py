@@ -40,6 +40,7 @@ from sspcompile.request.domains import pools_fingerprint
 from sspcompile.request.pools import pools_of
 from sspcompile.request.recipe import dump_recipe
 from sspcompile.request.request import Request
+from sspcompile.request.splits import Holding
 from sspcompile.select.scoring import toolkit_of
 from sspcompile.slicing.plan import make_plan
 from sspcompile.workspace import MODEL, PROBES, RECIPE, Workspace
@@ -139,6 +140,7 @@ def _origin(
         "seed": request.options.seed,
         **facts,
         "versions": toolkit.meta.get("versions", {}),
+        "holding": int(Holding.SPACED),
         "evidence": chosen.reading.splits.counts(),
         "nested": [size.share for size in chosen.sizes],
     }

@@ -32,9 +32,9 @@ class Divergence:
     The means are over conversations. The tuples hold one value per prompt, in ascending order of `prompts`.
     `reference_loss`: by how much its cross-entropy of reference answers is above the dense one's, in nats per token,
     for the prompts that have one; None without any. `owners` is the conversation of each prompt, `reference_owners` of
-    each that has a reference; nothing where each has its own. `replies_per_prompt`: in nats per token, by how much the
-    cross-entropy of a prompt's reference answer is above the dense one's, or of what the dense model would write where
-    there is none, which is the KL.
+    each that has a reference; nothing where each has its own. `reply_loss` and `replies_per_prompt`: in nats per token,
+    by how much the cross-entropy of a prompt's reference answer is above the dense one's, or of what the dense model
+    would write where there is none, which is the KL.
     """
 
     mean_kl: Estimate
@@ -47,6 +47,7 @@ class Divergence:
     reference_per_prompt: tuple[float, ...] = ()
     owners: tuple[int, ...] = ()
     reference_owners: tuple[int, ...] = ()
+    reply_loss: Estimate | None = None
     replies_per_prompt: tuple[float, ...] = ()
 
     @property
@@ -62,9 +63,9 @@ class Divergence:
     @property
     def reply_perplexity(self) -> Estimate:
         """Of reference answers, and where there are none of what the dense model would write, times the dense model's:
-        e to the mean over conversations.
+        e to the mean over conversations, `reply_loss`.
         """
-        return _exp(_mean(self.replies_per_prompt or self.kl_per_prompt, self.owners, 0))
+        return _exp(self.mean_kl if self.reply_loss is None else self.reply_loss)
 
 
 def divergence(
@@ -133,6 +134,7 @@ class DivergenceAccumulator:
         answered = [p for p in prompts if p in self._reference]
         whose, of_answers = (_shared(owners, some) for some in (prompts, answered))
         positions = tuple(len(self._kl[p]) for p in prompts)
+        replies = tuple(references.get(p, above) for p, above in zip(prompts, kl, strict=True))
         return Divergence(
             mean_kl=_mean(kl, whose, seed),
             top1_agreement=_share(agree, positions, whose, seed),
@@ -141,7 +143,8 @@ class DivergenceAccumulator:
             agreement_per_prompt=tuple(agree),
             positions_per_prompt=positions,
             owners=whose,
-            replies_per_prompt=tuple(references.get(p, above) for p, above in zip(prompts, kl, strict=True)),
+            reply_loss=_mean(replies, whose, seed),
+            replies_per_prompt=replies,
             **_references([references[p] for p in answered], of_answers, seed),
         )
 
@@ -211,13 +214,15 @@ def average(divergences: Sequence[Divergence], *, seed: int = 0) -> Divergence:
         raise ValueError("the models were measured on different prompts")
     kl = np.mean([d.kl_per_prompt for d in divergences], axis=0).tolist()
     agree = np.mean([d.agreement_per_prompt for d in divergences], axis=0).tolist()
+    replies = np.mean([d.replies_per_prompt for d in divergences], axis=0).tolist()
     return replace(
         first,
         mean_kl=_mean(kl, first.owners, seed),
         top1_agreement=_share(agree, first.positions_per_prompt, first.owners, seed),
         kl_per_prompt=tuple(kl),
         agreement_per_prompt=tuple(agree),
-        replies_per_prompt=tuple(np.mean([d.replies_per_prompt for d in divergences], axis=0).tolist()),
+        reply_loss=_mean(replies, first.owners, seed),
+        replies_per_prompt=tuple(replies),
         **_references(
             np.mean([d.reference_per_prompt for d in divergences], axis=0).tolist(), first.reference_owners, seed
         ),

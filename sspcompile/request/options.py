@@ -22,6 +22,8 @@ ENVIRONMENT_PREFIX = "SSPCOMPILE_"
 AUTO = "auto"
 # Of a hundred next tokens at most so many are others than the dense model's, where no budget is given.
 DEFAULT_MAX_LOSS = 0.05
+# Beyond so many times the dense model's perplexity nothing is a model of the scenario any more.
+MOST_PERPLEXITY = 100
 # What --max-memory and --max-latency count where nothing else is said: as many tokens as the model has positions, no
 # more than these.
 DEFAULT_CONTEXT, DEFAULT_BATCH = 4096, 1
@@ -123,7 +125,7 @@ class Options(BaseModel):
     ] = DEFAULT_MAX_LOSS
     max_perplexity: Annotated[
         float | None,
-        Field(gt=1, le=100, allow_inf_nan=False),
+        Field(gt=1, le=MOST_PERPLEXITY, allow_inf_nan=False),
         Shown(
             "Keep as little as makes replies at most this many times as perplexing as they are to the dense model, as "
             "1.05, by the upper end of the interval that held-out prompts give: reference answers, and where there "

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sspcompile.intervals import Estimate
-from sspcompile.request.options import Options
+from sspcompile.request.options import MOST_PERPLEXITY, Options
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ class Allowed:
         alone = not self.protect and (self.max_loss is None or most is None)
         if self.max_loss is not None and (_counted(one.loss) > self.max_loss or alone):
             yield f"--max-loss {_up(one.loss.most)}"
-        if perplexity is not None and most is not None and (_counted(_above(perplexity)) > most - 1 or alone):
+        known = perplexity is not None and most is not None and perplexity.most <= MOST_PERPLEXITY
+        if perplexity is not None and most is not None and known and (_counted(_above(perplexity)) > most - 1 or alone):
             yield f"--max-perplexity {_up(perplexity.most)}"
         for (name, most), lost in zip(self.protect.items(), one.protected, strict=True):
             if _counted(lost) > most:

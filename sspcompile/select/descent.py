@@ -48,7 +48,8 @@ class _Bracket:
     are within it, `outside` are the others. What masks lose rises with what goes, but for chance, so their multiples
     are those of the closest rising row (isotonic regression, by pooling neighbours: Ayer et al. 1955): a lucky mask is
     not taken where those before it say otherwise, and an unlucky one does not rule out all below it. The smallest mask
-    inside is within the bound by its own multiple too, since no run ends above its mean.
+    inside is within the bound by its own multiple too, since no run ends above its mean. Multiples count between
+    LEAST_RATIO and MOST_RATIO: one mask that is better than the dense model makes up for none that are worse.
     """
 
     inside: Sequence[tuple[Rung, float]]
@@ -61,8 +62,10 @@ class _Bracket:
         from scipy.optimize import isotonic_regression
 
         ordered = sorted(rungs, key=lambda one: -one.kept)
-        # Of a bound of nothing any loss is infinitely many times too large, and infinity has no mean.
-        rising = isotonic_regression([min(allowed.ratio(one), MOST_RATIO) for one in ordered]).x.tolist()
+        # Of a bound of nothing any loss is infinitely many times too large, which has no mean.
+        rising = isotonic_regression(
+            np.clip([allowed.ratio(one) for one in ordered], LEAST_RATIO, MOST_RATIO)
+        ).x.tolist()
         pairs = list(zip(ordered, rising, strict=True))
         within = sum(ratio <= 1 for ratio in rising)
         return cls(pairs[:within], pairs[within:])
@@ -83,7 +86,7 @@ class _Bracket:
         if len(pair) < 2:
             return []
         (less, ratio_of_less), (more, ratio_of_more) = ((1 - one.kept, max(ratio, LEAST_RATIO)) for one, ratio in pair)
-        if not 0 < less < more or not ratio_of_less < ratio_of_more < MOST_RATIO / 2:
+        if not 0 < less < more or not ratio_of_less < ratio_of_more < MOST_RATIO / 100:
             return []
         power, apart = log(ratio_of_more / ratio_of_less) / log(more / less), BETWEEN ** (1 / number)
         if between:

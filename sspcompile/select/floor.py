@@ -31,9 +31,9 @@ from sspcompile.slicing.measures import Bound, Unit
 @dataclass(frozen=True)
 class Floor:
     """`keep` is the smallest share of the `unit` that loses no more than `max_loss`, and by domain than `protect` says,
-    `failed` the largest that lost more (0 where none did). `tried`: every mask that was measured, by share. `size`: the
-    share of all parameters that was asked for beside, if one was. `max_perplexity`: what replies may have, times the
-    dense model's.
+    `failed` the largest that does not count as within (0 where all do; descent.py). `tried`: every mask that was
+    measured, by share. `size`: the share of all parameters that was asked for beside, if one was. `max_perplexity`:
+    what replies may have, times the dense model's.
     """
 
     max_loss: float | None
@@ -171,11 +171,13 @@ def nothing_within(
     other = f"a larger {bounds[0].flag if len(bounds) == 1 else 'budget'}" if bounds else f"a {FLAGS[unit]}"
     if held is not None:
         told, other = f"{told}; the smallest that holds, as measured, keeps {100 * held[0]:.1f} %", held[1]
-    hint = f"Give {' '.join(allowed.looser(nearest))}, or {other}." if nearest else f"Give {other}."
-    if above and nearest is not None:
+    looser = " ".join(allowed.looser(nearest)) if nearest else ""
+    hint = f"Give {looser}, or {other}." if looser else f"Give {other}."
+    above = [one for one in above if allowed.excess(one) > 0]
+    if above and looser:
         best = min(above, key=allowed.excess)
         told = f"{told}; above that, {100 * best.kept:.1f} % still {allowed.told(best)}"
-        hint = f"Give {' '.join(allowed.looser(nearest))}."
+        hint = f"Give {looser}."
     if nearest is not None and allowed.by_chance(nearest):
         hint = f"{hint} More prompts of your own make the interval narrower."
     return BudgetError(f"No mask{within} {allowed}: {told}.", hint=hint)

@@ -11,6 +11,7 @@ between the two predictions (Pinsker), so a text that is lost anyway does not ou
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -123,17 +124,37 @@ def _distance(compared: HeldOut, choice: Choice, repair: Repair | None) -> float
 def comparison_parts(judge: Judge) -> tuple[Sequence[Sentence], Sequence[Sentence]]:
     """The texts that fit the repairs of the comparison, and those that compare; without repairs, all may compare.
 
-    A conversation is on one side where the scenario has enough of its own; where it has not, its texts are on both.
+    A conversation is on one side, unless the scenario's own are so few or so unequal that one side would have next to
+    nothing of them: then their texts are on both.
     """
     texts = judge.sentences
     if judge.repair == "none":
         return (), thinned(texts, COMPARED_HELD)
     splits = judge.splits
-    owners = splits.owners(splits.fit)
-    own = {*owners[: splits.own_fit]}
-    numbers = range(len(texts)) if 0 < len(own) < HOLD_EVERY else owners
+    compares = comparing(splits.owners(splits.fit), splits.own_fit)
     parts: tuple[list[Sentence], list[Sentence]] = ([], [])
-    for text, number in zip(texts, numbers, strict=True):
-        parts[number % HOLD_EVERY == HOLD_EVERY - 1].append(text)
-    fit, held = parts
-    return thinned(fit, COMPARED_FIT), thinned(held, COMPARED_HELD)
+    for text, held in zip(texts, compares, strict=True):
+        parts[held].append(text)
+    return thinned(parts[False], COMPARED_FIT), thinned(parts[True], COMPARED_HELD)
+
+
+def comparing(owners: Sequence[int], own: int) -> list[bool]:
+    """Which texts compare and do not repair, by the conversation of each; the first `own` are the scenario's."""
+    found = _dealt(owners)
+    # Half of the share that is due, and no more than half of all.
+    if own and not max(1, own // (2 * HOLD_EVERY)) <= sum(found[:own]) <= own // 2:
+        return _dealt(range(len(owners)))
+    return found
+
+
+def _dealt(owners: Sequence[int]) -> list[bool]:
+    """Which texts compare, by the conversation of each: every fourth conversation, where they are equally long, and no
+    more than a fourth of the texts up to any conversation.
+    """
+    sizes, seen, held = Counter(owners), 0, 0
+    compares: dict[int, bool] = {}
+    for number, count in sizes.items():
+        seen += count
+        compares[number] = HOLD_EVERY * (held + count) <= seen
+        held += count * compares[number]
+    return [compares[number] for number in owners]
