@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import OffloadedWeightsLoader
 from builders import expert_config, family_config, save_random, stated
 from safetensors.numpy import load_file, save_file
 from test_layers import PROBES, demand_resumed, written
@@ -272,6 +274,44 @@ def test_refitted_experts_are_the_same_and_are_put_in_place_wherever_layers_lie(
         with masked(stored, kept, one):
             assert stored.model(ids).logits.equal(expected)
         assert stored.model(ids).logits.equal(plain) and not plain.equal(expected)
+
+
+@pytest.fixture
+def reads(monkeypatch) -> Counter[str]:
+    """How often accelerate read each weight that it keeps on disk, by its name."""
+    found: Counter[str] = Counter()
+    read = OffloadedWeightsLoader.__getitem__
+
+    def counted(self: OffloadedWeightsLoader, name: str) -> torch.Tensor:
+        found[name] += 1
+        return read(self, name)
+
+    monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", counted)
+    return found
+
+
+@pytest.mark.parametrize("texts", [2, 8], ids=["four batches", "one batch"])
+def test_a_repair_reads_what_accelerate_keeps_of_a_layer_once(loaded, dense, texts, reads, tmp_path):
+    """However many batches and experts there are. Behind it they lie on disk again, and a call reads them as before."""
+    spread, every = by_accelerate(dense, tmp_path), mask_for(Checkpoint(dense), 0.6, "per-layer", 3, 0.7).units
+    batches = [one for start in range(0, 8, texts) for one in with_continuations(loaded, PROMPTS[start:][:texts], 2)]
+    assert len(batches) == 8 // texts
+    (wanted,) = fit_repairs(loaded, [every], batches, dtype=torch.float32)
+    reads.clear()
+    (found,) = fit_repairs(spread, [every], batches, dtype=torch.float32)
+    inside = {name: count for name, count in reads.items() if ".layers." in name}
+    assert {*inside.values()} == {1} and inside.keys() == {
+        name for name in spread.model.state_dict() if ".layers." in name
+    }
+    assert all(found.weights[layer].equal(weight) for layer, weight in wanted.weights.items())
+    for layer, own in wanted.experts.items():
+        assert own.keys() == found.experts[layer].keys() and len(own) > 1
+        assert all(found.experts[layer][number].equal(weight) for number, weight in own.items())
+    assert all(parameter.is_meta for layer in spread.layers for parameter in layer.parameters())
+    reads.clear()
+    with torch.inference_mode():
+        assert spread.model(torch.tensor([IDS])).logits.equal(loaded.model(torch.tensor([IDS])).logits)
+    assert {reads[name] for name in inside} == {1}
 
 
 def test_an_interrupted_repair_goes_on_behind_refitted_experts(loaded, dense, tmp_path):
