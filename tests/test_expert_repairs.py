@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import OffloadedWeightsLoader
 from builders import expert_config, family_config, save_random, stated
 from safetensors.numpy import load_file, save_file
 from test_layers import PROBES, demand_resumed, written
 from test_slicing_exact import IDS, PROMPTS, mask_for, residual_error
 from test_streaming import by_accelerate, on_disk
 
-from sspcompile.api.cost import cost_of
+from sspcompile.api.cost import _repairing, cost_of
+from sspcompile.api.stages import Stage
 from sspcompile.checkpoint import Checkpoint
 from sspcompile.checkpoint.headers import read_words
 from sspcompile.checkpoint.tensors import down_names
@@ -24,9 +28,9 @@ from sspcompile.families import geometry_of
 from sspcompile.model.dense import open_dense
 from sspcompile.model.hooks import input_of
 from sspcompile.model.loading import load
-from sspcompile.model.modules import residual_norm
+from sspcompile.model.modules import down_proj, experts, residual_norm
 from sspcompile.model.text import Batch, with_continuations
-from sspcompile.model.working import repair_bytes, system_bytes, working_bytes
+from sspcompile.model.working import refitted_bytes, repair_bytes, system_bytes, working_bytes
 from sspcompile.progress import silent
 from sspcompile.proof.claim import written_repair
 from sspcompile.proof.contents import check_contents
@@ -274,6 +278,44 @@ def test_refitted_experts_are_the_same_and_are_put_in_place_wherever_layers_lie(
         assert stored.model(ids).logits.equal(plain) and not plain.equal(expected)
 
 
+@pytest.fixture
+def reads(monkeypatch) -> Counter[str]:
+    """How often accelerate read each weight that it keeps on disk, by its name."""
+    found: Counter[str] = Counter()
+    read = OffloadedWeightsLoader.__getitem__
+
+    def counted(self: OffloadedWeightsLoader, name: str) -> torch.Tensor:
+        found[name] += 1
+        return read(self, name)
+
+    monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", counted)
+    return found
+
+
+@pytest.mark.parametrize("texts", [2, 8], ids=["four batches", "one batch"])
+def test_a_repair_reads_what_accelerate_keeps_of_a_layer_once(loaded, dense, texts, reads, tmp_path):
+    """However many batches and experts there are. Behind it they lie on disk again, and a call reads them as before."""
+    spread, every = by_accelerate(dense, tmp_path), mask_for(Checkpoint(dense), 0.6, "per-layer", 3, 0.7).units
+    batches = [one for start in range(0, 8, texts) for one in with_continuations(loaded, PROMPTS[start:][:texts], 2)]
+    assert len(batches) == 8 // texts
+    (wanted,) = fit_repairs(loaded, [every], batches, dtype=torch.float32)
+    reads.clear()
+    (found,) = fit_repairs(spread, [every], batches, dtype=torch.float32)
+    inside = {name: count for name, count in reads.items() if ".layers." in name}
+    assert {*inside.values()} == {1} and inside.keys() == {
+        name for name in spread.model.state_dict() if ".layers." in name
+    }
+    assert all(found.weights[layer].equal(weight) for layer, weight in wanted.weights.items())
+    for layer, own in wanted.experts.items():
+        assert own.keys() == found.experts[layer].keys() and len(own) > 1
+        assert all(found.experts[layer][number].equal(weight) for number, weight in own.items())
+    assert all(parameter.is_meta for layer in spread.layers for parameter in layer.parameters())
+    reads.clear()
+    with torch.inference_mode():
+        assert spread.model(torch.tensor([IDS])).logits.equal(loaded.model(torch.tensor([IDS])).logits)
+    assert {reads[name] for name in inside} == {1}
+
+
 def test_an_interrupted_repair_goes_on_behind_refitted_experts(loaded, dense, tmp_path):
     masks = [mask_for(Checkpoint(dense), keep, "per-layer", 3, 0.7).units for keep in (1.0, 0.6)]
     demand_resumed(loaded, masks, with_continuations(loaded, PROMPTS[:6], 2), tmp_path)
@@ -317,6 +359,45 @@ def test_room_is_kept_for_the_system_of_one_expert_and_for_what_is_refitted_of_a
     numbers = g.layers * g.hidden * (g.heads * g.head_dim + g.experts * g.width)
     assert masks_at_once(loaded, 0, torch.float32, down=True) == (1 << 30) // (4 * numbers)
     assert masks_at_once(loaded, 0, torch.float32) > masks_at_once(loaded, 0, torch.float32, down=True)
+
+
+@pytest.mark.parametrize(("dtype", "bytes_of_each"), [(torch.float32, 8), (torch.bfloat16, 6)])
+def test_a_measured_repair_of_experts_is_held_twice_and_counted_twice(loaded, dense, dtype, bytes_of_each):
+    """As it will be written, and in the stacks that are computed with in fp32."""
+    g, kept = loaded.geometry, mask_for(Checkpoint(dense), 0.6, "per-layer", 3, 0.7).units
+    fitted = [torch.zeros(g.hidden, g.width, dtype=dtype) for _ in range(g.layers * g.experts)]
+    of_layers = (dict(enumerate(fitted[layer * g.experts :][: g.experts])) for layer in range(g.layers))
+    repair = Repair({}, experts=dict(enumerate(of_layers)))  # as where texts visit every expert
+    before = {experts(layer).down_proj.data_ptr() for layer in loaded.layers}
+    with masked(loaded, kept, repair):
+        stacks = [experts(layer).down_proj for layer in loaded.layers]
+        assert not before & {one.data_ptr() for one in stacks}
+    held = tuple(sum(one.nbytes for one in some) for some in (fitted, stacks))
+    assert held == refitted_bytes(g, 1, dtype.itemsize, 4, in_place=dtype == torch.float32)
+    assert sum(held) == bytes_of_each * g.layers * g.experts * g.width * g.hidden
+    # Experts so wide that nothing else that a repair holds counts beside them; only one of two masks is measured.
+    wide = replace(loaded, geometry=replace(g, expert_intermediate=100_000))
+    numbers = g.layers * g.experts * 100_000 * g.hidden
+    for masks, taken in ((1, bytes_of_each), (2, bytes_of_each + dtype.itemsize)):
+        stage = Stage("repairing", texts=0, tokens=0, passes=1, masks=masks, down_projs=masks)
+        assert _repairing(wide, stage, 8, dtype) == taken * numbers
+    stage = Stage("repairing", texts=0, tokens=0, passes=1, masks=1)
+    assert _repairing(wide, stage, None, dtype) == repair_bytes(g, None)  # of heads alone
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_measured_repair_of_one_mlp_is_held_twice_where_its_numbers_are_of_another_kind(tmp_path, dtype):
+    loaded = load(save_random(tmp_path / "dense", family_config("llama"), seed=1), fingerprint="")
+    g, in_place = loaded.geometry, dtype == torch.float32
+    down = {layer: torch.zeros(g.hidden, g.channels, dtype=dtype) for layer in range(g.layers)}
+    with masked(loaded, Kept(np.ones((g.layers, g.heads), dtype=bool)), Repair({}, down=down)):
+        others = [
+            weight
+            for layer, own in down.items()
+            if (weight := down_proj(loaded.layers[layer]).weight).data_ptr() != own.data_ptr()
+        ]
+    held = sum(one.nbytes for one in down.values()), sum(one.nbytes for one in others)
+    assert held == refitted_bytes(g, 1, dtype.itemsize, 4, in_place=in_place) and (held[1] == 0) == in_place
 
 
 def test_plan_counts_what_fitting_experts_takes(dense, tmp_path):

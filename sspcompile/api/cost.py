@@ -33,10 +33,11 @@ from sspcompile.model.dense import DenseModel
 from sspcompile.model.logits import LOGITS_AT_ONCE
 from sspcompile.model.placement import ANYWHERE, Placement, wait_for
 from sspcompile.model.text import BATCH_TOKENS, GRADIENT_TOKENS, Batch, Sentence, batches_of, greedy, sentences
-from sspcompile.model.working import repair_bytes
+from sspcompile.model.working import refitted_bytes, repair_bytes
 from sspcompile.nested.choose import one_size
 from sspcompile.prepare import unlearned
 from sspcompile.prepare.toolkits import is_stated, stored_toolkit
+from sspcompile.repair.repair import refitted_dtype
 from sspcompile.request.pools import pools_of
 from sspcompile.request.prompts import Prompt
 from sspcompile.request.request import Request
@@ -114,7 +115,8 @@ def cost_of(request: Request, dense: DenseModel, workspace: Workspace, *, placem
         s.passes * (s.tokens * per_token + -(-s.tokens // BATCH_TOKENS) * per_step) + s.steps * per_step for s in stages
     )
     seconds, whole = STARTING + loading + sum(taken), tokens * per_token + -(-tokens // BATCH_TOKENS) * per_step
-    peak = _peak(loaded, stages, lengths, widest_refit(request, loaded), limited=placement.memory is not None)
+    written, widest = refitted_dtype(dense.checkpoint), widest_refit(request, loaded)
+    peak = _peak(loaded, stages, lengths, widest, written, limited=placement.memory is not None)
     return Cost(
         stages=stages,
         stage_seconds=taken,
@@ -191,11 +193,17 @@ def _seconds(loaded: LoadedModel, run: Callable[[], object]) -> float:
 
 
 def _peak(
-    loaded: LoadedModel, stages: Sequence[Stage], lengths: Lengths, refitted: int | None, *, limited: bool
+    loaded: LoadedModel,
+    stages: Sequence[Stage],
+    lengths: Lengths,
+    refitted: int | None,
+    written: torch.dtype,
+    *,
+    limited: bool,
 ) -> int:
-    """Weights, then the dearest of: gradients of a batch, hidden states of a repair, activations of a layer.
+    """Weights, then the dearest of: gradients of a batch, what a repair holds (`_repairing`), activations of a layer.
 
-    `refitted`: to how many channels down_proj is refitted at most, None where it is not.
+    `refitted`: to how many channels down_proj is refitted at most, None where it is not; `written`: its dtype.
     """
     g = loaded.geometry
     n, width = g.heads * g.head_dim, 4
@@ -212,12 +220,19 @@ def _peak(
     beside = 2 * g.layers * n * n * width  # curvature
     if any(stage.name == GRADIENTS for stage in stages):
         beside = max(beside, layer_parameters(loaded) * g.layers * width)
-    repairs = [s for s in stages if s.masks]
-    # Of the layer that is fitted: what its attention puts out, and of experts their inputs and what they have to add.
-    fitted = 1 if g.is_dense else 3
-    numbers = (s.tokens * (2 + fitted + s.masks) + s.down_projs * g.layers * g.channels for s in repairs)
-    states = max(numbers, default=0) * g.hidden * width
-    if repairs:
-        states += repair_bytes(g, refitted)
+    states = max((_repairing(loaded, one, refitted, written) for one in stages if one.masks), default=0)
     more = 1 if limited else ALLOCATOR
     return int(LIBRARIES + weights + max(beside + more * gradients, more * (layer + max(states, logits))))
+
+
+def _repairing(loaded: LoadedModel, stage: Stage, refitted: int | None, written: torch.dtype) -> int:
+    """The larger of what is held while masks are fitted and while one of them is measured."""
+    g, width, computing = loaded.geometry, 4, loaded.model.dtype
+    # Fitted matrices lie in the memory of the machine, as they will be written.
+    in_place = written == computing and loaded.device.type == "cpu"
+    sizes = written.itemsize, computing.itemsize
+    repairs, copy = refitted_bytes(g, stage.down_projs, *sizes, in_place=in_place)
+    # Of the layer that is fitted: what its attention puts out, and of experts their inputs and what they have to add.
+    fitted, states = 1 if g.is_dense else 3, stage.tokens * g.hidden * width
+    fitting = (2 + fitted) * states + repair_bytes(g, refitted)
+    return int(stage.masks * states + repairs + max(fitting, copy))

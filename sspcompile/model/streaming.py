@@ -29,6 +29,7 @@ from sspcompile.machine import free_memory
 from sspcompile.model.opening import computing_in, open_config, readable
 from sspcompile.model.placement import Place, held_bytes
 from sspcompile.model.stored import BAND_BYTES, StoredTensor
+from sspcompile.model.weights import brought
 from sspcompile.model.working import working_bytes
 
 if TYPE_CHECKING:
@@ -191,21 +192,23 @@ def _sources(tensors: Tensors, g: Geometry) -> dict[str, tuple[TensorInfo, ...]]
 
 @contextlib.contextmanager
 def in_memory(layer: nn.Module) -> Iterator[None]:
-    """Hold the parameters of a layer that lies on disk: whatever runs inside reads them once.
+    """Hold the parameters of a layer that we or accelerate keep on disk: whatever runs inside reads them once.
 
-    Parameters that somebody put in the place of a layer's own (`placement.replaced`) stay.
+    Parameters that somebody put in the place of a layer's own (`weights.replaced`) stay.
     """
     taken: list[tuple[nn.Module, str, nn.Parameter]] = []
-    try:
-        for module in layer.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None and hasattr(parameter, "stored"):
-                    module._parameters[name] = nn.Parameter(parameter.stored.read(), requires_grad=False)
-                    taken.append((module, name, parameter))
-        yield
-    finally:
-        for module, name, parameter in taken:
-            module._parameters[name] = parameter
+    with contextlib.ExitStack() as stack:
+        try:
+            for module in layer.modules():
+                stack.enter_context(brought(module))
+                for name, parameter in module._parameters.items():
+                    if parameter is not None and hasattr(parameter, "stored"):
+                        module._parameters[name] = nn.Parameter(parameter.stored.read(), requires_grad=False)
+                        taken.append((module, name, parameter))
+            yield
+        finally:
+            for module, name, parameter in taken:
+                module._parameters[name] = parameter
 
 
 def _reading(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:

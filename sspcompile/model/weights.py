@@ -85,6 +85,27 @@ def present(module: nn.Module) -> Iterator[Tensor]:
 
 
 @contextlib.contextmanager
+def brought(module: nn.Module) -> Iterator[None]:
+    """Bring what accelerate keeps of a module's own parameters once, for all calls inside the context.
+
+    Its hook would bring them for every call and take them away behind it. Parameters that lie elsewhere stay there.
+    """
+    own = next((parameter for parameter in module._parameters.values() if parameter is not None), None)
+    if own is None or not own.is_meta or hasattr(own, "stored"):
+        yield
+        return
+    from accelerate.utils import align_module_device
+
+    hook: Any = module._hf_hook
+    with align_module_device(module):
+        hook.offload = False  # calls find the parameters there, and leave them
+        try:
+            yield
+        finally:
+            hook.offload = True
+
+
+@contextlib.contextmanager
 def replaced(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Other parameters in a module for the duration of the context, wherever its own are kept.
 

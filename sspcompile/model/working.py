@@ -38,6 +38,18 @@ def repair_bytes(g: Geometry, channels: int | None) -> int:
     return attention if channels is None else max(attention, system_bytes(channels, g.hidden))
 
 
+def refitted_bytes(g: Geometry, masks: int, stored: int, computing: int, *, in_place: bool) -> tuple[int, int]:
+    """What the down projections of so many repairs take, of `stored` bytes a number as they will be written, and what
+    they take of the one that is measured, in `computing` bytes a number.
+
+    `in_place`: whether its own matrices are computed with where they are of one kind (`weights.replaced`). Those of
+    experts are not: they are put into a copy of the stack of their layer, with what was not refitted.
+    """
+    numbers = g.layers * g.channels * g.hidden
+    shared = g.is_dense and in_place
+    return masks * numbers * stored, 0 if shared or not masks else numbers * computing
+
+
 def system_bytes(inputs: int, outputs: int, *, exact: bool = False) -> int:
     """What normal equations take (`repair/systems.py`): their sums, and beside them the larger of a product of a batch,
     in fp32 unless `exact`, and of the solution with its copy. Factors take the place of the sums."""

@@ -132,7 +132,7 @@ def _fit_round(
         begun = _go_on(stand, dense, streams, dtype)
         report(begun)
     for index in range(begun, len(loaded.layers)):
-        with in_memory(loaded.layers[index]):  # read once where it lies on disk
+        with in_memory(loaded.layers[index]):  # read once, not for every batch and every expert
             dense.advance(index)
             for stream in streams:
                 stream.advance(index, dense, dtype, ridges, mlp=mlp)
