@@ -268,7 +268,7 @@ bench-packages: $(VENV)/.done  ## Pruners of the package index as they are insta
 bench-repairs: $(VENV)/.done  ## How firmly a repair holds weights, and what late layers cost more than early ones.
 	$(BIN)/python -m benchmarks.repairs --model $(MODEL) --data $(DATA) --ridges 0.03/0.03,0.3/1,1/1 --tilts 0,1
 
-bench-experts: $(VENV)/.done  ## What refitting experts is worth, on small mixtures that are trained for it.
+bench-experts: $(VENV)/.done  ## Narrower experts, no repair against the whole one (o_proj too), in small mixtures trained for it.
 	$(BIN)/python -m benchmarks.experts
 
 bench-rounding: $(VENV)/.done  ## What a cut is worth next to int8 and int4, and on top of them, byte by byte.

@@ -1,9 +1,12 @@
-"""What refitting experts is worth: KL of a small mixture that is trained here, before and after it is repaired.
+"""What repairing a mixture with narrower experts is worth: KL of a small one trained here, without and with all of it.
 
     python -m benchmarks.experts [--families mixtral,qwen3_moe] [--steps 500] [--fit 96] [--widths 0.5,0.75]
 
 The mixture has the tokenizer of the embedded model and learns its questions. For two of their domains the channels of
 least Fisher information go from every expert, by FIT texts that fit the repair as well. Held-out questions judge.
+
+What is compared is no repair with the whole one, which refits o_proj in every layer behind the first cut as well as the
+experts' down projections: what the latter alone are worth is not told apart.
 """
 
 from __future__ import annotations
@@ -136,7 +139,7 @@ def rows(loaded: LoadedModel, family: str, fit: int, widths: Sequence[float]) ->
 @click.option("--widths", default="0.5,0.75", show_default=True, help="Shares of the channels of every expert.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/experts.jsonl"))
 def main(families: str, steps: int, fit: int, widths: str, out: Path) -> None:
-    """Compare mixtures with narrower experts, as they are and repaired."""
+    """Compare mixtures with narrower experts without a repair and with the whole one, o_proj and experts."""
     with out.open("w", encoding="utf-8") as file:
         for family in families.split(","):
             with TemporaryDirectory() as folder:
