@@ -91,6 +91,7 @@ def built(model: str, name: str, home: Path, asked: str, words: Sequence[str], u
     return {
         "parameters": budget.size_achieved,
         "tried": [*zip(*zip(*budget.measured, strict=True), budget.at_most, strict=True)] if budget.measured else [],
+        "perplexities": budget.perplexities,
         "judge": asdict(ours.top1_agreement.rest),
         "unseen": asdict(found.changed),
         "replies": {"judge": asdict(replies), "unseen": asdict(found.reply_perplexity)},
@@ -150,6 +151,8 @@ def main(
 ) -> None:
     """Build to a bound on the loss, many times."""
     model = str(Path(model).resolve()) if Path(model).is_dir() else model
+    if bound is not None and most is not None:
+        raise click.UsageError("--max-loss and --max-perplexity are measured one at a time.")
     bound = 0.05 if bound is None and most is None else bound
     asked = ("--max-loss", str(bound)) if most is None else ("--max-perplexity", str(most))
     of = {"bound": bound} if most is None else {"max_perplexity": most}

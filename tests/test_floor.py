@@ -152,6 +152,8 @@ def test_no_hint_names_a_bound_that_the_option_refuses():
     for most, hint in ((40.0, "Give --max-perplexity 40, or a --size."), (1e13, "Give a --size.")):
         error = nothing_within(Allowed(None, {}, 1.05), (of_replies(0.5, most),), "parameters")
         assert error.hint == hint
+    every = Rung(0.5, Estimate(0.9, 0.8, 1.0), (), Estimate(2.0))
+    assert nothing_within(Allowed(0.05, {}, 1.05), (every,), "parameters").hint == "Give a --size."
 
 
 def test_where_nothing_is_within_the_bound_the_nearest_is_named():

@@ -602,6 +602,31 @@ def test_a_bound_on_the_perplexity_of_replies_is_told_whether_it_holds(agreement
     assert not broken or "a smaller --max-perplexity" in " ".join(verdict(report)) or agreement >= 0.9
 
 
+@pytest.mark.parametrize(
+    ("most", "replies"),
+    [(20, (8.0, 7.0, 9.0)), (1.05, (1.04, None, None)), (1.05, (1.04, 0.9, 1.9)), (1.2, (1.1, 1, 1.3))],
+)
+def test_a_loose_bound_on_replies_or_a_wide_interval_is_no_reason_to_ship_another_model(most, replies) -> None:
+    value, low, high = replies
+    given = {"reply_perplexity": Estimate(value=value, low=low, high=high)}
+    ours = quality("ours", 0.1, "ours", agreement=0.6).model_copy(update=given)
+    budget = BudgetSection(keep_requested=1, keep_achieved=1, max_perplexity=most)
+    told = verdict(Report(title="x", quality=(ours,), budget=budget))
+    assert told[0].startswith("DO NOT SHIP") and "a different model in use" in " ".join(told)
+
+
+def test_every_broken_bound_is_named_and_close_figures_are_told_apart() -> None:
+    ours = quality("ours", 0.1, "ours", agreement=0.92)
+    ours = ours.model_copy(update={"reply_perplexity": Estimate(value=1.0149, low=1.0112, high=1.0188)})
+    budget = BudgetSection(keep_requested=1, keep_achieved=1, max_loss=0.02, max_perplexity=1.01)
+    told = headline(Report(title="x", quality=(ours,), budget=budget)) or ""
+    assert told.startswith("LOSES MORE THAN --max-loss and --max-perplexity ALLOWS: 8 %")
+    assert "1.015 (1.011 to 1.019) times" in told and "of 1.01 times allowed" in told
+    worse = ours.model_copy(update={"top1_agreement": Estimate(value=0.8, low=0.7, high=0.85)})
+    told = headline(Report(title="x", quality=(worse,), budget=budget)) or ""
+    assert told.startswith("DO NOT SHIP") and "it loses more than --max-loss and --max-perplexity allows" in told
+
+
 @pytest.mark.parametrize("there", [0.96, 0.95, 0.9499, 0.94, 0.7, 1.0])
 def test_a_loss_off_domain_is_told_only_where_the_figures_beside_it_say_so(there) -> None:
     ours = quality("ours", 0.1, "ours", agreement=0.95)

@@ -318,6 +318,20 @@ CUT = row("cut", "int4", 90, 0.3)
 DENSE = (row("dense", "bf16", 400, 0), row("dense", "int8", 200, 0.01, (-0.4, -0.2)))
 
 
+@pytest.mark.parametrize(("high", "broken"), [(1.04, False), (1.2, True)])
+def test_what_rounding_does_to_replies_is_held_against_the_bound_on_them(high, broken):
+    """Within that bound many tokens may change; without one that alone is a loss."""
+    cut = CUT.model_copy(update={"reply_perplexity": Estimate(1.02, 1.0, high)})
+    section = RoundingSection(precision="int4", runtime="ONNX Runtime", texts=20, rows=(*DENSE, cut))
+
+    def losses(budget: BudgetSection | None) -> list[str]:
+        return [one for one in verdict(Report(title="x", rounding=section, budget=budget)) if one.startswith("LOSS in")]
+
+    found = losses(BudgetSection(keep_requested=1, keep_achieved=1, max_perplexity=1.05))
+    assert bool(found) is broken and all("--max-perplexity allows 1.05 before rounding" in one for one in found)
+    assert len(losses(None)) == 1
+
+
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [

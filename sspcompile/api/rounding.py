@@ -167,6 +167,7 @@ def _row(one: Weighed, asked: Weighed, seed: int) -> RoundingRow:
         mean_kl=one.divergence.mean_kl,
         top1_agreement=one.divergence.top1_agreement,
         answer_perplexity=one.divergence.perplexity,
+        reply_perplexity=one.divergence.reply_perplexity,
         kl_above_asked=None if one is asked else compare_divergences(one.divergence, asked.divergence, seed=seed),
     )
 

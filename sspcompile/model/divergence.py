@@ -22,6 +22,7 @@ from sspcompile.intervals import Estimate, mean_estimate, share_estimate
 from sspcompile.model.finite import demand_finite
 from sspcompile.model.stored import in_double
 
+MOST_NATS = 700.0  # e to more is no float
 ROW_ELEMENTS = 8_000_000  # elements of one float64 block of logits: 64 MB
 
 
@@ -164,9 +165,9 @@ def _by_owner(values: Sequence[float] | np.ndarray, owners: Sequence[int]) -> Se
 
 
 def _exp(nats: Estimate) -> Estimate:
-    """Perplexities as a multiple, of a difference of cross-entropies."""
-    low, high = (None if end is None else float(np.exp(end)) for end in (nats.low, nats.high))
-    return Estimate(float(np.exp(nats.value)), low, high)
+    """Perplexities as a multiple, of a difference of cross-entropies; reports hold no infinity."""
+    low, high = (None if end is None else float(np.exp(min(end, MOST_NATS))) for end in (nats.low, nats.high))
+    return Estimate(float(np.exp(min(nats.value, MOST_NATS))), low, high)
 
 
 def _mean(values: Sequence[float] | np.ndarray, owners: Sequence[int], seed: int) -> Estimate:

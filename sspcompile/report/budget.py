@@ -44,7 +44,7 @@ def walked(budget: BudgetSection | None) -> Iterator[Table]:
     told: list[tuple[str, ...]] = [*rows]
     if budget.perplexities:
         head = (*head, "perplexity of replies, times", "at most (95 %)")
-        replies = [tuple(map(figures, pair)) for pair in budget.perplexities]
+        replies = [tuple(f"{one:.3f}" for one in pair) for pair in budget.perplexities]
         told = [(*row, *pair) for row, pair in zip(rows, replies, strict=True)]
     yield Table("What other sizes lost, on the prompts that decide", head, tuple(told))
 

@@ -34,9 +34,15 @@ class Held:
         return f"{self.found}, of {self.allowed} allowed"
 
 
-def first_broken(ours: QualityRow, budget: BudgetSection | None) -> Held | None:
-    """The first bound that judging texts are above by more than chance may do."""
-    return next((one for one in _bounds(ours, budget) if one.broken), None)
+def broken_bounds(ours: QualityRow, budget: BudgetSection | None) -> list[Held]:
+    """The bounds that judging texts are above by more than chance may do."""
+    return [one for one in _bounds(ours, budget) if one.broken]
+
+
+def times_told(perplexity: Estimate) -> str:
+    """With three decimals: bounds on it lie close to 1."""
+    low, high = perplexity.low, perplexity.high
+    return f"{perplexity.value:.3f}" + (f" ({low:.3f} to {high:.3f})" if low is not None and high is not None else "")
 
 
 def bounds_told(ours: QualityRow, budget: BudgetSection | None) -> Iterator[str]:
@@ -65,7 +71,7 @@ def _bounds(ours: QualityRow, budget: BudgetSection | None) -> Iterator[Held]:
         yield Held("--max-loss", changed, budget.max_loss, found, allowed)
     if budget is not None and budget.max_perplexity is not None and ours.reply_perplexity is not None:
         replies, most = ours.reply_perplexity, budget.max_perplexity
-        found = f"Held-out replies have {with_interval(replies)} times the perplexity that the dense model gives them"
+        found = f"Held-out replies have {times_told(replies)} times the perplexity that the dense model gives them"
         yield Held("--max-perplexity", replies, most, found, f"{most:g} times")
 
 

@@ -219,8 +219,9 @@ class RoundingRow(Section):
     """The dense model or the cut, as an export holds it; figures against the dense model as it is stored.
 
     `precision`: what its matrices are rounded to, in blocks of `block_size` inputs; or, where that is None, what they
-    are stored in. `weight_bytes`: of its weights on disk. `mean_kl` in nats per token; `answer_perplexity` times the
-    dense model's. `kl_above_asked`: its KL minus that of the rounded cut that was asked for, paired, None for that.
+    are stored in. `weight_bytes`: of its weights on disk. `mean_kl` in nats per token; `answer_perplexity` and
+    `reply_perplexity` (`QualityRow`) times the dense model's. `kl_above_asked`: its KL minus that of the rounded cut
+    that was asked for, paired, None for that.
     """
 
     of: Literal["dense", "cut"]
@@ -230,6 +231,7 @@ class RoundingRow(Section):
     mean_kl: Estimate
     top1_agreement: Estimate
     answer_perplexity: Estimate | None = None
+    reply_perplexity: Estimate | None = None
     kl_above_asked: Estimate | None = None
 
     @property

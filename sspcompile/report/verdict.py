@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sspcompile.intervals import Estimate
-from sspcompile.report.floors import bounds_told, first_broken
+from sspcompile.report.floors import bounds_told, broken_bounds, times_told
 from sspcompile.report.format import change, figures, layers_named, percent, with_interval
 from sspcompile.report.model import BudgetSection, MaskSection, QualityRow, Report, RoundingSection, SizesSection
 from sspcompile.report.rounding import AS_GOOD, BETTER, asked, rounding_verdict
@@ -18,6 +18,8 @@ FEW_AGREE = 0.9
 ANSWERS_HOLD = 1.05
 # An interval that reaches further could as well be that of answers which got far less likely.
 ANSWERS_AT_MOST = 1.1
+# Whatever a bound allows, replies that may be more perplexing than this are not about as likely as before.
+REPLIES_AT_MOST = 1.25
 # When this share of a decode step is no reading of memory, it is what keeps the saving from arriving.
 MUCH_ELSE = 0.25
 HEADLINE_METRICS = ("time to first token", "inter-token latency")
@@ -60,16 +62,17 @@ def headline(report: Report) -> str | None:
         return None
     if parity is not None and not parity.holds:
         return "DO NOT SHIP: the files do not compute what the masked model computes."
-    narrow, broken = _narrow(ours), first_broken(ours, report.budget)
+    narrow, broken = _narrow(ours), broken_bounds(ours, report.budget)
+    flags = " and ".join(one.flag for one in broken)
     loss = f"loses quality off domain, {narrow}" if narrow is not None else ""
     if harmed := [one.domain for one in report.protected if one.broken]:
         loss = f"loses more of {' and '.join(harmed)} than --protect allows"
     if ours.top1_agreement.value < FEW_AGREE:
-        over = f"loses more than {broken.flag} allows" if broken else ""
+        over = f"loses more than {flags} allows" if broken else ""
         return _few_agree(ours, report.budget, " and ".join(filter(None, (over, loss))))
-    if broken is not None:
-        also = f"; it also {loss}" if loss else ""
-        return f"LOSES MORE THAN {broken.flag} ALLOWS: {broken.told}{also}. Try a smaller {broken.flag}."
+    if broken:
+        also, told = f"; it also {loss}" if loss else "", "; ".join(one.told for one in broken)
+        return f"LOSES MORE THAN {flags} ALLOWS: {told}{also}. Try a smaller {flags}."
     faster = _faster(report.latency) if report.latency is not None else ""
     if report.latency is not None and not faster:
         return f"NO MEASURABLE GAIN IN SPEED{_smaller(report)}{loss and f'; {loss}'}."
@@ -86,7 +89,7 @@ def _few_agree(ours: QualityRow, budget: BudgetSection | None, loss: str) -> str
     told = f"{differs} of the next tokens on the scenario's own domain differ from the dense model's"
     likely = _likely(ours, budget)
     if likely is None:
-        return f"DO NOT SHIP: {told}."
+        return f"DO NOT SHIP: {told}{loss and f'; it {loss}'}."
     return (
         f"TEST BEFORE YOU SHIP: {told}, and {likely}{loss and f'; it {loss}'}. Ask both models what your users ask, as "
         "`sspcompile eval` does."
@@ -99,9 +102,12 @@ def _likely(ours: QualityRow, budget: BudgetSection | None) -> str | None:
     if answers is not None:
         return f"the reference answers are about as likely as before (perplexity {with_interval(answers)} times)"
     replies, most = ours.reply_perplexity, budget.max_perplexity if budget is not None else None
-    if replies is None or most is None or replies.value > most:
+    if replies is None or most is None or replies.high is None or replies.value > most:
         return None
-    return f"replies have {with_interval(replies)} times the perplexity, of {most:g} that --max-perplexity allows"
+    if replies.high > min(max(most, ANSWERS_AT_MOST), REPLIES_AT_MOST):
+        return None
+    found = times_told(replies)
+    return f"replies have {found} times the perplexity, of {most:g} that --max-perplexity allows"
 
 
 def _holding_answers(ours: QualityRow) -> Estimate | None:
@@ -203,7 +209,13 @@ def _judged(report: Report) -> Iterator[str]:
 def _rounding(section: RoundingSection, budget: BudgetSection | None) -> Iterator[str]:
     """What rounding does to the cut: other figures and the budget are those of the model as it is stored."""
     changed, allowed = asked(section).changed, budget.max_loss if budget is not None else None
-    if (allowed is not None and changed.most > allowed) or changed.value > 1 - FEW_AGREE:
+    replies, most = asked(section).reply_perplexity, budget.max_perplexity if budget is not None else None
+    bounded = replies is not None and most is not None
+    if replies is not None and most is not None and replies.most > most:
+        found, dear = times_told(replies), f"where --max-perplexity allows {most:g} before rounding"
+        yield f"LOSS in {section.precision}: replies have {found} times the perplexity, {dear}."
+    # Within a bound on replies many tokens may change.
+    if (allowed is not None and changed.most > allowed) or (not bounded and changed.value > 1 - FEW_AGREE):
         above = "" if allowed is None else f", where --max-loss allows {percent(allowed)} before rounding"
         yield f"LOSS in {section.precision}: {with_interval(changed, percent)} of the next tokens change{above}."
     yield rounding_verdict(section)
@@ -213,10 +225,9 @@ def _milder(budget: BudgetSection | None) -> str:
     """What cuts less, in terms of the option that was the budget."""
     if budget is None:
         return "a larger budget"
-    if budget.max_loss is not None:
-        return "a smaller --max-loss"
-    if budget.max_perplexity is not None:
-        return "a smaller --max-perplexity"
+    bounds = {"--max-loss": budget.max_loss, "--max-perplexity": budget.max_perplexity}
+    if floors := [flag for flag, most in bounds.items() if most is not None]:
+        return f"a smaller {' or '.join(floors)}"
     if budget.strength is not None:
         return "a smaller --strength"
     if budget.unit == "memory":

@@ -308,7 +308,7 @@ def _protecting(
         if not all(parts):
             raise InputError(
                 f"--protect {name}: all its held-out prompts are the scenario's own.",
-                hint="Leave it out: --max-loss guards them.",
+                hint="Leave it out: those guard the build.",
             )
         held.append(Protected(name, *parts))
     wanted = whole_shares(np.ones(len(protect)), round(len(splits.fit) * PROTECTED_SHARE / (1 - PROTECTED_SHARE)))

@@ -12,6 +12,9 @@ import numpy as np
 from sspcompile.intervals import Estimate
 from sspcompile.request.options import MOST_PERPLEXITY, Options
 
+# The largest share that is typed, in steps of a thousandth: all tokens are no bound.
+MOST_LOSS = 0.999
+
 
 @dataclass(frozen=True)
 class Rung:
@@ -89,13 +92,16 @@ class Allowed:
         return " and ".join(filter(None, (replies, changes and f"changes {changes}")))
 
     def looser(self, one: Rung) -> Iterator[str]:
-        """The options that would let a mask pass, for the bounds that it is above."""
+        """The options that would let a mask pass, for the bounds that it is above; none where one cannot be typed."""
+        losses = [*one.protected, *([] if self.max_loss is None else [one.loss])]
         perplexity, most = one.perplexity, self.max_perplexity
+        times = 1.0 if perplexity is None or most is None else perplexity.most
+        if times > MOST_PERPLEXITY or any(lost.most > MOST_LOSS for lost in losses):
+            return
         alone = not self.protect and (self.max_loss is None or most is None)
         if self.max_loss is not None and (_counted(one.loss) > self.max_loss or alone):
             yield f"--max-loss {_up(one.loss.most)}"
-        known = perplexity is not None and most is not None and perplexity.most <= MOST_PERPLEXITY
-        if perplexity is not None and most is not None and known and (_counted(_above(perplexity)) > most - 1 or alone):
+        if perplexity is not None and most is not None and (_counted(_above(perplexity)) > most - 1 or alone):
             yield f"--max-perplexity {_up(perplexity.most)}"
         for (name, most), lost in zip(self.protect.items(), one.protected, strict=True):
             if _counted(lost) > most:

@@ -49,7 +49,7 @@ class _Bracket:
     are those of the closest rising row (isotonic regression, by pooling neighbours: Ayer et al. 1955): a lucky mask is
     not taken where those before it say otherwise, and an unlucky one does not rule out all below it. The smallest mask
     inside is within the bound by its own multiple too, since no run ends above its mean. Multiples count between
-    LEAST_RATIO and MOST_RATIO: one mask that is better than the dense model makes up for none that are worse.
+    LEAST_RATIO and MOST_RATIO: a mask that is better than the dense model makes up for little of those that are worse.
     """
 
     inside: Sequence[tuple[Rung, float]]

@@ -163,7 +163,7 @@ def nothing_within(
     """That all that were `tried` lose more than is allowed. `held`: the smallest share above the bounds that was
     measured to lose no more, and the options that allow it. `above`: where none was, those that were measured there.
     """
-    nearest = min((one for one in tried if allowed.excess(one) > 0), key=allowed.excess, default=None)
+    nearest = min((one for one in tried if allowed.excess(one) > 0), key=allowed.ratio, default=None)
     told = "no smaller mask could be measured"
     if nearest is not None:
         told = f"the nearest, {100 * nearest.kept:.1f} % of the {unit}, {allowed.told(nearest)}"
@@ -175,7 +175,7 @@ def nothing_within(
     hint = f"Give {looser}, or {other}." if looser else f"Give {other}."
     above = [one for one in above if allowed.excess(one) > 0]
     if above and looser:
-        best = min(above, key=allowed.excess)
+        best = min(above, key=allowed.ratio)
         told = f"{told}; above that, {100 * best.kept:.1f} % still {allowed.told(best)}"
         hint = f"Give {looser}."
     if nearest is not None and allowed.by_chance(nearest):
