@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -111,7 +112,10 @@ print(peak() - before)
 @pytest.mark.parametrize(("inputs", "outputs", "exact"), [(2400, 600, False), (2400, 600, True), (1600, 1600, False)])
 def test_a_system_takes_what_is_reserved_for_it(inputs, outputs, exact):
     command = [sys.executable, "-c", PEAK, *map(str, (inputs, outputs, exact))]
-    found = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    # As below a stated limit: freed blocks of 4 MB go back at once. By its own rule the C library sometimes keeps one.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(4 << 20)}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    found = int(done.stdout)
     reserved = system_bytes(inputs, outputs, exact=exact)
     assert 0.85 * reserved < found < 1.1 * reserved
 

@@ -396,7 +396,10 @@ def test_a_budget_is_kept_and_no_attention_that_went_could_have_stayed(
         ({"nested": "0.9,0.8"}, "nested 1,0.9,0.8 is about parts"),
         ({"size": 0.9, "criterion": "wanda"}, "criterion wanda is about parts"),
         ({"size": 0.9, "layout": "uniform"}, "layout uniform has not; leave it out"),
-        ({"max_latency": "5ms"}, "no price of attention as a whole.*give size, max_params, max_memory, max_perplexity or max_loss"),
+        (
+            {"max_latency": "5ms"},
+            "no price of attention as a whole.*give size, max_params, max_memory, max_perplexity or max_loss",
+        ),
     ],
 )
 def test_what_whole_attention_cannot_be_asked_for_is_refused_in_words(given, told):
