@@ -13,7 +13,16 @@ from commands import inside
 from test_cli import refused, run  # noqa: F401 (a fixture)
 from test_prepare_tools import TEMPLATE, tiny
 
-from sspcompile.api.evaluate import Deployment, _built_for, _maybe_seen, deployment_of, fitted_prompts, scenario_suites
+from sspcompile.api.arguments import named
+from sspcompile.api.evaluate import (
+    Deployment,
+    _built_for,
+    _maybe_seen,
+    _origin,
+    deployment_of,
+    fitted_prompts,
+    scenario_suites,
+)
 from sspcompile.embedded import EMBEDDED, POOLS_DIR
 from sspcompile.embedded.questions import questions
 from sspcompile.evaluate.asking import Limits, ask
@@ -24,6 +33,7 @@ from sspcompile.request.conversations import is_of
 from sspcompile.request.domains import load_pools
 from sspcompile.request.prompts import Message
 from sspcompile.request.splits import Holding, seen, seen_part, split
+from sspcompile.workspace import Workspace
 from training.corpus import items
 
 PROMPTS = [item.prompt for item in items("chemistry", "train", 77, 24)]
@@ -148,18 +158,22 @@ def test_of_a_build_that_held_out_every_fourth_prompt_nothing_that_chose_is_aske
     assert _built_for(tmp_path).fitted == seen(PROMPTS, Holding.EVERY_FOURTH) != seen(PROMPTS, Holding.SPACED)
 
 
-def test_without_a_build_s_own_record_nothing_that_any_way_of_holding_out_chose_is_asked(artifacts, tmp_path):
-    """An export says how its build held prompts out; a cut does not, and an export of an earlier version neither."""
+def test_without_a_build_s_own_record_nothing_that_any_way_of_holding_out_chose_is_asked():
+    """Earlier versions did not record the way."""
     either = seen(PROMPTS, Holding.SPACED) | seen(PROMPTS, Holding.EVERY_FOURTH)
-    assert _maybe_seen(PROMPTS, tmp_path) == either > seen(PROMPTS, Holding.SPACED)
-    manifest = json.loads((artifacts / "cut" / "manifest.json").read_text())
-    for held in (1, 2):
-        manifest["origin"]["holding"] = held
-        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-        assert _maybe_seen(PROMPTS, tmp_path) == seen(PROMPTS, Holding(held))
-    del manifest["origin"]["holding"]
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    assert _maybe_seen(PROMPTS, tmp_path) == either
+    assert _maybe_seen(PROMPTS, {}) == either > seen(PROMPTS, Holding.SPACED)
+    for way in Holding:
+        assert _maybe_seen(PROMPTS, {"holding": int(way)}) == seen(PROMPTS, way)
+
+
+def test_cuts_by_a_build_s_mask_and_exports_say_how_its_prompts_were_held_out(run, artifacts, tmp_path):  # noqa: F811
+    assert run("slice", "--mask", artifacts / "cut" / "mask.json", "--out", tmp_path / "sliced", "--quiet").code == 0
+    assert run("export", artifacts / "cut", "--out", tmp_path / "exported", "--quiet").code == 0
+    places = {"sliced": {"holding": 2}, "exported": {"holding": 2}, "plain": {}}
+    shutil.copytree(artifacts / "cut" / "model", tmp_path / "plain")
+    for place, expected in places.items():
+        origin = _origin(named(str(tmp_path / place), Workspace(tmp_path)))
+        assert {name: origin[name] for name in origin if name == "holding"} == expected
 
 
 def test_every_seed_asks_other_shipped_questions_and_none_twice():

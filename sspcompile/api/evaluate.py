@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from sspcompile.api.arguments import CutModel
+from sspcompile.api.arguments import CutModel, Named
 from sspcompile.checkpoint import Checkpoint, embedded_model, fingerprint
-from sspcompile.checkpoint.manifest import NAME as MANIFEST
 from sspcompile.checkpoint.manifest import read_manifest
 from sspcompile.embedded.questions import questions as known_questions
 from sspcompile.errors import InputError
@@ -93,17 +93,21 @@ def deployment_of(
     return Deployment(
         weights=_spread(shares, mixture.unknown),
         prompts=prompts,
-        fitted=own.fitted if own is not None else _maybe_seen(prompts, model.found.folder),
+        fitted=own.fitted if own is not None else _maybe_seen(prompts, _origin(model.found)),
         pools=own.pools if own is not None else pools_of(request.options).every,
     )
 
 
-def _maybe_seen(prompts: Sequence[Prompt], folder: Path) -> frozenset[Opening]:
+def _origin(found: Named) -> Mapping[str, Any]:
+    """What is recorded of a cut or an export; nothing of an ordinary model."""
+    return {} if found.kind == "model" else read_manifest(found.folder).origin
+
+
+def _maybe_seen(prompts: Sequence[Prompt], origin: Mapping[str, Any]) -> frozenset[Opening]:
     """What may have been fitted on where there is no build's own record: it may have been built for this very scenario.
-    Exports say how prompts were held out, those of earlier versions and cuts of a mask do not.
+    Origins say how prompts were held out; those of earlier versions, and of masks that no build made, do not.
     """
-    known = read_manifest(folder).origin if (folder / MANIFEST).is_file() else {}
-    ways = [Holding.of(known)] if "holding" in known else [*Holding]
+    ways = [Holding.of(origin)] if "holding" in origin else [*Holding]
     return frozenset(chain(*(seen(prompts, way) for way in ways)))
 
 

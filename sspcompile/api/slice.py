@@ -89,6 +89,8 @@ def write_cut(
             **cut.dense.origin,
             "licence": licence_of(cut.dense.checkpoint.path),
             "left_out": not_carried(cut.dense.checkpoint.path),
+            # How the build of the mask held its prompts out; masks of earlier versions, and of others, do not say.
+            **{name: value for name, value in cut.mask.scenario.items() if name == "holding"},
         }
         (folder / "README.md").write_text(slice_card(plan, cut.mask, origin, out.name), "utf-8")
         return write_manifest(folder, origin, hash_weights=checksums)

@@ -156,8 +156,6 @@ def trim(
     """
     reads = (*dense_reads(dense), *pool_reads(request.options))
     refuse_existing(out, overwrite=overwrite, reads=reads)
-    if "max_perplexity" in request.outside:
-        log.info(f"{request.outside['max_perplexity']} is about builds, and trim does not read it.")
     if "max_loss" in request.outside and bounds.tokens is None and bounds.max_loss == MAX_LOSS:
         log.info(
             f"{request.outside['max_loss']} is about builds, where it bounds the next tokens that a cut changes. trim "

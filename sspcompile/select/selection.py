@@ -22,6 +22,7 @@ from sspcompile.repair.repair import Repair
 from sspcompile.request.options import AUTO
 from sspcompile.request.request import Request
 from sspcompile.request.rounding import Rounded
+from sspcompile.request.splits import Holding
 from sspcompile.select.allowed import Allowed
 from sspcompile.select.baselines import Baseline, Rival, baselines_of, rivals
 from sspcompile.select.budget import Budget
@@ -330,6 +331,7 @@ def mask_of(
         "source": scenario.source,
         **reading.mixture.as_mapping(),
         "importance": reading.scores.as_mapping(),
+        "holding": int(Holding.SPACED),
         "without": list(reading.options.without),
         "repair": reading.options.repair,
     }
